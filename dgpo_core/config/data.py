@@ -1,0 +1,64 @@
+"""Embedded world and base models."""
+
+from typing import Self
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from dgpo_core.config.base import Section
+
+
+class QuestionCounts(Section):
+    """Questions per set and split."""
+
+    train: PositiveInt = 1000
+    dev: PositiveInt = 100
+    test: PositiveInt = 200
+    hard: PositiveInt = 125
+
+
+class WorldConfig(Section):
+    """The generated encyclopedia (`dgpo_core.datasets.world`)."""
+
+    seed: NonNegativeInt = 1
+    passages: int = Field(2000, ge=100, description="about how many passages")
+    ambiguity: float = Field(0.3, ge=0, le=1, description="share of names that another entity has too")
+    rare_share: float = Field(0.25, ge=0, lt=1, description="share of entities with a single passage")
+    distractors: NonNegativeInt = Field(1, description="sentences a passage that answer no question")
+    comparison_share: float = Field(0.2, ge=0, le=1, description="comparisons in the two-hop sets")
+    questions: QuestionCounts = QuestionCounts()
+
+
+class ModelShape(Section):
+    """Architecture of an embedded base model (Qwen2)."""
+
+    hidden_size: PositiveInt
+    layers: PositiveInt
+    heads: PositiveInt
+    intermediate_size: PositiveInt
+
+    @model_validator(mode="after")
+    def _divisible(self) -> Self:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError("hidden_size must be divisible by twice the number of heads (rotary halves)")
+        return self
+
+
+class PretrainingConfig(Section):
+    """One supervised phase of building a base model."""
+
+    steps: PositiveInt
+    batch_size: PositiveInt = Field(description="sequences a step")
+    learning_rate: PositiveFloat
+    warmup_steps: NonNegativeInt = 50
+
+
+class BaseModelsConfig(Section):
+    """Building the embedded student (a reader) and teacher (a reader that follows the protocol)."""
+
+    seed: NonNegativeInt = 0
+    worlds: PositiveInt = Field(24, description="training worlds; none is the evaluated one")
+    first_world_seed: PositiveInt = 1000
+    student: ModelShape = ModelShape(hidden_size=96, layers=4, heads=3, intermediate_size=96)
+    teacher: ModelShape = ModelShape(hidden_size=128, layers=5, heads=4, intermediate_size=384)
+    reading: PretrainingConfig = PretrainingConfig(steps=2000, batch_size=64, learning_rate=2e-3)
+    protocol: PretrainingConfig = PretrainingConfig(steps=500, batch_size=32, learning_rate=1e-3)

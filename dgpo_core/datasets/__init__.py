@@ -1,0 +1,1 @@
+"""Questions and corpora in the field's formats, and the embedded world."""

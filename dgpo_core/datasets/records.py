@@ -1,0 +1,119 @@
+"""Passages and questions as the field stores them (JSON lines), read with errors that name the line.
+
+Formats: `PeterJinGo/wiki-18-corpus` ({"id", "contents"} with contents = '"Title"\\ntext') and
+`RUC-NLPIR/FlashRAG_datasets` ({"id", "question", "golden_answers", "metadata"}).
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+from dgpo_core.errors import UserError
+
+Record = TypeVar("Record")
+
+
+@dataclass(frozen=True)
+class Passage:
+    id: str
+    title: str
+    text: str
+
+    @property
+    def contents(self) -> str:
+        return f'"{self.title}"\n{self.text}'
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Passage":
+        title, separator, text = _string(row, "contents").partition("\n")
+        if not separator:
+            raise ValueError('key "contents" must be \'"Title"\\ntext\', but has no line break')
+        if len(title) >= 2 and title[0] == title[-1] == '"':
+            title = title[1:-1]
+        return cls(_id(row), title, text)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"id": self.id, "contents": self.contents}
+
+
+@dataclass(frozen=True)
+class Question:
+    """`metadata` may hold "golden_passages" [{"id", "title", "text"}] and "long_answers" [str]."""
+
+    id: str
+    question: str
+    golden_answers: tuple[str, ...]
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def from_json(cls, row: dict[str, Any]) -> "Question":
+        answers = row.get("golden_answers")
+        if not isinstance(answers, list) or not answers or not all(isinstance(a, str) for a in answers):
+            raise ValueError('key "golden_answers" must be a list of at least one string')
+        metadata = row.get("metadata") or {}
+        if not isinstance(metadata, dict):
+            raise ValueError('key "metadata" must be an object')
+        return cls(_id(row), _string(row, "question"), tuple(answers), metadata)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "question": self.question,
+            "golden_answers": list(self.golden_answers),
+            "metadata": self.metadata,
+        }
+
+
+def read_corpus(path: Path) -> Iterator[Passage]:
+    """Passages of a corpus file, one at a time. Raises UserError with file and line."""
+    return _read(path, Passage.from_json)
+
+
+def read_questions(path: Path) -> list[Question]:
+    """All questions of a file. Raises UserError with file and line; ids must be unique."""
+    questions = list(_read(path, Question.from_json))
+    if not questions:
+        raise UserError(f"{path}: no questions in this file")
+    seen: dict[str, int] = {}
+    for line, question in enumerate(questions, 1):
+        if question.id in seen:
+            raise UserError(f"{path}:{line}: id {question.id!r} was used on line {seen[question.id]} before")
+        seen[question.id] = line
+    return questions
+
+
+def write_jsonl(path: Path, records: Iterable[Passage | Question]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for record in records:
+            file.write(json.dumps(record.to_json(), ensure_ascii=False) + "\n")
+
+
+def _read(path: Path, parse: Callable[[dict[str, Any]], Record]) -> Iterator[Record]:
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            try:
+                row = json.loads(line.decode("utf-8"))
+                if not isinstance(row, dict):
+                    raise ValueError("a line must be a JSON object")
+                yield parse(row)
+            except ValueError as error:  # JSON and Unicode errors are ValueErrors too
+                raise UserError(f"{path}:{number}: {error}") from error
+
+
+def _string(row: dict[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value.strip():
+        raise ValueError(f'key "{key}" must be a non-empty string')
+    return value
+
+
+def _id(row: dict[str, Any]) -> str:
+    value = row.get("id")
+    if isinstance(value, bool) or not isinstance(value, str | int) or value == "":
+        raise ValueError('key "id" must be a non-empty string or an integer')
+    return str(value)

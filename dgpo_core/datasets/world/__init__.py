@@ -1,0 +1,1 @@
+"""The embedded world: a generated encyclopedia with questions, in the published formats."""

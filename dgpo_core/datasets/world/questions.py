@@ -1,0 +1,177 @@
+"""The seven question sets of the embedded world.
+
+| set        | stands for      | content                                                     | splits           |
+|------------|-----------------|-------------------------------------------------------------|------------------|
+| onehop     | nq              | one fact                                                    | train, dev, test |
+| twohop     | hotpotqa        | a chain of two facts; some comparisons of two years         | train, dev, test |
+| phrasing   | triviaqa        | one fact, in phrasings never used in training               | test             |
+| rare       | popqa           | one fact about an entity with a single, dense passage       | test             |
+| comparison | 2wikimultihopqa | which of two films or people came first                     | test             |
+| threehop   | musique         | a chain of three facts                                      | test             |
+| hard       | bamboogle       | chains of two in unseen phrasings about rare entities (125) | test             |
+
+Every fact belongs to one side, training or test, and a question uses facts of one side only.
+"""
+
+import hashlib
+import random
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from dgpo_core.datasets.records import Passage, Question
+from dgpo_core.datasets.world import relations as r
+from dgpo_core.datasets.world.articles import Article
+from dgpo_core.datasets.world.generate import Entity, Fact, World
+from dgpo_core.errors import UserError
+
+TRAINED_SETS = ("onehop", "twohop")
+TEST_SETS = ("onehop", "twohop", "phrasing", "rare", "comparison", "threehop", "hard")
+MIRRORS = dict(
+    zip(
+        TEST_SETS,
+        ("nq", "hotpotqa", "triviaqa", "popqa", "2wikimultihopqa", "musique", "bamboogle"),
+        strict=True,
+    )
+)
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A question before it has an id: its text, answers, and the facts it asks for in order."""
+
+    text: str
+    answers: tuple[str, ...]
+    facts: tuple[Fact, ...]
+    kind: str  # chain | comparison
+
+
+class QuestionWriter:
+    """Drafts questions about the facts of one side (`train` or `test`)."""
+
+    def __init__(self, world: World, side: str, rng: random.Random) -> None:
+        self.rng = rng
+        self.facts = [
+            fact
+            for fact in world.facts.values()
+            if fact_side(world, fact) == side and (side == "test" or fact.subject.popular)
+        ]
+        self._by_subject: dict[int, list[Fact]] = {}
+        for fact in self.facts:
+            self._by_subject.setdefault(fact.subject.key, []).append(fact)
+
+    def chain(self, hops: int, other: bool = False, rare: bool | None = None) -> Draft | None:
+        """A chain of `hops` facts, each about the value of the one before; None when the draw fails."""
+        fact = self.rng.choice(self.facts)
+        if rare is not None and fact.subject.popular == rare:
+            return None
+        subject, facts = fact.subject.mention, [fact]
+        while len(facts) < hops:
+            following = self._by_subject.get(facts[-1].entity.key, []) if facts[-1].entity else []
+            following = [f for f in following if f.relation.noun not in {g.relation.noun for g in facts}]
+            if not following:
+                return None
+            subject = facts[-1].relation.noun_phrase(subject)
+            facts.append(self.rng.choice(following))
+        relation = facts[-1].relation
+        phrasing = self.rng.choice(relation.other_questions if other else relation.questions)
+        return Draft(phrasing.format(s=subject), (facts[-1].value,), tuple(facts), "chain")
+
+    def comparison(self) -> Draft | None:
+        """Which of two entities of one type has the earlier year."""
+        noun = self.rng.choice(list(r.COMPARISONS))
+        candidates = [fact for fact in self.facts if fact.relation.noun == noun and fact.subject.popular]
+        first, second = self.rng.sample(candidates, 2)
+        if first.value == second.value:
+            return None
+        earlier = min(first, second, key=lambda fact: fact.value).subject
+        text = self.rng.choice(r.COMPARISONS[noun]).format(a=first.subject.name, b=second.subject.name)
+        return Draft(text, (earlier.name,), (first, second), "comparison")
+
+
+def fact_side(world: World, fact: Fact) -> str:
+    """`train` or `test`, by a hash of the fact: stable whatever else is generated."""
+    key = f"{world.seed}-{fact.subject.key}-{fact.relation.noun}"
+    return "train" if hashlib.sha256(key.encode()).digest()[0] < 128 else "test"
+
+
+def write_questions(world: World, articles: list[Article]) -> dict[tuple[str, str], list[Question]]:
+    """All questions by (set, split)."""
+    rng = random.Random(f"questions-{world.seed}")
+    sizes = world.config.questions
+    finish = _Finisher(articles)
+    train, test = QuestionWriter(world, "train", rng), QuestionWriter(world, "test", rng)
+
+    def two_hop(writer: QuestionWriter) -> Draft | None:
+        return writer.comparison() if rng.random() < world.config.comparison_share else writer.chain(2)
+
+    made: dict[tuple[str, str], list[Question]] = {}
+    trained: dict[str, Callable[[QuestionWriter], Draft | None]] = {
+        "onehop": lambda writer: writer.chain(1, rare=False),
+        "twohop": two_hop,
+    }
+    for name, draft in trained.items():
+        questions = finish(name, "train", sizes.train + sizes.dev, lambda: draft(train))  # noqa: B023
+        made[name, "train"], made[name, "dev"] = questions[: sizes.train], questions[sizes.train :]
+        made[name, "test"] = finish(name, "test", sizes.test, lambda: draft(test))  # noqa: B023
+    tested: dict[str, Callable[[], Draft | None]] = {
+        "phrasing": lambda: test.chain(1, other=True, rare=False),
+        "rare": lambda: test.chain(1, rare=True),
+        "comparison": test.comparison,
+        "threehop": lambda: test.chain(3),
+        "hard": lambda: test.chain(2, other=True, rare=True),
+    }
+    for name, draft_test in tested.items():
+        made[name, "test"] = finish(name, "test", sizes.hard if name == "hard" else sizes.test, draft_test)
+    return made
+
+
+class _Finisher:
+    """Turns drafts into questions: no text twice, ids, golden passages and long answers."""
+
+    def __init__(self, articles: list[Article]) -> None:
+        self._passage: dict[tuple[int, str], Passage] = {}
+        for article in articles:
+            for passage, facts in zip(article.passages, article.facts, strict=True):
+                for fact in facts:
+                    self._passage[fact.subject.key, fact.relation.noun] = passage
+        self._seen: set[str] = set()
+
+    def __call__(self, name: str, split: str, count: int, draft: Callable[[], Draft | None]) -> list[Question]:
+        drafts = []
+        for made in _attempts(draft, 400 * count + 1000):
+            if made.text not in self._seen:
+                self._seen.add(made.text)
+                drafts.append(made)
+            if len(drafts) == count:
+                return [self._question(f"{name}-{split}-{i}", d) for i, d in enumerate(drafts)]
+        raise UserError(
+            f"world.questions: this world has too few facts for {count} {name} {split} questions "
+            f"(found {len(drafts)}); raise world.passages or lower world.questions"
+        )
+
+    def _question(self, question_id: str, draft: Draft) -> Question:
+        passages = [self._passage[f.subject.key, f.relation.noun] for f in draft.facts]
+        unique = list({passage.id: passage for passage in passages}.values())
+        metadata: dict[str, Any] = {
+            "kind": draft.kind,
+            "hops": len(draft.facts),
+            "golden_passages": [{"id": p.id, "title": p.title, "text": p.text} for p in unique],
+            "long_answers": [unique[-1].text],
+        }
+        return Question(question_id, draft.text, draft.answers, metadata)
+
+
+def _attempts(draft: Callable[[], Draft | None], limit: int) -> Iterator[Draft]:
+    for _ in range(limit):
+        made = draft()
+        if made is not None:
+            yield made
+
+
+def ask_about(fact: Fact, subject: str, rng: random.Random) -> str:
+    """The ordinary question for one fact."""
+    return rng.choice(fact.relation.questions).format(s=subject)
+
+
+__all__ = ["MIRRORS", "TEST_SETS", "TRAINED_SETS", "Draft", "Entity", "QuestionWriter", "write_questions"]

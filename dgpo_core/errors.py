@@ -1,0 +1,13 @@
+"""Errors that are the user's to fix, told apart from bugs."""
+
+
+class UserError(Exception):
+    """Bad input: a file, line or key that the user can correct.
+
+    Stages print the message as one line and exit with code 2, without a traceback. The message names
+    the place (file and line, or the key's path) and what to do about it.
+    """
+
+
+class InfrastructureError(Exception):
+    """A part beside the models failed (retriever, engine): neither a right nor a wrong answer."""

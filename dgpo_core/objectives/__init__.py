@@ -1,0 +1,1 @@
+"""Every loss and advantage of the method, as pure functions on tensors."""

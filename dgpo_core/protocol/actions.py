@@ -1,0 +1,47 @@
+"""What a model's turn asks for, and whether a whole response has the protocol's form."""
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+
+_ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
+_ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
+_THINK, _SEARCH, _REPLY = r"\s*<think>.*?</think>\s*", r"<search>.*?</search>", r"<answer>.*?</answer>\s*"
+_SEARCH_TURN = re.compile(f"{_THINK}{_SEARCH}", re.DOTALL)
+_ANSWER_TURN = re.compile(f"{_THINK}{_REPLY}", re.DOTALL)
+
+
+class ActionKind(StrEnum):
+    SEARCH = "search"
+    ANSWER = "answer"
+    INVALID = "invalid"
+
+
+@dataclass(frozen=True)
+class Action:
+    """`content` is the stripped query or answer; empty for an invalid action."""
+
+    kind: ActionKind
+    content: str = ""
+
+
+def parse_action(turn_text: str) -> Action:
+    """The first complete `<search>` or `<answer>` of one turn of the model."""
+    match = _ACTION.search(turn_text)
+    if match is None:
+        return Action(ActionKind.INVALID)
+    return Action(ActionKind(match[1]), match[2].strip())
+
+
+def last_answer(response_text: str) -> str | None:
+    """The prediction: the last complete `<answer>` of the response (never of the prompt)."""
+    answers = _ANSWER.findall(response_text)
+    return answers[-1].strip() if answers else None
+
+
+def is_well_formed(model_turns: list[str]) -> bool:
+    """Whether the turns are think -> (search -> information -> think)* -> answer."""
+    if not model_turns:
+        return False
+    *searches, reply = model_turns
+    return bool(_ANSWER_TURN.fullmatch(reply)) and all(_SEARCH_TURN.fullmatch(text) for text in searches)

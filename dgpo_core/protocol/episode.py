@@ -1,0 +1,150 @@
+"""The record of an episode, and its table on disk (Parquet)."""
+
+from dataclasses import asdict, dataclass, field
+from enum import IntEnum, StrEnum
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from dgpo_core.errors import UserError
+
+
+class Owner(IntEnum):
+    """Who wrote a token."""
+
+    PROMPT = 0
+    MODEL = 1
+    ENVIRONMENT = 2
+
+
+class Outcome(StrEnum):
+    """`failed` is an infrastructure failure: neither right nor wrong, kept out of every average."""
+
+    CORRECT = "correct"
+    WRONG = "wrong"
+    FAILED = "failed"
+
+
+class Ending(StrEnum):
+    """Why an episode ended."""
+
+    ANSWERED = "answered"
+    BUDGET = "budget"  # no turn left
+    LENGTH = "length"  # no room left in the context
+    FAILURE = "failure"  # retriever or engine
+
+
+@dataclass
+class Search:
+    """One answered query; scores are the index's, in the order shown to the model."""
+
+    query: str
+    passage_ids: list[str]
+    scores: list[float]
+
+
+@dataclass
+class Episode:
+    """One episode, token by token.
+
+    `token_ids`, `owners` and `logprobs` have one entry a token, prompt first; log-probabilities (nats, of
+    the sampling policy at its temperature) are 0 where the owner is not the model. `response` is the text
+    after the prompt, for people; it is never tokenised again.
+    """
+
+    question_id: str
+    dataset: str
+    question: str
+    golden_answers: list[str]
+    sample: int  # which episode of the same question (GRPO groups)
+    token_ids: list[int]
+    owners: list[int]
+    logprobs: list[float]
+    response: str
+    prediction: str | None
+    outcome: Outcome
+    ending: Ending
+    well_formed: bool
+    hit: bool  # a golden answer is contained in a retrieved passage
+    generations: int
+    invalid_actions: int
+    cut_turns: int  # turns that ran into the limit of new tokens
+    searches: list[Search] = field(default_factory=list)
+    failure: str | None = None
+
+    @property
+    def correct(self) -> bool:
+        return self.outcome is Outcome.CORRECT
+
+    @property
+    def model_tokens(self) -> int:
+        return sum(owner == Owner.MODEL for owner in self.owners)
+
+
+SCHEMA = pa.schema(
+    [
+        ("question_id", pa.string()),
+        ("dataset", pa.string()),
+        ("question", pa.string()),
+        ("golden_answers", pa.list_(pa.string())),
+        ("sample", pa.int32()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("owners", pa.list_(pa.int8())),
+        ("logprobs", pa.list_(pa.float32())),
+        ("response", pa.string()),
+        ("prediction", pa.string()),
+        ("outcome", pa.string()),
+        ("ending", pa.string()),
+        ("well_formed", pa.bool_()),
+        ("hit", pa.bool_()),
+        ("generations", pa.int32()),
+        ("invalid_actions", pa.int32()),
+        ("cut_turns", pa.int32()),
+        (
+            "searches",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("query", pa.string()),
+                        ("passage_ids", pa.list_(pa.string())),
+                        ("scores", pa.list_(pa.float32())),
+                    ]
+                )
+            ),
+        ),
+        ("failure", pa.string()),
+    ]
+)
+
+
+def write_episodes(path: Path, episodes: list[Episode], metadata: dict[str, str] | None = None) -> None:
+    """Write a table; `metadata` (tokenizer fingerprint, index digest) goes into the file's schema."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pa.Table.from_pylist([asdict(episode) for episode in episodes], schema=SCHEMA)
+    pq.write_table(table.replace_schema_metadata(metadata or {}), path, compression="zstd")
+
+
+def read_episodes(path: Path) -> list[Episode]:
+    """Raises UserError when the file is missing or is no table of episodes."""
+    if not path.is_file():
+        raise UserError(f"{path}: no such file")
+    try:
+        table = pq.read_table(path)
+    except pa.ArrowInvalid as error:
+        raise UserError(f"{path}: not a Parquet file of episodes: {error}") from error
+    if missing := set(SCHEMA.names) - set(table.column_names):
+        raise UserError(f"{path}: no table of episodes, lacks the columns {sorted(missing)}")
+    return [_episode(row) for row in table.to_pylist()]
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """What `write_episodes` was given as metadata."""
+    raw = pq.read_schema(path).metadata or {}
+    return {key.decode(): value.decode() for key, value in raw.items()}
+
+
+def _episode(row: dict) -> Episode:  # type: ignore[type-arg]
+    row["outcome"], row["ending"] = Outcome(row["outcome"]), Ending(row["ending"])
+    row["searches"] = [Search(**search) for search in row["searches"]]
+    return Episode(**row)

@@ -1,0 +1,1 @@
+"""Answer metrics and statistics (method.md, section 2)."""

@@ -1,0 +1,27 @@
+"""Progress of a training loop on disk: killed at any moment, the next run continues exactly."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class Checkpoint:
+    """One file that holds the newest state, replaced by atomic rename."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "checkpoint.pt"
+
+    def save(self, state: dict[str, Any]) -> None:
+        temporary = self.path.with_suffix(".part")
+        torch.save(state, temporary)
+        os.replace(temporary, self.path)
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest state, or None when there is none."""
+        if not self.path.is_file():
+            return None
+        state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=False)
+        return state

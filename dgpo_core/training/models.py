@@ -1,0 +1,74 @@
+"""Models as folders in the transformers format: build, load, save."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from dgpo_core.config.data import ModelShape
+from dgpo_core.errors import UserError
+
+MAX_POSITIONS = 4096
+
+
+def build_qwen2(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
+    """A freshly initialised Qwen2 of `shape` for the tokenizer's vocabulary (float32)."""
+    config = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=shape.hidden_size,
+        intermediate_size=shape.intermediate_size,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        num_key_value_heads=shape.heads,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        dtype="float32",
+    )
+    return Qwen2ForCausalLM(config)
+
+
+def load_tokenizer(source: str) -> Any:
+    """Tokenizer of a model folder or hub name. Raises UserError where there is none."""
+    folder = Path(source)
+    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+        raise UserError(f"{source}: this model folder has no tokenizer (tokenizer.json is missing)")
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: cannot load a tokenizer: {_first_line(error)}") from error
+
+
+def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """Causal language model of a folder or hub name, in evaluation mode. Raises UserError."""
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{source}: cannot load a model: {_first_line(error)}") from error
+    return model.to(device).eval()  # type: ignore[arg-type]
+
+
+def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
+    """Weights and tokenizer, so that nothing of another model can be left in `folder`."""
+    temporary = folder.with_name(folder.name + ".part")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
