@@ -60,5 +60,7 @@ class BaseModelsConfig(Section):
     first_world_seed: PositiveInt = 1000
     student: ModelShape = ModelShape(hidden_size=96, layers=4, heads=3, intermediate_size=96)
     teacher: ModelShape = ModelShape(hidden_size=128, layers=5, heads=4, intermediate_size=384)
-    reading: PretrainingConfig = PretrainingConfig(steps=2000, batch_size=64, learning_rate=2e-3)
-    protocol: PretrainingConfig = PretrainingConfig(steps=500, batch_size=32, learning_rate=1e-3)
+    expert_episodes: PositiveInt = Field(9600, description="scripted episodes that teach the protocol")
+    student_reading: PretrainingConfig = PretrainingConfig(steps=1200, batch_size=64, learning_rate=3e-3)
+    teacher_reading: PretrainingConfig = PretrainingConfig(steps=1000, batch_size=64, learning_rate=2e-3)
+    teacher_protocol: PretrainingConfig = PretrainingConfig(steps=400, batch_size=32, learning_rate=1e-3)

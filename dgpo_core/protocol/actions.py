@@ -6,7 +6,7 @@ from enum import StrEnum
 
 _ACTION = re.compile(r"<(search|answer)>(.*?)</\1>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
-_THINK, _SEARCH, _REPLY = r"\s*<think>.*?</think>\s*", r"<search>.*?</search>", r"<answer>.*?</answer>\s*"
+_THINK, _SEARCH, _REPLY = r"\s*<think>.*?</think>\s*", r"<search>.*?</search>\s*", r"<answer>.*?</answer>\s*"
 _SEARCH_TURN = re.compile(f"{_THINK}{_SEARCH}", re.DOTALL)
 _ANSWER_TURN = re.compile(f"{_THINK}{_REPLY}", re.DOTALL)
 
@@ -28,7 +28,7 @@ class Action:
 def parse_action(turn_text: str) -> Action:
     """The first complete `<search>` or `<answer>` of one turn of the model."""
     match = _ACTION.search(turn_text)
-    if match is None:
+    if match is None or not match[2].strip():  # an empty query or answer is no action
         return Action(ActionKind.INVALID)
     return Action(ActionKind(match[1]), match[2].strip())
 

@@ -37,11 +37,15 @@ class Ending(StrEnum):
 
 @dataclass
 class Search:
-    """One answered query; scores are the index's, in the order shown to the model."""
+    """One answered query; scores are the index's, in the order shown to the model.
+
+    `hit`: a golden answer is contained in one of the passages.
+    """
 
     query: str
     passage_ids: list[str]
     scores: list[float]
+    hit: bool = False
 
 
 @dataclass
@@ -66,7 +70,7 @@ class Episode:
     outcome: Outcome
     ending: Ending
     well_formed: bool
-    hit: bool  # a golden answer is contained in a retrieved passage
+    hit: bool  # of any of the searches
     generations: int
     invalid_actions: int
     cut_turns: int  # turns that ran into the limit of new tokens
@@ -109,6 +113,7 @@ SCHEMA = pa.schema(
                         ("query", pa.string()),
                         ("passage_ids", pa.list_(pa.string())),
                         ("scores", pa.list_(pa.float32())),
+                        ("hit", pa.bool_()),
                     ]
                 )
             ),

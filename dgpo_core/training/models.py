@@ -31,6 +31,7 @@ def build_qwen2(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> Qwen2F
         num_key_value_heads=shape.heads,
         max_position_embeddings=MAX_POSITIONS,
         tie_word_embeddings=True,
+        initializer_range=0.5 * shape.hidden_size**-0.5,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,

@@ -15,7 +15,7 @@ from dgpo_core.datasets.world.generate import Fact, generate_world
 from dgpo_core.datasets.world.questions import ask_about
 from dgpo_core.protocol.prompts import document
 
-VALUE_WEIGHT, TEXT_WEIGHT = 1.0, 0.1
+VALUE_WEIGHT, TEXT_WEIGHT = 1.0, 0.5
 PASSAGES, MAX_FACTS, SORTED_STEPS = 3, 9, 4
 
 
@@ -40,12 +40,12 @@ class ReadingDrill:
         self._worlds = [_passages_with_facts(config, seed) for seed in world_seeds]
 
     def batch(self, seed: int, step: int, steps: int, size: int) -> list[Example]:
-        """The examples of one step: one passage at first, then two, then three (a curriculum).
+        """The examples of one step: one passage in the first half, then two, then three (a curriculum).
 
         Four steps share a draw that is cut by length, so that little of a batch is padding.
         """
         group, part = divmod(step, SORTED_STEPS)
-        passages = 1 + int(PASSAGES * min(step, steps - 1) / steps)
+        passages = 1 if 2 * step < steps else 2 if 4 * step < 3 * steps else PASSAGES
         drawn = [self.example(f"{seed}-{group}-{i}", passages) for i in range(size * SORTED_STEPS)]
         drawn.sort(key=lambda example: len(example.ids))
         return drawn[part * size : (part + 1) * size]
@@ -56,7 +56,7 @@ class ReadingDrill:
         chosen = _choose_passages(articles, by_name, passages, rng)
         text = "".join(document(i, p.title, p.text) for i, (p, _) in enumerate(chosen, 1))
         ids = self._tokenizer.encode(text, add_special_tokens=False)
-        weights = [0.0] * len(ids)
+        weights = [TEXT_WEIGHT] * len(ids)
         facts = [fact for _, facts in chosen for fact in facts]
         rng.shuffle(facts)
         for fact in facts[:MAX_FACTS]:

@@ -228,7 +228,7 @@ DISTRACTORS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
-PRONOUNS = {"person": "They"}  # every other type: "It"
+PRONOUNS = {"person": "This person"}  # every other type: "It"
 
 COMPARISONS: dict[str, tuple[str, ...]] = {
     # relation noun -> questions about the earlier of {a} and {b}

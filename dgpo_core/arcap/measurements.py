@@ -1,0 +1,98 @@
+"""The four measurements of ARCap, on any model (paper, section 5; method.md, section 6).
+
+Source referencing and query rewriting use the data set that plays NQ's part, thinking both it and the one
+that plays MuSiQue's.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import pyarrow as pa
+
+from dgpo_core.datasets.records import Question
+from dgpo_core.errors import UserError
+from dgpo_core.protocol import prompts
+from dgpo_core.protocol.episode import Episode, Outcome
+from dgpo_core.rollout.loop import Task
+
+FORCED_ANSWER = "<answer>"
+Run = Callable[[list[Task], str], list[Episode]]  # (tasks, name of the measurement) -> episodes
+
+
+@dataclass(frozen=True)
+class Row:
+    """One question's value in one measurement; `failed` values count nowhere."""
+
+    measurement: str
+    question_id: str
+    value: float
+    failed: bool
+
+
+def gold_context(question: Question, role: str) -> list[tuple[str, str]]:
+    """(title, text) of what a perfect search would return.
+
+    For `nq` the annotated long answer, for `musique` all supporting paragraphs; each is found in the
+    metadata as "golden_passages" or as the published files name it. Raises UserError when there is none.
+    """
+    metadata = question.metadata
+    passages = metadata.get("golden_passages") or []
+    if role == "nq" and metadata.get("long_answers"):
+        long_answer = metadata["long_answers"][0]
+        titles = [p["title"] for p in passages if p["text"] == long_answer]
+        return [(titles[0] if titles else "", long_answer)]
+    if role == "musique" and metadata.get("paragraphs"):
+        return [
+            (paragraph["title"], paragraph["paragraph_text"])
+            for paragraph in metadata["paragraphs"]
+            if paragraph["is_supporting"]
+        ]
+    if not passages:
+        raise UserError(f"question {question.id!r} has no gold context in its metadata, which ARCap needs")
+    return [(passage["title"], passage["text"]) for passage in passages]
+
+
+def information(context: list[tuple[str, str]]) -> str:
+    documents = (prompts.document(i, title, text) for i, (title, text) in enumerate(context, 1))
+    return f"{prompts.INFORMATION_PREFIX}{''.join(documents)}{prompts.INFORMATION_SUFFIX}"
+
+
+def source_referencing(role: str, dataset: str, questions: list[Question], run: Run) -> list[Row]:
+    """EM with the gold context given: in a forced answer, and with thinking and searching allowed."""
+    rows = []
+    for suffix, forced in (("", FORCED_ANSWER), ("_thinking", "")):
+        name = f"source_em_{role}{suffix}"
+        tasks = [
+            Task(question, dataset, opening=information(gold_context(question, role)) + forced)
+            for question in questions
+        ]
+        rows += [_row(name, episode, float(episode.correct)) for episode in run(tasks, name)]
+    return rows
+
+
+def query_rewriting(role: str, episodes: list[Episode]) -> list[Row]:
+    """Whether the *first* query's passages hold a golden answer; without a query they do not."""
+    return [
+        _row(f"query_hit_{role}", episode, float(bool(episode.searches) and episode.searches[0].hit))
+        for episode in episodes
+    ]
+
+
+def thinking(role: str, episodes: list[Episode]) -> list[Row]:
+    """Final hit ratio and number of searches over whole episodes, counted from their structure."""
+    return [
+        row
+        for episode in episodes
+        for row in (
+            _row(f"thinking_hit_{role}", episode, float(episode.hit)),
+            _row(f"thinking_searches_{role}", episode, float(len(episode.searches))),
+        )
+    ]
+
+
+def _row(measurement: str, episode: Episode, value: float) -> Row:
+    return Row(measurement, episode.question_id, value, episode.outcome is Outcome.FAILED)
+
+
+def as_table(rows: list[Row]) -> pa.Table:
+    return pa.Table.from_pylist([vars(row) for row in rows])

@@ -1,0 +1,31 @@
+"""The search protocol's limits and how rollouts sample."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt
+
+from dgpo_core.config.base import Section
+
+
+class ProtocolConfig(Section):
+    """Limits in tokens unless said otherwise (method.md, section 1)."""
+
+    instruction: Literal["paper", "short"] = Field("paper", description="key of prompts.INSTRUCTIONS")
+    max_turns: NonNegativeInt = Field(4, description="turns in which a search is answered")
+    max_context: PositiveInt = 4096
+    max_new_tokens: PositiveInt = Field(500, description="a turn")
+    max_information: PositiveInt = Field(500, description="retrieved text a turn")
+
+
+class RolloutConfig(Section):
+    """How an engine runs; none of it changes what is sampled, up to rounding."""
+
+    batch_tokens: PositiveInt = Field(65_536, description="padded tokens in one forward pass")
+    precision: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class Sampling(Section):
+    temperature: NonNegativeFloat = Field(1.0, description="0 is greedy")
+
+
+GREEDY = Sampling(temperature=0.0)

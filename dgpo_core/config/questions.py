@@ -1,0 +1,26 @@
+"""Which question sets are trained and tested on."""
+
+from typing import Self
+
+from pydantic import Field, model_validator
+
+from dgpo_core.config.base import Section
+
+PAPER_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
+
+
+class QuestionSetsConfig(Section):
+    train: list[str] = Field(["nq", "hotpotqa"], min_length=1)
+    test: dict[str, str] = Field(
+        {name: name for name in PAPER_SETS}, description="set -> the paper's data set whose part it plays"
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if unknown := set(self.test.values()) - set(PAPER_SETS):
+            raise ValueError(f"{sorted(unknown)} are none of the paper's data sets {list(PAPER_SETS)}")
+        return self
+
+    def playing(self, role: str) -> str | None:
+        """The set that plays the part of the paper's data set `role`, if any."""
+        return next((name for name, part in self.test.items() if part == role), None)

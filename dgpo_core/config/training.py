@@ -1,0 +1,99 @@
+"""Teacher episodes, cold start, reinforcement learning and evaluation; defaults are the paper's (table 8)."""
+
+from typing import Literal, Self
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from dgpo_core.config.base import Section
+from dgpo_core.config.protocol import GREEDY, Sampling
+
+
+
+
+class ComputeConfig(Section):
+    """How training runs; changes results by rounding only."""
+
+    device: str = "cuda"
+    precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of compute; weights are fp32")
+    micro_batch_tokens: PositiveInt = Field(32_768, description="padded tokens in one training pass")
+
+
+class TeachConfig(Section):
+    """Teacher episodes on the training questions."""
+
+    questions: PositiveInt | None = Field(None, description="first so many of each set; null: all")
+    sampling: Sampling = GREEDY
+    chunk: PositiveInt = Field(256, description="episodes between two checkpoints")
+
+
+class DistillConfig(Section):
+    """KD cold start on correct teacher episodes (eq. 1)."""
+
+    epochs: PositiveInt = 5
+    batch_size: PositiveInt = Field(64, description="episodes")
+    learning_rate: PositiveFloat = 1e-4
+    warmup_steps: NonNegativeInt = 0
+    weight_decay: NonNegativeFloat = 0.01
+    max_grad_norm: PositiveFloat = 1.0
+    ce_weight: NonNegativeFloat = Field(1.0, description="paper 1; the released framework drops it: 0")
+    kl_weight: NonNegativeFloat = Field(1.0, description="lambda of eq. 1")
+    dev_questions: PositiveInt = Field(200, description="validation questions after each epoch")
+    min_em: float = Field(0.0, ge=0, le=1, description="validation EM that RL may start from")
+
+
+class ReinforceConfig(Section):
+    """PPO with distillation guidance (eqs. 2-4)."""
+
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = Field(512, description="episodes a step")
+    mini_batch_size: PositiveInt = Field(256, description="episodes an update")
+    actor_learning_rate: PositiveFloat = 1e-6
+    actor_warmup: float = Field(0.285, ge=0, le=1, description="share of the steps")
+    critic_learning_rate: PositiveFloat = 1e-5
+    critic_warmup: float = Field(0.015, ge=0, le=1, description="share of the steps")
+    weight_decay: NonNegativeFloat = 0.01
+    max_grad_norm: PositiveFloat = 1.0
+    beta: NonNegativeFloat = Field(0.001, description="weight of the KL to the reference (eq. 4)")
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
+    gamma: float = Field(1.0, ge=0, le=1)
+    lam: float = Field(1.0, ge=0, le=1)
+    gae_scope: Literal["model_tokens", "all"] = Field("model_tokens", description="the release: all")
+    clip: PositiveFloat = 0.2
+    value_clip: PositiveFloat = 0.5
+    value_loss_weight: NonNegativeFloat = 0.5
+    entropy_weight: NonNegativeFloat = 0.001
+    sampling: Sampling = Sampling()
+    dev_every: PositiveInt = Field(50, description="steps between two looks at the validation questions")
+    dev_questions: PositiveInt = 200
+    checkpoint_every: PositiveInt = Field(20, description="steps")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.batch_size % self.mini_batch_size:
+            raise ValueError("batch_size must be a multiple of mini_batch_size")
+        if self.sampling.temperature == 0:
+            raise ValueError("sampling.temperature must be above 0: greedy rollouts explore nothing")
+        return self
+
+
+class Recipe(Section):
+    """One system of the paper's comparison: a row of method.md's table in section 5."""
+
+    cold_start: Literal["none", "kd"] = "none"
+    rl: Literal["none", "ppo"] = "none"
+    guidance: Literal["selective", "uniform", "none"] = "none"
+    reference: Literal["teacher", "initial"] = "teacher"
+
+    @model_validator(mode="after")
+    def _trains(self) -> Self:
+        if self.cold_start == "none" and self.rl == "none":
+            raise ValueError("a recipe needs a cold start or reinforcement learning")
+        if self.rl == "none" and self.guidance != "none":
+            raise ValueError("guidance belongs to reinforcement learning: set rl: ppo, or guidance: none")
+        return self
+
+
+class EvaluateConfig(Section):
+    sampling: Sampling = GREEDY
+    chunk: PositiveInt = Field(512, description="episodes between two checkpoints")
+    questions: PositiveInt | None = Field(None, description="first so many of each set; null: all")

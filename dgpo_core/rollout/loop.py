@@ -1,0 +1,213 @@
+"""The agent loop: generate, act, append; it knows token ids, an engine and a retriever (method.md, 1).
+
+Token-in, token-out: sampled ids are kept as they are, and each text of the environment is tokenised once,
+when it is appended.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from dgpo_core.config.protocol import ProtocolConfig, Sampling
+from dgpo_core.datasets.records import Question
+from dgpo_core.errors import InfrastructureError
+from dgpo_core.protocol import prompts
+from dgpo_core.protocol.actions import ActionKind, is_well_formed, last_answer, parse_action
+from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner, Search
+from dgpo_core.retrieval.index import Hit, Retriever
+from dgpo_core.rollout.engine import Engine, Finish, Generation, Request
+from dgpo_core.scoring.answers import contains_answer, exact_match
+
+STOP = (prompts.SEARCH_END, prompts.ANSWER_END)
+
+
+@dataclass(frozen=True)
+class Task:
+    """One episode to run.
+
+    `opening` is text of the environment between the prompt and the first generation (ARCap's given context);
+    `seed` with the turn's number seeds the sampling.
+    """
+
+    question: Question
+    dataset: str
+    sample: int = 0
+    seed: tuple[int, ...] = (0,)
+    opening: str = ""
+
+
+@dataclass
+class _Running:
+    """An episode under way."""
+
+    task: Task
+    ids: list[int]
+    owners: list[int]
+    logprobs: list[float]
+    turn_texts: list[str] = field(default_factory=list)  # what the model wrote, turn by turn
+    searches: list[Search] = field(default_factory=list)
+    invalid_actions: int = 0
+    cut_turns: int = 0
+    query: str | None = None  # waits for an answer
+    answer: bool = False
+    ending: Ending | None = None
+    failure: str | None = None
+
+    def append(self, ids: list[int], owner: Owner, logprobs: list[float] | None = None) -> None:
+        self.ids += ids
+        self.owners += [owner] * len(ids)
+        self.logprobs += logprobs if logprobs is not None else [0.0] * len(ids)
+
+
+class AgentLoop:
+    """Runs episodes of one policy against one retriever."""
+
+    def __init__(
+        self, engine: Engine, tokenizer: Any, retriever: Retriever, config: ProtocolConfig, top_k: int
+    ) -> None:
+        self._engine, self._tokenizer, self._retriever = engine, tokenizer, retriever
+        self._config, self._top_k = config, top_k
+
+    def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
+        """One episode a task, in order. A failing retriever makes an episode `failed`, never wrong."""
+        running = [self._start(task) for task in tasks]
+        for turn in range(self._config.max_turns + 1):
+            active = self._with_room(running)
+            if not active:
+                break
+            self._generate(active, turn, sampling)
+            if turn == self._config.max_turns:
+                for episode in active:
+                    episode.ending = episode.ending or Ending.BUDGET
+            else:
+                self._answer_searches([episode for episode in active if episode.query is not None])
+        return [self._record(episode) for episode in running]
+
+    def _start(self, task: Task) -> _Running:
+        text = prompts.prompt_text(task.question.question, self._config.instruction, self._tokenizer)
+        ids = self._encode(text)
+        episode = _Running(task, ids, [Owner.PROMPT] * len(ids), [0.0] * len(ids))
+        if task.opening:
+            episode.append(self._encode(task.opening), Owner.ENVIRONMENT)
+        return episode
+
+    def _with_room(self, running: list[_Running]) -> list[_Running]:
+        active = [episode for episode in running if episode.ending is None]
+        for episode in active:
+            if len(episode.ids) >= self._config.max_context:
+                episode.ending = Ending.LENGTH
+        return [episode for episode in active if episode.ending is None]
+
+    def _generate(self, active: list[_Running], turn: int, sampling: Sampling) -> None:
+        requests = [
+            Request(
+                list(episode.ids),
+                min(self._config.max_new_tokens, self._config.max_context - len(episode.ids)),
+                (*episode.task.seed, turn),
+            )
+            for episode in active
+        ]
+        for episode, generation in zip(active, self._engine.generate(requests, sampling, STOP), strict=True):
+            self._act(episode, generation, last=turn == self._config.max_turns)
+
+    def _act(self, episode: _Running, generation: Generation, last: bool) -> None:
+        """Append what the model wrote, and note or answer what it asks for."""
+        written = self._tokenizer.decode(generation.token_ids)
+        first = not episode.turn_texts
+        episode.turn_texts.append(written)
+        episode.append(generation.token_ids, Owner.MODEL, generation.logprobs)
+        episode.cut_turns += generation.finish is Finish.LENGTH
+        # an opening may end inside a tag that the model is to complete
+        action = parse_action(_open_tag(episode.task.opening) + written if first else written)
+        if action.kind is ActionKind.ANSWER:
+            episode.answer, episode.ending = True, Ending.ANSWERED
+        elif action.kind is ActionKind.SEARCH:
+            episode.query = action.content
+        else:
+            episode.invalid_actions += 1
+            if not last:
+                episode.append(self._encode(prompts.INVALID_ACTION), Owner.ENVIRONMENT)
+
+    def _answer_searches(self, waiting: list[_Running]) -> None:
+        if not waiting:
+            return
+        queries = [episode.query or "" for episode in waiting]
+        try:
+            results = self._search(queries)
+        except InfrastructureError as error:
+            for episode in waiting:
+                episode.ending, episode.failure = Ending.FAILURE, str(error)
+            return
+        for episode, query, hits in zip(waiting, queries, results, strict=True):
+            episode.append(self._information(hits), Owner.ENVIRONMENT)
+            hit = any(contains_answer(h.passage.contents, episode.task.question.golden_answers) for h in hits)
+            episode.searches.append(Search(query, [h.passage.id for h in hits], [h.score for h in hits], hit))
+            episode.query = None
+
+    def _search(self, queries: list[str]) -> list[list[Hit]]:
+        for attempt in Retrying(
+            retry=retry_if_exception_type(InfrastructureError),
+            stop=stop_after_attempt(3),
+            wait=wait_exponential(multiplier=0.5),
+            reraise=True,
+        ):
+            with attempt:
+                return self._retriever.search(queries, self._top_k)
+        raise AssertionError("unreachable: tenacity returns or raises")
+
+    def _information(self, hits: list[Hit]) -> list[int]:
+        """Retrieved passages as ids; cut inside a passage's text, so the closing tag always stays."""
+        ids: list[int] = []
+        room = self._config.max_information
+        for number, hit in enumerate(hits, 1):
+            document = self._encode(prompts.document(number, hit.passage.title, hit.passage.text))
+            if len(document) > room:
+                head = self._encode(prompts.document(number, hit.passage.title, "").rstrip("\n"))
+                newline = self._encode("\n")
+                if room > len(head) + len(newline):
+                    ids += document[: room - len(newline)] + newline
+                break
+            ids += document
+            room -= len(document)
+        return [*self._encode(prompts.INFORMATION_PREFIX), *ids, *self._encode(prompts.INFORMATION_SUFFIX)]
+
+    def _encode(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
+        return ids
+
+    def _record(self, episode: _Running) -> Episode:
+        question = episode.task.question
+        prompt_length = sum(owner == Owner.PROMPT for owner in episode.owners)
+        response = self._tokenizer.decode(episode.ids[prompt_length:])
+        model_text = _open_tag(episode.task.opening) + "".join(episode.turn_texts)
+        prediction = last_answer(model_text)
+        outcome = Outcome.CORRECT if exact_match(prediction, question.golden_answers) else Outcome.WRONG
+        if episode.failure is not None:
+            outcome = Outcome.FAILED
+        return Episode(
+            question_id=question.id,
+            dataset=episode.task.dataset,
+            question=question.question,
+            golden_answers=list(question.golden_answers),
+            sample=episode.task.sample,
+            token_ids=episode.ids,
+            owners=episode.owners,
+            logprobs=episode.logprobs,
+            response=response,
+            prediction=prediction,
+            outcome=outcome,
+            ending=episode.ending or Ending.BUDGET,
+            well_formed=is_well_formed(episode.turn_texts),
+            hit=any(search.hit for search in episode.searches),
+            generations=len(episode.turn_texts),
+            invalid_actions=episode.invalid_actions,
+            cut_turns=episode.cut_turns,
+            searches=episode.searches,
+            failure=episode.failure,
+        )
+
+
+def _open_tag(opening: str) -> str:
+    """`<answer>` when the opening leaves that tag open, else nothing."""
+    return "<answer>" if opening.endswith("<answer>") else ""

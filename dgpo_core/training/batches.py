@@ -1,0 +1,96 @@
+"""Episodes as training batches: right-padded ids, and which tokens are trained on."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from dgpo_core.protocol.episode import Episode, Owner
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """Token ids of an episode and the positions of the tokens that count (each at least 1)."""
+
+    ids: list[int]
+    positions: list[int]
+
+
+def model_sequence(episode: Episode) -> Sequence:
+    """Only the tokens that the model wrote count."""
+    return Sequence(episode.token_ids, [t for t, o in enumerate(episode.owners) if o == Owner.MODEL])
+
+
+def response_sequence(episode: Episode) -> Sequence:
+    """Every token after the prompt counts, the environment's too (the release's GAE)."""
+    return Sequence(episode.token_ids, [t for t, o in enumerate(episode.owners) if o != Owner.PROMPT])
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B sequences padded on the right to T tokens; N positions count.
+
+    `ids` [B, T]; `rows` and `columns` [N] say where each counted token is *predicted*, one position before
+    it; `targets` [N] are the counted tokens, sequence by sequence; `counts` [B] how many each sequence has.
+    """
+
+    ids: torch.Tensor
+    rows: torch.Tensor
+    columns: torch.Tensor
+    targets: torch.Tensor
+    counts: list[int]
+
+    def split(self, values: torch.Tensor) -> list[torch.Tensor]:
+        """[N] -> one tensor a sequence."""
+        return list(values.split(self.counts))
+
+
+def collate(sequences: list[Sequence], device: torch.device) -> TokenBatch:
+    width = max(len(sequence.ids) for sequence in sequences)
+    ids = torch.zeros(len(sequences), width, dtype=torch.long)
+    rows, columns, targets = [], [], []
+    for row, sequence in enumerate(sequences):
+        ids[row, : len(sequence.ids)] = torch.tensor(sequence.ids)
+        rows += [row] * len(sequence.positions)
+        columns += [position - 1 for position in sequence.positions]
+        targets += [sequence.ids[position] for position in sequence.positions]
+    return TokenBatch(
+        ids.to(device),
+        torch.tensor(rows, dtype=torch.long, device=device),
+        torch.tensor(columns, dtype=torch.long, device=device),
+        torch.tensor(targets, dtype=torch.long, device=device),
+        [len(sequence.positions) for sequence in sequences],
+    )
+
+
+def micro_batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:
+    """Indices in groups of similar length, at most `max_tokens` padded tokens each (or one sequence)."""
+    group: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: lengths[i], reverse=True):
+        if group and lengths[group[0]] * (len(group) + 1) > max_tokens:
+            yield group
+            group = []
+        group.append(i)
+    if group:
+        yield group
+
+
+def counted_hidden(backbone: torch.nn.Module, batch: TokenBatch) -> torch.Tensor:
+    """Last hidden states [N, H] at the positions that predict the counted tokens.
+
+    Padding is on the right, so causal attention alone keeps it away from every counted token.
+    """
+    hidden: torch.Tensor = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
+    return hidden[batch.rows, batch.columns]
+
+
+def backbone_of(model: PreTrainedModel) -> torch.nn.Module:
+    backbone: torch.nn.Module = model.base_model
+    return backbone
+
+
+def head_of(model: PreTrainedModel) -> torch.Tensor:
+    """Weight of the output embedding, [vocabulary, hidden]."""
+    head: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]
+    return head

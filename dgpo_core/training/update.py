@@ -1,0 +1,89 @@
+"""One pass of PPO updates over a step's experience."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from dgpo_core.config.training import ComputeConfig, ReinforceConfig
+from dgpo_core.objectives.logprobs import token_logprobs
+from dgpo_core.objectives.policy import clipped_surrogate, value_loss
+from dgpo_core.training import optimizer as optim
+from dgpo_core.training.batches import backbone_of, collate, counted_hidden, head_of, micro_batches
+from dgpo_core.training.compute import autocast
+from dgpo_core.training.critic import Critic
+from dgpo_core.training.experience import Experience
+
+Stepper = tuple[torch.optim.Optimizer, LambdaLR]
+
+
+@dataclass
+class Updater:
+    student: PreTrainedModel
+    critic: Critic
+    actor: Stepper
+    critic_stepper: Stepper
+    config: ReinforceConfig
+    compute: ComputeConfig
+
+    def update(self, experience: Experience, order: list[int]) -> dict[str, float]:
+        """One actor and one critic update a mini-batch; metrics are averages over the updates."""
+        size = self.config.mini_batch_size
+        rows = [self._mini_batch(experience, order[i : i + size]) for i in range(0, len(order), size)]
+        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+
+    def _mini_batch(self, experience: Experience, chosen: list[int]) -> dict[str, float]:
+        metrics = self._actor_gradient(experience, chosen)
+        metrics["actor_grad_norm"] = optim.step(
+            list(self.student.parameters()), *self.actor, self.config.max_grad_norm
+        )
+        metrics["value_loss"] = self._critic_gradient(experience, chosen)
+        metrics["critic_grad_norm"] = optim.step(
+            list(self.critic.parameters()), *self.critic_stepper, self.config.max_grad_norm
+        )
+        return metrics
+
+    def _actor_gradient(self, experience: Experience, chosen: list[int]) -> dict[str, float]:
+        """Loss sums over model tokens, with the mini-batch's token count as the one denominator."""
+        sequences = [experience.sequences[i] for i in chosen]
+        tokens = sum(len(s.positions) for s in sequences)
+        totals = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "approx_kl"), 0.0)
+        for part in micro_batches([len(s.ids) for s in sequences], self.compute.micro_batch_tokens):
+            batch = collate([sequences[i] for i in part], self.student.device)
+            old = _stream(experience.old_logprobs, chosen, part).to(self.student.device)
+            advantages = _stream(experience.advantages, chosen, part).to(self.student.device)
+            with autocast(self.compute):
+                hidden = counted_hidden(backbone_of(self.student), batch)
+                logprobs, entropy = token_logprobs(
+                    hidden, head_of(self.student), batch.targets, self.config.sampling.temperature
+                )
+            losses, clipped = clipped_surrogate(logprobs, old, advantages, self.config.clip)
+            loss = losses.sum() / tokens - self.config.entropy_weight * entropy.sum() / tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+            totals["policy_loss"] += losses.sum().item() / tokens
+            totals["entropy"] += entropy.sum().item() / tokens
+            totals["clip_fraction"] += clipped.sum().item() / tokens
+            totals["approx_kl"] += (old - logprobs).sum().item() / tokens
+        return totals
+
+    def _critic_gradient(self, experience: Experience, chosen: list[int]) -> float:
+        sequences = [experience.value_sequences[i] for i in chosen]
+        tokens = sum(len(s.positions) for s in sequences)
+        total = 0.0
+        for part in micro_batches([len(s.ids) for s in sequences], self.compute.micro_batch_tokens):
+            batch = collate([sequences[i] for i in part], self.student.device)
+            old = _stream(experience.values, chosen, part).to(self.student.device)
+            returns = _stream(experience.returns, chosen, part).to(self.student.device)
+            with autocast(self.compute):
+                values = self.critic(batch)
+            losses = value_loss(values, old, returns, self.config.value_clip)
+            loss = self.config.value_loss_weight * losses.sum() / tokens
+            loss.backward()
+            total += loss.item()
+        return total
+
+
+def _stream(tensors: list[torch.Tensor], chosen: list[int], part: list[int]) -> torch.Tensor:
+    """Values of a micro-batch's tokens, in the order in which `collate` lays them out."""
+    return torch.cat([tensors[chosen[i]] for i in part])

@@ -1,0 +1,71 @@
+"""The parts that every rollout of a stage needs: a loop around a model, and tasks for it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from dgpo_core.config.params import Params
+from dgpo_core.config.protocol import GREEDY
+from dgpo_core.datasets.records import Question, read_questions
+from dgpo_core.errors import UserError
+from dgpo_core.retrieval.index import Retriever, open_index
+from dgpo_core.rollout.collect import em_of, stable_seed
+from dgpo_core.rollout.loop import AgentLoop, Task
+from dgpo_core.rollout.transformers_engine import TransformersEngine
+from tasks.paths import INDEX, questions_file
+
+
+def retriever(params: Params) -> Retriever:
+    return open_index(INDEX, params.retrieval.location)
+
+
+def agent_loop(params: Params, model: PreTrainedModel, tokenizer: Any, index: Retriever) -> AgentLoop:
+    engine = TransformersEngine(model, tokenizer, params.rollout)
+    return AgentLoop(engine, tokenizer, index, params.protocol, params.retrieval.top_k)
+
+
+def tasks_for(dataset: str, questions: list[Question], seed: int) -> list[Task]:
+    """One episode a question, each with a sampling seed of its own."""
+    return [Task(q, dataset, seed=(stable_seed(seed, dataset, q.id),)) for q in questions]
+
+
+def split_tasks(params: Params, split: str, limit: int | None = None) -> list[Task]:
+    """Tasks of the training sets' `split`, set after set; at most `limit` questions of each."""
+    tasks: list[Task] = []
+    for name in params.questions.train:
+        questions = read_questions(questions_file(name, split))
+        tasks += tasks_for(name, questions[:limit], params.seed)
+    return tasks
+
+
+class DevEvaluator:
+    """Greedy EM on the validation questions, half of them from each of two training sets."""
+
+    def __init__(self, params: Params, loop: AgentLoop, questions: int) -> None:
+        self._loop = loop
+        self._tasks = split_tasks(params, "dev", max(1, questions // len(params.questions.train)))
+
+    def __call__(self) -> float:
+        return em_of(self._loop.run(self._tasks, GREEDY))
+
+
+def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+    path.write_text(json.dumps(rounded, indent=2) + "\n")
+
+
+def write_curves(path: Path, rows: list[dict[str, float]]) -> None:
+    """Training curves as CSV, for `dvc plots` and the report; a column that a row lacks stays empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [",".join(columns)]
+    lines += [",".join(f"{row[c]:.6g}" if c in row else "" for c in columns) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
+
+
+def require_episodes(count: int, what: str) -> None:
+    if count == 0:
+        raise UserError(f"there are no {what}: nothing to train on")

@@ -1,0 +1,106 @@
+"""Stage `evaluate`: one model on every test set, and its ARCap."""
+
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from dgpo_core.arcap import measurements as arcap
+from dgpo_core.config.params import Params, load_params
+from dgpo_core.datasets.records import Question, read_questions
+from dgpo_core.protocol.episode import Episode, Outcome, write_episodes
+from dgpo_core.rollout.collect import collect, em_of
+from dgpo_core.rollout.loop import AgentLoop, Task
+from dgpo_core.scoring.table import write_question_table
+from dgpo_core.training.models import load_model, load_tokenizer
+from tasks.agents import agent_loop, retriever, tasks_for, write_metrics
+from tasks.paths import EVALUATION, INDEX, METRICS, QUESTIONS, RECIPES, questions_file
+from tasks.stage import StageRun, main, stage
+
+
+def source_of(params: Params, model: str) -> str:
+    """Folder or hub name of `student`, `teacher` or a recipe. Raises UserError for an unknown recipe."""
+    if model in ("student", "teacher"):
+        return str(getattr(params.models, model))
+    params.recipe(model)
+    return str(RECIPES / model)
+
+
+def evaluate(model: str) -> None:
+    params = load_params()
+    source, out = source_of(params, model), EVALUATION / model
+    config = {
+        key: getattr(params, key).model_dump()
+        for key in ("evaluate", "protocol", "rollout", "retrieval", "questions")
+    } | {"seed": params.seed, "model": source}
+    inputs = [INDEX, QUESTIONS, *([Path(source)] if Path(source).is_dir() else [])]
+    with stage(f"evaluate-{model}", config, inputs=inputs, outputs=[out]) as run:
+        tokenizer = load_tokenizer(source)
+        loaded = load_model(source, params.compute.device)
+        index = retriever(params)
+        evaluator = Evaluator(params, agent_loop(params, loaded, tokenizer, index), run)
+        episodes = evaluator.test_sets()
+        rows = evaluator.arcap(episodes)
+        write_question_table(out / "questions.parquet", episodes)
+        write_episodes(out / "episodes.parquet", episodes, {"index": index.digest})
+        pq.write_table(arcap.as_table(rows), out / "arcap.parquet", compression="zstd")
+        summary = summarize(params, episodes)
+        write_metrics(METRICS / f"evaluate-{model}.json", summary)
+        run.summary(summary)
+
+
+class Evaluator:
+    """Runs the test sets and ARCap's extra episodes, all through the same loop."""
+
+    def __init__(self, params: Params, loop: AgentLoop, run: StageRun) -> None:
+        self._params, self._loop, self._run = params, loop, run
+
+    def questions(self, dataset: str) -> list[Question]:
+        return read_questions(questions_file(dataset, "test"))[: self._params.evaluate.questions]
+
+    def test_sets(self) -> list[Episode]:
+        tasks = [
+            task
+            for name in self._params.questions.test
+            for task in tasks_for(name, self.questions(name), self._params.seed)
+        ]
+        return self._collect(tasks, "test")
+
+    def arcap(self, episodes: list[Episode]) -> list[arcap.Row]:
+        """All measurements for which a test set plays the part."""
+        rows: list[arcap.Row] = []
+        for role in ("nq", "musique"):
+            dataset = self._params.questions.playing(role)
+            if dataset is None:
+                continue
+            own = [episode for episode in episodes if episode.dataset == dataset]
+            rows += arcap.source_referencing(role, dataset, self.questions(dataset), self._collect)
+            if role == "nq":
+                rows += arcap.query_rewriting(role, own)
+            rows += arcap.thinking(role, own)
+        return rows
+
+    def _collect(self, tasks: list[Task], name: str) -> list[Episode]:
+        config = self._params.evaluate
+        return collect(
+            self._loop,
+            tasks,
+            config.sampling,
+            config.chunk,
+            self._run.state / name,
+            lambda done, total, em: self._run.progress(done, total, part=name, em=em),
+        )
+
+
+def summarize(params: Params, episodes: list[Episode]) -> dict[str, float]:
+    """EM of each test set, their average, and how many episodes failed."""
+    summary: dict[str, float] = {
+        name: em_of([e for e in episodes if e.dataset == name]) for name in params.questions.test
+    }
+    summary["average"] = sum(summary.values()) / len(summary)
+    summary["failed"] = sum(e.outcome is Outcome.FAILED for e in episodes)
+    return summary
+
+
+if __name__ == "__main__":
+    main(lambda: evaluate(sys.argv[1]))

@@ -1,0 +1,47 @@
+"""Stage `index`: encode the corpus and put it into a Qdrant collection."""
+
+import json
+
+from dgpo_core.config.params import Params, load_params
+from dgpo_core.datasets.records import read_questions
+from dgpo_core.retrieval.shards import build_shards
+from tasks.agents import retriever, write_metrics
+from tasks.paths import CORPUS, INDEX, METRICS, questions_file
+from tasks.stage import main, stage
+
+
+def index() -> None:
+    params = load_params()
+    config = params.retrieval.model_dump()
+    with stage("index", config, inputs=[CORPUS], outputs=[INDEX]) as run:
+        # encoded in the stage's state, so that a killed run keeps its finished shards
+        shards = run.state / "shards"
+        manifest = build_shards(CORPUS, shards, params.retrieval, run.progress)
+        INDEX.parent.mkdir(parents=True, exist_ok=True)
+        shards.rename(INDEX)
+        summary = {"passages": manifest.passages} | recall(params)
+        write_metrics(METRICS / "index.json", summary)
+        run.summary(summary)
+        print(f"index: {json.dumps(summary)}")
+
+
+def recall(params: Params) -> dict[str, float]:
+    """Share of validation questions whose first gold passage is among the top k for the bare question."""
+    collection = retriever(params)
+    measured = {}
+    for name in params.questions.train:
+        questions = [
+            q for q in read_questions(questions_file(name, "dev")) if q.metadata.get("golden_passages")
+        ]
+        found = collection.search([q.question for q in questions], params.retrieval.top_k)
+        hits = [
+            question.metadata["golden_passages"][0]["id"] in {hit.passage.id for hit in passages}
+            for question, passages in zip(questions, found, strict=True)
+        ]
+        if hits:
+            measured[f"recall_{name}"] = sum(hits) / len(hits)
+    return measured
+
+
+if __name__ == "__main__":
+    main(index)

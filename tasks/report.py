@@ -1,0 +1,21 @@
+"""Stage `report`: tables, curves, ARCap and an episode reader of the evaluated models."""
+
+import sys
+
+from dgpo_core.config.params import load_params
+from dgpo_core.reporting.report import write_report
+from tasks.paths import EVALUATION, METRICS, PLOTS, REPORTS
+from tasks.stage import main, stage
+
+
+def report(models: list[str]) -> None:
+    params = load_params()
+    inputs = [EVALUATION / model for model in models]
+    with stage("report", {"models": models}, inputs=inputs, outputs=[REPORTS]) as run:
+        mirrors = dict(params.questions.test)
+        write_report(EVALUATION, PLOTS, METRICS, REPORTS, models, mirrors, params.model_dump(mode="json"))
+        run.progress(1, 1)
+
+
+if __name__ == "__main__":
+    main(lambda: report(sys.argv[1:]))

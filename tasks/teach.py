@@ -1,0 +1,56 @@
+"""Stage `teach`: the teacher runs the whole protocol on the training questions; raw episodes."""
+
+from pathlib import Path
+
+import torch
+
+from dgpo_core.config.params import load_params
+from dgpo_core.protocol.episode import Outcome, write_episodes
+from dgpo_core.rollout.collect import collect, em_of
+from dgpo_core.training.models import load_model, load_tokenizer
+from tasks.agents import agent_loop, retriever, split_tasks, write_metrics
+from tasks.paths import INDEX, METRICS, QUESTIONS, TEACHER_EPISODES
+from tasks.stage import main, stage
+
+
+def teach() -> None:
+    params = load_params()
+    config = {
+        key: getattr(params, key).model_dump()
+        for key in ("teach", "protocol", "rollout", "retrieval", "models", "questions")
+    } | {"seed": params.seed}
+    inputs = [INDEX, QUESTIONS, *_local(params.models.teacher)]
+    with stage("teach", config, inputs=inputs, outputs=[TEACHER_EPISODES]) as run:
+        tokenizer = load_tokenizer(params.models.teacher)
+        teacher = load_model(params.models.teacher, params.compute.device)
+        index = retriever(params)
+        loop = agent_loop(params, teacher, tokenizer, index)
+        tasks = split_tasks(params, "train", params.teach.questions)
+        torch.manual_seed(params.seed)
+        episodes = collect(
+            loop,
+            tasks,
+            params.teach.sampling,
+            params.teach.chunk,
+            run.state / "episodes",
+            lambda done, total, em: run.progress(done, total, em=em),
+        )
+        write_episodes(TEACHER_EPISODES, episodes, {"index": index.digest})
+        summary = {
+            "episodes": len(episodes),
+            "failed": sum(e.outcome is Outcome.FAILED for e in episodes),
+            "em": em_of(episodes),
+            "searches": sum(len(e.searches) for e in episodes) / len(episodes),
+            "model_tokens": sum(e.model_tokens for e in episodes) / len(episodes),
+        }
+        write_metrics(METRICS / "teach.json", summary)
+        run.summary(summary)
+
+
+def _local(source: str) -> list[Path]:
+    """A model given as a folder is an input; one on the hub is pinned by its name."""
+    return [Path(source)] if Path(source).is_dir() else []
+
+
+if __name__ == "__main__":
+    main(teach)
