@@ -1,6 +1,8 @@
 """Uncertainty of averages over questions (scipy's bootstrap, percentile method)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -36,17 +38,26 @@ def mean_with_interval(values: ArrayLike) -> Estimate:
         return Estimate(mean, float("nan"), float("nan"), array.size)
     if np.ptp(array) == 0:
         return Estimate(mean, mean, mean, array.size)
-    result = stats.bootstrap(
-        (array,),
-        np.mean,
-        n_resamples=RESAMPLES,
-        batch=500,
-        confidence_level=CONFIDENCE,
-        method="percentile",
-        rng=np.random.default_rng(SEED),
-    )
-    interval = result.confidence_interval
-    return Estimate(mean, float(interval.low), float(interval.high), array.size)
+    low, high = _interval([array], np.mean)
+    return Estimate(mean, low, high, array.size)
+
+
+def mean_of_means(strata: Sequence[ArrayLike]) -> Estimate:
+    """Mean of the strata's means (data sets count alike, whatever their size); `n` counts all values.
+
+    The bootstrap is stratified: each stratum is resampled by itself. The interval is nan when a stratum has
+    a single value. Raises ValueError for no strata or a stratum without values.
+    """
+    arrays: list[NDArray[np.float64]] = [np.asarray(values, dtype=np.float64) for values in strata]
+    if not arrays or any(array.size == 0 for array in arrays):
+        raise ValueError("an average needs at least one value in each stratum")
+    mean, n = float(_mean_of_means(*arrays, axis=-1)), sum(array.size for array in arrays)
+    if any(array.size < 2 for array in arrays):
+        return Estimate(mean, float("nan"), float("nan"), n)
+    if all(np.ptp(array) == 0 for array in arrays):
+        return Estimate(mean, mean, mean, n)
+    low, high = _interval(arrays, _mean_of_means)
+    return Estimate(mean, low, high, n)
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
@@ -58,3 +69,21 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
     if a.shape != b.shape:
         raise ValueError(f"a paired test needs the same questions: {a.shape} against {b.shape}")
     return mean_with_interval(a - b)
+
+
+def _mean_of_means(*samples: NDArray[np.float64], axis: int) -> Any:
+    return np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
+
+
+def _interval(samples: list[NDArray[np.float64]], statistic: Callable[..., Any]) -> tuple[float, float]:
+    """Percentile bootstrap of `statistic` over independent samples, from a fixed seed."""
+    result = stats.bootstrap(
+        samples,
+        statistic,
+        n_resamples=RESAMPLES,
+        batch=500,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        rng=np.random.default_rng(SEED),
+    )
+    return float(result.confidence_interval.low), float(result.confidence_interval.high)

@@ -1,0 +1,149 @@
+"""Training curves: the tables of the training stages as small multiples for plotly."""
+
+import csv
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dgpo_core.errors import UserError
+
+MAX_POINTS = 1000  # denser columns are averaged in blocks, for the size of the page
+SMOOTHING = 20  # a trend is the mean over 1/SMOOTHING of the curve, drawn where the curve is long enough
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One small plot: its title, the unit of its y axis, and the columns drawn in it."""
+
+    title: str
+    unit: str
+    columns: tuple[str, ...]
+
+
+PANELS = (
+    Panel("Exact match", "share of episodes", ("em", "dev_em")),
+    Panel("Reward", "mean of an episode", ("reward",)),
+    Panel("Loss", "nats a token", ("loss",)),
+    Panel("Cross-entropy", "nats a token", ("ce",)),
+    Panel("KL divergence", "nats, to the reference", ("kl",)),
+    Panel("Searches", "an episode", ("searches",)),
+    Panel("Response length", "model tokens", ("response_tokens",)),
+    Panel("Invalid actions", "an episode", ("invalid_actions",)),
+    Panel("Entropy of the policy", "nats a token", ("entropy",)),
+    Panel("Clipped ratios", "share of tokens", ("clip_fraction",)),
+    Panel("Explained variance", "at most 1", ("explained_variance",)),
+    Panel("Gradient norm", "before clipping", ("grad_norm",)),
+    Panel("Actor: gradient norm", "before clipping", ("actor_grad_norm",)),
+    Panel("Critic: gradient norm", "before clipping", ("critic_grad_norm",)),
+)
+COLUMN_LABELS = {"em": "training (sampled)", "dev_em": "held out"}
+Points = list[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Curve:
+    """One table of a training stage; each column's points are (step, value), gaps left out."""
+
+    stage: str  # distill, reinforce, ...
+    recipe: str
+    columns: dict[str, Points]
+
+
+def read_curves(folder: Path) -> list[Curve]:
+    """Every `<stage>-<recipe>.csv`, by name; raises UserError naming file and line when one is malformed."""
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    return [_read(path) for path in sorted(folder.glob("*.csv"))]
+
+
+def _read(path: Path) -> Curve:
+    stage, _, recipe = path.stem.partition("-")
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        names = list(reader.fieldnames or ())
+        if "step" not in names:
+            raise UserError(f"{path}: a curve needs a column step")
+        columns: dict[str, Points] = {name: [] for name in names if name != "step"}
+        for row in reader:
+            where = f"{path}, line {reader.line_num}"
+            if None in row or None in row.values():
+                raise UserError(f"{where}: not {len(names)} values")
+            step = _number(row["step"], where)
+            if step is None:
+                raise UserError(f"{where}: no step")
+            for name, points in columns.items():
+                if (value := _number(row[name], where)) is not None:
+                    points.append((step, value))
+    return Curve(stage, recipe, {name: points for name, points in columns.items() if points})
+
+
+def _number(text: str, where: str) -> float | None:
+    """None for an empty field and for what cannot be drawn (nan, infinities)."""
+    if not text.strip():
+        return None
+    try:
+        value = float(text)
+    except ValueError as error:
+        raise UserError(f"{where}: {text!r} is no number") from error
+    return value if math.isfinite(value) else None
+
+
+def figures(curve: Curve) -> list[dict[str, Any]]:
+    """One figure a panel: {title, unit, traces}, known columns in PANELS' order, then the others by name."""
+    known = {column for panel in PANELS for column in panel.columns}
+    others = [Panel(name, "", (name,)) for name in curve.columns if name not in known]
+    found = []
+    for panel in [*PANELS, *others]:
+        drawn = [name for name in panel.columns if name in curve.columns]
+        traces = [trace for name in drawn for trace in _traces(name, curve.columns[name])]
+        if traces:
+            labels = [COLUMN_LABELS[name] for name in drawn] if len(drawn) > 1 else []
+            found.append({"title": panel.title, "unit": panel.unit, "traces": traces, "labels": labels})
+    return found
+
+
+def _traces(name: str, points: Points) -> list[dict[str, Any]]:
+    """Plotly traces without colours (the page's theme gives them by `role`): raw, and a trend if long."""
+    points = thinned(points)
+    if name == "dev_em":
+        return [_trace(name, "points", points)]
+    if len(points) < 2 * SMOOTHING:
+        return [_trace(name, "trend", points)]
+    return [_trace(name, "raw", points), _trace(name, "trend", smoothed(points))]
+
+
+def _trace(name: str, role: str, points: Points) -> dict[str, Any]:
+    return {
+        "name": COLUMN_LABELS.get(name, name),
+        "role": role,
+        "x": [_short(step) for step, _ in points],
+        "y": [_short(value) for _, value in points],
+    }
+
+
+def thinned(points: Points, limit: int = MAX_POINTS) -> Points:
+    """At most `limit` points: means of equal blocks of values, at each block's last step."""
+    size = math.ceil(len(points) / limit)
+    blocks = [points[start : start + size] for start in range(0, len(points), size)] if size > 1 else []
+    return [(block[-1][0], _mean([value for _, value in block])) for block in blocks] or points
+
+
+def smoothed(points: Points) -> Points:
+    """Centred moving average over len / SMOOTHING points; at both ends over what there is of the window."""
+    half = max(1, len(points) // SMOOTHING // 2)
+    values = [value for _, value in points]
+    return [
+        (step, _mean(values[max(0, index - half) : index + half + 1]))
+        for index, (step, _) in enumerate(points)
+    ]
+
+
+def _mean(values: Sequence[float]) -> float:
+    return math.fsum(values) / len(values)
+
+
+def _short(value: float) -> float | int:
+    rounded = float(f"{value:.5g}") if abs(value) < 1e5 else value
+    return int(rounded) if rounded.is_integer() else rounded

@@ -1,0 +1,141 @@
+"""The sample of episodes that the page's reader shows, cut into coloured segments."""
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping, Sequence
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+from dgpo_core.errors import UserError
+from dgpo_core.protocol.prompts import INVALID_ACTION
+from dgpo_core.reporting.inputs import read_rows
+from dgpo_core.reporting.results import rounded
+
+PER_DATASET = 40
+MAX_BYTES = 2_600_000  # of compact JSON: with plotly.js the page stays below 8 MB
+
+# A tag closed before another opens; retrieved text alone may contain anything, tags too.
+_SEGMENT = re.compile(
+    r"<(?P<tag>think|search|answer)>(?P<own>(?:(?!<(?:think|search|information|answer)>).)*?)</(?P=tag)>"
+    r"|<information>(?P<information>(?:(?!<information>).)*?)</information>"
+    rf"|(?P<notice>{re.escape(INVALID_ACTION.strip())})",
+    re.DOTALL,
+)
+_COLUMNS = (
+    "question_id", "dataset", "question", "golden_answers", "sample", "response", "prediction", "outcome",
+    "ending", "well_formed", "hit", "searches", "failure",
+)  # fmt: skip
+Segment = tuple[str, str]
+
+
+def segments(response: str) -> list[Segment]:
+    """(kind, text) in order; the texts of the kinds think, search, information, answer lack their tags.
+
+    `notice` is the environment's message after an invalid action; `forged` is an information block that the
+    model wrote itself (the environment's always follows a search at once); `text` is all the rest.
+    """
+    found: list[Segment] = []
+    end = 0
+    for match in _SEGMENT.finditer(response):
+        if between := response[end : match.start()].strip():
+            found.append(("text", between))
+        if match["notice"]:
+            found.append(("notice", match["notice"]))
+        elif match["tag"]:
+            found.append((match["tag"], match["own"].strip()))
+        else:
+            answered = bool(found) and found[-1][0] == "search"
+            found.append(("information" if answered else "forged", match["information"].strip()))
+        end = match.end()
+    if rest := response[end:].strip():
+        found.append(("text", rest))
+    return found
+
+
+def sample_questions(keys: Sequence[tuple[str, str]], per_dataset: int) -> list[tuple[str, str]]:
+    """A fixed sample: in turn, each data set's question with the smallest hash, at most `per_dataset` each.
+
+    Any prefix of the list is a fair sample too, so it can be cut for size.
+    """
+    by_dataset: dict[str, list[tuple[str, str]]] = {}
+    for key in keys:
+        by_dataset.setdefault(key[0], []).append(key)
+    ranked = [sorted(own, key=_digest)[:per_dataset] for own in by_dataset.values()]
+    return [key for turn in zip_longest(*ranked) for key in turn if key is not None]
+
+
+def _digest(key: tuple[str, str]) -> str:
+    return hashlib.sha256("\n".join(key).encode()).hexdigest()
+
+
+def reader_data(
+    evaluation: Path, models: Sequence[str], keys: Sequence[tuple[str, str]], max_bytes: int = MAX_BYTES
+) -> list[dict[str, Any]]:
+    """Questions with every model's episode, in the order of `keys`, as many as fit into `max_bytes` of JSON.
+
+    Raises UserError naming the file that is malformed or lacks the episode of a sampled question.
+    """
+    chosen = sample_questions(keys, PER_DATASET)
+    episodes = {model: _episodes(evaluation / model / "episodes.parquet", chosen) for model in models}
+    kept, size = {}, 0
+    for key in chosen:
+        question = _question({model: own[key] for model, own in episodes.items()})
+        size += len(compact_json(question).encode())
+        if size > max_bytes:
+            break
+        kept[key] = question
+    return [kept[key] for key in keys if key in kept]
+
+
+def _episodes(path: Path, chosen: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+    # only the columns and rows of the sample: the token columns of a large run would not fit into memory
+    ids = sorted({question_id for _, question_id in chosen})
+    rows = read_rows(path, _COLUMNS, filters=[("question_id", "in", ids)])
+    rows.sort(key=lambda row: row["sample"], reverse=True)
+    found = {(row["dataset"], row["question_id"]): row for row in rows}  # the first sample wins
+    for dataset, question_id in chosen:
+        if (dataset, question_id) not in found:
+            raise UserError(f"{path}: no episode of question {question_id} of {dataset}")
+    return found
+
+
+def _question(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    first = next(iter(rows.values()))
+    return {
+        "set": first["dataset"],
+        "id": first["question_id"],
+        "question": first["question"],
+        "golden": first["golden_answers"],
+        "episodes": {model: _episode(row) for model, row in rows.items()},
+    }
+
+
+def _episode(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        "outcome": row["outcome"],
+        "prediction": row["prediction"],
+        "ending": row["ending"],
+        "form": row["well_formed"],
+        "hit": row["hit"],
+        "failure": row["failure"],
+        "segments": segments(row["response"] or ""),
+        "searches": [
+            [
+                search["query"],
+                [list(pair) for pair in zip(search["passage_ids"], _scores(search), strict=False)],
+            ]
+            for search in row["searches"] or ()
+        ],
+    }
+
+
+def _scores(search: Mapping[str, Any]) -> list[float]:
+    return [rounded(round(float(score), 4)) for score in search["scores"]]
+
+
+def compact_json(value: Any) -> str:
+    """JSON that is safe inside a script element: without `<`, `>` and `&`, nothing can end the element."""
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

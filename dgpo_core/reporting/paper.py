@@ -1,0 +1,35 @@
+"""The paper's figures (tables of EM and ARCap), to be shown beside ours."""
+
+import csv
+from functools import cache
+from pathlib import Path
+
+from dgpo_core.errors import UserError
+
+FOLDER = Path(__file__).parent / "paper"
+DEFAULT_PAIR = "qwen2.5-3b-to-0.5b"
+ARCAP_PAIR = DEFAULT_PAIR  # the only pair that the paper profiles
+
+
+def paper_exact_match(pair: str = DEFAULT_PAIR) -> dict[str, dict[str, float]]:
+    """{recipe: {the paper's data set or "avg": EM}}; raises UserError for a pair that the paper lacks."""
+    rows = [row for row in _rows("exact_match.csv") if row["pair"] == pair]
+    if not rows:
+        known = ", ".join(dict.fromkeys(row["pair"] for row in _rows("exact_match.csv")))
+        raise UserError(f"the paper has no pair {pair!r}; it has {known}")
+    return {row["recipe"]: _figures(row) for row in rows}
+
+
+def paper_arcap() -> dict[str, dict[str, float]]:
+    """{recipe: {measurement: figure}} for ARCAP_PAIR; measurements that the paper lacks are absent."""
+    return {row["recipe"]: _figures(row) for row in _rows("arcap.csv")}
+
+
+def _figures(row: dict[str, str]) -> dict[str, float]:
+    return {name: float(text) for name, text in row.items() if name not in ("pair", "recipe")}
+
+
+@cache
+def _rows(name: str) -> list[dict[str, str]]:
+    with (FOLDER / name).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))

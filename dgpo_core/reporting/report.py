@@ -1,0 +1,70 @@
+"""From the folders of a run to its report."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from dgpo_core.errors import UserError
+from dgpo_core.reporting import results as tables
+from dgpo_core.reporting.curves import read_curves
+from dgpo_core.reporting.episodes import reader_data
+from dgpo_core.reporting.inputs import read_arcap, read_metrics, read_scores
+from dgpo_core.reporting.page import Report, render
+from dgpo_core.reporting.paper import DEFAULT_PAIR, paper_exact_match
+
+
+def write_report(
+    evaluation: Path,
+    plots: Path,
+    metrics: Path,
+    out: Path,
+    models: list[str],
+    mirrors: dict[str, str],
+    params: dict[str, Any],
+    pair: str = DEFAULT_PAIR,
+) -> None:
+    """Write results.json, comparisons.json, arcap.json and index.html into `out`.
+
+    `models` and `mirrors` ({data set: the paper's that it stands for}) give the order of rows and columns;
+    `pair` names the paper's models whose figures stand beside ours. The same inputs give the same bytes.
+    Raises UserError naming the file when an input is missing or malformed; then nothing is written.
+    """
+    if not models or not mirrors:
+        raise UserError("a report needs at least one model and one data set")
+    if tables.AVERAGE in mirrors:
+        raise UserError(f"no data set may be called {tables.AVERAGE!r}: the results have that row already")
+    paper_exact_match(pair)  # an unknown pair is refused before any work
+    datasets = list(mirrors)
+    scores = read_scores(evaluation, models, datasets)
+    report = Report(
+        models=list(models),
+        mirrors=dict(mirrors),
+        results=tables.results(scores, datasets),
+        behaviour=tables.behaviour(scores, datasets),
+        comparisons=tables.comparisons(scores),
+        arcap=tables.arcap({model: read_arcap(evaluation / model / "arcap.parquet") for model in models}),
+        curves=read_curves(plots),
+        questions=reader_data(evaluation, models, scores[models[0]].keys),
+        metrics=read_metrics(metrics),
+        params=dict(params),
+        pair=pair,
+    )
+    texts = {
+        "results.json": _json(report.results),
+        "comparisons.json": _json(report.comparisons),
+        "arcap.json": _json(report.arcap),
+        "index.html": render(report),
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        _write(out / name, text)
+
+
+def _json(table: dict[str, Any]) -> str:
+    return json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".part")
+    temporary.write_text(text, encoding="utf-8", newline="\n")
+    temporary.replace(path)

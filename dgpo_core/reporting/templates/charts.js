@@ -1,0 +1,98 @@
+"use strict";
+// The page's data, theme and charts. Colours live in the style sheet; charts read them and are redrawn on a change.
+const DATA = JSON.parse(document.getElementById("data").textContent);
+const MODELS = new Map(DATA.models.map((model) => [model.name, model]));
+
+(() => {
+  const root = document.documentElement;
+  const button = document.getElementById("theme");
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const themes = ["auto", "light", "dark"];
+  const drawn = new Set();
+  let theme = "auto";
+  try { theme = localStorage.getItem("dgpo-theme") || "auto"; } catch { /* storage may be forbidden */ }
+
+  const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
+  const modelColour = (name) => colour(`--m${MODELS.has(name) ? MODELS.get(name).colour : 2}`);
+  const faint = (hex, alpha) => `rgba(${[1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)).join(",")},${alpha})`;
+
+  function applyTheme() {
+    root.dataset.theme = theme;
+    root.classList.toggle("dark", theme === "dark" || (theme === "auto" && system.matches));
+    button.textContent = `Theme: ${theme}`;
+    for (const id of drawn) draw(id);
+  }
+
+  function layout(extra) {
+    return {
+      paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: "system-ui, sans-serif", size: 11, color: colour("--soft") },
+      hoverlabel: { bgcolor: colour("--card"), bordercolor: colour("--line"), font: { color: colour("--ink") } },
+      ...extra,
+    };
+  }
+
+  function curve(chart) {
+    const own = modelColour(chart.model);
+    const traces = chart.traces.map((trace) => ({
+      type: "scatter", name: trace.name, x: trace.x, y: trace.y,
+      mode: trace.role === "points" ? "lines+markers" : "lines",
+      line: trace.role === "points" ? { color: colour("--m1"), width: 1.5, dash: "dot" }
+        : { color: trace.role === "raw" ? faint(own, 0.3) : own, width: trace.role === "raw" ? 1 : 2 },
+      marker: { color: colour("--m1"), size: 7 },
+      hoverinfo: trace.role === "raw" ? "skip" : "x+y+name",
+      showlegend: trace.role !== "raw",
+    }));
+    const axis = { gridcolor: colour("--line"), zeroline: false, automargin: true, nticks: 5, linecolor: colour("--line") };
+    const names = new Set(chart.traces.map((trace) => trace.name));
+    return [traces, layout({
+      margin: { l: 38, r: 8, t: 10, b: 26 }, hovermode: "x unified",
+      xaxis: { ...axis, showgrid: false }, yaxis: axis,
+      showlegend: names.size > 1, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+    })];
+  }
+
+  function radar(chart) {
+    const close = (values) => [...values, values[0]];
+    const traces = chart.lines.map((line) => {
+      const own = modelColour(line.model);
+      return {
+        type: "scatterpolar", name: MODELS.get(line.model).label, r: close(line.values), theta: close(chart.axes),
+        mode: "lines+markers", fill: "toself", fillcolor: faint(own, 0.1), line: { color: own, width: 2 }, marker: { size: 5 },
+        hovertemplate: "%{theta}: %{r:.3f}",
+      };
+    });
+    const axis = { gridcolor: colour("--line"), linecolor: colour("--line") };
+    return [traces, layout({
+      margin: { l: 120, r: 120, t: 50, b: 60 }, legend: { orientation: "h", x: 0.5, xanchor: "center", y: -0.2 },
+      polar: {
+        bgcolor: "rgba(0,0,0,0)", angularaxis: { ...axis, rotation: 90, direction: "clockwise" },
+        // its labels stand between two axes, where no line has its corner
+        radialaxis: { ...axis, range: [0, 1], tickvals: [0.25, 0.5, 0.75, 1], angle: 90 - 180 / chart.axes.length, tickangle: 0 },
+      },
+    })];
+  }
+
+  function draw(id) {
+    drawn.add(id);
+    const [traces, shape] = id in DATA.charts ? curve(DATA.charts[id]) : radar(DATA.radars[id]);
+    Plotly.react(id, traces, shape, { displayModeBar: false, responsive: true });
+  }
+
+  // drawn when they come near the screen: dozens of charts at once would make the page slow to open
+  const watch = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (entry.isIntersecting) { watch.unobserve(entry.target); draw(entry.target.id); }
+    }
+  }, { rootMargin: "600px" });
+  const charts = [...document.querySelectorAll(".chart")];
+  button.addEventListener("click", () => {
+    theme = themes[(themes.indexOf(theme) + 1) % themes.length];
+    try { localStorage.setItem("dgpo-theme", theme); } catch { /* then it is not remembered */ }
+    applyTheme();
+  });
+  system.addEventListener("change", applyTheme);
+  addEventListener("beforeprint", () => charts.forEach((chart) => draw(chart.id)));
+  applyTheme();
+  charts.forEach((chart) => watch.observe(chart));
+})();

@@ -1,0 +1,204 @@
+"""The page as a file: self-contained, safe, the same bytes each time, and honest in its words."""
+
+import json
+import random
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from dgpo_core.errors import UserError
+from dgpo_core.reporting import words
+from dgpo_core.reporting.episodes import compact_json
+from dgpo_core.reporting.paper import paper_arcap, paper_exact_match
+from tests.dgpo_core.reporting.synthetic import HOSTILE, MIRRORS, Run, make_run
+
+Reported = tuple[Run, Path]
+
+
+class Page(HTMLParser):
+    """Start tags with their attributes, the ids, the text outside scripts, and the scripts' texts."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text = ""
+        self.scripts: list[str] = []
+        self._inside = ""
+        self.feed(html)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        self._inside = tag
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._inside = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._inside == "script":
+            self.scripts[-1] += data
+        elif self._inside != "style":
+            self.text += data
+
+    @property
+    def data(self) -> Any:
+        return json.loads(self.scripts[0])
+
+
+@pytest.fixture(scope="module")
+def page(reported: Reported) -> Page:
+    return Page((reported[1] / "index.html").read_text(encoding="utf-8"))
+
+
+def test_page_needs_no_network(page: Page) -> None:
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "iframe", "img", "object")
+        assert "src" not in attributes
+        assert (attributes.get("href") or "#").startswith("#")
+    policy = [own["content"] for tag, own in page.tags if own.get("http-equiv") == "Content-Security-Policy"]
+    assert (policy[0] or "").startswith("default-src 'none'")
+
+
+def test_page_is_below_8_mb(reported: Reported) -> None:
+    assert (reported[1] / "index.html").stat().st_size < 8_000_000
+
+
+def test_hostile_text_stays_text(page: Page, reported: Reported) -> None:
+    assert len(page.scripts) == 4  # data, plotly, charts, reader: nothing of the models became one
+    assert HOSTILE in page.text  # a metric, escaped
+    predictions = [
+        episode["prediction"]
+        for question in page.data["questions"]
+        for episode in question["episodes"].values()
+    ]
+    assert f"Ostrel {HOSTILE}" in predictions
+    html = (reported[1] / "index.html").read_text(encoding="utf-8")
+    assert "alert('x')</script>" not in html
+    assert "<img src=x" not in html
+
+
+def test_compact_json_survives_and_is_safe() -> None:
+    text = compact_json([HOSTILE, "<!--", "é"])
+    assert not set(text) & set("<>&")
+    assert json.loads(text) == [HOSTILE, "<!--", "é"]
+
+
+def test_same_inputs_give_the_same_bytes_whatever_the_order_of_rows(tmp_path: Path) -> None:
+    outs = []
+    for name in ("one", "two"):
+        run = make_run(tmp_path / name, questions=5)
+        for rows in [*run.rows.values(), *run.arcap.values()] if name == "two" else []:
+            random.Random(3).shuffle(rows)
+        run.save()
+        outs.append(run.report(tmp_path / name / "reports"))
+    names = sorted(path.name for path in outs[0].iterdir())
+    assert names == ["arcap.json", "comparisons.json", "index.html", "results.json"]
+    for name in names:
+        assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
+
+
+def test_tables_show_ours_beside_the_papers(page: Page) -> None:
+    figures = [*paper_exact_match()["dgpo"].values(), paper_arcap()["kd"]["query_hit_nq"]]
+    for figure in figures:
+        assert f"paper {figure:.3f}" in page.text
+    assert "The scales differ" in page.text
+    assert f"KD {len(MIRRORS)}, DGPO {len(MIRRORS)}" in page.text
+
+
+def test_every_chart_has_its_data_and_the_radar_no_counts(page: Page) -> None:
+    places = {own["id"] for _, own in page.tags if "chart" in (own.get("class") or "").split()}
+    assert places == {*page.data["charts"], *page.data["radars"]}
+    assert len(page.data["charts"]) == 5 + 11
+    for radar in page.data["radars"].values():
+        assert not any("searches" in axis for axis in radar["axes"])
+        assert all(len(line["values"]) == len(radar["axes"]) for line in radar["lines"])
+    assert len(page.data["radars"]["radar-own"]["axes"]) == 7
+
+
+def test_own_scale_is_only_claimed_for_data_sets_that_mirror(run: Run) -> None:
+    for rows in run.rows.values():
+        rows[:] = [row for row in rows if row["dataset"] == "onehop"]
+    run.save()
+    run.report_with(run.folder / "reports", mirrors={"onehop": "onehop"})
+    assert "The scales differ" not in (run.folder / "reports" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("mean", "ci95", "expected"),
+    [
+        (0.05, [0.02, 0.08], "DGPO beats KD by 0.050 EM"),
+        (-0.05, [-0.08, -0.02], "DGPO is behind KD by 0.050 EM"),
+        (0.05, [-0.01, 0.11], "No clear difference between DGPO and KD"),
+        (0.0, [0.0, 0.0], "No clear difference between DGPO and KD"),
+        (1.0, [None, None], "Too few questions to compare DGPO with KD"),
+        (None, [None, None], "Too few questions to compare DGPO with KD"),
+    ],
+)
+def test_verdict_says_no_more_than_the_interval(mean: float, ci95: list[float], expected: str) -> None:
+    entry = {"mean": mean, "ci95": ci95, "n": 100}
+    assert words.verdict("dgpo-kd", entry) == expected
+    includes = None not in ci95 and ci95[0] <= 0 <= ci95[1]
+    assert ("includes 0" in words.evidence(entry)) == includes
+
+
+MISSING = [
+    "evaluation/kd/questions.parquet",
+    "evaluation/dgpo/episodes.parquet",
+    "evaluation/student/arcap.parquet",
+]
+
+
+@pytest.mark.parametrize("name", MISSING)
+@pytest.mark.parametrize("spoil", [lambda path: path.unlink(), lambda path: path.write_text("no table")])
+def test_missing_or_broken_file_is_named_and_nothing_is_written(run: Run, name: str, spoil: Any) -> None:
+    spoil(run.folder / name)
+    with pytest.raises(UserError, match=re.escape(str(run.folder / name))):
+        run.report(run.folder / "reports")
+    assert not (run.folder / "reports").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.pop(), "not the questions that student was asked"),
+        (lambda rows: rows[0].update(outcome="lost"), "outcome"),
+        (lambda rows: rows[0].update(dataset="elsewhere"), "elsewhere"),
+        (lambda rows: rows[3].update(em=None, outcome="wrong"), "no value for em"),
+        (lambda rows: rows[3].update(f1=float("nan"), outcome="wrong"), "nan for f1"),
+        (lambda rows: rows.append(dict(rows[0])), "twice"),
+        (lambda rows: [row.pop("f1") for row in rows], "lacks the columns f1"),
+        (lambda rows: rows.__setitem__(slice(None), [r for r in rows if r["dataset"] != "rare"]), "rare"),
+    ],
+)
+def test_malformed_questions_are_refused(run: Run, change: Any, message: str) -> None:
+    rows = run.rows["kd"]
+    change(rows)
+    path = run.folder / "evaluation" / "kd" / "questions.parquet"
+    names = min((list(row) for row in rows), key=len)
+    pq.write_table(pa.Table.from_pylist(rows).select(names), path)
+    with pytest.raises(UserError, match=f"kd/questions.parquet.*{message}"):
+        run.report(run.folder / "reports")
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '{"nested": {"a": 1}}', "{"])
+def test_malformed_metrics_are_refused(run: Run, content: str) -> None:
+    (run.folder / "metrics" / "teach.json").write_text(content)
+    with pytest.raises(UserError, match=r"teach\.json"):
+        run.report(run.folder / "reports")
+
+
+def test_impossible_pair_data_set_and_measurement_are_refused(run: Run) -> None:
+    with pytest.raises(UserError, match="gpt"):
+        run.report_with(run.folder / "reports", pair="gpt")
+    with pytest.raises(UserError, match="average"):
+        run.report_with(run.folder / "reports", mirrors={"average": "nq"})
+    run.arcap["kd"][0]["measurement"] = "cooking"
+    run.save()
+    with pytest.raises(UserError, match=r"arcap\.parquet: unknown measurements: cooking"):
+        run.report(run.folder / "reports")
