@@ -1,0 +1,90 @@
+# Everything runs in $(VENV); nothing is installed elsewhere. `make` alone lists the targets.
+VENV ?= .venv
+MLFLOW_PORT ?= 5000
+PREFECT_PORT ?= 4200
+MAX_PARALLEL ?= 1
+PYTEST_ARGS ?=
+
+PY := $(VENV)/bin/python
+CONSTRAINTS := constraints/main.txt
+
+# Two OpenMP threads that spin at barriers are up to 50 times slower beside any other busy process.
+export OMP_WAIT_POLICY ?= passive
+export DVC_NO_ANALYTICS := 1
+export DO_NOT_TRACK := 1
+export PREFECT_SERVER_ANALYTICS_ENABLED := false
+export MLFLOW_DISABLE_TELEMETRY := true
+export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
+export PREFECT_HOME ?= $(CURDIR)/.prefect
+# DVC starts `python` of the stages' commands: it must be ours.
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-all pipeline serve ui check lint format-check types format base-models clean
+
+help:  ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# The newest Python that will do; the stamps make the second time instant.
+$(PY):
+	@for python in python3.11 python3.12 python3.13 python3; do \
+		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
+			exec $$python -m venv $(VENV); \
+		fi; \
+	done; echo "error: Python 3.11 or newer is needed (as python3.11, python3.12, python3.13 or python3)" >&2; exit 2
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(PY)
+	$(PY) -m pip install -c $(CONSTRAINTS) -e .
+	@touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(PY) -m pip install -c $(CONSTRAINTS) -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), print the results and where they are
+	@$(PY) -m tasks.pipeline
+	@$(PY) -m tasks.show
+	@echo "report       reports/index.html"
+	@echo "metrics      dvc metrics show, or mlflow.db by \`make ui\`"
+	@echo "dashboards   make ui: MLflow http://127.0.0.1:$(MLFLOW_PORT), Prefect http://127.0.0.1:$(PREFECT_PORT)"
+
+test: $(VENV)/.installed-dev  ## run the tests, without the slow ones
+	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)
+
+test-all: $(VENV)/.installed-dev  ## run all tests
+	$(PY) -m pytest -q $(PYTEST_ARGS)
+
+pipeline: $(VENV)/.installed  ## run the pipeline as a Prefect flow (starts a server unless one runs, and stops it)
+	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline run --max-parallel $(MAX_PARALLEL)
+	@echo "To look at the run again: make ui"
+
+serve: $(VENV)/.installed  ## wait for pipeline runs that are started from the Prefect dashboard
+	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline serve
+
+ui: $(VENV)/.installed  ## show both dashboards until Ctrl-C
+	@echo "MLflow: http://127.0.0.1:$(MLFLOW_PORT)"
+	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m mlflow server --host 127.0.0.1 \
+		--port $(MLFLOW_PORT) --workers 1 --backend-store-uri $(MLFLOW_TRACKING_URI) \
+		--default-artifact-root file://$(CURDIR)/mlruns
+
+check: lint format-check types  ## ruff and mypy
+
+lint: $(VENV)/.installed-dev
+	$(PY) -m ruff check .
+
+format-check: $(VENV)/.installed-dev
+	$(PY) -m ruff format --check .
+
+types: $(VENV)/.installed-dev
+	$(PY) -m mypy
+
+format: $(VENV)/.installed-dev  ## format the sources
+	$(PY) -m ruff check --fix-only .
+	$(PY) -m ruff format .
+
+base-models: $(VENV)/.installed  ## rebuild the embedded student and teacher (up to 45 minutes on 2 cores)
+	$(PY) -m tasks.pipeline --single-item --force base-models
+
+clean:  ## remove what runs have made (not the environment, nor what DVC has cached)
+	rm -rf .state runs mlruns mlflow.db mlflow.db-* .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

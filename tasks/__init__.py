@@ -1,0 +1,21 @@
+"""One module per stage, one program each: `python -m tasks.<stage>` is what dvc.yaml runs.
+
+A stage reads its section of params.yaml and its inputs, calls `dgpo_core`, writes its outputs and reports
+to MLflow. Nothing here knows Prefect.
+"""
+
+import os
+import sys
+
+from tasks.process import die_with_parent
+
+# Before torch is imported: two OpenMP threads that spin at barriers are up to 50 times slower beside any
+# other busy process.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("DVC_NO_ANALYTICS", "1")
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+
+# True while `python -m tasks.<module>` imports this package. Asking here and not in the stage's `main` closes
+# the seconds in which the slow imports run and a killed `dvc` would leave the stage behind.
+if sys.argv[0] == "-m":
+    die_with_parent()

@@ -1,0 +1,73 @@
+"""Print the results: `python -m tasks.show [reports/results.json]`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dgpo_core.errors import UserError
+from tasks.stage import main
+
+RESULTS = Path("reports/results.json")
+AVERAGE = "average"
+
+Results = dict[str, dict[str, dict[str, Any]]]
+
+
+def load_results(path: Path) -> Results:
+    """{model: {data set: {"em", "f1", "sub_em", "n", "ci95"}}}. Raises UserError."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no results yet; run the pipeline first (`make demo`)") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    cells = [cell for sets in _values(results) for cell in _values(sets)]
+    if not cells or not all(isinstance(cell, dict) and "em" in cell for cell in cells):
+        raise UserError(f'{path}: expected {{model: {{data set: {{"em": ...}}}}}}')
+    loaded: Results = results
+    return loaded
+
+
+def rows(results: Results) -> tuple[list[str], list[list[str]]]:
+    """(column names, a row of cells per model): EM of each data set with its 95 % interval, average last."""
+    names = {name: None for sets in results.values() for name in sets}  # in order of appearance
+    columns = [name for name in names if name != AVERAGE] + ([AVERAGE] if AVERAGE in names else [])
+    table = [
+        [model, *(_cell(sets[column]) if column in sets else "-" for column in columns)]
+        for model, sets in results.items()
+    ]
+    return ["EM", *columns], table
+
+
+def markdown(results: Results) -> str:
+    """The table as Markdown."""
+    header, table = rows(results)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *table])
+
+
+def show() -> None:
+    results = load_results(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
+    header, body = rows(results)
+    table = Table(title="Exact match (95 % confidence interval)")
+    for index, name in enumerate(header):
+        table.add_column(name if index else "", justify="right" if index else "left", overflow="fold")
+    for row in body:
+        table.add_row(*(cell.replace(" (", "\n(") for cell in row), end_section=True)
+    Console().print(table)
+
+
+def _cell(scores: dict[str, Any]) -> str:
+    interval = scores.get("ci95")
+    return f"{scores['em']:.3f}" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else "")
+
+
+def _values(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else [None]
+
+
+if __name__ == "__main__":
+    main(show)

@@ -1,0 +1,200 @@
+"""What every stage program shares: state that survives a kill, progress, tracking, and how it ends.
+
+def run() -> None:
+    with stage("distill-kd", config={...}, inputs=[...], outputs=[...]) as current:
+        ...
+
+if __name__ == "__main__":
+    main(run)
+"""
+
+import json
+import os
+import platform
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+from dgpo_core.errors import InfrastructureError, UserError
+from tasks.files import Outputs, content_hash, remove, write_json
+from tasks.process import exit_on_sigterm, peak_memory
+from tasks.progress import Reporter
+from tasks.tracking import CLOSE_TIMEOUT, StageRun, numbers
+
+STATE, RUNS = Path(".state"), Path("runs")
+FINGERPRINT, FAILURE, TRACKING_RUN = "fingerprint.json", "failure.json", "mlflow_run"
+QUICK_CLOSE = 5.0  # seconds: whoever ends us waits about ten before SIGKILL
+
+
+@dataclass
+class Run:
+    """A stage while it runs."""
+
+    stage: str
+    state: Path  # kept when the stage continues with the same fingerprint; deleted on success
+    reporter: Reporter
+    tracker: StageRun
+    final: dict[str, float] = field(default_factory=dict)
+
+    def progress(self, done: float, total: float, **values: str | int | float) -> None:
+        """Tell how far it is: `run.progress(step, steps, em=0.21, loss=1.3)`. Cheap; call it every step."""
+        self.reporter.update(done, total, **values)
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Values of one step for MLflow's curves, such as {"train/em": 0.1}; sent in batches."""
+        self.tracker.metrics(step, numbers(values))
+
+    def summary(self, values: Mapping[str, float]) -> None:
+        """Final metrics of the stage."""
+        self.final |= numbers(values)
+        self.tracker.metrics(0, numbers(values))
+
+    def register_model(self, name: str, folder: Path) -> None:
+        """Register `folder` as a new version of model `name`: a pointer with its hash, not a copy.
+
+        Raises UserError when there is no such folder.
+        """
+        pointer = {"folder": folder.as_posix(), "hash": content_hash(folder), "stage": self.stage}
+        self.tracker.register_model(name, pointer)
+
+
+@contextmanager
+def stage(
+    name: str,
+    *,
+    config: Mapping[str, Any],
+    inputs: Sequence[Path] = (),
+    outputs: Sequence[Path] = (),
+) -> Iterator[Run]:
+    """Run the body as stage `name`; on any failure its outputs are removed and `.state/<name>/` stays.
+
+    `config` is JSON-able and resolved: with the content of `inputs` it is the fingerprint that decides
+    whether the state of an earlier, unfinished run is continued or wiped. Raises UserError for a missing
+    input.
+    """
+    started, clock = datetime.now(UTC), time.monotonic()
+    products = Outputs(outputs)
+    try:
+        hashes = {path.as_posix(): content_hash(path) for path in inputs}
+        state = _open_state(name, {"config": dict(config), "inputs": hashes})
+    except BaseException as error:
+        _record_failure(name, error)
+        raise
+    tags = {"git": _git_revision(), **{f"input.{path}": digest for path, digest in hashes.items()}}
+    tracker = StageRun(name, config, tags, state / TRACKING_RUN)
+    run = Run(name, state, Reporter(name), tracker)
+    status = "FINISHED"
+    try:
+        yield run
+        missing = [str(path) for path in outputs if not path.exists()]
+        if missing:
+            raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
+    except BaseException as error:
+        status = "FAILED" if isinstance(error, Exception) else "KILLED"
+        products.remove_half_written()  # first: whoever ends this process may not wait
+        _record_failure(name, error)
+        raise
+    finally:
+        run.reporter.close()
+        tracker.close(status, CLOSE_TIMEOUT if status == "FINISHED" else QUICK_CLOSE)
+        _write_run(run, status, started, time.monotonic() - clock)
+        if status == "FINISHED":
+            shutil.rmtree(state, ignore_errors=True)
+
+
+def main(function: Callable[[], None]) -> NoReturn:
+    """Run a stage program and exit: 0, 2 for the user's fault (one line), 1 for others (traceback).
+
+    Why it failed is left in `.state/<stage>/failure.json`, because `dvc repro` exits 255 whatever happened.
+    """
+    exit_on_sigterm()
+    dvc_stage = os.environ.get("DVC_STAGE")  # set by DVC; errors before `stage()` belong to it too
+    if dvc_stage:
+        remove(STATE / dvc_stage / FAILURE)
+    code = 0
+    try:
+        function()
+    except BaseException as error:
+        with suppress(OSError):  # nobody may be reading any more
+            code = _explain(error)
+        if dvc_stage and code:
+            _record_failure(dvc_stage, error)
+    sys.exit(code)
+
+
+def _explain(error: BaseException) -> int:
+    """Print what went wrong and return the exit code."""
+    match error:
+        case UserError():
+            print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+            return 2
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+    traceback.print_exception(error)
+    return 1
+
+
+def _record_failure(name: str, error: BaseException) -> None:
+    kind: Literal["user", "infrastructure", "bug"] = "bug"
+    if isinstance(error, UserError):
+        kind = "user"
+    elif isinstance(error, InfrastructureError) or not isinstance(error, Exception):
+        kind = "infrastructure"  # the latter: somebody stopped it, and trying again is up to them
+    retryable = isinstance(error, InfrastructureError)
+    name = os.environ.get("DVC_STAGE") or name
+    failure = {"stage": name, "kind": kind, "retryable": retryable, "message": _one_line(error)}
+    write_json(STATE / name / FAILURE, failure)
+
+
+def _open_state(name: str, fingerprint: dict[str, Any]) -> Path:
+    """The stage's state folder, emptied unless it belongs to the same fingerprint."""
+    state = STATE / name
+    text = json.dumps(fingerprint, indent=2, sort_keys=True)
+    kept = state / FINGERPRINT
+    if not (kept.is_file() and kept.read_text(encoding="utf-8") == text):
+        remove(state)
+        state.mkdir(parents=True)
+        kept.write_text(text, encoding="utf-8")
+    remove(state / FAILURE)
+    return state
+
+
+def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None:
+    """What is true of this execution only, and so of no output: times, machine, ids."""
+    record = {
+        "stage": run.stage,
+        "status": status,
+        "started": started.isoformat(timespec="seconds"),
+        "ended": datetime.now(UTC).isoformat(timespec="seconds"),
+        "seconds": round(seconds, 3),
+        "peak_memory_bytes": peak_memory(),
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "git": _git_revision(),
+        "mlflow_run": run.tracker.run_id,
+        "summary": run.final,
+    }
+    write_json(RUNS / run.stage / "run.json", record)
+
+
+def _git_revision() -> str:
+    """The commit that is checked out; empty outside git."""
+    command = ["git", "rev-parse", "HEAD"]
+    with suppress(OSError):
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    return ""
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,255 @@
+"""MLflow: one run for each executed stage, under the run of its pipeline. The only file that imports it.
+
+The store is MLFLOW_TRACKING_URI (a server, say) or `mlflow.db` in the working directory, with artifacts in
+`mlruns/`. Everything after the import happens on a thread of its own, in order and in batches: a slow store
+does not slow training down, and a broken one is warned of once and otherwise ignored.
+"""
+
+import json
+import math
+import os
+import queue
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric
+
+EXPERIMENT = "dgpo"
+PIPELINE_RUN = "DGPO_PIPELINE_RUN"  # environment: id of the pipeline's run, the parent of the stages' runs
+FLUSH_INTERVAL = 5.0  # seconds
+CLOSE_TIMEOUT = 30.0  # seconds to wait for the last batches
+MAX_METRICS, MAX_PARAMS = 1000, 100  # a request, by MLflow's limits
+MAX_PARAM_LENGTH, MAX_WAITING = 6000, 100_000
+
+Job = Callable[["MlflowClient", str], None]
+
+
+def tracking_uri() -> str:
+    """Where runs are recorded."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
+
+
+def connect() -> "MlflowClient":
+    """A client of the store, with an experiment of ours in it. Raises what MLflow raises.
+
+    Call it once before stages start side by side: two processes that both create the sqlite file collide.
+    """
+    # A server that is gone would be retried for minutes by default.
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
+    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it tells of every table it creates
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+
+    client = MlflowClient(tracking_uri())
+    if client.get_experiment_by_name(EXPERIMENT) is None:
+        local = tracking_uri().startswith("sqlite:")
+        try:
+            client.create_experiment(EXPERIMENT, Path("mlruns").resolve().as_uri() if local else None)
+        except MlflowException:  # somebody else was faster
+            if client.get_experiment_by_name(EXPERIMENT) is None:
+                raise
+    return client
+
+
+def start_run(client: "MlflowClient", name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
+    """A new run's id; `parent` makes it a child of that run."""
+    experiment = client.get_experiment_by_name(EXPERIMENT)
+    assert experiment is not None, "connect() creates it"
+    nesting = {"mlflow.parentRunId": parent} if parent else {}
+    run = client.create_run(experiment.experiment_id, tags={**tags, **nesting}, run_name=name)
+    return str(run.info.run_id)
+
+
+class Pipeline:
+    """The parent run of a pipeline. Without a working store: None as its id, and one warning."""
+
+    def __init__(self, name: str, tags: Mapping[str, str] | None = None) -> None:
+        self.run_id: str | None = None
+        try:
+            self._client = connect()
+            self.run_id = start_run(self._client, name, {"kind": "pipeline", **(tags or {})})
+        except Exception as error:
+            warn(error)
+
+    def close(self, succeeded: bool) -> None:
+        """End the run, or delete it when no stage was executed: it would say nothing."""
+        if self.run_id is None:
+            return
+        try:
+            experiments = [self._client.get_run(self.run_id).info.experiment_id]
+            children = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
+            if self._client.search_runs(experiments, children, max_results=1):
+                self._client.set_terminated(self.run_id, "FINISHED" if succeeded else "FAILED")
+            else:
+                self._client.delete_run(self.run_id)
+        except Exception as error:
+            warn(error)
+
+
+class StageRun:
+    """The run of one stage. No method raises or waits for the store, except `close`.
+
+    `memory` is a file that keeps the run's id: a stage that was killed and continues goes on in the same
+    run, so that its curves have no gap.
+    """
+
+    def __init__(self, stage: str, params: Mapping[str, Any], tags: Mapping[str, str], memory: Path) -> None:
+        self.run_id: str | None = None
+        self._stage, self._tags, self._memory = stage, dict(tags), memory
+        self._params = flatten(params)
+        self._jobs: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
+        self._metrics: list[tuple[str, float, int, int]] = []  # name, value, step, time in ms
+        self._lock = threading.Lock()
+        self._warned = False
+        self._thread: threading.Thread | None = None
+        try:
+            os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+            import mlflow  # noqa: F401  on this thread: imports side by side with torch's may see half of a module
+        except Exception as error:
+            self._warn(error)
+            return
+        self._thread = threading.Thread(target=self._work, name="mlflow", daemon=True)
+        self._thread.start()
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Buffer values of one step."""
+        now = round(time.time() * 1000)
+        with self._lock:
+            if len(self._metrics) < MAX_WAITING:
+                self._metrics += [(name, float(value), step, now) for name, value in values.items()]
+
+    def register_model(self, name: str, pointer: Mapping[str, str]) -> None:
+        """A version of a registered model: a pointer to weights kept elsewhere, whose fields become tags."""
+
+        def job(client: "MlflowClient", run_id: str) -> None:
+            from mlflow.exceptions import MlflowException
+
+            client.log_dict(run_id, dict(pointer), f"models/{name}/pointer.json")
+            try:
+                client.create_registered_model(name)
+            except MlflowException as error:
+                if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                    raise
+            source = f"{client.get_run(run_id).info.artifact_uri}/models/{name}"
+            client.create_model_version(name, source, run_id, tags=dict(pointer))
+
+        self._jobs.put(job)
+
+    def close(self, status: str, timeout: float = CLOSE_TIMEOUT) -> None:
+        """Send what is left and end the run as FINISHED, FAILED or KILLED; waits `timeout` s at most."""
+        if self._thread is None:
+            return
+        self._jobs.put(lambda client, run_id: client.set_terminated(run_id, status))
+        self._jobs.put(None)
+        self._thread.join(timeout)
+        if self._thread.is_alive():
+            self._warn(TimeoutError(f"no answer for {timeout:.0f} s; the last metrics are lost"))
+
+    def _work(self) -> None:
+        client: MlflowClient | None = None
+        try:
+            client = connect()
+            self.run_id = self._open_run(client)
+        except Exception as error:
+            self._warn(error)
+        while True:
+            try:
+                job = self._jobs.get(timeout=FLUSH_INTERVAL)
+            except queue.Empty:
+                job = _nothing
+            if client and self.run_id:
+                try:
+                    self._flush(client, self.run_id)
+                    (job or _nothing)(client, self.run_id)
+                except Exception as error:
+                    self._warn(error)
+            if job is None:
+                return
+
+    def _open_run(self, client: "MlflowClient") -> str:
+        parent = os.environ.get(PIPELINE_RUN)
+        run_id = self._earlier_run(client)
+        if run_id:
+            client.update_run(run_id, status="RUNNING")
+            if parent:
+                client.set_tag(run_id, "mlflow.parentRunId", parent)
+            return run_id
+        run_id = start_run(client, self._stage, {"kind": "stage", "stage": self._stage, **self._tags}, parent)
+        self._memory.write_text(run_id, encoding="utf-8")
+        self._log_params(client, run_id)
+        return run_id
+
+    def _earlier_run(self, client: "MlflowClient") -> str | None:
+        from mlflow.exceptions import MlflowException
+
+        if not self._memory.is_file():
+            return None
+        try:
+            run = client.get_run(self._memory.read_text(encoding="utf-8"))
+        except MlflowException:  # another store, or one that was cleaned
+            return None
+        return str(run.info.run_id) if run.info.lifecycle_stage == "active" else None
+
+    def _log_params(self, client: "MlflowClient", run_id: str) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(name, value[:MAX_PARAM_LENGTH]) for name, value in self._params.items()]
+        for start in range(0, len(params), MAX_PARAMS):
+            client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
+
+    def _flush(self, client: "MlflowClient", run_id: str) -> None:
+        while batch := self._waiting():
+            client.log_batch(run_id, metrics=batch)
+            with self._lock:  # only now: what could not be sent is tried again
+                del self._metrics[: len(batch)]
+
+    def _waiting(self) -> "list[Metric]":
+        from mlflow.entities import Metric
+
+        with self._lock:
+            return [
+                Metric(name, value, when, step) for name, value, step, when in self._metrics[:MAX_METRICS]
+            ]
+
+    def _warn(self, error: Exception) -> None:
+        if not self._warned:
+            self._warned = True
+            warn(error)
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """{"a": {"b": 1}} -> {"a.b": "1"}; lists and None as JSON."""
+    flat: dict[str, str] = {}
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            flat |= flatten(value, f"{name}.")
+        else:
+            flat[name] = value if isinstance(value, str) else json.dumps(value, default=str)
+    return flat
+
+
+def numbers(values: Mapping[str, Any]) -> dict[str, float]:
+    """The finite numbers among `values`, as MLflow takes them."""
+    return {
+        name: float(value)
+        for name, value in values.items()
+        if isinstance(value, int | float) and math.isfinite(value)
+    }
+
+
+def warn(error: Exception) -> None:
+    """Tracking is a convenience: its failure is said in one line and never ends a stage."""
+    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    print(f"warning: MLflow does not record this run: {first_line}", file=sys.stderr, flush=True)
+
+
+def _nothing(_client: "MlflowClient", _run_id: str) -> None:
+    pass

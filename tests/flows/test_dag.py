@@ -1,0 +1,86 @@
+"""The graph as DVC has it."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from dgpo_core.errors import UserError
+from flows.dag import Stage, read_dag
+
+PIPELINE = """
+stages:
+  report: {cmd: "true", deps: [kd/model, index.json], outs: [report.html]}
+  distill:
+    matrix: {seed: [1, 2]}
+    cmd: "true"
+    deps: [questions.jsonl, index.json]
+    outs: ["kd-${item.seed}"]
+  kd: {cmd: "true", deps: [index.json], outs: [kd], meta: {timeout_minutes: 1.5, retries: 0, pool: gpu}}
+  index: {cmd: "true", outs: [index.json]}
+"""
+
+
+@pytest.fixture
+def repository(workplace: Path) -> Path:
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(["dvc", "init", "-q"], check=True)
+    Path("questions.jsonl").write_text("{}")
+    subprocess.run(["dvc", "add", "-q", "questions.jsonl"], check=True)
+    Path("dvc.yaml").write_text(PIPELINE)
+    return workplace
+
+
+def test_stages_come_after_what_they_need(repository: Path) -> None:
+    stages = read_dag(repository)
+    assert set(stages) == {"index", "kd", "report", "distill@1", "distill@2"}
+    assert stages["kd"] == Stage("kd", ("index",), timeout_minutes=1.5, retries=0)
+    assert stages["report"].upstream == ("index", "kd")
+    names = list(stages)
+    assert all(names.index(need) < names.index(name) for name in names for need in stages[name].upstream)
+
+
+def test_targets_bring_what_they_need(repository: Path) -> None:
+    assert list(read_dag(repository, ["kd"])) == ["index", "kd"]
+
+
+def test_unknown_target(repository: Path) -> None:
+    with pytest.raises(UserError, match=r"no such stage: evaluate; there are .*index"):
+        read_dag(repository, ["evaluate"])
+
+
+@pytest.mark.parametrize(
+    ("meta", "message"),
+    [
+        ("{timeout_minutes: soon}", "timeout_minutes must be a positive number"),
+        ("{timeout_minutes: -1}", "timeout_minutes must be a positive number"),
+        ("{retries: -1}", "retries must be a whole number"),
+        ("{retries: 1.5}", "retries must be a whole number"),
+        ("{retrys: 1}", r"stages\.a\.meta\.retrys: unknown"),
+        ("[1]", "must be a mapping"),
+    ],
+)
+def test_bad_meta(repository: Path, meta: str, message: str) -> None:
+    Path("dvc.yaml").write_text(f"stages:\n  a: {{cmd: 'true', meta: {meta}}}\n")
+    with pytest.raises(UserError, match=message):
+        read_dag(repository)
+
+
+@pytest.mark.parametrize("text", ["", "stages: {}", "stages:\n  a: {cmnd: x}", "stages: [", "a: 1"])
+def test_bad_pipelines(repository: Path, text: str) -> None:
+    Path("dvc.yaml").write_text(text)
+    with pytest.raises(UserError):
+        read_dag(repository)
+
+
+def test_no_repository(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot read the pipeline"):
+        read_dag(tmp_path)
+
+
+def test_cycle(repository: Path) -> None:
+    Path("dvc.yaml").write_text(
+        "stages:\n  a: {cmd: x, deps: [b], outs: [a]}\n  b: {cmd: x, deps: [a], outs: [b]}\n"
+    )
+    with pytest.raises(UserError, match="cycl"):
+        read_dag(repository)

@@ -1,0 +1,267 @@
+"""The flow on a real Prefect server over a small, real git + DVC repository."""
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dgpo_core.errors import UserError
+
+# Each stage notes when it starts and ends: order and overlap are facts in a file, not guesses from durations.
+STAGE = """
+import sys, time
+from pathlib import Path
+
+name, wait = sys.argv[1], sys.argv[2] if len(sys.argv) > 2 else ""
+note = lambda what: open("log.txt", "a").write(f"{what} {name}\\n")
+note("start")
+for _ in range(1200):  # a generous limit that only keeps a broken test from hanging
+    if not wait or Path(wait).exists():
+        break
+    time.sleep(0.05)
+if Path(f"{name}.fail").exists():
+    sys.exit(f"{name} fails")
+Path(f"{name}.txt").write_text(name)
+note("end")
+"""
+
+PIPELINE = """
+stages:
+  last: {cmd: python stage.py last, deps: [left.txt, right.txt], outs: [last.txt]}
+  right: {cmd: python stage.py right, deps: [first.txt], outs: [right.txt]}
+  left: {cmd: python stage.py left, deps: [first.txt], outs: [left.txt]}
+  first: {cmd: python stage.py first, outs: [first.txt], meta: {timeout_minutes: 5}}
+"""
+
+
+@pytest.fixture(scope="session")
+def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """URL of a Prefect server process of these tests' own."""
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.server import local_server
+
+    home = tmp_path_factory.mktemp("prefect")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(home))
+        with local_server(port) as url, temporary_settings({PREFECT_API_URL: url}):
+            yield url
+
+
+@pytest.fixture
+def repository(workplace: Path) -> Path:
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(["dvc", "init", "-q"], check=True)
+    Path("stage.py").write_text(STAGE)
+    Path("dvc.yaml").write_text(PIPELINE)
+    return workplace
+
+
+def run_flow(**arguments: Any) -> dict[str, tuple[str, int]]:
+    """Run the flow; {stage: (state's name, number of attempts)} as the server has them."""
+    from prefect import get_client
+    from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterFlowRunId
+
+    from flows.pipeline import pipeline
+
+    state = pipeline(root=Path(), retry_delay_seconds=0, return_state=True, **arguments)
+    flow_run = state.state_details.flow_run_id
+    with get_client(sync_client=True) as client:
+        runs_filter = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[flow_run]))
+        for _ in range(100):  # the server learns of task runs by events, a little later
+            runs = client.read_task_runs(task_run_filter=runs_filter)
+            if runs and all(run.state_name != "Running" for run in runs):
+                break
+            time.sleep(0.1)
+        found = {run.name: (run.state_name or "", run.run_count) for run in runs}
+    found["flow"] = (state.name or "", 1)
+    return found
+
+
+def log() -> list[str]:
+    return Path("log.txt").read_text().splitlines()
+
+
+def names(found: dict[str, tuple[str, int]]) -> dict[str, str]:
+    return {stage: state for stage, (state, _) in found.items()}
+
+
+def test_order_then_nothing_to_do_then_only_what_changed(api: str, repository: Path) -> None:
+    done = names(run_flow())
+    assert done == dict.fromkeys(["first", "left", "right", "last", "flow"], "Completed")
+    assert log()[:2] == ["start first", "end first"]
+    assert log()[-2:] == ["start last", "end last"]
+    assert [line.split()[0] for line in log()] == ["start", "end"] * 4  # max_parallel is 1
+    up_to_date = subprocess.run(["dvc", "status"], capture_output=True, text=True, check=True)
+    assert "up to date" in up_to_date.stdout
+
+    again = names(run_flow())
+    assert again == {**dict.fromkeys(["first", "left", "right", "last"], "Unchanged"), "flow": "Completed"}
+    assert len(log()) == 8
+
+    pipeline = Path("dvc.yaml").read_text().replace("stage.py left,", "stage.py left '',")
+    Path("dvc.yaml").write_text(pipeline)
+    changed = names(run_flow(targets=["left"]))
+    assert changed == {"first": "Unchanged", "left": "Completed", "flow": "Completed"}
+
+    Path("first.txt").unlink()  # its content is in DVC's cache
+    assert names(run_flow(targets=["first"]))["first"] in {"Unchanged", "Restored"}
+    assert len(log()) == 10
+
+
+def test_independent_stages_side_by_side(api: str, repository: Path) -> None:
+    # Each of the two waits for the other's start: they can only end if they run together.
+    text = Path("stage.py").read_text().replace('note("start")', 'note("start"); Path(f"{name}.on").touch()')
+    Path("stage.py").write_text(text)
+    text = PIPELINE.replace("stage.py left", "stage.py left right.on")
+    Path("dvc.yaml").write_text(text.replace("stage.py right", "stage.py right left.on"))
+    assert names(run_flow(max_parallel=2))["flow"] == "Completed"
+    assert {line.split()[0] for line in log()[2:4]} == {"start"}
+
+
+def test_failure_stops_only_what_needs_it(api: str, repository: Path) -> None:
+    Path("right.fail").touch()
+    found = run_flow()
+    assert names(found) == {
+        "first": "Completed",
+        "right": "Failed",
+        "left": "Completed",
+        "last": "NotReady",
+        "flow": "Failed",
+    }
+    assert found["right"][1] == 1  # not retryable, not retried
+    assert not Path("right.txt").exists()
+    summary = artifact()
+    assert "| right | Failed |" in summary
+    assert "| last | NotReady |" in summary
+    Path("right.fail").unlink()
+    recovered = names(run_flow())
+    assert recovered["flow"] == "Completed"
+    assert recovered["left"] == "Unchanged"
+
+
+FLAKY = """
+from pathlib import Path
+from dgpo_core.errors import InfrastructureError
+from tasks.stage import main, stage
+
+def run():
+    with stage("flaky", config={}, outputs=[Path("flaky.txt")]) as current:
+        tries = current.state / "tries"
+        count = len(tries.read_text()) if tries.exists() else 0
+        tries.write_text("x" * (count + 1))
+        if count < FAILURES:
+            raise InfrastructureError("the retriever does not answer")
+        Path("flaky.txt").write_text(f"continued after {count}")
+
+main(run)
+"""
+
+
+def test_infrastructure_failures_are_retried_and_the_state_is_kept(api: str, repository: Path) -> None:
+    Path("flaky.py").write_text(FLAKY.replace("FAILURES", "1"))
+    Path("dvc.yaml").write_text("stages:\n  flaky: {cmd: python flaky.py, outs: [flaky.txt]}\n")
+    Path("reports").mkdir()
+    Path("reports/results.json").write_text('{"dgpo": {"nq": {"em": 0.5}}}')
+    assert run_flow() == {"flaky": ("Completed", 2), "flow": ("Completed", 1)}
+    assert Path("flaky.txt").read_text() == "continued after 1"
+    assert "| dgpo | 0.500 |" in artifact()
+
+
+def test_retries_end(api: str, repository: Path) -> None:
+    Path("flaky.py").write_text(FLAKY.replace("FAILURES", "9"))
+    Path("dvc.yaml").write_text(
+        "stages:\n  flaky: {cmd: python flaky.py, outs: [flaky.txt], meta: {retries: 1}}\n"
+    )
+    assert run_flow() == {"flaky": ("Failed", 2), "flow": ("Failed", 1)}
+    assert "flaky: infrastructure: the retriever does not answer" in artifact()
+
+
+def test_timeout_ends_the_stage(api: str, repository: Path) -> None:
+    Path("dvc.yaml").write_text(
+        "stages:\n  slow: {cmd: python stage.py slow never, outs: [slow.txt], meta: {timeout_minutes: 0.05}}\n"
+    )
+    assert names(run_flow()) == {"slow": "Failed", "flow": "Failed"}
+    assert "not done after 0.05 minutes" in artifact()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killed_flow_leaves_no_stage(api: str, repository: Path, number: signal.Signals) -> None:
+    """A stage of the project's kind ends even with SIGKILL to the flow; others end with its cancellation."""
+    Path("work.py").write_text(
+        "import os, sys, time\nfrom pathlib import Path\nsys.argv[0] = '-m'\nimport tasks\n"
+        "Path('pid.part').write_text(str(os.getpid()))\nos.replace('pid.part', 'pid')\ntime.sleep(600)\n"
+    )
+    Path("dvc.yaml").write_text("stages:\n  work: {cmd: python work.py, outs: [work.txt]}\n")
+    environment = {**os.environ, "PREFECT_API_URL": api}
+    with subprocess.Popen([sys.executable, "-m", "flows.pipeline", "run"], env=environment) as flow:
+        while not Path("pid").exists():
+            assert flow.poll() is None
+            time.sleep(0.05)
+        flow.send_signal(number)
+        assert flow.wait() != 0
+    pid = int(Path("pid").read_text())
+    for _ in range(600):
+        if not alive(pid):
+            return
+        time.sleep(0.05)
+    pytest.fail("the stage outlived the flow")
+
+
+def test_bad_arguments(api: str, repository: Path) -> None:
+    from flows.pipeline import pipeline
+
+    with pytest.raises(UserError, match="max_parallel must be at least 1"):
+        pipeline(root=Path(), max_parallel=0)
+    environment = {**os.environ, "PREFECT_API_URL": api}
+    command = [sys.executable, "-m", "flows.pipeline", "run", "--target", "nothing"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 2
+    assert "error: no such stage: nothing" in result.stderr
+
+
+def test_port_that_is_taken(workplace: Path) -> None:
+    from flows.server import local_server
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(UserError, match="does not start"), local_server(taken.getsockname()[1]):
+            pass
+
+
+def test_a_running_server_is_used_and_left(api: str, workplace: Path) -> None:
+    from flows.server import answers, local_server
+
+    port = int(api.split(":")[2].split("/")[0])
+    with local_server(port) as url:
+        assert url == api
+    assert answers(api)
+
+
+def artifact() -> str:
+    """The newest summary on the server."""
+    from prefect import get_client
+    from prefect.client.schemas.sorting import ArtifactSort
+
+    with get_client(sync_client=True) as client:
+        found = client.read_artifacts(sort=ArtifactSort.CREATED_DESC, limit=1)
+    return str(found[0].data)
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie that nobody reaps does not)."""
+    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    return False

@@ -1,0 +1,122 @@
+"""Stage programs as processes: exit codes, signals, and what `dvc repro` leaves when it is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from dgpo_core.errors import InfrastructureError, UserError
+from tasks.stage import main, stage
+
+def run():
+    with stage("work", config={}, outputs=[Path("out.txt")]) as current:
+        Path("out.txt").write_text("half")
+        current.progress(1, 2, em=0.5)
+        BODY
+
+main(run)
+"""
+
+
+def write_program(body: str) -> Path:
+    """A stage program; in a package `tasks.`-like module it would be `python -m tasks.work`."""
+    path = Path("work.py")
+    path.write_text(PROGRAM.replace("BODY", body))
+    return path
+
+
+def execute(body: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(write_program(body))]
+    return subprocess.run(
+        command, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def wait_for(condition: Callable[[], bool], what: str) -> None:
+    """A generous limit that only keeps a broken test from hanging."""
+    for _ in range(1200):
+        if condition():
+            return
+        time.sleep(0.05)
+    pytest.fail(f"never happened: {what}")
+
+
+def failure(stage: str = "work") -> dict[str, object]:
+    loaded: dict[str, object] = json.loads(Path(f".state/{stage}/failure.json").read_text())
+    return loaded
+
+
+def test_users_fault_is_one_line_and_exit_code_2(workplace: Path) -> None:
+    result = execute('raise UserError("questions.jsonl:3: no\\n id")')
+    assert result.returncode == 2
+    assert result.stderr == "error: questions.jsonl:3: no id\n"
+    assert "[work] 1/2 em=0.5" in result.stdout
+    assert not Path("out.txt").exists()
+    assert failure()["kind"] == "user"
+
+
+def test_bug_shows_its_traceback_and_exit_code_1(workplace: Path) -> None:
+    result = execute("1 / 0", DVC_STAGE="work@seed1")
+    assert result.returncode == 1
+    assert "Traceback" in result.stderr
+    assert "ZeroDivisionError" in result.stderr
+    assert failure("work@seed1")["stage"] == "work@seed1"
+    assert not Path("out.txt").exists()
+
+
+def test_success(workplace: Path) -> None:
+    result = execute("pass")
+    assert (result.returncode, result.stderr) == (0, "")
+    assert Path("out.txt").read_text() == "half"
+    assert not Path(".state/work").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_end_a_stage_cleanly(workplace: Path, number: signal.Signals) -> None:
+    program = write_program("time.sleep(600)")
+    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.DEVNULL) as process:
+        wait_for(Path("out.txt").exists, "the stage works")
+        process.send_signal(number)
+        assert process.wait() == 128 + number
+    assert not Path("out.txt").exists()
+    assert failure()["retryable"] is False
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_killing_dvc_leaves_no_stage(workplace: Path, number: signal.Signals) -> None:
+    body = 'import os; Path("pid").write_text(str(os.getpid())); Path("ready").touch(); time.sleep(600)'
+    write_program(body)
+    # `python -m tasks.x`: a package `tasks` of the working copy that takes its path from the real one
+    Path("dvc.yaml").write_text("stages:\n  work:\n    cmd: python -m runstage\n    outs: [out.txt]\n")
+    Path("runstage.py").write_text(
+        "import sys, runpy\nsys.argv[0] = '-m'\nimport tasks\nrunpy.run_path('work.py')\n"
+    )
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(["dvc", "init", "-q"], check=True)
+    with subprocess.Popen(
+        [sys.executable, "-m", "dvc", "repro"], stdout=subprocess.DEVNULL, start_new_session=True
+    ) as dvc:
+        wait_for(Path("ready").exists, "the stage works")
+        stage = int(Path("pid").read_text())
+        dvc.send_signal(number)
+        dvc.wait()
+        wait_for(lambda: not alive(stage), "the stage ends")
+    assert not Path("out.txt").exists()
+
+
+def alive(pid: int) -> bool:
+    """Whether a process runs (a zombie that nobody reaps does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

@@ -1,0 +1,62 @@
+"""Progress lines and bars."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from tasks import progress
+from tasks.progress import Reporter, duration
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """A clock that tests set: `clock[0]` is now, in seconds."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_lines_are_few_and_tell_the_time_left(clock: list[float]) -> None:
+    output = io.StringIO()
+    reporter = Reporter("train", Console(file=output))
+    for step in range(101):
+        clock[0] = step * 1.0
+        reporter.update(step, 100, em=step / 100, note="x")
+    lines = output.getvalue().splitlines()
+    assert len(lines) == 21
+    assert lines[0] == "[train] 0/100 em=0 note=x "
+    assert lines[2] == "[train] 10/100 em=0.1 note=x 1m30s left"
+    assert lines[-1] == "[train] 100/100 em=1 note=x done"
+
+
+def test_a_new_phase_measures_its_own_speed(clock: list[float]) -> None:
+    output = io.StringIO()
+    reporter = Reporter("evaluate", Console(file=output))
+    for done, when in [(0, 0.0), (10, 1.0), (0, 1.0), (1, 11.0)]:
+        clock[0] = when
+        reporter.update(done, 10)
+    assert output.getvalue().splitlines()[-1] == "[evaluate] 1/10 1m30s left"
+
+
+def test_terminal_gets_a_bar() -> None:
+    output = io.StringIO()
+    reporter = Reporter("train", Console(file=output, force_terminal=True, width=100))
+    reporter.update(1, 2, em=0.5)
+    reporter.update(2, 2, em=0.75)
+    reporter.close()
+    assert "train" in output.getvalue()
+    assert "em=0.75 done" in output.getvalue()
+
+
+def test_a_closed_output_does_not_end_the_work() -> None:
+    output = io.StringIO()
+    reporter = Reporter("train", Console(file=output))
+    output.close()
+    reporter.update(1, 2)
+    reporter.close()
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (83, "1m23s"), (3720, "1h02m"), (59.6, "1m00s")])
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
