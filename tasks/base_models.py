@@ -1,4 +1,4 @@
-"""Stage `base_models`: build the embedded student and teacher from a seed (the built files are in git)."""
+"""Stage `base-models`: build the embedded student and teacher from a seed (the built files are in git)."""
 
 import torch
 
@@ -16,7 +16,7 @@ def build() -> None:
         "protocol": params.protocol.model_dump(),
         "threads": torch.get_num_threads(),
     }
-    with stage("base_models", config, inputs=[], outputs=[BASE_MODELS]) as run:
+    with stage("base-models", config=config, inputs=[], outputs=[BASE_MODELS]) as run:
 
         def report(phase: str, step: int, steps: int, metrics: dict[str, float]) -> None:
             run.progress(step, steps, phase=phase, loss=metrics["loss"])

@@ -12,7 +12,7 @@ from tasks.stage import main, stage
 
 def generate() -> None:
     params = load_params()
-    with stage("data", params.world.model_dump(), inputs=[], outputs=[CORPUS, QUESTIONS]) as run:
+    with stage("data", config=params.world.model_dump(), inputs=[], outputs=[CORPUS, QUESTIONS]) as run:
         world = generate_world(params.world, params.world.seed)
         articles = write_articles(world)
         questions = write_questions(world, articles)

@@ -18,15 +18,15 @@ from tasks.stage import main, stage
 
 def distill(cold_start: str) -> None:
     params = load_params()
-    name, out = f"distill-{cold_start}", cold_start_model(cold_start)
+    name, out = f"distill@{cold_start}", cold_start_model(cold_start)
     config = {
         key: getattr(params, key).model_dump()
         for key in ("distill", "compute", "protocol", "rollout", "retrieval", "models", "questions")
     } | {"seed": params.seed, "cold_start": cold_start}
     inputs = [CORRECT_EPISODES, INDEX, QUESTIONS]
     inputs += [Path(m) for m in (params.models.student, params.models.teacher) if Path(m).is_dir()]
-    curves = PLOTS / f"{name}.csv"
-    with stage(name, config, inputs=inputs, outputs=[out, curves]) as run:
+    curves = PLOTS / f"distill-{cold_start}.csv"
+    with stage(name, config=config, inputs=inputs, outputs=[out, curves]) as run:
         torch.manual_seed(params.seed)
         tokenizer = load_tokenizer(params.models.student)
         check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))
@@ -55,7 +55,7 @@ def distill(cold_start: str) -> None:
         save_model(student, tokenizer, out)
         write_curves(curves, rows)
         summary = {"episodes": len(episodes), "dev_em": em, "loss": rows[-1]["loss"], "kl": rows[-1]["kl"]}
-        write_metrics(METRICS / f"{name}.json", summary)
+        write_metrics(METRICS / f"distill-{cold_start}.json", summary)
         run.summary(summary)
         run.register_model(cold_start, out)
 

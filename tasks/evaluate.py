@@ -15,7 +15,7 @@ from dgpo_core.scoring.table import write_question_table
 from dgpo_core.training.models import load_model, load_tokenizer
 from tasks.agents import agent_loop, retriever, tasks_for, write_metrics
 from tasks.paths import EVALUATION, INDEX, METRICS, QUESTIONS, RECIPES, questions_file
-from tasks.stage import StageRun, main, stage
+from tasks.stage import Run, main, stage
 
 
 def source_of(params: Params, model: str) -> str:
@@ -34,7 +34,7 @@ def evaluate(model: str) -> None:
         for key in ("evaluate", "protocol", "rollout", "retrieval", "questions")
     } | {"seed": params.seed, "model": source}
     inputs = [INDEX, QUESTIONS, *([Path(source)] if Path(source).is_dir() else [])]
-    with stage(f"evaluate-{model}", config, inputs=inputs, outputs=[out]) as run:
+    with stage(f"evaluate@{model}", config=config, inputs=inputs, outputs=[out]) as run:
         tokenizer = load_tokenizer(source)
         loaded = load_model(source, params.compute.device)
         index = retriever(params)
@@ -52,7 +52,7 @@ def evaluate(model: str) -> None:
 class Evaluator:
     """Runs the test sets and ARCap's extra episodes, all through the same loop."""
 
-    def __init__(self, params: Params, loop: AgentLoop, run: StageRun) -> None:
+    def __init__(self, params: Params, loop: AgentLoop, run: Run) -> None:
         self._params, self._loop, self._run = params, loop, run
 
     def questions(self, dataset: str) -> list[Question]:

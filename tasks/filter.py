@@ -32,7 +32,7 @@ def audit(episodes: list[Episode]) -> dict[tuple[str, str], int]:
 
 def filter_episodes() -> None:
     load_params()  # a broken params.yaml stops every stage
-    with stage("filter", {}, inputs=[TEACHER_EPISODES], outputs=[CORRECT_EPISODES, AUDIT]) as run:
+    with stage("filter", config={}, inputs=[TEACHER_EPISODES], outputs=[CORRECT_EPISODES, AUDIT]) as run:
         episodes = read_episodes(TEACHER_EPISODES)
         kept = [episode for episode in episodes if episode.correct]
         require_episodes(len(kept), f"correct teacher episodes in {TEACHER_EPISODES}")

@@ -13,7 +13,7 @@ from tasks.stage import main, stage
 def index() -> None:
     params = load_params()
     config = params.retrieval.model_dump()
-    with stage("index", config, inputs=[CORPUS], outputs=[INDEX]) as run:
+    with stage("index", config=config, inputs=[CORPUS], outputs=[INDEX]) as run:
         # encoded in the stage's state, so that a killed run keeps its finished shards
         shards = run.state / "shards"
         manifest = build_shards(CORPUS, shards, params.retrieval, run.progress)

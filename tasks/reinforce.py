@@ -32,7 +32,7 @@ def reinforce(name: str) -> None:
         for key in ("reinforce", "compute", "protocol", "rollout", "retrieval", "models", "questions")
     } | {"seed": params.seed, "recipe": recipe.model_dump()}
     inputs = [INDEX, QUESTIONS, *(Path(m) for m in (start, params.models.teacher) if Path(m).is_dir())]
-    with stage(f"reinforce-{name}", config, inputs=inputs, outputs=[out, curves]) as run:
+    with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
         tokenizer = load_tokenizer(start)
         student = load_model(start, params.compute.device)
         reference = _reference(params, recipe, start, tokenizer)

@@ -11,7 +11,7 @@ from tasks.stage import main, stage
 def report(models: list[str]) -> None:
     params = load_params()
     inputs = [EVALUATION / model for model in models]
-    with stage("report", {"models": models}, inputs=inputs, outputs=[REPORTS]) as run:
+    with stage("report", config={"models": models}, inputs=inputs, outputs=[REPORTS]) as run:
         mirrors = dict(params.questions.test)
         write_report(EVALUATION, PLOTS, METRICS, REPORTS, models, mirrors, params.model_dump(mode="json"))
         run.progress(1, 1)

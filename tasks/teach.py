@@ -20,7 +20,7 @@ def teach() -> None:
         for key in ("teach", "protocol", "rollout", "retrieval", "models", "questions")
     } | {"seed": params.seed}
     inputs = [INDEX, QUESTIONS, *_local(params.models.teacher)]
-    with stage("teach", config, inputs=inputs, outputs=[TEACHER_EPISODES]) as run:
+    with stage("teach", config=config, inputs=inputs, outputs=[TEACHER_EPISODES]) as run:
         tokenizer = load_tokenizer(params.models.teacher)
         teacher = load_model(params.models.teacher, params.compute.device)
         index = retriever(params)
