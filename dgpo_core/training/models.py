@@ -14,10 +14,14 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from transformers.utils import logging as transformers_logging
+
 from dgpo_core.config.data import ModelShape
 from dgpo_core.errors import UserError
 
 MAX_POSITIONS = 4096
+
+transformers_logging.disable_progress_bar()  # the stages have a progress display of their own
 
 
 def build_qwen2(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
