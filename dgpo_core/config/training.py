@@ -23,6 +23,7 @@ class TeachConfig(Section):
 
     questions: PositiveInt | None = Field(None, description="first so many of each set; null: all")
     sampling: Sampling = GREEDY
+    seed: NonNegativeInt = Field(0, description="of sampling; greedy episodes do not depend on it")
     chunk: PositiveInt = Field(256, description="episodes between two checkpoints")
 
 
@@ -94,6 +95,9 @@ class Recipe(Section):
 
 
 class EvaluateConfig(Section):
+    """Test sets and ARCap (method.md, sections 2 and 6); the release samples at temperature 1."""
+
     sampling: Sampling = GREEDY
+    seed: NonNegativeInt = Field(0, description="of sampling; greedy episodes do not depend on it")
     chunk: PositiveInt = Field(512, description="episodes between two checkpoints")
     questions: PositiveInt | None = Field(None, description="first so many of each set; null: all")
