@@ -1,6 +1,8 @@
 """What tests of stages and flows share: one real MLflow store, and an environment of their own."""
 
 import os
+import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -41,3 +43,19 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: str
     for name in ("DVC_STAGE", "DVC_ROOT", "DGPO_PIPELINE_RUN"):
         monkeypatch.delenv(name, raising=False)
     yield tmp_path
+
+
+@pytest.fixture(scope="session")
+def empty_dvc_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh git + DVC repository to copy (making one takes a second)."""
+    folder = tmp_path_factory.mktemp("repository")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture
+def dvc_repository(workplace: Path, empty_dvc_repository: Path) -> Path:
+    """A working directory that is a git + DVC repository without stages."""
+    shutil.copytree(empty_dvc_repository, workplace, dirs_exist_ok=True)
+    return workplace
