@@ -197,4 +197,6 @@ def _git_revision() -> str:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"stopped with exit code {error.code}"
     return " ".join(str(error).split()) or type(error).__name__
