@@ -1,6 +1,8 @@
 """What tests of stages and flows share: one real MLflow store, and an environment of their own."""
 
 import os
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,6 +39,7 @@ def make_workplace(folder: Path, patch: pytest.MonkeyPatch, store: str) -> None:
     patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     patch.setenv("GIT_CEILING_DIRECTORIES", str(folder.parent))
     for name in ("DVC_STAGE", "DVC_ROOT", "DGPO_PIPELINE_RUN"):
+<<<<<<< HEAD
         patch.delenv(name, raising=False)
 
 
@@ -45,3 +48,23 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: str
     """An empty working directory, see make_workplace."""
     make_workplace(tmp_path, monkeypatch, mlflow_store)
     return tmp_path
+=======
+        monkeypatch.delenv(name, raising=False)
+    yield tmp_path
+
+
+@pytest.fixture(scope="session")
+def empty_dvc_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh git + DVC repository to copy (making one takes a second)."""
+    folder = tmp_path_factory.mktemp("repository")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture
+def dvc_repository(workplace: Path, empty_dvc_repository: Path) -> Path:
+    """A working directory that is a git + DVC repository without stages."""
+    shutil.copytree(empty_dvc_repository, workplace, dirs_exist_ok=True)
+    return workplace
+>>>>>>> flows

@@ -56,6 +56,10 @@ class ReinforceConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     beta: NonNegativeFloat = Field(0.001, description="weight of the KL to the reference (eq. 4)")
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
+    old_logprobs: Literal["trainer", "rollout"] = Field(
+        "trainer",
+        description="who computes pi_old: the trainer again, or the engine (right where both compute alike)",
+    )
     gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(1.0, ge=0, le=1)
     gae_scope: Literal["model_tokens", "all"] = Field("model_tokens", description="the release: all")
