@@ -39,7 +39,6 @@ def make_workplace(folder: Path, patch: pytest.MonkeyPatch, store: str) -> None:
     patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
     patch.setenv("GIT_CEILING_DIRECTORIES", str(folder.parent))
     for name in ("DVC_STAGE", "DVC_ROOT", "DGPO_PIPELINE_RUN"):
-<<<<<<< HEAD
         patch.delenv(name, raising=False)
 
 
@@ -48,9 +47,6 @@ def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: str
     """An empty working directory, see make_workplace."""
     make_workplace(tmp_path, monkeypatch, mlflow_store)
     return tmp_path
-=======
-        monkeypatch.delenv(name, raising=False)
-    yield tmp_path
 
 
 @pytest.fixture(scope="session")
@@ -67,4 +63,3 @@ def dvc_repository(workplace: Path, empty_dvc_repository: Path) -> Path:
     """A working directory that is a git + DVC repository without stages."""
     shutil.copytree(empty_dvc_repository, workplace, dirs_exist_ok=True)
     return workplace
->>>>>>> flows
