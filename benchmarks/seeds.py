@@ -78,7 +78,9 @@ def tables(summary: dict[str, object]) -> str:
         averages = " | ".join(f"{np.mean(list(row[model].values())):.3f}" for model in MODELS)
         lines.append(f"| {seed} | {averages} | {_interval(row['dgpo-kd'])} |")
     pooled: dict[str, dict[str, float]] = summary["pooled"]  # type: ignore[assignment]
-    lines += [f"\nPooled {pair}: {_interval(estimate)} ({estimate['n']} pairs)" for pair, estimate in pooled.items()]
+    lines += [
+        f"\nPooled {pair}: {_interval(estimate)} ({estimate['n']} pairs)" for pair, estimate in pooled.items()
+    ]
     return "\n".join(lines)
 
 

@@ -108,7 +108,9 @@ def test_questions_tables_agree_with_episodes(finished: Path) -> None:
     assert [(r["question_id"], r["em"]) for r in table] == [(e.question_id, e.correct) for e in episodes]
 
 
-@pytest.mark.parametrize(("module", "recipe", "name"), [("distill", "kd", "kd"), ("reinforce", "dgpo", "dgpo")])
+@pytest.mark.parametrize(
+    ("module", "recipe", "name"), [("distill", "kd", "kd"), ("reinforce", "dgpo", "dgpo")]
+)
 def test_killed_training_continues_to_the_same_model(
     finished: Path, workplace: Path, module: str, recipe: str, name: str
 ) -> None:
@@ -122,9 +124,9 @@ def test_killed_training_continues_to_the_same_model(
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
-    assert not (workplace / paths.RECIPES / name).exists(), "no half-written output"
+    assert not (workplace / paths.RECIPES / recipe).exists(), "no half-written output"
     subprocess.run(command, cwd=workplace, check=True)
-    weights = paths.RECIPES / name / "model.safetensors"
+    weights = paths.RECIPES / recipe / "model.safetensors"
     assert (workplace / weights).read_bytes() == (finished / weights).read_bytes()
     curves = paths.PLOTS / f"{module}-{recipe}.csv"
     assert (workplace / curves).read_text() == (finished / curves).read_text()
@@ -140,7 +142,9 @@ def test_killed_rollouts_continue_to_the_same_episodes(finished: Path, workplace
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     subprocess.run(command, cwd=workplace, check=True)
-    assert read_episodes(workplace / paths.TEACHER_EPISODES) == read_episodes(finished / paths.TEACHER_EPISODES)
+    assert read_episodes(workplace / paths.TEACHER_EPISODES) == read_episodes(
+        finished / paths.TEACHER_EPISODES
+    )
 
 
 def test_min_em_stops_a_weak_cold_start(finished: Path, workplace: Path) -> None:
@@ -161,9 +165,7 @@ def test_min_em_stops_a_weak_cold_start(finished: Path, workplace: Path) -> None
         ({"reinforce": {"batch_size": 100, "mini_batch_size": 33}}, "multiple of mini_batch_size"),
     ],
 )
-def test_broken_params_are_one_clear_line(
-    workplace: Path, change: dict[str, object], message: str
-) -> None:
+def test_broken_params_are_one_clear_line(workplace: Path, change: dict[str, object], message: str) -> None:
     make_project(workplace)
     params = yaml.safe_load((workplace / "params.yaml").read_text())
     (workplace / "params.yaml").write_text(yaml.safe_dump(params | change))
