@@ -21,7 +21,9 @@ class WorldConfig(Section):
 
     seed: NonNegativeInt = 1
     passages: int = Field(2000, ge=100, description="about how many passages")
-    ambiguity: float = Field(0.3, ge=0, le=1, description="share of names that another entity has too")
+    ambiguity: float = Field(
+        0.3, ge=0, le=1, description="chance that a book, city or university has the name of another entity"
+    )
     rare_share: float = Field(0.25, ge=0, lt=1, description="share of entities with a single passage")
     distractors: NonNegativeInt = Field(1, description="sentences a passage that answer no question")
     comparison_share: float = Field(0.2, ge=0, le=1, description="comparisons in the two-hop sets")
@@ -55,8 +57,14 @@ class PretrainingConfig(Section):
 class ReadingConfig(PretrainingConfig):
     """The reading drill, with its curriculum: one passage at first, then two, then three."""
 
-    one_passage: float = Field(0.5, ge=0, le=1, description="share of the steps with one passage")
-    two_passages: float = Field(0.25, ge=0, le=1, description="share of the steps with two passages")
+    one_passage: float = Field(0.6, ge=0, le=1, description="share of the steps with one passage")
+    two_passages: float = Field(0.4, ge=0, le=1, description="share of the steps with two passages")
+
+    @model_validator(mode="after")
+    def _shares(self) -> Self:
+        if self.one_passage + self.two_passages > 1:
+            raise ValueError("one_passage and two_passages are shares: together at most 1")
+        return self
 
     def passages(self, step: int) -> int:
         """Passages of an example of `step`, which counts from 0."""
@@ -74,8 +82,6 @@ class BaseModelsConfig(Section):
     student: ModelShape = ModelShape(hidden_size=96, layers=4, heads=3, intermediate_size=96)
     teacher: ModelShape = ModelShape(hidden_size=128, layers=5, heads=4, intermediate_size=384)
     expert_episodes: PositiveInt = Field(9600, description="scripted episodes that teach the protocol")
-    student_reading: ReadingConfig = ReadingConfig(steps=1200, batch_size=64, learning_rate=3e-3)
-    teacher_reading: ReadingConfig = ReadingConfig(
-        steps=700, batch_size=64, learning_rate=2e-3, one_passage=0.6, two_passages=0.4
-    )
+    student_reading: ReadingConfig = ReadingConfig(steps=900, batch_size=64, learning_rate=3e-3)
+    teacher_reading: ReadingConfig = ReadingConfig(steps=700, batch_size=64, learning_rate=2e-3)
     teacher_protocol: PretrainingConfig = PretrainingConfig(steps=300, batch_size=32, learning_rate=1e-3)

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
 
 from dgpo_core.config.data import BaseModelsConfig, ModelShape, ReadingConfig, WorldConfig
 from dgpo_core.config.protocol import ProtocolConfig
@@ -33,7 +33,7 @@ class BaseModelBuilder:
     ) -> None:
         self._config, self._world, self._protocol, self._top_k = config, world, protocol, top_k
         self._state, self._report = state, report
-        self._tokenizer: PreTrainedTokenizerFast = build_tokenizer()
+        self._tokenizer = build_tokenizer()
         self._worlds = range(config.first_world_seed, config.first_world_seed + config.worlds)
 
     def build(self, folder: Path) -> None:

@@ -1,7 +1,7 @@
 """Scripted expert episodes: what the embedded teacher learns the protocol from.
 
-The expert knows the facts of its world, but searches for each of them with the real index, and an episode
-in which a passage was not found in two tries is thrown away.
+The expert knows the facts of its world, but searches for each of them with the real index. Where that does
+not find the passage it repeats itself until its budget ends, and the episode is thrown away.
 """
 
 import random
@@ -22,7 +22,7 @@ from dgpo_core.rollout.engine import Finish, Generation, Request
 from dgpo_core.rollout.loop import AgentLoop, Task
 
 # shares of one, two and three hops and of comparisons
-MIXTURE = (("one", 0.25), ("two", 0.4), ("three", 0.2), ("comparison", 0.15))
+MIXTURE = {"one": 0.25, "two": 0.4, "three": 0.2, "comparison": 0.15}
 HOPS = {"one": 1, "two": 2, "three": 3}
 
 
@@ -56,10 +56,9 @@ def expert_examples(
 
 
 def _drafts(writer: QuestionWriter, rng: random.Random, count: int) -> Iterator[Draft]:
-    kinds, shares = zip(*MIXTURE, strict=True)
     made = 0
     while made < count:
-        kind = rng.choices(kinds, shares)[0]
+        kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
         other = rng.random() < 0.5
         draft = writer.comparison() if kind == "comparison" else writer.chain(HOPS[kind], other=other)
         if draft is not None:
@@ -72,7 +71,7 @@ class ExpertEngine:
 
     def __init__(self, drafts: list[Draft], texts: dict[tuple[int, str], str], tokenizer: Any) -> None:
         self._drafts, self._texts, self._tokenizer = drafts, texts, tokenizer
-        self._tries: dict[int, int] = {}  # searches for the fact at hand
+        self._begun: set[int] = set()  # drafts whose first turn is written
 
     def generate(self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]) -> list[Generation]:
         return [self._turn(request) for request in requests]
@@ -84,9 +83,11 @@ class ExpertEngine:
         known = 0
         while known < len(draft.facts) and self._text(draft.facts[known]) in context:
             known += 1
-        first = not self._tries.get(number)
-        self._tries[number] = self._tries.get(number, 0) + 1
-        said = "" if first or not known else f" {statement(draft.facts[known - 1])} {draft.facts[known - 1].value}."
+        said = ""
+        if known and number in self._begun:
+            read = draft.facts[known - 1]
+            said = f" {statement(read)} {read.value}."
+        self._begun.add(number)
         if known < len(draft.facts):
             text = self._search(draft.facts[known], said)
         else:

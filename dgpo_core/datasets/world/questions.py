@@ -10,13 +10,14 @@
 | threehop   | musique         | a chain of three facts                                      | test             |
 | hard       | bamboogle       | chains of two in unseen phrasings about rare entities (125) | test             |
 
-Every fact belongs to one side, training or test, and a question uses facts of one side only.
+Every fact belongs to one split, train, dev or test, and a question uses facts of its own split only.
 """
 
 import hashlib
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from dgpo_core.datasets.records import Passage, Question
@@ -25,6 +26,7 @@ from dgpo_core.datasets.world.articles import Article
 from dgpo_core.datasets.world.generate import Entity, Fact, World
 from dgpo_core.errors import UserError
 
+TRAIN_SHARE, DEV_SHARE = 0.38, 0.17  # of the facts; the others are tested
 TRAINED_SETS = ("onehop", "twohop")
 TEST_SETS = ("onehop", "twohop", "phrasing", "rare", "comparison", "threehop", "hard")
 MIRRORS = dict(
@@ -47,14 +49,14 @@ class Draft:
 
 
 class QuestionWriter:
-    """Drafts questions about the facts of one side (`train` or `test`)."""
+    """Drafts questions about the facts of one split (`train`, `dev` or `test`)."""
 
-    def __init__(self, world: World, side: str, rng: random.Random) -> None:
+    def __init__(self, world: World, split: str, rng: random.Random) -> None:
         self.rng = rng
         self.facts = [
             fact
             for fact in world.facts.values()
-            if fact_side(world, fact) == side and (side == "test" or fact.subject.popular)
+            if fact_split(world, fact) == split and (split == "test" or fact.subject.popular)
         ]
         self._by_subject: dict[int, list[Fact]] = {}
         for fact in self.facts:
@@ -89,10 +91,11 @@ class QuestionWriter:
         return Draft(text, (earlier.name,), (first, second), "comparison")
 
 
-def fact_side(world: World, fact: Fact) -> str:
-    """`train` or `test`, by a hash of the fact: stable whatever else is generated."""
+def fact_split(world: World, fact: Fact) -> str:
+    """`train`, `dev` or `test`, by a hash of the fact: stable whatever else is generated."""
     key = f"{world.seed}-{fact.subject.key}-{fact.relation.noun}"
-    return "train" if hashlib.sha256(key.encode()).digest()[0] < 128 else "test"
+    draw = hashlib.sha256(key.encode()).digest()[0] / 256
+    return "train" if draw < TRAIN_SHARE else "dev" if draw < TRAIN_SHARE + DEV_SHARE else "test"
 
 
 def write_questions(world: World, articles: list[Article]) -> dict[tuple[str, str], list[Question]]:
@@ -100,20 +103,20 @@ def write_questions(world: World, articles: list[Article]) -> dict[tuple[str, st
     rng = random.Random(f"questions-{world.seed}")
     sizes = world.config.questions
     finish = _Finisher(articles)
-    train, test = QuestionWriter(world, "train", rng), QuestionWriter(world, "test", rng)
+    writers = {split: QuestionWriter(world, split, rng) for split in ("train", "dev", "test")}
+    test = writers["test"]
+
+    def one_hop(writer: QuestionWriter) -> Draft | None:
+        return writer.chain(1, rare=False)
 
     def two_hop(writer: QuestionWriter) -> Draft | None:
         return writer.comparison() if rng.random() < world.config.comparison_share else writer.chain(2)
 
+    counts = {"train": sizes.train, "dev": sizes.dev, "test": sizes.test}
     made: dict[tuple[str, str], list[Question]] = {}
-    trained: dict[str, Callable[[QuestionWriter], Draft | None]] = {
-        "onehop": lambda writer: writer.chain(1, rare=False),
-        "twohop": two_hop,
-    }
-    for name, draft in trained.items():
-        questions = finish(name, "train", sizes.train + sizes.dev, lambda: draft(train))  # noqa: B023
-        made[name, "train"], made[name, "dev"] = questions[: sizes.train], questions[sizes.train :]
-        made[name, "test"] = finish(name, "test", sizes.test, lambda: draft(test))  # noqa: B023
+    for name, draft in (("onehop", one_hop), ("twohop", two_hop)):
+        for split, writer in writers.items():
+            made[name, split] = finish(name, split, counts[split], partial(draft, writer))
     tested: dict[str, Callable[[], Draft | None]] = {
         "phrasing": lambda: test.chain(1, other=True, rare=False),
         "rare": lambda: test.chain(1, rare=True),

@@ -228,6 +228,7 @@ DISTRACTORS: dict[str, tuple[tuple[str, str], ...]] = {
     ),
 }
 
+TYPES = tuple(DISTRACTORS)
 PRONOUNS = {"person": "This person"}  # every other type: "It"
 
 COMPARISONS: dict[str, tuple[str, ...]] = {

@@ -1,15 +1,17 @@
-"""The embedded models' tokenizer: words of the encyclopedia, syllables of its names, halves of years.
+"""The embedded models' tokenizer: Qwen2's, with a small vocabulary made by hand instead of trained.
 
-A Unigram model with a hand-made vocabulary: the scores make whole words win over syllables, and syllables
-over single characters, so a name always has the same tokens wherever it stands after a space.
+Byte-level BPE with Qwen2's own splitting, so that `AutoTokenizer` loads it as what it is. The merges make
+syllables of names first, and then chain the pieces of each word that the encyclopedia's texts use, from the
+left. No chain can begin inside a name, so a name always has the same tokens wherever it stands after a space.
 """
 
 import re
-import string
+from collections.abc import Iterable
 from pathlib import Path
 
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import Qwen2Tokenizer
 
 from dgpo_core.datasets.world import relations as r
 from dgpo_core.datasets.world.generate import SUFFIXES
@@ -21,60 +23,76 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-SPACE = "▁"
-WORD, SYLLABLE, CHARACTER = -2.0, -4.0, -8.0  # log-scores of the Unigram model
-# words of the expert's thoughts and of the reading drill that no relation template has
-EXTRA_TEXT = "user assistant system I need to find first then earlier than Now know yes no not is in a an the of"
+SPACE, NEWLINE = "Ġ", "Ċ"  # how byte-level BPE writes a space and a line break
+EXTRA_WORDS = "I need is than earlier"  # of the expert's thoughts and the reading drill
+LINE_STARTS = ("Doc", "(Title", "Answer", "My", "user", "assistant")  # written without a space before
+PUNCTUATION = ((".", NEWLINE), ("?", NEWLINE), (NEWLINE, NEWLINE), (SPACE, "("), (")", ")"))
 
 
-def _static_text() -> str:
-    parts = [EXTRA_TEXT, prompts.SHORT_INSTRUCTION, prompts.INVALID_ACTION, prompts.document(1, "", "")]
-    parts += [*r.OCCUPATIONS, *r.INDUSTRIES, *r.GENRES, *r.PRONOUNS.values(), "It"]
-    for relation in r.RELATIONS:
-        parts += [relation.noun, relation.subject, *relation.statements]
-        parts += [*relation.questions, *relation.other_questions]
-    parts += [template for templates in r.DISTRACTORS.values() for template, _ in templates]
-    parts += [text for texts in r.COMPARISONS.values() for text in texts]
-    parts += [suffix for suffixes in SUFFIXES.values() for suffix in suffixes]
-    return re.sub(r"\{\w*\}|<[^>]*>", " ", " ".join(parts))
-
-
-def _vocabulary() -> list[tuple[str, float]]:
-    words = sorted(set(re.findall(r"[A-Za-z]+", _static_text())))
-    pieces: dict[str, float] = {"<unk>": 0.0}
-    for word in words:
-        pieces[SPACE + word] = WORD
-        pieces[SPACE + word[0].upper() + word[1:]] = WORD
-    for word in words:
-        if word[0].isupper():
-            pieces.setdefault(word, WORD)  # at the start of a line
-    for syllable in SYLLABLES:
-        pieces.setdefault(SPACE + syllable.capitalize(), SYLLABLE)
-        pieces.setdefault(syllable, SYLLABLE)
-    for number in range(100):
-        pieces.setdefault(f"{number:02d}", SYLLABLE)
-    for digit in string.digits:
-        pieces.setdefault(SPACE + digit, SYLLABLE)
-    for century in ("18", "19", "20"):
-        pieces.setdefault(SPACE + century, SYLLABLE)
-    for character in (*string.ascii_letters, *string.digits, *string.punctuation, "\n", SPACE):
-        pieces.setdefault(character, CHARACTER)
-    return list(pieces.items())
-
-
-def build_tokenizer() -> PreTrainedTokenizerFast:
+def build_tokenizer() -> Qwen2Tokenizer:
     """The tokenizer; the same on every machine, since nothing is drawn or trained."""
-    tokenizer = Tokenizer(models.Unigram(_vocabulary(), unk_id=0))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(SPACE, prepend_scheme="never")
-    tokenizer.decoder = decoders.Metaspace(SPACE, prepend_scheme="never")
-    tokenizer.add_special_tokens([END_OF_TEXT, TURN_START, TURN_END])
-    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in prompts.TAGS])
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", eos_token=TURN_END, pad_token=END_OF_TEXT
+    merges: dict[tuple[str, str], None] = {}  # ordered: earlier merges are applied first
+    for syllable in SYLLABLES:
+        merges[syllable[0], syllable[1]] = None
+        merges[syllable[0].upper(), syllable[1]] = None
+        merges[SPACE, syllable.capitalize()] = None
+    for word in sorted(set(re.findall(r"[A-Za-z]+", _static_text()))):
+        _chain(SPACE + word, merges)
+    merges.update(dict.fromkeys(PUNCTUATION))
+    for word in (*LINE_STARTS, *r.TYPES):  # last: some could begin inside other words
+        _chain(word, merges)
+    vocabulary = [*sorted(ByteLevel.alphabet()), *dict.fromkeys(a + b for a, b in merges)]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: number for number, token in enumerate(vocabulary)},
+        merges=list(merges),  # type: ignore[arg-type]
+        unk_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        eos_token=TURN_END,
     )
-    fast.chat_template = CHAT_TEMPLATE
-    return fast
+    tokenizer.add_tokens([AddedToken(TURN_START, special=True)])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in prompts.TAGS])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def save_tokenizer(folder: Path) -> None:
     build_tokenizer().save_pretrained(folder)
+
+
+def _chain(word: str, merges: dict[tuple[str, str], None]) -> None:
+    """Add the merges that join `word`'s pieces from left to right into one token."""
+    pieces = _syllabify(word)
+    left = pieces[0]
+    for piece in pieces[1:]:
+        merges.setdefault((left, piece))
+        left += piece
+
+
+def _syllabify(word: str) -> list[str]:
+    """What the merges for names leave of a word: syllables, and the other characters one by one."""
+    syllables = {*SYLLABLES, *(syllable.capitalize() for syllable in SYLLABLES)}
+    starts = {SPACE + syllable.capitalize() for syllable in SYLLABLES}
+    pieces, position = [], 0
+    while position < len(word):
+        size = 3 if word[position : position + 3] in starts else 2
+        if size == 2 and word[position : position + 2] not in syllables:
+            size = 1
+        pieces.append(word[position : position + size])
+        position += size
+    return pieces
+
+
+def _static_text() -> str:
+    """Every word that templates and prompts put into a text, in the case in which they do."""
+    parts: list[str] = [EXTRA_WORDS, prompts.SHORT_INSTRUCTION, prompts.INVALID_ACTION]
+    parts += [*r.OCCUPATIONS, *r.INDUSTRIES, *r.GENRES, *r.PRONOUNS.values(), *r.TYPES, "It The the"]
+    for relation in r.RELATIONS:
+        parts += [relation.noun, *relation.statements, *relation.questions, *relation.other_questions]
+    parts += [template for templates in r.DISTRACTORS.values() for template, _ in templates]
+    parts += _flat(r.COMPARISONS.values())
+    parts += _flat(SUFFIXES.values())
+    return re.sub(r"\{\w*\}|<[^>]*>", " ", " ".join(parts))
+
+
+def _flat(groups: Iterable[tuple[str, ...]]) -> list[str]:
+    return [text for group in groups for text in group]
