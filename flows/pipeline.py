@@ -141,7 +141,7 @@ def _run_all(
         finished = next(as_completed([futures[name] for name in running]))
         finished.wait()  # the future is told of its final state a moment later
         name = next(name for name in running if futures[name] is finished)
-        outcomes[name] = _outcome(name, finished.state, time.monotonic() - started[name])
+        outcomes[name] = _outcome(name, finished, time.monotonic() - started[name])
         order.done(name)
     return list(outcomes.values())
 
@@ -162,12 +162,15 @@ def _submit(
     return named.submit(stage.name, root, stage.timeout_minutes, wait_for=upstream, return_state=False)
 
 
-def _outcome(name: str, state: State[Any], seconds: float) -> Outcome:
+def _outcome(name: str, finished: PrefectFuture[Any], seconds: float) -> Outcome:
+    state = finished.state
+    label = state.name or ""
     if state.is_completed():
-        return Outcome(name, state.name or "", seconds)
+        return Outcome(name, label, seconds)
     if state.is_pending():
-        return Outcome(name, "NotReady", 0, f"{name} was not run: a stage that it needs failed")
-    return Outcome(name, state.name or "", seconds, str(state.data or state.message or state.name))
+        return Outcome(name, label, 0, f"{name} was not run: a stage that it needs failed")
+    error = finished.result(raise_on_failure=False)
+    return Outcome(name, label, seconds, str(error) or label)
 
 
 def _explain(stage: str, code: int, log: str, failure: Path) -> StageFailed:

@@ -31,12 +31,12 @@ def tasks_for(dataset: str, questions: list[Question], seed: int) -> list[Task]:
     return [Task(q, dataset, seed=(stable_seed(seed, dataset, q.id),)) for q in questions]
 
 
-def split_tasks(params: Params, split: str, limit: int | None = None) -> list[Task]:
+def split_tasks(params: Params, split: str, seed: int, limit: int | None = None) -> list[Task]:
     """Tasks of the training sets' `split`, set after set; at most `limit` questions of each."""
     tasks: list[Task] = []
     for name in params.questions.train:
         questions = read_questions(questions_file(name, split))
-        tasks += tasks_for(name, questions[:limit], params.seed)
+        tasks += tasks_for(name, questions[:limit], seed)
     return tasks
 
 
@@ -45,7 +45,7 @@ class DevEvaluator:
 
     def __init__(self, params: Params, loop: AgentLoop, questions: int) -> None:
         self._loop = loop
-        self._tasks = split_tasks(params, "dev", max(1, questions // len(params.questions.train)))
+        self._tasks = split_tasks(params, "dev", params.seed, max(1, questions // len(params.questions.train)))
 
     def __call__(self) -> float:
         return em_of(self._loop.run(self._tasks, GREEDY))

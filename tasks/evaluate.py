@@ -32,7 +32,7 @@ def evaluate(model: str) -> None:
     config = {
         key: getattr(params, key).model_dump()
         for key in ("evaluate", "protocol", "rollout", "retrieval", "questions")
-    } | {"seed": params.seed, "model": source}
+    } | {"model": source}
     inputs = [INDEX, QUESTIONS, *([Path(source)] if Path(source).is_dir() else [])]
     with stage(f"evaluate@{model}", config=config, inputs=inputs, outputs=[out]) as run:
         tokenizer = load_tokenizer(source)
@@ -62,7 +62,7 @@ class Evaluator:
         tasks = [
             task
             for name in self._params.questions.test
-            for task in tasks_for(name, self.questions(name), self._params.seed)
+            for task in tasks_for(name, self.questions(name), self._params.evaluate.seed)
         ]
         return self._collect(tasks, "test")
 

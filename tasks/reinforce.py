@@ -37,7 +37,7 @@ def reinforce(name: str) -> None:
         student = load_model(start, params.compute.device)
         reference = _reference(params, recipe, start, tokenizer)
         loop = agent_loop(params, student, tokenizer, retriever(params))
-        tasks = split_tasks(params, "train")
+        tasks = split_tasks(params, "train", params.seed)
 
         def rollout(chosen: list[int], step: int) -> list[Episode]:
             drawn = [

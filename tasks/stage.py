@@ -22,7 +22,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Any, Literal, NoReturn, SupportsFloat
 
 from dgpo_core.errors import InfrastructureError, UserError
 from tasks.files import Outputs, content_hash, remove, write_json
@@ -49,11 +49,11 @@ class Run:
         """Tell how far it is: `run.progress(step, steps, em=0.21, loss=1.3)`. Cheap; call it every step."""
         self.reporter.update(done, total, **values)
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+    def metrics(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Values of one step for MLflow's curves, such as {"train/em": 0.1}; sent in batches."""
         self.tracker.metrics(step, numbers(values))
 
-    def summary(self, values: Mapping[str, float]) -> None:
+    def summary(self, values: Mapping[str, SupportsFloat]) -> None:
         """Final metrics of the stage."""
         self.final |= numbers(values)
         self.tracker.metrics(0, numbers(values))
@@ -197,4 +197,6 @@ def _git_revision() -> str:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, SystemExit):
+        return f"stopped with exit code {error.code}"
     return " ".join(str(error).split()) or type(error).__name__

@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from dgpo_core.config.params import load_params
 from dgpo_core.protocol.episode import Outcome, write_episodes
 from dgpo_core.rollout.collect import collect, em_of
@@ -18,15 +16,14 @@ def teach() -> None:
     config = {
         key: getattr(params, key).model_dump()
         for key in ("teach", "protocol", "rollout", "retrieval", "models", "questions")
-    } | {"seed": params.seed}
+    }
     inputs = [INDEX, QUESTIONS, *_local(params.models.teacher)]
     with stage("teach", config=config, inputs=inputs, outputs=[TEACHER_EPISODES]) as run:
         tokenizer = load_tokenizer(params.models.teacher)
         teacher = load_model(params.models.teacher, params.compute.device)
         index = retriever(params)
         loop = agent_loop(params, teacher, tokenizer, index)
-        tasks = split_tasks(params, "train", params.teach.questions)
-        torch.manual_seed(params.seed)
+        tasks = split_tasks(params, "train", params.teach.seed, params.teach.questions)
         episodes = collect(
             loop,
             tasks,

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, SupportsFloat
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -237,12 +237,9 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among `values`, as MLflow takes them."""
-    return {
-        name: float(value)
-        for name, value in values.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
+    """The finite numbers among `values` (tensors and numpy scalars too), as MLflow takes them."""
+    floats = {name: float(value) for name, value in values.items() if isinstance(value, SupportsFloat)}
+    return {name: value for name, value in floats.items() if math.isfinite(value)}
 
 
 def warn(error: Exception) -> None:

@@ -1,8 +1,9 @@
 """What tests of stages and flows share: one real MLflow store, and an environment of their own."""
 
 import os
+import shutil
+import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,16 +29,37 @@ def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return uri
 
 
-@pytest.fixture
-def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: str) -> Iterator[Path]:
-    """An empty working directory whose programs find this source tree, this Python and the MLflow store."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    monkeypatch.setenv("DVC_NO_ANALYTICS", "1")
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
-    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+def make_workplace(folder: Path, patch: pytest.MonkeyPatch, store: str) -> None:
+    """Make `folder` the working directory of programs that find this source tree, Python and MLflow store."""
+    patch.chdir(folder)
+    patch.setenv("MLFLOW_TRACKING_URI", store)
+    patch.setenv("PYTHONPATH", str(ROOT))
+    patch.setenv("PATH", f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    patch.setenv("DVC_NO_ANALYTICS", "1")
+    patch.setenv("GIT_CONFIG_GLOBAL", os.devnull)
+    patch.setenv("GIT_CEILING_DIRECTORIES", str(folder.parent))
     for name in ("DVC_STAGE", "DVC_ROOT", "DGPO_PIPELINE_RUN"):
-        monkeypatch.delenv(name, raising=False)
-    yield tmp_path
+        patch.delenv(name, raising=False)
+
+
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: str) -> Path:
+    """An empty working directory, see make_workplace."""
+    make_workplace(tmp_path, monkeypatch, mlflow_store)
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def empty_dvc_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh git + DVC repository to copy (making one takes a second)."""
+    folder = tmp_path_factory.mktemp("repository")
+    subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
+    subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture
+def dvc_repository(workplace: Path, empty_dvc_repository: Path) -> Path:
+    """A working directory that is a git + DVC repository without stages."""
+    shutil.copytree(empty_dvc_repository, workplace, dirs_exist_ok=True)
+    return workplace

@@ -52,6 +52,19 @@ class PretrainingConfig(Section):
     warmup_steps: NonNegativeInt = 50
 
 
+class ReadingConfig(PretrainingConfig):
+    """The reading drill, with its curriculum: one passage at first, then two, then three."""
+
+    one_passage: float = Field(0.5, ge=0, le=1, description="share of the steps with one passage")
+    two_passages: float = Field(0.25, ge=0, le=1, description="share of the steps with two passages")
+
+    def passages(self, step: int) -> int:
+        """Passages of an example of `step`, which counts from 0."""
+        if step < self.one_passage * self.steps:
+            return 1
+        return 2 if step < (self.one_passage + self.two_passages) * self.steps else 3
+
+
 class BaseModelsConfig(Section):
     """Building the embedded student (a reader) and teacher (a reader that follows the protocol)."""
 
@@ -61,6 +74,8 @@ class BaseModelsConfig(Section):
     student: ModelShape = ModelShape(hidden_size=96, layers=4, heads=3, intermediate_size=96)
     teacher: ModelShape = ModelShape(hidden_size=128, layers=5, heads=4, intermediate_size=384)
     expert_episodes: PositiveInt = Field(9600, description="scripted episodes that teach the protocol")
-    student_reading: PretrainingConfig = PretrainingConfig(steps=1200, batch_size=64, learning_rate=3e-3)
-    teacher_reading: PretrainingConfig = PretrainingConfig(steps=1000, batch_size=64, learning_rate=2e-3)
-    teacher_protocol: PretrainingConfig = PretrainingConfig(steps=400, batch_size=32, learning_rate=1e-3)
+    student_reading: ReadingConfig = ReadingConfig(steps=1200, batch_size=64, learning_rate=3e-3)
+    teacher_reading: ReadingConfig = ReadingConfig(
+        steps=700, batch_size=64, learning_rate=2e-3, one_passage=0.6, two_passages=0.4
+    )
+    teacher_protocol: PretrainingConfig = PretrainingConfig(steps=300, batch_size=32, learning_rate=1e-3)

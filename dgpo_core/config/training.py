@@ -23,6 +23,7 @@ class TeachConfig(Section):
 
     questions: PositiveInt | None = Field(None, description="first so many of each set; null: all")
     sampling: Sampling = GREEDY
+    seed: NonNegativeInt = Field(0, description="of sampling; greedy episodes do not depend on it")
     chunk: PositiveInt = Field(256, description="episodes between two checkpoints")
 
 
@@ -55,6 +56,10 @@ class ReinforceConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     beta: NonNegativeFloat = Field(0.001, description="weight of the KL to the reference (eq. 4)")
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
+    old_logprobs: Literal["trainer", "rollout"] = Field(
+        "trainer",
+        description="who computes pi_old: the trainer again, or the engine (right where both compute alike)",
+    )
     gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(1.0, ge=0, le=1)
     gae_scope: Literal["model_tokens", "all"] = Field("model_tokens", description="the release: all")
@@ -94,6 +99,9 @@ class Recipe(Section):
 
 
 class EvaluateConfig(Section):
+    """Test sets and ARCap (method.md, sections 2 and 6); the release samples at temperature 1."""
+
     sampling: Sampling = GREEDY
+    seed: NonNegativeInt = Field(0, description="of sampling; greedy episodes do not depend on it")
     chunk: PositiveInt = Field(512, description="episodes between two checkpoints")
     questions: PositiveInt | None = Field(None, description="first so many of each set; null: all")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.config.data import BaseModelsConfig, ModelShape, PretrainingConfig, WorldConfig
+from dgpo_core.config.data import BaseModelsConfig, ModelShape, ReadingConfig, WorldConfig
 from dgpo_core.config.protocol import ProtocolConfig
 from dgpo_core.datasets.world.expert import expert_examples
 from dgpo_core.datasets.world.reading import Example, ReadingDrill
@@ -46,7 +46,7 @@ class BaseModelBuilder:
         save_model(teacher, self._tokenizer, folder / "teacher")
 
     def _reader(
-        self, name: str, shape: ModelShape, config: PretrainingConfig, drill: ReadingDrill
+        self, name: str, shape: ModelShape, config: ReadingConfig, drill: ReadingDrill
     ) -> PreTrainedModel:
         torch.manual_seed(self._config.seed)
         model = build_qwen2(shape, self._tokenizer)
@@ -54,7 +54,7 @@ class BaseModelBuilder:
         train_on_examples(
             model,
             config,
-            lambda step: drill.batch(self._config.seed, step, config.steps, config.batch_size),
+            lambda step: drill.batch(self._config.seed, step, config.batch_size, config.passages(step)),
             Checkpoint(self._state / phase),
             lambda step, metrics: self._report(phase, step, config.steps, metrics),
         )

@@ -64,7 +64,7 @@ class ExperienceMaker:
         correct = torch.tensor([episode.correct for episode in episodes])
         open_gate = reward_functions.gate(correct, self.recipe.guidance)
         gated = [bool(g) for g in open_gate]
-        old = self._each(sequences, self._logprobs)
+        old = self._old_logprobs(episodes, sequences)
         kl = self._kl(sequences, old, gated)
         values = self._each(value_sequences, self.critic)
         # model tokens among the tokens that have a value
@@ -92,6 +92,14 @@ class ExperienceMaker:
             [r[:n] for r, n in zip(rewards, lengths, strict=True)],
             gated,
         )
+
+    def _old_logprobs(self, episodes: list[Episode], sequences: list[Sequence]) -> Tensors:
+        if self.config.old_logprobs == "trainer":
+            return self._each(sequences, self._logprobs)
+        return [
+            torch.tensor([episode.logprobs[position] for position in sequence.positions])
+            for episode, sequence in zip(episodes, sequences, strict=True)
+        ]
 
     def _logprobs(self, batch: TokenBatch, model: PreTrainedModel | None = None) -> torch.Tensor:
         model = model or self.student

@@ -1,6 +1,5 @@
 """The graph as DVC has it."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -22,13 +21,11 @@ stages:
 
 
 @pytest.fixture
-def repository(workplace: Path) -> Path:
-    subprocess.run(["git", "init", "-q"], check=True)
-    subprocess.run(["dvc", "init", "-q"], check=True)
+def repository(dvc_repository: Path) -> Path:
     Path("questions.jsonl").write_text("{}")
-    subprocess.run(["dvc", "add", "-q", "questions.jsonl"], check=True)
+    Path("questions.jsonl.dvc").write_text("outs:\n- path: questions.jsonl\n")  # data, not a stage
     Path("dvc.yaml").write_text(PIPELINE)
-    return workplace
+    return dvc_repository
 
 
 def test_stages_come_after_what_they_need(repository: Path) -> None:

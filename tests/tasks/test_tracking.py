@@ -1,7 +1,9 @@
 """MLflow: what a stage leaves in a real sqlite store, and that a broken store is survived."""
 
+import json
 from pathlib import Path
 
+import numpy
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,8 +13,6 @@ from tasks.tracking import PIPELINE_RUN, Pipeline, connect, flatten
 
 
 def last_run_id() -> str:
-    import json
-
     return str(json.loads(Path("runs/train/run.json").read_text())["mlflow_run"])
 
 
@@ -20,13 +20,13 @@ def test_run_holds_params_metrics_and_state(workplace: Path) -> None:
     with stage("train", config={"dgpo": {"beta": 0.5, "gate": [1, None]}, "name": "x"}) as run:
         for step in range(2500):  # more than one request may hold
             run.metrics(step, {"train/em": step / 2500, "loss": float("nan")})
-        run.summary({"em": 0.75})
+        run.summary({"em": 0.75, "f1": numpy.float32(0.5)})
     client = connect()
     found = client.get_run(last_run_id())
     assert found.info.status == "FINISHED"
     assert found.data.params == {"dgpo.beta": "0.5", "dgpo.gate": "[1, null]", "name": "x"}
     assert found.data.tags["stage"] == "train"
-    assert found.data.metrics["em"] == 0.75
+    assert (found.data.metrics["em"], found.data.metrics["f1"]) == (0.75, 0.5)
     history = client.get_metric_history(found.info.run_id, "train/em")
     assert [point.step for point in sorted(history, key=lambda point: point.step)] == list(range(2500))
     assert client.get_metric_history(found.info.run_id, "loss") == []

@@ -39,13 +39,12 @@ class ReadingDrill:
         self._tokenizer = tokenizer
         self._worlds = [_passages_with_facts(config, seed) for seed in world_seeds]
 
-    def batch(self, seed: int, step: int, steps: int, size: int) -> list[Example]:
-        """The examples of one step: one passage in the first half, then two, then three (a curriculum).
+    def batch(self, seed: int, step: int, size: int, passages: int) -> list[Example]:
+        """The examples of one step, with `passages` passages each.
 
         Four steps share a draw that is cut by length, so that little of a batch is padding.
         """
         group, part = divmod(step, SORTED_STEPS)
-        passages = 1 if 2 * step < steps else 2 if 4 * step < 3 * steps else PASSAGES
         drawn = [self.example(f"{seed}-{group}-{i}", passages) for i in range(size * SORTED_STEPS)]
         drawn.sort(key=lambda example: len(example.ids))
         return drawn[part * size : (part + 1) * size]

@@ -1,0 +1,37 @@
+"""A miniature project: the real stages and the committed base models on a world of 300 passages."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dgpo_core.config.params import resolve_profile
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MINIATURE: dict[str, dict[str, Any]] = {
+    "world": {"passages": 400, "questions": {"train": 48, "dev": 8, "test": 8, "hard": 6}},
+    "teach": {"questions": 40, "chunk": 40},
+    "distill": {"epochs": 2, "batch_size": 16, "dev_questions": 8},
+    "reinforce": {
+        "steps": 4,
+        "batch_size": 16,
+        "mini_batch_size": 8,
+        "dev_every": 2,
+        "dev_questions": 8,
+        "checkpoint_every": 1,
+    },
+    "evaluate": {"questions": 6, "chunk": 64},
+}
+
+
+def make_project(folder: Path, **sections: dict[str, Any]) -> None:
+    """Write a params.yaml of the tiny profile, made small, and link the models, into `folder`."""
+    params = resolve_profile(ROOT / "profiles" / "tiny.yaml")
+    for name, changes in {**MINIATURE, **sections}.items():
+        for key, value in changes.items():
+            old = params[name].get(key)
+            params[name][key] = {**old, **value} if isinstance(old, dict) else value
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    (folder / "models").mkdir()
+    (folder / "models" / "base").symlink_to(ROOT / "models" / "base")

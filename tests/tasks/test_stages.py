@@ -1,0 +1,200 @@
+"""Every stage on a miniature world, with the real models, index, training and report."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from dgpo_core.errors import UserError
+from dgpo_core.protocol.episode import read_episodes
+from tasks import paths
+from tasks.data import generate
+from tasks.distill import distill
+from tasks.evaluate import evaluate
+from tasks.filter import AUDIT, filter_episodes
+from tasks.index import index
+from tasks.reinforce import reinforce
+from tasks.report import report
+from tasks.teach import teach
+from tests.conftest import make_workplace
+from tests.tasks.miniature import make_project
+
+MODELS = ["student", "teacher", "kd", "dgpo"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Path:
+    """A project in which every stage has run."""
+    folder = tmp_path_factory.mktemp("project")
+    with pytest.MonkeyPatch.context() as patch:
+        make_workplace(folder, patch, mlflow_store)
+        make_project(folder)
+        generate()
+        index()
+        teach()
+        filter_episodes()
+        distill("kd")
+        reinforce("dgpo")
+        for model in MODELS:
+            evaluate(model)
+        report(MODELS)
+    return folder
+
+
+def copy_inputs(finished: Path, folder: Path) -> None:
+    """The data and the cold start of a finished project."""
+    make_project(folder)
+    shutil.copytree(finished / "data", folder / "data")
+    shutil.copytree(finished / paths.cold_start_model("kd"), folder / paths.cold_start_model("kd"))
+
+
+def test_teacher_answers_and_only_correct_episodes_are_kept(finished: Path) -> None:
+    raw = read_episodes(finished / paths.TEACHER_EPISODES)
+    kept = read_episodes(finished / paths.CORRECT_EPISODES)
+    assert [e for e in raw if e.correct] == kept
+    assert len(kept) > len(raw) / 4, "the committed teacher must be able to search"
+    audit = (finished / AUDIT).read_text().splitlines()[1:]
+    assert sum(int(line.rsplit(",", 1)[1]) for line in audit) == len(raw)
+
+
+def test_results_name_every_model_and_set(finished: Path) -> None:
+    results = json.loads((finished / "reports/results.json").read_text())
+    sets = set(yaml.safe_load((finished / "params.yaml").read_text())["questions"]["test"])
+    assert list(results) == MODELS
+    for model in MODELS:
+        assert set(results[model]) == sets | {"average"}
+        assert all(0 <= entry["em"] <= 1 and entry["n"] > 0 for entry in results[model].values())
+    assert results["teacher"]["average"]["em"] > results["student"]["average"]["em"]
+
+
+def test_arcap_measures_every_dimension(finished: Path) -> None:
+    arcap = json.loads((finished / "reports/arcap.json").read_text())
+    assert {"source_em_nq", "source_em_musique_thinking", "query_hit_nq", "thinking_searches_musique"} <= set(
+        arcap["teacher"]
+    )
+    assert arcap["teacher"]["query_hit_nq"]["mean"] > arcap["student"]["query_hit_nq"]["mean"]
+
+
+def test_models_load_with_plain_transformers(finished: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    for folder in ("models/base/student", "models/recipes/kd", "models/recipes/dgpo"):
+        model = AutoModelForCausalLM.from_pretrained(finished / folder)
+        tokenizer = AutoTokenizer.from_pretrained(finished / folder)
+        assert model.config.model_type == "qwen2"
+        assert tokenizer.decode(tokenizer.encode(" Where was Karumi born")) == " Where was Karumi born"
+
+
+def test_curves_have_a_row_a_step(finished: Path) -> None:
+    rows = (finished / "plots/reinforce-dgpo.csv").read_text().splitlines()
+    assert rows[0].startswith("step,") and len(rows) == 1 + 4
+
+
+def test_nothing_is_left_of_finished_stages(finished: Path) -> None:
+    assert not any((finished / ".state").iterdir())
+    assert not list(finished.rglob("*.part"))
+
+
+def test_questions_tables_agree_with_episodes(finished: Path) -> None:
+    table = pq.read_table(finished / "evaluation/kd/questions.parquet").to_pylist()
+    episodes = read_episodes(finished / "evaluation/kd/episodes.parquet")
+    assert [(r["question_id"], r["em"]) for r in table] == [(e.question_id, e.correct) for e in episodes]
+
+
+@pytest.mark.parametrize(
+    ("module", "recipe", "name"), [("distill", "kd", "kd"), ("reinforce", "dgpo", "dgpo")]
+)
+def test_killed_training_continues_to_the_same_model(
+    finished: Path, workplace: Path, module: str, recipe: str, name: str
+) -> None:
+    copy_inputs(finished, workplace)
+    if module == "distill":
+        shutil.rmtree(workplace / paths.RECIPES)
+    command = [sys.executable, "-m", f"tasks.{module}", recipe]
+    checkpoint = workplace / ".state" / f"{module}@{recipe}" / "checkpoint.pt"
+    killed = subprocess.Popen(command, cwd=workplace)
+    while killed.poll() is None and not checkpoint.exists():
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
+    assert not (workplace / paths.RECIPES / recipe).exists(), "no half-written output"
+    subprocess.run(command, cwd=workplace, check=True)
+    weights = paths.RECIPES / recipe / "model.safetensors"
+    assert (workplace / weights).read_bytes() == (finished / weights).read_bytes()
+    curves = paths.PLOTS / f"{module}-{recipe}.csv"
+    assert (workplace / curves).read_text() == (finished / curves).read_text()
+
+
+def test_killed_rollouts_continue_to_the_same_episodes(finished: Path, workplace: Path) -> None:
+    copy_inputs(finished, workplace)
+    shutil.rmtree(workplace / "data/teacher")
+    command = [sys.executable, "-m", "tasks.teach"]
+    killed = subprocess.Popen(command, cwd=workplace)
+    while killed.poll() is None and not list((workplace / ".state/teach/episodes").glob("*.parquet")):
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL
+    subprocess.run(command, cwd=workplace, check=True)
+    assert read_episodes(workplace / paths.TEACHER_EPISODES) == read_episodes(
+        finished / paths.TEACHER_EPISODES
+    )
+
+
+def test_min_em_stops_a_weak_cold_start(finished: Path, workplace: Path) -> None:
+    copy_inputs(finished, workplace)
+    params = yaml.safe_load((workplace / "params.yaml").read_text())
+    params["distill"] |= {"epochs": 1, "learning_rate": 1e-9, "min_em": 0.9}
+    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(UserError, match=r"validation EM 0\.\d+ is below distill\.min_em 0\.9"):
+        distill("kd")
+    assert not (workplace / "models/recipes/kd").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distil": {}}, "distil: unknown key"),
+        ({"seed": "one"}, "seed:"),
+        ({"reinforce": {"batch_size": 100, "mini_batch_size": 33}}, "multiple of mini_batch_size"),
+    ],
+)
+def test_broken_params_are_one_clear_line(workplace: Path, change: dict[str, object], message: str) -> None:
+    make_project(workplace)
+    params = yaml.safe_load((workplace / "params.yaml").read_text())
+    (workplace / "params.yaml").write_text(yaml.safe_dump(params | change))
+    result = subprocess.run([sys.executable, "-m", "tasks.data"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "params.yaml" in result.stderr and message in result.stderr
+    assert not (workplace / "data").exists()
+
+
+def test_malformed_lines_are_named(finished: Path, workplace: Path) -> None:
+    copy_inputs(finished, workplace)
+    shutil.rmtree(workplace / "data/index")
+    with (workplace / "data/corpus.jsonl").open("a") as corpus:
+        corpus.write('{"id": "x", "contents": 5}\n')
+    lines = len((workplace / "data/corpus.jsonl").read_text().splitlines())
+    with pytest.raises(UserError, match=rf"data/corpus\.jsonl:{lines}: .*contents"):
+        index()
+    assert not (workplace / "data/index").exists()
+
+
+def test_model_without_tokenizer_is_refused(finished: Path, workplace: Path) -> None:
+    copy_inputs(finished, workplace)
+    teacher = workplace / "models/bare"
+    shutil.copytree((workplace / "models/base/teacher").resolve(), teacher)
+    for file in teacher.glob("tokenizer*"):
+        file.unlink()
+    params = yaml.safe_load((workplace / "params.yaml").read_text())
+    params["models"]["teacher"] = "models/bare"
+    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(UserError, match=r"models/bare: this model folder has no tokenizer"):
+        evaluate("teacher")
+    assert not (workplace / "evaluation").exists()
