@@ -13,11 +13,11 @@ ROOT = Path(__file__).parents[1]
 PROFILE = ROOT / "profiles/tiny.yaml"
 BEGIN, END = "<!-- defaults: begin -->\n", "<!-- defaults: end -->\n"
 LEFT_OUT = ("profile", "world", "base_models", "recipes")
-TABLE_8 = {
-    "reinforce.steps", "reinforce.batch_size", "reinforce.beta", "protocol.max_context", "protocol.max_new_tokens",
-    "protocol.max_turns", "retrieval.top_k", "reinforce.actor_learning_rate", "reinforce.critic_learning_rate",
-    "distill.epochs", "distill.batch_size", "distill.learning_rate", "distill.kl_weight",
-}  # fmt: skip
+TABLE_8 = (
+    "reinforce.steps reinforce.batch_size reinforce.beta reinforce.actor_learning_rate "
+    "reinforce.critic_learning_rate protocol.max_context protocol.max_new_tokens protocol.max_turns "
+    "retrieval.top_k distill.epochs distill.batch_size distill.learning_rate distill.kl_weight"
+).split()
 
 
 def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
