@@ -3,6 +3,7 @@ VENV ?= .venv
 MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
 MAX_PARALLEL ?= 1
+PROFILE ?= tiny
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -20,12 +21,12 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-all pipeline serve ui check lint format-check types format base-models clean
+.PHONY: help use demo test test-all pipeline serve ui check lint format-check types format base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
-# The newest Python that will do; the stamps make the second time instant.
+# The first Python that will do; the stamps make the second time instant.
 $(PY):
 	@for python in python3.11 python3.12 python3.13 python3; do \
 		if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then \
@@ -47,6 +48,9 @@ demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), prin
 	@echo "report       reports/index.html"
 	@echo "metrics      dvc metrics show, or mlflow.db by \`make ui\`"
 	@echo "dashboards   make ui: MLflow http://127.0.0.1:$(MLFLOW_PORT), Prefect http://127.0.0.1:$(PREFECT_PORT)"
+
+use: $(VENV)/.installed  ## write params.yaml from a profile: make use PROFILE=tiny
+	$(PY) -m tasks.use $(PROFILE)
 
 test: $(VENV)/.installed-dev  ## run the tests, without the slow ones
 	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)

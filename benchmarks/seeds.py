@@ -50,7 +50,8 @@ def questions_of(tree: Path, model: str) -> dict[tuple[str, str], float]:
 def summarize(trees: dict[int, Path]) -> dict[str, object]:
     """Averages over the seven sets, EM of each set, and paired differences, for every seed and pooled."""
     seeds: dict[str, dict[str, object]] = {}
-    pooled: dict[str, list[float]] = {f"{a}-{b}": [] for a, b in PAIRS}
+    # the same questions are asked in every run: differences are averaged over seeds, question by question
+    pooled: dict[str, dict[tuple[str, str], list[float]]] = {f"{a}-{b}": {} for a, b in PAIRS}
     for seed, tree in trees.items():
         scores = {model: questions_of(tree, model) for model in MODELS}
         sets = sorted({name for name, _ in scores["student"]})
@@ -64,10 +65,15 @@ def summarize(trees: dict[int, Path]) -> dict[str, object]:
         for first, second in PAIRS:
             shared = sorted(scores[first].keys() & scores[second].keys())
             a, b = ([scores[model][key] for key in shared] for model in (first, second))
-            pooled[f"{first}-{second}"] += [x - y for x, y in zip(a, b, strict=True)]
+            for key, x, y in zip(shared, a, b, strict=True):
+                pooled[f"{first}-{second}"].setdefault(key, []).append(x - y)
             row[f"{first}-{second}"] = vars(paired_difference(a, b))
         seeds[str(seed)] = row
-    return {"seeds": seeds, "pooled": {pair: vars(mean_with_interval(v)) for pair, v in pooled.items()}}
+    overall = {
+        pair: vars(mean_with_interval([np.mean(differences) for differences in questions.values()]))
+        for pair, questions in pooled.items()
+    }
+    return {"seeds": seeds, "pooled": overall}
 
 
 def tables(summary: dict[str, object]) -> str:
@@ -79,7 +85,7 @@ def tables(summary: dict[str, object]) -> str:
         lines.append(f"| {seed} | {averages} | {_interval(row['dgpo-kd'])} |")
     pooled: dict[str, dict[str, float]] = summary["pooled"]  # type: ignore[assignment]
     lines += [
-        f"\nPooled {pair}: {_interval(estimate)} ({estimate['n']} pairs)" for pair, estimate in pooled.items()
+        f"\nPooled {pair}: {_interval(estimate)} ({estimate['n']} questions)" for pair, estimate in pooled.items()
     ]
     return "\n".join(lines)
 

@@ -17,8 +17,8 @@ from dgpo_core.rollout.transformers_engine import TransformersEngine
 from tasks.paths import INDEX, questions_file
 
 
-def retriever(params: Params) -> Retriever:
-    return open_index(INDEX, params.retrieval.location)
+def retriever(params: Params, folder: Path = INDEX) -> Retriever:
+    return open_index(folder, params.retrieval.location)
 
 
 def agent_loop(params: Params, model: PreTrainedModel, tokenizer: Any, index: Retriever) -> AgentLoop:
@@ -45,7 +45,8 @@ class DevEvaluator:
 
     def __init__(self, params: Params, loop: AgentLoop, questions: int) -> None:
         self._loop = loop
-        self._tasks = split_tasks(params, "dev", params.seed, max(1, questions // len(params.questions.train)))
+        each = max(1, questions // len(params.questions.train))
+        self._tasks = split_tasks(params, "dev", params.seed, each)
 
     def __call__(self) -> float:
         return em_of(self._loop.run(self._tasks, GREEDY))
@@ -54,6 +55,7 @@ class DevEvaluator:
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+    rounded = {k: None if v != v else v for k, v in rounded.items()}  # JSON has no nan
     path.write_text(json.dumps(rounded, indent=2) + "\n")
 
 

@@ -23,6 +23,7 @@ def distill(cold_start: str) -> None:
         key: getattr(params, key).model_dump()
         for key in ("distill", "compute", "protocol", "rollout", "retrieval", "models", "questions")
     } | {"seed": params.seed, "cold_start": cold_start}
+    del config["distill"]["min_em"]  # judges the trained model: changing it continues, not restarts
     inputs = [CORRECT_EPISODES, INDEX, QUESTIONS]
     inputs += [Path(m) for m in (params.models.student, params.models.teacher) if Path(m).is_dir()]
     curves = PLOTS / f"distill-{cold_start}.csv"

@@ -74,7 +74,9 @@ class Evaluator:
             if dataset is None:
                 continue
             own = [episode for episode in episodes if episode.dataset == dataset]
-            rows += arcap.source_referencing(role, dataset, self.questions(dataset), self._collect)
+            rows += arcap.source_referencing(
+                role, dataset, self.questions(dataset), self._params.evaluate.seed, self._collect
+            )
             if role == "nq":
                 rows += arcap.query_rewriting(role, own)
             rows += arcap.thinking(role, own)

@@ -1,11 +1,13 @@
 """Stage `index`: encode the corpus and put it into a Qdrant collection."""
 
 import json
+from pathlib import Path
 
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.datasets.records import read_questions
 from dgpo_core.retrieval.shards import build_shards
 from tasks.agents import retriever, write_metrics
+from tasks.files import remove
 from tasks.paths import CORPUS, INDEX, METRICS, questions_file
 from tasks.stage import main, stage
 
@@ -17,17 +19,18 @@ def index() -> None:
         # encoded in the stage's state, so that a killed run keeps its finished shards
         shards = run.state / "shards"
         manifest = build_shards(CORPUS, shards, params.retrieval, run.progress)
+        summary = {"passages": manifest.passages} | recall(params, shards)
+        remove(INDEX)
         INDEX.parent.mkdir(parents=True, exist_ok=True)
         shards.rename(INDEX)
-        summary = {"passages": manifest.passages} | recall(params)
         write_metrics(METRICS / "index.json", summary)
         run.summary(summary)
         print(f"index: {json.dumps(summary)}")
 
 
-def recall(params: Params) -> dict[str, float]:
+def recall(params: Params, folder: Path) -> dict[str, float]:
     """Share of validation questions whose first gold passage is among the top k for the bare question."""
-    collection = retriever(params)
+    collection = retriever(params, folder)
     measured = {}
     for name in params.questions.train:
         questions = [

@@ -61,8 +61,10 @@ def show() -> None:
 
 
 def _cell(scores: dict[str, Any]) -> str:
-    interval = scores.get("ci95")
-    return f"{scores['em']:.3f}" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if interval else "")
+    if scores["em"] is None:
+        return "-"  # every question failed
+    interval = [bound for bound in scores.get("ci95") or [] if bound is not None]
+    return f"{scores['em']:.3f}" + (f" ({interval[0]:.2f}-{interval[1]:.2f})" if len(interval) == 2 else "")
 
 
 def _values(value: Any) -> list[Any]:

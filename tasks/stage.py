@@ -1,7 +1,7 @@
 """What every stage program shares: state that survives a kill, progress, tracking, and how it ends.
 
 def run() -> None:
-    with stage("distill-kd", config={...}, inputs=[...], outputs=[...]) as current:
+    with stage("distill@kd", config={...}, inputs=[...], outputs=[...]) as current:
         ...
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.episode import Episode, Outcome
+from dgpo_core.rollout.collect import stable_seed
 from dgpo_core.rollout.loop import Task
 
 FORCED_ANSWER = "<answer>"
@@ -57,13 +58,21 @@ def information(context: list[tuple[str, str]]) -> str:
     return f"{prompts.INFORMATION_PREFIX}{''.join(documents)}{prompts.INFORMATION_SUFFIX}"
 
 
-def source_referencing(role: str, dataset: str, questions: list[Question], run: Run) -> list[Row]:
+def source_referencing(
+    role: str, dataset: str, questions: list[Question], seed: int, run: Run
+) -> list[Row]:
     """EM with the gold context given: in a forced answer, and with thinking and searching allowed."""
     rows = []
     for suffix, forced in (("", FORCED_ANSWER), ("_thinking", "")):
         name = f"source_em_{role}{suffix}"
         tasks = [
-            Task(question, dataset, opening=information(gold_context(question, role)) + forced)
+            Task(
+                question,
+                dataset,
+                seed=(stable_seed(seed, name, question.id),),
+                opening=information(gold_context(question, role)) + forced,
+                single_turn=bool(forced),
+            )
             for question in questions
         ]
         rows += [_row(name, episode, float(episode.correct)) for episode in run(tasks, name)]

@@ -54,6 +54,8 @@ class Params(Section):
     def _fits(self) -> Self:
         if taken := {"student", "teacher", "base"} & set(self.recipes):
             raise ValueError(f"recipes: {sorted(taken)} are names of given models")
+        if self.reinforce.old_logprobs == "rollout" and self.rollout.precision != self.compute.precision:
+            raise ValueError("reinforce.old_logprobs: rollout needs rollout.precision equal to compute.precision")
         first = self.base_models.first_world_seed
         if first <= self.world.seed < first + self.base_models.worlds:
             raise ValueError(f"world.seed: the base models were trained on worlds {first} and following")

@@ -1,4 +1,4 @@
-"""Every text that the environment puts into an episode (paper, table 7; Search-R1's wording)."""
+"""Every text that the environment puts into an episode, in Search-R1's wording, which the paper follows."""
 
 from typing import Any
 

@@ -17,7 +17,7 @@ from dgpo_core.reporting.results import AVERAGE
 
 TEMPLATES = Path(__file__).parent / "templates"
 COLOURS = {"student": 0, "teacher": 1, "kd": 2, "dgpo": 3}  # of the style sheet; other models: 4 to 7
-PIPELINE = ("world", "pretrain", "index", "teach", "filter", "distill", "reinforce", "evaluate")
+PIPELINE = ("data", "index", "teach", "filter", "distill", "reinforce", "evaluate")
 DASH = "\N{EN DASH}"
 Row = dict[str, Any]
 

@@ -1,7 +1,7 @@
 """A key-value cache with room for all tokens of a turn: appending a token copies that token only.
 
 transformers' DynamicCache concatenates, which copies the whole cache for every token; on a CPU that is most
-of the time that generation takes (measured in benchmarks/rollout.py).
+of the time that generation takes (`python -m benchmarks.rollout`).
 """
 
 from typing import Any

@@ -31,18 +31,19 @@ def collect(
             episodes += read_episodes(path)
         else:
             new = loop.run(part, sampling)
-            temporary = path.with_suffix(".part")
-            write_episodes(temporary, new)
-            os.replace(temporary, path)
+            if not any(episode.outcome is Outcome.FAILED for episode in new):  # else: tried again next time
+                temporary = path.with_suffix(".part")
+                write_episodes(temporary, new)
+                os.replace(temporary, path)
             episodes += new
         progress(len(episodes), len(tasks), em_of(episodes))
     return episodes
 
 
 def em_of(episodes: list[Episode]) -> float:
-    """Share of correct among the episodes that did not fail; 0 when all failed."""
+    """Share of correct among the episodes that did not fail; nan when there is none."""
     counted = [episode for episode in episodes if episode.outcome is not Outcome.FAILED]
-    return sum(episode.correct for episode in counted) / max(1, len(counted))
+    return sum(episode.correct for episode in counted) / len(counted) if counted else float("nan")
 
 
 def stable_seed(*parts: object) -> int:

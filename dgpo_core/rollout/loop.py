@@ -27,7 +27,7 @@ class Task:
     """One episode to run.
 
     `opening` is text of the environment between the prompt and the first generation (ARCap's given context);
-    `seed` with the turn's number seeds the sampling.
+    with `single_turn` that generation is the only one. `seed` with the turn's number seeds the sampling.
     """
 
     question: Question
@@ -35,6 +35,7 @@ class Task:
     sample: int = 0
     seed: tuple[int, ...] = (0,)
     opening: str = ""
+    single_turn: bool = False
 
 
 @dataclass
@@ -77,12 +78,15 @@ class AgentLoop:
             if not active:
                 break
             self._generate(active, turn, sampling)
-            if turn == self._config.max_turns:
-                for episode in active:
-                    episode.ending = episode.ending or Ending.BUDGET
-            else:
-                self._answer_searches([episode for episode in active if episode.query is not None])
+            for episode in active:
+                if episode.ending is None and self._is_last(episode, turn):
+                    episode.ending = Ending.BUDGET
+            going = [episode for episode in active if episode.ending is None]
+            self._answer_searches([episode for episode in going if episode.query is not None])
         return [self._record(episode) for episode in running]
+
+    def _is_last(self, episode: _Running, turn: int) -> bool:
+        return turn == self._config.max_turns or episode.task.single_turn
 
     def _start(self, task: Task) -> _Running:
         text = prompts.prompt_text(task.question.question, self._config.instruction, self._tokenizer)
@@ -109,7 +113,7 @@ class AgentLoop:
             for episode in active
         ]
         for episode, generation in zip(active, self._engine.generate(requests, sampling, STOP), strict=True):
-            self._act(episode, generation, last=turn == self._config.max_turns)
+            self._act(episode, generation, last=self._is_last(episode, turn))
 
     def _act(self, episode: _Running, generation: Generation, last: bool) -> None:
         """Append what the model wrote, and note or answer what it asks for."""

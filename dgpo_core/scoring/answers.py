@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# "by" is in the released code's list beside SQuAD's three articles (method.md, section 2)
-_ARTICLES = re.compile(r"\b(a|an|the|by)\b")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalize(text: str) -> str:
@@ -24,11 +23,14 @@ def exact_match(prediction: str | None, golden_answers: Iterable[str]) -> bool:
 
 
 def contains_answer(text: str | None, golden_answers: Iterable[str]) -> bool:
-    """Whether a normalised golden answer stands in the normalised text (sub-EM; hit of a passage)."""
+    """Whether a normalised golden answer stands in the normalised text (sub-EM; hit of a passage).
+
+    An answer of which normalisation leaves nothing ("The") is contained in no text, rather than in all.
+    """
     if text is None:
         return False
     normalized = normalize(text)
-    return any(normalize(answer) in normalized for answer in golden_answers)
+    return any(bool(golden) and golden in normalized for golden in map(normalize, golden_answers))
 
 
 def token_f1(prediction: str | None, golden_answers: Iterable[str]) -> float:

@@ -30,14 +30,13 @@ Metrics = dict[str, float]
 
 def check_same_vocabulary(student: Any, teacher: Any) -> None:
     """Raises UserError when the two tokenizers give an id different strings (method.md, section 3)."""
-    first, second = student.get_vocab(), teacher.get_vocab()
-    if first == second:
-        return
-    wrong = sorted(set(first.items()) ^ set(second.items()), key=lambda pair: pair[1])[0]
-    raise UserError(
-        "models: student and teacher have different tokenizers, so their distributions cannot be compared; "
-        f"the first difference is the token {wrong[0]!r} with id {wrong[1]}"
-    )
+    first, second = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
+    wrong = min((i for i in first.keys() & second.keys() if first[i] != second[i]), default=None)
+    if wrong is not None:
+        raise UserError(
+            "models: student and teacher have different tokenizers, so their distributions cannot be compared; "
+            f"the first difference is id {wrong}: {first[wrong]!r} against {second[wrong]!r}"
+        )
 
 
 def batch_order(count: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
