@@ -19,7 +19,9 @@ def use(profile: str) -> None:
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
         raise UserError(f"{path}: no such profile; there are: {known}")
     text = yaml.safe_dump(resolve_profile(path), sort_keys=False, allow_unicode=True)
-    PARAMS.write_text(f"# Written by `make use PROFILE={profile}`; edit freely, or use `dvc exp run -S`.\n{text}")
+    PARAMS.write_text(
+        f"# Written by `make use PROFILE={profile}`; edit freely, or use `dvc exp run -S`.\n{text}"
+    )
     print(f"{PARAMS}: profile {profile}")
 
 

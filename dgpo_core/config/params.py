@@ -48,7 +48,7 @@ class Params(Section):
     distill: DistillConfig = DistillConfig()
     reinforce: ReinforceConfig = ReinforceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    recipes: dict[str, Recipe] = {}
+    recipes: dict[str, Recipe] = Field({}, description="systems to compare, by name")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:

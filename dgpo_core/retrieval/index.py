@@ -11,9 +11,9 @@ from typing import Any, Protocol
 import qdrant_edge as edge
 from qdrant_client import QdrantClient, models
 
+from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError
-from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.retrieval.encoders import Encoder, SparseVector, Vector, make_encoder
 from dgpo_core.retrieval.shards import Manifest, read_manifest, read_shard
 

@@ -28,7 +28,9 @@ class TransformersEngine:
         self._may_stop: dict[tuple[str, ...], list[bool]] = {}
 
     @torch.inference_mode()
-    def generate(self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]) -> list[Generation]:
+    def generate(
+        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+    ) -> list[Generation]:
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
         answers: dict[int, Generation] = {}
         with self._precision():
@@ -139,9 +141,7 @@ def _left_pad(sequences: list[list[int]], device: torch.device) -> tuple[torch.T
     return ids.to(device), mask.to(device)
 
 
-def _sample(
-    logits: torch.Tensor, rows: list[_Row], sampling: Sampling
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _sample(logits: torch.Tensor, rows: list[_Row], sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Next tokens and their log-probabilities, [rows] each; `logits` [rows, vocabulary] float32."""
     if sampling.temperature == 0:
         logprobs = logits.log_softmax(-1)

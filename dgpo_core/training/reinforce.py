@@ -103,14 +103,10 @@ class Reinforcer:
             rows.append({"step": step + 1, **row})
             report(step + 1, config.steps, row)
             if (step + 1) % config.checkpoint_every == 0:
-                checkpoint.save(
-                    {"rows": rows, **{name: part.state_dict() for name, part in parts.items()}}
-                )
+                checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
         return rows
 
-    def _step(
-        self, episodes: list[Episode], maker: ExperienceMaker, updater: Updater, step: int
-    ) -> Metrics:
+    def _step(self, episodes: list[Episode], maker: ExperienceMaker, updater: Updater, step: int) -> Metrics:
         usable = [e for e in episodes if e.outcome is not Outcome.FAILED and e.model_tokens]
         row: Metrics = {"failed": float(sum(e.outcome is Outcome.FAILED for e in episodes))}
         if not usable:  # nothing to learn from: the retriever was down for a whole step

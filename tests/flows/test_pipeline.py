@@ -190,7 +190,8 @@ def test_retries_end(api: str, repository: Path) -> None:
 
 def test_timeout_ends_the_stage(api: str, repository: Path) -> None:
     Path("dvc.yaml").write_text(
-        "stages:\n  slow: {cmd: python stage.py slow never, outs: [slow.txt], meta: {timeout_minutes: 0.05}}\n"
+        "stages:\n"
+        "  slow: {cmd: python stage.py slow never, outs: [slow.txt], meta: {timeout_minutes: 0.05}}\n"
     )
     assert names(run_flow()) == {"slow": "Failed", "flow": "Failed"}
     assert "not done after 0.05 minutes" in artifact()

@@ -5,7 +5,6 @@ import io
 import pytest
 from rich.console import Console
 
-from tasks import progress
 from tasks.progress import Reporter, duration
 
 
@@ -13,7 +12,7 @@ from tasks.progress import Reporter, duration
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     """A clock that tests set: `clock[0]` is now, in seconds."""
     now = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("tasks.progress.time.monotonic", lambda: now[0])
     return now
 
 

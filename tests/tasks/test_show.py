@@ -2,19 +2,20 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dgpo_core.errors import UserError
-from tasks.show import load_results, markdown, show
+from tasks.show import Results, load_results, markdown, show
 
 
-def scores(em: float) -> dict[str, object]:
+def scores(em: float) -> dict[str, Any]:
     return {"em": em, "f1": em, "sub_em": em, "n": 10, "ci95": [em - 0.1, em + 0.1]}
 
 
 def test_rows_are_models_and_average_is_last() -> None:
-    results = {
+    results: Results = {
         "student": {"nq": scores(0.1), "average": {"em": 0.1}},
         "dgpo": {"nq": scores(0.5), "average": {"em": 0.45}, "hotpotqa": scores(0.4)},
     }

@@ -56,7 +56,7 @@ def expert_examples(
 
 
 def _drafts(writer: QuestionWriter, rng: random.Random, count: int) -> Iterator[Draft]:
-    kinds, shares = zip(*MIXTURE, strict=True)
+    kinds, shares = [kind for kind, _ in MIXTURE], [share for _, share in MIXTURE]
     made = 0
     while made < count:
         kind = rng.choices(kinds, shares)[0]
@@ -74,7 +74,9 @@ class ExpertEngine:
         self._drafts, self._texts, self._tokenizer = drafts, texts, tokenizer
         self._tries: dict[int, int] = {}  # searches for the fact at hand
 
-    def generate(self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]) -> list[Generation]:
+    def generate(
+        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+    ) -> list[Generation]:
         return [self._turn(request) for request in requests]
 
     def _turn(self, request: Request) -> Generation:
@@ -86,7 +88,11 @@ class ExpertEngine:
             known += 1
         first = not self._tries.get(number)
         self._tries[number] = self._tries.get(number, 0) + 1
-        said = "" if first or not known else f" {statement(draft.facts[known - 1])} {draft.facts[known - 1].value}."
+        said = (
+            ""
+            if first or not known
+            else f" {statement(draft.facts[known - 1])} {draft.facts[known - 1].value}."
+        )
         if known < len(draft.facts):
             text = self._search(draft.facts[known], said)
         else:

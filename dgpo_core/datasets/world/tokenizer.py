@@ -24,7 +24,9 @@ CHAT_TEMPLATE = (
 SPACE = "▁"
 WORD, SYLLABLE, CHARACTER = -2.0, -4.0, -8.0  # log-scores of the Unigram model
 # words of the expert's thoughts and of the reading drill that no relation template has
-EXTRA_TEXT = "user assistant system I need to find first then earlier than Now know yes no not is in a an the of"
+EXTRA_TEXT = (
+    "user assistant system I need to find first then earlier than Now know yes no not is in a an the of"
+)
 
 
 def _static_text() -> str:
