@@ -6,8 +6,7 @@ from collections import Counter
 from collections.abc import Iterable
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# "by" is in the released code's list beside SQuAD's three articles (method.md, section 2)
-_ARTICLES = re.compile(r"\b(a|an|the|by)\b")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalize(text: str) -> str:
