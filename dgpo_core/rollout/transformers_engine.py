@@ -24,7 +24,7 @@ class TransformersEngine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: RolloutConfig) -> None:
         self.model, self.tokenizer, self._config = model, tokenizer, config
-        self._eos = tokenizer.eos_token_id
+        self._eos = _end_tokens(model, tokenizer)
         self._may_stop: dict[tuple[str, ...], list[bool]] = {}
 
     @torch.inference_mode()
@@ -97,7 +97,7 @@ class TransformersEngine:
                 continue
             row.ids.append(token)
             row.logprobs.append(logprob)
-            if token == self._eos:
+            if token in self._eos:
                 row.finish = Finish.EOS
             elif may_stop[token] and any(text in self.tokenizer.decode(row.ids[-TAIL:]) for text in stop):
                 row.finish = Finish.STOP
@@ -116,6 +116,13 @@ class TransformersEngine:
             texts = self.tokenizer.batch_decode([[i] for i in range(known)])
             self._may_stop[stop] = [bool(last & set(text)) for text in texts] + [False] * (size - known)
         return self._may_stop[stop]
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """The tokenizer's EOS and those of the model's own generation settings (Qwen2.5 and Llama have several)."""
+    settings = model.generation_config.eos_token_id if model.generation_config else None
+    own = settings if isinstance(settings, list) else [settings]
+    return {token for token in (tokenizer.eos_token_id, *own) if token is not None}
 
 
 class _Row:
