@@ -23,12 +23,9 @@ Rollout = Callable[[list[int], int], list[Episode]]  # (indices of questions, st
 
 def question_order(count: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Indices of a step's questions: epochs of shuffled questions laid end to end."""
-    start = step * batch_size
-    chosen = []
-    for position in range(start, start + batch_size):
-        epoch, offset = divmod(position, count)
-        chosen.append(_shuffled(count, epoch, seed)[offset])
-    return chosen
+    places = [divmod(position, count) for position in range(step * batch_size, (step + 1) * batch_size)]
+    orders = {epoch: _shuffled(count, epoch, seed) for epoch in {epoch for epoch, _ in places}}
+    return [orders[epoch][offset] for epoch, offset in places]
 
 
 def _shuffled(count: int, epoch: int, seed: int) -> list[int]:
