@@ -6,6 +6,7 @@ from dgpo_core.config.params import Params, load_params
 from dgpo_core.datasets.records import read_questions
 from dgpo_core.retrieval.shards import build_shards
 from tasks.agents import retriever, write_metrics
+from tasks.files import remove
 from tasks.paths import CORPUS, INDEX, METRICS, questions_file
 from tasks.stage import main, stage
 
@@ -18,6 +19,7 @@ def index() -> None:
         shards = run.state / "shards"
         manifest = build_shards(CORPUS, shards, params.retrieval, run.progress)
         INDEX.parent.mkdir(parents=True, exist_ok=True)
+        remove(INDEX)
         shards.rename(INDEX)
         summary = {"passages": manifest.passages} | recall(params)
         write_metrics(METRICS / "index.json", summary)
