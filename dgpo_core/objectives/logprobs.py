@@ -94,6 +94,7 @@ def reverse_kl(
     student_head: torch.Tensor,
     teacher_hidden: torch.Tensor,
     teacher_head: torch.Tensor,
+    temperature: float = 1.0,
     chunk: int = CHUNK,
 ) -> torch.Tensor:
     """Full-vocabulary KL[student || teacher] of each token, float32 [N], without gradient (a reward)."""
@@ -102,7 +103,9 @@ def reverse_kl(
     with torch.no_grad():
         for i in range(0, len(student_hidden), chunk):
             student, teacher = (
-                torch.nn.functional.linear(hidden[i : i + chunk], head[:shared]).float().log_softmax(-1)
+                (
+                    torch.nn.functional.linear(hidden[i : i + chunk], head[:shared]).float() / temperature
+                ).log_softmax(-1)
                 for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
             )
             pieces.append(forward_kl(student, teacher))

@@ -124,6 +124,7 @@ class ExperienceMaker:
             head_of(self.student),
             counted_hidden(backbone_of(self.reference), batch),
             head_of(self.reference),
+            self.config.sampling.temperature,
         )
 
     def _each(self, sequences: list[Sequence], function) -> Tensors:  # type: ignore[no-untyped-def]
