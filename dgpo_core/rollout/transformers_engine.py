@@ -119,7 +119,7 @@ class TransformersEngine:
 
 
 def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """The tokenizer's EOS and those of the model's own generation settings (Qwen2.5 and Llama have several)."""
+    """The tokenizer's EOS and those of the model's generation settings (Qwen2.5 has two, Llama three)."""
     settings = model.generation_config.eos_token_id if model.generation_config else None
     own = settings if isinstance(settings, list) else [settings]
     return {token for token in (tokenizer.eos_token_id, *own) if token is not None}
