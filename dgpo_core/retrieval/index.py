@@ -19,6 +19,7 @@ from dgpo_core.retrieval.shards import Manifest, read_manifest, read_shard
 
 VECTOR = "text"  # the one named vector of a collection
 UPSERT = 1000
+SPARE = 8  # hits fetched beyond those asked for, to see ties
 Point = tuple[int, Passage, Vector]
 
 
@@ -41,7 +42,9 @@ class Retriever(Protocol):
 class Backend(Protocol):
     def fill(self, points: Iterator[Point], manifest: Manifest) -> None: ...
 
-    def query(self, vectors: list[Vector], limit: int) -> list[list[Hit]]: ...
+    def query(self, vectors: list[Vector], limit: int) -> list[list[Any]]:
+        """Qdrant's scored points of each vector, best first; which of equal ones is left to Qdrant."""
+        ...
 
 
 class Index:
@@ -64,11 +67,27 @@ class Index:
         new = list(dict.fromkeys(query for query in queries if (query, top_k) not in self._cache))
         if new:
             try:
-                found = self._backend.query(self._encoder.encode_queries(new), top_k)
+                found = best_hits(self._backend, self._encoder.encode_queries(new), top_k)
             except Exception as error:
                 raise InfrastructureError(f"the Qdrant index failed: {error}") from error
             self._cache.update(((query, top_k), hits) for query, hits in zip(new, found, strict=True))
         return [self._cache[query, top_k] for query in queries]
+
+
+def best_hits(backend: Backend, vectors: list[Vector], top_k: int) -> list[list[Hit]]:
+    """The best `top_k` hits of each vector; equal scores in the order of the corpus.
+
+    Qdrant itself cuts ties differently in each build of the same collection, so more is fetched until the
+    last place is no tie.
+    """
+    limit = top_k + SPARE
+    results = backend.query(vectors, limit)
+    for i, vector in enumerate(vectors):
+        wider = limit
+        while len(results[i]) == wider and results[i][-1].score == results[i][top_k - 1].score:
+            wider *= 4
+            (results[i],) = backend.query([vector], wider)
+    return [_hits(points)[:top_k] for points in results]
 
 
 def open_index(folder: Path, location: str) -> Index:
@@ -129,15 +148,13 @@ class EmbeddedBackend:
             )
         self._shard.optimize()
 
-    def query(self, vectors: list[Vector], limit: int) -> list[list[Hit]]:
+    def query(self, vectors: list[Vector], limit: int) -> list[list[Any]]:
         return [
-            _hits(
-                self._shard.query(
-                    edge.QueryRequest(
-                        limit=limit,
-                        query=edge.Query.Nearest(_edge(vector), using=VECTOR),
-                        with_payload=True,
-                    )
+            self._shard.query(
+                edge.QueryRequest(
+                    limit=limit,
+                    query=edge.Query.Nearest(_edge(vector), using=VECTOR),
+                    with_payload=True,
                 )
             )
             for vector in vectors
@@ -180,7 +197,7 @@ class ServerBackend:
                 ],
             )
 
-    def query(self, vectors: list[Vector], limit: int) -> list[list[Hit]]:
+    def query(self, vectors: list[Vector], limit: int) -> list[list[Any]]:
         responses = self._client.query_batch_points(
             self._collection,
             [
@@ -188,7 +205,7 @@ class ServerBackend:
                 for vector in vectors
             ],
         )
-        return [_hits(response.points) for response in responses]
+        return [response.points for response in responses]
 
 
 def _payload(passage: Passage) -> dict[str, str]:
@@ -196,7 +213,7 @@ def _payload(passage: Passage) -> dict[str, str]:
 
 
 def _hits(points: Any) -> list[Hit]:
-    """Hits in the order of their scores; equal scores in the order of their ids, so it is repeatable."""
+    """Hits in the order of their scores; equal scores in the order of their ids."""
     ordered = sorted(points, key=lambda point: (-point.score, point.id))
     return [Hit(Passage(**point.payload), float(point.score)) for point in ordered]
 
