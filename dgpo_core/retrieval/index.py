@@ -1,5 +1,6 @@
 """Search in a Qdrant collection: in this process (Qdrant's embedded engine) or on a server."""
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from dgpo_core.retrieval.shards import Manifest, read_manifest, read_shard
 VECTOR = "text"  # the one named vector of a collection
 UPSERT = 1000
 SPARE = 8  # hits fetched beyond those asked for, to see ties
+TIE = 1e-5  # relative difference of scores that is rounding: Qdrant adds a score's terms in any order
 Point = tuple[int, Passage, Vector]
 
 
@@ -84,7 +86,7 @@ def best_hits(backend: Backend, vectors: list[Vector], top_k: int) -> list[list[
     results = backend.query(vectors, limit)
     for i, vector in enumerate(vectors):
         wider = limit
-        while len(results[i]) == wider and results[i][-1].score == results[i][top_k - 1].score:
+        while len(results[i]) == wider and _tied(results[i][top_k - 1], results[i][-1]):
             wider *= 4
             (results[i],) = backend.query([vector], wider)
     return [_hits(points)[:top_k] for points in results]
@@ -214,8 +216,18 @@ def _payload(passage: Passage) -> dict[str, str]:
 
 def _hits(points: Any) -> list[Hit]:
     """Hits in the order of their scores; equal scores in the order of their ids."""
-    ordered = sorted(points, key=lambda point: (-point.score, point.id))
+    groups: list[list[Any]] = []
+    for point in sorted(points, key=lambda point: -point.score):
+        if groups and _tied(groups[-1][-1], point):
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    ordered = [point for group in groups for point in sorted(group, key=lambda point: point.id)]
     return [Hit(Passage(**point.payload), float(point.score)) for point in ordered]
+
+
+def _tied(first: Any, second: Any) -> bool:
+    return math.isclose(first.score, second.score, rel_tol=TIE)
 
 
 def _edge(vector: Vector) -> Any:
