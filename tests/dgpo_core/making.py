@@ -51,5 +51,7 @@ def random_episode(seed: int, vocabulary: int = 500, correct: bool | None = None
     )
 
 
-def question(text: str = "Where was Ada born", answers: tuple[str, ...] = ("Paris",), name: str = "q0") -> Question:
+def question(
+    text: str = "Where was Ada born", answers: tuple[str, ...] = ("Paris",), name: str = "q0"
+) -> Question:
     return Question(name, text, answers)

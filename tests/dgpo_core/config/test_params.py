@@ -30,12 +30,18 @@ def loaded(folder: Path, content: dict[str, Any]) -> Params:
         ({"distill": 3}, "distill: Input should be"),
         ({"distill": {"epochs": 0}}, "distill.epochs: Input should be greater than 0 (found 0)"),
         ({"distill": {"min_em": 1.5}}, "distill.min_em: Input should be less than or equal to 1 (found 1.5)"),
-        ({"world": {"passages": 5}}, "world.passages: Input should be greater than or equal to 100 (found 5)"),
+        (
+            {"world": {"passages": 5}},
+            "world.passages: Input should be greater than or equal to 100 (found 5)",
+        ),
         ({"reinforce": {"kl_estimator": "k4"}}, "reinforce.kl_estimator: Input should be 'k1', 'k2', 'k3'"),
         ({"questions": {"train": []}}, "questions.train: List should have at least 1 item"),
         # rules over several keys
         ({"reinforce": {"batch_size": 100}}, "reinforce: batch_size must be a multiple of mini_batch_size"),
-        ({"reinforce": {"sampling": {"temperature": 0.0}}}, "reinforce: sampling.temperature must be above 0"),
+        (
+            {"reinforce": {"sampling": {"temperature": 0.0}}},
+            "reinforce: sampling.temperature must be above 0",
+        ),
         ({"recipes": {"x": {}}}, "recipes.x: a recipe needs a cold start or reinforcement learning"),
         (
             {"recipes": {"x": {"cold_start": "kd", "guidance": "uniform"}}},
@@ -44,7 +50,11 @@ def loaded(folder: Path, content: dict[str, Any]) -> Params:
         ({"recipes": {"teacher": {"cold_start": "kd"}}}, "recipes: ['teacher'] are names of given models"),
         ({"questions": {"test": {"a": "squad"}}}, "questions: ['squad'] are none of the paper's data sets"),
         (
-            {"base_models": {"student": {"hidden_size": 30, "layers": 1, "heads": 4, "intermediate_size": 8}}},
+            {
+                "base_models": {
+                    "student": {"hidden_size": 30, "layers": 1, "heads": 4, "intermediate_size": 8}
+                }
+            },
             "base_models.student: hidden_size must be divisible by twice the number of heads",
         ),
     ],
@@ -64,7 +74,11 @@ def test_several_problems_are_told_at_once(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("a: [", "not valid YAML"), ("- a", "must be a mapping of sections, found list"), ("", "found NoneType")],
+    [
+        ("a: [", "not valid YAML"),
+        ("- a", "must be a mapping of sections, found list"),
+        ("", "found NoneType"),
+    ],
 )
 def test_files_that_are_no_mapping(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "params.yaml"

@@ -44,7 +44,12 @@ def test_any_text_parses(text: str) -> None:
     assert isinstance(is_well_formed([text]), bool)
 
 
-@given(st.text("ab ", max_size=5), st.text("ab", min_size=1, max_size=5), st.sampled_from(["search", "answer"]), SOUP)
+@given(
+    st.text("ab ", max_size=5),
+    st.text("ab", min_size=1, max_size=5),
+    st.sampled_from(["search", "answer"]),
+    SOUP,
+)
 def test_what_follows_the_first_tag_does_not_matter(before: str, content: str, tag: str, after: str) -> None:
     action = parse_action(f"{before}<{tag}>{content}</{tag}>{after}")
     assert (action.kind, action.content) == (tag, content)

@@ -33,7 +33,8 @@ EPISODES = st.builds(
     ending=st.sampled_from(Ending),
     failure=st.none() | TEXT,
     searches=st.lists(
-        st.builds(Search, TEXT, st.lists(TEXT, max_size=3), st.lists(FLOATS, max_size=3), st.booleans()), max_size=3
+        st.builds(Search, TEXT, st.lists(TEXT, max_size=3), st.lists(FLOATS, max_size=3), st.booleans()),
+        max_size=3,
     ),
 )
 

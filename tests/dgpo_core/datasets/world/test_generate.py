@@ -32,7 +32,10 @@ def test_size_and_titles(world: World, articles: list[Article]) -> None:
 
 def test_articles_state_every_fact_once(world: World, articles: list[Article]) -> None:
     stated = [
-        (fact.subject.key, fact.relation.noun) for article in articles for facts in article.facts for fact in facts
+        (fact.subject.key, fact.relation.noun)
+        for article in articles
+        for facts in article.facts
+        for fact in facts
     ]
     assert sorted(stated) == sorted(world.facts)
     for article in articles:

@@ -38,7 +38,9 @@ OF = [(pattern(f"the {relation.noun} of {{s}}"), relation) for relation in r.REL
 def facts_asked(world: World, question: Question) -> set[Key]:
     """The facts that a question asks for, read off its text: from the outer relation inwards, then answered."""
     if question.metadata["kind"] == "comparison":
-        noun = next(noun for noun, texts in r.COMPARISONS.items() if question.question.startswith(texts[0][:10]))
+        noun = next(
+            noun for noun, texts in r.COMPARISONS.items() if question.question.startswith(texts[0][:10])
+        )
         names = re.split(r", | or ", question.question)[1:]
         return {(name, noun) for name in names}
     readings = list(_chains(world, question.question, ASKS))
@@ -114,8 +116,13 @@ def test_comparisons_name_the_earlier(world: World, made: Made) -> None:
     for question in made["comparison", "test"]:
         years = {}
         for name, noun in facts_asked(world, question):
-            entity = next(e for e in world.entities if e.name == name and (e.type == "person") == (noun[0] == "b")
-                          and e.type in ("person", "film"))
+            entity = next(
+                e
+                for e in world.entities
+                if e.name == name
+                and (e.type == "person") == (noun[0] == "b")
+                and e.type in ("person", "film")
+            )
             years[name] = int(world.fact(entity, noun).value)
         assert question.golden_answers == (min(years, key=lambda name: years[name]),)
         assert len(set(years.values())) == 2
@@ -129,7 +136,9 @@ def test_phrasings_of_the_unseen_sets_are_in_no_training_question(made: Made) ->
     other = [pattern(t) for relation in r.RELATIONS for t in relation.other_questions]
     for name in ("onehop", "twohop"):
         for question in [*made[name, "train"], *made[name, "dev"]]:
-            assert question.metadata["kind"] == "comparison" or any(p.fullmatch(question.question) for p in seen)
+            assert question.metadata["kind"] == "comparison" or any(
+                p.fullmatch(question.question) for p in seen
+            )
     for name in ("phrasing", "hard"):
         for question in made[name, "test"]:
             assert any(p.fullmatch(question.question) for p in other)

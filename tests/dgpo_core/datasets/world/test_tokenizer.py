@@ -45,7 +45,13 @@ def test_names_always_have_the_same_tokens(world: World, tokenizer: PreTrainedTo
 
     for entity in world.entities:
         ids = tokenizer.encode(f" {entity.name}", add_special_tokens=False)
-        for text in ("was born in {}.", "Where is {} based", "(Title: {}) x", "<answer> {} </answer>", " {}, or"):
+        for text in (
+            "was born in {}.",
+            "Where is {} based",
+            "(Title: {}) x",
+            "<answer> {} </answer>",
+            " {}, or",
+        ):
             assert inside(text.format(entity.name), ids), (entity.name, text)
 
 
