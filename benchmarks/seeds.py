@@ -85,7 +85,8 @@ def tables(summary: dict[str, object]) -> str:
         lines.append(f"| {seed} | {averages} | {_interval(row['dgpo-kd'])} |")
     pooled: dict[str, dict[str, float]] = summary["pooled"]  # type: ignore[assignment]
     lines += [
-        f"\nPooled {pair}: {_interval(estimate)} ({estimate['n']} questions)" for pair, estimate in pooled.items()
+        f"\nPooled {pair}: {_interval(estimate)} ({estimate['n']} questions)"
+        for pair, estimate in pooled.items()
     ]
     return "\n".join(lines)
 

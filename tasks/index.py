@@ -22,6 +22,7 @@ def index() -> None:
         summary = {"passages": manifest.passages} | recall(params, shards)
         remove(INDEX)
         INDEX.parent.mkdir(parents=True, exist_ok=True)
+        remove(INDEX)
         shards.rename(INDEX)
         write_metrics(METRICS / "index.json", summary)
         run.summary(summary)

@@ -42,12 +42,14 @@ def gold_context(question: Question, role: str) -> list[tuple[str, str]]:
         long_answer = metadata["long_answers"][0]
         titles = [p["title"] for p in passages if p["text"] == long_answer]
         return [(titles[0] if titles else "", long_answer)]
-    if role == "musique" and metadata.get("paragraphs"):
-        return [
+    if role == "musique":
+        supporting = [
             (paragraph["title"], paragraph["paragraph_text"])
-            for paragraph in metadata["paragraphs"]
+            for paragraph in metadata.get("paragraphs") or []
             if paragraph["is_supporting"]
         ]
+        if supporting:
+            return supporting
     if not passages:
         raise UserError(f"question {question.id!r} has no gold context in its metadata, which ARCap needs")
     return [(passage["title"], passage["text"]) for passage in passages]
@@ -58,9 +60,7 @@ def information(context: list[tuple[str, str]]) -> str:
     return f"{prompts.INFORMATION_PREFIX}{''.join(documents)}{prompts.INFORMATION_SUFFIX}"
 
 
-def source_referencing(
-    role: str, dataset: str, questions: list[Question], seed: int, run: Run
-) -> list[Row]:
+def source_referencing(role: str, dataset: str, questions: list[Question], seed: int, run: Run) -> list[Row]:
     """EM with the gold context given: in a forced answer, and with thinking and searching allowed."""
     rows = []
     for suffix, forced in (("", FORCED_ANSWER), ("_thinking", "")):

@@ -48,14 +48,16 @@ class Params(Section):
     distill: DistillConfig = DistillConfig()
     reinforce: ReinforceConfig = ReinforceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    recipes: dict[str, Recipe] = {}
+    recipes: dict[str, Recipe] = Field({}, description="systems to compare, by name")
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
         if taken := {"student", "teacher", "base"} & set(self.recipes):
             raise ValueError(f"recipes: {sorted(taken)} are names of given models")
         if self.reinforce.old_logprobs == "rollout" and self.rollout.precision != self.compute.precision:
-            raise ValueError("reinforce.old_logprobs: rollout needs rollout.precision equal to compute.precision")
+            raise ValueError(
+                "reinforce.old_logprobs: rollout needs rollout.precision equal to compute.precision"
+            )
         first = self.base_models.first_world_seed
         if first <= self.world.seed < first + self.base_models.worlds:
             raise ValueError(f"world.seed: the base models were trained on worlds {first} and following")

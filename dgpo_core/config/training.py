@@ -8,8 +8,6 @@ from dgpo_core.config.base import Section
 from dgpo_core.config.protocol import GREEDY, Sampling
 
 
-
-
 class ComputeConfig(Section):
     """How training runs; changes results by rounding only."""
 

@@ -103,8 +103,9 @@ def reverse_kl(
     with torch.no_grad():
         for i in range(0, len(student_hidden), chunk):
             student, teacher = (
-                (torch.nn.functional.linear(hidden[i : i + chunk], head[:shared]).float() / temperature)
-                .log_softmax(-1)
+                (
+                    torch.nn.functional.linear(hidden[i : i + chunk], head[:shared]).float() / temperature
+                ).log_softmax(-1)
                 for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
             )
             pieces.append(forward_kl(student, teacher))

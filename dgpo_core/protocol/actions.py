@@ -7,7 +7,8 @@ from enum import StrEnum
 # the content holds no opening tag of its own kind: one that was never closed does not swallow the next
 _ACTION = re.compile(r"<(search|answer)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
-_THINK, _SEARCH, _REPLY = r"\s*<think>.*?</think>\s*", r"<search>.*?</search>\s*", r"<answer>.*?</answer>\s*"
+_CONTENT = r"(?:(?!</?(?:think|search|information|answer)>).)*"  # of a tag: no other tag in it
+_THINK, _SEARCH, _REPLY = (rf"\s*<{tag}>{_CONTENT}</{tag}>\s*" for tag in ("think", "search", "answer"))
 _SEARCH_TURN = re.compile(f"{_THINK}{_SEARCH}", re.DOTALL)
 _ANSWER_TURN = re.compile(f"{_THINK}{_REPLY}", re.DOTALL)
 

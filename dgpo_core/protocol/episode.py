@@ -140,7 +140,12 @@ def read_episodes(path: Path) -> list[Episode]:
         raise UserError(f"{path}: not a Parquet file of episodes: {error}") from error
     if missing := set(SCHEMA.names) - set(table.column_names):
         raise UserError(f"{path}: no table of episodes, lacks the columns {sorted(missing)}")
-    return [_episode(row) for row in table.to_pylist()]
+    if wrong := [name for name in SCHEMA.names if table.schema.field(name).type != SCHEMA.field(name).type]:
+        raise UserError(f"{path}: no table of episodes, the columns {wrong} have other types")
+    try:
+        return [_episode(row) for row in table.select(SCHEMA.names).to_pylist()]
+    except ValueError as error:  # an outcome or ending that there is not
+        raise UserError(f"{path}: not an episode: {error}") from error
 
 
 def read_metadata(path: Path) -> dict[str, str]:

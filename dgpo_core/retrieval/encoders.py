@@ -22,7 +22,7 @@ Vector = SparseVector | list[float]
 
 
 class Encoder(Protocol):
-    """`size` is the dimension of dense vectors, None for sparse ones; `arrow_type` is how shards store one."""
+    """`size` is the dimension of dense vectors, None for sparse; `arrow_type` is how shards store one."""
 
     size: int | None
     arrow_type: pa.DataType

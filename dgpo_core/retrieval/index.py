@@ -1,5 +1,6 @@
 """Search in a Qdrant collection: in this process (Qdrant's embedded engine) or on a server."""
 
+import math
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -11,14 +12,16 @@ from typing import Any, Protocol
 import qdrant_edge as edge
 from qdrant_client import QdrantClient, models
 
+from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError
-from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.retrieval.encoders import Encoder, SparseVector, Vector, make_encoder
 from dgpo_core.retrieval.shards import Manifest, read_manifest, read_shard
 
 VECTOR = "text"  # the one named vector of a collection
 UPSERT = 1000
+SPARE = 8  # hits fetched beyond those asked for, to see ties
+TIE = 1e-5  # relative difference of scores that is rounding: Qdrant adds a score's terms in any order
 Point = tuple[int, Passage, Vector]
 
 
@@ -41,7 +44,9 @@ class Retriever(Protocol):
 class Backend(Protocol):
     def fill(self, points: Iterator[Point], manifest: Manifest) -> None: ...
 
-    def query(self, vectors: list[Vector], limit: int) -> list[list[Hit]]: ...
+    def query(self, vectors: list[Vector], limit: int) -> list[list[Any]]:
+        """Qdrant's scored points of each vector, best first; which of equal ones is left to Qdrant."""
+        ...
 
 
 class Index:
@@ -64,11 +69,27 @@ class Index:
         new = list(dict.fromkeys(query for query in queries if (query, top_k) not in self._cache))
         if new:
             try:
-                found = self._backend.query(self._encoder.encode_queries(new), top_k)
+                found = best_hits(self._backend, self._encoder.encode_queries(new), top_k)
             except Exception as error:
                 raise InfrastructureError(f"the Qdrant index failed: {error}") from error
             self._cache.update(((query, top_k), hits) for query, hits in zip(new, found, strict=True))
         return [self._cache[query, top_k] for query in queries]
+
+
+def best_hits(backend: Backend, vectors: list[Vector], top_k: int) -> list[list[Hit]]:
+    """The best `top_k` hits of each vector; equal scores in the order of the corpus.
+
+    Qdrant itself cuts ties differently in each build of the same collection, so more is fetched until the
+    last place is no tie.
+    """
+    limit = top_k + SPARE
+    results = backend.query(vectors, limit)
+    for i, vector in enumerate(vectors):
+        wider = limit
+        while len(results[i]) == wider and _tied(results[i][top_k - 1], results[i][-1]):
+            wider *= 4
+            (results[i],) = backend.query([vector], wider)
+    return [_hits(points)[:top_k] for points in results]
 
 
 def open_index(folder: Path, location: str) -> Index:
@@ -129,15 +150,13 @@ class EmbeddedBackend:
             )
         self._shard.optimize()
 
-    def query(self, vectors: list[Vector], limit: int) -> list[list[Hit]]:
+    def query(self, vectors: list[Vector], limit: int) -> list[list[Any]]:
         return [
-            _hits(
-                self._shard.query(
-                    edge.QueryRequest(
-                        limit=limit,
-                        query=edge.Query.Nearest(_edge(vector), using=VECTOR),
-                        with_payload=True,
-                    )
+            self._shard.query(
+                edge.QueryRequest(
+                    limit=limit,
+                    query=edge.Query.Nearest(_edge(vector), using=VECTOR),
+                    with_payload=True,
                 )
             )
             for vector in vectors
@@ -180,7 +199,7 @@ class ServerBackend:
                 ],
             )
 
-    def query(self, vectors: list[Vector], limit: int) -> list[list[Hit]]:
+    def query(self, vectors: list[Vector], limit: int) -> list[list[Any]]:
         responses = self._client.query_batch_points(
             self._collection,
             [
@@ -188,7 +207,7 @@ class ServerBackend:
                 for vector in vectors
             ],
         )
-        return [_hits(response.points) for response in responses]
+        return [response.points for response in responses]
 
 
 def _payload(passage: Passage) -> dict[str, str]:
@@ -196,9 +215,19 @@ def _payload(passage: Passage) -> dict[str, str]:
 
 
 def _hits(points: Any) -> list[Hit]:
-    """Hits in the order of their scores; equal scores in the order of their ids, so it is repeatable."""
-    ordered = sorted(points, key=lambda point: (-point.score, point.id))
+    """Hits in the order of their scores; equal scores in the order of their ids."""
+    groups: list[list[Any]] = []
+    for point in sorted(points, key=lambda point: -point.score):
+        if groups and _tied(groups[-1][-1], point):
+            groups[-1].append(point)
+        else:
+            groups.append([point])
+    ordered = [point for group in groups for point in sorted(group, key=lambda point: point.id)]
     return [Hit(Passage(**point.payload), float(point.score)) for point in ordered]
+
+
+def _tied(first: Any, second: Any) -> bool:
+    return math.isclose(first.score, second.score, rel_tol=TIE)
 
 
 def _edge(vector: Vector) -> Any:

@@ -14,7 +14,7 @@ class PreallocatedLayer(DynamicLayer):
     """Keys and values [batch, heads, tokens, head size] as views of buffers with `capacity` tokens."""
 
     def __init__(self, capacity: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._capacity = capacity
 
     def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
@@ -38,16 +38,16 @@ class PreallocatedLayer(DynamicLayer):
         self._key_buffer[:, :, self._length : end] = key_states
         self._value_buffer[:, :, self._length : end] = value_states
         self._length = end
-        self._show()
-        return self.keys, self.values
+        return self._show()
 
     def batch_select_indices(self, indices: torch.Tensor) -> None:
         self._key_buffer, self._value_buffer = self._key_buffer[indices], self._value_buffer[indices]
         self._show()
 
-    def _show(self) -> None:
-        self.keys = self._key_buffer[:, :, : self._length]
-        self.values = self._value_buffer[:, :, : self._length]
+    def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = self._key_buffer[:, :, : self._length], self._value_buffer[:, :, : self._length]
+        self.keys, self.values = keys, values
+        return keys, values
 
 
 def preallocated_cache(config: PretrainedConfig, capacity: int) -> DynamicCache:

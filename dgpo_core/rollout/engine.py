@@ -32,6 +32,8 @@ class Generation:
 
 
 class Engine(Protocol):
-    def generate(self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]) -> list[Generation]:
+    def generate(
+        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+    ) -> list[Generation]:
         """Continue each request until a stop string, EOS or its limit; answers in the requests' order."""
         ...

@@ -24,11 +24,13 @@ class TransformersEngine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: RolloutConfig) -> None:
         self.model, self.tokenizer, self._config = model, tokenizer, config
-        self._eos = tokenizer.eos_token_id
+        self._eos = _end_tokens(model, tokenizer)
         self._may_stop: dict[tuple[str, ...], list[bool]] = {}
 
     @torch.inference_mode()
-    def generate(self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]) -> list[Generation]:
+    def generate(
+        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+    ) -> list[Generation]:
         order = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
         answers: dict[int, Generation] = {}
         with self._precision():
@@ -95,7 +97,7 @@ class TransformersEngine:
                 continue
             row.ids.append(token)
             row.logprobs.append(logprob)
-            if token == self._eos:
+            if token in self._eos:
                 row.finish = Finish.EOS
             elif may_stop[token] and any(text in self.tokenizer.decode(row.ids[-TAIL:]) for text in stop):
                 row.finish = Finish.STOP
@@ -114,6 +116,13 @@ class TransformersEngine:
             texts = self.tokenizer.batch_decode([[i] for i in range(known)])
             self._may_stop[stop] = [bool(last & set(text)) for text in texts] + [False] * (size - known)
         return self._may_stop[stop]
+
+
+def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
+    """The tokenizer's EOS and those of the model's generation settings (Qwen2.5 has two, Llama three)."""
+    settings = model.generation_config.eos_token_id if model.generation_config else None
+    own = settings if isinstance(settings, list) else [settings]
+    return {token for token in (tokenizer.eos_token_id, *own) if token is not None}
 
 
 class _Row:
@@ -139,9 +148,7 @@ def _left_pad(sequences: list[list[int]], device: torch.device) -> tuple[torch.T
     return ids.to(device), mask.to(device)
 
 
-def _sample(
-    logits: torch.Tensor, rows: list[_Row], sampling: Sampling
-) -> tuple[torch.Tensor, torch.Tensor]:
+def _sample(logits: torch.Tensor, rows: list[_Row], sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
     """Next tokens and their log-probabilities, [rows] each; `logits` [rows, vocabulary] float32."""
     if sampling.temperature == 0:
         logprobs = logits.log_softmax(-1)

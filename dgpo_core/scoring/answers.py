@@ -25,12 +25,13 @@ def exact_match(prediction: str | None, golden_answers: Iterable[str]) -> bool:
 def contains_answer(text: str | None, golden_answers: Iterable[str]) -> bool:
     """Whether a normalised golden answer stands in the normalised text (sub-EM; hit of a passage).
 
-    An answer of which normalisation leaves nothing ("The") is contained in no text, rather than in all.
+    An answer that normalises to nothing ("The The") stands in nothing but a text that does so too.
     """
     if text is None:
         return False
     normalized = normalize(text)
-    return any(bool(golden) and golden in normalized for golden in map(normalize, golden_answers))
+    answers = [normalize(answer) for answer in golden_answers]
+    return any(answer in normalized if answer else not normalized for answer in answers)
 
 
 def token_f1(prediction: str | None, golden_answers: Iterable[str]) -> float:

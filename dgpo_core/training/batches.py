@@ -92,5 +92,5 @@ def backbone_of(model: PreTrainedModel) -> torch.nn.Module:
 
 def head_of(model: PreTrainedModel) -> torch.Tensor:
     """Weight of the output embedding, [vocabulary, hidden]."""
-    head: torch.Tensor = model.get_output_embeddings().weight  # type: ignore[assignment]
+    head: torch.Tensor = model.get_output_embeddings().weight
     return head

@@ -81,7 +81,7 @@ class Distiller:
             rows = state["rows"]
         for step in range(len(rows), len(batches)):
             row = self._accumulate([sequences[i] for i in batches[step]])
-            row["learning_rate"] = schedule.get_last_lr()[0]
+            row["learning_rate"] = float(schedule.get_last_lr()[0])
             row["grad_norm"] = optim.step(parameters, optimizer, schedule, self.config.max_grad_norm)
             epoch_done = (step + 1) % per_epoch == 0
             if epoch_done:
@@ -115,7 +115,7 @@ class Distiller:
                 )
             ce, kl_mean = cross_entropy.sum() / tokens, kl.sum() / tokens
             loss = self.config.ce_weight * ce + self.config.kl_weight * kl_mean
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             for key, value in (("loss", loss), ("ce", ce), ("kl", kl_mean)):
                 totals[key] += value.item()
         return totals

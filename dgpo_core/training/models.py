@@ -13,7 +13,6 @@ from transformers import (
     Qwen2Config,
     Qwen2ForCausalLM,
 )
-
 from transformers.utils import logging as transformers_logging
 
 from dgpo_core.config.data import ModelShape
@@ -61,7 +60,9 @@ def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.floa
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError) as error:
         raise UserError(f"{source}: cannot load a model: {_first_line(error)}") from error
-    return model.to(device).eval()  # type: ignore[arg-type]
+    model.to(device)  # type: ignore[arg-type]
+    model.eval()
+    return model
 
 
 def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:

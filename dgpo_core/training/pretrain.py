@@ -34,7 +34,7 @@ def train_on_examples(
     model.train()
     for step in range(first, config.steps):
         loss = weighted_loss(model, batch(step))
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         norm = optim.step(parameters, optimizer, schedule, max_grad_norm=1.0)
         report(step + 1, {"loss": loss.item(), "grad_norm": norm})
         if (step + 1) % CHECKPOINT_EVERY == 0:

@@ -23,12 +23,9 @@ Rollout = Callable[[list[int], int], list[Episode]]  # (indices of questions, st
 
 def question_order(count: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Indices of a step's questions: epochs of shuffled questions laid end to end."""
-    start = step * batch_size
-    chosen = []
-    for position in range(start, start + batch_size):
-        epoch, offset = divmod(position, count)
-        chosen.append(_shuffled(count, epoch, seed)[offset])
-    return chosen
+    places = [divmod(position, count) for position in range(step * batch_size, (step + 1) * batch_size)]
+    orders = {epoch: _shuffled(count, epoch, seed) for epoch in {epoch for epoch, _ in places}}
+    return [orders[epoch][offset] for epoch, offset in places]
 
 
 def _shuffled(count: int, epoch: int, seed: int) -> list[int]:
@@ -103,14 +100,10 @@ class Reinforcer:
             rows.append({"step": step + 1, **row})
             report(step + 1, config.steps, row)
             if (step + 1) % config.checkpoint_every == 0:
-                checkpoint.save(
-                    {"rows": rows, **{name: part.state_dict() for name, part in parts.items()}}
-                )
+                checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
         return rows
 
-    def _step(
-        self, episodes: list[Episode], maker: ExperienceMaker, updater: Updater, step: int
-    ) -> Metrics:
+    def _step(self, episodes: list[Episode], maker: ExperienceMaker, updater: Updater, step: int) -> Metrics:
         usable = [e for e in episodes if e.outcome is not Outcome.FAILED and e.model_tokens]
         row: Metrics = {"failed": float(sum(e.outcome is Outcome.FAILED for e in episodes))}
         if not usable:  # nothing to learn from: the retriever was down for a whole step

@@ -60,7 +60,7 @@ class Updater:
                 )
             losses, clipped = clipped_surrogate(logprobs, old, advantages, self.config.clip)
             loss = losses.sum() / tokens - self.config.entropy_weight * entropy.sum() / tokens
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             totals["policy_loss"] += losses.sum().item() / tokens
             totals["entropy"] += entropy.sum().item() / tokens
             totals["clip_fraction"] += clipped.sum().item() / tokens

@@ -73,7 +73,9 @@ class ExpertEngine:
         self._drafts, self._texts, self._tokenizer = drafts, texts, tokenizer
         self._begun: set[int] = set()  # drafts whose first turn is written
 
-    def generate(self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]) -> list[Generation]:
+    def generate(
+        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+    ) -> list[Generation]:
         return [self._turn(request) for request in requests]
 
     def _turn(self, request: Request) -> Generation:

@@ -1,14 +1,14 @@
 """The seven question sets of the embedded world.
 
-| set        | stands for      | content                                                     | splits           |
-|------------|-----------------|-------------------------------------------------------------|------------------|
-| onehop     | nq              | one fact                                                    | train, dev, test |
-| twohop     | hotpotqa        | a chain of two facts; some comparisons of two years         | train, dev, test |
-| phrasing   | triviaqa        | one fact, in phrasings never used in training               | test             |
-| rare       | popqa           | one fact about an entity with a single, dense passage       | test             |
-| comparison | 2wikimultihopqa | which of two films or people came first                     | test             |
-| threehop   | musique         | a chain of three facts                                      | test             |
-| hard       | bamboogle       | chains of two in unseen phrasings about rare entities (125) | test             |
+| set        | stands for      | content                                                | splits           |
+|------------|-----------------|--------------------------------------------------------|------------------|
+| onehop     | nq              | one fact                                               | train, dev, test |
+| twohop     | hotpotqa        | two facts in a chain; some comparisons of two years    | train, dev, test |
+| phrasing   | triviaqa        | one fact, in phrasings never used in training          | test             |
+| rare       | popqa           | one fact, of an entity with a single, dense passage    | test             |
+| comparison | 2wikimultihopqa | which of two films or people came first                | test             |
+| threehop   | musique         | a chain of three facts                                 | test             |
+| hard       | bamboogle       | chains of two, unseen phrasings, rare entities (125)   | test             |
 
 Every fact belongs to one split, train, dev or test, and a question uses facts of its own split only.
 """
@@ -140,7 +140,9 @@ class _Finisher:
                     self._passage[fact.subject.key, fact.relation.noun] = passage
         self._seen: set[str] = set()
 
-    def __call__(self, name: str, split: str, count: int, draft: Callable[[], Draft | None]) -> list[Question]:
+    def __call__(
+        self, name: str, split: str, count: int, draft: Callable[[], Draft | None]
+    ) -> list[Question]:
         drafts = []
         for made in _attempts(draft, 400 * count + 1000):
             if made.text not in self._seen:

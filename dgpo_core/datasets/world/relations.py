@@ -22,24 +22,17 @@ class Relation:
         return f"the {self.noun} of {subject}"
 
 
-def _relation(
-    subject: str, noun: str, obj: str, statements: str, questions: str, other: str
-) -> Relation:
+def _relation(subject: str, noun: str, obj: str, statements: str, questions: str, other: str) -> Relation:
     return Relation(
         subject,
         noun,
         obj,
-        *(
-            tuple(part.strip() for part in text.split("|"))
-            for text in (statements, questions, other)
-        ),
+        *(tuple(part.strip() for part in text.split("|")) for text in (statements, questions, other)),
     )
 
 
 # object types that are plain words, not entities
-OCCUPATIONS = (
-    "painter poet singer lawyer chemist doctor teacher pilot farmer judge sculptor engineer".split()
-)
+OCCUPATIONS = "painter poet singer lawyer chemist doctor teacher pilot farmer judge sculptor engineer".split()
 INDUSTRIES = "steel textiles shipping banking mining tobacco glass paper railways timber oil wine".split()
 GENRES = "drama comedy horror romance history fantasy travel crime satire war music family".split()
 

@@ -1,0 +1,57 @@
+"""Small real parts that many tests share: models, episodes, questions."""
+
+import random
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from dgpo_core.config.data import ModelShape, QuestionCounts, WorldConfig
+from dgpo_core.datasets.records import Question
+from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner
+from dgpo_core.training.models import build_qwen2
+
+SHAPE = ModelShape(hidden_size=32, layers=2, heads=2, intermediate_size=48)
+SMALL_WORLD = WorldConfig(passages=400, questions=QuestionCounts(train=40, dev=10, test=20, hard=8))
+
+
+def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
+    """A random Qwen2, 32 wide, 2 layers, float32."""
+    torch.manual_seed(seed)
+    return build_qwen2(SHAPE, tokenizer).eval()
+
+
+def random_episode(seed: int, vocabulary: int = 500, correct: bool | None = None) -> Episode:
+    """Random ids: a prompt, then one to three turns of the model with text of the environment between."""
+    rng = random.Random(f"episode-{seed}")
+    owners = [Owner.PROMPT] * rng.randint(3, 9)
+    turns = rng.randint(1, 3)
+    for turn in range(turns):
+        owners += [Owner.MODEL] * rng.randint(2, 7)
+        if turn < turns - 1:
+            owners += [Owner.ENVIRONMENT] * rng.randint(1, 12)
+    is_correct = rng.random() < 0.5 if correct is None else correct
+    return Episode(
+        question_id=f"q{seed}",
+        dataset="onehop",
+        question="?",
+        golden_answers=["x"],
+        sample=0,
+        token_ids=[rng.randrange(vocabulary) for _ in owners],
+        owners=[int(owner) for owner in owners],
+        logprobs=[-rng.random() if owner is Owner.MODEL else 0.0 for owner in owners],
+        response="",
+        prediction="x" if is_correct else None,
+        outcome=Outcome.CORRECT if is_correct else Outcome.WRONG,
+        ending=Ending.ANSWERED,
+        well_formed=True,
+        hit=False,
+        generations=turns,
+        invalid_actions=0,
+        cut_turns=0,
+    )
+
+
+def question(
+    text: str = "Where was Ada born", answers: tuple[str, ...] = ("Paris",), name: str = "q0"
+) -> Question:
+    return Question(name, text, answers)

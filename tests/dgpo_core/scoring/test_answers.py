@@ -1,0 +1,94 @@
+"""Answer metrics, on cases computed by hand and by their properties."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dgpo_core.scoring.answers import contains_answer, exact_match, normalize, token_f1
+
+TEXT = st.text(max_size=30) | st.lists(
+    st.sampled_from(["a", "An", "the", "by", "Paris,", "yes", "no", "U.S.", "x-y", " \n"]), max_size=6
+).map(" ".join)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("The  Eiffel-Tower!", "eiffeltower"),
+        ("an apple a day", "apple day"),
+        ("Stand by Me", "stand by me"),
+        ("U.S.A.", "usa"),
+        ("t.he end", "end"),
+        ("theatre and others", "theatre and others"),
+        (" \t\n", ""),
+        ("ÉCOLE", "école"),
+    ],
+)
+def test_normalize(text: str, expected: str) -> None:
+    assert normalize(text) == expected
+
+
+@given(TEXT)
+def test_normalizing_twice_changes_nothing(text: str) -> None:
+    assert normalize(normalize(text)) == normalize(text)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golden", "expected"),
+    [
+        ("the Paris.", ["London", "paris"], True),
+        ("Paris France", ["paris"], False),
+        (None, ["paris"], False),
+        ("", ["paris"], False),
+        ("written by Ada", ["written Ada"], False),
+    ],
+)
+def test_exact_match(prediction: str | None, golden: list[str], expected: bool) -> None:
+    assert exact_match(prediction, golden) is expected
+
+
+@pytest.mark.parametrize(
+    ("text", "golden", "expected"),
+    [
+        ("It is in Paris, France", ["paris"], True),
+        ("It is in Lyon", ["Paris", "the Lyon"], True),
+        ("It is in Lyon", ["Paris"], False),
+        (None, ["Paris"], False),
+        ("It is in Lyon", ["The"], False),
+        ("the", ["The"], True),
+    ],
+)
+def test_contains_answer(text: str | None, golden: list[str], expected: bool) -> None:
+    assert contains_answer(text, golden) is expected
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golden", "expected"),
+    [
+        ("Paris France", ["paris"], 2 * 0.5 * 1 / 1.5),
+        ("red red blue", ["red green"], 2 * (1 / 3) * (1 / 2) / (1 / 3 + 1 / 2)),
+        ("Paris", ["London", "Paris city"], 2 * 1 * 0.5 / 1.5),
+        ("yes", ["yes it is"], 0.0),
+        ("yes", ["Yes."], 1.0),
+        ("London", ["Paris"], 0.0),
+        (None, ["Paris"], 0.0),
+        ("Paris", [], 0.0),
+    ],
+)
+def test_token_f1(prediction: str | None, golden: list[str], expected: float) -> None:
+    assert token_f1(prediction, golden) == pytest.approx(expected)
+
+
+@given(TEXT, TEXT)
+def test_metrics_are_symmetric_and_ordered(first: str, second: str) -> None:
+    assert token_f1(first, [second]) == pytest.approx(token_f1(second, [first]))
+    assert exact_match(first, [second]) == exact_match(second, [first])
+    assert exact_match(first, [second]) <= contains_answer(first, [second])
+    if exact_match(first, [second]) and normalize(first):
+        assert token_f1(first, [second]) == pytest.approx(1.0)
+
+
+@given(TEXT, st.lists(TEXT, min_size=1, max_size=4))
+def test_more_golden_answers_never_lower_a_metric(prediction: str, golden: list[str]) -> None:
+    for metric in (exact_match, contains_answer, token_f1):
+        assert metric(prediction, golden) == max(metric(prediction, [answer]) for answer in golden)

@@ -1,0 +1,70 @@
+"""Intervals against a bootstrap written with numpy alone."""
+
+import math
+
+import numpy as np
+import pytest
+
+from dgpo_core.scoring.statistics import mean_of_means, mean_with_interval, paired_difference
+
+
+def numpy_bootstrap(values: np.ndarray, seed: int = 1) -> tuple[float, float]:
+    rng = np.random.default_rng(seed)
+    means = values[rng.integers(0, len(values), (20_000, len(values)))].mean(1)
+    low, high = np.percentile(means, [2.5, 97.5])
+    return float(low), float(high)
+
+
+def test_interval_agrees_with_numpy() -> None:
+    values = (np.random.default_rng(3).random(200) < 0.3).astype(float)
+    estimate = mean_with_interval(values)
+    low, high = numpy_bootstrap(values)
+    assert estimate.mean == values.mean()
+    assert estimate.n == 200
+    assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.01)
+    assert estimate.low < estimate.mean < estimate.high
+
+
+def test_interval_is_the_same_every_time() -> None:
+    assert mean_with_interval([0, 1, 1, 0, 1]) == mean_with_interval([0, 1, 1, 0, 1])
+
+
+def test_few_or_equal_values() -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        mean_with_interval([])
+    single = mean_with_interval([0.5])
+    assert single.mean == 0.5
+    assert math.isnan(single.low)
+    assert not single.excludes_zero
+    equal = mean_with_interval([0.5, 0.5])
+    assert (equal.low, equal.high) == (0.5, 0.5)
+    assert equal.excludes_zero
+
+
+def test_paired_difference_pairs_the_questions() -> None:
+    """Systems that differ on few questions: a paired interval is far narrower than an unpaired one."""
+    rng = np.random.default_rng(0)
+    first = (rng.random(400) < 0.5).astype(float)
+    second = first.copy()
+    second[np.flatnonzero(first)[:12]] = 0
+    estimate = paired_difference(first, second)
+    assert estimate.mean == pytest.approx(12 / 400)
+    assert (estimate.low, estimate.high) == pytest.approx(numpy_bootstrap(first - second), abs=0.005)
+    assert estimate.excludes_zero
+    assert not paired_difference(first[:5], first[:5][::-1].copy()).excludes_zero
+    with pytest.raises(ValueError, match="same questions"):
+        paired_difference(first, second[:-1])
+
+
+def test_mean_of_means_counts_sets_alike() -> None:
+    rng = np.random.default_rng(5)
+    small, large = (rng.random(50) < 0.9).astype(float), (rng.random(500) < 0.2).astype(float)
+    estimate = mean_of_means([small, large])
+    assert estimate.mean == pytest.approx((small.mean() + large.mean()) / 2)
+    assert estimate.n == 550
+    draws = np.random.default_rng(9)
+    means = sum(v[draws.integers(0, len(v), (20_000, len(v)))].mean(1) for v in (small, large)) / 2
+    assert (estimate.low, estimate.high) == pytest.approx(np.percentile(means, [2.5, 97.5]), abs=0.005)
+    with pytest.raises(ValueError, match="each stratum"):
+        mean_of_means([small, []])
+    assert math.isnan(mean_of_means([small, [1.0]]).low)
