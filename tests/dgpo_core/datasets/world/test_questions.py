@@ -36,7 +36,7 @@ OF = [(pattern(f"the {relation.noun} of {{s}}"), relation) for relation in r.REL
 
 
 def facts_asked(world: World, question: Question) -> set[Key]:
-    """The facts that a question asks for, read off its text: from the outer relation inwards, then answered."""
+    """The facts that a question asks for, read off its text from the outer relation inwards."""
     if question.metadata["kind"] == "comparison":
         noun = next(
             noun for noun, texts in r.COMPARISONS.items() if question.question.startswith(texts[0][:10])
