@@ -161,9 +161,9 @@ def test_limit_of_new_tokens() -> None:
     assert (episode.cut_turns, episode.invalid_actions, episode.model_tokens) == (5, 5, 15)
 
 
-WORDS = st.lists(st.sampled_from(["red", "house", "Ada", "was", "born", "1942", "\n", "é"]), max_size=40).map(
-    " ".join
-)
+WORDS = st.lists(
+    st.sampled_from(["red", "house", "Ada", "was", "born", "1942", "\n", "x-y"]), max_size=40
+).map(" ".join)
 
 
 @settings(max_examples=60, deadline=None)
@@ -182,12 +182,12 @@ def test_information_is_cut_but_never_its_tags(texts: list[tuple[str, str]], lim
     assert ids[-len(after) :] == after
     shown = ids[len(before) : -len(after)]
     assert len(shown) <= limit
-    text = TOKENIZER.decode(shown)
+    text = str(TOKENIZER.decode(shown))
     if len(TOKENIZER.encode(whole)) <= limit:
         assert shown == TOKENIZER.encode(whole)
     elif text:
         assert text.endswith("\n")
-        assert TOKENIZER.decode(TOKENIZER.encode(whole)).startswith(text[:-1])
+        assert whole.startswith(text[:-1])
     assert episode.outcome is Outcome.CORRECT
     assert episode.searches[0].passage_ids == [p.id for p in passages]
 

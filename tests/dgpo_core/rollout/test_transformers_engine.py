@@ -32,7 +32,7 @@ def forward_logprobs(
     model: PreTrainedModel, request: Request, ids: list[int], temperature: float
 ) -> torch.Tensor:
     with torch.inference_mode():
-        logits = model(torch.tensor([request.token_ids + ids])).logits[0].float() / temperature
+        logits: torch.Tensor = model(torch.tensor([request.token_ids + ids])).logits[0].float() / temperature
     return logits.log_softmax(-1)[len(request.token_ids) - 1 : -1]
 
 
@@ -160,7 +160,7 @@ def parrot() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
 
 def test_stop_strings_of_many_tokens(parrot: tuple[PreTrainedModel, PreTrainedTokenizerFast]) -> None:
     model, tokenizer = parrot
-    model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|eot|>")]  # type: ignore[union-attr]
+    model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|eot|>")]
     engine = TransformersEngine(model, tokenizer, FLOAT32)
     requests = [Request(tokenizer.encode(prompt), 48, (0,)) for prompt in TEXTS]
     answers = engine.generate(requests, GREEDY, ("</search>", "</answer>"))
@@ -179,7 +179,7 @@ def test_stop_strings_of_many_tokens(parrot: tuple[PreTrainedModel, PreTrainedTo
 
 def test_eos_of_the_tokenizer_alone(parrot: tuple[PreTrainedModel, PreTrainedTokenizerFast]) -> None:
     model, tokenizer = parrot
-    model.generation_config.eos_token_id = None  # type: ignore[union-attr]
+    model.generation_config.eos_token_id = None
     engine = TransformersEngine(model, tokenizer, FLOAT32)
     answers = engine.generate([Request(tokenizer.encode(p), 12, (0,)) for p in ("C:", "E:")], GREEDY, NEVER)
     assert [answer.finish for answer in answers] == [Finish.EOS, Finish.LENGTH]

@@ -46,7 +46,8 @@ def facts_asked(world: World, question: Question) -> set[Key]:
     readings = list(_chains(world, question.question, ASKS))
     correct = [keys for value, keys in readings if value in question.golden_answers]
     assert correct, question
-    return set(max(correct, key=len))
+    longest: list[Key] = max(correct, key=len)
+    return set(longest)
 
 
 def _chains(
