@@ -36,7 +36,7 @@ def test_weighted_loss(model: PreTrainedModel) -> None:
         for position in range(1, len(example.ids)):
             total -= example.weights[position] * float(table[position - 1, example.ids[position]])
             weight += example.weights[position]
-    assert float(weighted_loss(model, examples(0))) == pytest.approx(total / weight, rel=0.02)
+    assert weighted_loss(model, examples(0)).item() == pytest.approx(total / weight, rel=0.02)
 
 
 def test_killed_build_continues_exactly(
