@@ -17,7 +17,9 @@ SMALL_WORLD = WorldConfig(passages=400, questions=QuestionCounts(train=40, dev=1
 def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
     """A random Qwen2, 32 wide, 2 layers, float32."""
     torch.manual_seed(seed)
-    return build_qwen2(SHAPE, tokenizer).eval()
+    model = build_qwen2(SHAPE, tokenizer)
+    model.eval()
+    return model
 
 
 def random_episode(seed: int, vocabulary: int = 500, correct: bool | None = None) -> Episode:

@@ -8,12 +8,12 @@ from transformers import PreTrainedTokenizerFast
 from dgpo_core.protocol.prompts import document, prompt_text, with_question_mark
 
 PAPER = (
-    "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you get "
-    "new information. After reasoning, if you find you lack some knowledge, you can call a search engine by "
-    "<search> query </search> and it will return the top searched results between <information> and "
-    "</information>. You can search as many times as your want. If you find no further external knowledge needed, "
-    "you can directly provide the answer inside <answer> and </answer>, without detailed illustrations. For "
-    "example, <answer> Beijing </answer>. Question: who wrote {x}?\n"
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you "
+    "get new information. After reasoning, if you find you lack some knowledge, you can call a search engine "
+    "by <search> query </search> and it will return the top searched results between <information> and "
+    "</information>. You can search as many times as your want. If you find no further external knowledge "
+    "needed, you can directly provide the answer inside <answer> and </answer>, without detailed "
+    "illustrations. For example, <answer> Beijing </answer>. Question: who wrote {x}?\n"
 )
 
 
@@ -22,7 +22,7 @@ def plain(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> PreTrainedToken
     """The same tokenizer without a chat template."""
     tokenizer.save_pretrained(tmp_path)
     (tmp_path / "chat_template.jinja").unlink(missing_ok=True)
-    loaded = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    loaded: PreTrainedTokenizerFast = PreTrainedTokenizerFast.from_pretrained(tmp_path)
     assert loaded.chat_template is None
     return loaded
 

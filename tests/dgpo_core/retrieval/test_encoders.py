@@ -77,7 +77,7 @@ def test_folder_without_a_model(tmp_path: Path) -> None:
 
 
 def test_bm25_weights() -> None:
-    """Qdrant's formula: tf (k + 1) / (tf + k (1 - b + b length / average)), k = 1.2, b = 0.75; stemmed words."""
+    """tf (k + 1) / (tf + k (1 - b + b length / average)), k = 1.2, b = 0.75, on stemmed words."""
     encoder = Bm25Encoder(average_words=4.0)
     (vector,) = encoder.encode_passages(["houses tree house"])
     (query,) = encoder.encode_queries(["house"])

@@ -11,7 +11,7 @@ from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, write_jsonl
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval import shards
-from dgpo_core.retrieval.encoders import Bm25Encoder, SparseVector
+from dgpo_core.retrieval.encoders import Bm25Encoder, SparseVector, Vector
 from dgpo_core.retrieval.shards import build_shards, read_manifest, read_shard
 
 CONFIG = RetrievalConfig(encoder=EncoderConfig(kind="bm25"), shard_size=4)
@@ -62,7 +62,7 @@ def test_killed_run_encodes_only_what_is_missing(
     encoded: list[str] = []
 
     class Counting(Bm25Encoder):
-        def encode_passages(self, texts: list[str]) -> list[shards.Vector]:
+        def encode_passages(self, texts: list[str]) -> list[Vector]:
             encoded.extend(texts)
             return super().encode_passages(texts)
 

@@ -36,7 +36,7 @@ OF = [(pattern(f"the {relation.noun} of {{s}}"), relation) for relation in r.REL
 
 
 def facts_asked(world: World, question: Question) -> set[Key]:
-    """The facts that a question asks for, read off its text: from the outer relation inwards, then answered."""
+    """The facts that a question asks for, read off its text from the outer relation inwards."""
     if question.metadata["kind"] == "comparison":
         noun = next(
             noun for noun, texts in r.COMPARISONS.items() if question.question.startswith(texts[0][:10])
@@ -46,7 +46,8 @@ def facts_asked(world: World, question: Question) -> set[Key]:
     readings = list(_chains(world, question.question, ASKS))
     correct = [keys for value, keys in readings if value in question.golden_answers]
     assert correct, question
-    return set(max(correct, key=len))
+    longest: list[Key] = max(correct, key=len)
+    return set(longest)
 
 
 def _chains(
@@ -152,6 +153,6 @@ def test_rare_questions_are_about_single_passages(made: Made, articles: list[Art
 
 
 def test_too_many_questions_for_a_world() -> None:
-    world = generate_world(WorldConfig(passages=150, questions=QuestionCounts(train=5000)), 1)
-    with pytest.raises(UserError, match=r"world\.questions: .*too few facts for 5100 onehop train questions"):
+    world = generate_world(WorldConfig(passages=150, questions=QuestionCounts(train=400)), 1)
+    with pytest.raises(UserError, match=r"world\.questions: .*too few facts for 500 onehop train questions"):
         write_questions(world, write_articles(world))

@@ -1,0 +1,144 @@
+"""The cold start: gradients against a loop over single tokens' losses, resuming, vocabularies."""
+
+import random
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributions import Categorical, kl_divergence
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dgpo_core.config.training import ComputeConfig, DistillConfig
+from dgpo_core.errors import UserError
+from dgpo_core.protocol.episode import Episode, Owner
+from dgpo_core.training.batches import model_sequence
+from dgpo_core.training.checkpoint import Checkpoint
+from dgpo_core.training.distill import Distiller, Metrics, batch_order, check_same_vocabulary
+from tests.dgpo_core.making import random_episode, tiny_model
+
+CONFIG = DistillConfig(epochs=3, batch_size=3, learning_rate=1e-2, ce_weight=0.7, kl_weight=0.4)
+EPISODES = [random_episode(seed) for seed in range(8)]
+
+
+def compute(tokens: int = 10_000) -> ComputeConfig:
+    return ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=tokens)
+
+
+@pytest.fixture
+def models(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, PreTrainedModel]:
+    return tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
+
+
+def gradients(model: PreTrainedModel) -> list[torch.Tensor]:
+    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    assert found
+    model.zero_grad()
+    return found
+
+
+def reference_losses(
+    student: PreTrainedModel, teacher: PreTrainedModel, episodes: list[Episode]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Means of CE and KL over the tokens that the model wrote, one episode at a time, without padding."""
+    cross_entropies, kls = [], []
+    for episode in episodes:
+        ids = torch.tensor([episode.token_ids])
+        with torch.no_grad():
+            teacher_logits = teacher(ids).logits[0]
+        logits = student(ids).logits[0]
+        for position, owner in enumerate(episode.owners):
+            if owner == Owner.MODEL:
+                own = Categorical(logits=logits[position - 1])
+                cross_entropies.append(-own.log_prob(ids[0, position]))
+                kls.append(kl_divergence(Categorical(logits=teacher_logits[position - 1]), own))
+    return torch.stack(cross_entropies).mean(), torch.stack(kls).mean()
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 10_000])
+def test_loss_and_gradient_are_eq_1(models: tuple[PreTrainedModel, PreTrainedModel], tokens: int) -> None:
+    student, teacher = models
+    row = Distiller(student, teacher, CONFIG, compute(tokens), 0)._accumulate(
+        [model_sequence(e) for e in EPISODES]
+    )
+    found = gradients(student)
+    ce, kl = reference_losses(student, teacher, EPISODES)
+    (0.7 * ce + 0.4 * kl).backward()
+    assert row == pytest.approx(
+        {"loss": (0.7 * ce + 0.4 * kl).item(), "ce": ce.item(), "kl": kl.item()}, rel=1e-4
+    )
+    torch.testing.assert_close(found, gradients(student), rtol=1e-3, atol=1e-6)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_text_after_the_last_model_token_changes_nothing(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+) -> None:
+    """Information that the model never answered, however long and whatever it says, is no target."""
+    distiller = Distiller(*models, CONFIG, compute(), 0)
+    row = distiller._accumulate([model_sequence(e) for e in EPISODES])
+    expected = gradients(models[0])
+    rng = random.Random(0)
+    longer = [
+        replace(
+            e,
+            token_ids=[*e.token_ids, *(rng.randrange(500) for _ in range(9))],
+            owners=[*e.owners, *[int(Owner.ENVIRONMENT)] * 9],
+        )
+        for e in EPISODES
+    ]
+    assert distiller._accumulate([model_sequence(e) for e in longer]) == pytest.approx(row, rel=1e-5)
+    torch.testing.assert_close(gradients(models[0]), expected, rtol=1e-3, atol=1e-6)
+
+
+def trained(
+    tokenizer: PreTrainedTokenizerFast, folder: Path, kill_at: int | None = None
+) -> tuple[PreTrainedModel, list[Metrics]]:
+    student = tiny_model(tokenizer, 1)
+    em = iter([0.1, 0.2, 0.3])
+
+    def report(step: int, steps: int, row: Metrics) -> None:
+        assert steps == 9
+        if step == kill_at:
+            raise KeyboardInterrupt
+
+    distiller = Distiller(student, tiny_model(tokenizer, 2), CONFIG, compute(), 0)
+    return student, distiller.train(EPISODES, Checkpoint(folder), lambda: next(em), report)
+
+
+def test_resumed_run_is_bit_identical(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    whole, rows = trained(tokenizer, tmp_path / "whole")
+    assert [row["step"] for row in rows] == list(range(1, 10))
+    assert [row.get("dev_em") for row in rows] == [None, None, 0.1, None, None, 0.2, None, None, 0.3]
+    assert rows[0]["learning_rate"] == 1e-2
+    assert rows[-1]["learning_rate"] < 1e-3
+    with pytest.raises(KeyboardInterrupt):
+        trained(tokenizer, tmp_path / "killed", kill_at=5)
+    resumed, again = trained(tokenizer, tmp_path / "killed")
+    dropped = [{k: v for k, v in row.items() if k != "dev_em"} for row in again]
+    assert dropped == [{k: v for k, v in row.items() if k != "dev_em"} for row in rows]
+    for name, value in whole.state_dict().items():
+        assert torch.equal(resumed.state_dict()[name], value)
+
+
+def test_training_learns_the_episodes(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    _, rows = trained(tokenizer, tmp_path)
+    assert rows[-1]["ce"] < 0.8 * rows[0]["ce"]
+
+
+def test_batch_order() -> None:
+    batches = batch_order(8, 3, 2, seed=0)
+    assert [len(batch) for batch in batches] == [3, 3, 2, 3, 3, 2]
+    first, second = (sorted(i for b in half for i in b) for half in (batches[:3], batches[3:]))
+    assert first == second == list(range(8))
+    assert batches[:3] != batches[3:]
+    assert batch_order(8, 3, 2, seed=0) == batches != batch_order(8, 3, 2, seed=1)
+
+
+def test_vocabularies(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    check_same_vocabulary(tokenizer, tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    other.add_tokens(["<extra>"])
+    with pytest.raises(UserError, match=r"different tokenizers.*'<extra>' with id"):
+        check_same_vocabulary(tokenizer, other)

@@ -1,0 +1,73 @@
+"""Model folders."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
+
+from dgpo_core.errors import UserError
+from dgpo_core.training.models import load_model, load_tokenizer, save_model
+from tests.dgpo_core.making import tiny_model
+
+
+def test_round_trip_and_plain_transformers(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_model(model, tokenizer, tmp_path / "m")
+    loaded, plain = load_model(str(tmp_path / "m")), AutoModelForCausalLM.from_pretrained(tmp_path / "m")
+    assert not loaded.training
+    for name, value in model.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+        assert torch.equal(plain.state_dict()[name], value)
+    assert load_tokenizer(str(tmp_path / "m")).get_vocab() == tokenizer.get_vocab()
+    assert loaded.config.eos_token_id == tokenizer.eos_token_id
+    assert any(tmp_path.glob("m/*.safetensors"))
+
+
+def test_same_seed_same_weights(tokenizer: PreTrainedTokenizerFast) -> None:
+    first, second, other = (tiny_model(tokenizer, seed).state_dict() for seed in (1, 1, 2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert not torch.equal(first["lm_head.weight"], other["lm_head.weight"])
+
+
+def test_saving_replaces_the_whole_folder(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    folder = tmp_path / "deep" / "m"
+    folder.mkdir(parents=True)
+    (folder / "of-another-model").touch()
+    save_model(model, tokenizer, folder)
+    assert not (folder / "of-another-model").exists()
+    assert [path.name for path in folder.parent.iterdir()] == ["m"]
+
+
+def test_failed_save_leaves_the_old_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_model(model, tokenizer, tmp_path / "m")
+
+    def full(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(type(tokenizer), "save_pretrained", full)
+    with pytest.raises(OSError, match="no space"):
+        save_model(tiny_model(tokenizer, 5), tokenizer, tmp_path / "m")
+    kept = load_model(str(tmp_path / "m")).state_dict()
+    assert all(torch.equal(kept[name], value) for name, value in model.state_dict().items())
+
+
+def test_folders_without_their_parts(model: PreTrainedModel, tmp_path: Path) -> None:
+    model.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="this model folder has no tokenizer"):
+        load_tokenizer(str(tmp_path))
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot load a model") as caught:
+        load_model(str(tmp_path))
+    assert "\n" not in str(caught.value)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="cannot load a tokenizer"):
+        load_tokenizer(str(tmp_path))

@@ -1,0 +1,62 @@
+"""Building base models: the weighted loss, and a killed build."""
+
+import math
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dgpo_core.config.data import PretrainingConfig
+from dgpo_core.datasets.world.reading import Example
+from dgpo_core.training import pretrain
+from dgpo_core.training.checkpoint import Checkpoint
+from dgpo_core.training.pretrain import train_on_examples, weighted_loss
+from tests.dgpo_core.making import tiny_model
+
+
+def examples(step: int) -> list[Example]:
+    rng = random.Random(step)
+    lengths = [rng.randint(2, 9) for _ in range(4)]
+    return [
+        Example(
+            [rng.randrange(200) for _ in range(n)],
+            [rng.choice([0.0, 0.5, 1.0]) for _ in range(n - 1)] + [1.0],
+        )
+        for n in lengths
+    ]
+
+
+def test_weighted_loss(model: PreTrainedModel) -> None:
+    total = weight = 0.0
+    for example in examples(0):
+        with torch.no_grad():
+            table = model(torch.tensor([example.ids])).logits[0].log_softmax(-1)
+        for position in range(1, len(example.ids)):
+            total -= example.weights[position] * float(table[position - 1, example.ids[position]])
+            weight += example.weights[position]
+    assert weighted_loss(model, examples(0)).item() == pytest.approx(total / weight, rel=0.02)
+
+
+def test_killed_build_continues_exactly(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
+    config = PretrainingConfig(steps=5, batch_size=4, learning_rate=1e-2, warmup_steps=2)
+
+    def build(name: str, kill_at: float = math.inf) -> PreTrainedModel:
+        model = tiny_model(tokenizer, 3)
+
+        def report(step: int, metrics: dict[str, float]) -> None:
+            if step == kill_at:
+                raise KeyboardInterrupt
+
+        train_on_examples(model, config, examples, Checkpoint(tmp_path / name), report)
+        return model
+
+    whole = build("whole").state_dict()
+    with pytest.raises(KeyboardInterrupt):
+        build("killed", 3)
+    resumed = build("killed").state_dict()
+    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
