@@ -7,6 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# how long an example takes depends on what else the machine does
+settings.register_profile("pipeline", deadline=None)
+settings.load_profile("pipeline")
 
 ROOT = Path(__file__).parents[1]
 

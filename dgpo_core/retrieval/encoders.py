@@ -51,7 +51,9 @@ class Bm25Encoder:
 
 
 def _sparse(vector: Any) -> SparseVector:
-    return SparseVector(list(vector.indices), list(vector.values))
+    """Terms in the order of their ids: the engine's own order changes from process to process."""
+    pairs = sorted(zip(vector.indices, vector.values, strict=True))
+    return SparseVector([index for index, _ in pairs], [value for _, value in pairs])
 
 
 class DenseEncoder:

@@ -223,7 +223,7 @@ def _hits(points: Any) -> list[Hit]:
         else:
             groups.append([point])
     ordered = [point for group in groups for point in sorted(group, key=lambda point: point.id)]
-    return [Hit(Passage(**point.payload), float(point.score)) for point in ordered]
+    return [Hit(Passage(**point.payload), round(float(point.score), 4)) for point in ordered]
 
 
 def _tied(first: Any, second: Any) -> bool:

@@ -112,7 +112,13 @@ class AgentLoop:
             )
             for episode in active
         ]
-        for episode, generation in zip(active, self._engine.generate(requests, sampling, STOP), strict=True):
+        try:
+            generations = self._engine.generate(requests, sampling, STOP)
+        except InfrastructureError as error:
+            for episode in active:
+                episode.ending, episode.failure = Ending.FAILURE, str(error)
+            return
+        for episode, generation in zip(active, generations, strict=True):
             self._act(episode, generation, last=self._is_last(episode, turn))
 
     def _act(self, episode: _Running, generation: Generation, last: bool) -> None:
@@ -184,8 +190,7 @@ class AgentLoop:
         question = episode.task.question
         prompt_length = sum(owner == Owner.PROMPT for owner in episode.owners)
         response = self._tokenizer.decode(episode.ids[prompt_length:])
-        model_text = _open_tag(episode.task.opening) + "".join(episode.turn_texts)
-        prediction = last_answer(model_text)
+        prediction = _prediction(episode)
         outcome = Outcome.CORRECT if exact_match(prediction, question.golden_answers) else Outcome.WRONG
         if episode.failure is not None:
             outcome = Outcome.FAILED
@@ -210,6 +215,13 @@ class AgentLoop:
             searches=episode.searches,
             failure=episode.failure,
         )
+
+
+def _prediction(episode: _Running) -> str | None:
+    """The last complete answer of the model: tags that it left open never reach into its next turn."""
+    opened = _open_tag(episode.task.opening)
+    texts = [opened + text if i == 0 else text for i, text in enumerate(episode.turn_texts)]
+    return next((answer for answer in map(last_answer, reversed(texts)) if answer is not None), None)
 
 
 def _open_tag(opening: str) -> str:

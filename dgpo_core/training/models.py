@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -50,7 +51,7 @@ def load_tokenizer(source: str) -> Any:
         raise UserError(f"{source}: this model folder has no tokenizer (tokenizer.json is missing)")
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{source}: cannot load a tokenizer: {_first_line(error)}") from error
 
 
@@ -58,7 +59,7 @@ def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.floa
     """Causal language model of a folder or hub name, in evaluation mode. Raises UserError."""
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, SafetensorError) as error:
         raise UserError(f"{source}: cannot load a model: {_first_line(error)}") from error
     model.to(device)  # type: ignore[arg-type]
     model.eval()
@@ -72,8 +73,12 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     temporary.mkdir(parents=True)
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
+    old = folder.with_name(folder.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if folder.exists():
+        folder.rename(old)
     temporary.rename(folder)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -18,6 +18,7 @@ TYPE_SHARES = {
     "country": 0.05,
 }
 SUFFIXES = {"company": ("Works", "Group", "House"), "country": ("Land", "Isles", "Coast")}
+MAX_REUSE = 0.9  # of names: at 1 a type would run out of names to take over
 YEARS = {"birth year": (1900, 1959), "release year": (1940, 1999)}
 
 
@@ -80,10 +81,9 @@ def generate_world(config: WorldConfig, seed: int) -> World:
     taken: set[tuple[str, str]] = set()
     for entity_type, share in TYPE_SHARES.items():
         for _ in range(max(4, round(total * share))):
-            while True:
+            name = ""
+            while not name or (entity_type, name) in taken:
                 name = _name(entity_type, rng, names, first_names, last_names, reusable, config)
-                if (entity_type, name) not in taken:
-                    break
             taken.add((entity_type, name))
             if entity_type != "person":
                 reusable.append(name)
@@ -107,7 +107,7 @@ def _name(
         return f"{rng.choice(first_names)} {rng.choice(last_names)}"
     if entity_type in SUFFIXES:
         return f"{names.word(rng.choice((2, 3)))} {rng.choice(SUFFIXES[entity_type])}"
-    if reusable and rng.random() < config.ambiguity:
+    if reusable and rng.random() < min(config.ambiguity, MAX_REUSE):
         return rng.choice(reusable).split(" ")[0]  # a film that shares its name with a book or a city
     return names.word(rng.choice((2, 3)))
 

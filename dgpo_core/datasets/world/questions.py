@@ -64,6 +64,8 @@ class QuestionWriter:
 
     def chain(self, hops: int, other: bool = False, rare: bool | None = None) -> Draft | None:
         """A chain of `hops` facts, each about the value of the one before; None when the draw fails."""
+        if not self.facts:
+            return None
         fact = self.rng.choice(self.facts)
         if rare is not None and fact.subject.popular == rare:
             return None
@@ -83,6 +85,8 @@ class QuestionWriter:
         """Which of two entities of one type has the earlier year."""
         noun = self.rng.choice(list(r.COMPARISONS))
         candidates = [fact for fact in self.facts if fact.relation.noun == noun and fact.subject.popular]
+        if len(candidates) < 2:
+            return None
         first, second = self.rng.sample(candidates, 2)
         if first.value == second.value:
             return None

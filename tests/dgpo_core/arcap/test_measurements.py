@@ -92,7 +92,7 @@ def test_source_referencing(tokenizer: PreTrainedTokenizerFast) -> None:
         )
         return AgentLoop(engine, tokenizer, Answering(), ProtocolConfig(), 3).run(tasks, GREEDY)
 
-    rows = source_referencing("nq", "onehop", questions, run)
+    rows = source_referencing("nq", "onehop", questions, 0, run)
     assert [(row.measurement, row.question_id, row.value, row.failed) for row in rows] == [
         ("source_em_nq", "q0", 1.0, False),
         ("source_em_nq", "q1", 1.0, False),

@@ -142,7 +142,6 @@ def test_defaults_are_the_papers() -> None:
     assert params.models.teacher == "omron-sinicx/SearchR1-ppo-qwen2.5-3b-instruct"
 
 
-@pytest.mark.xfail(reason="PyYAML reads a float without a point as text", strict=True)
 def test_floats_as_dvc_writes_them(tmp_path: Path) -> None:
     """`dvc exp run -S reinforce.actor_learning_rate=2e-6` leaves `2e-06` in the file."""
     path = tmp_path / "params.yaml"

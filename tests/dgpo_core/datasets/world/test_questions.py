@@ -154,5 +154,5 @@ def test_rare_questions_are_about_single_passages(made: Made, articles: list[Art
 
 def test_too_many_questions_for_a_world() -> None:
     world = generate_world(WorldConfig(passages=150, questions=QuestionCounts(train=400)), 1)
-    with pytest.raises(UserError, match=r"world\.questions: .*too few facts for 500 onehop train questions"):
+    with pytest.raises(UserError, match=r"world\.questions: .*too few facts for 400 onehop train questions"):
         write_questions(world, write_articles(world))
