@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any, Self
 
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
-from ruamel.yaml import YAML, YAMLError
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 from dgpo_core.config.base import Section
 from dgpo_core.config.data import BaseModelsConfig, WorldConfig
