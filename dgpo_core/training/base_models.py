@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from dgpo_core.config.data import BaseModelsConfig, ModelShape, ReadingConfig, WorldConfig
 from dgpo_core.config.protocol import ProtocolConfig
 from dgpo_core.datasets.world.expert import expert_examples
-from dgpo_core.datasets.world.reading import Example, ReadingDrill
+from dgpo_core.datasets.world.reading import SORTED_STEPS, Example, ReadingDrill
 from dgpo_core.datasets.world.tokenizer import build_tokenizer
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.models import build_qwen2, save_model
@@ -63,13 +63,12 @@ class BaseModelBuilder:
     def _teach_protocol(self, teacher: PreTrainedModel) -> None:
         config = self._config.teacher_protocol
         examples = self._expert_examples()
-        order = _endless_order(len(examples), config.steps * config.batch_size, self._config.seed)
+        lengths = [len(example.ids) for example in examples]
+        batches = _batches_by_length(lengths, config.steps, config.batch_size, self._config.seed)
         train_on_examples(
             teacher,
             config,
-            lambda step: [
-                examples[i] for i in order[step * config.batch_size : (step + 1) * config.batch_size]
-            ],
+            lambda step: [examples[i] for i in batches[step]],
             Checkpoint(self._state / "teacher-protocol"),
             lambda step, metrics: self._report("teacher-protocol", step, config.steps, metrics),
         )
@@ -85,12 +84,19 @@ class BaseModelBuilder:
         ]
 
 
-def _endless_order(count: int, length: int, seed: int) -> list[int]:
-    """Indices of shuffled epochs, at least `length` of them."""
+def _batches_by_length(lengths: list[int], steps: int, size: int, seed: int) -> list[list[int]]:
+    """Indices of each step's examples: shuffled epochs, in which neighbours are put together by length.
+
+    As in the reading drill, SORTED_STEPS steps share a draw that is cut by length, so that little is padding.
+    """
     rng = random.Random(f"base-models-{seed}")
     order: list[int] = []
-    while len(order) < length:
-        epoch = list(range(count))
+    while len(order) < (steps + SORTED_STEPS) * size:
+        epoch = list(range(len(lengths)))
         rng.shuffle(epoch)
         order += epoch
-    return order
+    batches = []
+    for start in range(0, steps * size, SORTED_STEPS * size):
+        group = sorted(order[start : start + SORTED_STEPS * size], key=lambda i: lengths[i])
+        batches += [group[i : i + size] for i in range(0, len(group), size)]
+    return batches[:steps]
