@@ -6,6 +6,7 @@ value in a passage and nothing of the protocol: no tag, no search, no answer for
 
 import random
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 from dgpo_core.config.data import WorldConfig
@@ -38,6 +39,7 @@ class ReadingDrill:
     def __init__(self, config: WorldConfig, world_seeds: range, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
         self._worlds = [_passages_with_facts(config, seed) for seed in world_seeds]
+        self._group = lru_cache(maxsize=1)(self._draw)
 
     def batch(self, seed: int, step: int, size: int, passages: int) -> list[Example]:
         """The examples of one step, with `passages` passages each.
@@ -45,9 +47,12 @@ class ReadingDrill:
         Four steps share a draw that is cut by length, so that little of a batch is padding.
         """
         group, part = divmod(step, SORTED_STEPS)
-        drawn = [self.example(f"{seed}-{group}-{i}", passages) for i in range(size * SORTED_STEPS)]
-        drawn.sort(key=lambda example: len(example.ids))
+        drawn = self._group(seed, group, size * SORTED_STEPS, passages)
         return drawn[part * size : (part + 1) * size]
+
+    def _draw(self, seed: int, group: int, count: int, passages: int) -> list[Example]:
+        drawn = [self.example(f"{seed}-{group}-{i}", passages) for i in range(count)]
+        return sorted(drawn, key=lambda example: len(example.ids))
 
     def example(self, seed: str, passages: int = PASSAGES) -> Example:
         rng = random.Random(seed)
