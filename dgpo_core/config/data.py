@@ -1,6 +1,6 @@
 """Embedded world and base models."""
 
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
@@ -45,20 +45,18 @@ class ModelShape(Section):
         return self
 
 
-class PretrainingConfig(Section):
-    """One supervised phase of building a base model."""
+class PhaseConfig(Section):
+    """One phase of building a base model, with a learning-rate cycle of its own."""
 
+    kind: Literal["reading", "protocol"] = Field(
+        description="the reading drill, or scripted episodes of the protocol"
+    )
     steps: PositiveInt
-    batch_size: PositiveInt = Field(description="sequences a step")
+    batch_size: PositiveInt = Field(64, description="sequences a step")
     learning_rate: PositiveFloat
     warmup_steps: NonNegativeInt = 50
-
-
-class ReadingConfig(PretrainingConfig):
-    """The reading drill, with its curriculum: one passage at first, then two, then three."""
-
-    one_passage: float = Field(0.6, ge=0, le=1, description="share of the steps with one passage")
-    two_passages: float = Field(0.4, ge=0, le=1, description="share of the steps with two passages")
+    one_passage: float = Field(0.6, ge=0, le=1, description="reading: share of the steps with one passage")
+    two_passages: float = Field(0.4, ge=0, le=1, description="reading: share with two; the rest has three")
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
@@ -67,7 +65,7 @@ class ReadingConfig(PretrainingConfig):
         return self
 
     def passages(self, step: int) -> int:
-        """Passages of an example of `step`, which counts from 0."""
+        """Passages of a reading example of `step`, which counts from 0."""
         if step < self.one_passage * self.steps:
             return 1
         return 2 if step < (self.one_passage + self.two_passages) * self.steps else 3
@@ -82,6 +80,10 @@ class BaseModelsConfig(Section):
     student: ModelShape = ModelShape(hidden_size=96, layers=4, heads=3, intermediate_size=96)
     teacher: ModelShape = ModelShape(hidden_size=128, layers=5, heads=4, intermediate_size=384)
     expert_episodes: PositiveInt = Field(9600, description="scripted episodes that teach the protocol")
-    student_reading: ReadingConfig = ReadingConfig(steps=900, batch_size=64, learning_rate=3e-3)
-    teacher_reading: ReadingConfig = ReadingConfig(steps=700, batch_size=64, learning_rate=2e-3)
-    teacher_protocol: PretrainingConfig = PretrainingConfig(steps=300, batch_size=32, learning_rate=1e-3)
+    student_phases: list[PhaseConfig] = [PhaseConfig(kind="reading", steps=900, learning_rate=3e-3)]
+    teacher_phases: list[PhaseConfig] = [
+        PhaseConfig(kind="reading", steps=700, learning_rate=2e-3),
+        PhaseConfig(kind="protocol", steps=300, batch_size=32, learning_rate=1e-3),
+        PhaseConfig(kind="reading", steps=450, learning_rate=2e-3, one_passage=0.5, two_passages=0.5),
+        PhaseConfig(kind="protocol", steps=200, batch_size=32, learning_rate=1e-3),
+    ]

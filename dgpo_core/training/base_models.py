@@ -1,13 +1,14 @@
-"""Building the embedded student and teacher: both learn to read, the teacher also learns the protocol."""
+"""Building the embedded student and teacher, phase by phase: reading, and for the teacher the protocol."""
 
 import random
 from collections.abc import Callable
+from functools import cached_property
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedModel
 
-from dgpo_core.config.data import BaseModelsConfig, ModelShape, ReadingConfig, WorldConfig
+from dgpo_core.config.data import BaseModelsConfig, PhaseConfig, WorldConfig
 from dgpo_core.config.protocol import ProtocolConfig
 from dgpo_core.datasets.world.expert import expert_examples
 from dgpo_core.datasets.world.reading import SORTED_STEPS, Example, ReadingDrill
@@ -38,42 +39,43 @@ class BaseModelBuilder:
 
     def build(self, folder: Path) -> None:
         """Write `folder`/student and `folder`/teacher."""
-        drill = ReadingDrill(self._world, self._worlds, self._tokenizer)
-        student = self._reader("student", self._config.student, self._config.student_reading, drill)
-        save_model(student, self._tokenizer, folder / "student")
-        teacher = self._reader("teacher", self._config.teacher, self._config.teacher_reading, drill)
-        self._teach_protocol(teacher)
-        save_model(teacher, self._tokenizer, folder / "teacher")
+        config = self._config
+        for name, shape, phases in (
+            ("student", config.student, config.student_phases),
+            ("teacher", config.teacher, config.teacher_phases),
+        ):
+            torch.manual_seed(config.seed)
+            model = build_qwen2(shape, self._tokenizer)
+            for number, phase in enumerate(phases):
+                # the draws of a phase are those of the nth phase of its kind
+                seed = config.seed + [p.kind for p in phases[:number]].count(phase.kind)
+                self._train(model, f"{name}-{number}-{phase.kind}", seed, phase)
+            save_model(model, self._tokenizer, folder / name)
 
-    def _reader(
-        self, name: str, shape: ModelShape, config: ReadingConfig, drill: ReadingDrill
-    ) -> PreTrainedModel:
-        torch.manual_seed(self._config.seed)
-        model = build_qwen2(shape, self._tokenizer)
-        phase = f"{name}-reading"
+    def _train(self, model: PreTrainedModel, name: str, seed: int, phase: PhaseConfig) -> None:
         train_on_examples(
             model,
-            config,
-            lambda step: drill.batch(self._config.seed, step, config.batch_size, config.passages(step)),
-            Checkpoint(self._state / phase),
-            lambda step, metrics: self._report(phase, step, config.steps, metrics),
+            phase,
+            self._reading(phase, seed) if phase.kind == "reading" else self._protocol_batches(phase, seed),
+            Checkpoint(self._state / name),
+            lambda step, metrics: self._report(name, step, phase.steps, metrics),
         )
-        return model
 
-    def _teach_protocol(self, teacher: PreTrainedModel) -> None:
-        config = self._config.teacher_protocol
-        examples = self._expert_examples()
+    def _reading(self, phase: PhaseConfig, seed: int) -> Callable[[int], list[Example]]:
+        return lambda step: self._drill.batch(seed, step, phase.batch_size, phase.passages(step))
+
+    def _protocol_batches(self, phase: PhaseConfig, seed: int) -> Callable[[int], list[Example]]:
+        examples = self._experts
         lengths = [len(example.ids) for example in examples]
-        batches = _batches_by_length(lengths, config.steps, config.batch_size, self._config.seed)
-        train_on_examples(
-            teacher,
-            config,
-            lambda step: [examples[i] for i in batches[step]],
-            Checkpoint(self._state / "teacher-protocol"),
-            lambda step, metrics: self._report("teacher-protocol", step, config.steps, metrics),
-        )
+        batches = _batches_by_length(lengths, phase.steps, phase.batch_size, seed)
+        return lambda step: [examples[i] for i in batches[step]]
 
-    def _expert_examples(self) -> list[Example]:
+    @cached_property
+    def _drill(self) -> ReadingDrill:
+        return ReadingDrill(self._world, self._worlds, self._tokenizer)
+
+    @cached_property
+    def _experts(self) -> list[Example]:
         each = self._config.expert_episodes // self._config.worlds
         return [
             example

@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 from transformers import PreTrainedModel
 
-from dgpo_core.config.data import PretrainingConfig
+from dgpo_core.config.data import PhaseConfig
 from dgpo_core.datasets.world.reading import Example
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.checkpoint import Checkpoint
@@ -16,7 +16,7 @@ CHECKPOINT_EVERY = 100
 
 def train_on_examples(
     model: PreTrainedModel,
-    config: PretrainingConfig,
+    config: PhaseConfig,
     batch: Callable[[int], list[Example]],
     checkpoint: Checkpoint,
     report: Callable[[int, dict[str, float]], None],

@@ -8,7 +8,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.config.data import PretrainingConfig
+from dgpo_core.config.data import PhaseConfig
 from dgpo_core.datasets.world.reading import Example
 from dgpo_core.training import pretrain
 from dgpo_core.training.checkpoint import Checkpoint
@@ -43,7 +43,7 @@ def test_killed_build_continues_exactly(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
-    config = PretrainingConfig(steps=5, batch_size=4, learning_rate=1e-2, warmup_steps=2)
+    config = PhaseConfig(kind="reading", steps=5, batch_size=4, learning_rate=1e-2, warmup_steps=2)
 
     def build(name: str, kill_at: float = math.inf) -> PreTrainedModel:
         model = tiny_model(tokenizer, 3)
