@@ -87,5 +87,7 @@ class BaseModelsConfig(Section):
             PhaseConfig(kind="protocol", steps=300, batch_size=32, learning_rate=1e-3),
             PhaseConfig(kind="reading", steps=450, learning_rate=2e-3, one_passage=0.5, two_passages=0.5),
             PhaseConfig(kind="protocol", steps=200, batch_size=32, learning_rate=1e-3),
+            PhaseConfig(kind="reading", steps=500, learning_rate=3e-3, one_passage=0.8, two_passages=0.2),
+            PhaseConfig(kind="protocol", steps=200, batch_size=32, learning_rate=1e-3),
         ]
     )
