@@ -33,14 +33,13 @@ def load_results(path: Path) -> Results:
 
 
 def rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """(column names, a row of cells per model): EM of each data set with its 95 % interval, average last."""
+    """(column names, a row of cells per data set): EM of each model with its 95 % interval, average last."""
     names = {name: None for sets in results.values() for name in sets}  # in order of appearance
-    columns = [name for name in names if name != AVERAGE] + ([AVERAGE] if AVERAGE in names else [])
+    ordered = [name for name in names if name != AVERAGE] + ([AVERAGE] if AVERAGE in names else [])
     table = [
-        [model, *(_cell(sets[column]) if column in sets else "-" for column in columns)]
-        for model, sets in results.items()
+        [name, *(_cell(sets[name]) if name in sets else "-" for sets in results.values())] for name in ordered
     ]
-    return ["EM", *columns], table
+    return ["EM", *results], table
 
 
 def markdown(results: Results) -> str:
@@ -54,9 +53,9 @@ def show() -> None:
     header, body = rows(results)
     table = Table(title="Exact match (95 % confidence interval)")
     for index, name in enumerate(header):
-        table.add_column(name if index else "", justify="right" if index else "left", overflow="fold")
+        table.add_column(name if index else "", justify="right" if index else "left")
     for row in body:
-        table.add_row(*(cell.replace(" (", "\n(") for cell in row), end_section=True)
+        table.add_row(*row)
     Console().print(table)
 
 

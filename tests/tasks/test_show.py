@@ -14,16 +14,17 @@ def scores(em: float) -> dict[str, Any]:
     return {"em": em, "f1": em, "sub_em": em, "n": 10, "ci95": [em - 0.1, em + 0.1]}
 
 
-def test_rows_are_models_and_average_is_last() -> None:
+def test_rows_are_data_sets_and_average_is_last() -> None:
     results: Results = {
         "student": {"nq": scores(0.1), "average": {"em": 0.1}},
         "dgpo": {"nq": scores(0.5), "average": {"em": 0.45}, "hotpotqa": scores(0.4)},
     }
     assert markdown(results).splitlines() == [
-        "| EM | nq | hotpotqa | average |",
-        "| --- | --- | --- | --- |",
-        "| student | 0.100 (0.00-0.20) | - | 0.100 |",
-        "| dgpo | 0.500 (0.40-0.60) | 0.400 (0.30-0.50) | 0.450 |",
+        "| EM | student | dgpo |",
+        "| --- | --- | --- |",
+        "| nq | 0.100 (0.00-0.20) | 0.500 (0.40-0.60) |",
+        "| hotpotqa | - | 0.400 (0.30-0.50) |",
+        "| average | 0.100 | 0.450 |",
     ]
 
 
