@@ -12,7 +12,6 @@ def build() -> None:
     params = load_params()
     config = {
         "base_models": params.base_models.model_dump(),
-        "world": params.world.model_dump(),
         "protocol": params.protocol.model_dump(),
         "threads": torch.get_num_threads(),
     }
@@ -23,7 +22,7 @@ def build() -> None:
             run.metrics(step, {f"{phase}/{key}": value for key, value in metrics.items()})
 
         builder = BaseModelBuilder(
-            params.base_models, params.world, params.protocol, params.retrieval.top_k, run.state, report
+            params.base_models, params.protocol, params.retrieval.top_k, run.state, report
         )
         builder.build(BASE_MODELS)
 

@@ -75,6 +75,9 @@ class BaseModelsConfig(Section):
     """Building the embedded student (a reader) and teacher (a reader that follows the protocol)."""
 
     seed: NonNegativeInt = 0
+    world: WorldConfig = Field(
+        WorldConfig(), description="of the training worlds, but for seed and questions"
+    )
     worlds: PositiveInt = Field(24, description="training worlds; none is the evaluated one")
     first_world_seed: PositiveInt = 1000
     student: ModelShape = ModelShape(hidden_size=96, layers=4, heads=3, intermediate_size=96)

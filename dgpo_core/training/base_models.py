@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from dgpo_core.config.data import BaseModelsConfig, PhaseConfig, WorldConfig
+from dgpo_core.config.data import BaseModelsConfig, PhaseConfig
 from dgpo_core.config.protocol import ProtocolConfig
 from dgpo_core.datasets.world.expert import expert_examples
 from dgpo_core.datasets.world.reading import SORTED_STEPS, Example, ReadingDrill
@@ -26,13 +26,12 @@ class BaseModelBuilder:
     def __init__(
         self,
         config: BaseModelsConfig,
-        world: WorldConfig,
         protocol: ProtocolConfig,
         top_k: int,
         state: Path,
         report: Report,
     ) -> None:
-        self._config, self._world, self._protocol, self._top_k = config, world, protocol, top_k
+        self._config, self._world, self._protocol, self._top_k = config, config.world, protocol, top_k
         self._state, self._report = state, report
         self._tokenizer = build_tokenizer()
         self._worlds = range(config.first_world_seed, config.first_world_seed + config.worlds)
