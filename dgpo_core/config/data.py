@@ -26,6 +26,11 @@ class WorldConfig(Section):
     )
     rare_share: float = Field(0.25, ge=0, lt=1, description="share of entities with a single passage")
     distractors: NonNegativeInt = Field(1, description="sentences a passage that answer no question")
+    asked: list[Literal["name", "word", "year"]] = Field(
+        ["name", "word", "year"],
+        min_length=1,
+        description="kinds of values that chains of facts may ask for; comparisons always need years",
+    )
     comparison_share: float = Field(0.2, ge=0, le=1, description="comparisons in the two-hop sets")
     questions: QuestionCounts = QuestionCounts()
 

@@ -46,6 +46,11 @@ class Fact:
     value: str
     entity: Entity | None
 
+    @property
+    def kind(self) -> str:
+        """`name`, `word` or `year`."""
+        return {"year": "year"}.get(self.relation.object, "word" if self.value.islower() else "name")
+
 
 @dataclass
 class World:

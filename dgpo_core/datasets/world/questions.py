@@ -53,6 +53,7 @@ class QuestionWriter:
 
     def __init__(self, world: World, split: str, rng: random.Random) -> None:
         self.rng = rng
+        self._asked = set(world.config.asked)
         self.facts = [
             fact
             for fact in world.facts.values()
@@ -77,6 +78,8 @@ class QuestionWriter:
                 return None
             subject = facts[-1].relation.noun_phrase(subject)
             facts.append(self.rng.choice(following))
+        if facts[-1].kind not in self._asked:
+            return None
         relation = facts[-1].relation
         phrasing = self.rng.choice(relation.other_questions if other else relation.questions)
         return Draft(phrasing.format(s=subject), (facts[-1].value,), tuple(facts), "chain")
