@@ -88,7 +88,12 @@ class BaseModelsConfig(Section):
     student: ModelShape = ModelShape(hidden_size=96, layers=4, heads=3, intermediate_size=96)
     teacher: ModelShape = ModelShape(hidden_size=128, layers=5, heads=4, intermediate_size=384)
     expert_episodes: PositiveInt = Field(9600, description="scripted episodes that teach the protocol")
-    student_phases: list[PhaseConfig] = Field([PhaseConfig(kind="reading", steps=900, learning_rate=3e-3)])
+    student_phases: list[PhaseConfig] = Field(
+        [
+            PhaseConfig(kind="reading", steps=900, learning_rate=3e-3),
+            PhaseConfig(kind="reading", steps=700, learning_rate=3e-3),
+        ]
+    )
     teacher_phases: list[PhaseConfig] = Field(
         [
             PhaseConfig(kind="reading", steps=700, learning_rate=2e-3),
