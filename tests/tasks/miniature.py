@@ -21,7 +21,8 @@ MINIATURE: dict[str, dict[str, Any]] = {
         "dev_questions": 8,
         "checkpoint_every": 1,
     },
-    "evaluate": {"questions": 6, "chunk": 64},
+    "protocol": {"max_turns": 2, "max_new_tokens": 60},
+    "evaluate": {"questions": 4, "chunk": 64},
 }
 
 

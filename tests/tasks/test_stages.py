@@ -149,6 +149,7 @@ def test_killed_rollouts_continue_to_the_same_episodes(finished: Path, workplace
 
 def test_min_em_stops_a_weak_cold_start(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace)
+    shutil.rmtree(workplace / paths.RECIPES)
     params = yaml.safe_load((workplace / "params.yaml").read_text())
     params["distill"] |= {"epochs": 1, "learning_rate": 1e-9, "min_em": 0.9}
     (workplace / "params.yaml").write_text(yaml.safe_dump(params))
