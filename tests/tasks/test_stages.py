@@ -142,9 +142,11 @@ def test_killed_rollouts_continue_to_the_same_episodes(finished: Path, workplace
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL
     subprocess.run(command, cwd=workplace, check=True)
-    assert read_episodes(workplace / paths.TEACHER_EPISODES) == read_episodes(
-        finished / paths.TEACHER_EPISODES
-    )
+    again, first = (read_episodes(folder / paths.TEACHER_EPISODES) for folder in (workplace, finished))
+    for episode in (*again, *first):
+        for search in episode.searches:
+            search.scores = []  # Qdrant's last bits differ from process to process
+    assert again == first
 
 
 def test_min_em_stops_a_weak_cold_start(finished: Path, workplace: Path) -> None:
