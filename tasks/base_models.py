@@ -1,7 +1,5 @@
 """Stage `base-models`: build the embedded student and teacher from a seed (the built files are in git)."""
 
-import torch
-
 from dgpo_core.config.params import load_params
 from dgpo_core.training.base_models import BaseModelBuilder
 from tasks.paths import BASE_MODELS
@@ -13,12 +11,14 @@ def build() -> None:
     config = {
         "base_models": params.base_models.model_dump(),
         "protocol": params.protocol.model_dump(),
-        "threads": torch.get_num_threads(),
     }
     with stage("base-models", config=config, inputs=[], outputs=[BASE_MODELS]) as run:
+        phases = [*params.base_models.student_phases, *params.base_models.teacher_phases]
+        total, done = sum(phase.steps for phase in phases), dict[str, int]()
 
-        def report(phase: str, step: int, steps: int, metrics: dict[str, float]) -> None:
-            run.progress(step, steps, phase=phase, loss=metrics["loss"])
+        def report(phase: str, step: int, metrics: dict[str, float]) -> None:
+            done[phase] = step
+            run.progress(sum(done.values()), total, phase=phase, loss=metrics["loss"])
             run.metrics(step, {f"{phase}/{key}": value for key, value in metrics.items()})
 
         builder = BaseModelBuilder(

@@ -58,10 +58,15 @@ class PhaseConfig(Section):
     )
     steps: PositiveInt
     batch_size: PositiveInt = Field(64, description="sequences a step")
-    learning_rate: PositiveFloat
+    learning_rate: PositiveFloat = Field(3e-3, description="of embeddings and vectors (AdamW)")
+    matrix_learning_rate: PositiveFloat = Field(0.01, description="of the layers' matrices (Muon)")
     warmup_steps: NonNegativeInt = 50
-    one_passage: float = Field(0.6, ge=0, le=1, description="reading: share of the steps with one passage")
-    two_passages: float = Field(0.4, ge=0, le=1, description="reading: share with two; the rest has three")
+    one_passage: float = Field(
+        0.4, ge=0, le=1, description="reading: share of the steps with one passage, first"
+    )
+    two_passages: float = Field(
+        0.4, ge=0, le=1, description="reading: share with two, then; the rest has three"
+    )
 
     @model_validator(mode="after")
     def _shares(self) -> Self:

@@ -4,10 +4,14 @@ Shapes: N tokens, H hidden size, V vocabulary. Every function takes the hidden s
 targets, that is, of the positions one before them.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch.utils.checkpoint import checkpoint
 
 CHUNK = 1024  # tokens whose logits exist at one time
+
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def token_logprobs(
@@ -22,25 +26,14 @@ def token_logprobs(
     `hidden` [N, H], `head` [V, H] (the output embedding), `targets` [N] int64. Differentiable; the logits of
     a chunk are computed again in the backward pass.
     """
-    pieces = [
-        checkpoint(
-            _logprobs_and_entropy, hidden[i : i + chunk], head, targets[i : i + chunk], temperature,
-            use_reentrant=False,
-        )
-        for i in range(0, len(targets), chunk)
-    ]  # fmt: skip
-    if not pieces:
-        empty = hidden.new_zeros(0, dtype=torch.float32)
-        return empty, empty
-    return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
 
+    def terms(part: slice) -> Pair:
+        logits = torch.nn.functional.linear(hidden[part], head).float()
+        logprobs = (logits / temperature).log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        return logprobs.gather(-1, targets[part, None])[:, 0], entropy
 
-def _logprobs_and_entropy(
-    hidden: torch.Tensor, head: torch.Tensor, targets: torch.Tensor, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    logprobs = (torch.nn.functional.linear(hidden, head).float() / temperature).log_softmax(-1)
-    entropy = -(logprobs.exp() * logprobs).sum(-1)
-    return logprobs.gather(-1, targets[:, None])[:, 0], entropy
+    return _in_chunks(terms, len(targets), chunk, hidden)
 
 
 def distillation_terms(
@@ -57,30 +50,25 @@ def distillation_terms(
     prefix of ids (method.md, section 3). Differentiable in `hidden` and `head` only.
     """
     shared = min(len(head), len(teacher_head))
-    pieces = [
-        checkpoint(
-            _cross_entropy_and_kl, hidden[i : i + chunk], head[:shared], teacher_hidden[i : i + chunk],
-            teacher_head[:shared], targets[i : i + chunk], use_reentrant=False,
-        )
-        for i in range(0, len(targets), chunk)
-    ]  # fmt: skip
+
+    def terms(part: slice) -> Pair:
+        student = torch.nn.functional.linear(hidden[part], head[:shared]).float().log_softmax(-1)
+        with torch.no_grad():
+            logits = torch.nn.functional.linear(teacher_hidden[part], teacher_head[:shared])
+            teacher = logits.float().log_softmax(-1)
+        return -student.gather(-1, targets[part, None])[:, 0], forward_kl(teacher, student)
+
+    return _in_chunks(terms, len(targets), chunk, hidden)
+
+
+def _in_chunks(terms: Callable[[slice], Pair], count: int, chunk: int, like: torch.Tensor) -> Pair:
+    """`terms` of slices of at most `chunk` tokens, joined; the backward pass computes them again."""
+    parts = [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
+    pieces = [checkpoint(terms, part, use_reentrant=False) for part in parts]
     if not pieces:
-        empty = hidden.new_zeros(0, dtype=torch.float32)
+        empty = like.new_zeros(0, dtype=torch.float32)
         return empty, empty
-    return torch.cat([p[0] for p in pieces]), torch.cat([p[1] for p in pieces])
-
-
-def _cross_entropy_and_kl(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_head: torch.Tensor,
-    targets: torch.Tensor,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    student = torch.nn.functional.linear(hidden, head).float().log_softmax(-1)
-    with torch.no_grad():
-        teacher = torch.nn.functional.linear(teacher_hidden, teacher_head).float().log_softmax(-1)
-    return -student.gather(-1, targets[:, None])[:, 0], forward_kl(teacher, student)
+    return torch.cat([first for first, _ in pieces]), torch.cat([second for _, second in pieces])
 
 
 def forward_kl(teacher_logprobs: torch.Tensor, student_logprobs: torch.Tensor) -> torch.Tensor:

@@ -1,8 +1,10 @@
 """Building the embedded student and teacher, phase by phase: reading, and for the teacher the protocol."""
 
 import random
+import threading
 from collections.abc import Callable
-from functools import cached_property
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -17,7 +19,7 @@ from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.models import build_qwen2, save_model
 from dgpo_core.training.pretrain import train_on_examples
 
-Report = Callable[[str, int, int, dict[str, float]], None]  # phase, step, steps, metrics
+Report = Callable[[str, int, dict[str, float]], None]  # phase, its step, metrics
 
 
 class BaseModelBuilder:
@@ -32,46 +34,60 @@ class BaseModelBuilder:
         report: Report,
     ) -> None:
         self._config, self._world, self._protocol, self._top_k = config, config.world, protocol, top_k
-        self._state, self._report = state, report
+        self._state, self._report, self._reporting = state, report, threading.Lock()
         self._tokenizer = build_tokenizer()
         self._worlds = range(config.first_world_seed, config.first_world_seed + config.worlds)
+        self._stopped = threading.Event()
 
     def build(self, folder: Path) -> None:
-        """Write `folder`/student and `folder`/teacher."""
-        config = self._config
-        for name, shape, phases in (
-            ("student", config.student, config.student_phases),
-            ("teacher", config.teacher, config.teacher_phases),
-        ):
+        """Write `folder`/student and `folder`/teacher.
+
+        Both at once with one thread each: for models so small this is faster than two threads for each in
+        turn, and the number of the machine's cores does not show in the weights.
+        """
+        config, models = self._config, []
+        for shape in (config.student, config.teacher):
             torch.manual_seed(config.seed)
             model = build_qwen2(shape, self._tokenizer)
-            for number, phase in enumerate(phases):
-                # the draws of a phase are those of the nth phase of its kind
-                seed = config.seed + [p.kind for p in phases[:number]].count(phase.kind)
-                self._train(model, f"{name}-{number}-{phase.kind}", seed, phase)
+            model.set_attn_implementation("eager")  # for short texts on a CPU its backward is twice as fast
+            models.append(model)
+        plans = (("student", models[0], config.student_phases), ("teacher", models[1], config.teacher_phases))
+        with ThreadPoolExecutor(len(plans), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            try:
+                running = [pool.submit(self._phases, *plan) for plan in plans]
+                wait(running, return_when=FIRST_EXCEPTION)
+                for future in running:
+                    if future.done():
+                        future.result()
+            finally:
+                self._stopped.set()  # whoever is still at work ends with its step
+        for name, model, _ in plans:
             save_model(model, self._tokenizer, folder / name)
 
-    def _train(self, model: PreTrainedModel, name: str, seed: int, phase: PhaseConfig) -> None:
-        train_on_examples(
-            model,
-            phase,
-            self._reading(phase, seed) if phase.kind == "reading" else self._protocol_batches(phase, seed),
-            Checkpoint(self._state / name),
-            lambda step, metrics: self._report(name, step, phase.steps, metrics),
-        )
+    def _phases(self, name: str, model: PreTrainedModel, phases: list[PhaseConfig]) -> None:
+        drill = ReadingDrill(self._world, self._worlds, self._tokenizer)
+        for number, phase in enumerate(phases):
+            # the draws of a phase are those of the nth phase of its kind
+            seed = self._config.seed + [p.kind for p in phases[:number]].count(phase.kind)
+            reads, label = phase.kind == "reading", f"{name}-{number}-{phase.kind}"
+            batch = self._reading(drill, phase, seed) if reads else self._protocol_batches(phase, seed)
+            report = partial(self._step_done, label)
+            train_on_examples(model, phase, batch, Checkpoint(self._state / label), report)
 
-    def _reading(self, phase: PhaseConfig, seed: int) -> Callable[[int], list[Example]]:
-        return lambda step: self._drill.batch(seed, step, phase.batch_size, phase.passages(step))
+    def _step_done(self, phase: str, step: int, metrics: dict[str, float]) -> None:
+        if self._stopped.is_set():
+            raise RuntimeError(f"{phase} was stopped: the other model's building failed")
+        with self._reporting:
+            self._report(phase, step, metrics)
+
+    def _reading(self, drill: ReadingDrill, phase: PhaseConfig, seed: int) -> Callable[[int], list[Example]]:
+        return lambda step: drill.batch(seed, step, phase.batch_size, phase.passages(step))
 
     def _protocol_batches(self, phase: PhaseConfig, seed: int) -> Callable[[int], list[Example]]:
         examples = self._experts
         lengths = [len(example.ids) for example in examples]
         batches = _batches_by_length(lengths, phase.steps, phase.batch_size, seed)
         return lambda step: [examples[i] for i in batches[step]]
-
-    @cached_property
-    def _drill(self) -> ReadingDrill:
-        return ReadingDrill(self._world, self._worlds, self._tokenizer)
 
     @cached_property
     def _experts(self) -> list[Example]:

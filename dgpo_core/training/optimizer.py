@@ -32,6 +32,15 @@ def cosine(total_steps: int, warmup_steps: int = 0) -> Schedule:
     return factor
 
 
+def trapezoid(total_steps: int, warmup_steps: int, decay_share: float = 0.3) -> Schedule:
+    """Factor on the learning rate: linear warm-up, 1, and a linear end over the last `decay_share`."""
+
+    def factor(step: int) -> float:
+        return min(1.0, (step + 1) / max(1, warmup_steps), (total_steps - step) / (decay_share * total_steps))
+
+    return factor
+
+
 def constant(warmup_steps: int = 0) -> Schedule:
     """Factor on the learning rate: linear warm-up, then 1."""
     return lambda step: min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0

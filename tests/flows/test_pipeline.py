@@ -216,7 +216,7 @@ def test_killed_flow_leaves_no_stage(api: str, repository: Path, number: signal.
         "import os, sys, time\nfrom pathlib import Path\nsys.argv[0] = '-m'\nimport tasks\n"
         "Path('pid.part').write_text(str(os.getpid()))\nos.replace('pid.part', 'pid')\ntime.sleep(600)\n"
     )
-    Path("dvc.yaml").write_text("stages:\n  work: {cmd: python work.py, outs: [work.txt]}\n")
+    Path("dvc.yaml").write_text("stages:\n  work: {cmd: exec python work.py, outs: [work.txt]}\n")
     environment = {**os.environ, "PREFECT_API_URL": api}
     with subprocess.Popen([sys.executable, "-m", "flows.pipeline", "run"], env=environment) as flow:
         while not Path("pid").exists():

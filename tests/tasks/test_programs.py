@@ -98,12 +98,17 @@ def test_killing_dvc_leaves_no_stage(dvc_repository: Path, number: signal.Signal
     body = 'import os; Path("pid").write_text(str(os.getpid())); Path("ready").touch(); time.sleep(600)'
     write_program(body)
     # As `python -m tasks.work` would: the package is imported while sys.argv[0] is still "-m".
-    Path("dvc.yaml").write_text("stages:\n  work:\n    cmd: python -m runstage\n    outs: [out.txt]\n")
+    Path("dvc.yaml").write_text("stages:\n  work:\n    cmd: exec python -m runstage\n    outs: [out.txt]\n")
     Path("runstage.py").write_text(
         "import sys, runpy\nsys.argv[0] = '-m'\nimport tasks\nrunpy.run_path('work.py')\n"
     )
+    # Without $SHELL dvc takes /bin/sh, which may stay between it and a command without `exec`.
+    environment = {key: value for key, value in os.environ.items() if key != "SHELL"}
     with subprocess.Popen(
-        [sys.executable, "-m", "dvc", "repro"], stdout=subprocess.DEVNULL, start_new_session=True
+        [sys.executable, "-m", "dvc", "repro"],
+        env=environment,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
     ) as dvc:
         wait_for(Path("ready").exists, "the stage works")
         stage = int(Path("pid").read_text())

@@ -54,6 +54,8 @@ def test_a_closed_output_does_not_end_the_work() -> None:
     output.close()
     reporter.update(1, 2)
     reporter.close()
+    with pytest.raises(ValueError, match="closed"):  # it would have, had the reporter not caught it
+        print("x", file=output)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (83, "1m23s"), (3720, "1h02m"), (59.6, "1m00s")])

@@ -16,7 +16,9 @@ from dgpo_core.datasets.world.generate import Fact, generate_world
 from dgpo_core.datasets.world.questions import ask_about
 from dgpo_core.protocol.prompts import document
 
-VALUE_WEIGHT, TEXT_WEIGHT = 1.0, 0.5
+# What predicting a token counts. The names of the text teach to copy; the first token of a value is where it
+# must be found, the others follow; a question cannot be foreseen.
+TEXT_WEIGHT, CUE_WEIGHT, FIRST_WEIGHT, VALUE_WEIGHT, END_WEIGHT = 0.5, 0.1, 2.0, 1.0, 0.3
 PASSAGES, MAX_FACTS, SORTED_STEPS = 3, 9, 4
 
 
@@ -37,7 +39,10 @@ class ReadingDrill:
     """Endless examples from many generated worlds; `example(seed)` depends on nothing but its argument."""
 
     def __init__(self, config: WorldConfig, world_seeds: range, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+        # The same sentences come back in many examples.
+        self._encode = lru_cache(maxsize=None)(
+            lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
+        )
         self._worlds = [_passages_with_facts(config, seed) for seed in world_seeds]
         self._group = lru_cache(maxsize=1)(self._draw)
 
@@ -59,17 +64,17 @@ class ReadingDrill:
         articles, by_name = rng.choice(self._worlds)
         chosen = _choose_passages(articles, by_name, passages, rng)
         text = "".join(document(i, p.title, p.text) for i, (p, _) in enumerate(chosen, 1))
-        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        ids = list(self._encode(text))
         weights = [TEXT_WEIGHT] * len(ids)
         facts = [fact for _, facts in chosen for fact in facts]
         rng.shuffle(facts)
         for fact in facts[:MAX_FACTS]:
             asks = rng.random() < 0.5
             cue = f" {ask_about(fact, fact.subject.mention, rng)}?" if asks else f" {statement(fact)}"
-            for part, weight in ((cue, TEXT_WEIGHT), (f" {fact.value}", VALUE_WEIGHT), (".\n", VALUE_WEIGHT)):
-                part_ids = self._tokenizer.encode(part, add_special_tokens=False)
-                ids += part_ids
-                weights += [weight] * len(part_ids)
+            cue_ids, value, end = map(self._encode, (cue, f" {fact.value}", ".\n"))
+            ids += cue_ids + value + end
+            weights += [CUE_WEIGHT] * len(cue_ids) + [FIRST_WEIGHT] + [VALUE_WEIGHT] * (len(value) - 1)
+            weights += [END_WEIGHT] * len(end)
         return Example(ids, weights)
 
 
