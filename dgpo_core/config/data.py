@@ -91,21 +91,14 @@ class BaseModelsConfig(Section):
     worlds: PositiveInt = Field(24, description="training worlds; none is the evaluated one")
     first_world_seed: PositiveInt = 1000
     student: ModelShape = ModelShape(hidden_size=96, layers=4, heads=3, intermediate_size=96)
-    teacher: ModelShape = ModelShape(hidden_size=128, layers=5, heads=4, intermediate_size=384)
+    teacher: ModelShape = ModelShape(hidden_size=160, layers=5, heads=5, intermediate_size=160)
     expert_episodes: PositiveInt = Field(9600, description="scripted episodes that teach the protocol")
-    student_phases: list[PhaseConfig] = Field(
-        [
-            PhaseConfig(kind="reading", steps=900, learning_rate=3e-3),
-            PhaseConfig(kind="reading", steps=700, learning_rate=3e-3),
-        ]
-    )
+    student_phases: list[PhaseConfig] = Field([PhaseConfig(kind="reading", steps=1000)])
     teacher_phases: list[PhaseConfig] = Field(
         [
-            PhaseConfig(kind="reading", steps=700, learning_rate=2e-3),
-            PhaseConfig(kind="protocol", steps=300, batch_size=32, learning_rate=1e-3),
-            PhaseConfig(kind="reading", steps=450, learning_rate=2e-3, one_passage=0.5, two_passages=0.5),
-            PhaseConfig(kind="protocol", steps=200, batch_size=32, learning_rate=1e-3),
-            PhaseConfig(kind="reading", steps=500, learning_rate=3e-3, one_passage=0.8, two_passages=0.2),
-            PhaseConfig(kind="protocol", steps=200, batch_size=32, learning_rate=1e-3),
+            PhaseConfig(kind="reading", steps=1000, matrix_learning_rate=0.008),
+            PhaseConfig(
+                kind="protocol", steps=350, batch_size=32, learning_rate=1e-3, matrix_learning_rate=3e-3
+            ),
         ]
     )

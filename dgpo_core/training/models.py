@@ -46,8 +46,8 @@ def build_qwen2(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> Qwen2F
 
 def load_tokenizer(source: str) -> Any:
     """Tokenizer of a model folder or hub name. Raises UserError where there is none."""
-    folder = Path(source)
-    if folder.is_dir() and not any(folder.glob("tokenizer*")):
+    _check_source(source)
+    if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
         raise UserError(f"{source}: this model folder has no tokenizer (tokenizer.json is missing)")
     try:
         return AutoTokenizer.from_pretrained(source)
@@ -57,6 +57,7 @@ def load_tokenizer(source: str) -> Any:
 
 def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Causal language model of a folder or hub name, in evaluation mode. Raises UserError."""
+    _check_source(source)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, SafetensorError) as error:
@@ -79,6 +80,12 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _check_source(source: str) -> None:
+    """Hub names have at most one slash; a longer path is a folder, and should exist."""
+    if not Path(source).is_dir() and (source.count("/") > 1 or source.startswith((".", "/"))):
+        raise UserError(f"{source}: there is no such model folder")
 
 
 def _first_line(error: Exception) -> str:

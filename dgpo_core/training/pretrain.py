@@ -21,8 +21,12 @@ def train_on_examples(
     batch: Callable[[int], list[Example]],
     checkpoint: Checkpoint,
     report: Callable[[int, dict[str, float]], None],
+    rows: int | None = None,
 ) -> None:
-    """`config.steps` updates of `model` in place; `batch(step)` gives the examples of a step."""
+    """`config.steps` updates of `model` in place; `batch(step)` gives the examples of a step.
+
+    With `rows`, so many examples at a time go through the model (less memory; the same gradient).
+    """
     parameters = list(model.parameters())
     optimizers = _optimizers(model, config)
     shape = optim.trapezoid(config.steps, config.warmup_steps)
@@ -35,14 +39,13 @@ def train_on_examples(
         first = state["step"]
     model.train()
     for step in range(first, config.steps):
-        loss = weighted_loss(model, batch(step))
-        loss.backward()
+        loss = _backward(model, batch(step), rows)
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         for optimizer, schedule in zip(optimizers, schedules, strict=True):
             optimizer.step()
             schedule.step()
             optimizer.zero_grad(set_to_none=True)
-        report(step + 1, {"loss": loss.item(), "grad_norm": norm.item()})
+        report(step + 1, {"loss": loss, "grad_norm": norm.item()})
         if (step + 1) % CHECKPOINT_EVERY == 0:
             checkpoint.save({"parts": [part.state_dict() for part in stateful], "step": step + 1})
     model.eval()
@@ -62,6 +65,22 @@ def _optimizers(model: PreTrainedModel, config: PhaseConfig) -> list[torch.optim
         ),
         torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=0.0),
     ]
+
+
+def _backward(model: PreTrainedModel, examples: list[Example], rows: int | None) -> float:
+    """Add the gradient of the weighted loss of all `examples`, and return that loss."""
+    total, loss = sum(_weight(examples)), 0.0
+    rows = rows or len(examples)
+    for part in (examples[i : i + rows] for i in range(0, len(examples), rows)):
+        share = weighted_loss(model, part) * (sum(_weight(part)) / total)
+        share.backward()
+        loss += share.item()
+    return loss
+
+
+def _weight(examples: list[Example]) -> list[float]:
+    """What each example counts in the loss: its first token is predicted from nothing."""
+    return [sum(example.weights[1:]) for example in examples]
 
 
 def weighted_loss(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor:

@@ -37,9 +37,7 @@ def ignore(phase: str, step: int, metrics: dict[str, float]) -> None:
 
 def same(first: dict[str, dict[str, torch.Tensor]], second: dict[str, dict[str, torch.Tensor]]) -> bool:
     return all(
-        torch.equal(weights, second[model][name])
-        for model in first
-        for name, weights in first[model].items()
+        torch.equal(weights, second[model][name]) for model in first for name, weights in first[model].items()
     )
 
 
