@@ -12,7 +12,7 @@ from dgpo_core.config.data import PhaseConfig
 from dgpo_core.datasets.world.reading import Example
 from dgpo_core.training import pretrain
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.pretrain import train_on_examples, weighted_loss
+from dgpo_core.training.pretrain import _backward, train_on_examples, weighted_loss
 from tests.dgpo_core.making import tiny_model
 
 
@@ -37,6 +37,21 @@ def test_weighted_loss(model: PreTrainedModel) -> None:
             total -= example.weights[position] * float(table[position - 1, example.ids[position]])
             weight += example.weights[position]
     assert weighted_loss(model, examples(0)).item() == pytest.approx(total / weight, rel=0.02)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_few_examples_at_a_time_give_the_same_gradient(
+    rows: int, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    def gradient(rows: int | None) -> tuple[float, torch.Tensor]:
+        model = tiny_model(tokenizer, 3)
+        loss = _backward(model, examples(0), rows)
+        return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    (loss, whole), (loss_in_parts, parts) = gradient(None), gradient(rows)
+    assert loss_in_parts == pytest.approx(loss, rel=1e-2)  # bfloat16
+    assert torch.nn.functional.cosine_similarity(whole, parts, dim=0) > 0.999
+    assert parts.norm() == pytest.approx(whole.norm(), rel=0.02)
 
 
 def test_killed_build_continues_exactly(
