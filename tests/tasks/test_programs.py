@@ -83,7 +83,12 @@ def test_success(workplace: Path) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_a_stage_cleanly(workplace: Path, number: signal.Signals) -> None:
     program = write_program("time.sleep(600)")
-    with subprocess.Popen([sys.executable, str(program)], stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen(
+        [sys.executable, str(program)],
+        stdout=subprocess.DEVNULL,
+        # a background job of a shell, as the tests may be, has SIGINT ignored, and so have its children
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
+    ) as process:
         wait_for(Path("out.txt").exists, "the stage works")
         process.send_signal(number)
         assert process.wait() == 128 + number
