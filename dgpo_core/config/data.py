@@ -93,7 +93,9 @@ class BaseModelsConfig(Section):
     student: ModelShape = ModelShape(hidden_size=96, layers=4, heads=3, intermediate_size=96)
     teacher: ModelShape = ModelShape(hidden_size=160, layers=5, heads=5, intermediate_size=160)
     expert_episodes: PositiveInt = Field(9600, description="scripted episodes that teach the protocol")
-    student_phases: list[PhaseConfig] = Field([PhaseConfig(kind="reading", steps=1000)])
+    student_phases: list[PhaseConfig] = Field(
+        [PhaseConfig(kind="reading", steps=1400, one_passage=0.3, two_passages=0.3)]
+    )
     teacher_phases: list[PhaseConfig] = Field(
         [
             PhaseConfig(kind="reading", steps=1000, matrix_learning_rate=0.008),

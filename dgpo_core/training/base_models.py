@@ -19,7 +19,8 @@ from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.models import build_qwen2, save_model
 from dgpo_core.training.pretrain import train_on_examples
 
-EPISODES_AT_A_TIME = 4  # their attention fills the caches otherwise: three times slower
+# Examples in one pass: the attention of more fills the processor's caches, and is up to three times slower.
+AT_A_TIME = {"reading": 16, "protocol": 4}
 
 Report = Callable[[str, int, dict[str, float]], None]  # phase, its step, metrics
 
@@ -74,8 +75,8 @@ class BaseModelBuilder:
             reads, label = phase.kind == "reading", f"{name}-{number}-{phase.kind}"
             batch = self._reading(drill, phase, seed) if reads else self._protocol_batches(phase, seed)
             report = partial(self._step_done, label)
-            rows = None if reads else EPISODES_AT_A_TIME
-            train_on_examples(model, phase, batch, Checkpoint(self._state / label), report, rows)
+            checkpoint = Checkpoint(self._state / label)
+            train_on_examples(model, phase, batch, checkpoint, report, AT_A_TIME[phase.kind])
 
     def _step_done(self, phase: str, step: int, metrics: dict[str, float]) -> None:
         if self._stopped.is_set():

@@ -71,19 +71,21 @@ class Distiller:
         sequences = [model_sequence(episode) for episode in episodes]
         batches = batch_order(len(sequences), self.config.batch_size, self.config.epochs, self.seed)
         per_epoch = len(batches) // self.config.epochs
-        parameters = list(self.student.parameters())
-        optimizer = optim.adamw(parameters, self.config.learning_rate, self.config.weight_decay)
-        schedule = optim.scheduler(optimizer, optim.cosine(len(batches), self.config.warmup_steps))
+        config = self.config
+        stepper = optim.Stepper(
+            optim.adamw(list(self.student.parameters()), config.learning_rate, config.weight_decay),
+            schedule=optim.cosine(len(batches), config.warmup_steps),
+            max_grad_norm=config.max_grad_norm,
+        )
         rows: list[Metrics] = []
         if state := checkpoint.load():
             self.student.load_state_dict(state["model"])
-            optimizer.load_state_dict(state["optimizer"])
-            schedule.load_state_dict(state["schedule"])
+            stepper.load_state_dict(state["stepper"])
             rows = state["rows"]
         for step in range(len(rows), len(batches)):
             row = self._accumulate([sequences[i] for i in batches[step]])
-            row["learning_rate"] = float(schedule.get_last_lr()[0])
-            row["grad_norm"] = optim.step(parameters, optimizer, schedule, self.config.max_grad_norm)
+            row["learning_rate"] = stepper.learning_rate
+            row["grad_norm"] = stepper.step()
             epoch_done = (step + 1) % per_epoch == 0
             if epoch_done:
                 row["dev_em"] = evaluate()
@@ -93,8 +95,7 @@ class Distiller:
                 checkpoint.save(
                     {
                         "model": self.student.state_dict(),
-                        "optimizer": optimizer.state_dict(),
-                        "schedule": schedule.state_dict(),
+                        "stepper": stepper.state_dict(),
                         "rows": rows,
                     }
                 )

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
@@ -46,19 +47,33 @@ def constant(warmup_steps: int = 0) -> Schedule:
     return lambda step: min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
-def scheduler(optimizer: torch.optim.Optimizer, schedule: Schedule) -> LambdaLR:
-    return LambdaLR(optimizer, schedule)
+class Stepper:
+    """The optimisers of one model and their schedule: clipped, stepped, cleared and saved as one."""
 
+    def __init__(self, *optimizers: torch.optim.Optimizer, schedule: Schedule, max_grad_norm: float) -> None:
+        self._parts = [(optimizer, LambdaLR(optimizer, schedule)) for optimizer in optimizers]
+        self._max_grad_norm = max_grad_norm
 
-def step(
-    parameters: list[torch.nn.Parameter],
-    optimizer: torch.optim.Optimizer,
-    schedule: LambdaLR,
-    max_grad_norm: float,
-) -> float:
-    """Clip, update, clear; returns the gradient norm before clipping."""
-    norm = torch.nn.utils.clip_grad_norm_(parameters, max_grad_norm)
-    optimizer.step()
-    schedule.step()
-    optimizer.zero_grad(set_to_none=True)
-    return float(norm)
+    @property
+    def learning_rate(self) -> float:
+        """Of the first optimiser's first group, at the next step."""
+        return float(self._parts[0][1].get_last_lr()[0])
+
+    def step(self) -> float:
+        """Clip all gradients together, update, clear; returns their norm before clipping."""
+        groups = [group for optimizer, _ in self._parts for group in optimizer.param_groups]
+        parameters = [parameter for group in groups for parameter in group["params"]]
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        for optimizer, schedule in self._parts:
+            optimizer.step()
+            schedule.step()
+            optimizer.zero_grad(set_to_none=True)
+        return float(norm)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"parts": [[part.state_dict() for part in pair] for pair in self._parts]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for (optimizer, schedule), kept in zip(self._parts, state["parts"], strict=True):
+            optimizer.load_state_dict(kept[0])
+            schedule.load_state_dict(kept[1])

@@ -1,7 +1,6 @@
 """Supervised training on weighted token examples: how the embedded base models are built."""
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch.nn.functional import cross_entropy
@@ -21,33 +20,37 @@ def train_on_examples(
     batch: Callable[[int], list[Example]],
     checkpoint: Checkpoint,
     report: Callable[[int, dict[str, float]], None],
-    rows: int | None = None,
+    rows: int,
 ) -> None:
     """`config.steps` updates of `model` in place; `batch(step)` gives the examples of a step.
 
-    With `rows`, so many examples at a time go through the model (less memory; the same gradient).
+    `rows` examples at a time go through the model: the same gradient as all at once, in less memory. When it
+    continues from a checkpoint, the last finished step is reported again.
     """
-    parameters = list(model.parameters())
-    optimizers = _optimizers(model, config)
-    shape = optim.trapezoid(config.steps, config.warmup_steps)
-    schedules = [optim.scheduler(optimizer, shape) for optimizer in optimizers]
-    stateful: list[Any] = [model, *optimizers, *schedules]
+    stepper = optim.Stepper(
+        *_optimizers(model, config),
+        schedule=optim.trapezoid(config.steps, config.warmup_steps),
+        max_grad_norm=1.0,
+    )
     first = 0
     if state := checkpoint.load():
-        for part, kept in zip(stateful, state["parts"], strict=True):
-            part.load_state_dict(kept)
+        model.load_state_dict(state["model"])
+        stepper.load_state_dict(state["stepper"])
         first = state["step"]
+        report(first, state["metrics"])
     model.train()
     for step in range(first, config.steps):
-        loss = _backward(model, batch(step), rows)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad(set_to_none=True)
-        report(step + 1, {"loss": loss, "grad_norm": norm.item()})
-        if (step + 1) % CHECKPOINT_EVERY == 0:
-            checkpoint.save({"parts": [part.state_dict() for part in stateful], "step": step + 1})
+        metrics = {"loss": _backward(model, batch(step), rows), "grad_norm": stepper.step()}
+        report(step + 1, metrics)
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
+            checkpoint.save(
+                {
+                    "model": model.state_dict(),
+                    "stepper": stepper.state_dict(),
+                    "step": step + 1,
+                    "metrics": metrics,
+                }
+            )
     model.eval()
 
 
@@ -67,10 +70,9 @@ def _optimizers(model: PreTrainedModel, config: PhaseConfig) -> list[torch.optim
     ]
 
 
-def _backward(model: PreTrainedModel, examples: list[Example], rows: int | None) -> float:
+def _backward(model: PreTrainedModel, examples: list[Example], rows: int) -> float:
     """Add the gradient of the weighted loss of all `examples`, and return that loss."""
     total, loss = sum(_weight(examples)), 0.0
-    rows = rows or len(examples)
     for part in (examples[i : i + rows] for i in range(0, len(examples), rows)):
         share = weighted_loss(model, part) * (sum(_weight(part)) / total)
         share.backward()

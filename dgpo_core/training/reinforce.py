@@ -57,26 +57,13 @@ class Reinforcer:
         config = self.config
         torch.manual_seed(self.seed)
         critic = Critic(self.student)
-        actor_optimizer = optim.adamw(
-            list(self.student.parameters()), config.actor_learning_rate, config.weight_decay
-        )
-        critic_optimizer = optim.adamw(
-            list(critic.parameters()), config.critic_learning_rate, config.weight_decay
-        )
-        updates = config.steps * (config.batch_size // config.mini_batch_size)
-        actor_schedule = optim.scheduler(
-            actor_optimizer, optim.constant(math.ceil(config.actor_warmup * updates))
-        )
-        critic_schedule = optim.scheduler(
-            critic_optimizer, optim.constant(math.ceil(config.critic_warmup * updates))
-        )
+        actor = self._stepper(self.student, config.actor_learning_rate, config.actor_warmup)
+        critic_stepper = self._stepper(critic, config.critic_learning_rate, config.critic_warmup)
         parts: dict[str, Any] = {
             "student": self.student,
             "critic": critic,
-            "actor_optimizer": actor_optimizer,
-            "critic_optimizer": critic_optimizer,
-            "actor_schedule": actor_schedule,
-            "critic_schedule": critic_schedule,
+            "actor": actor,
+            "critic_stepper": critic_stepper,
         }
         rows: list[Metrics] = []
         if state := checkpoint.load():
@@ -84,14 +71,7 @@ class Reinforcer:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         maker = ExperienceMaker(self.student, self.reference, critic, self.recipe, config, self.compute)
-        updater = Updater(
-            self.student,
-            critic,
-            (actor_optimizer, actor_schedule),
-            (critic_optimizer, critic_schedule),
-            config,
-            self.compute,
-        )
+        updater = Updater(self.student, critic, actor, critic_stepper, config, self.compute)
         for step in range(len(rows), config.steps):
             chosen = question_order(questions, config.batch_size, step, self.seed)
             row = self._step(rollout(chosen, step), maker, updater, step)
@@ -102,6 +82,15 @@ class Reinforcer:
             if (step + 1) % config.checkpoint_every == 0:
                 checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
         return rows
+
+    def _stepper(self, module: torch.nn.Module, learning_rate: float, warmup: float) -> optim.Stepper:
+        config = self.config
+        updates = config.steps * (config.batch_size // config.mini_batch_size)
+        return optim.Stepper(
+            optim.adamw(list(module.parameters()), learning_rate, config.weight_decay),
+            schedule=optim.constant(math.ceil(warmup * updates)),
+            max_grad_norm=config.max_grad_norm,
+        )
 
     def _step(self, episodes: list[Episode], maker: ExperienceMaker, updater: Updater, step: int) -> Metrics:
         usable = [e for e in episodes if e.outcome is not Outcome.FAILED and e.model_tokens]

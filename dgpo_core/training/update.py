@@ -3,19 +3,16 @@
 from dataclasses import dataclass
 
 import torch
-from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.objectives.logprobs import token_logprobs
 from dgpo_core.objectives.policy import clipped_surrogate, value_loss
-from dgpo_core.training import optimizer as optim
 from dgpo_core.training.batches import backbone_of, collate, counted_hidden, head_of, micro_batches
 from dgpo_core.training.compute import autocast
 from dgpo_core.training.critic import Critic
 from dgpo_core.training.experience import Experience
-
-Stepper = tuple[torch.optim.Optimizer, LambdaLR]
+from dgpo_core.training.optimizer import Stepper
 
 
 @dataclass
@@ -35,13 +32,9 @@ class Updater:
 
     def _mini_batch(self, experience: Experience, chosen: list[int]) -> dict[str, float]:
         metrics = self._actor_gradient(experience, chosen)
-        metrics["actor_grad_norm"] = optim.step(
-            list(self.student.parameters()), *self.actor, self.config.max_grad_norm
-        )
+        metrics["actor_grad_norm"] = self.actor.step()
         metrics["value_loss"] = self._critic_gradient(experience, chosen)
-        metrics["critic_grad_norm"] = optim.step(
-            list(self.critic.parameters()), *self.critic_stepper, self.config.max_grad_norm
-        )
+        metrics["critic_grad_norm"] = self.critic_stepper.step()
         return metrics
 
     def _actor_gradient(self, experience: Experience, chosen: list[int]) -> dict[str, float]:

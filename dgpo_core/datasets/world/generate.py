@@ -49,7 +49,9 @@ class Fact:
     @property
     def kind(self) -> str:
         """`name`, `word` or `year`."""
-        return {"year": "year"}.get(self.relation.object, "word" if self.value.islower() else "name")
+        if self.relation.object == "year":
+            return "year"
+        return "word" if self.value.islower() else "name"
 
 
 @dataclass

@@ -37,9 +37,39 @@ def test_weight_decay_is_for_matrices() -> None:
 def test_step_clips_updates_and_clears() -> None:
     parameter = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = torch.optim.SGD([parameter], lr=1.0)
-    schedule = optim.scheduler(optimizer, lambda step: 1.0 / (step + 1))
+    stepper = optim.Stepper(optimizer, schedule=lambda step: 1.0 / (step + 1), max_grad_norm=1.0)
     for expected in ([3 - 0.6, 4 - 0.8], [3 - 0.9, 4 - 1.2]):
         parameter.grad = torch.tensor([30.0, 40.0])
-        assert optim.step([parameter], optimizer, schedule, 1.0) == pytest.approx(50.0)
+        assert stepper.step() == pytest.approx(50.0)
         assert parameter.tolist() == pytest.approx(expected)
         assert parameter.grad is None
+
+
+def test_two_optimisers_are_clipped_together_and_restored() -> None:
+    def made() -> tuple[list[torch.nn.Parameter], optim.Stepper]:
+        parameters = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
+        optimizers = [torch.optim.SGD([parameters[0]], 0.1, 0.9), torch.optim.Adam([parameters[1]], 0.1)]
+        return parameters, optim.Stepper(*optimizers, schedule=optim.cosine(6), max_grad_norm=5.0)
+
+    def run(parameters: list[torch.nn.Parameter], stepper: optim.Stepper, steps: int) -> None:
+        for _ in range(steps):
+            for parameter in parameters:
+                parameter.grad = 6 * parameter.detach().clone()
+            stepper.step()
+
+    whole, stepper = made()
+    whole[0].grad, whole[1].grad = torch.full((2, 2), 3.0), torch.full((2,), 4.0)
+    assert stepper.step() == pytest.approx(math.sqrt(4 * 9 + 2 * 16))
+    assert whole[0][0, 0].item() == pytest.approx(1 - 0.1 * 3 * 5 / math.sqrt(68))
+    run(whole, stepper, 4)
+    first, early = made()
+    first[0].grad, first[1].grad = torch.full((2, 2), 3.0), torch.full((2,), 4.0)
+    early.step()
+    run(first, early, 2)
+    second, late = made()
+    for parameter, kept in zip(second, first, strict=True):
+        parameter.data.copy_(kept.data)
+    late.load_state_dict(early.state_dict())
+    assert late.learning_rate == early.learning_rate
+    run(second, late, 2)
+    assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))

@@ -43,12 +43,12 @@ def test_weighted_loss(model: PreTrainedModel) -> None:
 def test_a_few_examples_at_a_time_give_the_same_gradient(
     rows: int, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    def gradient(rows: int | None) -> tuple[float, torch.Tensor]:
+    def gradient(rows: int) -> tuple[float, torch.Tensor]:
         model = tiny_model(tokenizer, 3)
         loss = _backward(model, examples(0), rows)
         return loss, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
-    (loss, whole), (loss_in_parts, parts) = gradient(None), gradient(rows)
+    (loss, whole), (loss_in_parts, parts) = gradient(4), gradient(rows)
     assert loss_in_parts == pytest.approx(loss, rel=1e-2)  # bfloat16
     assert torch.nn.functional.cosine_similarity(whole, parts, dim=0) > 0.999
     assert float(parts.norm()) == pytest.approx(float(whole.norm()), rel=0.02)
@@ -60,18 +60,26 @@ def test_killed_build_continues_exactly(
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
     config = PhaseConfig(kind="reading", steps=5, batch_size=4, learning_rate=1e-2, warmup_steps=2)
 
+    reported: list[int] = []
+
     def build(name: str, kill_at: float = math.inf) -> PreTrainedModel:
         model = tiny_model(tokenizer, 3)
+        reported.clear()
 
         def report(step: int, metrics: dict[str, float]) -> None:
+            reported.append(step)
             if step == kill_at:
                 raise KeyboardInterrupt
 
-        train_on_examples(model, config, examples, Checkpoint(tmp_path / name), report)
+        train_on_examples(model, config, examples, Checkpoint(tmp_path / name), report, rows=3)
         return model
 
     whole = build("whole").state_dict()
     with pytest.raises(KeyboardInterrupt):
         build("killed", 3)
     resumed = build("killed").state_dict()
+    assert reported == [2, 3, 4, 5]
     assert all(torch.equal(resumed[name], value) for name, value in whole.items())
+    finished = build("killed").state_dict()
+    assert reported == [5]  # a finished phase still counts in the progress
+    assert all(torch.equal(finished[name], value) for name, value in whole.items())

@@ -49,10 +49,8 @@ def updater(tokenizer: PreTrainedTokenizerFast, tokens: int = 10_000, mini_batch
     steppers = []
     for module in (student, critic):
         optimizer = optim.adamw(list(module.parameters()), 1e-3, 0.01)
-        steppers.append((optimizer, optim.scheduler(optimizer, optim.constant())))
-    config = ReinforceConfig(
-        batch_size=mini_batch, mini_batch_size=mini_batch, entropy_weight=0.05, max_grad_norm=1e9
-    )
+        steppers.append(optim.Stepper(optimizer, schedule=optim.constant(), max_grad_norm=1e9))
+    config = ReinforceConfig(batch_size=mini_batch, mini_batch_size=mini_batch, entropy_weight=0.05)
     compute = ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=tokens)
     return Updater(student, critic, steppers[0], steppers[1], config, compute)
 
@@ -115,7 +113,9 @@ def test_update_steps_once_a_mini_batch(tokenizer: PreTrainedTokenizerFast) -> N
     made, experience = updater(tokenizer, mini_batch=4), made_up()
     before = {name: value.clone() for name, value in made.student.state_dict().items()}
     metrics = made.update(experience, [5, 4, 3, 2, 1, 0])
-    assert made.actor[1].last_epoch == made.critic_stepper[1].last_epoch == 2
+    for stepper in (made.actor, made.critic_stepper):
+        ((_, schedule),) = stepper.state_dict()["parts"]
+        assert schedule["last_epoch"] == 2
     names = "policy_loss entropy clip_fraction approx_kl actor_grad_norm value_loss critic_grad_norm"
     assert set(metrics) == set(names.split())
     assert any(not torch.equal(before[name], value) for name, value in made.student.state_dict().items())
