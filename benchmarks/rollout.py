@@ -10,7 +10,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 
 from dgpo_core.rollout.cache import preallocated_cache
 from dgpo_core.training.models import load_model
-from tasks.paths import BASE_MODELS
+from tasks.paths import MODELS
 
 STEPS = 20
 
@@ -27,7 +27,7 @@ def step_time(model: PreTrainedModel, cache: Cache, batch: int, tokens: int) -> 
 
 
 def main() -> None:
-    model = load_model(str(BASE_MODELS / "student"))
+    model = load_model(str(MODELS / "student"))
     print("batch tokens  preallocated  dynamic  ratio")
     for batch, tokens in ((32, 100), (96, 300), (96, 600)):
         ours = step_time(model, preallocated_cache(model.config, tokens + STEPS), batch, tokens)

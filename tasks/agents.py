@@ -6,15 +6,18 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dgpo_core.config.params import Params
-from dgpo_core.config.protocol import GREEDY
+from dgpo_core.config.params import PARAMS, Params
+from dgpo_core.config.protocol import GREEDY, Sampling
+from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
+from dgpo_core.protocol.episode import Episode
 from dgpo_core.retrieval.index import Retriever, open_index
 from dgpo_core.rollout.collect import em_of, stable_seed
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.rollout.transformers_engine import TransformersEngine
-from tasks.paths import INDEX, questions_file
+from dgpo_core.training.episode_sources import Rollout
+from tasks.paths import INDEX, MODELS, questions_file
 
 
 def retriever(params: Params, folder: Path = INDEX) -> Retriever:
@@ -24,6 +27,28 @@ def retriever(params: Params, folder: Path = INDEX) -> Retriever:
 def agent_loop(params: Params, model: PreTrainedModel, tokenizer: Any, index: Retriever) -> AgentLoop:
     engine = TransformersEngine(model, tokenizer, params.rollout)
     return AgentLoop(engine, tokenizer, index, params.protocol, params.retrieval.top_k)
+
+
+def model_source(params: Params, model: str) -> str:
+    """Folder or hub name of `student`, `teacher` or a recipe. Raises UserError for an unknown name."""
+    if model in (STUDENT, TEACHER):
+        return str(getattr(params.models, model))
+    if model not in params.recipes.all:
+        raise UserError(f"{PARAMS}: recipes has no {model!r}, only {sorted(params.recipes.all)}")
+    return str(MODELS / model)
+
+
+def training_rollout(loop: AgentLoop, tasks: list[Task], sampling: Sampling, seed: int) -> Rollout:
+    """Episodes of the student for a step's questions; every place of every step has a seed of its own."""
+
+    def rollout(chosen: list[int], step: int) -> list[Episode]:
+        drawn = [
+            Task(tasks[i].question, tasks[i].dataset, seed=(stable_seed(seed, step, place),))
+            for place, i in enumerate(chosen)
+        ]
+        return loop.run(drawn, sampling)
+
+    return rollout
 
 
 def tasks_for(dataset: str, questions: list[Question], seed: int) -> list[Task]:

@@ -1,8 +1,9 @@
 """Stage `base-models`: build the embedded student and teacher from a seed (the built files are in git)."""
 
 from dgpo_core.config.params import load_params
+from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.training.base_models import BaseModelBuilder
-from tasks.paths import BASE_MODELS
+from tasks.paths import MODELS
 from tasks.stage import main, stage
 
 
@@ -12,7 +13,7 @@ def build() -> None:
         "base_models": params.base_models.model_dump(),
         "protocol": params.protocol.model_dump(),
     }
-    with stage("base-models", config=config, inputs=[], outputs=[BASE_MODELS]) as run:
+    with stage("base-models", config=config, inputs=[], outputs=[MODELS / STUDENT, MODELS / TEACHER]) as run:
         phases = [*params.base_models.student_phases, *params.base_models.teacher_phases]
         total, done = sum(phase.steps for phase in phases), dict[str, int]()
 
@@ -24,7 +25,7 @@ def build() -> None:
         builder = BaseModelBuilder(
             params.base_models, params.protocol, params.retrieval.top_k, run.state, report
         )
-        builder.build(BASE_MODELS)
+        builder.build(MODELS)
 
 
 if __name__ == "__main__":

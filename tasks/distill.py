@@ -1,64 +1,104 @@
-"""Stage `distill`: cold start of the student on the teacher's correct episodes (eq. 1)."""
+"""Stage `distill`: one recipe's distillation (eq. 1; method.md, section 5)."""
 
 import sys
 from pathlib import Path
 
 import torch
 
-from dgpo_core.config.params import load_params
+from dgpo_core.config.params import Params, load_params
+from dgpo_core.config.recipes import Distillation
 from dgpo_core.errors import UserError
-from dgpo_core.protocol.episode import read_episodes
+from dgpo_core.protocol.episode import Episode, Outcome, read_episodes
+from dgpo_core.rollout.loop import AgentLoop
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller, check_same_vocabulary
+from dgpo_core.training.episode_sources import (
+    EpisodeSource,
+    MixedEpisodes,
+    StudentEpisodes,
+    TeacherEpisodes,
+)
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
-from tasks.agents import DevEvaluator, agent_loop, require_episodes, retriever, write_curves, write_metrics
-from tasks.paths import CORRECT_EPISODES, INDEX, METRICS, PLOTS, QUESTIONS, cold_start_model
+from tasks.agents import (
+    DevEvaluator,
+    agent_loop,
+    model_source,
+    require_episodes,
+    retriever,
+    split_tasks,
+    training_rollout,
+    write_curves,
+    write_metrics,
+)
+from tasks.paths import CORRECT_EPISODES, INDEX, METRICS, MODELS, PLOTS, QUESTIONS, TEACHER_EPISODES
 from tasks.stage import main, stage
 
 
-def distill(cold_start: str) -> None:
+def distill(name: str) -> None:
     params = load_params()
-    name, out = f"distill@{cold_start}", cold_start_model(cold_start)
+    recipe = params.distillation(name)
+    start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"distill-{name}.csv"
     config = {
         key: getattr(params, key).model_dump()
         for key in ("distill", "compute", "protocol", "rollout", "retrieval", "models", "questions")
-    } | {"seed": params.seed, "cold_start": cold_start}
+    } | {"seed": params.seed, "recipe": recipe.model_dump()}
     del config["distill"]["min_em"]  # judges the trained model: changing it continues, not restarts
-    inputs = [CORRECT_EPISODES, INDEX, QUESTIONS]
-    inputs += [Path(m) for m in (params.models.student, params.models.teacher) if Path(m).is_dir()]
-    curves = PLOTS / f"distill-{cold_start}.csv"
-    with stage(name, config=config, inputs=inputs, outputs=[out, curves]) as run:
+    inputs = [TEACHER_EPISODES, CORRECT_EPISODES, INDEX, QUESTIONS]
+    inputs += [Path(m) for m in (start, params.models.teacher) if Path(m).is_dir()]
+    with stage(f"distill@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
         torch.manual_seed(params.seed)
-        tokenizer = load_tokenizer(params.models.student)
-        check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))
-        student = load_model(params.models.student, params.compute.device)
-        teacher = load_model(params.models.teacher, params.compute.device)
-        episodes = read_episodes(CORRECT_EPISODES)
-        require_episodes(len(episodes), f"episodes in {CORRECT_EPISODES}")
-        dev = DevEvaluator(
-            params, agent_loop(params, student, tokenizer, retriever(params)), params.distill.dev_questions
-        )
+        tokenizer = load_tokenizer(start)
+        student = load_model(start, params.compute.device)
+        teacher = None
+        if recipe.objective != "ce":
+            check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))
+            teacher = load_model(params.models.teacher, params.compute.device)
+        loop = agent_loop(params, student, tokenizer, retriever(params))
         latest = {"dev_em": 0.0}
 
         def report(step: int, steps: int, row: dict[str, float]) -> None:
             latest.update({k: v for k, v in row.items() if k == "dev_em"})
-            run.progress(step, steps, loss=row["loss"], kl=row["kl"], dev_em=latest["dev_em"])
+            run.progress(step, steps, **{k: row[k] for k in ("loss", "em") if k in row}, **latest)
             run.metrics(step, row)
 
-        distiller = Distiller(student, teacher, params.distill, params.compute, params.seed)
-        rows = distiller.train(episodes, Checkpoint(run.state), dev, report)
+        rows = Distiller(student, teacher, recipe, params.distill, params.compute).train(
+            episode_source(params, recipe, loop),
+            Checkpoint(run.state),
+            DevEvaluator(params, loop, params.distill.dev_questions),
+            report,
+        )
         em = rows[-1]["dev_em"]
         if em < params.distill.min_em:
             raise UserError(
-                f"{name}: validation EM {em:.3f} is below distill.min_em {params.distill.min_em}: "
+                f"distill@{name}: validation EM {em:.3f} is below distill.min_em {params.distill.min_em}: "
                 "the student is too weak for RL; train longer or lower the threshold"
             )
         save_model(student, tokenizer, out)
         write_curves(curves, rows)
-        summary = {"episodes": len(episodes), "dev_em": em, "loss": rows[-1]["loss"], "kl": rows[-1]["kl"]}
-        write_metrics(METRICS / f"distill-{cold_start}.json", summary)
+        summary = {key: rows[-1][key] for key in ("dev_em", "loss", "divergence") if key in rows[-1]}
+        write_metrics(METRICS / f"distill-{name}.json", summary)
         run.summary(summary)
-        run.register_model(cold_start, out)
+        run.register_model(name, out)
+
+
+def episode_source(params: Params, recipe: Distillation, loop: AgentLoop) -> EpisodeSource:
+    """The teacher's episodes that the recipe wants, the student's own, or both."""
+    tasks = split_tasks(params, "train", params.seed)
+    rollout = training_rollout(loop, tasks, params.distill.sampling, params.seed)
+    if recipe.episodes == "student":
+        return StudentEpisodes(rollout, len(tasks), params.distill, params.seed)
+    episodes = teacher_episodes(recipe)
+    if recipe.episodes == "mixed":
+        return MixedEpisodes(episodes, rollout, len(tasks), params.distill, params.seed)
+    return TeacherEpisodes(episodes, params.distill, params.seed)
+
+
+def teacher_episodes(recipe: Distillation) -> list[Episode]:
+    """Raises UserError when there is none."""
+    path = CORRECT_EPISODES if recipe.correct_only else TEACHER_EPISODES
+    episodes = [e for e in read_episodes(path) if e.outcome is not Outcome.FAILED]
+    require_episodes(len(episodes), f"episodes in {path}")
+    return episodes
 
 
 if __name__ == "__main__":

@@ -13,22 +13,14 @@ from dgpo_core.rollout.collect import collect, em_of
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.scoring.table import write_question_table
 from dgpo_core.training.models import load_model, load_tokenizer
-from tasks.agents import agent_loop, retriever, tasks_for, write_metrics
-from tasks.paths import EVALUATION, INDEX, METRICS, QUESTIONS, RECIPES, questions_file
+from tasks.agents import agent_loop, model_source, retriever, tasks_for, write_metrics
+from tasks.paths import EVALUATION, INDEX, METRICS, QUESTIONS, questions_file
 from tasks.stage import Run, main, stage
-
-
-def source_of(params: Params, model: str) -> str:
-    """Folder or hub name of `student`, `teacher` or a recipe. Raises UserError for an unknown recipe."""
-    if model in ("student", "teacher"):
-        return str(getattr(params.models, model))
-    params.recipe(model)
-    return str(RECIPES / model)
 
 
 def evaluate(model: str) -> None:
     params = load_params()
-    source, out = source_of(params, model), EVALUATION / model
+    source, out = model_source(params, model), EVALUATION / model
     config = {
         key: getattr(params, key).model_dump()
         for key in ("evaluate", "protocol", "rollout", "retrieval", "questions")

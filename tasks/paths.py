@@ -7,8 +7,7 @@ QUESTIONS = Path("data/questions")
 INDEX = Path("data/index")
 TEACHER_EPISODES = Path("data/teacher/episodes.parquet")
 CORRECT_EPISODES = Path("data/correct/episodes.parquet")
-BASE_MODELS = Path("models/base")
-RECIPES = Path("models/recipes")
+MODELS = Path("models")  # a folder for each: the embedded student and teacher, and every recipe's
 EVALUATION = Path("evaluation")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
@@ -17,8 +16,3 @@ REPORTS = Path("reports")
 
 def questions_file(name: str, split: str) -> Path:
     return QUESTIONS / name / f"{split}.jsonl"
-
-
-def cold_start_model(cold_start: str) -> Path:
-    """What the distill stage writes: the model that `kd` alone is, and that RL starts from."""
-    return RECIPES / cold_start

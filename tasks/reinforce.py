@@ -1,4 +1,4 @@
-"""Stage `reinforce`: PPO of one recipe, guided by the teacher as its gate says (eqs. 2-4)."""
+"""Stage `reinforce`: one recipe's PPO or GRPO, guided as its gate says (eqs. 2-4)."""
 
 import sys
 from pathlib import Path
@@ -6,27 +6,29 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from dgpo_core.config.params import Params, load_params
-from dgpo_core.config.training import Recipe
-from dgpo_core.errors import UserError
-from dgpo_core.protocol.episode import Episode
-from dgpo_core.rollout.collect import stable_seed
-from dgpo_core.rollout.loop import Task
+from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import check_same_vocabulary
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
 from dgpo_core.training.reinforce import Reinforcer
-from tasks.agents import DevEvaluator, agent_loop, retriever, split_tasks, write_curves, write_metrics
-from tasks.paths import INDEX, METRICS, PLOTS, QUESTIONS, RECIPES, cold_start_model
+from tasks.agents import (
+    DevEvaluator,
+    agent_loop,
+    model_source,
+    retriever,
+    split_tasks,
+    training_rollout,
+    write_curves,
+    write_metrics,
+)
+from tasks.paths import INDEX, METRICS, MODELS, PLOTS, QUESTIONS
 from tasks.stage import main, stage
 
 
 def reinforce(name: str) -> None:
     params = load_params()
-    recipe = params.recipe(name)
-    if recipe.rl == "none":
-        raise UserError(f"recipes.{name}: rl is none, so there is nothing to reinforce")
-    start = params.models.student if recipe.cold_start == "none" else str(cold_start_model(recipe.cold_start))
-    out, curves = RECIPES / name, PLOTS / f"reinforce-{name}.csv"
+    recipe = params.reinforcement(name)
+    start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"reinforce-{name}.csv"
     config = {
         key: getattr(params, key).model_dump()
         for key in ("reinforce", "compute", "protocol", "rollout", "retrieval", "models", "questions")
@@ -38,19 +40,12 @@ def reinforce(name: str) -> None:
         reference = _reference(params, recipe, start, tokenizer)
         loop = agent_loop(params, student, tokenizer, retriever(params))
         tasks = split_tasks(params, "train", params.seed)
-
-        def rollout(chosen: list[int], step: int) -> list[Episode]:
-            drawn = [
-                Task(tasks[i].question, tasks[i].dataset, seed=(stable_seed(params.seed, step, place),))
-                for place, i in enumerate(chosen)
-            ]
-            return loop.run(drawn, params.reinforce.sampling)
-
+        rollout = training_rollout(loop, tasks, params.reinforce.sampling, params.seed)
         latest = {"dev_em": float("nan")}
 
         def report(step: int, steps: int, row: dict[str, float]) -> None:
             latest.update({k: v for k, v in row.items() if k == "dev_em"})
-            shown = {k: row[k] for k in ("em", "kl", "searches") if k in row}
+            shown = {k: row[k] for k in ("em", "kl_inside", "searches") if k in row}
             run.progress(step, steps, **shown, **latest)
             run.metrics(step, row)
 
@@ -59,16 +54,20 @@ def reinforce(name: str) -> None:
         rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)
         save_model(student, tokenizer, out)
         write_curves(curves, rows)
-        summary = {"dev_em": rows[-1]["dev_em"], "failed": sum(row["failed"] for row in rows)}
-        summary |= {key: rows[-1][key] for key in ("em", "searches", "kl", "entropy") if key in rows[-1]}
+        last = rows[-1]
+        kept = ("dev_em", "em", "searches", "kl_inside", "kl_outside", "entropy")
+        summary = {key: last[key] for key in kept if key in last}
+        summary["gate_excluded"] = sum(row["gate_excluded"] for row in rows) / len(rows)
         write_metrics(METRICS / f"reinforce-{name}.json", summary)
         run.summary(summary)
         run.register_model(name, out)
 
 
-def _reference(params: Params, recipe: Recipe, start: str, tokenizer: object) -> PreTrainedModel | None:
+def _reference(
+    params: Params, recipe: Reinforcement, start: str, tokenizer: object
+) -> PreTrainedModel | None:
     """The frozen model of the KL term: the teacher, the model that RL starts from, or none."""
-    if recipe.guidance == "none":
+    if recipe.reference == "none":
         return None
     if recipe.reference == "initial":
         return load_model(start, params.compute.device)

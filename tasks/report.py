@@ -1,6 +1,4 @@
-"""Stage `report`: tables, curves, ARCap and an episode reader of the evaluated models."""
-
-import sys
+"""Stage `report`: tables, curves, ARCap and an episode reader of the compared models."""
 
 from dgpo_core.config.params import load_params
 from dgpo_core.reporting.report import write_report
@@ -8,8 +6,9 @@ from tasks.paths import EVALUATION, METRICS, PLOTS, REPORTS
 from tasks.stage import main, stage
 
 
-def report(models: list[str]) -> None:
+def report() -> None:
     params = load_params()
+    models = params.compare
     inputs = [EVALUATION / model for model in models]
     with stage("report", config={"models": models}, inputs=inputs, outputs=[REPORTS]) as run:
         mirrors = dict(params.questions.test)
@@ -18,4 +17,4 @@ def report(models: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda: report(sys.argv[1:]))
+    main(report)

@@ -1,4 +1,4 @@
-"""Resolve a profile into params.yaml: `python -m tasks.use tiny`."""
+"""Resolve a profile into params.yaml: `python -m tasks.use tiny [recipes of the paper's table, or all]`."""
 
 import sys
 from pathlib import Path
@@ -12,17 +12,17 @@ from tasks.stage import main
 PROFILES = Path("profiles")
 
 
-def use(profile: str) -> None:
+def use(profile: str, recipes: list[str]) -> None:
     """Write every setting of the profile, resolved; DVC then knows which stages it concerns."""
     path = PROFILES / f"{profile}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
         raise UserError(f"{path}: no such profile; there are: {known}")
-    text = yaml.safe_dump(resolve_profile(path), sort_keys=False, allow_unicode=True)
+    text = yaml.safe_dump(resolve_profile(path, recipes), sort_keys=False, allow_unicode=True)
     head = f"# Written by `make use PROFILE={profile}`; edit freely, or use `dvc exp run -S`.\n"
     PARAMS.write_text(head + text)
-    print(f"{PARAMS}: profile {profile}")
+    print(f"{PARAMS}: profile {profile}{', recipes: ' if recipes else ''}{' '.join(recipes)}")
 
 
 if __name__ == "__main__":
-    main(lambda: use(sys.argv[1] if len(sys.argv) > 1 else "tiny"))
+    main(lambda: use(sys.argv[1] if len(sys.argv) > 1 else "tiny", sys.argv[2:]))

@@ -1,7 +1,7 @@
 """params.yaml as a whole: loading it, resolving a profile into it, and errors with the key's path."""
 
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -11,18 +11,19 @@ from dgpo_core.config.base import Section
 from dgpo_core.config.data import BaseModelsConfig, WorldConfig
 from dgpo_core.config.protocol import ProtocolConfig, RolloutConfig
 from dgpo_core.config.questions import QuestionSetsConfig
+from dgpo_core.config.recipes import STUDENT, TABLE, TEACHER, Distillation, Recipes, Reinforcement
 from dgpo_core.config.retrieval import RetrievalConfig
 from dgpo_core.config.training import (
     ComputeConfig,
     DistillConfig,
     EvaluateConfig,
-    Recipe,
     ReinforceConfig,
     TeachConfig,
 )
 from dgpo_core.errors import UserError
 
 PARAMS = Path("params.yaml")
+Row = TypeVar("Row", Distillation, Reinforcement)
 
 
 class ModelSources(Section):
@@ -49,12 +50,19 @@ class Params(Section):
     distill: DistillConfig = DistillConfig()
     reinforce: ReinforceConfig = ReinforceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
-    recipes: dict[str, Recipe] = Field({}, description="systems to compare, by name")
+    recipes: Recipes = Field(Recipes(), description="how models are trained")
+    compare: list[str] = Field(
+        [STUDENT, TEACHER], min_length=1, description="given models and recipes to evaluate and report"
+    )
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
-        if taken := {"student", "teacher", "base"} & set(self.recipes):
-            raise ValueError(f"recipes: {sorted(taken)} are names of given models")
+        known = [STUDENT, TEACHER, *self.recipes.all]
+        if unknown := [model for model in self.compare if model not in known]:
+            raise ValueError(f"compare: there is no {unknown[0]!r}, only {known}")
+        grpo = [name for name, recipe in self.recipes.reinforce.items() if recipe.algorithm == "grpo"]
+        if grpo and self.reinforce.batch_size < 2 * self.reinforce.group_size:
+            raise ValueError(f"reinforce.batch_size: {grpo[0]} needs at least two groups of group_size")
         if self.reinforce.old_logprobs == "rollout" and self.rollout.precision != self.compute.precision:
             raise ValueError(
                 "reinforce.old_logprobs: rollout needs rollout.precision equal to compute.precision"
@@ -64,11 +72,19 @@ class Params(Section):
             raise ValueError(f"world.seed: the base models were trained on worlds {first} and following")
         return self
 
-    def recipe(self, name: str) -> Recipe:
+    def distillation(self, name: str) -> Distillation:
         """Raises UserError with the names there are."""
-        if name not in self.recipes:
-            raise UserError(f"{PARAMS}: recipes has no {name!r}, only {sorted(self.recipes)}")
-        return self.recipes[name]
+        return _row(self.recipes.distill, "distill", name)
+
+    def reinforcement(self, name: str) -> Reinforcement:
+        """Raises UserError with the names there are."""
+        return _row(self.recipes.reinforce, "reinforce", name)
+
+
+def _row(rows: dict[str, Row], group: str, name: str) -> Row:
+    if name not in rows:
+        raise UserError(f"{PARAMS}: recipes.{group} has no {name!r}, only {sorted(rows)}")
+    return rows[name]
 
 
 def load_params(path: Path = PARAMS) -> Params:
@@ -76,11 +92,29 @@ def load_params(path: Path = PARAMS) -> Params:
     return _validated(_read_yaml(path), path)
 
 
-def resolve_profile(path: Path) -> dict[str, Any]:
-    """A profile's differences laid over the defaults: what params.yaml holds, in full."""
+def resolve_profile(path: Path, recipes: list[str] | None = None) -> dict[str, Any]:
+    """A profile's differences laid over the defaults: what params.yaml holds, in full.
+
+    `recipes` names rows of the paper's table to take in place of the profile's (`["all"]`: every one).
+    Unless the profile says who is evaluated, it is the two given models and all recipes.
+    """
     overrides = _read_yaml(path)
+    named = recipes or overrides.pop("recipes", [])
+    overrides["recipes"] = paper_recipes(named).model_dump()
     params = _validated({"profile": path.stem, **overrides}, path)
-    return params.model_dump(mode="json")
+    resolved = params.model_dump(mode="json")
+    if "compare" not in overrides:
+        resolved["compare"] = [STUDENT, TEACHER, *params.recipes.all]
+    return resolved
+
+
+def paper_recipes(names: list[str]) -> Recipes:
+    """Rows of the paper's table and those that they start from. Raises UserError for an unknown name."""
+    table = Recipes.model_validate(_read_yaml(TABLE))
+    try:
+        return table if names == ["all"] else table.only(names)
+    except ValueError as error:
+        raise UserError(f"recipes: {error}") from None
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:

@@ -25,10 +25,38 @@ class TeachConfig(Section):
     chunk: PositiveInt = Field(256, description="episodes between two checkpoints")
 
 
-class DistillConfig(Section):
-    """KD cold start on correct teacher episodes (eq. 1)."""
+class OnPolicyConfig(Section):
+    """Distillation on the student's own episodes (GKD), sized like a step of reinforcement learning."""
 
-    epochs: PositiveInt = 5
+    steps: PositiveInt = 1000
+    batch_size: PositiveInt = Field(512, description="the student's episodes a step")
+    learning_rate: PositiveFloat = 1e-6
+    dev_every: PositiveInt = Field(50, description="steps between two looks at the validation questions")
+
+
+class TaidConfig(Section):
+    """TAID's interpolation t between student and teacher (method.md, section 5)."""
+
+    start: float = Field(0.4, ge=0, le=1)
+    end: float = Field(1.0, ge=0, le=1)
+    step_size: PositiveFloat = Field(5e-4, description="of the adaptive part of t's growth")
+    momentum: float = Field(0.99, ge=0, lt=1, description="of the relative change of the loss")
+
+
+class DistillmConfig(Section):
+    """DistiLLM's adaptive use of student episodes (method.md, section 5)."""
+
+    start: float = Field(0.0, ge=0, le=1, description="phi, the share of batches of student episodes")
+    step_size: PositiveFloat = Field(0.1, description="growth of phi when the validation loss rises")
+    tolerance: NonNegativeFloat = Field(0.1, description="nats by which it must have risen")
+    replay: PositiveInt = Field(1000, description="student episodes kept for replay")
+    validation: PositiveInt = Field(64, description="teacher episodes held out for the validation loss")
+
+
+class DistillConfig(Section):
+    """Distillation: on teacher episodes (eq. 1), on the student's own, or on both."""
+
+    epochs: PositiveInt = Field(5, description="over the teacher episodes")
     batch_size: PositiveInt = Field(64, description="episodes")
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegativeInt = 0
@@ -36,12 +64,18 @@ class DistillConfig(Section):
     max_grad_norm: PositiveFloat = 1.0
     ce_weight: NonNegativeFloat = Field(1.0, description="paper 1; the released framework drops it: 0")
     kl_weight: NonNegativeFloat = Field(1.0, description="lambda of eq. 1")
+    skew: float = Field(0.1, gt=0, lt=1, description="alpha of the skewed divergences (DistiLLM)")
+    jsd_beta: float = Field(0.5, gt=0, lt=1, description="of the generalised JSD (GKD)")
+    sampling: Sampling = Field(Sampling(), description="of the student's own episodes")
+    on_policy: OnPolicyConfig = OnPolicyConfig()
+    taid: TaidConfig = TaidConfig()
+    distillm: DistillmConfig = DistillmConfig()
     dev_questions: PositiveInt = Field(200, description="validation questions after each epoch")
     min_em: float = Field(0.0, ge=0, le=1, description="validation EM that RL may start from")
 
 
 class ReinforceConfig(Section):
-    """PPO with distillation guidance (eqs. 2-4)."""
+    """PPO or GRPO with distillation guidance (eqs. 2-4)."""
 
     steps: PositiveInt = 1000
     batch_size: PositiveInt = Field(512, description="episodes a step")
@@ -53,7 +87,13 @@ class ReinforceConfig(Section):
     weight_decay: NonNegativeFloat = 0.01
     max_grad_norm: PositiveFloat = 1.0
     beta: NonNegativeFloat = Field(0.001, description="weight of the KL to the reference (eq. 4)")
-    kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = "k1"
+    kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = Field(
+        "k1", description="of PPO's reward; GRPO has k3 in its loss"
+    )
+    group_size: int = Field(5, ge=2, description="GRPO: episodes of one question")
+    audit_episodes: NonNegativeInt = Field(
+        16, description="ungated episodes a step whose KL is measured too, for the gate's audit"
+    )
     old_logprobs: Literal["trainer", "rollout"] = Field(
         "trainer",
         description="who computes pi_old: the trainer again, or the engine (right where both compute alike)",
@@ -76,23 +116,6 @@ class ReinforceConfig(Section):
             raise ValueError("batch_size must be a multiple of mini_batch_size")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be above 0: greedy rollouts explore nothing")
-        return self
-
-
-class Recipe(Section):
-    """One system of the paper's comparison: a row of method.md's table in section 5."""
-
-    cold_start: Literal["none", "kd"] = "none"
-    rl: Literal["none", "ppo"] = "none"
-    guidance: Literal["selective", "uniform", "none"] = "none"
-    reference: Literal["teacher", "initial"] = "teacher"
-
-    @model_validator(mode="after")
-    def _trains(self) -> Self:
-        if self.cold_start == "none" and self.rl == "none":
-            raise ValueError("a recipe needs a cold start or reinforcement learning")
-        if self.rl == "none" and self.guidance != "none":
-            raise ValueError("guidance belongs to reinforcement learning: set rl: ppo, or guidance: none")
         return self
 
 

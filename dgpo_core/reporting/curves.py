@@ -27,7 +27,10 @@ PANELS = (
     Panel("Reward", "mean of an episode", ("reward",)),
     Panel("Loss", "nats a token", ("loss",)),
     Panel("Cross-entropy", "nats a token", ("ce",)),
-    Panel("KL divergence", "nats, to the reference", ("kl",)),
+    Panel("Divergence from the teacher", "nats a token, as the objective measures it", ("divergence",)),
+    Panel("KL divergence, gated", "nats, to the reference", ("kl_inside",)),
+    Panel("KL divergence, not gated", "nats, to the reference, a sample", ("kl_outside",)),
+    Panel("The gate", "share of episodes", ("gate_open", "gate_closed", "gate_excluded")),
     Panel("Searches", "an episode", ("searches",)),
     Panel("Response length", "model tokens", ("response_tokens",)),
     Panel("Invalid actions", "an episode", ("invalid_actions",)),
@@ -38,7 +41,13 @@ PANELS = (
     Panel("Actor: gradient norm", "before clipping", ("actor_grad_norm",)),
     Panel("Critic: gradient norm", "before clipping", ("critic_grad_norm",)),
 )
-COLUMN_LABELS = {"em": "training (sampled)", "dev_em": "held out"}
+COLUMN_LABELS = {
+    "em": "training (sampled)",
+    "dev_em": "held out",
+    "gate_open": "open",
+    "gate_closed": "closed",
+    "gate_excluded": "failed",
+}
 Points = list[tuple[float, float]]
 
 

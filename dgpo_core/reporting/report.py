@@ -43,7 +43,7 @@ def write_report(
         behaviour=tables.behaviour(scores, datasets),
         comparisons=tables.comparisons(scores),
         arcap=tables.arcap({model: read_arcap(evaluation / model / "arcap.parquet") for model in models}),
-        curves=read_curves(plots),
+        curves=[curve for curve in read_curves(plots) if curve.recipe in models],
         questions=reader_data(evaluation, models, scores[models[0]].keys),
         metrics=read_metrics(metrics),
         params=dict(params),

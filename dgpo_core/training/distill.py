@@ -1,20 +1,24 @@
-"""KD cold start: the student learns the teacher's distributions on its correct episodes (eq. 1)."""
+"""Distillation: the student learns the teacher's distributions on episodes (eq. 1; method.md, section 5)."""
 
-import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from dgpo_core.config.recipes import Distillation
 from dgpo_core.config.training import ComputeConfig, DistillConfig
 from dgpo_core.errors import UserError
-from dgpo_core.objectives.logprobs import distillation_terms
+from dgpo_core.objectives import divergences
+from dgpo_core.objectives.divergences import Divergence
+from dgpo_core.objectives.logprobs import distillation_terms, token_logprobs
 from dgpo_core.protocol.episode import Episode
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.batches import (
     Sequence,
+    TokenBatch,
     backbone_of,
     collate,
     counted_hidden,
@@ -24,6 +28,8 @@ from dgpo_core.training.batches import (
 )
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.compute import autocast
+from dgpo_core.training.episode_sources import EpisodeSource
+from dgpo_core.training.schedules import TaidSchedule
 
 Metrics = dict[str, float]
 
@@ -40,84 +46,138 @@ def check_same_vocabulary(student: Any, teacher: Any) -> None:
         )
 
 
-def batch_order(count: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
-    """Indices of every batch: a new shuffle each epoch, and no example left out."""
-    batches = []
-    for epoch in range(epochs):
-        order = list(range(count))
-        random.Random(f"distill-{seed}-{epoch}").shuffle(order)
-        batches += [order[i : i + batch_size] for i in range(0, count, batch_size)]
-    return batches
-
-
 @dataclass
 class Distiller:
-    """Trains `student` in place; `report` gets one row a step, `evaluate` measures validation EM."""
+    """Trains `student` in place; without a `teacher` model, the objective must be `ce`."""
 
     student: PreTrainedModel
-    teacher: PreTrainedModel
+    teacher: PreTrainedModel | None
+    recipe: Distillation
     config: DistillConfig
     compute: ComputeConfig
-    seed: int
+    taid: TaidSchedule = field(init=False)
+
+    def __post_init__(self) -> None:
+        settings = self.config.taid
+        self.taid = TaidSchedule(settings.start, settings.end, settings.step_size, settings.momentum)
 
     def train(
         self,
-        episodes: list[Episode],
+        source: EpisodeSource,
         checkpoint: Checkpoint,
         evaluate: Callable[[], float],
         report: Callable[[int, int, Metrics], None],
     ) -> list[Metrics]:
-        """Rows of metrics, one a step; `dev_em` is in the last row of each epoch. Resumes if it can."""
-        sequences = [model_sequence(episode) for episode in episodes]
-        batches = batch_order(len(sequences), self.config.batch_size, self.config.epochs, self.seed)
-        per_epoch = len(batches) // self.config.epochs
+        """Rows of metrics, one a step; `dev_em` is in the rows of the looks. Resumes if it can."""
         config = self.config
+        on_policy = self.recipe.episodes == "student"
         stepper = optim.Stepper(
-            optim.adamw(list(self.student.parameters()), config.learning_rate, config.weight_decay),
-            schedule=optim.cosine(len(batches), config.warmup_steps),
+            optim.adamw(
+                list(self.student.parameters()),
+                config.on_policy.learning_rate if on_policy else config.learning_rate,
+                config.weight_decay,
+            ),
+            schedule=optim.cosine(source.steps, config.warmup_steps),
             max_grad_norm=config.max_grad_norm,
         )
+        parts: dict[str, Any] = {
+            "student": self.student,
+            "stepper": stepper,
+            "source": source,
+            "taid": self.taid,
+        }
         rows: list[Metrics] = []
         if state := checkpoint.load():
-            self.student.load_state_dict(state["model"])
-            stepper.load_state_dict(state["stepper"])
             rows = state["rows"]
-        for step in range(len(rows), len(batches)):
-            row = self._accumulate([sequences[i] for i in batches[step]])
-            row["learning_rate"] = stepper.learning_rate
-            row["grad_norm"] = stepper.step()
-            epoch_done = (step + 1) % per_epoch == 0
-            if epoch_done:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        for step in range(len(rows), source.steps):
+            row = self._step(source.batch(step), stepper, step, source.steps)
+            looks = (step + 1) % source.per_look == 0 or step + 1 == source.steps
+            if looks:
                 row["dev_em"] = evaluate()
+                if source.held_out:
+                    row["validation_loss"] = self.loss(source.held_out)
+                    source.looked(row["validation_loss"])
             rows.append({"step": step + 1, **row})
-            report(step + 1, len(batches), row)
-            if epoch_done:
-                checkpoint.save(
-                    {
-                        "model": self.student.state_dict(),
-                        "stepper": stepper.state_dict(),
-                        "rows": rows,
-                    }
-                )
+            report(step + 1, source.steps, row)
+            if looks:
+                checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
         return rows
+
+    def _step(self, episodes: list[Episode], stepper: optim.Stepper, step: int, steps: int) -> Metrics:
+        if not episodes:  # the retriever was down for a whole step
+            return {"episodes": 0.0}
+        row = self._accumulate([model_sequence(episode) for episode in episodes])
+        row["learning_rate"] = stepper.learning_rate
+        row["grad_norm"] = stepper.step()
+        if self.recipe.objective == "taid":
+            row["taid_t"] = self.taid.t
+            self.taid.update(row["loss"], step, steps)
+        if self.recipe.episodes != "teacher":
+            row["em"] = sum(episode.correct for episode in episodes) / len(episodes)
+            row["searches"] = sum(len(episode.searches) for episode in episodes) / len(episodes)
+        return row
+
+    @torch.no_grad()
+    def loss(self, episodes: list[Episode]) -> float:
+        """The objective on `episodes`, nats a token."""
+        return self._sums([model_sequence(episode) for episode in episodes])["loss"]
 
     def _accumulate(self, sequences: list[Sequence]) -> Metrics:
         """Gradient of one batch; the losses are averages over its model tokens, however it is cut."""
+        return self._sums(sequences, torch.Tensor.backward)
+
+    def _sums(self, sequences: list[Sequence], then: Callable[[torch.Tensor], None] | None = None) -> Metrics:
+        """Averages over the model tokens; `then` gets each micro-batch's share of the loss."""
         tokens = sum(len(sequence.positions) for sequence in sequences)
-        totals = {"loss": 0.0, "ce": 0.0, "kl": 0.0}
+        weights = self._weights()
+        totals = dict.fromkeys(["loss", *weights], 0.0)
         lengths = [len(sequence.ids) for sequence in sequences]
         for part in micro_batches(lengths, self.compute.micro_batch_tokens):
             batch = collate([sequences[i] for i in part], self.student.device)
             with autocast(self.compute):
-                with torch.no_grad():
-                    teacher_hidden = counted_hidden(backbone_of(self.teacher), batch)
-                hidden = counted_hidden(backbone_of(self.student), batch)
-                cross_entropy, kl = distillation_terms(
-                    hidden, head_of(self.student), teacher_hidden, head_of(self.teacher), batch.targets
-                )
-            ce, kl_mean = cross_entropy.sum() / tokens, kl.sum() / tokens
-            loss = self.config.ce_weight * ce + self.config.kl_weight * kl_mean
-            loss.backward()
-            for key, value in (("loss", loss), ("ce", ce), ("kl", kl_mean)):
-                totals[key] += value.item()
+                terms = {name: values.sum() / tokens for name, values in self._terms(batch).items()}
+            loss = sum((weights[name] * terms[name] for name in weights), torch.tensor(0.0))
+            if then:
+                then(loss)
+            for name, value in (("loss", loss), *terms.items()):
+                totals[name] += value.item()
         return totals
+
+    def _weights(self) -> dict[str, float]:
+        """What each term counts in the loss."""
+        if self.recipe.objective == "kd":
+            return {"ce": self.config.ce_weight, "divergence": self.config.kl_weight}
+        return {"ce": 1.0} if self.recipe.objective == "ce" else {"ce": 0.0, "divergence": 1.0}
+
+    def _terms(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
+        """Cross-entropy and, with a teacher, divergence of every counted token, [N] each."""
+        hidden = counted_hidden(backbone_of(self.student), batch)
+        if self.teacher is None:
+            return {"ce": -token_logprobs(hidden, head_of(self.student), batch.targets)[0]}
+        with torch.no_grad():
+            teacher_hidden = counted_hidden(backbone_of(self.teacher), batch)
+        cross_entropy, divergence = distillation_terms(
+            hidden,
+            head_of(self.student),
+            teacher_hidden,
+            head_of(self.teacher),
+            batch.targets,
+            self._divergence(),
+        )
+        return {"ce": cross_entropy, "divergence": divergence}
+
+    def _divergence(self) -> Divergence:
+        match self.recipe.objective:
+            case "taid":
+                return partial(divergences.taid, t=self.taid.t)
+            case "skew_kl":
+                return partial(divergences.skew_kl, alpha=self.config.skew)
+            case "skew_reverse_kl":
+                return partial(divergences.skew_reverse_kl, alpha=self.config.skew)
+            case "reverse_kl":
+                return divergences.reverse_kl
+            case "jsd":
+                return partial(divergences.generalized_jsd, beta=self.config.jsd_beta)
+        return divergences.forward_kl

@@ -6,10 +6,11 @@ import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from dgpo_core.config.training import ComputeConfig, Recipe, ReinforceConfig
+from dgpo_core.config.recipes import Reinforcement
+from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.objectives import rewards as reward_functions
 from dgpo_core.objectives.logprobs import reverse_kl, token_logprobs
-from dgpo_core.objectives.policy import explained_variance, gae, whiten
+from dgpo_core.objectives.policy import explained_variance, gae, group_advantages, whiten
 from dgpo_core.protocol.episode import Ending, Episode, Owner
 from dgpo_core.training.batches import (
     Sequence,
@@ -33,7 +34,9 @@ class Experience:
     """One entry an episode; tensors [model tokens of the episode] unless said otherwise.
 
     `value_sequences`, `values` and `returns` cover the tokens of `gae_scope`: the model's, or all of the
-    response. `kl` is the estimate against the reference, nats, zero where the gate is closed.
+    response; GRPO has none. `kl` is the estimate against the reference, nats, zero where the gate is closed;
+    `kl_outside` the same for some of the episodes where it is closed. `reference` are the reference's
+    log-probabilities where the gate is open and the KL belongs into the loss (GRPO).
     """
 
     sequences: list[Sequence]
@@ -45,27 +48,79 @@ class Experience:
     kl: Tensors
     rewards: Tensors
     gated: list[bool]
+    kl_outside: Tensors
+    reference: list[torch.Tensor | None]
 
 
 @dataclass
 class ExperienceMaker:
     student: PreTrainedModel
     reference: PreTrainedModel | None
-    critic: Critic
-    recipe: Recipe
+    critic: Critic | None
+    recipe: Reinforcement
     config: ReinforceConfig
     compute: ComputeConfig
 
     @torch.no_grad()
     def make(self, episodes: list[Episode]) -> Experience:
         sequences = [model_sequence(episode) for episode in episodes]
-        whole = self.config.gae_scope == "all"
-        value_sequences = [response_sequence(e) for e in episodes] if whole else sequences
         correct = torch.tensor([episode.correct for episode in episodes])
         open_gate = reward_functions.gate(correct, self.recipe.guidance)
         gated = [bool(g) for g in open_gate]
         old = self._old_logprobs(episodes, sequences)
-        kl = self._kl(sequences, old, gated)
+        chosen = [i for i, is_gated in enumerate(gated) if is_gated]
+        closed = [i for i, is_gated in enumerate(gated) if not is_gated][: self.config.audit_episodes]
+        if self.critic is None:
+            return self._relative(episodes, sequences, old, gated, chosen, closed)
+        kl = [torch.zeros_like(logprobs) for logprobs in old]
+        for i, estimate in zip(chosen, self._kl(sequences, old, chosen), strict=True):
+            kl[i] = estimate
+        outside = self._kl(sequences, old, closed)
+        return self._valued(episodes, sequences, old, kl, outside, correct, open_gate)
+
+    def _relative(
+        self,
+        episodes: list[Episode],
+        sequences: list[Sequence],
+        old: Tensors,
+        gated: list[bool],
+        chosen: list[int],
+        closed: list[int],
+    ) -> Experience:
+        """GRPO: an episode's advantage is how much better it is than others of its question."""
+        rewards = torch.tensor([float(episode.correct) for episode in episodes])
+        advantages = group_advantages(rewards, [(e.dataset, e.question_id) for e in episodes])
+        references = dict(zip(chosen, self._reference_logprobs(sequences, chosen), strict=True))
+        outside = zip(closed, self._reference_logprobs(sequences, closed), strict=True)
+        zero = torch.zeros_like
+        return Experience(
+            sequences=sequences,
+            old_logprobs=old,
+            advantages=[torch.full_like(o, float(a)) for o, a in zip(old, advantages, strict=True)],
+            value_sequences=[],
+            values=[],
+            returns=[],
+            kl=[k3(o, references[i]) if i in references else zero(o) for i, o in enumerate(old)],
+            rewards=list(rewards[:, None]),
+            gated=gated,
+            kl_outside=[k3(old[i], reference) for i, reference in outside],
+            reference=[references.get(i) for i in range(len(episodes))],
+        )
+
+    def _valued(
+        self,
+        episodes: list[Episode],
+        sequences: list[Sequence],
+        old: Tensors,
+        kl: Tensors,
+        outside: Tensors,
+        correct: torch.Tensor,
+        open_gate: torch.Tensor,
+    ) -> Experience:
+        """PPO: token rewards with the KL in them, and advantages by the critic's values."""
+        assert self.critic is not None
+        whole = self.config.gae_scope == "all"
+        value_sequences = [response_sequence(e) for e in episodes] if whole else sequences
         values = self._each(value_sequences, self.critic)
         # model tokens among the tokens that have a value
         owned = [
@@ -82,15 +137,17 @@ class ExperienceMaker:
         advantages = whiten(advantages, mask)
         lengths = [len(o) for o in owned]
         return Experience(
-            sequences,
-            old,
-            [a[:n][o] for a, n, o in zip(advantages, lengths, owned, strict=True)],
-            value_sequences,
-            values,
-            [r[:n] for r, n in zip(returns, lengths, strict=True)],
-            kl,
-            [r[:n] for r, n in zip(rewards, lengths, strict=True)],
-            gated,
+            sequences=sequences,
+            old_logprobs=old,
+            advantages=[a[:n][o] for a, n, o in zip(advantages, lengths, owned, strict=True)],
+            value_sequences=value_sequences,
+            values=values,
+            returns=[r[:n] for r, n in zip(returns, lengths, strict=True)],
+            kl=kl,
+            rewards=[r[:n] for r, n in zip(rewards, lengths, strict=True)],
+            gated=[bool(g) for g in open_gate],
+            kl_outside=outside,
+            reference=[None] * len(episodes),
         )
 
     def _old_logprobs(self, episodes: list[Episode], sequences: list[Sequence]) -> Tensors:
@@ -106,24 +163,21 @@ class ExperienceMaker:
         hidden = counted_hidden(backbone_of(model), batch)
         return token_logprobs(hidden, head_of(model), batch.targets, self.config.sampling.temperature)[0]
 
-    def _kl(self, sequences: list[Sequence], old: Tensors, gated: list[bool]) -> Tensors:
-        """KL estimates of the gated episodes: the reference never runs on the others."""
-        kl = [torch.zeros_like(logprobs) for logprobs in old]
-        chosen = [i for i, is_gated in enumerate(gated) if is_gated]
+    def _kl(self, sequences: list[Sequence], old: Tensors, chosen: list[int]) -> Tensors:
+        """KL estimates of the chosen episodes; the reference runs on no others."""
         if not chosen or self.reference is None:
-            return kl
-        selected = [sequences[i] for i in chosen]
+            return []
         if self.config.kl_estimator == "full":
-            estimates = self._each(selected, self._full_kl)
-        else:
-            reference = self._each(selected, lambda batch: self._logprobs(batch, self.reference))
-            estimates = [
-                reward_functions.kl_estimate(old[i], r, self.config.kl_estimator)
-                for i, r in zip(chosen, reference, strict=True)
-            ]
-        for i, estimate in zip(chosen, estimates, strict=True):
-            kl[i] = estimate
-        return kl
+            return self._each([sequences[i] for i in chosen], self._full_kl)
+        return [
+            reward_functions.kl_estimate(old[i], reference, self.config.kl_estimator)
+            for i, reference in zip(chosen, self._reference_logprobs(sequences, chosen), strict=True)
+        ]
+
+    def _reference_logprobs(self, sequences: list[Sequence], chosen: list[int]) -> Tensors:
+        if self.reference is None:
+            return []
+        return self._each([sequences[i] for i in chosen], lambda batch: self._logprobs(batch, self.reference))
 
     def _full_kl(self, batch: TokenBatch) -> torch.Tensor:
         assert self.reference is not None
@@ -146,21 +200,30 @@ class ExperienceMaker:
         return [results[i] for i in range(len(sequences))]
 
 
+def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """GRPO's KL estimate, as in its loss; `k1` there would have no gradient on average."""
+    return reward_functions.kl_estimate(logprobs, reference, "k3")
+
+
 def training_metrics(episodes: list[Episode], experience: Experience) -> dict[str, float]:
-    """What shows collapse: EM, length, invalid actions, searches, KL in the gate, critic's fit."""
+    """What shows collapse: EM, length, invalid actions, searches, KL inside and outside the gate, ..."""
     n = len(episodes)
-    gated_kl = [k for k, is_gated in zip(experience.kl, experience.gated, strict=True) if is_gated]
-    kl_tokens = torch.cat(gated_kl) if gated_kl else torch.zeros(1)
-    return {
+    inside = [k for k, is_gated in zip(experience.kl, experience.gated, strict=True) if is_gated]
+    metrics = {
         "em": sum(e.correct for e in episodes) / n,
         "reward": sum(float(r.sum()) for r in experience.rewards) / n,
-        "kl": float(kl_tokens.mean()),
-        "gated": sum(experience.gated) / n,
         "response_tokens": sum(e.model_tokens for e in episodes) / n,
         "searches": sum(len(e.searches) for e in episodes) / n,
         "hit": sum(e.hit for e in episodes) / n,
         "invalid_actions": sum(e.invalid_actions for e in episodes) / n,
         "well_formed": sum(e.well_formed for e in episodes) / n,
         "no_answer": sum(e.ending is not Ending.ANSWERED for e in episodes) / n,
-        "explained_variance": explained_variance(torch.cat(experience.values), torch.cat(experience.returns)),
     }
+    for name, estimates in (("kl_inside", inside), ("kl_outside", experience.kl_outside)):
+        if estimates:
+            metrics[name] = float(torch.cat(estimates).mean())
+    if experience.values:
+        metrics["explained_variance"] = explained_variance(
+            torch.cat(experience.values), torch.cat(experience.returns)
+        )
+    return metrics

@@ -9,29 +9,17 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dgpo_core.config.training import ComputeConfig, Recipe, ReinforceConfig
-from dgpo_core.protocol.episode import Episode, Outcome
+from dgpo_core.config.recipes import Reinforcement
+from dgpo_core.config.training import ComputeConfig, ReinforceConfig
+from dgpo_core.protocol.episode import Episode
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.critic import Critic
+from dgpo_core.training.episode_sources import Rollout, question_order, without_failed
 from dgpo_core.training.experience import Experience, ExperienceMaker, training_metrics
 from dgpo_core.training.update import Updater
 
 Metrics = dict[str, float]
-Rollout = Callable[[list[int], int], list[Episode]]  # (indices of questions, step) -> episodes
-
-
-def question_order(count: int, batch_size: int, step: int, seed: int) -> list[int]:
-    """Indices of a step's questions: epochs of shuffled questions laid end to end."""
-    places = [divmod(position, count) for position in range(step * batch_size, (step + 1) * batch_size)]
-    orders = {epoch: _shuffled(count, epoch, seed) for epoch in {epoch for epoch, _ in places}}
-    return [orders[epoch][offset] for epoch, offset in places]
-
-
-def _shuffled(count: int, epoch: int, seed: int) -> list[int]:
-    order = list(range(count))
-    random.Random(f"reinforce-{seed}-{epoch}").shuffle(order)
-    return order
 
 
 @dataclass
@@ -40,7 +28,7 @@ class Reinforcer:
 
     student: PreTrainedModel
     reference: PreTrainedModel | None
-    recipe: Recipe
+    recipe: Reinforcement
     config: ReinforceConfig
     compute: ComputeConfig
     seed: int
@@ -56,15 +44,13 @@ class Reinforcer:
         """Rows of metrics, one a step. Resumes from the checkpoint exactly."""
         config = self.config
         torch.manual_seed(self.seed)
-        critic = Critic(self.student)
         actor = self._stepper(self.student, config.actor_learning_rate, config.actor_warmup)
-        critic_stepper = self._stepper(critic, config.critic_learning_rate, config.critic_warmup)
-        parts: dict[str, Any] = {
-            "student": self.student,
-            "critic": critic,
-            "actor": actor,
-            "critic_stepper": critic_stepper,
-        }
+        critic, critic_stepper = None, None
+        parts: dict[str, Any] = {"student": self.student, "actor": actor}
+        if self.recipe.algorithm == "ppo":
+            critic = Critic(self.student)
+            critic_stepper = self._stepper(critic, config.critic_learning_rate, config.critic_warmup)
+            parts |= {"critic": critic, "critic_stepper": critic_stepper}
         rows: list[Metrics] = []
         if state := checkpoint.load():
             rows = state["rows"]
@@ -73,8 +59,7 @@ class Reinforcer:
         maker = ExperienceMaker(self.student, self.reference, critic, self.recipe, config, self.compute)
         updater = Updater(self.student, critic, actor, critic_stepper, config, self.compute)
         for step in range(len(rows), config.steps):
-            chosen = question_order(questions, config.batch_size, step, self.seed)
-            row = self._step(rollout(chosen, step), maker, updater, step)
+            row = self._step(rollout(self._questions(questions, step), step), maker, updater, step)
             if (step + 1) % config.dev_every == 0 or step + 1 == config.steps:
                 row["dev_em"] = evaluate()
             rows.append({"step": step + 1, **row})
@@ -92,12 +77,21 @@ class Reinforcer:
             max_grad_norm=config.max_grad_norm,
         )
 
+    def _questions(self, count: int, step: int) -> list[int]:
+        """Indices of a step's questions; under GRPO each as often as its group has episodes."""
+        config = self.config
+        group = config.group_size if self.recipe.algorithm == "grpo" else 1
+        chosen = question_order(count, config.batch_size // group, step, self.seed)
+        return [question for question in chosen for _ in range(group)]
+
     def _step(self, episodes: list[Episode], maker: ExperienceMaker, updater: Updater, step: int) -> Metrics:
-        usable = [e for e in episodes if e.outcome is not Outcome.FAILED and e.model_tokens]
-        row: Metrics = {"failed": float(sum(e.outcome is Outcome.FAILED for e in episodes))}
+        usable = without_failed(episodes)
+        row: Metrics = {"gate_excluded": 1 - len(usable) / len(episodes)}
         if not usable:  # nothing to learn from: the retriever was down for a whole step
             return row
         experience: Experience = maker.make(usable)
+        row["gate_open"] = sum(experience.gated) / len(episodes)
+        row["gate_closed"] = 1 - row["gate_open"] - row["gate_excluded"]
         row |= training_metrics(usable, experience)
         order = list(range(len(usable)))
         random.Random(f"mini-{self.seed}-{step}").shuffle(order)

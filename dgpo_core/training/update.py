@@ -11,21 +11,21 @@ from dgpo_core.objectives.policy import clipped_surrogate, value_loss
 from dgpo_core.training.batches import backbone_of, collate, counted_hidden, head_of, micro_batches
 from dgpo_core.training.compute import autocast
 from dgpo_core.training.critic import Critic
-from dgpo_core.training.experience import Experience
+from dgpo_core.training.experience import Experience, k3
 from dgpo_core.training.optimizer import Stepper
 
 
 @dataclass
 class Updater:
     student: PreTrainedModel
-    critic: Critic
+    critic: Critic | None
     actor: Stepper
-    critic_stepper: Stepper
+    critic_stepper: Stepper | None
     config: ReinforceConfig
     compute: ComputeConfig
 
     def update(self, experience: Experience, order: list[int]) -> dict[str, float]:
-        """One actor and one critic update a mini-batch; metrics are averages over the updates."""
+        """One actor and, with a critic, one critic update a mini-batch; metrics are averages over them."""
         size = self.config.mini_batch_size
         rows = [self._mini_batch(experience, order[i : i + size]) for i in range(0, len(order), size)]
         return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
@@ -33,8 +33,9 @@ class Updater:
     def _mini_batch(self, experience: Experience, chosen: list[int]) -> dict[str, float]:
         metrics = self._actor_gradient(experience, chosen)
         metrics["actor_grad_norm"] = self.actor.step()
-        metrics["value_loss"] = self._critic_gradient(experience, chosen)
-        metrics["critic_grad_norm"] = self.critic_stepper.step()
+        if self.critic is not None and self.critic_stepper is not None:
+            metrics["value_loss"] = self._critic_gradient(self.critic, experience, chosen)
+            metrics["critic_grad_norm"] = self.critic_stepper.step()
         return metrics
 
     def _actor_gradient(self, experience: Experience, chosen: list[int]) -> dict[str, float]:
@@ -53,6 +54,8 @@ class Updater:
                 )
             losses, clipped = clipped_surrogate(logprobs, old, advantages, self.config.clip)
             loss = losses.sum() / tokens - self.config.entropy_weight * entropy.sum() / tokens
+            guidance = self._guidance(experience, [chosen[i] for i in part], logprobs)
+            loss = loss + self.config.beta * guidance / tokens
             loss.backward()
             totals["policy_loss"] += losses.sum().item() / tokens
             totals["entropy"] += entropy.sum().item() / tokens
@@ -60,7 +63,17 @@ class Updater:
             totals["approx_kl"] += (old - logprobs).sum().item() / tokens
         return totals
 
-    def _critic_gradient(self, experience: Experience, chosen: list[int]) -> float:
+    def _guidance(self, experience: Experience, part: list[int], logprobs: torch.Tensor) -> torch.Tensor:
+        """Sum of the KL estimates that belong into the loss: of gated episodes, under GRPO."""
+        total = logprobs.new_zeros(())
+        own = logprobs.split([len(experience.old_logprobs[i]) for i in part])
+        for i, policy in zip(part, own, strict=True):
+            reference = experience.reference[i]
+            if reference is not None:
+                total = total + k3(policy, reference.to(policy.device)).sum()
+        return total
+
+    def _critic_gradient(self, critic: Critic, experience: Experience, chosen: list[int]) -> float:
         sequences = [experience.value_sequences[i] for i in chosen]
         tokens = sum(len(s.positions) for s in sequences)
         total = 0.0
@@ -69,7 +82,7 @@ class Updater:
             old = _stream(experience.values, chosen, part).to(self.student.device)
             returns = _stream(experience.returns, chosen, part).to(self.student.device)
             with autocast(self.compute):
-                values = self.critic(batch)
+                values = critic(batch)
             losses = value_loss(values, old, returns, self.config.value_clip)
             loss = self.config.value_loss_weight * losses.sum() / tokens
             loss.backward()

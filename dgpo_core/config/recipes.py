@@ -1,0 +1,102 @@
+"""Recipes: how the compared systems are trained, each a line of data (method.md, section 5)."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from dgpo_core.config.base import Section
+
+TABLE = Path(__file__).with_name("recipes.yaml")  # the paper's rows
+STUDENT, TEACHER = "student", "teacher"  # the given models
+
+
+class Distillation(Section):
+    """Training on a teacher's distributions."""
+
+    start: str = Field(description="student, or the recipe whose model is trained further")
+    objective: Literal["kd", "ce", "taid", "skew_kl", "skew_reverse_kl", "reverse_kl", "jsd"] = Field(
+        description="kd: cross-entropy and forward KL (eq. 1); ce: cross-entropy alone"
+    )
+    episodes: Literal["teacher", "student", "mixed"] = Field(
+        "teacher", description="whose; mixed: DistiLLM's adaptive choice"
+    )
+    correct_only: bool = Field(True, description="of the teacher's episodes; the student's are all used")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.objective in ("kd", "ce") and self.episodes != "teacher":
+            raise ValueError(
+                f"objective {self.objective} imitates the text of episodes, so they must be the teacher's: "
+                "set episodes: teacher, or another objective"
+            )
+        return self
+
+
+class Reinforcement(Section):
+    """Reinforcement learning, in which a gate decides which episodes are pulled towards a reference."""
+
+    start: str = Field(description="student, or the recipe whose model is trained further")
+    algorithm: Literal["ppo", "grpo"] = "ppo"
+    guidance: Literal["selective", "uniform", "none"] = Field(
+        description="selective: wrong episodes only (eq. 4)"
+    )
+    reference: Literal["teacher", "initial", "none"] = Field(
+        "none", description="initial: the model that RL starts from"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if self.guidance != "none" and self.reference == "none":
+            raise ValueError(f"guidance {self.guidance} needs a reference: teacher or initial")
+        if self.guidance == "none" and self.reference != "none":
+            raise ValueError("a reference is for guidance: set guidance, or reference: none")
+        return self
+
+
+Recipe = Distillation | Reinforcement
+
+
+class Recipes(Section):
+    """The table: name -> recipe."""
+
+    distill: dict[str, Distillation] = Field({}, description="trained by the stage distill")
+    reinforce: dict[str, Reinforcement] = Field({}, description="trained by the stage reinforce")
+
+    @property
+    def all(self) -> dict[str, Recipe]:
+        return {**self.distill, **self.reinforce}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        rows = self.all
+        if twice := self.distill.keys() & self.reinforce.keys():
+            raise ValueError(f"{sorted(twice)} stand under both distill and reinforce")
+        if taken := {STUDENT, TEACHER} & rows.keys():
+            raise ValueError(f"{sorted(taken)} are names of given models")
+        for name, recipe in rows.items():
+            if recipe.start not in (STUDENT, *rows):
+                raise ValueError(
+                    f"{name}.start: there is no {recipe.start!r}, only {STUDENT} and {sorted(rows)}"
+                )
+            path = [name]
+            while (start := rows[path[-1]].start) in rows:
+                if start in path:
+                    raise ValueError(f"{name}.start: a cycle: {' <- '.join([*path, start])}")
+                path.append(start)
+        return self
+
+    def only(self, names: Iterable[str]) -> "Recipes":
+        """The named rows and those that they start from. Raises ValueError for a name that there is not."""
+        rows, wanted = self.all, set()
+        for name in names:
+            while name != STUDENT and name not in wanted:
+                if name not in rows:
+                    raise ValueError(f"there is no recipe {name!r}; there are: {', '.join(rows)}")
+                wanted.add(name)
+                name = rows[name].start
+        return Recipes(
+            distill={name: row for name, row in self.distill.items() if name in wanted},
+            reinforce={name: row for name, row in self.reinforce.items() if name in wanted},
+        )

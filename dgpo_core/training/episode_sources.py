@@ -1,0 +1,149 @@
+"""Where a distillation's episodes come from: the teacher, the student, or both (method.md, section 5)."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from dgpo_core.config.training import DistillConfig
+from dgpo_core.protocol.episode import Episode, Outcome
+from dgpo_core.training.schedules import AdaptiveMixture, ReplayBuffer
+
+Rollout = Callable[[list[int], int], list[Episode]]  # (indices of questions, step) -> episodes of the student
+
+
+def batch_order(count: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
+    """Indices of every batch: a new shuffle each epoch, and no example left out."""
+    batches = []
+    for epoch in range(epochs):
+        order = list(range(count))
+        random.Random(f"distill-{seed}-{epoch}").shuffle(order)
+        batches += [order[i : i + batch_size] for i in range(0, count, batch_size)]
+    return batches
+
+
+def question_order(count: int, batch_size: int, step: int, seed: int) -> list[int]:
+    """Indices of a step's questions: epochs of shuffled questions laid end to end."""
+    places = [divmod(position, count) for position in range(step * batch_size, (step + 1) * batch_size)]
+    orders = {epoch: _shuffled(count, epoch, seed) for epoch in {epoch for epoch, _ in places}}
+    return [orders[epoch][offset] for epoch, offset in places]
+
+
+def _shuffled(count: int, epoch: int, seed: int) -> list[int]:
+    order = list(range(count))
+    random.Random(f"questions-{seed}-{epoch}").shuffle(order)
+    return order
+
+
+class EpisodeSource(Protocol):
+    """Gives each step its episodes; between two looks at the validation questions lie `per_look` steps."""
+
+    steps: int
+    per_look: int
+    held_out: list[Episode]  # for a validation loss, which `looked` is told; may be empty
+
+    def batch(self, step: int) -> list[Episode]: ...
+
+    def looked(self, validation_loss: float) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass
+class TeacherEpisodes:
+    """Epochs over the teacher's episodes."""
+
+    episodes: list[Episode]
+    config: DistillConfig
+    seed: int
+    held_out: list[Episode] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._order = batch_order(len(self.episodes), self.config.batch_size, self.config.epochs, self.seed)
+        self.steps = len(self._order)
+        self.per_look = self.steps // self.config.epochs
+
+    def batch(self, step: int) -> list[Episode]:
+        return [self.episodes[i] for i in self._order[step]]
+
+    def looked(self, validation_loss: float) -> None:
+        """Nothing depends on it here."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is no state: a step's batch depends on its number alone."""
+
+
+class StudentEpisodes:
+    """Fresh episodes of the student at every step: on-policy distillation."""
+
+    held_out: list[Episode]
+
+    def __init__(self, rollout: Rollout, questions: int, config: DistillConfig, seed: int) -> None:
+        self._rollout, self._questions, self._seed = rollout, questions, seed
+        self._batch_size = config.on_policy.batch_size
+        self.steps, self.per_look = config.on_policy.steps, config.on_policy.dev_every
+        self.held_out = []
+
+    def batch(self, step: int) -> list[Episode]:
+        """May be empty: failed episodes teach nothing."""
+        return without_failed(
+            self._rollout(question_order(self._questions, self._batch_size, step, self._seed), step)
+        )
+
+    def looked(self, validation_loss: float) -> None:
+        """Nothing depends on it here."""
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """There is no state: the student's weights and the step's number say everything."""
+
+
+class MixedEpisodes:
+    """DistiLLM: teacher episodes, and more and more of the student's, fresh ones and replayed ones."""
+
+    def __init__(
+        self, episodes: list[Episode], rollout: Rollout, questions: int, config: DistillConfig, seed: int
+    ) -> None:
+        held_out = min(config.distillm.validation, len(episodes) // 10)
+        self.held_out = episodes[:held_out]
+        self._teacher = TeacherEpisodes(episodes[held_out:], config, seed)
+        self._rollout, self._questions, self._seed = rollout, questions, seed
+        self._batch_size = config.batch_size
+        self.steps, self.per_look = self._teacher.steps, self._teacher.per_look
+        settings = config.distillm
+        self.mixture = AdaptiveMixture(settings.start, settings.step_size, settings.tolerance)
+        self._buffer: ReplayBuffer[Episode] = ReplayBuffer(settings.replay)
+
+    def batch(self, step: int) -> list[Episode]:
+        rng = random.Random(f"mixture-{self._seed}-{step}")
+        choice = self.mixture.choose(rng.random(), step, self.steps)
+        if choice == "fresh" or (choice == "replay" and not len(self._buffer)):
+            chosen = question_order(self._questions, self._batch_size, step, self._seed)
+            fresh = without_failed(self._rollout(chosen, step))
+            self._buffer.extend(fresh)
+            return fresh
+        if choice == "replay":
+            return self._buffer.sample(self._batch_size, rng)
+        return self._teacher.batch(step)
+
+    def looked(self, validation_loss: float) -> None:
+        self.mixture.update(validation_loss)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mixture": self.mixture.state_dict(), "buffer": self._buffer.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.mixture.load_state_dict(state["mixture"])
+        self._buffer.load_state_dict(state["buffer"])
+
+
+def without_failed(episodes: list[Episode]) -> list[Episode]:
+    """The episodes from which there is something to learn."""
+    return [e for e in episodes if e.outcome is not Outcome.FAILED and e.model_tokens]
