@@ -61,12 +61,10 @@ def distill(name: str) -> None:
             run.progress(step, steps, **{k: row[k] for k in ("loss", "em") if k in row}, **latest)
             run.metrics(step, row)
 
-        rows = Distiller(student, teacher, recipe, params.distill, params.compute).train(
-            episode_source(params, recipe, loop),
-            Checkpoint(run.state),
-            DevEvaluator(params, loop, params.distill.dev_questions),
-            report,
-        )
+        source = episode_source(params, recipe, loop)
+        dev = DevEvaluator(params, loop, params.distill.dev_questions)
+        distiller = Distiller(student, teacher, recipe, params.distill, params.compute, source)
+        rows = distiller.train(Checkpoint(run.state), dev, report)
         em = rows[-1]["dev_em"]
         if em < params.distill.min_em:
             raise UserError(

@@ -40,15 +40,14 @@ class TaidConfig(Section):
     start: float = Field(0.4, ge=0, le=1)
     end: float = Field(1.0, ge=0, le=1)
     step_size: PositiveFloat = Field(5e-4, description="of the adaptive part of t's growth")
-    momentum: float = Field(0.99, ge=0, lt=1, description="of the relative change of the loss")
+    decay: float = Field(0.99, ge=0, lt=1, description="of the moving average of the loss's relative fall")
 
 
 class DistillmConfig(Section):
     """DistiLLM's adaptive use of student episodes (method.md, section 5)."""
 
-    start: float = Field(0.0, ge=0, le=1, description="phi, the share of batches of student episodes")
-    step_size: PositiveFloat = Field(0.1, description="growth of phi when the validation loss rises")
-    tolerance: NonNegativeFloat = Field(0.1, description="nats by which it must have risen")
+    growth: PositiveFloat = Field(0.1, description="of phi, the share of student batches, at each rise")
+    tolerance: NonNegativeFloat = Field(0.1, description="nats by which the validation loss must have risen")
     replay: PositiveInt = Field(1000, description="student episodes kept for replay")
     validation: PositiveInt = Field(64, description="teacher episodes held out for the validation loss")
 

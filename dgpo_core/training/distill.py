@@ -1,8 +1,7 @@
 """Distillation: the student learns the teacher's distributions on episodes (eq. 1; method.md, section 5)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from dgpo_core.objectives.divergences import Divergence
 from dgpo_core.objectives.logprobs import distillation_terms, token_logprobs
 from dgpo_core.protocol.episode import Episode
 from dgpo_core.training import optimizer as optim
+from dgpo_core.training.adaptive import Interpolation
 from dgpo_core.training.batches import (
     Sequence,
     TokenBatch,
@@ -29,7 +29,6 @@ from dgpo_core.training.batches import (
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.compute import autocast
 from dgpo_core.training.episode_sources import EpisodeSource
-from dgpo_core.training.schedules import TaidSchedule
 
 Metrics = dict[str, float]
 
@@ -55,44 +54,38 @@ class Distiller:
     recipe: Distillation
     config: DistillConfig
     compute: ComputeConfig
-    taid: TaidSchedule = field(init=False)
+    source: EpisodeSource
 
     def __post_init__(self) -> None:
-        settings = self.config.taid
-        self.taid = TaidSchedule(settings.start, settings.end, settings.step_size, settings.momentum)
+        taid = self.config.taid
+        self.taid = Interpolation(self.source.steps, taid.start, taid.end, taid.step_size, taid.decay)
 
     def train(
         self,
-        source: EpisodeSource,
         checkpoint: Checkpoint,
         evaluate: Callable[[], float],
         report: Callable[[int, int, Metrics], None],
     ) -> list[Metrics]:
         """Rows of metrics, one a step; `dev_em` is in the rows of the looks. Resumes if it can."""
-        config = self.config
+        config, source = self.config, self.source
         on_policy = self.recipe.episodes == "student"
+        rate = config.on_policy.learning_rate if on_policy else config.learning_rate
         stepper = optim.Stepper(
-            optim.adamw(
-                list(self.student.parameters()),
-                config.on_policy.learning_rate if on_policy else config.learning_rate,
-                config.weight_decay,
-            ),
+            optim.adamw(list(self.student.parameters()), rate, config.weight_decay),
             schedule=optim.cosine(source.steps, config.warmup_steps),
             max_grad_norm=config.max_grad_norm,
         )
-        parts: dict[str, Any] = {
-            "student": self.student,
-            "stepper": stepper,
-            "source": source,
-            "taid": self.taid,
-        }
+        parts: dict[str, Any] = {"student": self.student, "stepper": stepper, "source": source}
+        parts["taid"] = self.taid
         rows: list[Metrics] = []
         if state := checkpoint.load():
             rows = state["rows"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
+        elif source.held_out:
+            source.looked(self.loss(source.held_out))
         for step in range(len(rows), source.steps):
-            row = self._step(source.batch(step), stepper, step, source.steps)
+            row = self._step(source.batch(step), stepper, step)
             looks = (step + 1) % source.per_look == 0 or step + 1 == source.steps
             if looks:
                 row["dev_em"] = evaluate()
@@ -105,7 +98,7 @@ class Distiller:
                 checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
         return rows
 
-    def _step(self, episodes: list[Episode], stepper: optim.Stepper, step: int, steps: int) -> Metrics:
+    def _step(self, episodes: list[Episode], stepper: optim.Stepper, step: int) -> Metrics:
         if not episodes:  # the retriever was down for a whole step
             return {"episodes": 0.0}
         row = self._accumulate([model_sequence(episode) for episode in episodes])
@@ -113,7 +106,7 @@ class Distiller:
         row["grad_norm"] = stepper.step()
         if self.recipe.objective == "taid":
             row["taid_t"] = self.taid.t
-            self.taid.update(row["loss"], step, steps)
+            self.taid.update(row["loss"], step + 1)
         if self.recipe.episodes != "teacher":
             row["em"] = sum(episode.correct for episode in episodes) / len(episodes)
             row["searches"] = sum(len(episode.searches) for episode in episodes) / len(episodes)
@@ -171,13 +164,13 @@ class Distiller:
     def _divergence(self) -> Divergence:
         match self.recipe.objective:
             case "taid":
-                return partial(divergences.taid, t=self.taid.t)
+                return divergences.taid(self.taid.t)
             case "skew_kl":
-                return partial(divergences.skew_kl, alpha=self.config.skew)
+                return divergences.skew_kl(self.config.skew)
             case "skew_reverse_kl":
-                return partial(divergences.skew_reverse_kl, alpha=self.config.skew)
+                return divergences.skew_reverse_kl(self.config.skew)
             case "reverse_kl":
                 return divergences.reverse_kl
             case "jsd":
-                return partial(divergences.generalized_jsd, beta=self.config.jsd_beta)
+                return divergences.generalized_jsd(self.config.jsd_beta)
         return divergences.forward_kl

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from dgpo_core.config.training import DistillConfig
 from dgpo_core.protocol.episode import Episode, Outcome
-from dgpo_core.training.schedules import AdaptiveMixture, ReplayBuffer
+from dgpo_core.training.adaptive import OffPolicy, ReplayBuffer, Source
 
 Rollout = Callable[[list[int], int], list[Episode]]  # (indices of questions, step) -> episodes of the student
 
@@ -118,29 +118,29 @@ class MixedEpisodes:
         self._batch_size = config.batch_size
         self.steps, self.per_look = self._teacher.steps, self._teacher.per_look
         settings = config.distillm
-        self.mixture = AdaptiveMixture(settings.start, settings.step_size, settings.tolerance)
+        self.off_policy = OffPolicy(self.steps, settings.growth, settings.tolerance)
         self._buffer: ReplayBuffer[Episode] = ReplayBuffer(settings.replay)
 
     def batch(self, step: int) -> list[Episode]:
         rng = random.Random(f"mixture-{self._seed}-{step}")
-        choice = self.mixture.choose(rng.random(), step, self.steps)
-        if choice == "fresh" or (choice == "replay" and not len(self._buffer)):
-            chosen = question_order(self._questions, self._batch_size, step, self._seed)
-            fresh = without_failed(self._rollout(chosen, step))
-            self._buffer.extend(fresh)
-            return fresh
-        if choice == "replay":
-            return self._buffer.sample(self._batch_size, rng)
-        return self._teacher.batch(step)
+        match self.off_policy.source(rng.random(), step + 1, self._buffer.full):
+            case Source.TEACHER:
+                return self._teacher.batch(step)
+            case Source.REPLAY:
+                return self._buffer.sample(self._batch_size, rng)
+        chosen = question_order(self._questions, self._batch_size, step, self._seed)
+        fresh = without_failed(self._rollout(chosen, step))
+        self._buffer.add(fresh)
+        return fresh
 
     def looked(self, validation_loss: float) -> None:
-        self.mixture.update(validation_loss)
+        self.off_policy.validate(validation_loss)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mixture": self.mixture.state_dict(), "buffer": self._buffer.state_dict()}
+        return {"off_policy": self.off_policy.state_dict(), "buffer": self._buffer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.mixture.load_state_dict(state["mixture"])
+        self.off_policy.load_state_dict(state["off_policy"])
         self._buffer.load_state_dict(state["buffer"])
 
 
