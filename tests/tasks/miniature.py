@@ -26,13 +26,14 @@ MINIATURE: dict[str, dict[str, Any]] = {
 }
 
 
-def make_project(folder: Path, **sections: dict[str, Any]) -> None:
+def make_project(folder: Path, recipes: list[str] | None = None, **sections: dict[str, Any]) -> None:
     """Write a params.yaml of the tiny profile, made small, and link the models, into `folder`."""
-    params = resolve_profile(ROOT / "profiles" / "tiny.yaml")
+    params = resolve_profile(ROOT / "profiles" / "tiny.yaml", recipes)
     for name, changes in {**MINIATURE, **sections}.items():
         for key, value in changes.items():
             old = params[name].get(key)
             params[name][key] = {**old, **value} if isinstance(old, dict) else value
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (folder / "models").mkdir()
-    (folder / "models" / "base").symlink_to(ROOT / "models" / "base")
+    for name in ("student", "teacher"):
+        (folder / "models" / name).symlink_to(ROOT / "models" / name)

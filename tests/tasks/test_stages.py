@@ -44,7 +44,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Pat
         reinforce("dgpo")
         for model in MODELS:
             evaluate(model)
-        report(MODELS)
+        report()
     return folder
 
 
@@ -52,7 +52,7 @@ def copy_inputs(finished: Path, folder: Path) -> None:
     """The data and the cold start of a finished project."""
     make_project(folder)
     shutil.copytree(finished / "data", folder / "data")
-    shutil.copytree(finished / paths.cold_start_model("kd"), folder / paths.cold_start_model("kd"))
+    shutil.copytree(finished / paths.MODELS / "kd", folder / paths.MODELS / "kd")
 
 
 def test_teacher_answers_and_only_correct_episodes_are_kept(finished: Path) -> None:
@@ -85,7 +85,7 @@ def test_arcap_measures_every_dimension(finished: Path) -> None:
 def test_models_load_with_plain_transformers(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    for folder in ("models/base/student", "models/recipes/kd", "models/recipes/dgpo"):
+    for folder in ("models/student", "models/kd", "models/dgpo"):
         model = AutoModelForCausalLM.from_pretrained(finished / folder)
         tokenizer = AutoTokenizer.from_pretrained(finished / folder)
         assert model.config.model_type == "qwen2"
@@ -108,15 +108,13 @@ def test_questions_tables_agree_with_episodes(finished: Path) -> None:
     assert [(r["question_id"], r["em"]) for r in table] == [(e.question_id, e.correct) for e in episodes]
 
 
-@pytest.mark.parametrize(
-    ("module", "recipe", "name"), [("distill", "kd", "kd"), ("reinforce", "dgpo", "dgpo")]
-)
+@pytest.mark.parametrize(("module", "recipe"), [("distill", "kd"), ("reinforce", "dgpo")])
 def test_killed_training_continues_to_the_same_model(
-    finished: Path, workplace: Path, module: str, recipe: str, name: str
+    finished: Path, workplace: Path, module: str, recipe: str
 ) -> None:
     copy_inputs(finished, workplace)
     if module == "distill":
-        shutil.rmtree(workplace / paths.RECIPES)
+        shutil.rmtree(workplace / paths.MODELS / "kd")
     command = [sys.executable, "-m", f"tasks.{module}", recipe]
     checkpoint = workplace / ".state" / f"{module}@{recipe}" / "checkpoint.pt"
     killed = subprocess.Popen(command, cwd=workplace)
@@ -124,9 +122,9 @@ def test_killed_training_continues_to_the_same_model(
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
-    assert not (workplace / paths.RECIPES / recipe).exists(), "no half-written output"
+    assert not (workplace / paths.MODELS / recipe).exists(), "no half-written output"
     subprocess.run(command, cwd=workplace, check=True)
-    weights = paths.RECIPES / recipe / "model.safetensors"
+    weights = paths.MODELS / recipe / "model.safetensors"
     assert (workplace / weights).read_bytes() == (finished / weights).read_bytes()
     curves = paths.PLOTS / f"{module}-{recipe}.csv"
     assert (workplace / curves).read_text() == (finished / curves).read_text()
@@ -153,13 +151,13 @@ def test_killed_rollouts_continue_to_the_same_episodes(finished: Path, workplace
 
 def test_min_em_stops_a_weak_cold_start(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace)
-    shutil.rmtree(workplace / paths.RECIPES)
+    shutil.rmtree(workplace / paths.MODELS / "kd")
     params = yaml.safe_load((workplace / "params.yaml").read_text())
     params["distill"] |= {"epochs": 1, "learning_rate": 1e-9, "min_em": 0.9}
     (workplace / "params.yaml").write_text(yaml.safe_dump(params))
     with pytest.raises(UserError, match=r"validation EM 0\.\d+ is below distill\.min_em 0\.9"):
         distill("kd")
-    assert not (workplace / "models/recipes/kd").exists()
+    assert not (workplace / "models/kd").exists()
 
 
 @pytest.mark.parametrize(
@@ -194,7 +192,7 @@ def test_malformed_lines_are_named(finished: Path, workplace: Path) -> None:
 def test_model_without_tokenizer_is_refused(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace)
     teacher = workplace / "models/bare"
-    shutil.copytree((workplace / "models/base/teacher").resolve(), teacher)
+    shutil.copytree((workplace / "models/teacher").resolve(), teacher)
     for file in teacher.glob("tokenizer*"):
         file.unlink()
     params = yaml.safe_load((workplace / "params.yaml").read_text())

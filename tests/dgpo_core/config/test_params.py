@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dgpo_core.config.params import Params, load_params, resolve_profile
+from dgpo_core.config.params import Params, load_params, paper_recipes, resolve_profile
 from dgpo_core.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -16,6 +16,10 @@ def loaded(folder: Path, content: dict[str, Any]) -> Params:
     path = folder / "params.yaml"
     path.write_text(yaml.safe_dump({"profile": "test", **content}))
     return load_params(path)
+
+
+def rl(**rows: dict[str, Any]) -> dict[str, Any]:
+    return {"recipes": {"reinforce": {name: {"start": "student", **row} for name, row in rows.items()}}}
 
 
 @pytest.mark.parametrize(
@@ -42,12 +46,38 @@ def loaded(folder: Path, content: dict[str, Any]) -> Params:
             {"reinforce": {"sampling": {"temperature": 0.0}}},
             "reinforce: sampling.temperature must be above 0",
         ),
-        ({"recipes": {"x": {}}}, "recipes.x: a recipe needs a cold start or reinforcement learning"),
+        (rl(x={"guidance": "uniform"}), "recipes.reinforce.x: guidance uniform needs a reference"),
+        (rl(x={"guidance": "none", "reference": "teacher"}), "recipes.reinforce.x: a reference is for"),
+        (rl(x={"start": "kd", "guidance": "none"}), "recipes: x.start: there is no 'kd', only student"),
         (
-            {"recipes": {"x": {"cold_start": "kd", "guidance": "uniform"}}},
-            "recipes.x: guidance belongs to reinforcement learning",
+            rl(x={"start": "y", "guidance": "none"}, y={"start": "x", "guidance": "none"}),
+            "recipes: x.start: a cycle: x <- y <- x",
         ),
-        ({"recipes": {"teacher": {"cold_start": "kd"}}}, "recipes: ['teacher'] are names of given models"),
+        (rl(teacher={"guidance": "none"}), "recipes: ['teacher'] are names of given models"),
+        (rl(x={"guidance": "none", "algorithm": "a2c"}), "recipes.reinforce.x.algorithm: Input should be"),
+        (
+            {"recipes": {"reinforce": {"x": {"guidance": "none"}}}},
+            "recipes.reinforce.x.start: Field required",
+        ),
+        (
+            {"recipes": {"distill": {"x": {"start": "student", "objective": "kd", "episodes": "student"}}}},
+            "recipes.distill.x: objective kd imitates the text of episodes, so they must be the teacher's",
+        ),
+        (
+            {
+                "recipes": {
+                    "distill": {"x": {"start": "student", "objective": "kd"}},
+                    "reinforce": {"x": {"start": "student", "guidance": "none"}},
+                }
+            },
+            "recipes: ['x'] stand under both distill and reinforce",
+        ),
+        ({"compare": ["student", "dgpo"]}, "compare: there is no 'dgpo', only ['student', 'teacher']"),
+        (
+            rl(x={"guidance": "none", "algorithm": "grpo"})
+            | {"reinforce": {"batch_size": 8, "mini_batch_size": 8}},
+            "reinforce.batch_size: x needs at least two groups of group_size",
+        ),
         ({"questions": {"test": {"a": "squad"}}}, "questions: ['squad'] are none of the paper's data sets"),
         (
             {
@@ -90,10 +120,30 @@ def test_files_that_are_no_mapping(tmp_path: Path, text: str, message: str) -> N
 
 
 def test_recipe_names(tmp_path: Path) -> None:
-    params = loaded(tmp_path, {"recipes": {"kd": {"cold_start": "kd"}}})
-    assert params.recipe("kd").cold_start == "kd"
-    with pytest.raises(UserError, match=r"recipes has no 'dgpo', only \['kd'\]"):
-        params.recipe("dgpo")
+    params = loaded(tmp_path, rl(mine={"guidance": "none"}))
+    assert params.reinforcement("mine").algorithm == "ppo"
+    with pytest.raises(UserError, match=r"recipes\.reinforce has no 'dgpo', only \['mine'\]"):
+        params.reinforcement("dgpo")
+    with pytest.raises(UserError, match=r"recipes\.distill has no 'mine', only \[\]"):
+        params.distillation("mine")
+
+
+def test_rows_of_the_papers_table() -> None:
+    table = paper_recipes(["all"]).all
+    assert set(table) == set(
+        "dgpo ppo sft_ppo kd seqkd gkd kd_gkd distillm taid dgpo_grpo no_cold_start uniform_kl no_teacher "
+        "ppo_kd".split()
+    )
+    chosen = paper_recipes(["ppo_kd", "dgpo"])
+    assert (list(chosen.distill), list(chosen.reinforce)) == (["kd", "ppo_kd"], ["dgpo", "ppo"])
+    with pytest.raises(UserError, match=r"recipes: there is no recipe 'dpo'; there are: kd, seqkd"):
+        paper_recipes(["dpo"])
+
+
+def test_profile_takes_rows_by_name() -> None:
+    resolved = resolve_profile(ROOT / "profiles" / "tiny.yaml", ["taid"])
+    assert list(resolved["recipes"]["distill"]) == ["taid"] and not resolved["recipes"]["reinforce"]
+    assert resolved["compare"] == ["student", "teacher", "taid"]
 
 
 def test_values_cannot_be_changed(tmp_path: Path) -> None:

@@ -149,13 +149,13 @@ def _episode(row: Row) -> Episode:
 
 def _plots() -> dict[str, str]:
     rng = random.Random(0)
-    distill = ["step,loss,ce,kl,grad_norm,dev_em"]
+    distill = ["step,loss,ce,divergence,grad_norm,dev_em"]
     for step in range(1, 301):
         loss = 3 * math.exp(-step / 80) + 0.1 * rng.random()
         dev = 0.5 * (1 - math.exp(-step / 100)) if step % 50 == 0 else ""
         distill.append(f"{step},{loss:.4f},{loss * 0.6:.4f},{loss * 0.4:.4f},{1 + rng.random():.4f},{dev}")
     columns = (
-        "em", "reward", "kl", "response_tokens", "invalid_actions", "searches", "entropy", "clip_fraction",
+        "em", "reward", "kl_inside", "response_tokens", "invalid_actions", "searches", "entropy", "clip_fraction",
         "explained_variance", "actor_grad_norm", "critic_grad_norm",
     )  # fmt: skip
     reinforce = [",".join(["step", *columns, "dev_em"])]

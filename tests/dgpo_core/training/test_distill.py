@@ -1,6 +1,7 @@
 """The cold start: gradients against a loop over single tokens' losses, resuming, vocabularies."""
 
 import random
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from dgpo_core.config.recipes import Distillation
 from dgpo_core.config.training import ComputeConfig, DistillConfig
 from dgpo_core.errors import UserError
 from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.training.batches import model_sequence
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.distill import Distiller, Metrics, batch_order, check_same_vocabulary
+from dgpo_core.training.distill import Distiller, Metrics, check_same_vocabulary
+from dgpo_core.training.episode_sources import TeacherEpisodes
 from tests.dgpo_core.making import random_episode, tiny_model
 
 CONFIG = DistillConfig(epochs=3, batch_size=3, learning_rate=1e-2, ce_weight=0.7, kl_weight=0.4)
@@ -23,6 +26,14 @@ EPISODES = [random_episode(seed) for seed in range(8)]
 
 def compute(tokens: int = 10_000) -> ComputeConfig:
     return ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=tokens)
+
+
+def distiller(
+    student: PreTrainedModel, teacher: PreTrainedModel, tokens: int = 10_000, objective: str = "kd"
+) -> Distiller:
+    recipe = Distillation.model_validate({"start": "student", "objective": objective})
+    source = TeacherEpisodes(EPISODES, CONFIG, seed=0)
+    return Distiller(student, None if objective == "ce" else teacher, recipe, CONFIG, compute(tokens), source)
 
 
 @pytest.fixture
@@ -58,14 +69,12 @@ def reference_losses(
 @pytest.mark.parametrize("tokens", [1, 60, 10_000])
 def test_loss_and_gradient_are_eq_1(models: tuple[PreTrainedModel, PreTrainedModel], tokens: int) -> None:
     student, teacher = models
-    row = Distiller(student, teacher, CONFIG, compute(tokens), 0)._accumulate(
-        [model_sequence(e) for e in EPISODES]
-    )
+    row = distiller(student, teacher, tokens)._accumulate([model_sequence(e) for e in EPISODES])
     found = gradients(student)
     ce, kl = reference_losses(student, teacher, EPISODES)
     (0.7 * ce + 0.4 * kl).backward()
     assert row == pytest.approx(
-        {"loss": (0.7 * ce + 0.4 * kl).item(), "ce": ce.item(), "kl": kl.item()}, rel=1e-4
+        {"loss": (0.7 * ce + 0.4 * kl).item(), "ce": ce.item(), "divergence": kl.item()}, rel=1e-4
     )
     torch.testing.assert_close(found, gradients(student), rtol=1e-3, atol=1e-6)
     assert all(parameter.grad is None for parameter in teacher.parameters())
@@ -75,8 +84,8 @@ def test_text_after_the_last_model_token_changes_nothing(
     models: tuple[PreTrainedModel, PreTrainedModel],
 ) -> None:
     """Information that the model never answered, however long and whatever it says, is no target."""
-    distiller = Distiller(*models, CONFIG, compute(), 0)
-    row = distiller._accumulate([model_sequence(e) for e in EPISODES])
+    made = distiller(*models)
+    row = made._accumulate([model_sequence(e) for e in EPISODES])
     expected = gradients(models[0])
     rng = random.Random(0)
     longer = [
@@ -87,12 +96,12 @@ def test_text_after_the_last_model_token_changes_nothing(
         )
         for e in EPISODES
     ]
-    assert distiller._accumulate([model_sequence(e) for e in longer]) == pytest.approx(row, rel=1e-5)
+    assert made._accumulate([model_sequence(e) for e in longer]) == pytest.approx(row, rel=1e-5)
     torch.testing.assert_close(gradients(models[0]), expected, rtol=1e-3, atol=1e-6)
 
 
 def trained(
-    tokenizer: PreTrainedTokenizerFast, folder: Path, kill_at: int | None = None
+    tokenizer: PreTrainedTokenizerFast, folder: Path, kill_at: int | None = None, objective: str = "kd"
 ) -> tuple[PreTrainedModel, list[Metrics]]:
     student = tiny_model(tokenizer, 1)
     em = iter([0.1, 0.2, 0.3])
@@ -102,19 +111,22 @@ def trained(
         if step == kill_at:
             raise KeyboardInterrupt
 
-    distiller = Distiller(student, tiny_model(tokenizer, 2), CONFIG, compute(), 0)
-    return student, distiller.train(EPISODES, Checkpoint(folder), lambda: next(em), report)
+    made = distiller(student, tiny_model(tokenizer, 2), objective=objective)
+    return student, made.train(Checkpoint(folder), lambda: next(em), report)
 
 
-def test_resumed_run_is_bit_identical(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    whole, rows = trained(tokenizer, tmp_path / "whole")
+@pytest.mark.parametrize("objective", ["kd", "ce", "taid"])
+def test_resumed_run_is_bit_identical(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, objective: str
+) -> None:
+    whole, rows = trained(tokenizer, tmp_path / "whole", objective=objective)
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert [row.get("dev_em") for row in rows] == [None, None, 0.1, None, None, 0.2, None, None, 0.3]
     assert rows[0]["learning_rate"] == 1e-2
     assert rows[-1]["learning_rate"] < 1e-3
     with pytest.raises(KeyboardInterrupt):
-        trained(tokenizer, tmp_path / "killed", kill_at=5)
-    resumed, again = trained(tokenizer, tmp_path / "killed")
+        trained(tokenizer, tmp_path / "killed", kill_at=5, objective=objective)
+    resumed, again = trained(tokenizer, tmp_path / "killed", objective=objective)
     dropped = [{k: v for k, v in row.items() if k != "dev_em"} for row in again]
     assert dropped == [{k: v for k, v in row.items() if k != "dev_em"} for row in rows]
     for name, value in whole.state_dict().items():
@@ -124,15 +136,6 @@ def test_resumed_run_is_bit_identical(tokenizer: PreTrainedTokenizerFast, tmp_pa
 def test_training_learns_the_episodes(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     _, rows = trained(tokenizer, tmp_path)
     assert rows[-1]["ce"] < 0.8 * rows[0]["ce"]
-
-
-def test_batch_order() -> None:
-    batches = batch_order(8, 3, 2, seed=0)
-    assert [len(batch) for batch in batches] == [3, 3, 2, 3, 3, 2]
-    first, second = (sorted(i for b in half for i in b) for half in (batches[:3], batches[3:]))
-    assert first == second == list(range(8))
-    assert batches[:3] != batches[3:]
-    assert batch_order(8, 3, 2, seed=0) == batches != batch_order(8, 3, 2, seed=1)
 
 
 def test_vocabularies(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -145,3 +148,53 @@ def test_vocabularies(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Non
     other.add_tokens(["<other>"])
     with pytest.raises(UserError, match=r"different tokenizers.* id \d+: '<other>' against '<extra>'"):
         check_same_vocabulary(other, longer)
+
+
+REFERENCE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {  # of logits, teacher first
+    "reverse_kl": lambda p, q: kl_divergence(Categorical(logits=q), Categorical(logits=p)),
+    "skew_kl": lambda p, q: kl_divergence(
+        Categorical(logits=p), Categorical(probs=0.1 * p.softmax(-1) + 0.9 * q.softmax(-1))
+    ),
+    "taid": lambda p, q: kl_divergence(Categorical(logits=0.6 * q.detach() + 0.4 * p), Categorical(logits=q)),
+}
+
+
+@pytest.mark.parametrize("objective", list(REFERENCE))
+def test_objectives_of_the_baselines(models: tuple[PreTrainedModel, PreTrainedModel], objective: str) -> None:
+    student, teacher = models
+    row = distiller(student, teacher, 60, objective)._accumulate([model_sequence(e) for e in EPISODES])
+    found = gradients(student)
+    values = []
+    for episode in EPISODES:
+        ids = torch.tensor([episode.token_ids])
+        with torch.no_grad():
+            target = teacher(ids).logits[0]
+        own = student(ids).logits[0]
+        values += [
+            REFERENCE[objective](target[t - 1], own[t - 1])
+            for t, owner in enumerate(episode.owners)
+            if owner == Owner.MODEL
+        ]
+    loss = torch.stack(values).mean()
+    loss.backward()
+    assert row["loss"] == pytest.approx(float(loss), rel=1e-4)
+    torch.testing.assert_close(found, gradients(student), rtol=2e-3, atol=1e-6)
+
+
+def test_validation_loss_steers_the_mixture(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """DistiLLM's mixture hears of the untrained student's loss first, then once an epoch."""
+    heard: list[float] = []
+
+    class Source(TeacherEpisodes):
+        def looked(self, validation_loss: float) -> None:
+            heard.append(validation_loss)
+
+    source = Source(EPISODES[1:], CONFIG, 0, held_out=EPISODES[:1])
+    recipe = Distillation(start="student", objective="skew_kl")
+    student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
+    made = Distiller(student, teacher, recipe, CONFIG, compute(), source)
+    untrained = made.loss(EPISODES[:1])
+    rows = made.train(Checkpoint(tmp_path), lambda: 0.0, lambda *_: None)
+    assert heard[0] == pytest.approx(untrained)
+    assert heard[1:] == [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert len(heard) == 4 and heard[-1] == pytest.approx(made.loss(EPISODES[:1]))

@@ -1,11 +1,14 @@
 """What PPO trains on, against single episodes computed one by one (float32)."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.config.protocol import Sampling
-from dgpo_core.config.training import ComputeConfig, Recipe, ReinforceConfig
+from dgpo_core.config.recipes import Reinforcement
+from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.training.critic import Critic
 from dgpo_core.training.experience import Experience, ExperienceMaker, training_metrics
@@ -26,11 +29,28 @@ def parts(tokenizer: PreTrainedTokenizerFast) -> Parts:
 
 
 def make(
-    parts: Parts, guidance: str = "selective", tokens: int = 10_000, config: ReinforceConfig | None = None
+    parts: Parts,
+    guidance: str = "selective",
+    tokens: int = 10_000,
+    config: ReinforceConfig | None = None,
+    algorithm: str = "ppo",
+    episodes: list[Episode] | None = None,
 ) -> Experience:
-    recipe = Recipe.model_validate({"rl": "ppo", "guidance": guidance})
+    reference = "none" if guidance == "none" else "teacher"
+    recipe = Reinforcement.model_validate(
+        {"start": "student", "algorithm": algorithm, "guidance": guidance, "reference": reference}
+    )
     compute = ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=tokens)
-    return ExperienceMaker(*parts, recipe, config or ReinforceConfig(beta=0.1), compute).make(EPISODES)
+    student, teacher, critic = parts
+    maker = ExperienceMaker(
+        student,
+        None if guidance == "none" else teacher,
+        critic if algorithm == "ppo" else None,
+        recipe,
+        config or ReinforceConfig(beta=0.1),
+        compute,
+    )
+    return maker.make(episodes or EPISODES)
 
 
 def own_logprobs(model: PreTrainedModel, episode: Episode, temperature: float = 1.0) -> torch.Tensor:
@@ -77,7 +97,7 @@ def test_reference_runs_only_on_gated_episodes(parts: Parts, guidance: str, runs
     parts[1].base_model.register_forward_hook(
         lambda module, args, kwargs, output: seen.append(len(kwargs["input_ids"])), with_kwargs=True
     )
-    experience = make(parts, guidance)
+    experience = make(parts, guidance, config=ReinforceConfig(audit_episodes=0))
     assert sum(seen) == sum(experience.gated) == runs
     for kl, gated in zip(experience.kl, experience.gated, strict=True):
         assert bool(kl.any()) == gated
@@ -137,11 +157,49 @@ def test_training_metrics(parts: Parts) -> None:
     experience = make(parts)
     metrics = training_metrics(EPISODES, experience)
     assert metrics["em"] == pytest.approx(3 / 7)
-    assert metrics["gated"] == pytest.approx(4 / 7)
     assert metrics["reward"] == pytest.approx(sum(float(r.sum()) for r in experience.rewards) / 7)
     gated = torch.cat([k for k, g in zip(experience.kl, experience.gated, strict=True) if g])
-    assert metrics["kl"] == pytest.approx(float(gated.mean()))
+    assert metrics["kl_inside"] == pytest.approx(float(gated.mean()))
     assert metrics["response_tokens"] == pytest.approx(sum(e.model_tokens for e in EPISODES) / 7)
     returns, values = torch.cat(experience.returns), torch.cat(experience.values)
     expected = 1 - float((returns - values).var() / returns.var())
     assert metrics["explained_variance"] == pytest.approx(expected, abs=1e-5)
+
+
+def test_audit_measures_some_closed_episodes_and_changes_nothing(parts: Parts) -> None:
+    student, teacher, _ = parts
+    audited, plain = (make(parts, config=ReinforceConfig(beta=0.1, audit_episodes=n)) for n in (2, 0))
+    correct = [episode for episode in EPISODES if episode.correct][:2]
+    for kl, episode in zip(audited.kl_outside, correct, strict=True):
+        close(kl, own_logprobs(student, episode) - own_logprobs(teacher, episode))
+    assert plain.kl_outside == [] and "kl_outside" not in training_metrics(EPISODES, plain)
+    measured = training_metrics(EPISODES, audited)["kl_outside"]
+    assert measured == pytest.approx(float(torch.cat(audited.kl_outside).mean()))
+    for name in ("advantages", "returns", "kl", "rewards"):
+        close(torch.cat(getattr(audited, name)), torch.cat(getattr(plain, name)))
+
+
+def test_grpo_compares_episodes_of_one_question(parts: Parts) -> None:
+    student, teacher, _ = parts
+    names = ["a", "a", "b", "a", "b", "b", "c"]
+    episodes = [replace(e, question_id=name) for e, name in zip(EPISODES, names, strict=True)]
+    experience = make(parts, algorithm="grpo", episodes=episodes)
+    rewards = torch.tensor([float(e.correct) for e in episodes])
+    for i, episode in enumerate(episodes):
+        group = rewards[[name == names[i] for name in names]]
+        expected = 0.0 if len(group) == 1 else (rewards[i] - group.mean()) / (group.std() + 1e-6)
+        close(experience.advantages[i], torch.full((episode.model_tokens,), float(expected)))
+        reference = experience.reference[i]
+        if episode.correct:
+            assert reference is None and not experience.kl[i].any()
+        else:
+            assert reference is not None
+            close(reference, own_logprobs(teacher, episode))
+            gap = own_logprobs(teacher, episode) - own_logprobs(student, episode)
+            close(experience.kl[i], gap.exp() - gap - 1)
+    assert experience.values == [] and "explained_variance" not in training_metrics(episodes, experience)
+
+
+def test_same_question_of_two_data_sets_is_two_groups(parts: Parts) -> None:
+    two = [replace(EPISODES[i], question_id="q", dataset=name) for i, name in ((0, "x"), (1, "x"), (2, "y"))]
+    assert not make(parts, algorithm="grpo", episodes=two).advantages[2].any()

@@ -73,7 +73,7 @@ def test_folders_without_their_parts(model: PreTrainedModel, tmp_path: Path) -> 
         load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("source", ["models/base/absent", "./absent", "/absent"])
+@pytest.mark.parametrize("source", ["models/absent", "./absent", "/absent"])
 def test_missing_folder_is_not_looked_for_on_the_hub(source: str) -> None:
     for load in (load_model, load_tokenizer):
         with pytest.raises(UserError, match="there is no such model folder"):

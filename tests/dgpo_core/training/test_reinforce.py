@@ -9,10 +9,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.config.training import ComputeConfig, Recipe, ReinforceConfig
+from dgpo_core.config.recipes import Reinforcement
+from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.protocol.episode import Episode, Outcome
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.reinforce import Metrics, Reinforcer, question_order
+from dgpo_core.training.reinforce import Metrics, Reinforcer
 from tests.dgpo_core.making import random_episode, tiny_model
 
 CONFIG = ReinforceConfig(
@@ -29,7 +30,7 @@ def rollout(chosen: list[int], step: int) -> list[Episode]:
 
 
 def trained(
-    tokenizer: PreTrainedTokenizerFast, folder: Path, kill_at: int | None = None
+    tokenizer: PreTrainedTokenizerFast, folder: Path, kill_at: int | None = None, algorithm: str = "ppo"
 ) -> tuple[PreTrainedModel, list[Metrics], list[int]]:
     student = tiny_model(tokenizer, 1)
     reported: list[int] = []
@@ -40,25 +41,33 @@ def trained(
             raise KeyboardInterrupt
         reported.append(step)
 
-    recipe = Recipe(rl="ppo", guidance="selective")
+    recipe = Reinforcement.model_validate(
+        {"start": "student", "algorithm": algorithm, "guidance": "selective", "reference": "teacher"}
+    )
     trainer = Reinforcer(student, tiny_model(tokenizer, 2), recipe, CONFIG, COMPUTE, 3)
     return student, trainer.train(20, rollout, Checkpoint(folder), lambda: 0.25, report), reported
 
 
-def test_resumed_run_is_bit_identical(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    whole, rows, _ = trained(tokenizer, tmp_path / "whole")
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_resumed_run_is_bit_identical(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str
+) -> None:
+    whole, rows, _ = trained(tokenizer, tmp_path / "whole", algorithm=algorithm)
     with pytest.raises(KeyboardInterrupt):
-        trained(tokenizer, tmp_path / "killed", kill_at=4)
+        trained(tokenizer, tmp_path / "killed", kill_at=4, algorithm=algorithm)
     random.seed(5)
     torch.manual_seed(99)  # a new process has another state of the global generators
-    resumed, again, reported = trained(tokenizer, tmp_path / "killed")
+    resumed, again, reported = trained(tokenizer, tmp_path / "killed", algorithm=algorithm)
     assert reported == [3, 4, 5]
     assert again == rows
     for name, value in whole.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
     assert [row.get("dev_em") for row in rows] == [None, 0.25, None, 0.25, 0.25]
-    assert {row["failed"] for row in rows} == {1.0}
+    for row in rows:
+        assert row["gate_excluded"] == pytest.approx(1 / (6 if algorithm == "ppo" else 5))
+        assert row["gate_open"] + row["gate_closed"] + row["gate_excluded"] == pytest.approx(1)
+    assert ("value_loss" in rows[0]) == ("explained_variance" in rows[0]) == (algorithm == "ppo")
     assert any(row["actor_grad_norm"] > 0 for row in rows)
 
 
@@ -67,7 +76,8 @@ def steps(
 ) -> tuple[PreTrainedModel, list[Metrics]]:
     student = tiny_model(tokenizer, 1)
     config = CONFIG.model_copy(update={"steps": 1, "mini_batch_size": 6})
-    trainer = Reinforcer(student, None, Recipe(rl="ppo"), config, COMPUTE, 3)
+    recipe = Reinforcement(start="student", guidance="none")
+    trainer = Reinforcer(student, None, recipe, config, COMPUTE, 3)
     return student, trainer.train(20, lambda *_: episodes, Checkpoint(folder), lambda: 0.0, lambda *_: None)
 
 
@@ -76,7 +86,9 @@ def test_failed_episodes_are_not_learned_from(tokenizer: PreTrainedTokenizerFast
     failed = replace(random_episode(9, correct=False), outcome=Outcome.FAILED)
     first, rows = steps(tokenizer, tmp_path / "a", good)
     second, others = steps(tokenizer, tmp_path / "b", [*good, failed])
-    assert others == [{**rows[0], "failed": 1.0}]
+    gate = {"gate_excluded": 0.2, "gate_open": 0.0, "gate_closed": 0.8}
+    assert rows == [{**rows[0], "gate_excluded": 0.0, "gate_open": 0.0, "gate_closed": 1.0}]
+    assert others == [pytest.approx({**rows[0], **gate})]
     assert all(torch.equal(second.state_dict()[n], v) for n, v in first.state_dict().items())
     start = tiny_model(tokenizer, 1).state_dict()
     assert not torch.equal(first.state_dict()["lm_head.weight"], start["lm_head.weight"])
@@ -89,16 +101,14 @@ def test_step_without_usable_episodes_changes_nothing(
     silent = random_episode(1, correct=False)
     silent = replace(silent, token_ids=[1, 2], owners=[0, 0], logprobs=[0.0, 0.0])
     student, rows = steps(tokenizer, tmp_path, [failed, silent])
-    assert rows == [{"step": 1, "failed": 1.0, "dev_em": 0.0}]
+    assert rows == [{"step": 1, "gate_excluded": 1.0, "dev_em": 0.0}]
     start = tiny_model(tokenizer, 1).state_dict()
     assert all(torch.equal(student.state_dict()[n], v) for n, v in start.items())
 
 
-def test_questions_come_in_shuffled_epochs() -> None:
-    drawn = [i for step in range(10) for i in question_order(7, 5, step, seed=1)]
-    epochs = [drawn[start : start + 7] for start in range(0, 49, 7)]
-    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
-    assert len({tuple(epoch) for epoch in epochs}) == 7
-    assert question_order(7, 5, 3, seed=1) == drawn[15:20]
-    assert question_order(7, 5, 3, seed=2) != drawn[15:20]
-    assert Counter(question_order(3, 9, 0, seed=1)) == {0: 3, 1: 3, 2: 3}
+def test_grpo_asks_each_question_as_often_as_its_group_is_large(tokenizer: PreTrainedTokenizerFast) -> None:
+    recipe = Reinforcement(start="student", algorithm="grpo", guidance="none")
+    config = ReinforceConfig(batch_size=12, mini_batch_size=6, group_size=5)
+    trainer = Reinforcer(tiny_model(tokenizer, 1), None, recipe, config, COMPUTE, 3)
+    asked = trainer._questions(20, step=0)
+    assert len(asked) == 10 and set(Counter(asked).values()) == {5}

@@ -38,6 +38,8 @@ def made_up(scope: str = "model_tokens") -> Experience:
         draw(own),
         draw(whole),
         [True] * 6,
+        [],
+        [None] * 6,
     )
 
 
@@ -53,6 +55,11 @@ def updater(tokenizer: PreTrainedTokenizerFast, tokens: int = 10_000, mini_batch
     config = ReinforceConfig(batch_size=mini_batch, mini_batch_size=mini_batch, entropy_weight=0.05)
     compute = ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=tokens)
     return Updater(student, critic, steppers[0], steppers[1], config, compute)
+
+
+def critic_of(made: Updater) -> Critic:
+    assert made.critic is not None
+    return made.critic
 
 
 def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -92,21 +99,21 @@ def test_actor_gradient_is_eq_2(tokenizer: PreTrainedTokenizerFast, tokens: int)
 @pytest.mark.parametrize("tokens", [1, 10_000])
 def test_critic_gradient(tokenizer: PreTrainedTokenizerFast, tokens: int, scope: str) -> None:
     made, experience = updater(tokenizer, tokens), made_up(scope)
-    reported = made._critic_gradient(experience, CHOSEN)
-    found = gradients(made.critic)
+    reported = made._critic_gradient(critic_of(made), experience, CHOSEN)
+    found = gradients(critic_of(made))
     losses = []
     for i in CHOSEN:
         sequence = experience.value_sequences[i]
-        states = made.critic.backbone(input_ids=torch.tensor([sequence.ids])).last_hidden_state[0]
+        states = critic_of(made).backbone(input_ids=torch.tensor([sequence.ids])).last_hidden_state[0]
         for place, position in enumerate(sequence.positions):
-            value = made.critic.head(states[position - 1])[0]
+            value = critic_of(made).head(states[position - 1])[0]
             old, target = experience.values[i][place], experience.returns[i][place]
             clipped = old + (value - old).clamp(-0.5, 0.5)
             losses.append(torch.maximum((value - target) ** 2, (clipped - target) ** 2))
     loss = 0.5 * torch.stack(losses).mean()
     loss.backward()
     assert reported == pytest.approx(float(loss), rel=1e-4)
-    torch.testing.assert_close(found, gradients(made.critic), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found, gradients(critic_of(made)), rtol=1e-3, atol=1e-6)
 
 
 def test_update_steps_once_a_mini_batch(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -114,12 +121,13 @@ def test_update_steps_once_a_mini_batch(tokenizer: PreTrainedTokenizerFast) -> N
     before = {name: value.clone() for name, value in made.student.state_dict().items()}
     metrics = made.update(experience, [5, 4, 3, 2, 1, 0])
     for stepper in (made.actor, made.critic_stepper):
+        assert stepper is not None
         ((_, schedule),) = stepper.state_dict()["parts"]
         assert schedule["last_epoch"] == 2
     names = "policy_loss entropy clip_fraction approx_kl actor_grad_norm value_loss critic_grad_norm"
     assert set(metrics) == set(names.split())
     assert any(not torch.equal(before[name], value) for name, value in made.student.state_dict().items())
-    assert all(p.grad is None for p in [*made.student.parameters(), *made.critic.parameters()])
+    assert all(p.grad is None for p in [*made.student.parameters(), *critic_of(made).parameters()])
 
 
 def test_policy_moves_towards_what_paid(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -142,3 +150,32 @@ def test_policy_moves_towards_what_paid(tokenizer: PreTrainedTokenizerFast) -> N
         made.update(better, list(range(6)))
     assert likelihood(range(3)) > good
     assert likelihood(range(3, 6)) < bad
+
+
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_grpo_has_k3_of_gated_episodes_in_its_loss(tokenizer: PreTrainedTokenizerFast, tokens: int) -> None:
+    made, experience = updater(tokenizer, tokens), made_up()
+    made.critic = made.critic_stepper = None
+    made.config = made.config.model_copy(update={"beta": 0.3, "entropy_weight": 0.0})
+    generator = torch.Generator().manual_seed(2)
+    references: list[torch.Tensor | None] = [
+        torch.randn(len(old), generator=generator) - 6.5 if i % 2 else None
+        for i, old in enumerate(experience.old_logprobs)
+    ]
+    made._actor_gradient(experience, CHOSEN)
+    plain = gradients(made.student)
+    made._actor_gradient(replace(experience, reference=references), CHOSEN)
+    guided = gradients(made.student)
+    terms, count = [], 0
+    for i in CHOSEN:
+        sequence, reference = experience.sequences[i], references[i]
+        count += len(sequence.positions)
+        if reference is None:
+            continue
+        table = made.student(torch.tensor([sequence.ids])).logits[0].log_softmax(-1)
+        own = torch.stack([table[p - 1, sequence.ids[p]] for p in sequence.positions])
+        gap = reference - own
+        terms.append((gap.exp() - gap - 1).sum())
+    (0.3 * torch.stack(terms).sum() / count).backward()
+    difference = [a - b for a, b in zip(guided, plain, strict=True)]
+    torch.testing.assert_close(difference, gradients(made.student), rtol=1e-3, atol=1e-5)

@@ -1,0 +1,101 @@
+"""Where a distillation's episodes come from: order, failed episodes, replay, and going on after a kill."""
+
+import random
+from collections import Counter
+from dataclasses import replace
+
+import pytest
+
+from dgpo_core.config.training import DistillConfig, DistillmConfig, OnPolicyConfig
+from dgpo_core.protocol.episode import Episode, Outcome
+from dgpo_core.training.episode_sources import (
+    MixedEpisodes,
+    StudentEpisodes,
+    TeacherEpisodes,
+    batch_order,
+    question_order,
+)
+from tests.dgpo_core.making import random_episode
+
+TEACHER = [random_episode(seed) for seed in range(40)]
+CONFIG = DistillConfig(
+    epochs=3,
+    batch_size=4,
+    on_policy=OnPolicyConfig(steps=6, batch_size=5, dev_every=2),
+    distillm=DistillmConfig(growth=0.5, tolerance=0.0, replay=8, validation=64),
+)
+
+
+def rollout(chosen: list[int], step: int) -> list[Episode]:
+    """The student's episodes, the first one failed."""
+    made = [random_episode(1000 * step + i) for i in chosen]
+    return [replace(made[0], outcome=Outcome.FAILED), *made[1:]]
+
+
+def test_batch_order() -> None:
+    batches = batch_order(8, 3, 2, seed=0)
+    assert [len(batch) for batch in batches] == [3, 3, 2, 3, 3, 2]
+    first, second = (sorted(i for b in half for i in b) for half in (batches[:3], batches[3:]))
+    assert first == second == list(range(8))
+    assert batches[:3] != batches[3:]
+    assert batch_order(8, 3, 2, seed=0) == batches != batch_order(8, 3, 2, seed=1)
+
+
+def test_questions_come_in_shuffled_epochs() -> None:
+    drawn = [i for step in range(10) for i in question_order(7, 5, step, seed=1)]
+    epochs = [drawn[start : start + 7] for start in range(0, 49, 7)]
+    assert all(sorted(epoch) == list(range(7)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 7
+    assert question_order(7, 5, 3, seed=1) == drawn[15:20]
+    assert question_order(7, 5, 3, seed=2) != drawn[15:20]
+    assert Counter(question_order(3, 9, 0, seed=1)) == {0: 3, 1: 3, 2: 3}
+
+
+def test_teacher_episodes_are_cut_into_epochs() -> None:
+    source = TeacherEpisodes(TEACHER, CONFIG, seed=0)
+    assert (source.steps, source.per_look, source.held_out) == (30, 10, [])
+    epoch = [episode.question_id for step in range(10) for episode in source.batch(step)]
+    assert sorted(epoch) == sorted(episode.question_id for episode in TEACHER)
+
+
+def test_students_episodes_are_fresh_and_failed_ones_are_left_out() -> None:
+    source = StudentEpisodes(rollout, 20, CONFIG, seed=0)
+    assert (source.steps, source.per_look) == (6, 2)
+    first, second = (source.batch(step) for step in (0, 1))
+    assert len(first) == len(second) == 4
+    assert not {e.question_id for e in first} & {e.question_id for e in second}
+    assert all(episode.outcome is not Outcome.FAILED for episode in [*first, *second])
+
+
+def test_mixture_starts_with_the_teacher_and_moves_to_the_student() -> None:
+    source = MixedEpisodes(TEACHER, rollout, 20, CONFIG, seed=0)
+    assert source.held_out == TEACHER[:4]  # a tenth, where that is less than distillm.validation
+    assert source.steps == 27
+    assert all(e in TEACHER[4:] for step in range(9) for e in source.batch(step))
+    for loss in (1.0, 1.1, 1.2):  # the first is the untrained student's, then it rises twice
+        source.looked(loss)
+    assert source.off_policy.phi == 1
+    late = [source.batch(step) for step in range(9, 27)]
+    assert not any(e in TEACHER for batch in late for e in batch)
+    assert {len(batch) for batch in late} <= {3, 4}
+    seen = Counter(e.question_id for batch in late for e in batch)
+    assert max(seen.values()) > 1, "nothing was replayed"
+
+
+@pytest.mark.parametrize("killed_at", [3, 15, 22])
+def test_mixture_continues_exactly(killed_at: int) -> None:
+    def run(source: MixedEpisodes, first: int, last: int) -> list[list[Episode]]:
+        batches = []
+        for step in range(first, last):
+            batches.append(source.batch(step))
+            if step % 5 == 0:
+                source.looked(1.0 + step / 10)
+        return batches
+
+    whole = run(MixedEpisodes(TEACHER, rollout, 20, CONFIG, seed=2), 0, 27)
+    killed = MixedEpisodes(TEACHER, rollout, 20, CONFIG, seed=2)
+    run(killed, 0, killed_at)
+    random.seed(1)
+    again = MixedEpisodes(TEACHER, rollout, 20, CONFIG, seed=2)
+    again.load_state_dict(killed.state_dict())
+    assert run(again, killed_at, 27) == whole[killed_at:]
