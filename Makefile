@@ -3,7 +3,10 @@ VENV ?= .venv
 MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
 MAX_PARALLEL ?= 1
+REPRODUCE_PARALLEL ?= 2
 PROFILE ?= tiny
+RECIPES ?=
+SEEDS ?= 0 1 2
 PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
@@ -21,7 +24,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help use demo test test-all pipeline serve ui check lint format-check types format base-models clean
+.PHONY: help use demo test test-all pipeline reproduce serve ui check lint format-check types format base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -49,8 +52,8 @@ demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), prin
 	@echo "metrics      dvc metrics show, or mlflow.db by \`make ui\`"
 	@echo "dashboards   make ui: MLflow http://127.0.0.1:$(MLFLOW_PORT), Prefect http://127.0.0.1:$(PREFECT_PORT)"
 
-use: $(VENV)/.installed  ## write params.yaml from a profile: make use PROFILE=tiny
-	$(PY) -m tasks.use $(PROFILE)
+use: $(VENV)/.installed  ## write params.yaml from a profile: make use PROFILE=tiny [RECIPES="kd taid", or all]
+	$(PY) -m tasks.use $(PROFILE) $(RECIPES)
 
 test: $(VENV)/.installed-dev  ## run the tests, without the slow ones
 	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)
@@ -61,6 +64,10 @@ test-all: $(VENV)/.installed-dev  ## run all tests
 pipeline: $(VENV)/.installed  ## run the pipeline as a Prefect flow (starts a server unless one runs, and stops it)
 	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline run --max-parallel $(MAX_PARALLEL)
 	@echo "To look at the run again: make ui"
+
+reproduce: $(VENV)/.installed  ## the paper's whole table: all recipes, SEEDS="0 1 2", report with verdicts (hours)
+	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.reproduce --profile $(PROFILE) \
+		--max-parallel $(REPRODUCE_PARALLEL) $(RECIPES:%=--recipe %) $(SEEDS:%=--seed %)
 
 serve: $(VENV)/.installed  ## wait for pipeline runs that are started from the Prefect dashboard
 	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline serve

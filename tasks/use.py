@@ -14,14 +14,20 @@ PROFILES = Path("profiles")
 
 def use(profile: str, recipes: list[str]) -> None:
     """Write every setting of the profile, resolved; DVC then knows which stages it concerns."""
-    path = PROFILES / f"{profile}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in PROFILES.glob("*.yaml")))
-        raise UserError(f"{path}: no such profile; there are: {known}")
+    path = profile_path(profile)
     text = yaml.safe_dump(resolve_profile(path, recipes), sort_keys=False, allow_unicode=True)
     head = f"# Written by `make use PROFILE={profile}`; edit freely, or use `dvc exp run -S`.\n"
     PARAMS.write_text(head + text)
     print(f"{PARAMS}: profile {profile}{', recipes: ' if recipes else ''}{' '.join(recipes)}")
+
+
+def profile_path(profile: str, root: Path = Path()) -> Path:
+    """Raises UserError with the profiles that there are."""
+    path = root / PROFILES / f"{profile}.yaml"
+    if not path.is_file():
+        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        raise UserError(f"{path}: no such profile; there are: {known}")
+    return path
 
 
 if __name__ == "__main__":

@@ -155,8 +155,8 @@ def _plots() -> dict[str, str]:
         dev = 0.5 * (1 - math.exp(-step / 100)) if step % 50 == 0 else ""
         distill.append(f"{step},{loss:.4f},{loss * 0.6:.4f},{loss * 0.4:.4f},{1 + rng.random():.4f},{dev}")
     columns = (
-        "em", "reward", "kl_inside", "response_tokens", "invalid_actions", "searches", "entropy", "clip_fraction",
-        "explained_variance", "actor_grad_norm", "critic_grad_norm",
+        "em", "reward", "kl_inside", "response_tokens", "invalid_actions", "searches", "entropy",
+        "clip_fraction", "explained_variance", "actor_grad_norm", "critic_grad_norm",
     )  # fmt: skip
     reinforce = [",".join(["step", *columns, "dev_em"])]
     for step in range(1, 81):
