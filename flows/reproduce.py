@@ -1,6 +1,6 @@
 """The paper's comparison: every recipe, several seeds, and a report with a verdict on each of its claims.
 
-    python -m flows.reproduce run --seed 0 --seed 1 [--recipe dgpo ...] [--max-parallel 2]
+    python -m flows.reproduce --seed 0 --seed 1 [--recipe dgpo ...] [--max-parallel 2]
 
 Each seed runs in a git worktree of its own at the current commit (`.runs/<profile>-seed-<n>`, kept), with the
 project's DVC cache: what no seed changes is made once, and a killed run continues where it was.
@@ -23,7 +23,7 @@ from flows.pipeline import PipelineFailed, pipeline
 from tasks.stage import main as run_program
 from tasks.use import profile_path
 
-RUNS, REPORT = Path(".runs"), Path("reports/reproduction")
+RUNS, REPORT = Path(".runs"), Path("reproduction")
 
 
 @flow(name="reproduce", persist_result=False)
