@@ -33,6 +33,7 @@ import tasks
 from dgpo_core.errors import UserError
 from flows.dag import Stage, read_dag
 from flows.process import end_all, run_group
+from tasks.preflight import preflight
 from tasks.progress import duration
 from tasks.show import RESULTS, load_results, markdown
 from tasks.stage import FAILURE, STATE
@@ -103,6 +104,7 @@ def pipeline(
     if max_parallel < 1:
         raise UserError(f"max_parallel must be at least 1, not {max_parallel}")
     root = root.resolve()
+    preflight(root)
     stages = read_dag(root, targets)
     parent = Pipeline("pipeline", {"flow": "prefect"})
     if parent.run_id:

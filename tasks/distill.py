@@ -11,7 +11,7 @@ from dgpo_core.errors import UserError
 from dgpo_core.protocol.episode import Episode, Outcome, read_episodes
 from dgpo_core.rollout.loop import AgentLoop
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.distill import Distiller, check_same_vocabulary
+from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import (
     EpisodeSource,
     MixedEpisodes,
@@ -19,6 +19,7 @@ from dgpo_core.training.episode_sources import (
     TeacherEpisodes,
 )
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
+from dgpo_core.training.vocabulary import check_same_vocabulary
 from tasks.agents import (
     DevEvaluator,
     agent_loop,

@@ -6,15 +6,25 @@ The same as `dvc repro`, with a run in MLflow above the runs of the stages.
 import os
 import sys
 
+from dgpo_core.errors import UserError
+from tasks.preflight import preflight
 from tasks.process import exit_on_sigterm
 from tasks.tracking import PIPELINE_RUN, Pipeline
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of `dvc repro`. Under a flow, which has opened the pipeline's run, it opens none."""
+    """Exit code of `dvc repro`, or 2 for parameters with which nothing can run.
+
+    Under a flow, which has opened the pipeline's run, it opens none.
+    """
     from dvc.cli import main as dvc
 
     exit_on_sigterm()
+    try:
+        preflight()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if os.environ.get(PIPELINE_RUN):
         return int(dvc(["repro", *arguments]))
     pipeline = Pipeline("pipeline", {"arguments": " ".join(arguments)})

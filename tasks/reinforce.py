@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.distill import check_same_vocabulary
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
 from dgpo_core.training.reinforce import Reinforcer
+from dgpo_core.training.vocabulary import check_same_vocabulary
 from tasks.agents import (
     DevEvaluator,
     agent_loop,

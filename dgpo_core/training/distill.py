@@ -9,7 +9,6 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.config.training import ComputeConfig, DistillConfig
-from dgpo_core.errors import UserError
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
 from dgpo_core.objectives.logprobs import distillation_terms, token_logprobs
@@ -31,18 +30,6 @@ from dgpo_core.training.compute import autocast
 from dgpo_core.training.episode_sources import EpisodeSource
 
 Metrics = dict[str, float]
-
-
-def check_same_vocabulary(student: Any, teacher: Any) -> None:
-    """Raises UserError when the two tokenizers give an id different strings (method.md, section 3)."""
-    first, second = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
-    wrong = min((i for i in first.keys() & second.keys() if first[i] != second[i]), default=None)
-    if wrong is not None:
-        raise UserError(
-            "models: student and teacher have different tokenizers, "
-            "so their distributions cannot be compared; "
-            f"the first difference is id {wrong}: {first[wrong]!r} against {second[wrong]!r}"
-        )
 
 
 @dataclass

@@ -12,7 +12,13 @@ ROOT = Path(__file__).resolve().parents[2]
 MINIATURE: dict[str, dict[str, Any]] = {
     "world": {"passages": 400, "questions": {"train": 48, "dev": 8, "test": 8, "hard": 6}},
     "teach": {"questions": 40, "chunk": 40},
-    "distill": {"epochs": 2, "batch_size": 16, "dev_questions": 8},
+    "distill": {
+        "epochs": 2,
+        "batch_size": 16,
+        "dev_questions": 8,
+        "on_policy": {"steps": 2, "batch_size": 8, "dev_every": 1},
+        "distillm": {"replay": 16, "tolerance": 0.0, "growth": 1.0},
+    },
     "reinforce": {
         "steps": 4,
         "batch_size": 16,

@@ -1,5 +1,6 @@
 """Every stage on a miniature world, with the real models, index, training and report."""
 
+import csv
 import json
 import shutil
 import signal
@@ -14,6 +15,7 @@ import yaml
 
 from dgpo_core.errors import UserError
 from dgpo_core.protocol.episode import read_episodes
+from flows.dag import read_dag
 from tasks import paths
 from tasks.data import generate
 from tasks.distill import distill
@@ -24,7 +26,7 @@ from tasks.reinforce import reinforce
 from tasks.report import report
 from tasks.teach import teach
 from tests.conftest import make_workplace
-from tests.tasks.miniature import make_project
+from tests.tasks.miniature import ROOT, make_project
 
 MODELS = ["student", "teacher", "kd", "dgpo"]
 
@@ -48,9 +50,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Pat
     return folder
 
 
-def copy_inputs(finished: Path, folder: Path) -> None:
+def copy_inputs(finished: Path, folder: Path, recipes: list[str] | None = None) -> None:
     """The data and the cold start of a finished project."""
-    make_project(folder)
+    make_project(folder, recipes)
     shutil.copytree(finished / "data", folder / "data")
     shutil.copytree(finished / paths.MODELS / "kd", folder / paths.MODELS / "kd")
 
@@ -158,6 +160,53 @@ def test_min_em_stops_a_weak_cold_start(finished: Path, workplace: Path) -> None
     with pytest.raises(UserError, match=r"validation EM 0\.\d+ is below distill\.min_em 0\.9"):
         distill("kd")
     assert not (workplace / "models/kd").exists()
+
+
+@pytest.mark.parametrize("recipe", ["seqkd", "taid", "distillm", "kd_gkd"])
+def test_distillations_of_the_papers_table(finished: Path, workplace: Path, recipe: str) -> None:
+    copy_inputs(finished, workplace, recipes=[recipe])
+    distill(recipe)
+    weights = (workplace / paths.MODELS / recipe / "model.safetensors").read_bytes()
+    assert weights != (workplace / "models/student/model.safetensors").read_bytes()
+    rows = list(csv.DictReader((workplace / f"plots/distill-{recipe}.csv").open()))
+    assert all(float(row["loss"]) > 0 for row in rows) and rows[-1]["dev_em"]
+    assert ("divergence" in rows[0]) == (recipe != "seqkd")
+    assert ("taid_t" in rows[0]) == (recipe == "taid")
+    assert ("validation_loss" in rows[-1]) == (recipe == "distillm")
+    assert ("searches" in rows[0]) == (recipe in ("distillm", "kd_gkd"))
+
+
+def test_grpo_stage(finished: Path, workplace: Path) -> None:
+    copy_inputs(finished, workplace, recipes=["dgpo_grpo"])
+    reinforce("dgpo_grpo")
+    rows = list(csv.DictReader((workplace / "plots/reinforce-dgpo_grpo.csv").open()))
+    assert len(rows) == 4 and "value_loss" not in rows[0]
+    shares = [float(row[f"gate_{part}"]) for row in rows for part in ("open", "closed", "excluded")]
+    assert sum(shares) == pytest.approx(4, abs=1e-4)
+
+
+def test_a_new_recipe_is_lines_in_params_yaml(finished: Path, workplace: Path) -> None:
+    """A row that the paper does not have: trained, evaluated, reported, and in DVC's graph."""
+    copy_inputs(finished, workplace)
+    params = yaml.safe_load((workplace / "params.yaml").read_text())
+    row = {"start": "kd", "algorithm": "grpo", "guidance": "uniform", "reference": "initial"}
+    params["recipes"]["reinforce"]["mine"] = row
+    params["compare"] = ["kd", "mine"]
+    (workplace / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    shutil.copytree(finished / "evaluation/kd", workplace / "evaluation/kd")
+    reinforce("mine")
+    evaluate("mine")
+    report()
+    results = json.loads((workplace / "reports/results.json").read_text())
+    assert list(results) == ["kd", "mine"]
+
+    shutil.copy(ROOT / "dvc.yaml", workplace)
+    subprocess.run(["git", "init", "-q"], check=True)
+    subprocess.run(["dvc", "init", "-q"], check=True)
+    stages = read_dag(workplace)
+    assert "distill@kd" in stages["reinforce@mine"].upstream
+    assert stages["evaluate@mine"].upstream[-1] == "reinforce@mine"
+    assert {"evaluate@kd", "evaluate@mine", "reinforce@mine"} <= set(stages["report"].upstream)
 
 
 @pytest.mark.parametrize(

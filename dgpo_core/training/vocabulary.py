@@ -1,0 +1,17 @@
+"""Student and teacher must give each token id the same string (method.md, section 3)."""
+
+from typing import Any
+
+from dgpo_core.errors import UserError
+
+
+def check_same_vocabulary(student: Any, teacher: Any) -> None:
+    """Raises UserError when two tokenizers (with `get_vocab()`) give an id different strings."""
+    first, second = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
+    wrong = min((i for i in first.keys() & second.keys() if first[i] != second[i]), default=None)
+    if wrong is not None:
+        raise UserError(
+            "models: student and teacher have different tokenizers, "
+            "so their distributions cannot be compared; "
+            f"the first difference is id {wrong}: {first[wrong]!r} against {second[wrong]!r}"
+        )
