@@ -9,6 +9,8 @@ from collections.abc import Callable
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from dgpo_core.objectives.divergences import Divergence, forward_kl
+
 CHUNK = 1024  # tokens whose logits exist at one time
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -28,8 +30,7 @@ def token_logprobs(
     """
 
     def terms(part: slice) -> Pair:
-        logits = torch.nn.functional.linear(hidden[part], head).float()
-        logprobs = (logits / temperature).log_softmax(-1)
+        logprobs = _logprobs(hidden[part], head, temperature)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, targets[part, None])[:, 0], entropy
 
@@ -42,23 +43,29 @@ def distillation_terms(
     teacher_hidden: torch.Tensor,
     teacher_head: torch.Tensor,
     targets: torch.Tensor,
+    divergence: Divergence = forward_kl,
+    temperature: float = 1.0,
     chunk: int = CHUNK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the targets and full-vocabulary KL[teacher || student], float32 [N], nats (eq. 1).
+    """Cross-entropy of the targets and full-vocabulary divergence, float32 [N], nats (eq. 1).
 
     The two models may pad their vocabularies differently: both distributions are taken over the shared
-    prefix of ids (method.md, section 3). Differentiable in `hidden` and `head` only.
+    prefix of ids (method.md, section 3), at `temperature`. Differentiable in `hidden` and `head` only.
     """
     shared = min(len(head), len(teacher_head))
 
     def terms(part: slice) -> Pair:
-        student = torch.nn.functional.linear(hidden[part], head[:shared]).float().log_softmax(-1)
+        student = _logprobs(hidden[part], head[:shared], temperature)
         with torch.no_grad():
-            logits = torch.nn.functional.linear(teacher_hidden[part], teacher_head[:shared])
-            teacher = logits.float().log_softmax(-1)
-        return -student.gather(-1, targets[part, None])[:, 0], forward_kl(teacher, student)
+            teacher = _logprobs(teacher_hidden[part], teacher_head[:shared], temperature)
+        return -student.gather(-1, targets[part, None])[:, 0], divergence(teacher, student)
 
     return _in_chunks(terms, len(targets), chunk, hidden)
+
+
+def _logprobs(hidden: torch.Tensor, head: torch.Tensor, temperature: float) -> torch.Tensor:
+    logits = torch.nn.functional.linear(hidden, head).float()
+    return (logits / temperature).log_softmax(-1)
 
 
 def _in_chunks(terms: Callable[[slice], Pair], count: int, chunk: int, like: torch.Tensor) -> Pair:
@@ -69,32 +76,3 @@ def _in_chunks(terms: Callable[[slice], Pair], count: int, chunk: int, like: tor
         empty = like.new_zeros(0, dtype=torch.float32)
         return empty, empty
     return torch.cat([first for first, _ in pieces]), torch.cat([second for _, second in pieces])
-
-
-def forward_kl(teacher_logprobs: torch.Tensor, student_logprobs: torch.Tensor) -> torch.Tensor:
-    """KL[teacher || student] over the last dimension, nats; the teacher gets no gradient."""
-    teacher = teacher_logprobs.detach()
-    return (teacher.exp() * (teacher - student_logprobs)).sum(-1)
-
-
-def reverse_kl(
-    student_hidden: torch.Tensor,
-    student_head: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_head: torch.Tensor,
-    temperature: float = 1.0,
-    chunk: int = CHUNK,
-) -> torch.Tensor:
-    """Full-vocabulary KL[student || teacher] of each token, float32 [N], without gradient (a reward)."""
-    shared = min(len(student_head), len(teacher_head))
-    pieces = []
-    with torch.no_grad():
-        for i in range(0, len(student_hidden), chunk):
-            student, teacher = (
-                (
-                    torch.nn.functional.linear(hidden[i : i + chunk], head[:shared]).float() / temperature
-                ).log_softmax(-1)
-                for hidden, head in ((student_hidden, student_head), (teacher_hidden, teacher_head))
-            )
-            pieces.append(forward_kl(student, teacher))
-    return torch.cat(pieces) if pieces else student_hidden.new_zeros(0, dtype=torch.float32)

@@ -1,8 +1,11 @@
-"""PPO on model tokens: advantages, clipped surrogate, value loss (eq. 2; method.md, section 4).
+"""PPO and GRPO on model tokens: advantages, clipped surrogate, value loss (eq. 2; method.md, section 4).
 
 Shapes: E episodes, T model tokens of the longest one, `mask` [E, T] with 1 on real tokens. Losses are
 returned per token, so that the caller sums them with one denominator however the batch is cut.
 """
+
+from collections import defaultdict
+from collections.abc import Hashable, Sequence
 
 import torch
 
@@ -24,6 +27,24 @@ def gae(
         next_value = present * values[:, t]
         advantages[:, t] = following
     return advantages, (advantages + values) * mask
+
+
+def group_advantages(rewards: torch.Tensor, groups: Sequence[Hashable], eps: float = 1e-6) -> torch.Tensor:
+    """GRPO: (r - mean) / (std + eps) within the episodes of one question, [E] (Shao et al., 2024).
+
+    `rewards` [E]; `groups` has each episode's question. The standard deviation is the unbiased one (n - 1),
+    as in verl and TRL. An episode alone in its group has nothing to be compared with: 0.
+    """
+    members: dict[Hashable, list[int]] = defaultdict(list)
+    for i, group in zip(range(len(rewards)), groups, strict=True):
+        members[group].append(i)
+    advantages = torch.zeros_like(rewards)
+    for chosen in members.values():
+        if len(chosen) > 1:
+            # in float32 the rounding of a mean of equal rewards is not small beside eps
+            own = rewards[chosen].double()
+            advantages[chosen] = ((own - own.mean()) / (own.std() + eps)).to(rewards.dtype)
+    return advantages
 
 
 def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

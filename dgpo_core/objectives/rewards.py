@@ -9,14 +9,17 @@ import torch
 
 Guidance = Literal["selective", "uniform", "none"]
 KlEstimator = Literal["k1", "k2", "k3", "abs", "full"]
-CLAMP = 10.0  # of k3's log-ratio and value, as in the released code
+K3_MAX = 10.0  # of k3's value, as in the released code
+K3_MAX_LOG_RATIO = 20.0  # as in verl: beyond it the value is at its bound, and exp() stays finite
 
 
 def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor, estimator: KlEstimator) -> torch.Tensor:
     """Per-token estimate of KL[policy || reference] from the sampled tokens' log-probabilities, nats.
 
     k1, k2, k3 are Schulman's estimators ("Approximating KL divergence", 2020); `full` is no estimate from
-    samples, and raises ValueError (see `logprobs.reverse_kl`).
+    samples, and raises ValueError (see `divergences.reverse_kl`). Differentiable, for use in a loss: there,
+    on-policy, k1 has an expected gradient of zero, k2 that of KL[policy || reference] and k3 that of
+    KL[reference || policy] (where it is not clamped).
     """
     difference = logprobs - reference
     if estimator == "k1":
@@ -26,8 +29,8 @@ def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor, estimator: KlEs
     if estimator == "abs":
         return difference.abs()
     if estimator == "k3":
-        ratio = (-difference).clamp(-CLAMP, CLAMP)
-        return (ratio.exp() - ratio - 1).clamp(-CLAMP, CLAMP)
+        log_ratio = (-difference).clamp(-K3_MAX_LOG_RATIO, K3_MAX_LOG_RATIO)
+        return (log_ratio.exp() - log_ratio - 1).clamp(max=K3_MAX)
     raise ValueError(f"{estimator!r} needs the whole distributions, not the sampled tokens")
 
 

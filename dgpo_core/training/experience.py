@@ -9,7 +9,8 @@ from transformers import PreTrainedModel
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.objectives import rewards as reward_functions
-from dgpo_core.objectives.logprobs import reverse_kl, token_logprobs
+from dgpo_core.objectives.divergences import reverse_kl
+from dgpo_core.objectives.logprobs import distillation_terms, token_logprobs
 from dgpo_core.objectives.policy import explained_variance, gae, group_advantages, whiten
 from dgpo_core.protocol.episode import Ending, Episode, Owner
 from dgpo_core.training.batches import (
@@ -181,13 +182,15 @@ class ExperienceMaker:
 
     def _full_kl(self, batch: TokenBatch) -> torch.Tensor:
         assert self.reference is not None
-        return reverse_kl(
+        return distillation_terms(
             counted_hidden(backbone_of(self.student), batch),
             head_of(self.student),
             counted_hidden(backbone_of(self.reference), batch),
             head_of(self.reference),
+            batch.targets,
+            reverse_kl,
             self.config.sampling.temperature,
-        )
+        )[1]
 
     def _each(self, sequences: list[Sequence], function) -> Tensors:  # type: ignore[no-untyped-def]
         """Apply a function of a batch -> [N] in micro-batches; one CPU tensor a sequence, in order."""

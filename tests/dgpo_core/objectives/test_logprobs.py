@@ -1,14 +1,27 @@
-"""Chunked log-probabilities and divergences against torch.distributions."""
+"""Chunked log-probabilities and divergences against torch.distributions and TRL."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch.distributions import Categorical, kl_divergence
+from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
-from dgpo_core.objectives.logprobs import distillation_terms, forward_kl, reverse_kl, token_logprobs
+from dgpo_core.objectives.divergences import (
+    Divergence,
+    forward_kl,
+    generalized_jsd,
+    reverse_kl,
+    skew_kl,
+    skew_reverse_kl,
+    taid,
+)
+from dgpo_core.objectives.logprobs import distillation_terms, token_logprobs
 
 N, H, V = 11, 6, 17
+DIVERGENCES = [forward_kl, reverse_kl, generalized_jsd(0.3), skew_kl(0.1), skew_reverse_kl(0.1), taid(0.4)]
+Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -16,7 +29,7 @@ def drawn(*shape: int, seed: int = 0) -> torch.Tensor:
 
 
 @pytest.fixture
-def parts() -> tuple[torch.Tensor, ...]:
+def parts() -> Parts:
     """Hidden states and heads of a student and a teacher (wider, larger vocabulary), and targets."""
     targets = torch.randint(V, (N,), generator=torch.Generator().manual_seed(3))
     return drawn(N, H), drawn(V, H, seed=1), drawn(N, 2 * H, seed=2), drawn(V + 4, 2 * H, seed=4), targets
@@ -24,7 +37,7 @@ def parts() -> tuple[torch.Tensor, ...]:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk", [1, 4, 11, 100])
-def test_token_logprobs(parts: tuple[torch.Tensor, ...], temperature: float, chunk: int) -> None:
+def test_token_logprobs(parts: Parts, temperature: float, chunk: int) -> None:
     hidden, head, *_, targets = parts
     logprobs, entropy = token_logprobs(hidden, head, targets, temperature, chunk)
     expected = Categorical(logits=hidden @ head.T / temperature)
@@ -32,96 +45,114 @@ def test_token_logprobs(parts: tuple[torch.Tensor, ...], temperature: float, chu
     torch.testing.assert_close(entropy, expected.entropy())
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_distillation_terms(parts: tuple[torch.Tensor, ...], chunk: int) -> None:
-    hidden, head, teacher_hidden, teacher_head, targets = parts
-    cross_entropy, kl = distillation_terms(hidden, head, teacher_hidden, teacher_head, targets, chunk)
-    student = Categorical(logits=hidden @ head.T)
-    teacher = Categorical(logits=teacher_hidden @ teacher_head[:V].T)
-    torch.testing.assert_close(cross_entropy, -student.log_prob(targets))
-    torch.testing.assert_close(kl, kl_divergence(teacher, student))
-    smaller = distillation_terms(
-        hidden, torch.cat([head, drawn(3, H)]), teacher_hidden, teacher_head[:V], targets
-    )
-    torch.testing.assert_close(smaller, (cross_entropy, kl))
-
-
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_reverse_kl(parts: tuple[torch.Tensor, ...], temperature: float, chunk: int) -> None:
-    hidden, head, teacher_hidden, teacher_head, _ = parts
+def test_distillation_terms(parts: Parts, temperature: float, chunk: int) -> None:
+    hidden, head, teacher_hidden, teacher_head, targets = parts
     student = Categorical(logits=hidden @ head.T / temperature)
     teacher = Categorical(logits=teacher_hidden @ teacher_head[:V].T / temperature)
-    found = reverse_kl(hidden.requires_grad_(), head, teacher_hidden, teacher_head, temperature, chunk)
-    torch.testing.assert_close(found, kl_divergence(student, teacher))
-    assert not found.requires_grad
+    longer = torch.cat([head, drawn(3, H)])
+    for divergence, expected in (
+        (forward_kl, kl_divergence(teacher, student)),
+        (reverse_kl, kl_divergence(student, teacher)),
+    ):
+        terms = distillation_terms(*parts, divergence, temperature, chunk)
+        torch.testing.assert_close(terms, (-student.log_prob(targets), expected))
+        shorter_teacher = distillation_terms(
+            hidden, longer, teacher_hidden, teacher_head[:V], targets, divergence, temperature, chunk
+        )
+        torch.testing.assert_close(shorter_teacher, terms)
 
 
-def gradients(function: Callable[..., tuple[torch.Tensor, ...]], *leaves: torch.Tensor) -> list[torch.Tensor]:
+def gradients(function: Callable[..., Pair], *leaves: torch.Tensor) -> list[torch.Tensor]:
     copies = [leaf.detach().clone().requires_grad_() for leaf in leaves]
     first, second = function(*copies)
     (first.sum() + 0.3 * (second * torch.arange(len(second))).sum()).backward()
     return [copy.grad for copy in copies if copy.grad is not None]
 
 
-def test_gradients_do_not_depend_on_the_chunk(parts: tuple[torch.Tensor, ...]) -> None:
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_gradients_do_not_depend_on_the_chunk(parts: Parts, chunk: int) -> None:
     hidden, head, teacher_hidden, teacher_head, targets = parts
-    for chunk in (1, 4):
+    torch.testing.assert_close(
+        gradients(lambda h, w: token_logprobs(h, w, targets, 0.8, chunk), hidden, head),
+        gradients(lambda h, w: token_logprobs(h, w, targets, 0.8), hidden, head),
+    )
+    for divergence in DIVERGENCES:
+
+        def terms(h: torch.Tensor, w: torch.Tensor, size: int, kind: Divergence = divergence) -> Pair:
+            return distillation_terms(h, w, teacher_hidden, teacher_head, targets, kind, 0.8, size)
+
         torch.testing.assert_close(
-            gradients(lambda h, w: token_logprobs(h, w, targets, 0.8, chunk), hidden, head),  # noqa: B023
-            gradients(lambda h, w: token_logprobs(h, w, targets, 0.8), hidden, head),
-        )
-        torch.testing.assert_close(
-            gradients(
-                lambda h, w: distillation_terms(h, w, teacher_hidden, teacher_head, targets, chunk),  # noqa: B023
-                hidden,
-                head,
-            ),
-            gradients(
-                lambda h, w: distillation_terms(h, w, teacher_hidden, teacher_head, targets), hidden, head
-            ),
+            gradients(lambda h, w, of=terms: of(h, w, chunk), hidden, head),
+            gradients(lambda h, w, of=terms: of(h, w, 100), hidden, head),
         )
 
 
-def test_gradients_are_those_of_plain_torch(parts: tuple[torch.Tensor, ...]) -> None:
+def test_gradients_are_those_of_plain_torch(parts: Parts) -> None:
     hidden, head, teacher_hidden, teacher_head, targets = parts
 
-    def plain(h: torch.Tensor, w: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def plain(h: torch.Tensor, w: torch.Tensor) -> Pair:
         student = Categorical(logits=h @ w.T)
-        return -student.log_prob(targets), kl_divergence(
-            Categorical(logits=teacher_hidden @ teacher_head[:V].T), student
-        )
+        teacher = Categorical(logits=teacher_hidden @ teacher_head[:V].T)
+        return -student.log_prob(targets), kl_divergence(teacher, student)
+
+    def chunked(h: torch.Tensor, w: torch.Tensor) -> Pair:
+        return distillation_terms(h, w, teacher_hidden, teacher_head, targets, chunk=3)
 
     torch.testing.assert_close(
-        gradients(
-            lambda h, w: distillation_terms(h, w, teacher_hidden, teacher_head, targets, 3), hidden, head
-        ),
-        gradients(plain, hidden, head),
-        rtol=1e-4,
-        atol=1e-5,
+        gradients(chunked, hidden, head), gradients(plain, hidden, head), rtol=1e-4, atol=1e-5
     )
 
 
-def test_teacher_gets_no_gradient(parts: tuple[torch.Tensor, ...]) -> None:
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+@pytest.mark.parametrize("beta", [0.0, 0.1, 0.5, 0.9, 1.0])
+def test_trl_finds_the_same_values_and_gradients(parts: Parts, beta: float, temperature: float) -> None:
+    """TRL's distillation loss is chunked over the vocabulary too, and its backward is written by hand."""
+    hidden, head, teacher_hidden, teacher_head, targets = parts
+
+    def ours(h: torch.Tensor, w: torch.Tensor) -> Pair:
+        kind = generalized_jsd(beta)
+        terms = distillation_terms(h, w, teacher_hidden, teacher_head, targets, kind, temperature, 4)
+        return terms[1], terms[1]
+
+    def trl(h: torch.Tensor, w: torch.Tensor) -> Pair:
+        shared = teacher_head[:V]
+        found = ChunkedDivergenceFunction.apply(
+            h, w, None, teacher_hidden, shared, None, beta, temperature
+        )[0]  # fmt: skip
+        return found, found
+
+    torch.testing.assert_close(ours(hidden, head), trl(hidden, head), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        gradients(ours, hidden, head), gradients(trl, hidden, head), rtol=1e-4, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_tokens_do_not_see_each_other(parts: Parts, divergence: Divergence) -> None:
+    hidden, head, teacher_hidden, teacher_head, targets = parts
+    order = torch.randperm(N, generator=torch.Generator().manual_seed(5))
+    terms = distillation_terms(*parts, divergence, chunk=4)
+    permuted = distillation_terms(
+        hidden[order], head, teacher_hidden[order], teacher_head, targets[order], divergence, chunk=3
+    )
+    torch.testing.assert_close(permuted, (terms[0][order], terms[1][order]))
+
+
+@pytest.mark.parametrize("divergence", DIVERGENCES)
+def test_teacher_gets_no_gradient(parts: Parts, divergence: Divergence) -> None:
     hidden, head, teacher_hidden, teacher_head, targets = parts
     for leaf in (teacher_hidden, teacher_head, head):
         leaf.requires_grad_()
-    cross_entropy, kl = distillation_terms(hidden, head, teacher_hidden, teacher_head, targets)
+    cross_entropy, kl = distillation_terms(hidden, head, teacher_hidden, teacher_head, targets, divergence)
     (cross_entropy + kl).sum().backward()
     assert teacher_hidden.grad is None
     assert teacher_head.grad is None
     assert head.grad is not None
 
 
-def test_forward_kl_gradient() -> None:
-    teacher = drawn(3, 5).double().log_softmax(-1)
-    student = drawn(3, 5, seed=1).double().requires_grad_()
-    assert torch.autograd.gradcheck(lambda s: forward_kl(teacher, s.log_softmax(-1)), (student,))
-    assert forward_kl(teacher, teacher).abs().max() < 1e-12
-
-
-def test_no_tokens(parts: tuple[torch.Tensor, ...]) -> None:
+def test_no_tokens(parts: Parts) -> None:
     hidden, head, teacher_hidden, teacher_head, targets = (p[:0] if len(p) == N else p for p in parts)
     assert token_logprobs(hidden, head, targets)[0].shape == (0,)
     assert distillation_terms(hidden, head, teacher_hidden, teacher_head, targets)[1].shape == (0,)
-    assert reverse_kl(hidden, head, teacher_hidden, teacher_head).shape == (0,)

@@ -1,35 +1,102 @@
-"""KL estimators, gate and token rewards."""
+"""KL estimators by enumeration of every outcome and against verl; gate and token rewards."""
+
+import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
+from verl.trainer.ppo.core_algos import kl_penalty
 
+from dgpo_core.objectives.divergences import reverse_kl
 from dgpo_core.objectives.rewards import KlEstimator, gate, kl_estimate, token_rewards
 
 POLICY = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64)
 REFERENCE = torch.tensor([0.1, 0.3, 0.4, 0.2], dtype=torch.float64)
+SAMPLED: list[KlEstimator] = ["k1", "k2", "k3", "abs"]
+LOGPROB = st.floats(-60, 0)
+
+
+def expectation(estimator: KlEstimator, policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+    """Of the estimate, over every outcome of the policy."""
+    return (policy * kl_estimate(policy.log(), reference.log(), estimator)).sum()
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
 def test_unbiased_estimators(estimator: KlEstimator) -> None:
-    """The expectation over every outcome is the KL itself."""
     expected = kl_divergence(Categorical(POLICY), Categorical(REFERENCE))
-    found = (POLICY * kl_estimate(POLICY.log(), REFERENCE.log(), estimator)).sum()
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(expectation(estimator, POLICY, REFERENCE), expected)
 
 
-def test_biased_estimators_by_hand() -> None:
+@pytest.mark.parametrize("distance", [0.1, 0.01])
+def test_bias_of_k2_is_of_third_order(distance: float) -> None:
+    """KL and k2's mean share their second-order term: they differ by the cube of the distance."""
+    direction = torch.tensor([1.0, -2.0, 0.5, 0.3], dtype=torch.float64)
+    reference = (POLICY.log() + distance * direction).softmax(-1)
+    bias = expectation("k2", POLICY, reference) - kl_divergence(Categorical(POLICY), Categorical(reference))
+    third = (reference.log() - POLICY.log()) ** 3
+    torch.testing.assert_close(bias, -(POLICY * third).sum() / 6, rtol=2 * distance, atol=0)
+
+
+def test_bias_of_abs() -> None:
+    """|k1| counts what k1 cancels: above KL by twice the mass where the policy is below the reference."""
+    log_ratio = POLICY.log() - REFERENCE.log()
+    bias = expectation("abs", POLICY, REFERENCE) - expectation("k1", POLICY, REFERENCE)
+    torch.testing.assert_close(bias, -2 * (POLICY * log_ratio.clamp(max=0)).sum())
+    assert bias > 0.1
+
+
+def test_estimators_by_hand() -> None:
     difference = POLICY.log() - REFERENCE.log()
-    for estimator, expected in (("k2", difference**2 / 2), ("abs", difference.abs()), ("k1", difference)):
+    hand = (("k2", difference**2 / 2), ("abs", difference.abs()), ("k1", difference))
+    for estimator, expected in hand:
         torch.testing.assert_close(kl_estimate(POLICY.log(), REFERENCE.log(), estimator), expected)  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("estimator", SAMPLED)
+@given(pairs=st.lists(st.tuples(LOGPROB, LOGPROB), min_size=1, max_size=20))
+def test_verl_estimates_the_same(estimator: KlEstimator, pairs: list[tuple[float, float]]) -> None:
+    """k3's clamps included. verl has no full KL: it raises NotImplementedError."""
+    policy, reference = torch.tensor(pairs, dtype=torch.float64).T
+    torch.testing.assert_close(
+        kl_estimate(policy, reference, estimator), kl_penalty(policy, reference, estimator)
+    )
+
+
 def test_k3_is_clamped_and_never_negative() -> None:
-    policy, reference = torch.zeros(4), torch.tensor([-100.0, 100.0, 1.0, 0.0])
-    found = kl_estimate(policy, reference, "k3")
-    # log-ratio clamped to -10: exp(-10) + 10 - 1; value clamped to 10; e - 2; 0
-    torch.testing.assert_close(found, torch.tensor([9.0 + torch.tensor(-10.0).exp(), 10.0, torch.e - 2, 0.0]))
-    assert (found >= 0).all()
+    policy = torch.zeros(5, requires_grad=True)
+    found = kl_estimate(policy, torch.tensor([-100.0, 100.0, 1.0, 0.0, -5.0]), "k3")
+    torch.testing.assert_close(found, torch.tensor([10.0, 10.0, math.e - 2, 0.0, math.exp(-5) + 5 - 1]))
+    found.sum().backward()
+    assert policy.grad is not None
+    # without gradient where it is clamped: not even nan, which exp(100) would give in single precision
+    torch.testing.assert_close(policy.grad, torch.tensor([0.0, 0.0, 1 - math.e, 0.0, 1 - math.exp(-5)]))
+
+
+@pytest.mark.parametrize("estimator", SAMPLED)
+def test_estimators_are_differentiable(estimator: KlEstimator) -> None:
+    policy = POLICY.log().requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: kl_estimate(p, REFERENCE.log(), estimator), (policy,))
+
+
+def expected_gradient(estimator: KlEstimator, logits: torch.Tensor) -> torch.Tensor:
+    """Of the estimate as a loss, on-policy: outcomes are weighted, and their weights get no gradient."""
+    logprobs = logits.log_softmax(-1)
+    loss = (logprobs.detach().exp() * kl_estimate(logprobs, REFERENCE.log(), estimator)).sum()
+    (gradient,) = torch.autograd.grad(loss, logits)
+    return gradient
+
+
+def test_what_an_estimate_as_a_loss_pulls_towards() -> None:
+    """k1: nowhere. k2: down KL[policy || reference], as the full KL. k3: down KL[reference || policy]."""
+    logits = POLICY.log().requires_grad_()
+    zero = torch.zeros(4, dtype=torch.float64)
+    torch.testing.assert_close(expected_gradient("k1", logits), zero)
+    (full,) = torch.autograd.grad(reverse_kl(REFERENCE.log(), logits.log_softmax(-1)), logits)
+    assert full.abs().max() > 0.1
+    torch.testing.assert_close(expected_gradient("k2", logits), full)
+    torch.testing.assert_close(expected_gradient("k3", logits), POLICY - REFERENCE)
 
 
 def test_full_kl_is_no_estimate() -> None:

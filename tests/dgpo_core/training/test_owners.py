@@ -1,0 +1,159 @@
+"""Prompt and environment tokens are context only: no reward, no KL, no advantage, no gradient.
+
+Hidden states that do not predict a token of the model are made nan. Were one of them used, the results would
+be nan too; they are those of the untouched models.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Literal
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dgpo_core.config.training import ComputeConfig, DistillConfig, Recipe, ReinforceConfig
+from dgpo_core.protocol.episode import Episode, Owner
+from dgpo_core.training import optimizer as optim
+from dgpo_core.training.batches import model_sequence
+from dgpo_core.training.critic import Critic
+from dgpo_core.training.distill import Distiller
+from dgpo_core.training.experience import Experience, ExperienceMaker
+from dgpo_core.training.update import Updater
+from tests.dgpo_core.making import random_episode, tiny_model
+
+Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]
+SEEDS = st.lists(st.integers(0, 10**6), min_size=2, max_size=5, unique=True)
+TOKENS = st.sampled_from([1, 60, 10_000])
+
+
+@pytest.fixture(scope="module")
+def parts(tokenizer: PreTrainedTokenizerFast) -> Parts:
+    """Student, teacher, and a critic whose values are not all 0; the tests leave them as they are."""
+    student = tiny_model(tokenizer, 1)
+    critic = Critic(student)
+    torch.manual_seed(9)
+    torch.nn.init.normal_(critic.head.weight, std=0.1)
+    return student, tiny_model(tokenizer, 2), critic
+
+
+@contextmanager
+def poisoned(episodes: list[Episode], parts: Parts) -> Iterator[None]:
+    """Every hidden state that does not predict a token of the model is nan."""
+    predicts = {
+        tuple(episode.token_ids): [owner == Owner.MODEL for owner in episode.owners[1:]]
+        for episode in episodes
+    }
+
+    def poison(module: torch.nn.Module, args: object, kwargs: dict[str, Any], output: Any) -> Any:
+        ids = kwargs["input_ids"]
+        keep = torch.zeros(ids.shape, dtype=torch.bool)
+        for row, sequence in enumerate(ids.tolist()):
+            (flags,) = (f for known, f in predicts.items() if tuple(sequence[: len(known)]) == known)
+            keep[row, : len(flags)] = torch.tensor(flags)
+        output.last_hidden_state = output.last_hidden_state.where(keep[..., None], torch.nan)
+        return output
+
+    student, teacher, critic = parts
+    with ExitStack() as stack:
+        for module in (student.base_model, teacher.base_model, critic.backbone):
+            handle = module.register_forward_hook(poison, with_kwargs=True)
+            stack.callback(handle.remove)
+        yield
+
+
+def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
+    found = [p.grad.clone() for p in module.parameters() if p.grad is not None]
+    module.zero_grad()
+    assert found
+    assert all(gradient.isfinite().all() for gradient in found)
+    return found
+
+
+def compute(tokens: int) -> ComputeConfig:
+    return ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=tokens)
+
+
+def close(first: object, second: object) -> None:
+    torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
+
+
+Estimator = Literal["k1", "k2", "k3", "abs", "full"]
+
+
+def experience_of(parts: Parts, episodes: list[Episode], estimator: Estimator, tokens: int) -> Experience:
+    recipe = Recipe(rl="ppo", guidance="uniform")
+    config = ReinforceConfig(beta=0.1, kl_estimator=estimator)
+    return ExperienceMaker(*parts, recipe, config, compute(tokens)).make(episodes)
+
+
+@settings(max_examples=15)
+@given(SEEDS, st.sampled_from(["k1", "k2", "k3", "abs", "full"]), TOKENS)
+def test_experience(parts: Parts, seeds: list[int], estimator: Estimator, tokens: int) -> None:
+    episodes = [random_episode(seed) for seed in seeds]
+    clean = experience_of(parts, episodes, estimator, 10_000)
+    with poisoned(episodes, parts):
+        found = experience_of(parts, episodes, estimator, tokens)
+    for name in ("old_logprobs", "advantages", "values", "returns", "kl", "rewards"):
+        close(getattr(found, name), getattr(clean, name))
+        assert [len(x) for x in getattr(found, name)] == [e.model_tokens for e in episodes]
+
+
+@settings(max_examples=10)
+@given(SEEDS, st.sampled_from(["k1", "full"]))
+def test_rewards_of_the_whole_response(parts: Parts, seeds: list[int], estimator: Estimator) -> None:
+    """The release's GAE runs over the environment's tokens; even there they are rewarded with nothing."""
+    episodes = [random_episode(seed) for seed in seeds]
+    config = ReinforceConfig(beta=0.1, kl_estimator=estimator, gae_scope="all")
+    recipe = Recipe(rl="ppo", guidance="uniform")
+    found = ExperienceMaker(*parts, recipe, config, compute(10_000)).make(episodes)
+    own = experience_of(parts, episodes, estimator, 10_000)
+    for i, episode in enumerate(episodes):
+        mine = torch.tensor([o == Owner.MODEL for o in episode.owners if o != Owner.PROMPT])
+        close(found.rewards[i], torch.zeros(len(mine)).masked_scatter(mine, own.rewards[i]))
+        assert len(found.kl[i]) == len(found.advantages[i]) == episode.model_tokens
+
+
+@settings(max_examples=10)
+@given(SEEDS, TOKENS)
+def test_updates(parts: Parts, seeds: list[int], tokens: int) -> None:
+    episodes = [random_episode(seed) for seed in seeds]
+    student, _, critic = parts
+    experience = experience_of(parts, episodes, "k1", 10_000)
+    steppers = [
+        optim.Stepper(
+            optim.adamw(list(module.parameters()), 1e-3, 0.01), schedule=optim.constant(), max_grad_norm=1.0
+        )
+        for module in (student, critic)
+    ]
+    config, everyone = ReinforceConfig(entropy_weight=0.05), list(range(len(episodes)))
+
+    def results(budget: int) -> list[object]:
+        updater = Updater(student, critic, steppers[0], steppers[1], config, compute(budget))
+        metrics = updater._actor_gradient(experience, everyone)
+        actor = gradients(student)
+        loss = updater._critic_gradient(experience, everyone)
+        return [list(metrics.values()), actor, loss, gradients(critic)]
+
+    clean = results(10_000)
+    with poisoned(episodes, parts):
+        close(results(tokens), clean)
+
+
+@settings(max_examples=10)
+@given(SEEDS, TOKENS)
+def test_distillation(parts: Parts, seeds: list[int], tokens: int) -> None:
+    episodes = [random_episode(seed) for seed in seeds]
+    student, teacher, _ = parts
+
+    def results(budget: int) -> list[object]:
+        distiller = Distiller(student, teacher, DistillConfig(), compute(budget), 0)
+        row = distiller._accumulate([model_sequence(episode) for episode in episodes])
+        return [list(row.values()), gradients(student)]
+
+    clean = results(10_000)
+    with poisoned(episodes, parts):
+        close(results(tokens), clean)
+    assert all(parameter.grad is None for parameter in teacher.parameters())
