@@ -74,7 +74,8 @@ def distill(name: str) -> None:
             )
         save_model(student, tokenizer, out)
         write_curves(curves, rows)
-        summary = {key: rows[-1][key] for key in ("dev_em", "loss", "divergence") if key in rows[-1]}
+        kept = ("dev_em", "loss", "divergence", "em", "searches")
+        summary: dict[str, float] = {key: rows[-1][key] for key in kept if key in rows[-1]}
         write_metrics(METRICS / f"distill-{name}.json", summary)
         run.summary(summary)
         run.register_model(name, out)

@@ -14,12 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.config.training import ComputeConfig, DistillConfig, Recipe, ReinforceConfig
+from dgpo_core.config.recipes import Distillation, Reinforcement
+from dgpo_core.config.training import ComputeConfig, DistillConfig, ReinforceConfig
 from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.batches import model_sequence
 from dgpo_core.training.critic import Critic
 from dgpo_core.training.distill import Distiller
+from dgpo_core.training.episode_sources import TeacherEpisodes
 from dgpo_core.training.experience import Experience, ExperienceMaker
 from dgpo_core.training.update import Updater
 from tests.dgpo_core.making import random_episode, tiny_model
@@ -84,7 +86,7 @@ Estimator = Literal["k1", "k2", "k3", "abs", "full"]
 
 
 def experience_of(parts: Parts, episodes: list[Episode], estimator: Estimator, tokens: int) -> Experience:
-    recipe = Recipe(rl="ppo", guidance="uniform")
+    recipe = Reinforcement(start="student", guidance="uniform", reference="teacher")
     config = ReinforceConfig(beta=0.1, kl_estimator=estimator)
     return ExperienceMaker(*parts, recipe, config, compute(tokens)).make(episodes)
 
@@ -107,7 +109,7 @@ def test_rewards_of_the_whole_response(parts: Parts, seeds: list[int], estimator
     """The release's GAE runs over the environment's tokens; even there they are rewarded with nothing."""
     episodes = [random_episode(seed) for seed in seeds]
     config = ReinforceConfig(beta=0.1, kl_estimator=estimator, gae_scope="all")
-    recipe = Recipe(rl="ppo", guidance="uniform")
+    recipe = Reinforcement(start="student", guidance="uniform", reference="teacher")
     found = ExperienceMaker(*parts, recipe, config, compute(10_000)).make(episodes)
     own = experience_of(parts, episodes, estimator, 10_000)
     for i, episode in enumerate(episodes):
@@ -134,7 +136,7 @@ def test_updates(parts: Parts, seeds: list[int], tokens: int) -> None:
         updater = Updater(student, critic, steppers[0], steppers[1], config, compute(budget))
         metrics = updater._actor_gradient(experience, everyone)
         actor = gradients(student)
-        loss = updater._critic_gradient(experience, everyone)
+        loss = updater._critic_gradient(critic, experience, everyone)
         return [list(metrics.values()), actor, loss, gradients(critic)]
 
     clean = results(10_000)
@@ -149,7 +151,9 @@ def test_distillation(parts: Parts, seeds: list[int], tokens: int) -> None:
     student, teacher, _ = parts
 
     def results(budget: int) -> list[object]:
-        distiller = Distiller(student, teacher, DistillConfig(), compute(budget), 0)
+        source = TeacherEpisodes(episodes, DistillConfig(), seed=0)
+        recipe = Distillation(start="student", objective="kd")
+        distiller = Distiller(student, teacher, recipe, DistillConfig(), compute(budget), source)
         row = distiller._accumulate([model_sequence(episode) for episode in episodes])
         return [list(row.values()), gradients(student)]
 
