@@ -83,8 +83,12 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
 
 
 def _check_source(source: str) -> None:
-    """Hub names have at most one slash; a longer path is a folder, and should exist."""
-    if not Path(source).is_dir() and (source.count("/") > 1 or source.startswith((".", "/"))):
+    """Hub names are `owner/name`; a longer path, or one in a folder that is here, should exist."""
+    path = Path(source)
+    means_folder = (
+        source.count("/") > 1 or source.startswith((".", "/")) or (path.parent.name and path.parent.is_dir())
+    )
+    if means_folder and not path.is_dir():
         raise UserError(f"{source}: there is no such model folder")
 
 

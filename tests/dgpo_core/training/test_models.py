@@ -73,8 +73,12 @@ def test_folders_without_their_parts(model: PreTrainedModel, tmp_path: Path) -> 
         load_tokenizer(str(tmp_path))
 
 
-@pytest.mark.parametrize("source", ["models/absent", "./absent", "/absent"])
-def test_missing_folder_is_not_looked_for_on_the_hub(source: str) -> None:
+@pytest.mark.parametrize("source", ["here/absent", "some/folder/absent", "./absent", "/absent"])
+def test_missing_folder_is_not_looked_for_on_the_hub(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
     for load in (load_model, load_tokenizer):
         with pytest.raises(UserError, match="there is no such model folder"):
             load(source)
