@@ -11,6 +11,7 @@ PYTEST_ARGS ?=
 
 PY := $(VENV)/bin/python
 CONSTRAINTS := constraints/main.txt
+ORACLES := constraints/oracles.txt
 
 # Two OpenMP threads that spin at barriers are up to 50 times slower beside any other busy process.
 export OMP_WAIT_POLICY ?= passive
@@ -41,8 +42,9 @@ $(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(PY)
 	$(PY) -m pip install -c $(CONSTRAINTS) -e .
 	@touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed
+$(VENV)/.installed-dev: $(VENV)/.installed $(ORACLES)
 	$(PY) -m pip install -c $(CONSTRAINTS) -e '.[dev]'
+	$(PY) -m pip install --no-deps -r $(ORACLES)
 	@touch $@
 
 demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), print the results and where they are

@@ -1,6 +1,8 @@
-"""Answer metrics, on cases computed by hand and by their properties."""
+"""Answer metrics: cases computed by hand, their properties, and FlashRAG's implementation."""
 
 import pytest
+from flashrag.evaluator.metrics import ExactMatch, F1_Score, Sub_ExactMatch
+from flashrag.evaluator.utils import normalize_answer
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -77,6 +79,44 @@ def test_contains_answer(text: str | None, golden: list[str], expected: bool) ->
 )
 def test_token_f1(prediction: str | None, golden: list[str], expected: float) -> None:
     assert token_f1(prediction, golden) == pytest.approx(expected)
+
+
+FLASHRAG = [metric({"dataset_name": "nq"}) for metric in (ExactMatch, F1_Score, Sub_ExactMatch)]
+
+
+def agrees_with_flashrag(prediction: str, golden: list[str]) -> None:
+    em, f1, sub_em = FLASHRAG
+    assert normalize(prediction) == normalize_answer(prediction)
+    assert exact_match(prediction, golden) == bool(em.calculate_em(prediction, golden))
+    assert token_f1(prediction, golden) == pytest.approx(f1.token_level_scores(prediction, golden)["f1"])
+    # an answer that normalises to nothing stands in every text of FlashRAG's, and in no text with words here
+    if all(normalize(answer) for answer in golden):
+        assert contains_answer(prediction, golden) == bool(sub_em.calculate_sub_em(prediction, golden))
+
+
+@given(TEXT, st.lists(TEXT, max_size=4))
+def test_flashrag_scores_the_same(prediction: str, golden: list[str]) -> None:
+    agrees_with_flashrag(prediction, golden)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "golden"),
+    [
+        ("The Beatles", ["beatles", "The Fab Four"]),
+        ("yes", ["No"]),
+        ("no answer", ["noanswer"]),
+        ("noanswer", ["no answer", "noanswer at all"]),
+        ("14 December 1972", ["December 14, 1972"]),
+        ("a.the", ["the a"]),
+        ("İstanbul", ["istanbul", "i̇stanbul"]),
+        ("“Paris”", ["Paris"]),
+        ("rock\u00a0and roll", ["rock and roll"]),
+        ("", [""]),
+        ("x", []),
+    ],
+)
+def test_flashrag_scores_the_same_by_hand(prediction: str, golden: list[str]) -> None:
+    agrees_with_flashrag(prediction, golden)
 
 
 @given(TEXT, TEXT)

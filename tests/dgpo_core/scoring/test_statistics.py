@@ -1,9 +1,12 @@
-"""Intervals against a bootstrap written with numpy alone."""
+"""Intervals against a bootstrap written with numpy alone, and against scipy's other ways to them."""
 
 import math
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy import stats
 
 from dgpo_core.scoring.statistics import mean_of_means, mean_with_interval, paired_difference
 
@@ -23,6 +26,51 @@ def test_interval_agrees_with_numpy() -> None:
     assert estimate.n == 200
     assert (estimate.low, estimate.high) == pytest.approx((low, high), abs=0.01)
     assert estimate.low < estimate.mean < estimate.high
+
+
+@settings(max_examples=20)
+@given(st.lists(st.sampled_from([0.0, 0.25, 1.0]), min_size=2, max_size=30).filter(lambda v: len(set(v)) > 1))
+def test_scipy_finds_the_same_interval(values: list[float]) -> None:
+    """With our seed, number of resamples and method; batches of resamples change nothing."""
+    result = stats.bootstrap(
+        (values,), np.mean, n_resamples=5000, method="percentile", rng=np.random.default_rng(0)
+    )
+    estimate = mean_with_interval(values)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(result.confidence_interval), abs=1e-12)
+
+
+def test_interval_agrees_with_other_methods() -> None:
+    """BCa (scipy) and the normal approximation, where the sample is large and not skewed."""
+    values = (np.random.default_rng(3).random(2000) < 0.45).astype(float)
+    estimate = mean_with_interval(values)
+    bca = stats.bootstrap((values,), np.mean, n_resamples=2000, batch=200, rng=np.random.default_rng(1))
+    normal = stats.norm.interval(0.95, values.mean(), stats.sem(values))
+    for interval in (tuple(bca.confidence_interval), normal):
+        assert (estimate.low, estimate.high) == pytest.approx(interval, abs=0.003)
+
+
+def test_paired_difference_is_scipys_paired_bootstrap() -> None:
+    rng = np.random.default_rng(2)
+    first, second = rng.random(80), rng.random(80)
+    result = stats.bootstrap(
+        (first, second),
+        lambda a, b, axis=-1: (a - b).mean(axis=axis),
+        paired=True,
+        vectorized=True,
+        n_resamples=5000,
+        method="percentile",
+        rng=np.random.default_rng(0),
+    )
+    estimate = paired_difference(first, second)
+    assert (estimate.low, estimate.high) == pytest.approx(tuple(result.confidence_interval), abs=1e-9)
+
+
+def test_interval_covers_as_often_as_it_says() -> None:
+    """Of the mean of 60 questions of which 0.4 are answered; 200 repetitions, so within 3 sigma of 0.95."""
+    draws = (np.random.default_rng(11).random((200, 60)) < 0.4).astype(float)
+    estimates = [mean_with_interval(row) for row in draws]
+    covered = np.mean([estimate.low <= 0.4 <= estimate.high for estimate in estimates])
+    assert covered == pytest.approx(0.95, abs=0.047)
 
 
 def test_interval_is_the_same_every_time() -> None:
