@@ -6,7 +6,6 @@ from dgpo_core.arcap.evidence import ANY_HIT, missing_evidence, needed, new_evid
 from dgpo_core.datasets.records import Question
 from tests.dgpo_core.arcap.episodes import TWO_HOP, UNKNOWN, search
 
-
 PASSAGE = {"id": "1", "title": "A", "text": "a"}
 ANOTHER = {"title": "B", "text": "b"}  # who knows which of the corpus
 
