@@ -19,9 +19,9 @@ FAILURE_COLUMNS = (
     (Failure.NO_ACTION, "No action", "neither searched nor answered, or ended without doing so"),
     (Failure.STOPPED_EARLY, "Stopped early", "answered before searching for all the evidence"),
     (Failure.BAD_QUERY, "Bad query", "the query names nothing that is missing, or repeats an earlier one"),
-    (Failure.EVIDENCE_NOT_FOUND, "Not found", "a sensible query did not retrieve the evidence"),
-    (Failure.EVIDENCE_NOT_USED, "Not used", "the evidence was retrieved, the answer is another"),
-    (Failure.ANSWER_FORMAT, "Answer format", "the golden answer is there, or an answer that cannot be read"),
+    (Failure.EVIDENCE_NOT_FOUND, "Evidence not found", "though a sensible query asked for it"),
+    (Failure.EVIDENCE_NOT_USED, "Evidence not used", "all of it was retrieved, the answer is another"),
+    (Failure.ANSWER_FORMAT, "Answer format", "holds a golden answer, or cannot be read"),
 )
 UNMEASURED: Row = {"mean": None, "ci95": [None, None], "n": 0}
 MINUS = "\N{MINUS SIGN}"
@@ -73,7 +73,8 @@ def _difference(entry: Mapping[str, Any], places: int) -> Row:
 
 
 def _signed(value: float, places: int) -> str:
-    return f"{value:+.{places}f}".replace("-", MINUS)
+    rounded = round(value, places) + 0.0  # + 0.0: no "-0.0"
+    return f"{rounded:{'+' if rounded else ''}.{places}f}".replace("-", MINUS)
 
 
 def diagnosis(report: Report) -> Row:
