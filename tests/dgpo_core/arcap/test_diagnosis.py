@@ -20,6 +20,7 @@ NOTHING = "<think> I wonder </think>"
 FILM, ADA = search("director of Silent Harbour", "1", "8"), search("Ada Quill born", "2", hit=True)
 MISS = search("birthplace of Ada Quill", "8")
 OTHER = search("birthplace of Ada Tarn", "8")  # half a name is another's
+AGAIN = search("Silent Harbour Ada Quill", "1")  # names the second passage too, but in vain
 NOT_FOUND = search("Silent Harbour director", "8", "9")
 END = {"ending": Ending.BUDGET}
 
@@ -42,7 +43,8 @@ CASES: dict[Failure, list[Case]] = {
         (ONE_HOP, [search("capital of Velmora", "8")], (WRONG,), {}),
         (UNKNOWN, [search("capital of Tarn", "8")], (WRONG,), {}),
         (TWO_HOP, [FILM, OTHER], (WRONG,), {}),
-        (TWO_HOP, [FILM, FILM], (WRONG,), {}),  # asked again
+        (TWO_HOP, [FILM, FILM], (WRONG,), {}),
+        (TWO_HOP, [AGAIN, AGAIN], (WRONG,), {}),
         (TWO_HOP, [FILM, OTHER], (NOTHING,), END),  # before the missing action
         (ONE_HOP, [search("who is it?", "8")], (WRONG,), {}),  # function words alone
     ],

@@ -2,7 +2,7 @@ import pytest
 
 from dgpo_core.arcap.queries import content_words, is_sensible, repeats
 from dgpo_core.datasets.records import Question
-from tests.dgpo_core.arcap.episodes import TWO_HOP, UNKNOWN
+from tests.dgpo_core.arcap.episodes import ONE_HOP, TWO_HOP, UNKNOWN
 
 BOTH, SECOND = frozenset({"1", "2"}), frozenset({"2"})
 
@@ -23,7 +23,7 @@ def test_repeats_ignores_case_and_punctuation() -> None:
     ("query", "earlier", "missing", "expected"),
     [
         ("Silent Harbour", [], BOTH, True),
-        ("film director", [], BOTH, False),  # "(film)" is no part of the name
+        ("born director", [], BOTH, False),
         ("who made silent harbour?", ["Silent Harbour"], BOTH, True),
         ("silent harbour", ["Silent Harbour?"], BOTH, False),
         ("Ada Quill", ["Silent Harbour"], SECOND, True),
@@ -36,6 +36,11 @@ def test_sensible_names_a_missing_passage(
     query: str, earlier: list[str], missing: frozenset[str], expected: bool
 ) -> None:
     assert is_sensible(query, TWO_HOP, earlier, missing) is expected
+
+
+def test_what_stands_in_brackets_is_no_part_of_a_name() -> None:
+    assert not is_sensible("the film Harbour", ONE_HOP, [], frozenset({"1"}))
+    assert is_sensible("the film Silent Harbour", ONE_HOP, [], frozenset({"1"}))
 
 
 def test_a_title_that_nothing_names_leaves_any_content_word() -> None:
