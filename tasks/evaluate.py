@@ -1,10 +1,11 @@
-"""Stage `evaluate`: one model on every test set, and its ARCap."""
+"""Stage `evaluate`: one model on every test set, its ARCap, and why its wrong answers are wrong."""
 
 import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
 
+from dgpo_core.arcap import diagnosis
 from dgpo_core.arcap import measurements as arcap
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.datasets.records import Question, read_questions
@@ -36,6 +37,8 @@ def evaluate(model: str) -> None:
         write_question_table(out / "questions.parquet", episodes)
         write_episodes(out / "episodes.parquet", episodes, {"index": index.digest})
         pq.write_table(arcap.as_table(rows), out / "arcap.parquet", compression="zstd")
+        diagnoses = diagnosis.diagnose(episodes, evaluator.asked(), tokenizer.decode)
+        pq.write_table(diagnosis.as_table(diagnoses), out / "diagnosis.parquet", compression="zstd")
         summary = summarize(params, episodes)
         write_metrics(METRICS / f"evaluate-{model}.json", summary)
         run.summary(summary)
@@ -49,6 +52,10 @@ class Evaluator:
 
     def questions(self, dataset: str) -> list[Question]:
         return read_questions(questions_file(dataset, "test"))[: self._params.evaluate.questions]
+
+    def asked(self) -> dict[tuple[str, str], Question]:
+        """Every test question by data set and id."""
+        return {(name, q.id): q for name in self._params.questions.test for q in self.questions(name)}
 
     def test_sets(self) -> list[Episode]:
         tasks = [

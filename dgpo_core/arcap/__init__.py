@@ -1,1 +1,1 @@
-"""ARCap: source referencing, query rewriting and thinking, measured apart (method.md, section 6)."""
+"""ARCap (source referencing, query rewriting, thinking; method.md, section 6), and diagnosis beyond it."""

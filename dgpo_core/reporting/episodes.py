@@ -10,7 +10,7 @@ from typing import Any
 
 from dgpo_core.errors import UserError
 from dgpo_core.protocol.prompts import INVALID_ACTION
-from dgpo_core.reporting.inputs import read_rows
+from dgpo_core.reporting.inputs import CHECKS, Key, read_rows
 from dgpo_core.reporting.results import rounded
 
 PER_DATASET = 40
@@ -54,34 +54,39 @@ def segments(response: str) -> list[Segment]:
     return found
 
 
-def sample_questions(keys: Sequence[tuple[str, str]], per_dataset: int) -> list[tuple[str, str]]:
+def sample_questions(keys: Sequence[Key], per_dataset: int) -> list[Key]:
     """A fixed sample: in turn, each data set's question with the smallest hash, at most `per_dataset` each.
 
     Any prefix of the list is a fair sample too, so it can be cut for size.
     """
-    by_dataset: dict[str, list[tuple[str, str]]] = {}
+    by_dataset: dict[str, list[Key]] = {}
     for key in keys:
         by_dataset.setdefault(key[0], []).append(key)
     ranked = [sorted(own, key=_digest)[:per_dataset] for own in by_dataset.values()]
     return [key for turn in zip_longest(*ranked) for key in turn if key is not None]
 
 
-def _digest(key: tuple[str, str]) -> str:
+def _digest(key: Key) -> str:
     return hashlib.sha256("\n".join(key).encode()).hexdigest()
 
 
 def reader_data(
-    evaluation: Path, models: Sequence[str], keys: Sequence[tuple[str, str]], max_bytes: int = MAX_BYTES
+    evaluation: Path,
+    models: Sequence[str],
+    keys: Sequence[Key],
+    diagnoses: Mapping[str, Mapping[Key, dict[str, Any]]],
+    max_bytes: int = MAX_BYTES,
 ) -> list[dict[str, Any]]:
     """Questions with every model's episode, in the order of `keys`, as many as fit into `max_bytes` of JSON.
 
-    Raises UserError naming the file that is malformed or lacks the episode of a sampled question.
+    `diagnoses` are each model's rows of diagnosis.parquet. Raises UserError naming the file that is
+    malformed or lacks the episode of a sampled question.
     """
     chosen = sample_questions(keys, PER_DATASET)
     episodes = {model: _episodes(evaluation / model / "episodes.parquet", chosen) for model in models}
     kept, size = {}, 0
     for key in chosen:
-        question = _question({model: own[key] for model, own in episodes.items()})
+        question = _question({model: own[key] | diagnoses[model][key] for model, own in episodes.items()})
         size += len(compact_json(question).encode())
         if size > max_bytes:
             break
@@ -89,7 +94,7 @@ def reader_data(
     return [kept[key] for key in keys if key in kept]
 
 
-def _episodes(path: Path, chosen: Sequence[tuple[str, str]]) -> dict[tuple[str, str], dict[str, Any]]:
+def _episodes(path: Path, chosen: Sequence[Key]) -> dict[Key, dict[str, Any]]:
     # only the columns and rows of the sample: the token columns of a large run would not fit into memory
     ids = sorted({question_id for _, question_id in chosen})
     rows = read_rows(path, _COLUMNS, filters=[("question_id", "in", ids)])
@@ -120,6 +125,8 @@ def _episode(row: Mapping[str, Any]) -> dict[str, Any]:
         "form": row["well_formed"],
         "hit": row["hit"],
         "failure": row["failure"],
+        "first": row["first_failure"],
+        "checks": [check for check in CHECKS if row[check]],
         "segments": segments(row["response"] or ""),
         "searches": [
             [

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from dgpo_core.arcap.diagnosis import Failure
 from dgpo_core.errors import UserError
 from dgpo_core.protocol.episode import Ending, Outcome
 
@@ -46,6 +47,11 @@ _QUESTION_COLUMNS = (
     "hit", "searches", "well_formed", "invalid_actions", "cut_turns", "ending", "model_tokens",
 )  # fmt: skip
 _ARCAP_COLUMNS = ("measurement", "question_id", "value", "failed")
+CHECKS = ("without_evidence", "repeats_question", "several_answers")  # for search-specific hacking
+_DIAGNOSIS_COLUMNS = ("dataset", "question_id", "outcome", "first_failure", *CHECKS)
+
+
+Key = tuple[str, str]  # (data set, question id)
 
 
 @dataclass(frozen=True)
@@ -55,7 +61,7 @@ class Scores:
     `failed` and each array of `values` have one entry a question; values are nan where failed.
     """
 
-    keys: list[tuple[str, str]]  # (data set, question id)
+    keys: list[Key]
     failed: NDArray[np.bool_]
     values: dict[str, NDArray[np.float64]]
 
@@ -119,23 +125,74 @@ def _quantity(path: Path, rows: list[Row], failed: NDArray[np.bool_], name: str)
     return values
 
 
-def read_arcap(path: Path) -> dict[str, tuple[NDArray[np.float64], int]]:
-    """Each measurement's values, sorted by question id, and its count of failed rows (left out).
+@dataclass(frozen=True)
+class Measured:
+    """One ARCap measurement of a model: an entry a question, sorted by id; values are nan where failed."""
 
-    Measurements that were not made are absent. Raises UserError naming the file.
+    question_ids: list[str]
+    failed: NDArray[np.bool_]
+    values: NDArray[np.float64]
+
+
+def read_arcap(evaluation: Path, models: Sequence[str]) -> dict[str, dict[str, Measured]]:
+    """Every model's measurements; those that were not made are absent.
+
+    Raises UserError naming the file when one is missing or malformed, and when two models were not asked the
+    same questions in a measurement.
     """
+    found: dict[str, dict[str, Measured]] = {}
+    for model in models:
+        path = evaluation / model / "arcap.parquet"
+        found[model] = _measurements(path)
+        for name, own in found[model].items():
+            first = next(other for other in found if name in found[other])
+            if own.question_ids != found[first][name].question_ids:
+                raise UserError(
+                    f"{path}: {name}: not the questions that {first} was asked; evaluate both again"
+                )
+    return found
+
+
+def _measurements(path: Path) -> dict[str, Measured]:
     rows = sorted(read_rows(path, _ARCAP_COLUMNS), key=lambda row: str(row["question_id"]))
     if unknown := {str(row["measurement"]) for row in rows} - set(MEASUREMENTS):
         raise UserError(f"{path}: unknown measurements: {', '.join(sorted(unknown))}")
-    found: dict[str, tuple[NDArray[np.float64], int]] = {}
+    found: dict[str, Measured] = {}
     for name in MEASUREMENTS:
         mine = [row for row in rows if row["measurement"] == name]
-        values = np.array([row["value"] for row in mine if not row["failed"]], dtype=np.float64)
-        if np.isnan(values).any():
+        ids = [str(row["question_id"]) for row in mine]
+        failed = np.array([row["failed"] for row in mine], dtype=np.bool_)
+        values = np.array([row["value"] for row in mine], dtype=np.float64)
+        if np.isnan(values[~failed]).any():
             raise UserError(f"{path}: {name}: a row without a value that did not fail")
+        if len(set(ids)) < len(ids):
+            raise UserError(f"{path}: {name}: a question stands there twice")
         if mine:
-            found[name] = values, len(mine) - values.size
+            found[name] = Measured(ids, failed, np.where(failed, np.nan, values))
     return found
+
+
+def read_diagnoses(evaluation: Path, models: Sequence[str], keys: Sequence[Key]) -> dict[str, dict[Key, Row]]:
+    """Every model's diagnoses, in the order of `keys`, the test questions.
+
+    Raises UserError naming the file when one is missing or malformed or is about other questions.
+    """
+    return {model: _diagnoses(evaluation / model / "diagnosis.parquet", keys) for model in models}
+
+
+def _diagnoses(path: Path, keys: Sequence[Key]) -> dict[Key, Row]:
+    rows = {(row["dataset"], row["question_id"]): row for row in read_rows(path, _DIAGNOSIS_COLUMNS)}
+    if set(rows) != set(keys):
+        raise UserError(f"{path}: not the questions of questions.parquet; evaluate again")
+    for row in rows.values():
+        failure = row["first_failure"]
+        if (failure is not None) != (row["outcome"] == Outcome.WRONG):
+            raise UserError(
+                f"{path}: question {row['question_id']}: wrong answers alone have a first failure"
+            )
+        if failure is not None and failure not in list(Failure):
+            raise UserError(f"{path}: question {row['question_id']}: unknown first failure {failure!r}")
+    return {key: rows[key] for key in keys}
 
 
 def read_rows(path: Path, columns: Sequence[str], filters: Any = None) -> list[Row]:

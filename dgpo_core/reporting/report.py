@@ -8,9 +8,10 @@ from dgpo_core.errors import UserError
 from dgpo_core.reporting import results as tables
 from dgpo_core.reporting.curves import read_curves
 from dgpo_core.reporting.episodes import reader_data
-from dgpo_core.reporting.inputs import read_arcap, read_metrics, read_scores
-from dgpo_core.reporting.page import Report, render
+from dgpo_core.reporting.inputs import read_arcap, read_diagnoses, read_metrics, read_scores
+from dgpo_core.reporting.page import render
 from dgpo_core.reporting.paper import DEFAULT_PAIR, paper_exact_match
+from dgpo_core.reporting.parts import Report
 
 
 def write_report(
@@ -23,7 +24,7 @@ def write_report(
     params: dict[str, Any],
     pair: str = DEFAULT_PAIR,
 ) -> None:
-    """Write results.json, comparisons.json, arcap.json and index.html into `out`.
+    """Write results, comparisons, arcap, arcap_comparisons and diagnosis (JSON) and index.html into `out`.
 
     `models` and `mirrors` ({data set: the paper's that it stands for}) give the order of rows and columns;
     `pair` names the paper's models whose figures stand beside ours. The same inputs give the same bytes.
@@ -36,15 +37,19 @@ def write_report(
     paper_exact_match(pair)  # an unknown pair is refused before any work
     datasets = list(mirrors)
     scores = read_scores(evaluation, models, datasets)
+    keys = scores[models[0]].keys
+    measured, diagnoses = read_arcap(evaluation, models), read_diagnoses(evaluation, models, keys)
     report = Report(
         models=list(models),
         mirrors=dict(mirrors),
         results=tables.results(scores, datasets),
         behaviour=tables.behaviour(scores, datasets),
         comparisons=tables.comparisons(scores),
-        arcap=tables.arcap({model: read_arcap(evaluation / model / "arcap.parquet") for model in models}),
+        arcap=tables.arcap(measured),
+        arcap_comparisons=tables.arcap_comparisons(measured),
+        diagnosis=tables.diagnosis(diagnoses, datasets),
         curves=[curve for curve in read_curves(plots) if curve.recipe in models],
-        questions=reader_data(evaluation, models, scores[models[0]].keys),
+        questions=reader_data(evaluation, models, keys, diagnoses),
         metrics=read_metrics(metrics),
         params=dict(params),
         pair=pair,
@@ -53,6 +58,8 @@ def write_report(
         "results.json": _json(report.results),
         "comparisons.json": _json(report.comparisons),
         "arcap.json": _json(report.arcap),
+        "arcap_comparisons.json": _json(report.arcap_comparisons),
+        "diagnosis.json": _json(report.diagnosis),
         "index.html": render(report),
     }
     out.mkdir(parents=True, exist_ok=True)

@@ -1,13 +1,15 @@
-"""Tables of a run as plain dictionaries, ready for JSON: results, paired comparisons, behaviour, ARCap."""
+"""Tables of a run as plain dictionaries, ready for JSON."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dgpo_core.reporting.inputs import Scores
+from dgpo_core.arcap.diagnosis import Failure
+from dgpo_core.protocol.episode import Outcome
+from dgpo_core.reporting.inputs import CHECKS, Key, Measured, Row, Scores
 from dgpo_core.scoring.statistics import Estimate, mean_of_means, mean_with_interval, paired_difference
 
 Table = dict[str, Any]
@@ -56,31 +58,96 @@ def comparisons(scores: Mapping[str, Scores]) -> dict[str, Table]:
 
     Only pairs of PAIRS whose models both exist; only questions that failed for neither.
     """
-    found: dict[str, Table] = {}
-    for first, second in PAIRS:
-        if first in scores and second in scores:
-            both = ~(scores[first].failed | scores[second].failed)
-            ours, theirs = (scores[model].values["em"][both] for model in (first, second))
-            found[f"{first}-{second}"] = _entry(paired_difference(ours, theirs) if both.any() else NOTHING)
-    return found
+    em = {model: own.values["em"] for model, own in scores.items()}
+    return {name: _paired(em[first], em[second]) for name, first, second in _pairs(em)}
 
 
-def arcap(measured: Mapping[str, Mapping[str, tuple[NDArray[np.float64], int]]]) -> dict[str, Table]:
+def arcap(measured: Mapping[str, Mapping[str, Measured]]) -> dict[str, Table]:
     """{model: {measurement: {mean, ci95, n, failed}}}, from each measurement's values and failures."""
     return {
         model: {
-            name: _entry(mean_with_interval(values) if values.size else NOTHING) | {"failed": failed}
-            for name, (values, failed) in own.items()
+            name: _pooled(values.values[~values.failed]) | {"failed": int(values.failed.sum())}
+            for name, values in own.items()
         }
         for model, own in measured.items()
+    }
+
+
+def arcap_comparisons(measured: Mapping[str, Mapping[str, Measured]]) -> dict[str, dict[str, Table]]:
+    """{"dgpo-kd": {measurement: {mean, ci95, n}}, ...}: paired differences on the same questions.
+
+    As in `comparisons`; only measurements that both models have.
+    """
+    return {
+        pair: {
+            name: _paired(values.values, measured[second][name].values)
+            for name, values in measured[first].items()
+            if name in measured[second]
+        }
+        for pair, first, second in _pairs(measured)
+    }
+
+
+def diagnosis(diagnoses: Mapping[str, Mapping[Key, Row]], datasets: Sequence[str]) -> dict[str, Table]:
+    """{model: {first_failures, by_dataset, hacking, failed}}; failed episodes count in `failed` alone.
+
+    `first_failures` {failure: {mean, ci95, n}}: shares of the questions, averaged over the data sets; with
+    the average EM they add up to 1. `by_dataset` {data set: {failure: number of questions}}.
+    `hacking` {check: {mean, ci95, n}}: shares of the pooled questions that the check applies to.
+    """
+    return {model: _model_diagnosis(list(own.values()), datasets) for model, own in diagnoses.items()}
+
+
+def _model_diagnosis(rows: list[Row], datasets: Sequence[str]) -> Table:
+    counted = [row for row in rows if row["outcome"] != Outcome.FAILED]
+    found = {name: [row["first_failure"] for row in counted if row["dataset"] == name] for name in datasets}
+    shares = {
+        str(failure): [
+            np.array([each == failure for each in own], dtype=np.float64) for own in found.values()
+        ]
+        for failure in Failure
+    }
+    return {
+        "first_failures": {name: _entry(_stratified(strata)) for name, strata in shares.items()},
+        "by_dataset": {
+            name: {str(failure): own.count(failure) for failure in Failure} for name, own in found.items()
+        },
+        "hacking": {
+            check: _pooled(
+                np.array([row[check] for row in counted if row[check] is not None], dtype=np.float64)
+            )
+            for check in CHECKS
+        },
+        "failed": len(rows) - len(counted),
     }
 
 
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
 
 
+def _pairs(models: Container[str]) -> list[tuple[str, str, str]]:
+    """(name, first, second) of the pairs of which there are both."""
+    return [
+        (f"{first}-{second}", first, second)
+        for first, second in PAIRS
+        if first in models and second in models
+    ]
+
+
+def _paired(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Table:
+    both = ~(np.isnan(ours) | np.isnan(theirs))  # nan: failed
+    return _entry(paired_difference(ours[both], theirs[both]) if both.any() else NOTHING)
+
+
+def _pooled(values: NDArray[np.float64]) -> Table:
+    return _entry(mean_with_interval(values) if values.size else NOTHING)
+
+
 def _over(scores: Scores, quantity: str, datasets: Sequence[str]) -> Estimate:
-    strata = [scores.of(quantity, dataset) for dataset in datasets]
+    return _stratified([scores.of(quantity, dataset) for dataset in datasets])
+
+
+def _stratified(strata: Sequence[NDArray[np.float64]]) -> Estimate:
     if any(values.size == 0 for values in strata):
         return Estimate(math.nan, math.nan, math.nan, sum(values.size for values in strata))
     return mean_of_means(strata)

@@ -84,6 +84,35 @@ def test_arcap_measures_every_dimension(finished: Path) -> None:
     assert arcap["teacher"]["query_hit_nq"]["mean"] > arcap["student"]["query_hit_nq"]["mean"]
 
 
+def test_every_wrong_answer_has_a_first_failure(finished: Path) -> None:
+    reported = json.loads((finished / "reports/diagnosis.json").read_text())
+    for model in MODELS:
+        rows = pq.read_table(finished / "evaluation" / model / "diagnosis.parquet").to_pylist()
+        asked = pq.read_table(finished / "evaluation" / model / "questions.parquet").to_pylist()
+        same = ("dataset", "question_id", "outcome")
+        assert [[row[name] for name in same] for row in rows] == [
+            [row[name] for name in same] for row in asked
+        ]
+        assert all((row["first_failure"] is not None) == (row["outcome"] == "wrong") for row in rows)
+        counts = [sum(own.values()) for own in reported[model]["by_dataset"].values()]
+        assert sum(counts) == sum(row["outcome"] == "wrong" for row in rows)
+    untrained = reported["student"]["first_failures"]
+    assert untrained["no_action"]["mean"] == pytest.approx(
+        sum(entry["mean"] for entry in untrained.values()), abs=1e-5
+    ), "the untrained student knows no tag"
+
+
+def test_arcap_is_compared_in_pairs(finished: Path) -> None:
+    arcap = json.loads((finished / "reports/arcap.json").read_text())
+    paired = json.loads((finished / "reports/arcap_comparisons.json").read_text())
+    assert list(paired) == ["dgpo-kd", "kd-student", "teacher-dgpo"]
+    for name, entry in paired["kd-student"].items():
+        assert entry["n"] == arcap["kd"][name]["n"]
+        assert entry["mean"] == pytest.approx(
+            arcap["kd"][name]["mean"] - arcap["student"][name]["mean"], abs=2e-6
+        )
+
+
 def test_models_load_with_plain_transformers(finished: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

@@ -9,6 +9,7 @@
     return made;
   };
   const OUTCOMES = ["any", "correct", "wrong", "failed"];
+  const FAILURES = Object.entries(DATA.labels.failures);  // of wrong episodes, chosen as wrong:<failure>
   const SIGNS = { correct: "●", wrong: "○", failed: "×" };
   const key = (question) => `${question.set}/${question.id}`;
 
@@ -57,6 +58,8 @@
       ` · ended: ${episode.ending} · ${episode.searches.length} ${episode.searches.length === 1 ? "search" : "searches"}`,
       episode.hit ? " · hit" : " · no hit", episode.form ? "" : " · invalid format",
       episode.failure ? ` · ${episode.failure}` : "",
+      episode.first ? " · first failure: " : "", episode.first ? element("b", "", DATA.labels.failures[episode.first]) : "",
+      ...episode.checks.map((check) => ` · check: ${DATA.labels.checks[check].toLowerCase()}`),
     ];
     return element("section", `card episode m${model.colour}`,
       element("header", "", element("span", "", model.label), element("span", episode.outcome, `${SIGNS[episode.outcome]} ${episode.outcome}`)),
@@ -78,17 +81,21 @@
       element("div", "columns", ...(columns.length ? columns : [element("p", "note", "Choose a model above.")])));
   }
 
+  function hasOutcome(episode, wanted) {
+    return wanted === "any" || wanted === episode.outcome || wanted === `wrong:${episode.first}`;
+  }
+
   function showList() {
     const fits = (question) => (!state.set || question.set === state.set)
       && (!state.needle || texts.get(question).includes(state.needle))
-      && DATA.models.every(({ name }) => state.outcomes.get(name) === "any" || question.episodes[name].outcome === state.outcomes.get(name));
+      && DATA.models.every(({ name }) => hasOutcome(question.episodes[name], state.outcomes.get(name)));
     state.listed = DATA.questions.filter(fits);
     if (!state.listed.includes(state.current)) state.current = state.listed[0] || null;
     byId("reader-list").replaceChildren(...state.listed.map((question) => {
       const dots = DATA.models.map(({ name, label }) => {
-        const { outcome } = question.episodes[name];
+        const { outcome, first } = question.episodes[name];
         const dot = element("span", outcome, SIGNS[outcome]);
-        dot.title = `${label}: ${outcome}`;
+        dot.title = `${label}: ${outcome}${first ? `, ${DATA.labels.failures[first].toLowerCase()}` : ""}`;
         return dot;
       });
       const button = element("button", "", element("span", "dots", ...dots), question.question);
@@ -161,6 +168,9 @@
         remember();
       });
       const outcome = element("select", "", ...OUTCOMES.map((each) => new Option(each, each)));
+      const reasons = element("optgroup", "", ...FAILURES.map(([failure, title]) => new Option(title.toLowerCase(), `wrong:${failure}`)));
+      reasons.label = "wrong, first failure";
+      outcome.append(reasons);
       outcome.setAttribute("aria-label", `Outcome of ${label}`);
       outcome.value = state.outcomes.get(name);
       outcome.addEventListener("change", () => { state.outcomes.set(name, outcome.value); showList(); remember(); });

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dgpo_core.arcap.diagnosis import SCHEMA, Failure
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Search, write_episodes
 from dgpo_core.reporting.inputs import MEASUREMENTS
 from dgpo_core.reporting.paper import DEFAULT_PAIR
@@ -32,11 +33,12 @@ Row = dict[str, Any]
 
 @dataclass
 class Run:
-    """Folders of a run; change `rows` or `arcap` before `save` to make a special case."""
+    """Folders of a run; change `rows`, `arcap` or `diagnoses` before `save` to make a special case."""
 
     folder: Path
     rows: dict[str, list[Row]] = field(default_factory=dict)  # of questions.parquet
     arcap: dict[str, list[Row]] = field(default_factory=dict)
+    diagnoses: dict[str, list[Row]] = field(default_factory=dict)
     params: Row = field(default_factory=dict)
 
     def save(self) -> None:
@@ -45,6 +47,8 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.Table.from_pylist(rows), folder / "questions.parquet")
             pq.write_table(pa.Table.from_pylist(self.arcap[model]), folder / "arcap.parquet")
+            diagnoses = pa.Table.from_pylist(self.diagnoses[model], schema=SCHEMA)
+            pq.write_table(diagnoses, folder / "diagnosis.parquet")
             write_episodes(folder / "episodes.parquet", [_episode(row) for row in rows])
         for name, content in _plots().items():
             path = self.folder / "plots" / name
@@ -72,6 +76,7 @@ def make_run(folder: Path, questions: int = 12) -> Run:
         run.rows[model] = [
             _row(rng, model, dataset, number) for dataset in MIRRORS for number in range(questions)
         ]
+        run.diagnoses[model] = [_diagnosis(rng, row) for row in run.rows[model]]
         run.arcap[model] = [
             {
                 "measurement": name,
@@ -107,6 +112,19 @@ def _row(rng: random.Random, model: str, dataset: str, number: int) -> Row:
         "cut_turns": 0,
         "ending": "failure" if failed else "answered" if prediction else "budget",
         "model_tokens": rng.randint(20, 60),
+    }
+
+
+def _diagnosis(rng: random.Random, row: Row) -> Row:
+    wrong, failed = row["outcome"] == "wrong", row["outcome"] == "failed"
+    return {
+        "dataset": row["dataset"],
+        "question_id": row["question_id"],
+        "outcome": row["outcome"],
+        "first_failure": str(rng.choice(list(Failure))) if wrong else None,
+        "without_evidence": None if wrong or failed else rng.random() < 0.1,
+        "repeats_question": None if failed or not row["searches"] else rng.random() < 0.2,
+        "several_answers": None if failed else rng.random() < 0.1,
     }
 
 

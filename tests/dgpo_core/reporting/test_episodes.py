@@ -3,6 +3,7 @@ from hypothesis import strategies as st
 
 from dgpo_core.protocol.prompts import INVALID_ACTION, TAGS
 from dgpo_core.reporting.episodes import reader_data, sample_questions, segments
+from dgpo_core.reporting.inputs import CHECKS, read_diagnoses
 from tests.dgpo_core.reporting.synthetic import MODELS, Run
 
 
@@ -86,7 +87,8 @@ def test_the_sample_is_fixed_balanced_and_a_prefix_of_a_larger_one() -> None:
 
 def test_reader_has_every_models_episode_of_the_same_question_and_fits(run: Run) -> None:
     keys = [(row["dataset"], row["question_id"]) for row in run.rows["kd"]]
-    questions = reader_data(run.folder / "evaluation", MODELS, keys)
+    diagnoses = read_diagnoses(run.folder / "evaluation", MODELS, keys)
+    questions = reader_data(run.folder / "evaluation", MODELS, keys, diagnoses)
     assert [(question["set"], question["id"]) for question in questions] == keys
     assert all(list(question["episodes"]) == MODELS for question in questions)
     first = questions[0]["episodes"]["kd"]
@@ -95,5 +97,9 @@ def test_reader_has_every_models_episode_of_the_same_question_and_fits(run: Run)
         "director of Silent Harbour",
         [["p17", 8.25], ["p3", 7.5], ["p1048", 0.1]],
     ]
-    few = reader_data(run.folder / "evaluation", MODELS, keys, max_bytes=60_000)
+    for question, row in zip(questions, run.diagnoses["kd"], strict=True):
+        episode = question["episodes"]["kd"]
+        assert episode["first"] == row["first_failure"]
+        assert episode["checks"] == [check for check in CHECKS if row[check]]
+    few = reader_data(run.folder / "evaluation", MODELS, keys, diagnoses, max_bytes=60_000)
     assert 0 < len(few) < len(questions)

@@ -13,6 +13,7 @@ import pytest
 
 from dgpo_core.errors import UserError
 from dgpo_core.reporting import words
+from dgpo_core.reporting.arcap import CHECK_COLUMNS, FAILURE_COLUMNS
 from dgpo_core.reporting.episodes import compact_json
 from dgpo_core.reporting.paper import paper_arcap, paper_exact_match
 from tests.dgpo_core.reporting.synthetic import HOSTILE, MIRRORS, Run, make_run
@@ -93,12 +94,16 @@ def test_same_inputs_give_the_same_bytes_whatever_the_order_of_rows(tmp_path: Pa
     outs = []
     for name in ("one", "two"):
         run = make_run(tmp_path / name, questions=5)
-        for rows in [*run.rows.values(), *run.arcap.values()] if name == "two" else []:
+        tables = [*run.rows.values(), *run.arcap.values(), *run.diagnoses.values()]
+        for rows in tables if name == "two" else []:
             random.Random(3).shuffle(rows)
         run.save()
         outs.append(run.report(tmp_path / name / "reports"))
     names = sorted(path.name for path in outs[0].iterdir())
-    assert names == ["arcap.json", "comparisons.json", "index.html", "results.json"]
+    assert names == [
+        "arcap.json", "arcap_comparisons.json", "comparisons.json", "diagnosis.json", "index.html",
+        "results.json",
+    ]  # fmt: skip
     for name in names:
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
 
@@ -121,8 +126,38 @@ def test_every_chart_has_its_data_and_the_radar_no_counts(page: Page) -> None:
     assert len(page.data["radars"]["radar-own"]["axes"]) == 7
 
 
+def test_first_failures_are_drawn_and_listed(page: Page, reported: Reported) -> None:
+    diagnosis = json.loads((reported[1] / "diagnosis.json").read_text())
+    titles = [own.get("title") or "" for tag, own in page.tags if tag == "span"]
+    for model, own in diagnosis.items():
+        for name, label, _ in FAILURE_COLUMNS:
+            mean = own["first_failures"][name]["mean"]
+            assert f"{mean:.3f}" in page.text
+            assert not mean or f"{label} {mean:.3f}" in titles, model
+        for check, label, _ in CHECK_COLUMNS:
+            assert label in page.text and f"{own['hacking'][check]['mean']:.3f}" in page.text
+    assert f"Failed episodes, left out: {2 * len(MIRRORS)}." in page.text
+
+
+def test_the_reader_can_name_every_diagnosis(page: Page) -> None:
+    episodes = [own for question in page.data["questions"] for own in question["episodes"].values()]
+    assert {own["first"] for own in episodes} - {None} == set(page.data["labels"]["failures"])
+    assert {check for own in episodes for check in own["checks"]} == set(page.data["labels"]["checks"])
+    assert all((own["first"] is None) == (own["outcome"] != "wrong") for own in episodes)
+
+
+def test_paired_differences_of_arcap_are_listed_with_signs(page: Page, reported: Reported) -> None:
+    found = json.loads((reported[1] / "arcap_comparisons.json").read_text())
+    assert "DGPO \N{MINUS SIGN} KD" in page.text
+    for pair in found.values():
+        for name, entry in pair.items():
+            text = f"{entry['mean']:+.{2 if 'searches' in name else 3}f}"
+            text = text[1:] if float(text) == 0 else text  # nothing has no sign
+            assert text.replace("-", "\N{MINUS SIGN}") in page.text
+
+
 def test_own_scale_is_only_claimed_for_data_sets_that_mirror(run: Run) -> None:
-    for rows in run.rows.values():
+    for rows in [*run.rows.values(), *run.diagnoses.values()]:
         rows[:] = [row for row in rows if row["dataset"] == "onehop"]
     run.save()
     run.report_with(run.folder / "reports", mirrors={"onehop": "onehop"})
@@ -151,6 +186,7 @@ MISSING = [
     "evaluation/kd/questions.parquet",
     "evaluation/dgpo/episodes.parquet",
     "evaluation/student/arcap.parquet",
+    "evaluation/teacher/diagnosis.parquet",
 ]
 
 
@@ -183,6 +219,37 @@ def test_malformed_questions_are_refused(run: Run, change: Any, message: str) ->
     names = min((list(row) for row in rows), key=len)
     pq.write_table(pa.Table.from_pylist(rows).select(names), path)
     with pytest.raises(UserError, match=f"kd/questions.parquet.*{message}"):
+        run.report(run.folder / "reports")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.pop(), "not the questions of questions.parquet"),
+        (lambda rows: rows[2].update(outcome="correct", first_failure="bad_query"), "wrong answers alone"),
+        (lambda rows: rows[2].update(outcome="wrong", first_failure=None), "wrong answers alone"),
+        (lambda rows: rows[2].update(outcome="wrong", first_failure="bad_luck"), "unknown .* 'bad_luck'"),
+    ],
+)
+def test_malformed_diagnoses_are_refused(run: Run, change: Any, message: str) -> None:
+    change(run.diagnoses["kd"])
+    run.save()
+    with pytest.raises(UserError, match=f"kd/diagnosis.parquet.*{message}"):
+        run.report(run.folder / "reports")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda rows: rows.pop(), "thinking_searches_musique: not the questions that student was asked"),
+        (lambda rows: rows.append(dict(rows[0])), "source_em_nq: a question stands there twice"),
+        (lambda rows: rows[3].update(value=float("nan")), "a row without a value"),
+    ],
+)
+def test_malformed_measurements_are_refused(run: Run, change: Any, message: str) -> None:
+    change(run.arcap["kd"])
+    run.save()
+    with pytest.raises(UserError, match=f"kd/arcap.parquet: .*{message}"):
         run.report(run.folder / "reports")
 
 

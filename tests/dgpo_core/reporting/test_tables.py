@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from dgpo_core.arcap.diagnosis import Failure
 from dgpo_core.reporting.inputs import MEASUREMENTS
 from dgpo_core.scoring.statistics import RESAMPLES, SEED, mean_of_means, mean_with_interval
 from tests.dgpo_core.reporting.synthetic import MIRRORS, MODELS, Run
@@ -132,3 +133,55 @@ def test_arcap_means_without_failed_rows(reported: Reported) -> None:
             ]
             assert entry["mean"] == pytest.approx(np.mean(values), abs=1e-6)
             assert (entry["n"], entry["failed"]) == (11, 1)
+
+
+def test_arcap_comparisons_pair_the_rows_that_failed_for_neither(run: Run) -> None:
+    for row in run.arcap["kd"]:
+        row["failed"] = row["question_id"] in ("q1", "q2")  # dgpo lost q0
+    run.arcap["student"] = [row for row in run.arcap["student"] if row["measurement"] != "query_hit_nq"]
+    run.save()
+    found = load(run.report(run.folder / "reports"), "arcap_comparisons.json")
+    assert list(found) == ["dgpo-kd", "kd-student", "teacher-dgpo"]
+    assert tuple(found["dgpo-kd"]) == MEASUREMENTS
+    assert set(MEASUREMENTS) - set(found["kd-student"]) == {"query_hit_nq"}
+    ours, theirs = (
+        {(row["measurement"], row["question_id"]): row["value"] for row in run.arcap[model]}
+        for model in ("dgpo", "kd")
+    )
+    for name, entry in found["dgpo-kd"].items():
+        differences = [ours[name, f"q{i}"] - theirs[name, f"q{i}"] for i in range(3, 12)]
+        assert (entry["n"], entry["mean"]) == (9, pytest.approx(np.mean(differences), abs=1e-6))
+        assert entry["ci95"][0] <= entry["mean"] <= entry["ci95"][1]
+
+
+def test_first_failures_and_em_add_up_to_one(reported: Reported) -> None:
+    run, out = reported
+    results, diagnosis = load(out, "results.json"), load(out, "diagnosis.json")
+    for model in MODELS:
+        own = diagnosis[model]
+        assert list(own["first_failures"]) == [str(failure) for failure in Failure]
+        total = sum(entry["mean"] for entry in own["first_failures"].values())
+        assert total + results[model]["average"]["em"] == pytest.approx(1, abs=1e-5)
+        assert own["failed"] == results[model]["average"]["failed"]
+        assert {entry["n"] for entry in own["first_failures"].values()} == {results[model]["average"]["n"]}
+        for dataset, counts in own["by_dataset"].items():
+            wrong = [row for row in run.rows[model] if (row["dataset"], row["outcome"]) == (dataset, "wrong")]
+            assert sum(counts.values()) == len(wrong)
+
+
+def test_hacking_shares_are_over_the_questions_that_a_check_applies_to(reported: Reported) -> None:
+    run, out = reported
+    diagnosis = load(out, "diagnosis.json")
+    for model in MODELS:
+        for check, entry in diagnosis[model]["hacking"].items():
+            values = [row[check] for row in run.diagnoses[model] if row[check] is not None]
+            assert (entry["n"], entry["mean"]) == (len(values), pytest.approx(np.mean(values), abs=1e-6))
+
+
+def test_a_check_that_applies_to_nothing_has_no_share(run: Run) -> None:
+    for row in run.diagnoses["student"]:
+        row["without_evidence"] = None
+    run.save()
+    out = run.report(run.folder / "reports")
+    entry = load(out, "diagnosis.json")["student"]["hacking"]["without_evidence"]
+    assert entry == {"mean": None, "ci95": [None, None], "n": 0}
