@@ -12,5 +12,6 @@ How several seeds become one number, and when a claim counts as reproduced:
 - A claim of the kind "on at least k of n data sets" takes its intervals at the level 1 - 0.05 / (n - k + 1)
   (partial conjunction with Bonferroni's correction, Benjamini and Heller 2008, Biometrics 64): with seven
   data sets one is above by chance more often than one in twenty times. "All of them" needs no correction.
+- Claims are not corrected for being many: of fifty, some intervals miss by chance.
 - Claims about training ask for the same in every seed (see `stability`).
 """

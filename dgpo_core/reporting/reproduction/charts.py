@@ -29,17 +29,21 @@ SIGN_OF_RL = ("em", "reward")
 Row = dict[str, Any]
 
 
-def difference_track(entries: Sequence[Row | None], counts: bool) -> Row:
-    """Each entry's mean, interval, seeds and the paper's figure around zero, in percent of the track."""
+def difference_track(entries: Sequence[tuple[Row | None, str]], counts: bool) -> Row:
+    """Each entry's mean, interval, seeds and the paper's figure around zero, in percent of the track.
+
+    The second of each pair is the mark's class in the style sheet: its colour.
+    """
     limit = COUNT_LIMIT if counts else SHARE_LIMIT
-    known = [entry for entry in entries if entry and entry["mean"] is not None]
-    return {"zero": "50.00", "marks": [_mark(entry, -limit, limit) for entry in known]}
+    known = [(entry, colour) for entry, colour in entries if entry and entry["mean"] is not None]
+    marks = [_mark(entry, -limit, limit) | {"class": colour} for entry, colour in known]
+    return {"zero": "50.00", "marks": marks}
 
 
-def level_track(entry: Row | None, top: float) -> Row:
+def level_track(entry: Row, top: float, colour: str) -> Row:
     """The same from zero to `top`."""
-    known = [entry] if entry and entry["mean"] is not None else []
-    return {"zero": "0.00", "marks": [_mark(own, 0.0, top) for own in known]}
+    known = [entry] if entry["mean"] is not None else []
+    return {"zero": "0.00", "marks": [_mark(own, 0.0, top) | {"class": colour} for own in known]}
 
 
 def top_of(entries: Iterable[Row | None]) -> float:

@@ -21,7 +21,8 @@ from dgpo_core.reporting.reproduction.verdicts import REPRODUCED, VERDICTS, numb
 from dgpo_core.reporting.results import AVERAGE
 
 COLOURS = {name: index for index, name in enumerate(words.MODEL_LABELS)}  # of the style sheets
-CLASSES = dict(zip(VERDICTS, ("correct", "wrong", "failed"), strict=True))
+HOLDS = {True: "correct", False: "wrong", None: "failed"}  # classes of the style sheet
+CLASSES = dict(zip(VERDICTS, HOLDS.values(), strict=True))
 FIGURES = ("ppo", "dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")  # the curves of figures 4 and 6
 Row = dict[str, Any]
 
@@ -82,7 +83,7 @@ def _groups(verdicts: Sequence[Row]) -> list[Row]:
 
 def _claim(row: Row) -> Row:
     tests = [_test(test) for test in row["tests"]]
-    numbers = [test["numbers"] for test in row["tests"] if test["numbers"]]
+    numbers = [(test["numbers"], HOLDS[test["holds"]]) for test in row["tests"] if test["numbers"]]
     counts = any("searches" in test["label"] for test in row["tests"])
     return row | {
         "class": CLASSES[row["verdict"]],
@@ -94,8 +95,10 @@ def _claim(row: Row) -> Row:
 def _test(test: Row) -> Row:
     numbers = test["numbers"]
     return test | {
-        "class": {True: "correct", False: "wrong", None: "failed"}[test["holds"]],
-        "track": difference_track([numbers], "searches" in test["label"]) if numbers else None,
+        "class": HOLDS[test["holds"]],
+        "track": difference_track([(numbers, HOLDS[test["holds"]])], "searches" in test["label"])
+        if numbers
+        else None,
         "text": numbers_text(numbers) if numbers else test["evidence"],
     }
 
@@ -103,7 +106,7 @@ def _test(test: Row) -> Row:
 def _bars(entries: dict[str, Row]) -> list[Row]:
     top = top_of(entries.values())
     return [
-        _model(model) | {"track": level_track(entry, top), "cell": _cell(entry)}
+        _model(model) | {"track": level_track(entry, top, f"m{COLOURS[model]}"), "cell": _cell(entry)}
         for model, entry in entries.items()
     ]
 
@@ -188,7 +191,7 @@ def _ablations(tables: Row) -> list[Row]:
         | {
             "average": _cell(row["exact_match"] and row["exact_match"][AVERAGE]),
             "difference": _cell(row["minus_dgpo"], sign=True) if row["recipe"] != "dgpo" else None,
-            "track": difference_track([row["minus_dgpo"]], counts=False),
+            "track": difference_track([(row["minus_dgpo"], f"m{COLOURS[row['recipe']]}")], counts=False),
         }
         for row in tables["ablations"]
     ]

@@ -30,11 +30,12 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Finding:
-    """What became of a test: None where it could not be made. `numbers` only of a contrast."""
+    """What became of a condition: None where it was not tested. `numbers` only of a contrast."""
 
     label: str
     holds: bool | None
     evidence: str
+    remark: str = ""  # why it does not hold, in a few words
     numbers: Row | None = None
     parts: "list[Finding]" = field(default_factory=list)
 
@@ -79,7 +80,7 @@ class Judge:
         pooled = pool(combined(weighted), confidence)
         numbers = entry(pooled, self.measured.seeds, self._paper(test)) | {"confidence": round(confidence, 6)}
         holds, remark = _within(test, pooled)
-        return Finding(label, holds, f"{remark}{numbers_text(numbers)}", numbers)
+        return Finding(label, holds, _joined(remark, numbers_text(numbers)), remark, numbers)
 
     def _paper(self, test: Contrast) -> float | None:
         figures = [self.paper_of(model, quantity) for _, model, quantity in test.terms]
@@ -93,8 +94,8 @@ class Judge:
             return Finding(label, None, f"no training curve of {model_label(test.model)}")
         agree = [training.state in test.states for training in trainings]
         states = self._by_seed([training_text(training) for training in trainings])
-        remark = "" if all(agree) or not any(agree) else "no clear difference, the seeds disagree: "
-        return Finding(label, all(agree), f"{remark}{states}")
+        remark = _disagreement(agree)
+        return Finding(label, all(agree), _joined(remark, states), remark)
 
     def _outlasts(self, test: Outlasts) -> Finding:
         label = f"{model_label(test.first)} outlasts {model_label(test.second)}"
@@ -108,8 +109,8 @@ class Judge:
             for ours, theirs in pairs
         ]
         texts = [f"{training_text(ours)} against {training_text(theirs)}" for ours, theirs in pairs]
-        remark = "" if all(agree) or not any(agree) else "no clear difference, the seeds disagree: "
-        return Finding(label, all(agree), f"{remark}{self._by_seed(texts)}")
+        remark = _disagreement(agree)
+        return Finding(label, all(agree), _joined(remark, self._by_seed(texts)), remark)
 
     def _at_least(self, test: AtLeast, confidence: float) -> Finding:
         """Three-valued: what was not tested may still turn out either way, unless the rest decides."""
@@ -118,21 +119,41 @@ class Judge:
         hold = [part for part in parts if part.holds]
         fail = [part for part in parts if part.holds is False]
         holds = True if len(hold) >= test.count else False if len(parts) - len(fail) < test.count else None
-        text = f"{len(hold)} of {len(parts)} hold, {test.count} needed"
+        remark = f"{len(hold)} of {len(parts)} hold, {test.count} needed"
+        text = remark
         if fail:
-            text += f"; not: {'; '.join(part.label for part in fail)}"
-        if open_parts := [part for part in parts if part.holds is None]:
-            text += f"; not tested: {'; '.join(part.label for part in open_parts)}"
-        return Finding(_group_label(parts), holds, text, None, parts)
+            text += f"; not: {_listed(fail)}"
+        if untested := [part for part in parts if part.holds is None]:
+            text += f"; not tested: {_listed(untested)}"
+        return Finding(_group_label(parts), holds, text, remark, None, parts)
 
     def _by_seed(self, texts: Sequence[str]) -> str:
         return ", ".join(f"seed {seed} {text}" for seed, text in zip(self.measured.seeds, texts, strict=True))
+
+
+def _disagreement(agree: Sequence[bool]) -> str:
+    return "" if all(agree) or not any(agree) else "no clear difference, the seeds disagree"
+
+
+def _joined(remark: str, text: str) -> str:
+    return f"{remark}: {text}" if remark else text
 
 
 def _group_label(parts: Sequence[Finding]) -> str:
     """What a group of contrasts on one quantity is about, for the lists of an enclosing group."""
     tails = {part.label.rpartition(" · ")[2] for part in parts}
     return tails.pop() if len(tails) == 1 else f"{len(parts)} comparisons"
+
+
+def _listed(parts: Sequence[Finding]) -> str:
+    """Labels `what · on what` in one line; what all of them share is said once."""
+    labels = [part.label.partition(" · ") for part in parts]
+    heads, tails = {head for head, _, _ in labels}, {tail for _, _, tail in labels}
+    if len(labels) > 1 and len(tails) == 1:
+        return f"{', '.join(head for head, _, _ in labels)}{' · ' * any(tails)}{tails.pop()}"
+    if len(labels) > 1 and len(heads) == 1:
+        return f"{heads.pop()} · {'; '.join(tail for _, _, tail in labels)}"
+    return "; ".join(part.label for part in parts)
 
 
 def _needs(term: tuple[float, str, str]) -> str:
@@ -148,25 +169,25 @@ def _within(test: Contrast, pooled: Pooled) -> tuple[bool | None, str]:
     """Does the interval, and does every seed's own mean, lie between the bounds?"""
     low, high = pooled.estimate.low, pooled.estimate.high
     if low != low or high != high:
-        return None, "too few questions for an interval: "
+        return None, "too few questions for an interval"
     inside = [test.above < mean < test.below for mean in pooled.seeds]
     if test.above < low and high < test.below:
         if all(inside):
             return True, ""
-        return False, f"no clear difference, it holds with {sum(inside)} of {len(inside)} seeds only: "
+        return False, f"no clear difference, it holds with {sum(inside)} of {len(inside)} seeds only"
     if high < test.above or low > test.below:
-        return False, "the opposite: "
-    return False, f"no clear difference, the interval includes {bound_text(test, low)}: "
+        return False, "the opposite"
+    return False, f"no clear difference, the interval includes {bound_text(test, low)}"
 
 
 def numbers_text(numbers: Row) -> str:
     """The numbers behind a contrast in one line, every seed's own among them."""
     low, high = numbers["ci95"]
-    seeds = ", ".join(f"{seed}: {signed(mean)}" for seed, mean in numbers["seeds"].items())
+    seeds = ", ".join(f"seed {seed} {signed(mean)}" for seed, mean in numbers["seeds"].items())
     level = f"{100 * numbers['confidence']:.3g} %"
-    interval = "" if low is None else f" ({level} {signed(low)} to {signed(high)})"
+    interval = "" if low is None else f" ({level} interval {signed(low)} to {signed(high)})"
     published = "" if numbers["paper"] is None else f"; paper {signed(numbers['paper'])}"
-    return f"{signed(numbers['mean'])}{interval}, {numbers['n']:,} questions; seeds {seeds}{published}"
+    return f"{signed(numbers['mean'])}{interval}, {numbers['n']:,} questions; {seeds}{published}"
 
 
 def training_text(training: Training) -> str:
@@ -210,6 +231,7 @@ def judge(judge_: Judge, claim: Claim, pair: str) -> Row:
         "statement": claim.statement,
         "source": claim.source,
         "verdict": verdict,
+        "remark": finding.remark,
         "evidence": finding.evidence,
         "tests": [
             {"label": leaf.label, "holds": leaf.holds, "evidence": leaf.evidence, "numbers": leaf.numbers}
