@@ -5,6 +5,10 @@ from dgpo_core.reporting.results import AVERAGE
 from dgpo_core.reporting.words import PAPER_DATASETS, model_label
 
 MINUS = "\N{MINUS SIGN}"
+BEFORE_COLLAPSE = (  # sections B.3 and 5.6
+    "The paper reports PPO at step 200 and DGPO without cold start just before their collapse; "
+    "ours are the models that the runs evaluated."
+)
 # in the order of table 5; what the paper lacks comes last
 MEASUREMENT_LABELS = {
     "source_em_nq": "source referencing, NQ",

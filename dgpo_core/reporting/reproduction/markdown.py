@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from dgpo_core.reporting import words
-from dgpo_core.reporting.reproduction.labels import MEASUREMENT_LABELS, signed
+from dgpo_core.reporting.reproduction.labels import BEFORE_COLLAPSE, MEASUREMENT_LABELS, signed
 from dgpo_core.reporting.reproduction.verdicts import VERDICTS
 from dgpo_core.reporting.results import AVERAGE
 
@@ -20,6 +20,7 @@ def markdown(tables: Row, verdicts: Sequence[Row]) -> str:
         _table(["claim", "paper", "verdict", "evidence"], [_claim(row) for row in verdicts]),
         "### Exact match (table 2)\n",
         _exact_match(tables),
+        f"{BEFORE_COLLAPSE}\n",
         "### Other models (table 3)\n",
         _model_pairs(tables),
         "### ARCap (table 5)\n",

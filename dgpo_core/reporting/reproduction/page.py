@@ -14,7 +14,7 @@ from dgpo_core.reporting.episodes import compact_json
 from dgpo_core.reporting.page import DASH, TEMPLATES
 from dgpo_core.reporting.reproduction.charts import difference_track, level_track, panels, top_of
 from dgpo_core.reporting.reproduction.claims import GROUPS, PROFILED
-from dgpo_core.reporting.reproduction.labels import MEASUREMENT_LABELS, signed
+from dgpo_core.reporting.reproduction.labels import BEFORE_COLLAPSE, MEASUREMENT_LABELS, signed
 from dgpo_core.reporting.reproduction.markdown import seeds_text, stability_text
 from dgpo_core.reporting.reproduction.stability import INVALID_RISE, LENGTH_DRIFT, NEAR_ZERO
 from dgpo_core.reporting.reproduction.verdicts import REPRODUCED, VERDICTS, numbers_text
@@ -59,6 +59,7 @@ def render(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]])
         invalid_rise=INVALID_RISE,
         length_drift=LENGTH_DRIFT,
         near_zero=NEAR_ZERO,
+        before_collapse=BEFORE_COLLAPSE,
         data=Markup(compact_json(data)),
         css=Markup(_text("page.css") + _text("reproduction.css")),
         scripts=[Markup(get_plotlyjs()), Markup(_text("charts.js")), Markup(_text("reproduction.js"))],

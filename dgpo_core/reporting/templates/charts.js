@@ -44,11 +44,12 @@ const HIDDEN = new Set();  // models whose traces are switched off; dispatch "mo
       hoverinfo: trace.role === "raw" ? "skip" : "x+y+name",
       showlegend: trace.role !== "raw",
     }));
-    const axis = { gridcolor: colour("--line"), zeroline: false, automargin: true, nticks: 5, linecolor: colour("--line") };
+    const axis = { gridcolor: colour("--line"), zeroline: false, automargin: true, nticks: 5, exponentformat: "none", linecolor: colour("--line") };
     const names = new Set(chart.traces.map((trace) => trace.name));
     return [traces, layout({
       margin: { l: 38, r: 8, t: 10, b: 26 }, hovermode: "x unified",
-      xaxis: { ...axis, showgrid: false }, yaxis: axis,
+      xaxis: { ...axis, showgrid: false },
+      yaxis: { ...axis, rangemode: chart.traces[0].model ? "tozero" : "normal" },  // models are compared on one scale
       showlegend: names.size > 1 && !chart.traces[0].model, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
     })];
   }
