@@ -14,7 +14,7 @@ from typing import Annotated
 
 import typer
 import yaml
-from dgpo_core.reporting.reproduction.report import write_reproduction
+from dgpo_core.reporting.reproduction.write import write_reproduction
 from prefect import flow
 
 from dgpo_core.config.params import load_params, resolve_profile

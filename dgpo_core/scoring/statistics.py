@@ -42,7 +42,7 @@ def mean_with_interval(values: ArrayLike) -> Estimate:
     return Estimate(mean, low, high, array.size)
 
 
-def mean_of_means(strata: Sequence[ArrayLike]) -> Estimate:
+def mean_of_means(strata: Sequence[ArrayLike], confidence: float = CONFIDENCE) -> Estimate:
     """Mean of the strata's means (data sets count alike, whatever their size); `n` counts all values.
 
     The bootstrap is stratified: each stratum is resampled by itself. The interval is nan when a stratum has
@@ -56,7 +56,7 @@ def mean_of_means(strata: Sequence[ArrayLike]) -> Estimate:
         return Estimate(mean, float("nan"), float("nan"), n)
     if all(np.ptp(array) == 0 for array in arrays):
         return Estimate(mean, mean, mean, n)
-    low, high = _interval(arrays, _mean_of_means)
+    low, high = _interval(arrays, _mean_of_means, confidence)
     return Estimate(mean, low, high, n)
 
 
@@ -75,14 +75,16 @@ def _mean_of_means(*samples: NDArray[np.float64], axis: int) -> Any:
     return np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
 
 
-def _interval(samples: list[NDArray[np.float64]], statistic: Callable[..., Any]) -> tuple[float, float]:
+def _interval(
+    samples: list[NDArray[np.float64]], statistic: Callable[..., Any], confidence: float = CONFIDENCE
+) -> tuple[float, float]:
     """Percentile bootstrap of `statistic` over independent samples, from a fixed seed."""
     result = stats.bootstrap(
         samples,
         statistic,
         n_resamples=RESAMPLES,
         batch=500,
-        confidence_level=CONFIDENCE,
+        confidence_level=confidence,
         method="percentile",
         rng=np.random.default_rng(SEED),
     )

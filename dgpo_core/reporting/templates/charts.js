@@ -2,6 +2,7 @@
 // The page's data, theme and charts. Colours live in the style sheet; charts read them and are redrawn on a change.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const MODELS = new Map(DATA.models.map((model) => [model.name, model]));
+const HIDDEN = new Set();  // models whose traces are switched off; dispatch "models" on the document after a change
 
 (() => {
   const root = document.documentElement;
@@ -33,22 +34,23 @@ const MODELS = new Map(DATA.models.map((model) => [model.name, model]));
   }
 
   function curve(chart) {
-    const own = modelColour(chart.model);
-    const traces = chart.traces.map((trace) => ({
+    const own = (trace) => modelColour(trace.model || chart.model);
+    const traces = chart.traces.filter((trace) => !HIDDEN.has(trace.model)).map((trace) => ({
       type: "scatter", name: trace.name, x: trace.x, y: trace.y,
       mode: trace.role === "points" ? "lines+markers" : "lines",
       line: trace.role === "points" ? { color: colour("--m1"), width: 1.5, dash: "dot" }
-        : { color: trace.role === "raw" ? faint(own, 0.3) : own, width: trace.role === "raw" ? 1 : 2 },
+        : { color: trace.role === "raw" ? faint(own(trace), 0.3) : own(trace), width: trace.role === "raw" ? 1 : 2 },
       marker: { color: colour("--m1"), size: 7 },
       hoverinfo: trace.role === "raw" ? "skip" : "x+y+name",
       showlegend: trace.role !== "raw",
     }));
-    const axis = { gridcolor: colour("--line"), zeroline: false, automargin: true, nticks: 5, linecolor: colour("--line") };
+    const axis = { gridcolor: colour("--line"), zeroline: false, automargin: true, nticks: 5, exponentformat: "none", linecolor: colour("--line") };
     const names = new Set(chart.traces.map((trace) => trace.name));
     return [traces, layout({
       margin: { l: 38, r: 8, t: 10, b: 26 }, hovermode: "x unified",
-      xaxis: { ...axis, showgrid: false }, yaxis: axis,
-      showlegend: names.size > 1, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
+      xaxis: { ...axis, showgrid: false },
+      yaxis: { ...axis, rangemode: chart.traces[0].model ? "tozero" : "normal" },  // models are compared on one scale
+      showlegend: names.size > 1 && !chart.traces[0].model, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
     })];
   }
 
@@ -92,6 +94,7 @@ const MODELS = new Map(DATA.models.map((model) => [model.name, model]));
     applyTheme();
   });
   system.addEventListener("change", applyTheme);
+  document.addEventListener("models", () => { for (const id of drawn) draw(id); });
   addEventListener("beforeprint", () => charts.forEach((chart) => draw(chart.id)));
   applyTheme();
   charts.forEach((chart) => watch.observe(chart));

@@ -1,0 +1,210 @@
+"""The page of a reproduction: the run's page's style and chart code, around several seeds and the paper."""
+
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from dgpo_core.reporting import words
+from dgpo_core.reporting.curves import Curve
+from dgpo_core.reporting.episodes import compact_json
+from dgpo_core.reporting.page import DASH, TEMPLATES
+from dgpo_core.reporting.reproduction.charts import difference_track, level_track, panels, top_of
+from dgpo_core.reporting.reproduction.claims import GROUPS, PROFILED
+from dgpo_core.reporting.reproduction.labels import BEFORE_COLLAPSE, MEASUREMENT_LABELS, signed
+from dgpo_core.reporting.reproduction.markdown import seeds_text, stability_text
+from dgpo_core.reporting.reproduction.stability import INVALID_RISE, LENGTH_DRIFT, NEAR_ZERO
+from dgpo_core.reporting.reproduction.verdicts import REPRODUCED, VERDICTS, numbers_text
+from dgpo_core.reporting.results import AVERAGE
+
+COLOURS = {name: index for index, name in enumerate(words.MODEL_LABELS)}  # of the style sheets
+HOLDS = {True: "correct", False: "wrong", None: "failed"}  # classes of the style sheet
+CLASSES = dict(zip(VERDICTS, HOLDS.values(), strict=True))
+FIGURES = ("ppo", "dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")  # the curves of figures 4 and 6
+Row = dict[str, Any]
+
+
+def render(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]]) -> str:
+    """The page's HTML: one file, no network, the same bytes for the same tables."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    drawn = panels(curves)
+    recipes = list(dict.fromkeys(trace["model"] for panel in drawn for trace in panel["traces"]))
+    counts = Counter(row["verdict"] for row in verdicts)
+    data = {
+        "models": [_model(name) for name in tables["exact_match"]],
+        "figures": [name for name in recipes if name in FIGURES],
+        "charts": {f"curve-{index}": {"traces": panel["traces"]} for index, panel in enumerate(drawn)},
+        "radars": {},
+    }
+    return environment.get_template("reproduction.html.j2").render(
+        title=f"{counts[REPRODUCED]} of {len(verdicts)} claims reproduced at our scale",
+        seeds=seeds_text(tables["seeds"]),
+        counts=[(name, CLASSES[name], counts[name]) for name in VERDICTS],
+        groups=_groups(verdicts),
+        pair=tables["pair"],
+        own_scale=any(name != role for name, role in tables["mirrors"].items()),
+        bars_rows=_bars({model: own[AVERAGE] for model, own in tables["exact_match"].items()}),
+        exact_match=_exact_match(tables),
+        model_pairs=_model_pairs(tables),
+        arcap=_arcap(tables),
+        ablations=_ablations(tables),
+        panels=drawn,
+        recipes=[_model(name) for name in recipes],
+        stability=_stability(tables),
+        invalid_rise=INVALID_RISE,
+        length_drift=LENGTH_DRIFT,
+        near_zero=NEAR_ZERO,
+        before_collapse=BEFORE_COLLAPSE,
+        data=Markup(compact_json(data)),
+        css=Markup(_text("page.css") + _text("reproduction.css")),
+        scripts=[Markup(get_plotlyjs()), Markup(_text("charts.js")), Markup(_text("reproduction.js"))],
+    )
+
+
+def _text(name: str) -> str:
+    return (TEMPLATES / name).read_text(encoding="utf-8")
+
+
+def _model(name: str) -> Row:
+    return {"name": name, "label": words.model_label(name), "colour": COLOURS[name]}
+
+
+def _groups(verdicts: Sequence[Row]) -> list[Row]:
+    by_name = {row["claim"]: row for row in verdicts}
+    return [
+        {"title": title, "claims": [_claim(by_name[claim.name]) for claim in claims]}
+        for title, claims in GROUPS
+    ]
+
+
+def _claim(row: Row) -> Row:
+    tests = [_test(test) for test in row["tests"]]
+    numbers = [(test["numbers"], HOLDS[test["holds"]]) for test in row["tests"] if test["numbers"]]
+    counts = any("searches" in test["label"] for test in row["tests"])
+    return row | {
+        "class": CLASSES[row["verdict"]],
+        "track": difference_track(numbers, counts) if numbers else None,
+        "tests": tests if len(tests) > 1 else [],
+    }
+
+
+def _test(test: Row) -> Row:
+    numbers = test["numbers"]
+    return test | {
+        "class": HOLDS[test["holds"]],
+        "track": difference_track([(numbers, HOLDS[test["holds"]])], "searches" in test["label"])
+        if numbers
+        else None,
+        "text": numbers_text(numbers) if numbers else test["evidence"],
+    }
+
+
+def _bars(entries: dict[str, Row]) -> list[Row]:
+    top = top_of(entries.values())
+    return [
+        _model(model) | {"track": level_track(entry, top, f"m{COLOURS[model]}"), "cell": _cell(entry)}
+        for model, entry in entries.items()
+    ]
+
+
+def _cell(entry: Row | None, digits: int = 3, sign: bool = False) -> Row:
+    def form(value: float | None) -> str:
+        return DASH if value is None else signed(value) if sign else f"{value:.{digits}f}"
+
+    if entry is None:
+        return {"value": "not run", "interval": "", "seeds": "", "paper": "", "best": False}
+    low, high = entry["ci95"]
+    return {
+        "value": form(entry["mean"]),
+        "interval": "" if low is None else f"{form(low)} {DASH if not sign else 'to'} {form(high)}",
+        "seeds": " · ".join(form(mean) for mean in entry["seeds"].values()),
+        "paper": "" if entry["paper"] is None else form(entry["paper"]),
+        "best": False,
+    }
+
+
+def _exact_match(tables: Row) -> Row:
+    names = [*tables["mirrors"], AVERAGE]
+    rows = [
+        _model(model) | {"cells": [_cell(own[name]) for name in names]}
+        for model, own in tables["exact_match"].items()
+    ]
+    for index, name in enumerate(names):
+        means = {model: own[name]["mean"] for model, own in tables["exact_match"].items()}
+        known = [mean for model, mean in means.items() if model not in words.GIVEN and mean is not None]
+        for row in rows:
+            trained = row["name"] not in words.GIVEN and means[row["name"]] is not None
+            row["cells"][index]["best"] = trained and means[row["name"]] == max(known)
+    first = next(iter(tables["exact_match"].values()))
+    heads = [(name, _plays(tables, name), first[name]["n"]) for name in names]
+    return {"heads": heads, "rows": rows}
+
+
+def _plays(tables: Row, name: str) -> str:
+    if name == AVERAGE:
+        return "over the sets"
+    role = tables["mirrors"][name]
+    return f"as {words.PAPER_DATASETS.get(role, role)}"
+
+
+def _model_pairs(tables: Row) -> Row:
+    pairs = list(dict.fromkeys(row["pair"] for row in tables["model_pairs"]))
+    models = list(dict.fromkeys(row["model"] for row in tables["model_pairs"]))
+    found = {(row["pair"], row["model"]): row for row in tables["model_pairs"]}
+    rows = [
+        _model(model)
+        | {
+            "cells": [
+                _cell(found[pair, model]["ours"]) | {"paper": f"{found[pair, model]['paper']:.3f}"}
+                for pair in pairs
+            ]
+        }
+        for model in models
+    ]
+    return {"heads": pairs, "rows": rows}
+
+
+def _arcap(tables: Row) -> Row:
+    names = [name for name in MEASUREMENT_LABELS if any(name in own for own in tables["arcap"].values())]
+    cards = [
+        {
+            "title": MEASUREMENT_LABELS[name],
+            "bars": _bars({m: own[name] for m, own in tables["arcap"].items() if m in PROFILED}),
+        }
+        for name in names
+    ]
+    rows = [
+        _model(model) | {"cells": [_cell(own[name], 2 if "searches" in name else 3) for name in names]}
+        for model, own in tables["arcap"].items()
+    ]
+    return {"cards": cards, "heads": [MEASUREMENT_LABELS[name] for name in names], "rows": rows}
+
+
+def _ablations(tables: Row) -> list[Row]:
+    return [
+        _model(row["recipe"])
+        | row
+        | {
+            "average": _cell(row["exact_match"] and row["exact_match"][AVERAGE]),
+            "difference": _cell(row["minus_dgpo"], sign=True) if row["recipe"] != "dgpo" else None,
+            "track": difference_track([(row["minus_dgpo"], f"m{COLOURS[row['recipe']]}")], counts=False),
+        }
+        for row in tables["ablations"]
+    ]
+
+
+def _stability(tables: Row) -> list[Row]:
+    return [
+        _model(recipe)
+        | {
+            "seeds": [stability_text({seed: state}) for seed, state in (own["seeds"] or {}).items()],
+            "states": [state["state"] for state in (own["seeds"] or {}).values()],
+            "paper": own["paper"],
+        }
+        for recipe, own in tables["stability"].items()
+    ]

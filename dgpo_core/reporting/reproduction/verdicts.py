@@ -1,0 +1,240 @@
+"""From claims and measurements to verdicts; the rule is the package's docstring."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from dgpo_core.reporting import paper
+from dgpo_core.reporting.inputs import MEASUREMENTS
+from dgpo_core.reporting.reproduction.claims import Claim
+from dgpo_core.reporting.reproduction.conditions import (
+    AtLeast,
+    Condition,
+    Contrast,
+    Outlasts,
+    Trains,
+    Untested,
+)
+from dgpo_core.reporting.reproduction.inputs import Measured
+from dgpo_core.reporting.reproduction.labels import bound_text, contrast_label, signed
+from dgpo_core.reporting.reproduction.pooling import Pooled, combined, entry, pool
+from dgpo_core.reporting.reproduction.stability import Training, assess
+from dgpo_core.reporting.results import AVERAGE
+from dgpo_core.reporting.words import model_label
+from dgpo_core.scoring.statistics import CONFIDENCE
+
+REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced at our scale", "not reproduced", "not tested"
+VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_TESTED)
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What became of a condition: None where it was not tested. `numbers` only of a contrast."""
+
+    label: str
+    holds: bool | None
+    evidence: str
+    remark: str = ""  # why it does not hold, in a few words
+    numbers: Row | None = None
+    parts: "list[Finding]" = field(default_factory=list)
+
+    def leaves(self) -> "list[Finding]":
+        return [leaf for part in self.parts for leaf in part.leaves()] if self.parts else [self]
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Tests against what was measured; `paper_of` gives the paper's figure of (model, quantity)."""
+
+    measured: Measured
+    paper_of: Callable[[str, str], float | None]
+    trainings: dict[str, list[Training]]
+    done: dict[tuple[Condition, float], Finding] = field(default_factory=dict)  # claims share contrasts
+
+    def find(self, test: Condition, confidence: float = CONFIDENCE) -> Finding:
+        if (test, confidence) not in self.done:
+            self.done[test, confidence] = self._find(test, confidence)
+        return self.done[test, confidence]
+
+    def _find(self, test: Condition, confidence: float) -> Finding:
+        match test:
+            case Contrast():
+                return self._contrast(test, confidence)
+            case Trains():
+                return self._trains(test)
+            case Outlasts():
+                return self._outlasts(test)
+            case AtLeast():
+                return self._at_least(test, confidence)
+            case Untested():
+                return Finding("", None, test.why)
+
+    def _contrast(self, test: Contrast, confidence: float) -> Finding:
+        label = contrast_label(test)
+        samples = [self.measured.of(model, quantity) for _, model, quantity in test.terms]
+        missing = [term for term, own in zip(test.terms, samples, strict=True) if own is None or not own.keys]
+        if missing:
+            return Finding(label, None, f"not run: {', '.join(dict.fromkeys(_needs(t) for t in missing))}")
+        weighted = [(term[0], own) for term, own in zip(test.terms, samples, strict=True) if own is not None]
+        pooled = pool(combined(weighted), confidence)
+        numbers = entry(pooled, self.measured.seeds, self._paper(test)) | {"confidence": round(confidence, 6)}
+        holds, remark = _within(test, pooled)
+        return Finding(label, holds, _joined(remark, numbers_text(numbers)), remark, numbers)
+
+    def _paper(self, test: Contrast) -> float | None:
+        figures = [self.paper_of(model, quantity) for _, model, quantity in test.terms]
+        known = [weight * f for (weight, _, _), f in zip(test.terms, figures, strict=True) if f is not None]
+        return sum(known) if len(known) == len(figures) else None
+
+    def _trains(self, test: Trains) -> Finding:
+        label = f"{model_label(test.model)}: training {' or '.join(test.states)}"
+        trainings = self.trainings.get(test.model)
+        if not trainings:
+            return Finding(label, None, f"no training curve of {model_label(test.model)}")
+        agree = [training.state in test.states for training in trainings]
+        states = self._by_seed([training_text(training) for training in trainings])
+        remark = _disagreement(agree)
+        return Finding(label, all(agree), _joined(remark, states), remark)
+
+    def _outlasts(self, test: Outlasts) -> Finding:
+        label = f"{model_label(test.first)} outlasts {model_label(test.second)}"
+        first, second = (self.trainings.get(model) for model in (test.first, test.second))
+        if not first or not second:
+            lacking = test.first if not first else test.second
+            return Finding(label, None, f"no training curve of {model_label(lacking)}")
+        pairs = list(zip(first, second, strict=True))
+        agree = [
+            theirs.state == "collapsed" and ours.state != "never learned" and _step(ours) > _step(theirs)
+            for ours, theirs in pairs
+        ]
+        texts = [f"{training_text(ours)} against {training_text(theirs)}" for ours, theirs in pairs]
+        remark = _disagreement(agree)
+        return Finding(label, all(agree), _joined(remark, self._by_seed(texts)), remark)
+
+    def _at_least(self, test: AtLeast, confidence: float) -> Finding:
+        """Three-valued: what was not tested may still turn out either way, unless the rest decides."""
+        level = 1 - (1 - confidence) / (len(test.parts) - test.count + 1)
+        parts = [self.find(part, level) for part in test.parts]
+        hold = [part for part in parts if part.holds]
+        fail = [part for part in parts if part.holds is False]
+        holds = True if len(hold) >= test.count else False if len(parts) - len(fail) < test.count else None
+        remark = f"{len(hold)} of {len(parts)} hold, {test.count} needed"
+        text = remark
+        if fail:
+            text += f"; not: {_listed(fail)}"
+        if untested := [part for part in parts if part.holds is None]:
+            text += f"; not tested: {_listed(untested)}"
+        return Finding(_group_label(parts), holds, text, remark, None, parts)
+
+    def _by_seed(self, texts: Sequence[str]) -> str:
+        return ", ".join(f"seed {seed} {text}" for seed, text in zip(self.measured.seeds, texts, strict=True))
+
+
+def _disagreement(agree: Sequence[bool]) -> str:
+    return "" if all(agree) or not any(agree) else "no clear difference, the seeds disagree"
+
+
+def _joined(remark: str, text: str) -> str:
+    return f"{remark}: {text}" if remark else text
+
+
+def _group_label(parts: Sequence[Finding]) -> str:
+    """What a group of contrasts on one quantity is about, for the lists of an enclosing group."""
+    tails = {part.label.rpartition(" · ")[2] for part in parts}
+    return tails.pop() if len(tails) == 1 else f"{len(parts)} comparisons"
+
+
+def _listed(parts: Sequence[Finding]) -> str:
+    """Labels `what · on what` in one line; what all of them share is said once."""
+    labels = [part.label.partition(" · ") for part in parts]
+    heads, tails = {head for head, _, _ in labels}, {tail for _, _, tail in labels}
+    if len(labels) > 1 and len(tails) == 1:
+        return f"{', '.join(head for head, _, _ in labels)}{' · ' * any(tails)}{tails.pop()}"
+    if len(labels) > 1 and len(heads) == 1:
+        return f"{heads.pop()} · {'; '.join(tail for _, _, tail in labels)}"
+    return "; ".join(part.label for part in parts)
+
+
+def _needs(term: tuple[float, str, str]) -> str:
+    _, model, quantity = term
+    return model_label(model) if quantity == AVERAGE else f"{model_label(model)} ({quantity})"
+
+
+def _step(training: Training) -> float:
+    return training.step if training.state == "collapsed" and training.step is not None else float("inf")
+
+
+def _within(test: Contrast, pooled: Pooled) -> tuple[bool | None, str]:
+    """Does the interval, and does every seed's own mean, lie between the bounds?"""
+    low, high = pooled.estimate.low, pooled.estimate.high
+    if low != low or high != high:
+        return None, "too few questions for an interval"
+    inside = [test.above < mean < test.below for mean in pooled.seeds]
+    if test.above < low and high < test.below:
+        if all(inside):
+            return True, ""
+        return False, f"no clear difference, it holds with {sum(inside)} of {len(inside)} seeds only"
+    if high < test.above or low > test.below:
+        return False, "the opposite"
+    return False, f"no clear difference, the interval includes {bound_text(test, low)}"
+
+
+def numbers_text(numbers: Row) -> str:
+    """The numbers behind a contrast in one line, every seed's own among them."""
+    low, high = numbers["ci95"]
+    seeds = ", ".join(f"seed {seed} {signed(mean)}" for seed, mean in numbers["seeds"].items())
+    level = f"{100 * numbers['confidence']:.3g} %"
+    interval = "" if low is None else f" ({level} interval {signed(low)} to {signed(high)})"
+    published = "" if numbers["paper"] is None else f"; paper {signed(numbers['paper'])}"
+    return f"{signed(numbers['mean'])}{interval}, {numbers['n']:,} questions; {seeds}{published}"
+
+
+def training_text(training: Training) -> str:
+    where = f" over {training.steps} steps" if training.step is None else f" at step {training.step}"
+    drift = f" ({training.drift})" if training.drift else ""
+    return f"{training.state}{where}{drift}"
+
+
+def trainings(measured: Measured) -> dict[str, list[Training]]:
+    """Of every recipe that left an EM curve, one a seed."""
+    found: dict[str, list[Training]] = {}
+    for recipe, curves in measured.curves.items():
+        own = [training for curve in curves if (training := assess(curve))]
+        if len(own) == len(curves):
+            found[recipe] = own
+    return found
+
+
+def published(pair: str) -> Callable[[str, str], float | None]:
+    """(model, quantity) -> the paper's figure, where it gives one."""
+    exact_match = paper.paper_exact_match(pair)
+    arcap = paper.paper_arcap() if pair == paper.ARCAP_PAIR else {}
+
+    def figure(model: str, quantity: str) -> float | None:
+        if quantity in MEASUREMENTS:
+            return arcap.get(model, {}).get(quantity)
+        return exact_match.get(model, {}).get("avg" if quantity == AVERAGE else quantity)
+
+    return figure
+
+
+def judge(judge_: Judge, claim: Claim, pair: str) -> Row:
+    """One entry of verdicts.json."""
+    test: Condition = claim.condition
+    if claim.pair and claim.pair != pair:
+        test = Untested(f"not run: these runs stand for {pair}")
+    finding = judge_.find(test)
+    verdict = {True: REPRODUCED, False: NOT_REPRODUCED, None: NOT_TESTED}[finding.holds]
+    return {
+        "claim": claim.name,
+        "statement": claim.statement,
+        "source": claim.source,
+        "verdict": verdict,
+        "remark": finding.remark,
+        "evidence": finding.evidence,
+        "tests": [
+            {"label": leaf.label, "holds": leaf.holds, "evidence": leaf.evidence, "numbers": leaf.numbers}
+            for leaf in finding.leaves()
+        ],
+    }
