@@ -14,11 +14,11 @@ from typing import Annotated
 
 import typer
 import yaml
-from dgpo_core.reporting.reproduction.write import write_reproduction
 from prefect import flow
 
 from dgpo_core.config.params import load_params, resolve_profile
 from dgpo_core.errors import UserError
+from dgpo_core.reporting.reproduction.write import write_reproduction
 from flows.pipeline import PipelineFailed, pipeline
 from tasks.stage import main as run_program
 from tasks.use import profile_path

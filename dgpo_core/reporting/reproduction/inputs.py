@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dgpo_core.errors import UserError
+from dgpo_core.reporting import inputs
 from dgpo_core.reporting.curves import Curve, read_curves
-from dgpo_core.reporting.inputs import MEASUREMENTS, read_rows, read_scores
+from dgpo_core.reporting.inputs import MEASUREMENTS, read_arcap, read_scores
 from dgpo_core.reporting.results import AVERAGE
 from dgpo_core.reporting.words import MODEL_LABELS
 
@@ -76,7 +77,8 @@ def read_runs(runs: dict[int, Path], models: list[str], mirrors: dict[str, str])
         try:
             for model, scores in read_scores(evaluation, models, list(mirrors)).items():
                 em[model].append(Samples(scores.keys, scores.values["em"][np.newaxis]))
-                arcap[model].append(_arcap(evaluation / model / "arcap.parquet"))
+            for model, measured in read_arcap(evaluation, models).items():
+                arcap[model].append({name: _samples(own) for name, own in measured.items()})
             curves.append(_curves(runs[seed] / "plots", models))
         except UserError as error:
             raise UserError(f"seed {seed}: {error}") from error
@@ -92,27 +94,12 @@ def read_runs(runs: dict[int, Path], models: list[str], mirrors: dict[str, str])
     )
 
 
+def _samples(measured: inputs.Measured) -> Samples:
+    return Samples([("", name) for name in measured.question_ids], measured.values[np.newaxis])
+
+
 def _stacked(samples: list[Samples]) -> Samples:
     return Samples(samples[0].keys, np.concatenate([each.values for each in samples]))
-
-
-def _arcap(path: Path) -> dict[str, Samples]:
-    """Each measurement's questions, sorted by id; measurements that were not made are absent."""
-    rows = read_rows(path, ("measurement", "question_id", "value", "failed"))
-    if unknown := {str(row["measurement"]) for row in rows} - set(MEASUREMENTS):
-        raise UserError(f"{path}: unknown measurements: {', '.join(sorted(unknown))}")
-    found: dict[str, Samples] = {}
-    for name in MEASUREMENTS:
-        mine = sorted((r for r in rows if r["measurement"] == name), key=lambda row: str(row["question_id"]))
-        keys = [("", str(row["question_id"])) for row in mine]
-        if len(set(keys)) < len(keys):
-            raise UserError(f"{path}: {name}: a question stands there twice")
-        values = np.array([np.nan if row["failed"] else row["value"] for row in mine], dtype=np.float64)
-        if np.isnan(values).sum() > sum(bool(row["failed"]) for row in mine):
-            raise UserError(f"{path}: {name}: a row without a value that did not fail")
-        if mine:
-            found[name] = Samples(keys, values[np.newaxis])
-    return found
 
 
 def _curves(plots: Path, models: Iterable[str]) -> dict[str, Curve]:

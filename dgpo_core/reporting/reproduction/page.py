@@ -11,7 +11,8 @@ from plotly.offline import get_plotlyjs
 from dgpo_core.reporting import words
 from dgpo_core.reporting.curves import Curve
 from dgpo_core.reporting.episodes import compact_json
-from dgpo_core.reporting.page import DASH, TEMPLATES
+from dgpo_core.reporting.page import TEMPLATES
+from dgpo_core.reporting.parts import DASH
 from dgpo_core.reporting.reproduction.charts import difference_track, level_track, panels, top_of
 from dgpo_core.reporting.reproduction.claims import GROUPS, PROFILED
 from dgpo_core.reporting.reproduction.labels import BEFORE_COLLAPSE, MEASUREMENT_LABELS, signed

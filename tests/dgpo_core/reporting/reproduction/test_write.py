@@ -144,7 +144,7 @@ def drop_question(runs: Runs) -> None:
         (drop_question, "seed 3: .*student/questions.parquet: not the questions that seed 0"),
         (lambda runs: runs.rows[3, "kd"].pop(), "seed 3: .*kd/questions.parquet"),
         (lambda runs: runs.rows[3, "kd"][0].update(em=None), "seed 3: .*no value for em"),
-        (lambda runs: runs.arcap[3, "kd"].pop(), "seed 3: .*kd/arcap.parquet: not the measurements"),
+        (lambda runs: runs.arcap[3, "kd"].pop(), "seed 3: .*kd/arcap.parquet: .*not the questions"),
         (
             lambda runs: runs.arcap[3, "kd"].append(runs.arcap[3, "kd"][0]),
             "seed 3: .*source_em_nq: a question",
