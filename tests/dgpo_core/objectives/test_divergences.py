@@ -95,6 +95,14 @@ def test_finite_differences(divergence: Divergence) -> None:
     assert torch.autograd.gradcheck(lambda z: divergence(teacher, z.log_softmax(-1)), (logits,))
 
 
+@pytest.mark.parametrize("divergence", [divergence for divergence, _ in CASES])
+def test_teacher_gets_no_gradient(divergence: Divergence) -> None:
+    teacher, student = drawn(3, 5).requires_grad_(), drawn(3, 5, seed=1).requires_grad_()
+    divergence(teacher.log_softmax(-1), student.log_softmax(-1)).sum().backward()
+    assert teacher.grad is None
+    assert student.grad is not None
+
+
 @pytest.mark.parametrize("t", [0.4, 0.9, 1.0])
 def test_finite_differences_of_taid(t: float) -> None:
     """The target is a constant of the gradient: differences are taken with the target held."""
