@@ -38,6 +38,11 @@ def model_source(params: Params, model: str) -> str:
     return str(MODELS / model)
 
 
+def local(source: str) -> list[Path]:
+    """A model given as a folder is an input; one on the hub is pinned by its name."""
+    return [Path(source)] if Path(source).is_dir() else []
+
+
 def training_rollout(loop: AgentLoop, tasks: list[Task], sampling: Sampling, seed: int) -> Rollout:
     """Episodes of the student for a step's questions; every place of every step has a seed of its own."""
 

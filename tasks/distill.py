@@ -1,9 +1,10 @@
 """Stage `distill`: one recipe's distillation (eq. 1; method.md, section 5)."""
 
 import sys
-from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import PreTrainedModel
 
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Distillation
@@ -19,10 +20,12 @@ from dgpo_core.training.episode_sources import (
     TeacherEpisodes,
 )
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
+from dgpo_core.training.teacher_cache import TeacherCache
 from dgpo_core.training.vocabulary import check_same_vocabulary
 from tasks.agents import (
     DevEvaluator,
     agent_loop,
+    local,
     model_source,
     require_episodes,
     retriever,
@@ -31,7 +34,16 @@ from tasks.agents import (
     write_curves,
     write_metrics,
 )
-from tasks.paths import CORRECT_EPISODES, INDEX, METRICS, MODELS, PLOTS, QUESTIONS, TEACHER_EPISODES
+from tasks.paths import (
+    CORRECT_EPISODES,
+    DISTRIBUTIONS,
+    INDEX,
+    METRICS,
+    MODELS,
+    PLOTS,
+    QUESTIONS,
+    TEACHER_EPISODES,
+)
 from tasks.stage import main, stage
 
 
@@ -44,16 +56,13 @@ def distill(name: str) -> None:
         for key in ("distill", "compute", "protocol", "rollout", "retrieval", "models", "questions")
     } | {"seed": params.seed, "recipe": recipe.model_dump()}
     del config["distill"]["min_em"]  # judges the trained model: changing it continues, not restarts
-    inputs = [TEACHER_EPISODES, CORRECT_EPISODES, INDEX, QUESTIONS]
-    inputs += [Path(m) for m in (start, params.models.teacher) if Path(m).is_dir()]
+    inputs = [TEACHER_EPISODES, CORRECT_EPISODES, DISTRIBUTIONS, INDEX, QUESTIONS]
+    inputs += [*local(start), *local(params.models.teacher)]
     with stage(f"distill@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
         torch.manual_seed(params.seed)
         tokenizer = load_tokenizer(start)
         student = load_model(start, params.compute.device)
-        teacher = None
-        if recipe.objective != "ce":
-            check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))
-            teacher = load_model(params.models.teacher, params.compute.device)
+        teacher, cache = _teacher(params, recipe, tokenizer)
         loop = agent_loop(params, student, tokenizer, retriever(params))
         latest = {"dev_em": 0.0}
 
@@ -64,7 +73,7 @@ def distill(name: str) -> None:
 
         source = episode_source(params, recipe, loop)
         dev = DevEvaluator(params, loop, params.distill.dev_questions)
-        distiller = Distiller(student, teacher, recipe, params.distill, params.compute, source)
+        distiller = Distiller(student, teacher, recipe, params.distill, params.compute, source, cache)
         rows = distiller.train(Checkpoint(run.state), dev, report)
         em = rows[-1]["dev_em"]
         if em < params.distill.min_em:
@@ -79,6 +88,20 @@ def distill(name: str) -> None:
         write_metrics(METRICS / f"distill-{name}.json", summary)
         run.summary(summary)
         run.register_model(name, out)
+
+
+def _teacher(
+    params: Params, recipe: Distillation, tokenizer: Any
+) -> tuple[PreTrainedModel | None, TeacherCache | None]:
+    """Where the recipe has the teacher's distributions from: the model, what was kept of it, or both."""
+    if recipe.objective == "ce":
+        return None, None
+    cached = params.distill.teacher == "cache" and recipe.episodes != "student"
+    cache = TeacherCache(DISTRIBUTIONS, tokenizer) if cached else None
+    if recipe.episodes == "teacher" and cache:
+        return None, cache
+    check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))
+    return load_model(params.models.teacher, params.compute.device), cache
 
 
 def episode_source(params: Params, recipe: Distillation, loop: AgentLoop) -> EpisodeSource:

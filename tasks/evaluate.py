@@ -1,7 +1,6 @@
 """Stage `evaluate`: one model on every test set, its ARCap, and why its wrong answers are wrong."""
 
 import sys
-from pathlib import Path
 
 import pyarrow.parquet as pq
 
@@ -14,7 +13,7 @@ from dgpo_core.rollout.collect import collect, em_of
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.scoring.table import write_question_table
 from dgpo_core.training.models import load_model, load_tokenizer
-from tasks.agents import agent_loop, model_source, retriever, tasks_for, write_metrics
+from tasks.agents import agent_loop, local, model_source, retriever, tasks_for, write_metrics
 from tasks.paths import EVALUATION, INDEX, METRICS, QUESTIONS, questions_file
 from tasks.stage import Run, main, stage
 
@@ -26,7 +25,7 @@ def evaluate(model: str) -> None:
         key: getattr(params, key).model_dump()
         for key in ("evaluate", "protocol", "rollout", "retrieval", "questions")
     } | {"model": source}
-    inputs = [INDEX, QUESTIONS, *([Path(source)] if Path(source).is_dir() else [])]
+    inputs = [INDEX, QUESTIONS, *local(source)]
     with stage(f"evaluate@{model}", config=config, inputs=inputs, outputs=[out]) as run:
         tokenizer = load_tokenizer(source)
         loaded = load_model(source, params.compute.device)

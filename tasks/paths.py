@@ -6,6 +6,7 @@ CORPUS = Path("data/corpus.jsonl")
 QUESTIONS = Path("data/questions")
 INDEX = Path("data/index")
 TEACHER_EPISODES = Path("data/teacher/episodes.parquet")
+DISTRIBUTIONS = Path("data/distributions")
 CORRECT_EPISODES = Path("data/correct/episodes.parquet")
 MODELS = Path("models")  # a folder for each: the embedded student and teacher, and every recipe's
 EVALUATION = Path("evaluation")

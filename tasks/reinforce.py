@@ -1,7 +1,6 @@
 """Stage `reinforce`: one recipe's PPO or GRPO, guided as its gate says (eqs. 2-4)."""
 
 import sys
-from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -14,6 +13,7 @@ from dgpo_core.training.vocabulary import check_same_vocabulary
 from tasks.agents import (
     DevEvaluator,
     agent_loop,
+    local,
     model_source,
     retriever,
     split_tasks,
@@ -33,7 +33,7 @@ def reinforce(name: str) -> None:
         key: getattr(params, key).model_dump()
         for key in ("reinforce", "compute", "protocol", "rollout", "retrieval", "models", "questions")
     } | {"seed": params.seed, "recipe": recipe.model_dump()}
-    inputs = [INDEX, QUESTIONS, *(Path(m) for m in (start, params.models.teacher) if Path(m).is_dir())]
+    inputs = [INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
     with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
         tokenizer = load_tokenizer(start)
         student = load_model(start, params.compute.device)

@@ -1,12 +1,10 @@
 """Stage `teach`: the teacher runs the whole protocol on the training questions; raw episodes."""
 
-from pathlib import Path
-
 from dgpo_core.config.params import load_params
 from dgpo_core.protocol.episode import Outcome, write_episodes
 from dgpo_core.rollout.collect import collect, em_of
 from dgpo_core.training.models import load_model, load_tokenizer
-from tasks.agents import agent_loop, retriever, split_tasks, write_metrics
+from tasks.agents import agent_loop, local, retriever, split_tasks, write_metrics
 from tasks.paths import INDEX, METRICS, QUESTIONS, TEACHER_EPISODES
 from tasks.stage import main, stage
 
@@ -17,7 +15,7 @@ def teach() -> None:
         key: getattr(params, key).model_dump()
         for key in ("teach", "protocol", "rollout", "retrieval", "models", "questions")
     }
-    inputs = [INDEX, QUESTIONS, *_local(params.models.teacher)]
+    inputs = [INDEX, QUESTIONS, *local(params.models.teacher)]
     with stage("teach", config=config, inputs=inputs, outputs=[TEACHER_EPISODES]) as run:
         tokenizer = load_tokenizer(params.models.teacher)
         teacher = load_model(params.models.teacher, params.compute.device)
@@ -42,11 +40,6 @@ def teach() -> None:
         }
         write_metrics(METRICS / "teach.json", summary)
         run.summary(summary)
-
-
-def _local(source: str) -> list[Path]:
-    """A model given as a folder is an input; one on the hub is pinned by its name."""
-    return [Path(source)] if Path(source).is_dir() else []
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from dgpo_core.config.retrieval import RetrievalConfig
 from dgpo_core.config.training import (
     ComputeConfig,
     DistillConfig,
+    DistributionsConfig,
     EvaluateConfig,
     ReinforceConfig,
     TeachConfig,
@@ -47,6 +48,7 @@ class Params(Section):
     rollout: RolloutConfig = RolloutConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
     teach: TeachConfig = TeachConfig()
+    distributions: DistributionsConfig = DistributionsConfig()
     distill: DistillConfig = DistillConfig()
     reinforce: ReinforceConfig = ReinforceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()

@@ -25,6 +25,13 @@ class TeachConfig(Section):
     chunk: PositiveInt = Field(256, description="episodes between two checkpoints")
 
 
+class DistributionsConfig(Section):
+    """The teacher's distributions on its own episodes, kept for all epochs and recipes."""
+
+    top_k: PositiveInt | None = Field(64, description="likeliest tokens kept at each position; null: all")
+    sample: PositiveInt = Field(64, description="episodes on which the certificate measures the KL's error")
+
+
 class OnPolicyConfig(Section):
     """Distillation on the student's own episodes (GKD), sized like a step of reinforcement learning."""
 
@@ -56,6 +63,9 @@ class DistillConfig(Section):
     """Distillation: on teacher episodes (eq. 1), on the student's own, or on both."""
 
     epochs: PositiveInt = Field(5, description="over the teacher episodes")
+    teacher: Literal["live", "cache"] = Field(
+        "live", description="runs in training, or has run before (stage distributions)"
+    )
     batch_size: PositiveInt = Field(64, description="episodes")
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegativeInt = 0

@@ -5,6 +5,7 @@ targets, that is, of the positions one before them.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -13,7 +14,18 @@ from dgpo_core.objectives.divergences import Divergence, forward_kl
 
 CHUNK = 1024  # tokens whose logits exist at one time
 
+REST = 1e-6  # least mass of the tokens that were not kept
+
 Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The likeliest of the first `vocabulary` ids at N positions: `ids` and `logprobs` (nats), [N, k]."""
+
+    ids: torch.Tensor
+    logprobs: torch.Tensor
+    vocabulary: int
 
 
 def token_logprobs(
@@ -61,6 +73,54 @@ def distillation_terms(
         return -student.gather(-1, targets[part, None])[:, 0], divergence(teacher, student)
 
     return _in_chunks(terms, len(targets), chunk, hidden)
+
+
+def cached_terms(
+    hidden: torch.Tensor,
+    head: torch.Tensor,
+    top: TopK,
+    targets: torch.Tensor,
+    divergence: Divergence = forward_kl,
+    chunk: int = CHUNK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As `distillation_terms`, from the teacher's kept distributions over the first `top.vocabulary` ids.
+
+    Both distributions are taken over the kept tokens and one bucket for all others: a divergence of theirs is
+    at most the full one (data processing inequality), and equal when the whole vocabulary was kept.
+    """
+
+    def terms(part: slice) -> Pair:
+        student = _logprobs(hidden[part], head[: top.vocabulary], 1.0)
+        cross_entropy = -student.gather(-1, targets[part, None])[:, 0]
+        kept = student.gather(-1, top.ids[part])
+        if kept.shape[-1] == top.vocabulary:
+            return cross_entropy, divergence(top.logprobs[part], kept)
+        return cross_entropy, divergence(with_rest(top.logprobs[part]), with_rest(kept))
+
+    return _in_chunks(terms, len(targets), chunk, hidden)
+
+
+@torch.no_grad()
+def top_distributions(
+    hidden: torch.Tensor, head: torch.Tensor, vocabulary: int, k: int | None, chunk: int = CHUNK
+) -> TopK:
+    """The `k` likeliest of the first `vocabulary` ids at each of N positions; None keeps them all."""
+    k = min(k or vocabulary, vocabulary)
+    pieces = [
+        _logprobs(hidden[i : i + chunk], head[:vocabulary], 1.0).topk(k) for i in range(0, len(hidden), chunk)
+    ]
+    return TopK(
+        torch.cat([piece.indices for piece in pieces]),
+        torch.cat([piece.values for piece in pieces]),
+        vocabulary,
+    )
+
+
+def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
+    """Log-probabilities [..., k] of some tokens, and of all others together in one more: [..., k + 1]."""
+    # below 0 by so much that the rest keeps some mass: its logarithm stays finite, and its gradient
+    kept = logprobs.logsumexp(-1, keepdim=True).clamp(max=-REST)
+    return torch.cat([logprobs, (-kept.expm1()).log()], -1)
 
 
 def _logprobs(hidden: torch.Tensor, head: torch.Tensor, temperature: float) -> torch.Tensor:

@@ -6,15 +6,20 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from dgpo_core.objectives.logprobs import TopK
 from dgpo_core.protocol.episode import Episode, Owner
 
 
 @dataclass(frozen=True)
 class Sequence:
-    """Token ids of an episode and the positions of the tokens that count (each at least 1)."""
+    """Token ids of an episode and the positions of the tokens that count (each at least 1).
+
+    `teacher`: the teacher's kept distribution at each of them, where there is one.
+    """
 
     ids: list[int]
     positions: list[int]
+    teacher: TopK | None = None
 
 
 def model_sequence(episode: Episode) -> Sequence:
@@ -32,7 +37,8 @@ class TokenBatch:
     """B sequences padded on the right to T tokens; N positions count.
 
     `ids` [B, T]; `rows` and `columns` [N] say where each counted token is *predicted*, one position before
-    it; `targets` [N] are the counted tokens, sequence by sequence; `counts` [B] how many each sequence has.
+    it; `targets` [N] are the counted tokens, sequence by sequence; `counts` [B] how many each sequence has;
+    `teacher` [N] is there where every sequence has kept distributions.
     """
 
     ids: torch.Tensor
@@ -40,6 +46,7 @@ class TokenBatch:
     columns: torch.Tensor
     targets: torch.Tensor
     counts: list[int]
+    teacher: TopK | None = None
 
     def split(self, values: torch.Tensor) -> list[torch.Tensor]:
         """[N] -> one tensor a sequence."""
@@ -61,7 +68,17 @@ def collate(sequences: list[Sequence], device: torch.device) -> TokenBatch:
         torch.tensor(columns, dtype=torch.long, device=device),
         torch.tensor(targets, dtype=torch.long, device=device),
         [len(sequence.positions) for sequence in sequences],
+        _joined([s.teacher for s in sequences], device),
     )
+
+
+def _joined(kept: list[TopK | None], device: torch.device) -> TopK | None:
+    """The kept distributions of all sequences, or None where one has none."""
+    found = [top for top in kept if top is not None]
+    if not found or len(found) < len(kept):
+        return None
+    ids, logprobs = torch.cat([top.ids for top in found]), torch.cat([top.logprobs for top in found])
+    return TopK(ids.to(device), logprobs.to(device), found[0].vocabulary)
 
 
 def micro_batches(lengths: list[int], max_tokens: int) -> Iterator[list[int]]:

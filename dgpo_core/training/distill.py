@@ -1,7 +1,7 @@
 """Distillation: the student learns the teacher's distributions on episodes (eq. 1; method.md, section 5)."""
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.config.training import ComputeConfig, DistillConfig
+from dgpo_core.errors import UserError
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
-from dgpo_core.objectives.logprobs import distillation_terms, token_logprobs
+from dgpo_core.objectives.logprobs import cached_terms, distillation_terms, token_logprobs
 from dgpo_core.protocol.episode import Episode
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.adaptive import Interpolation
@@ -28,13 +29,17 @@ from dgpo_core.training.batches import (
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.compute import autocast
 from dgpo_core.training.episode_sources import EpisodeSource
+from dgpo_core.training.teacher_cache import TeacherCache
 
 Metrics = dict[str, float]
 
 
 @dataclass
 class Distiller:
-    """Trains `student` in place; without a `teacher` model, the objective must be `ce`."""
+    """Trains `student` in place. The teacher's distributions come from `cache`, or else from `teacher`.
+
+    `ce` needs neither; for the student's episodes there is no cache.
+    """
 
     student: PreTrainedModel
     teacher: PreTrainedModel | None
@@ -42,6 +47,7 @@ class Distiller:
     config: DistillConfig
     compute: ComputeConfig
     source: EpisodeSource
+    cache: TeacherCache | None = None
 
     def __post_init__(self) -> None:
         taid = self.config.taid
@@ -88,7 +94,7 @@ class Distiller:
     def _step(self, episodes: list[Episode], stepper: optim.Stepper, step: int) -> Metrics:
         if not episodes:  # the retriever was down for a whole step
             return {"episodes": 0.0}
-        row = self._accumulate([model_sequence(episode) for episode in episodes])
+        row = self._accumulate([self._sequence(episode) for episode in episodes])
         row["learning_rate"] = stepper.learning_rate
         row["grad_norm"] = stepper.step()
         if self.recipe.objective == "taid":
@@ -102,7 +108,17 @@ class Distiller:
     @torch.no_grad()
     def loss(self, episodes: list[Episode]) -> float:
         """The objective on `episodes`, nats a token."""
-        return self._sums([model_sequence(episode) for episode in episodes])["loss"]
+        return self._sums([self._sequence(episode) for episode in episodes])["loss"]
+
+    def _sequence(self, episode: Episode) -> Sequence:
+        sequence = model_sequence(episode)
+        kept = self.cache.get(episode) if self.cache else None
+        if kept is None and self.teacher is None and self.recipe.objective != "ce":
+            raise UserError(
+                f"no distributions of the teacher's episode of {episode.dataset} {episode.question_id} were "
+                "kept: run the stage distributions again, or set distill.teacher: live"
+            )
+        return replace(sequence, teacher=kept)
 
     def _accumulate(self, sequences: list[Sequence]) -> Metrics:
         """Gradient of one batch; the losses are averages over its model tokens, however it is cut."""
@@ -134,13 +150,18 @@ class Distiller:
     def _terms(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
         """Cross-entropy and, with a teacher, divergence of every counted token, [N] each."""
         hidden = counted_hidden(backbone_of(self.student), batch)
-        if self.teacher is None:
-            return {"ce": -token_logprobs(hidden, head_of(self.student), batch.targets)[0]}
+        head = head_of(self.student)
+        if self.recipe.objective == "ce":
+            return {"ce": -token_logprobs(hidden, head, batch.targets)[0]}
+        if batch.teacher is not None:
+            terms = cached_terms(hidden, head, batch.teacher, batch.targets, self._divergence())
+            return {"ce": terms[0], "divergence": terms[1]}
+        assert self.teacher is not None
         with torch.no_grad():
             teacher_hidden = counted_hidden(backbone_of(self.teacher), batch)
         cross_entropy, divergence = distillation_terms(
             hidden,
-            head_of(self.student),
+            head,
             teacher_hidden,
             head_of(self.teacher),
             batch.targets,

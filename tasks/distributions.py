@@ -1,0 +1,48 @@
+"""Stage `distributions`: keep the teacher's distributions on its episodes, for all epochs and recipes."""
+
+import json
+
+from dgpo_core.config.params import load_params
+from dgpo_core.protocol.episode import Outcome, read_episodes
+from dgpo_core.training.models import load_model, load_tokenizer
+from dgpo_core.training.teacher_cache import CERTIFICATE, keep_distributions
+from dgpo_core.training.vocabulary import check_same_vocabulary
+from tasks.agents import local, require_episodes, write_metrics
+from tasks.paths import DISTRIBUTIONS, METRICS, TEACHER_EPISODES
+from tasks.stage import main, stage
+
+
+def distributions() -> None:
+    params = load_params()
+    config = {key: getattr(params, key).model_dump() for key in ("distributions", "compute", "models")}
+    config["teacher"] = params.distill.teacher
+    inputs = [TEACHER_EPISODES, *local(params.models.teacher), *local(params.models.student)]
+    with stage("distributions", config=config, inputs=inputs, outputs=[DISTRIBUTIONS]) as run:
+        if params.distill.teacher == "live":
+            DISTRIBUTIONS.mkdir(parents=True)
+            (DISTRIBUTIONS / CERTIFICATE).write_text(json.dumps({"teacher": "live"}) + "\n")
+            write_metrics(METRICS / "distributions.json", {"episodes": 0})
+            return
+        tokenizer = load_tokenizer(params.models.teacher)
+        check_same_vocabulary(load_tokenizer(params.models.student), tokenizer)
+        episodes = [e for e in read_episodes(TEACHER_EPISODES) if e.outcome is not Outcome.FAILED]
+        episodes = [episode for episode in episodes if episode.model_tokens]
+        require_episodes(len(episodes), f"episodes in {TEACHER_EPISODES}")
+        certificate = keep_distributions(
+            DISTRIBUTIONS,
+            episodes,
+            load_model(params.models.teacher, params.compute.device),
+            load_model(params.models.student, params.compute.device),
+            tokenizer,
+            params.distributions.top_k,
+            params.distributions.sample,
+            params.compute,
+            run.progress,
+        )
+        summary = {key: value for key, value in vars(certificate).items() if key != "tokenizer"}
+        write_metrics(METRICS / "distributions.json", summary)
+        run.summary(summary)
+
+
+if __name__ == "__main__":
+    main(distributions)
