@@ -16,7 +16,7 @@ from dgpo_core.reporting.parts import Report, Row, cell, digits, model_head
 from dgpo_core.reporting.results import AVERAGE
 
 TEMPLATES = Path(__file__).parent / "templates"
-PIPELINE = ("data", "index", "teach", "filter", "distill", "reinforce", "evaluate")
+PIPELINE = ("data", "index", "teach", "filter", "distributions", "distill", "reinforce", "evaluate")
 
 
 BEHAVIOUR_COLUMNS = (

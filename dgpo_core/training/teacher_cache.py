@@ -39,7 +39,7 @@ class Certificate:
     """What the kept distributions are and what they cost.
 
     `kl_error_*` (nats a token): by how much KL[teacher || student] from them is below that over the full
-    vocabulary, for the untrained student on `sample_tokens` tokens; `rest_*`: the teacher's mass outside them.
+    vocabulary, for the untrained student on `sample_tokens` tokens; `rest_*`: the teacher's mass outside.
     """
 
     tokenizer: str

@@ -19,6 +19,7 @@ from flows.dag import read_dag
 from tasks import paths
 from tasks.data import generate
 from tasks.distill import distill
+from tasks.distributions import distributions
 from tasks.evaluate import evaluate
 from tasks.filter import AUDIT, filter_episodes
 from tasks.index import index
@@ -42,6 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Pat
         index()
         teach()
         filter_episodes()
+        distributions()
         distill("kd")
         reinforce("dgpo")
         for model in MODELS:
@@ -203,6 +205,24 @@ def test_distillations_of_the_papers_table(finished: Path, workplace: Path, reci
     assert ("taid_t" in rows[0]) == (recipe == "taid")
     assert ("validation_loss" in rows[-1]) == (recipe == "distillm")
     assert ("searches" in rows[0]) == (recipe in ("distillm", "kd_gkd"))
+
+
+def test_live_teacher_gives_the_same_losses_as_the_kept_one(finished: Path, workplace: Path) -> None:
+    copy_inputs(finished, workplace)
+    certificate = json.loads((workplace / "data/distributions/certificate.json").read_text())
+    params = yaml.safe_load((workplace / "params.yaml").read_text())
+    params["distill"]["teacher"] = "live"
+    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    shutil.rmtree(workplace / "models/kd")
+    shutil.rmtree(workplace / "data/distributions")
+    distributions()
+    distill("kd")
+    cached, live = (
+        list(csv.DictReader((folder / "plots/distill-kd.csv").open())) for folder in (finished, workplace)
+    )
+    error = float(live[0]["divergence"]) - float(cached[0]["divergence"])
+    assert 0 <= error <= max(certificate["kl_error_max"], 1e-4)
+    assert float(live[-1]["loss"]) == pytest.approx(float(cached[-1]["loss"]), rel=0.05)
 
 
 def test_grpo_stage(finished: Path, workplace: Path) -> None:

@@ -4,6 +4,8 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from trl.kernels.chunked_divergence import ChunkedDivergenceFunction
 
@@ -16,7 +18,7 @@ from dgpo_core.objectives.divergences import (
     skew_reverse_kl,
     taid,
 )
-from dgpo_core.objectives.logprobs import distillation_terms, token_logprobs
+from dgpo_core.objectives.logprobs import distillation_terms, token_logprobs, with_rest
 
 N, H, V = 11, 6, 17
 DIVERGENCES = [forward_kl, reverse_kl, generalized_jsd(0.3), skew_kl(0.1), skew_reverse_kl(0.1), taid(0.4)]
@@ -156,3 +158,18 @@ def test_no_tokens(parts: Parts) -> None:
     hidden, head, teacher_hidden, teacher_head, targets = (p[:0] if len(p) == N else p for p in parts)
     assert token_logprobs(hidden, head, targets)[0].shape == (0,)
     assert distillation_terms(hidden, head, teacher_hidden, teacher_head, targets)[1].shape == (0,)
+
+
+@given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([1.0, 30.0]))
+def test_rest_is_what_the_kept_tokens_leave(seed: int, k: int, scale: float) -> None:
+    torch.manual_seed(seed)
+    logprobs = (scale * torch.randn(3, 7, dtype=torch.float64)).log_softmax(-1).requires_grad_()
+    kept = logprobs[:, :k]
+    bucketed = with_rest(kept)
+    assert bucketed.shape == (3, k + 1) and bucketed.isfinite().all()
+    torch.testing.assert_close(bucketed[:, :k], kept)
+    assert bucketed.exp().sum(-1).tolist() == pytest.approx([1.0] * 3, abs=2e-6)
+    expected = (1 - kept.exp().sum(-1)).clamp(min=1e-6)
+    torch.testing.assert_close(bucketed[:, -1].exp(), expected, rtol=1e-4, atol=1e-7)
+    bucketed.sum().backward()
+    assert logprobs.grad is not None and logprobs.grad.isfinite().all()
