@@ -32,7 +32,8 @@ def read_dag(root: Path, targets: Iterable[str] | None = None) -> dict[str, Stag
     try:
         with Repo(str(root)) as repo:
             graph = repo.index.graph
-            stages = {node.addressing: _stage(node, graph.successors(node)) for node in graph if node.cmd}
+            found = (_stage(root, node, graph.successors(node)) for node in graph if node.cmd)
+            stages = {stage.name: stage for stage in found}
     except DvcException as error:
         raise UserError(f"{root}: cannot read the pipeline: {' '.join(str(error).split())}") from error
     if not stages:
@@ -54,9 +55,18 @@ def _add_with_upstream(name: str, stages: Mapping[str, Stage], ordered: dict[str
         ordered[name] = stages[name]
 
 
-def _stage(node: Any, upstream: Iterable[Any]) -> Stage:
+def _address(root: Path, node: Any) -> str:
+    """The stage's name as `dvc repro` takes it in `root`; DVC's own is relative to the working directory."""
+    folder = Path(node.path).parent.resolve()
+    if folder == root.resolve() and node.name:
+        return str(node.name)
+    file = Path(node.path).resolve().relative_to(root.resolve()).as_posix()
+    return f"{file}:{node.name}" if node.name else file
+
+
+def _stage(root: Path, node: Any, upstream: Iterable[Any]) -> Stage:
     """DVC's edges lead from a stage to what it needs; data files without a command are not our business."""
-    name, meta = node.addressing, node.meta or {}
+    name, meta = _address(root, node), node.meta or {}
     if not isinstance(meta, Mapping):
         raise UserError(f"dvc.yaml: stages.{name}.meta must be a mapping")
     unknown = sorted(set(meta) - KNOWN_META)
@@ -67,7 +77,7 @@ def _stage(node: Any, upstream: Iterable[Any]) -> Stage:
         raise UserError(f"dvc.yaml: stages.{name}.meta.timeout_minutes must be a positive number")
     if not (_is_number(retries) and retries == int(retries) >= 0):
         raise UserError(f"dvc.yaml: stages.{name}.meta.retries must be a whole number, 0 or more")
-    names = tuple(sorted(other.addressing for other in upstream if other.cmd))
+    names = tuple(sorted(_address(root, other) for other in upstream if other.cmd))
     return Stage(name, names, timeout, int(retries))
 
 

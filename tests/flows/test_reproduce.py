@@ -1,0 +1,112 @@
+"""Recipes x seeds: worktrees, the shared cache, going on where it was, the report (made-up evaluations)."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dgpo_core.errors import UserError
+from tests.conftest import ROOT
+
+# Evaluations as the stages leave them, by the seed of params.yaml; the log is outside of all worktrees.
+MAKE = """
+import shutil, sys
+from pathlib import Path
+import yaml
+from tests.dgpo_core.reporting.reproduction.synthetic import coin, make_runs
+
+name, log = sys.argv[1], Path(sys.argv[2])
+with log.open("a") as file:
+    file.write(f"{name} {Path.cwd().name}\\n")
+params = yaml.safe_load(Path("params.yaml").read_text())
+if name == "train":
+    if (log.parent / f"fail-{params['seed']}").exists():
+        sys.exit("no luck")
+    levels = {"student": 0.0, "teacher": 0.8, "kd": 0.4}
+    level = coin(levels)
+    runs = make_runs(Path("made"), [params["seed"]], params["compare"], level, level, questions=3)
+    runs.save()
+    made = Path(f"made/seed-{params['seed']}")
+    Path("plots").mkdir(exist_ok=True)
+    shutil.move(made / "evaluation", "evaluation")
+else:
+    Path("shared.txt").write_text("the same for all seeds")
+"""
+
+
+@pytest.fixture
+def project(dvc_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A repository whose pipeline takes no time; returns the log of what was executed."""
+    log = tmp_path_factory.mktemp("log") / "log.txt"
+    Path("make.py").write_text(MAKE)
+    stages = {
+        "data": {"cmd": f"python make.py data {log}", "deps": ["make.py"], "outs": ["shared.txt"]},
+        "train": {
+            "cmd": f"python make.py train {log}",
+            "deps": ["shared.txt"],
+            "params": ["seed"],
+            "outs": ["evaluation", "plots"],
+        },
+    }
+    Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
+    shutil.copytree(ROOT / "profiles", "profiles")
+    (Path(".gitignore")).write_text("/.runs/\n/reproduction/\n")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run([*git, "add", "-A"], check=True)
+    subprocess.run([*git, "commit", "-qm", "project"], check=True)
+    return log
+
+
+def test_every_seed_once_and_a_report_of_all(api: str, project: Path) -> None:
+    from flows.pipeline import PipelineFailed
+    from flows.reproduce import reproduce
+
+    failing = project.parent / "fail-0"
+    failing.touch()
+    with pytest.raises(PipelineFailed, match="seed 0: train"):
+        reproduce(recipes=["kd"], seeds=[1, 0])
+    assert not Path("reproduction").exists()
+    failing.unlink()
+    reproduce(recipes=["kd"], seeds=[1, 0])
+    # what no seed changes is made once; the other seed was finished although the first one failed
+    executed = project.read_text().split("\n")
+    assert executed == ["data tiny-seed-0", "train tiny-seed-0", "train tiny-seed-1", "train tiny-seed-0", ""]
+    tables = json.loads(Path("reproduction/tables.json").read_text())
+    assert "0.4" in json.dumps(tables) and Path("reproduction/index.html").is_file()
+    params = [yaml.safe_load(Path(f".runs/tiny-seed-{seed}/params.yaml").read_text()) for seed in (0, 1)]
+    assert [p["seed"] for p in params] == [0, 1]
+    assert list(params[0]["recipes"]["distill"]) == ["kd"]
+
+    reproduce(recipes=["kd"], seeds=[0, 1])
+    assert project.read_text().split("\n") == executed, "something finished was run again"
+
+
+def test_a_new_commit_is_taken_and_results_are_kept(api: str, project: Path) -> None:
+    from flows.reproduce import reproduce
+
+    reproduce(recipes=["kd"], seeds=[0])
+    Path("new.txt").write_text("a file of the next commit")
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run([*git, "add", "new.txt"], check=True)
+    subprocess.run([*git, "commit", "-qm", "next"], check=True)
+    reproduce(recipes=["kd"], seeds=[0])
+    assert Path(".runs/tiny-seed-0/new.txt").is_file()
+    assert len(project.read_text().splitlines()) == 2
+
+
+def test_bad_arguments(api: str, project: Path) -> None:
+    from flows.reproduce import reproduce
+
+    with pytest.raises(UserError, match="there is no recipe 'dpo'"):
+        reproduce(recipes=["dpo"], seeds=[0])
+    with pytest.raises(UserError, match="no such profile"):
+        reproduce(profile="huge", seeds=[0])
+    result = subprocess.run(
+        [sys.executable, "-m", "flows.reproduce", "--seed", "x"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2 and "--seed" in result.stderr
+    assert not project.exists()
