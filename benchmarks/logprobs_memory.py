@@ -1,0 +1,61 @@
+"""Peak memory of log-probabilities and KL over a real vocabulary: `python -m benchmarks.logprobs_memory`.
+
+Forward and backward of `distillation_terms` at the shapes of Qwen2.5 (student 896 wide, teacher 2,048, 151,936
+words, bfloat16 weights): in chunks with recomputation, and with [tokens x vocabulary] held as a whole. Every
+measurement is a process of its own. A batch of 64 episodes of 2,048 trained tokens is 131,072 tokens; other
+numbers of tokens can be given as arguments.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+
+import torch
+
+from dgpo_core.objectives.logprobs import CHUNK, distillation_terms
+
+STUDENT, TEACHER, VOCABULARY = 896, 2048, 151_936
+TOKENS = (1024, 4096, 16_384, 131_072)
+WHOLE_UP_TO = 4096  # beyond this the whole does not fit into an ordinary machine
+
+
+def measure(tokens: int, chunk: int) -> dict[str, float]:
+    """GiB above what weights and hidden states take, and seconds, of one forward and backward pass."""
+    torch.manual_seed(0)
+    kind = {"dtype": torch.bfloat16}
+    head = torch.randn(VOCABULARY, STUDENT, **kind).mul_(0.02).requires_grad_()
+    teacher_head = torch.randn(VOCABULARY, TEACHER, **kind).mul_(0.02)
+    hidden = torch.randn(tokens, STUDENT, **kind).requires_grad_()
+    teacher_hidden = torch.randn(tokens, TEACHER, **kind)
+    targets = torch.randint(VOCABULARY, (tokens,))
+    before, start = _peak(), time.perf_counter()
+    cross_entropy, kl = distillation_terms(hidden, head, teacher_hidden, teacher_head, targets, chunk=chunk)
+    (cross_entropy + kl).mean().backward()
+    return {"gib": _peak() - before, "seconds": time.perf_counter() - start}
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def main(sizes: list[int]) -> None:
+    print("| tokens | in chunks: GiB | s | as a whole: GiB | s |\n|---|---|---|---|---|")
+    for tokens in sizes:
+        cells = []
+        for chunk in (CHUNK, tokens):
+            if chunk == tokens and tokens > WHOLE_UP_TO:
+                cells.append("— | —")
+                continue
+            command = [sys.executable, "-m", "benchmarks.logprobs_memory", "--one", str(tokens), str(chunk)]
+            result = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            cells.append(f"{result['gib']:.1f} | {result['seconds']:.0f}")
+        print(f"| {tokens:,} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(measure(int(sys.argv[2]), int(sys.argv[3]))))
+    else:
+        main([int(argument) for argument in sys.argv[1:]] or list(TOKENS))
