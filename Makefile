@@ -95,7 +95,7 @@ format: $(VENV)/.installed-dev  ## format the sources
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
-base-models: $(VENV)/.installed  ## rebuild the embedded student and teacher (about an hour on 2 cores)
+base-models: $(VENV)/.installed  ## rebuild the embedded student and teacher (half an hour to an hour on 2 cores)
 	$(PY) -m tasks.pipeline --single-item --force base-models
 
 clean:  ## remove what runs have made (not the environment, nor what DVC has cached)
