@@ -95,8 +95,9 @@ format: $(VENV)/.installed-dev  ## format the sources
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
-base-models: $(VENV)/.installed  ## rebuild the embedded student and teacher (half an hour to an hour on 2 cores)
-	$(PY) -m tasks.pipeline --single-item --force base-models
+base-models: $(VENV)/.installed  ## rebuild the embedded student and teacher side by side (about 40 minutes)
+	$(PY) -m tasks.pipeline --single-item --force base-model@student & student=$$!; \
+	$(PY) -m tasks.pipeline --single-item --force base-model@teacher && wait $$student
 
 clean:  ## remove what runs have made (not the environment, nor what DVC has cached)
 	rm -rf .state runs mlruns mlflow.db mlflow.db-* .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis

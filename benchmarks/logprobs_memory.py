@@ -1,7 +1,7 @@
 """Peak memory of log-probabilities and KL over a real vocabulary: `python -m benchmarks.logprobs_memory`.
 
-Forward and backward of `distillation_terms` at the shapes of Qwen2.5 (student 896 wide, teacher 2,048, 151,936
-words, bfloat16 weights): in chunks with recomputation, and with [tokens x vocabulary] held as a whole. Every
+Forward and backward of `distillation_terms` at the shapes of Qwen2.5 (student 896 wide, teacher 2,048 wide,
+151,936 words, bfloat16): in chunks with recomputation, and with [tokens x vocabulary] held as a whole. Every
 measurement is a process of its own. A batch of 64 episodes of 2,048 trained tokens is 131,072 tokens; other
 numbers of tokens can be given as arguments.
 """

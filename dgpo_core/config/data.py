@@ -36,8 +36,9 @@ class WorldConfig(Section):
 
 
 class ModelShape(Section):
-    """Architecture of an embedded base model (Qwen2)."""
+    """Architecture of an embedded base model."""
 
+    architecture: Literal["qwen2", "llama"] = "qwen2"
     hidden_size: PositiveInt
     layers: PositiveInt
     heads: PositiveInt
@@ -81,6 +82,13 @@ class PhaseConfig(Section):
         return 2 if step < (self.one_passage + self.two_passages) * self.steps else 3
 
 
+class BaseModelConfig(Section):
+    """One model to build."""
+
+    shape: ModelShape
+    phases: list[PhaseConfig] = Field(min_length=1)
+
+
 class BaseModelsConfig(Section):
     """Building the embedded student (a reader) and teacher (a reader that follows the protocol)."""
 
@@ -90,17 +98,26 @@ class BaseModelsConfig(Section):
     )
     worlds: PositiveInt = Field(24, description="training worlds; none is the evaluated one")
     first_world_seed: PositiveInt = 1000
-    student: ModelShape = ModelShape(hidden_size=96, layers=4, heads=3, intermediate_size=96)
-    teacher: ModelShape = ModelShape(hidden_size=160, layers=5, heads=5, intermediate_size=160)
     expert_episodes: PositiveInt = Field(9600, description="scripted episodes that teach the protocol")
-    student_phases: list[PhaseConfig] = Field(
-        [PhaseConfig(kind="reading", steps=1400, one_passage=0.3, two_passages=0.3)]
-    )
-    teacher_phases: list[PhaseConfig] = Field(
-        [
-            PhaseConfig(kind="reading", steps=1000, matrix_learning_rate=0.008),
-            PhaseConfig(
-                kind="protocol", steps=350, batch_size=32, learning_rate=1e-3, matrix_learning_rate=3e-3
+    models: dict[str, BaseModelConfig] = Field(
+        {
+            "student": BaseModelConfig(
+                shape=ModelShape(hidden_size=96, layers=4, heads=3, intermediate_size=96),
+                phases=[PhaseConfig(kind="reading", steps=1400, one_passage=0.3, two_passages=0.3)],
             ),
-        ]
+            "teacher": BaseModelConfig(
+                shape=ModelShape(hidden_size=160, layers=5, heads=5, intermediate_size=160),
+                phases=[
+                    PhaseConfig(kind="reading", steps=1000, matrix_learning_rate=0.008),
+                    PhaseConfig(
+                        kind="protocol",
+                        steps=350,
+                        batch_size=32,
+                        learning_rate=1e-3,
+                        matrix_learning_rate=3e-3,
+                    ),
+                ],
+            ),
+        },
+        description="built into models/<name>",
     )

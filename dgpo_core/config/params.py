@@ -59,6 +59,8 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
+        if taken := self.base_models.models.keys() & self.recipes.all.keys():
+            raise ValueError(f"recipes: {sorted(taken)} are names of base_models")
         known = [STUDENT, TEACHER, *self.recipes.all]
         if unknown := [model for model in self.compare if model not in known]:
             raise ValueError(f"compare: there is no {unknown[0]!r}, only {known}")
@@ -98,9 +100,10 @@ def resolve_profile(path: Path, recipes: list[str] | None = None) -> dict[str, A
     """A profile's differences laid over the defaults: what params.yaml holds, in full.
 
     `recipes` names rows of the paper's table to take in place of the profile's (`["all"]`: every one).
-    Unless the profile says who is evaluated, it is the two given models and all recipes.
+    Unless the profile says who is evaluated, it is the two given models and all recipes. A profile may name
+    another one of its folder in `extends`, whose differences lie below its own.
     """
-    overrides = _read_yaml(path)
+    overrides = _extended(path)
     named = recipes or overrides.pop("recipes", [])
     overrides["recipes"] = paper_recipes(named).model_dump()
     params = _validated({"profile": path.stem, **overrides}, path)
@@ -108,6 +111,25 @@ def resolve_profile(path: Path, recipes: list[str] | None = None) -> dict[str, A
     if "compare" not in overrides:
         resolved["compare"] = [STUDENT, TEACHER, *params.recipes.all]
     return resolved
+
+
+def _extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A profile with those that it extends. Raises UserError for profiles that extend each other."""
+    if path in seen:
+        raise UserError(f"{path}: extends itself: {' -> '.join(p.stem for p in (*seen, path))}")
+    own = _read_yaml(path)
+    if not (below := own.pop("extends", None)):
+        return own
+    return _laid_over(_extended(path.with_name(f"{below}.yaml"), (*seen, path)), own)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Mappings are merged in depth; everything else is replaced."""
+    merged = dict(below)
+    for key, value in above.items():
+        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = _laid_over(merged[key], value) if both else value
+    return merged
 
 
 def paper_recipes(names: list[str]) -> Recipes:

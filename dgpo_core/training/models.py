@@ -9,6 +9,9 @@ from safetensors import SafetensorError
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Qwen2Config,
@@ -24,9 +27,16 @@ MAX_POSITIONS = 4096
 transformers_logging.disable_progress_bar()  # the stages have a progress display of their own
 
 
-def build_qwen2(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> Qwen2ForCausalLM:
-    """A freshly initialised Qwen2 of `shape` for the tokenizer's vocabulary (float32)."""
-    config = Qwen2Config(
+ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
+    "llama": (LlamaConfig, LlamaForCausalLM),
+}
+
+
+def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """A freshly initialised model of `shape` for the tokenizer's vocabulary (float32)."""
+    config_class, model_class = ARCHITECTURES[shape.architecture]
+    config = config_class(
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -41,7 +51,7 @@ def build_qwen2(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> Qwen2F
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    return Qwen2ForCausalLM(config)
+    return model_class(config)
 
 
 def load_tokenizer(source: str) -> Any:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dgpo_core.config.data import ModelShape, QuestionCounts, WorldConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner
-from dgpo_core.training.models import build_qwen2
+from dgpo_core.training.models import build_model
 
 SHAPE = ModelShape(hidden_size=32, layers=2, heads=2, intermediate_size=48)
 SMALL_WORLD = WorldConfig(passages=400, questions=QuestionCounts(train=40, dev=10, test=20, hard=8))
@@ -17,7 +17,7 @@ SMALL_WORLD = WorldConfig(passages=400, questions=QuestionCounts(train=40, dev=1
 def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
     """A random Qwen2, 32 wide, 2 layers, float32."""
     torch.manual_seed(seed)
-    model = build_qwen2(SHAPE, tokenizer)
+    model = build_model(SHAPE, tokenizer)
     model.eval()
     return model
 

@@ -82,10 +82,20 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
         (
             {
                 "base_models": {
-                    "student": {"hidden_size": 30, "layers": 1, "heads": 4, "intermediate_size": 8}
+                    "models": {
+                        "student": {
+                            "shape": {
+                                "hidden_size": 30,
+                                "layers": 1,
+                                "heads": 4,
+                                "intermediate_size": 8,
+                            },
+                            "phases": [{"kind": "reading", "steps": 1}],
+                        }
+                    }
                 }
             },
-            "base_models.student: hidden_size must be divisible by twice the number of heads",
+            "base_models.models.student.shape: hidden_size must be divisible by twice the number of heads",
         ),
     ],
 )
@@ -158,6 +168,27 @@ def test_committed_parameters_are_the_tiny_profile() -> None:
     resolved = resolve_profile(ROOT / "profiles" / "tiny.yaml")
     assert committed == yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).splitlines()
     assert load_params(ROOT / "params.yaml").model_dump(mode="json") == resolved
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_profile_resolves(path: Path) -> None:
+    resolved = resolve_profile(path)
+    assert resolved["profile"] == path.stem
+    assert set(resolved["compare"]) == {"student", "teacher", "kd", "dgpo"}
+
+
+def test_profile_lies_over_the_one_that_it_extends(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("distill: {epochs: 7, batch_size: 3}\nquestions: {train: [x]}\n")
+    (tmp_path / "b.yaml").write_text("extends: a\ndistill: {epochs: 8}\nquestions: {train: [y, z]}\n")
+    resolved = resolve_profile(tmp_path / "b.yaml")
+    assert (resolved["distill"]["epochs"], resolved["distill"]["batch_size"]) == (8, 3)
+    assert resolved["questions"]["train"] == ["y", "z"] and resolved["profile"] == "b"
+    (tmp_path / "a.yaml").write_text("extends: b\n")
+    with pytest.raises(UserError, match=r"extends itself: b -> a -> b"):
+        resolve_profile(tmp_path / "b.yaml")
+    (tmp_path / "c.yaml").write_text("extends: none\n")
+    with pytest.raises(UserError, match=r"none\.yaml: no such file"):
+        resolve_profile(tmp_path / "c.yaml")
 
 
 def test_profile_errors_name_the_profile(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dgpo_core.config.protocol import GREEDY, RolloutConfig, Sampling
 from dgpo_core.rollout.engine import Finish, Request
 from dgpo_core.rollout.transformers_engine import TransformersEngine
-from dgpo_core.training.models import build_qwen2
+from dgpo_core.training.models import build_model
 from tests.dgpo_core.making import SHAPE
 
 FLOAT32 = RolloutConfig(precision="float32")
@@ -142,7 +142,7 @@ def parrot() -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """A model that knows five texts by heart."""
     tokenizer = byte_tokenizer()
     torch.manual_seed(0)
-    model = build_qwen2(SHAPE.model_copy(update={"hidden_size": 64, "intermediate_size": 128}), tokenizer)
+    model = build_model(SHAPE.model_copy(update={"hidden_size": 64, "intermediate_size": 128}), tokenizer)
     rows = [tokenizer.encode(prompt + text) for prompt, text in TEXTS.items()]
     ids = torch.full((len(rows), max(map(len, rows))), -100)
     for row, encoded in zip(ids, rows, strict=True):

@@ -1,23 +1,20 @@
-"""Building the embedded student and teacher, phase by phase: reading, and for the teacher the protocol."""
+"""Building one of the embedded base models, phase by phase: reading, and for a teacher the protocol."""
 
 import random
-import threading
 from collections.abc import Callable
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import cached_property, partial
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from dgpo_core.config.data import BaseModelsConfig, PhaseConfig
 from dgpo_core.config.protocol import ProtocolConfig
 from dgpo_core.datasets.world.expert import expert_examples
 from dgpo_core.datasets.world.reading import SORTED_STEPS, Example, ReadingDrill
 from dgpo_core.datasets.world.tokenizer import build_tokenizer
+from dgpo_core.pretraining.loop import train_on_examples
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.models import build_qwen2, save_model
-from dgpo_core.training.pretrain import train_on_examples
+from dgpo_core.training.models import build_model, save_model
 
 # Examples in one pass: the attention of more fills the processor's caches, and is up to three times slower.
 AT_A_TIME = {"reading": 16, "protocol": 4}
@@ -37,52 +34,34 @@ class BaseModelBuilder:
         report: Report,
     ) -> None:
         self._config, self._world, self._protocol, self._top_k = config, config.world, protocol, top_k
-        self._state, self._report, self._reporting = state, report, threading.Lock()
+        self._state, self._report = state, report
         self._tokenizer = build_tokenizer()
         self._worlds = range(config.first_world_seed, config.first_world_seed + config.worlds)
-        self._stopped = threading.Event()
 
-    def build(self, folder: Path) -> None:
-        """Write `folder`/student and `folder`/teacher.
+    def build(self, name: str, folder: Path) -> None:
+        """Write model `name` of the configuration to `folder`.
 
-        Both at once with one thread each: for models so small this is faster than two threads for each in
-        turn, and the number of the machine's cores does not show in the weights.
+        With one thread, so that the number of the machine's cores does not show in the weights; models so
+        small gain more from being built side by side.
         """
-        config, models = self._config, []
-        for shape in (config.student, config.teacher):
-            torch.manual_seed(config.seed)
-            model = build_qwen2(shape, self._tokenizer)
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            plan = self._config.models[name]
+            torch.manual_seed(self._config.seed)
+            model = build_model(plan.shape, self._tokenizer)
             model.set_attn_implementation("eager")  # for short texts on a CPU its backward is twice as fast
-            models.append(model)
-        plans = (("student", models[0], config.student_phases), ("teacher", models[1], config.teacher_phases))
-        with ThreadPoolExecutor(len(plans), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            try:
-                running = [pool.submit(self._phases, *plan) for plan in plans]
-                wait(running, return_when=FIRST_EXCEPTION)
-                for future in running:
-                    if future.done():
-                        future.result()
-            finally:
-                self._stopped.set()  # whoever is still at work ends with its step
-        for name, model, _ in plans:
-            save_model(model, self._tokenizer, folder / name)
-
-    def _phases(self, name: str, model: PreTrainedModel, phases: list[PhaseConfig]) -> None:
-        drill = ReadingDrill(self._world, self._worlds, self._tokenizer)
-        for number, phase in enumerate(phases):
-            # the draws of a phase are those of the nth phase of its kind
-            seed = self._config.seed + [p.kind for p in phases[:number]].count(phase.kind)
-            reads, label = phase.kind == "reading", f"{name}-{number}-{phase.kind}"
-            batch = self._reading(drill, phase, seed) if reads else self._protocol_batches(phase, seed)
-            report = partial(self._step_done, label)
-            checkpoint = Checkpoint(self._state / label)
-            train_on_examples(model, phase, batch, checkpoint, report, AT_A_TIME[phase.kind])
-
-    def _step_done(self, phase: str, step: int, metrics: dict[str, float]) -> None:
-        if self._stopped.is_set():
-            raise RuntimeError(f"{phase} was stopped: the other model's building failed")
-        with self._reporting:
-            self._report(phase, step, metrics)
+            drill = ReadingDrill(self._world, self._worlds, self._tokenizer)
+            for number, phase in enumerate(plan.phases):
+                # the draws of a phase are those of the nth phase of its kind
+                seed = self._config.seed + [p.kind for p in plan.phases[:number]].count(phase.kind)
+                reads, label = phase.kind == "reading", f"{number}-{phase.kind}"
+                batch = self._reading(drill, phase, seed) if reads else self._protocol_batches(phase, seed)
+                checkpoint, report = Checkpoint(self._state / label), partial(self._report, label)
+                train_on_examples(model, phase, batch, checkpoint, report, AT_A_TIME[phase.kind])
+            save_model(model, self._tokenizer, folder)
+        finally:
+            torch.set_num_threads(threads)
 
     def _reading(self, drill: ReadingDrill, phase: PhaseConfig, seed: int) -> Callable[[int], list[Example]]:
         return lambda step: drill.batch(seed, step, phase.batch_size, phase.passages(step))

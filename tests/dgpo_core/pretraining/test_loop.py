@@ -10,9 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.config.data import PhaseConfig
 from dgpo_core.datasets.world.reading import Example
-from dgpo_core.training import pretrain
+from dgpo_core.pretraining import loop
+from dgpo_core.pretraining.loop import _backward, train_on_examples, weighted_loss
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.pretrain import _backward, train_on_examples, weighted_loss
 from tests.dgpo_core.making import tiny_model
 
 
@@ -57,7 +57,7 @@ def test_a_few_examples_at_a_time_give_the_same_gradient(
 def test_killed_build_continues_exactly(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY", 2)
+    monkeypatch.setattr(loop, "CHECKPOINT_EVERY", 2)
     config = PhaseConfig(kind="reading", steps=5, batch_size=4, learning_rate=1e-2, warmup_steps=2)
 
     reported: list[int] = []

@@ -1,4 +1,4 @@
-"""Supervised training on weighted token examples: how the embedded base models are built."""
+"""Supervised training on weighted token examples."""
 
 from collections.abc import Callable
 
