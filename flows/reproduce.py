@@ -52,7 +52,8 @@ def reproduce(
     if failures:
         raise PipelineFailed("; ".join(failures))
     compared = load_params(trees[seeds[0]] / "params.yaml")
-    write_reproduction(trees, root / REPORT, compared.compare, dict(compared.questions.test))
+    out, mirrors = root / REPORT / profile, dict(compared.questions.test)
+    write_reproduction(trees, out, compared.compare, mirrors, compared.pair)
 
 
 def _worktree(root: Path, name: str, params: dict[str, object]) -> Path:
@@ -100,7 +101,7 @@ def run(
     except PipelineFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    print(f"report: {REPORT / 'index.html'}")
+    print(f"report: {REPORT / profile / 'index.html'}")
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ def report() -> None:
     inputs = [EVALUATION / model for model in models]
     with stage("report", config={"models": models}, inputs=inputs, outputs=[REPORTS]) as run:
         mirrors = dict(params.questions.test)
-        write_report(EVALUATION, PLOTS, METRICS, REPORTS, models, mirrors, params.model_dump(mode="json"))
+        dumped = params.model_dump(mode="json")
+        write_report(EVALUATION, PLOTS, METRICS, REPORTS, models, mirrors, dumped, params.pair)
         run.progress(1, 1)
 
 

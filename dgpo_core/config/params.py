@@ -1,7 +1,7 @@
 """params.yaml as a whole: loading it, resolving a profile into it, and errors with the key's path."""
 
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
 from ruamel.yaml import YAML
@@ -55,6 +55,9 @@ class Params(Section):
     recipes: Recipes = Field(Recipes(), description="how models are trained")
     compare: list[str] = Field(
         [STUDENT, TEACHER], min_length=1, description="given models and recipes to evaluate and report"
+    )
+    pair: Literal["qwen2.5-3b-to-0.5b", "qwen2.5-7b-to-0.5b", "llama3-8b-to-1b"] = Field(
+        "qwen2.5-3b-to-0.5b", description="the paper's models whose figures stand beside ours"
     )
 
     @model_validator(mode="after")

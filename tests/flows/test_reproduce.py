@@ -75,8 +75,8 @@ def test_every_seed_once_and_a_report_of_all(api: str, project: Path) -> None:
     # what no seed changes is made once; the other seed was finished although the first one failed
     executed = project.read_text().split("\n")
     assert executed == ["data tiny-seed-0", "train tiny-seed-0", "train tiny-seed-1", "train tiny-seed-0", ""]
-    tables = json.loads(Path("reproduction/tables.json").read_text())
-    assert "0.4" in json.dumps(tables) and Path("reproduction/index.html").is_file()
+    tables = json.loads(Path("reproduction/tiny/tables.json").read_text())
+    assert "0.4" in json.dumps(tables) and Path("reproduction/tiny/index.html").is_file()
     params = [yaml.safe_load(Path(f".runs/tiny-seed-{seed}/params.yaml").read_text()) for seed in (0, 1)]
     assert [p["seed"] for p in params] == [0, 1]
     assert list(params[0]["recipes"]["distill"]) == ["kd"]
