@@ -25,9 +25,10 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
 
-def mean_with_interval(values: ArrayLike) -> Estimate:
+def mean_with_interval(values: ArrayLike, signed: bool = False) -> Estimate:
     """Mean of `values` (one a question) with a 95 % bootstrap interval.
 
+    `signed`: they are differences of shares, not shares (see `_all_alike`).
     Raises ValueError for no values: an average over nothing is not 0.
     """
     array: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
@@ -37,12 +38,14 @@ def mean_with_interval(values: ArrayLike) -> Estimate:
     if array.size < 2:
         return Estimate(mean, float("nan"), float("nan"), array.size)
     if np.ptp(array) == 0:
-        return Estimate(mean, mean, mean, array.size)
+        return _all_alike(mean, array.size, CONFIDENCE, signed)
     low, high = _interval([array], np.mean)
     return Estimate(mean, low, high, array.size)
 
 
-def mean_of_means(strata: Sequence[ArrayLike], confidence: float = CONFIDENCE) -> Estimate:
+def mean_of_means(
+    strata: Sequence[ArrayLike], confidence: float = CONFIDENCE, signed: bool = False
+) -> Estimate:
     """Mean of the strata's means (data sets count alike, whatever their size); `n` counts all values.
 
     The bootstrap is stratified: each stratum is resampled by itself. The interval is nan when a stratum has
@@ -54,6 +57,8 @@ def mean_of_means(strata: Sequence[ArrayLike], confidence: float = CONFIDENCE) -
     mean, n = float(_mean_of_means(*arrays, axis=-1)), sum(array.size for array in arrays)
     if any(array.size < 2 for array in arrays):
         return Estimate(mean, float("nan"), float("nan"), n)
+    if np.ptp(np.concatenate(arrays)) == 0:
+        return _all_alike(mean, n, confidence, signed)
     if all(np.ptp(array) == 0 for array in arrays):
         return Estimate(mean, mean, mean, n)
     low, high = _interval(arrays, _mean_of_means, confidence)
@@ -68,7 +73,19 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"a paired test needs the same questions: {a.shape} against {b.shape}")
-    return mean_with_interval(a - b)
+    return mean_with_interval(a - b, signed=True)
+
+
+def _all_alike(value: float, n: int, confidence: float, signed: bool) -> Estimate:
+    """`n` equal values, which a bootstrap would take for a law.
+
+    Shares that were always 0 or always 1 get the exact binomial bound (Clopper and Pearson) on the other
+    side, differences that were always 0 on both; for any other value there is none.
+    """
+    room = 1 - ((1 - confidence) / 2) ** (1 / n)
+    low = value - room if value == 1 or (signed and value == 0) else value
+    high = value + room if value == 0 else value
+    return Estimate(value, low, high, n)
 
 
 def _mean_of_means(*samples: NDArray[np.float64], axis: int) -> Any:

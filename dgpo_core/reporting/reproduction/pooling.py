@@ -25,11 +25,11 @@ class Pooled:
         return float(np.std(self.seeds, ddof=1)) if len(self.seeds) > 1 else math.nan
 
 
-def pool(samples: Samples, confidence: float = CONFIDENCE) -> Pooled:
+def pool(samples: Samples, confidence: float = CONFIDENCE, signed: bool = False) -> Pooled:
     """Mean over the seeds question by question; interval over questions, stratified by data set.
 
-    A question counts with the seeds in which it did not fail. Mean and interval are nan where a data set has
-    no such question.
+    `signed`: the values are differences. A question counts with the seeds in which it did not fail. Mean and
+    interval are nan where a data set has no such question.
     """
     names = list(dict.fromkeys(dataset for dataset, _ in samples.keys))
     strata = [samples.only(name).values for name in names]
@@ -38,7 +38,7 @@ def pool(samples: Samples, confidence: float = CONFIDENCE) -> Pooled:
     if not names or any(values.shape[1] == 0 for values in answered):
         nothing = Estimate(math.nan, math.nan, math.nan, sum(values.shape[1] for values in answered))
         return Pooled(nothing, [math.nan] * samples.values.shape[0], failed)
-    estimate = mean_of_means([np.nanmean(values, axis=0) for values in answered], confidence)
+    estimate = mean_of_means([np.nanmean(values, axis=0) for values in answered], confidence, signed)
     return Pooled(estimate, [_own_mean(samples, strata, seed) for seed in range(len(samples.values))], failed)
 
 

@@ -77,7 +77,7 @@ class Judge:
         if missing:
             return Finding(label, None, f"not run: {', '.join(dict.fromkeys(_needs(t) for t in missing))}")
         weighted = [(term[0], own) for term, own in zip(test.terms, samples, strict=True) if own is not None]
-        pooled = pool(combined(weighted), confidence)
+        pooled = pool(combined(weighted), confidence, signed=len(weighted) > 1)
         numbers = entry(pooled, self.measured.seeds, self._paper(test)) | {"confidence": round(confidence, 6)}
         holds, remark = _within(test, pooled)
         return Finding(label, holds, _joined(remark, numbers_text(numbers)), remark, numbers)

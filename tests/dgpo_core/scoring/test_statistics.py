@@ -89,6 +89,20 @@ def test_few_or_equal_values() -> None:
     assert equal.excludes_zero
 
 
+@pytest.mark.parametrize("value", [0, 1])
+@pytest.mark.parametrize("n", [2, 30, 845])
+def test_shares_without_exception_have_the_exact_binomial_interval(value: int, n: int) -> None:
+    exact = stats.binomtest(value * n, n).proportion_ci(method="exact")
+    whole = mean_with_interval([value] * n)
+    assert (whole.low, whole.high) == pytest.approx((exact.low, exact.high))
+    halves = mean_of_means([[value] * (n // 2), [value] * (n - n // 2)]) if n > 3 else whole
+    assert (halves.low, halves.high) == pytest.approx((whole.low, whole.high))
+    same = paired_difference([value] * n, [value] * n)
+    room = stats.binomtest(0, n).proportion_ci(method="exact").high
+    assert (same.mean, same.low, same.high) == pytest.approx((0, -room, room))
+    assert not same.excludes_zero
+
+
 def test_paired_difference_pairs_the_questions() -> None:
     """Systems that differ on few questions: a paired interval is far narrower than an unpaired one."""
     rng = np.random.default_rng(0)
