@@ -43,9 +43,8 @@ def ignore(phase: str, step: int, metrics: dict[str, float]) -> None:
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Weights]]:
-    folders = {name: tmp_path_factory.mktemp(name) for name in CONFIG.models}
-    built = {name: build(folder, name, ignore) for name, folder in folders.items()}
-    return folders["student"].parent, built
+    folder = tmp_path_factory.mktemp("whole")
+    return folder, {name: build(folder / f"of-{name}", name, ignore) for name in CONFIG.models}
 
 
 @pytest.mark.parametrize(
@@ -55,7 +54,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Wei
 def test_models_load_with_plain_transformers(
     whole: tuple[Path, dict[str, Weights]], name: str, width: int, kind: str
 ) -> None:
-    (folder,) = whole[0].glob(f"{name}*/{name}")
+    folder = whole[0] / f"of-{name}" / name
     model = load_model(str(folder))
     assert (model.config.hidden_size, model.config.model_type) == (width, kind)
     assert model.config._attn_implementation == "sdpa"  # how it was built is not how it is used
