@@ -7,15 +7,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
-    Qwen2Config,
-    Qwen2ForCausalLM,
 )
 from transformers.utils import logging as transformers_logging
 
@@ -27,16 +23,10 @@ MAX_POSITIONS = 4096
 transformers_logging.disable_progress_bar()  # the stages have a progress display of their own
 
 
-ARCHITECTURES: dict[str, tuple[type[PreTrainedConfig], type[PreTrainedModel]]] = {
-    "qwen2": (Qwen2Config, Qwen2ForCausalLM),
-    "llama": (LlamaConfig, LlamaForCausalLM),
-}
-
-
 def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A freshly initialised model of `shape` for the tokenizer's vocabulary (float32)."""
-    config_class, model_class = ARCHITECTURES[shape.architecture]
-    config = config_class(
+    config = AutoConfig.for_model(
+        shape.architecture,
         vocab_size=len(tokenizer),
         hidden_size=shape.hidden_size,
         intermediate_size=shape.intermediate_size,
@@ -51,7 +41,8 @@ def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> PreTra
         pad_token_id=tokenizer.pad_token_id,
         dtype="float32",
     )
-    return model_class(config)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model
 
 
 def load_tokenizer(source: str) -> Any:
