@@ -101,7 +101,9 @@ def _read(path: Path, parse: Callable[[dict[str, Any]], Record]) -> Iterator[Rec
                 if not isinstance(row, dict):
                     raise ValueError("a line must be a JSON object")
                 yield parse(row)
-            except ValueError as error:  # JSON and Unicode errors are ValueErrors too
+            except json.JSONDecodeError as error:
+                raise UserError(f"{path}:{number}: not JSON: {error.msg} at character {error.pos}") from error
+            except ValueError as error:  # Unicode errors are ValueErrors too
                 raise UserError(f"{path}:{number}: {error}") from error
 
 

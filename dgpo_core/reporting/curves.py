@@ -30,24 +30,29 @@ PANELS = (
     Panel("Divergence from the teacher", "nats a token, as the objective measures it", ("divergence",)),
     Panel("KL divergence, gated", "nats, to the reference", ("kl_inside",)),
     Panel("KL divergence, not gated", "nats, to the reference, a sample", ("kl_outside",)),
-    Panel("The gate", "share of episodes", ("gate_open", "gate_closed", "gate_excluded")),
+    Panel("Gate open", "share of episodes", ("gate_open",)),
+    Panel("Gate closed", "share of episodes", ("gate_closed",)),
+    Panel("Excluded from the gate", "share of episodes, failed", ("gate_excluded",)),
     Panel("Searches", "an episode", ("searches",)),
     Panel("Response length", "model tokens", ("response_tokens",)),
     Panel("Invalid actions", "an episode", ("invalid_actions",)),
     Panel("Entropy of the policy", "nats a token", ("entropy",)),
     Panel("Clipped ratios", "share of tokens", ("clip_fraction",)),
     Panel("Explained variance", "at most 1", ("explained_variance",)),
+    Panel("Golden answer retrieved", "share of episodes", ("hit",)),
+    Panel("Valid format", "share of episodes", ("well_formed",)),
+    Panel("Without an answer", "share of episodes", ("no_answer",)),
+    Panel("Policy loss", "a token", ("policy_loss",)),
+    Panel("Value loss", "a token", ("value_loss",)),
+    Panel("Change of the policy", "nats a token, approximate KL", ("approx_kl",)),
+    Panel("Validation loss", "nats a token", ("validation_loss",)),
+    Panel("Teacher's share of the target", "TAID's t", ("taid_t",)),
+    Panel("Learning rate", "", ("learning_rate",)),
     Panel("Gradient norm", "before clipping", ("grad_norm",)),
     Panel("Actor: gradient norm", "before clipping", ("actor_grad_norm",)),
     Panel("Critic: gradient norm", "before clipping", ("critic_grad_norm",)),
 )
-COLUMN_LABELS = {
-    "em": "training (sampled)",
-    "dev_em": "held out",
-    "gate_open": "open",
-    "gate_closed": "closed",
-    "gate_excluded": "failed",
-}
+COLUMN_LABELS = {"em": "training (sampled)", "dev_em": "held out"}
 Points = list[tuple[float, float]]
 
 
