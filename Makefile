@@ -8,9 +8,12 @@ PROFILE ?= tiny
 RECIPES ?=
 SEEDS ?= 0 1 2
 PYTEST_ARGS ?=
+TEST_PROCESSES ?= 2
 
 PY := $(VENV)/bin/python
 CONSTRAINTS := constraints/main.txt
+# A file of tests stays in one process, which makes what its tests share once.
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 ORACLES := constraints/oracles.txt
 
 # Two OpenMP threads that spin at barriers are up to 50 times slower beside any other busy process.
@@ -58,10 +61,10 @@ use: $(VENV)/.installed  ## write params.yaml from a profile: make use PROFILE=t
 	$(PY) -m tasks.use $(PROFILE) $(RECIPES)
 
 test: $(VENV)/.installed-dev  ## run the tests, without the slow ones
-	$(PY) -m pytest -q -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev  ## run all tests
-	$(PY) -m pytest -q $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 pipeline: $(VENV)/.installed  ## run the pipeline as a Prefect flow (starts a server unless one runs, and stops it)
 	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline run --max-parallel $(MAX_PARALLEL)

@@ -53,7 +53,7 @@ def reproduce(
         raise PipelineFailed("; ".join(failures))
     compared = load_params(trees[seeds[0]] / "params.yaml")
     out, mirrors = root / REPORT / profile, dict(compared.questions.test)
-    write_reproduction(trees, out, compared.compare, mirrors, compared.pair)
+    write_reproduction(trees, out, compared.compare, mirrors, compared.pair, compared.report.first)
 
 
 def _worktree(root: Path, name: str, params: dict[str, object]) -> Path:

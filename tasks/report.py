@@ -13,7 +13,9 @@ def report() -> None:
     with stage("report", config={"models": models}, inputs=inputs, outputs=[REPORTS]) as run:
         mirrors = dict(params.questions.test)
         dumped = params.model_dump(mode="json")
-        write_report(EVALUATION, PLOTS, METRICS, REPORTS, models, mirrors, dumped, params.pair)
+        write_report(
+            EVALUATION, PLOTS, METRICS, REPORTS, models, mirrors, dumped, params.pair, params.report.first
+        )
         run.progress(1, 1)
 
 

@@ -19,6 +19,7 @@ from dgpo_core.config.training import (
     DistributionsConfig,
     EvaluateConfig,
     ReinforceConfig,
+    ReportConfig,
     TeachConfig,
 )
 from dgpo_core.errors import UserError
@@ -52,6 +53,7 @@ class Params(Section):
     distill: DistillConfig = DistillConfig()
     reinforce: ReinforceConfig = ReinforceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
+    report: ReportConfig = ReportConfig()
     recipes: Recipes = Field(Recipes(), description="how models are trained")
     compare: list[str] = Field(
         [STUDENT, TEACHER], min_length=1, description="given models and recipes to evaluate and report"
@@ -64,6 +66,8 @@ class Params(Section):
     def _fits(self) -> Self:
         if taken := self.base_models.models.keys() & self.recipes.all.keys():
             raise ValueError(f"recipes: {sorted(taken)} are names of base_models")
+        if strange := self.report.first.keys() - self.questions.test.keys():
+            raise ValueError(f"report.first: {sorted(strange)} are no test sets of questions.test")
         known = [STUDENT, TEACHER, *self.recipes.all]
         if unknown := [model for model in self.compare if model not in known]:
             raise ValueError(f"compare: there is no {unknown[0]!r}, only {known}")

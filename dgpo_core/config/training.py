@@ -135,3 +135,12 @@ class EvaluateConfig(Section):
     seed: NonNegativeInt = Field(0, description="of sampling; greedy episodes do not depend on it")
     chunk: PositiveInt = Field(512, description="episodes between two checkpoints")
     questions: PositiveInt | None = Field(None, description="first so many of each set; null: all")
+
+
+class ReportConfig(Section):
+    """What the reports count."""
+
+    first: dict[str, PositiveInt] = Field(
+        {},
+        description="first so many questions of these test sets (the paper's Bamboogle: 124 of 125)",
+    )

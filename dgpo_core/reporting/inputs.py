@@ -1,10 +1,12 @@
 """What the evaluation, the training stages and the audits left behind, read and checked."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -52,6 +54,7 @@ _DIAGNOSIS_COLUMNS = ("dataset", "question_id", "outcome", "first_failure", *CHE
 
 
 Key = tuple[str, str]  # (data set, question id)
+EVERY: Mapping[str, int] = MappingProxyType({})  # question of every set
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,10 @@ class Scores:
         return np.array([key[0] == dataset for key in self.keys], dtype=np.bool_)
 
 
-def read_scores(evaluation: Path, models: Sequence[str], datasets: Sequence[str]) -> dict[str, Scores]:
-    """Every model's test questions.
+def read_scores(
+    evaluation: Path, models: Sequence[str], datasets: Sequence[str], first: Mapping[str, int] = EVERY
+) -> dict[str, Scores]:
+    """Every model's test questions; of the sets in `first` only so many, in the file's order.
 
     Raises UserError naming the file when one is missing or malformed, and when the models were not asked
     the same questions: nothing could be compared then.
@@ -85,14 +90,18 @@ def read_scores(evaluation: Path, models: Sequence[str], datasets: Sequence[str]
     scores: dict[str, Scores] = {}
     for model in models:
         path = evaluation / model / "questions.parquet"
-        scores[model] = _scores(path, datasets)
+        scores[model] = _scores(path, datasets, first)
         if scores[model].keys != scores[models[0]].keys:
             raise UserError(f"{path}: not the questions that {models[0]} was asked; evaluate both again")
     return scores
 
 
-def _scores(path: Path, datasets: Sequence[str]) -> Scores:
-    rows = read_rows(path, _QUESTION_COLUMNS)
+def _scores(path: Path, datasets: Sequence[str], first: Mapping[str, int]) -> Scores:
+    rows, places = [], Counter[str]()
+    for row in read_rows(path, _QUESTION_COLUMNS):
+        places[row["dataset"]] += 1
+        if places[row["dataset"]] <= first.get(row["dataset"], places.total()):
+            rows.append(row)
     order = {dataset: rank for rank, dataset in enumerate(datasets)}
     if unknown := {str(row["dataset"]) for row in rows} - set(order):
         raise UserError(f"{path}: data sets that this run does not know: {', '.join(sorted(unknown))}")
@@ -173,7 +182,7 @@ def _measurements(path: Path) -> dict[str, Measured]:
 
 
 def read_diagnoses(evaluation: Path, models: Sequence[str], keys: Sequence[Key]) -> dict[str, dict[Key, Row]]:
-    """Every model's diagnoses, in the order of `keys`, the test questions.
+    """Every model's diagnoses of the test questions `keys`, in their order.
 
     Raises UserError naming the file when one is missing or malformed or is about other questions.
     """
@@ -182,7 +191,7 @@ def read_diagnoses(evaluation: Path, models: Sequence[str], keys: Sequence[Key])
 
 def _diagnoses(path: Path, keys: Sequence[Key]) -> dict[Key, Row]:
     rows = {(row["dataset"], row["question_id"]): row for row in read_rows(path, _DIAGNOSIS_COLUMNS)}
-    if set(rows) != set(keys):
+    if not set(rows) >= set(keys):
         raise UserError(f"{path}: not the questions of questions.parquet; evaluate again")
     for row in rows.values():
         failure = row["first_failure"]

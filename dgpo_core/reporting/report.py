@@ -1,6 +1,6 @@
 """From the folders of a run to its report."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,8 @@ from dgpo_core.errors import UserError
 from dgpo_core.reporting import results as tables
 from dgpo_core.reporting.curves import read_curves
 from dgpo_core.reporting.episodes import reader_data
-from dgpo_core.reporting.inputs import read_arcap, read_diagnoses, read_metrics, read_scores
+from dgpo_core.reporting.files import as_json, write_texts
+from dgpo_core.reporting.inputs import EVERY, read_arcap, read_diagnoses, read_metrics, read_scores
 from dgpo_core.reporting.page import render
 from dgpo_core.reporting.paper import DEFAULT_PAIR, paper_exact_match
 from dgpo_core.reporting.parts import Report
@@ -23,11 +24,13 @@ def write_report(
     mirrors: dict[str, str],
     params: dict[str, Any],
     pair: str = DEFAULT_PAIR,
+    first: Mapping[str, int] = EVERY,
 ) -> None:
     """Write results, comparisons, arcap, arcap_comparisons and diagnosis (JSON) and index.html into `out`.
 
     `models` and `mirrors` ({data set: the paper's that it stands for}) give the order of rows and columns;
-    `pair` names the paper's models whose figures stand beside ours. The same inputs give the same bytes.
+    `pair` names the paper's models whose figures stand beside ours; of the data sets in `first` only so many
+    questions count. The same inputs give the same bytes.
     Raises UserError naming the file when an input is missing or malformed; then nothing is written.
     """
     if not models or not mirrors:
@@ -36,7 +39,7 @@ def write_report(
         raise UserError(f"no data set may be called {tables.AVERAGE!r}: the results have that row already")
     paper_exact_match(pair)  # an unknown pair is refused before any work
     datasets = list(mirrors)
-    scores = read_scores(evaluation, models, datasets)
+    scores = read_scores(evaluation, models, datasets, first)
     keys = scores[models[0]].keys
     measured, diagnoses = read_arcap(evaluation, models), read_diagnoses(evaluation, models, keys)
     report = Report(
@@ -55,23 +58,11 @@ def write_report(
         pair=pair,
     )
     texts = {
-        "results.json": _json(report.results),
-        "comparisons.json": _json(report.comparisons),
-        "arcap.json": _json(report.arcap),
-        "arcap_comparisons.json": _json(report.arcap_comparisons),
-        "diagnosis.json": _json(report.diagnosis),
+        "results.json": as_json(report.results),
+        "comparisons.json": as_json(report.comparisons),
+        "arcap.json": as_json(report.arcap),
+        "arcap_comparisons.json": as_json(report.arcap_comparisons),
+        "diagnosis.json": as_json(report.diagnosis),
         "index.html": render(report),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        _write(out / name, text)
-
-
-def _json(table: dict[str, Any]) -> str:
-    return json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".part")
-    temporary.write_text(text, encoding="utf-8", newline="\n")
-    temporary.replace(path)
+    write_texts(out, texts)

@@ -1,6 +1,6 @@
 """Several seeds' runs, read and checked to be answers to the same questions."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -58,7 +58,12 @@ class Measured:
         return next((name for name, mirrored in self.mirrors.items() if mirrored == role), None)
 
 
-def read_runs(runs: dict[int, Path], models: list[str], mirrors: dict[str, str]) -> Measured:
+def read_runs(
+    runs: dict[int, Path],
+    models: list[str],
+    mirrors: dict[str, str],
+    first: Mapping[str, int] = inputs.EVERY,
+) -> Measured:
     """Raises UserError naming seed and file of what is missing, malformed or not the same questions."""
     if not runs or not models or not mirrors:
         raise UserError("a reproduction needs at least one seed, one model and one data set")
@@ -75,7 +80,7 @@ def read_runs(runs: dict[int, Path], models: list[str], mirrors: dict[str, str])
     for seed in seeds:
         evaluation = runs[seed] / "evaluation"
         try:
-            for model, scores in read_scores(evaluation, models, list(mirrors)).items():
+            for model, scores in read_scores(evaluation, models, list(mirrors), first).items():
                 em[model].append(Samples(scores.keys, scores.values["em"][np.newaxis]))
             for model, measured in read_arcap(evaluation, models).items():
                 arcap[model].append({name: _samples(own) for name, own in measured.items()})

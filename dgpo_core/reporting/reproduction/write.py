@@ -1,9 +1,10 @@
 """From finished runs to the files of a reproduction."""
 
-import json
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
+from dgpo_core.reporting.files import as_json, write_texts
+from dgpo_core.reporting.inputs import EVERY
 from dgpo_core.reporting.paper import DEFAULT_PAIR
 from dgpo_core.reporting.reproduction.claims import CLAIMS
 from dgpo_core.reporting.reproduction.inputs import read_runs
@@ -14,34 +15,32 @@ from dgpo_core.reporting.reproduction.verdicts import Judge, judge, published, t
 
 
 def write_reproduction(
-    runs: dict[int, Path], out: Path, models: list[str], mirrors: dict[str, str], pair: str = DEFAULT_PAIR
+    runs: dict[int, Path],
+    out: Path,
+    models: list[str],
+    mirrors: dict[str, str],
+    pair: str = DEFAULT_PAIR,
+    first: Mapping[str, int] = EVERY,
 ) -> None:
     """Write tables.json, verdicts.json, results.md and index.html into `out`.
 
     `runs` maps a seed to the root of its finished run (`evaluation/<model>/`, `plots/`); `models` and
     `mirrors` ({data set: the paper's that it stands for}) give the order of rows and columns; `pair` names
-    the paper's models that the runs stand for. The same inputs give the same bytes.
+    the paper's models that the runs stand for; of the data sets in `first` only so many questions count. The
+    same inputs give the same bytes.
     Raises UserError naming seed and file of what is missing, malformed or not the same questions; then
     nothing is written.
     """
     paper_of = published(pair)  # an unknown pair is refused before any work
-    measured = read_runs(runs, models, mirrors)
+    measured = read_runs(runs, models, mirrors, first)
     trained = trainings(measured)
     found = tables(measured, paper_of, trained, pair)
     bench = Judge(measured, paper_of, trained)
     verdicts = [judge(bench, claim, pair) for claim in CLAIMS]
     texts = {
-        "tables.json": _json(found),
-        "verdicts.json": _json(verdicts),
+        "tables.json": as_json(found),
+        "verdicts.json": as_json(verdicts),
         "results.md": markdown(found, verdicts),
         "index.html": render(found, verdicts, measured.curves),
     }
-    out.mkdir(parents=True, exist_ok=True)
-    for name, text in texts.items():
-        temporary = out / f"{name}.part"
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(out / name)
-
-
-def _json(value: Any) -> str:
-    return json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+    write_texts(out, texts)

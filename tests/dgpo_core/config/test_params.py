@@ -72,6 +72,7 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
             },
             "recipes: ['x'] stand under both distill and reinforce",
         ),
+        ({"report": {"first": {"hard": 124}}}, "report.first: ['hard'] are no test sets of questions.test"),
         ({"compare": ["student", "dgpo"]}, "compare: there is no 'dgpo', only ['student', 'teacher']"),
         (
             rl(x={"guidance": "none", "algorithm": "grpo"})

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pyarrow.parquet as pq
 
 from dgpo_core.arcap.diagnosis import SCHEMA, Failure
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Search, write_episodes
-from dgpo_core.reporting.inputs import MEASUREMENTS
+from dgpo_core.reporting.inputs import EVERY, MEASUREMENTS
 from dgpo_core.reporting.paper import DEFAULT_PAIR
 from dgpo_core.reporting.report import write_report
 
@@ -63,9 +64,15 @@ class Run:
         self.report_with(out)
         return out
 
-    def report_with(self, out: Path, mirrors: dict[str, str] = MIRRORS, pair: str = DEFAULT_PAIR) -> None:
+    def report_with(
+        self,
+        out: Path,
+        mirrors: dict[str, str] = MIRRORS,
+        pair: str = DEFAULT_PAIR,
+        first: Mapping[str, int] = EVERY,
+    ) -> None:
         evaluation, plots, metrics = (self.folder / name for name in ("evaluation", "plots", "metrics"))
-        write_report(evaluation, plots, metrics, out, MODELS, mirrors, self.params, pair)
+        write_report(evaluation, plots, metrics, out, MODELS, mirrors, self.params, pair, first)
 
 
 def make_run(folder: Path, questions: int = 12) -> Run:

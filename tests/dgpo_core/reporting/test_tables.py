@@ -36,6 +36,20 @@ def test_means_are_those_of_the_rows_that_did_not_fail(reported: Reported, model
         assert table["average"][column] == pytest.approx(np.mean(means), abs=1e-6)
 
 
+def test_only_the_first_questions_of_a_set_count(run: Run, tmp_path: Path) -> None:
+    """As the paper's Bamboogle, of which 124 of 125 count; first in the file, not by id."""
+    for model in MODELS:
+        run.rows[model].reverse()
+    run.save()
+    run.report_with(tmp_path / "out", first={"hard": 5})
+    hard = [row for row in run.rows["teacher"] if row["dataset"] == "hard"]
+    results = load(tmp_path / "out", "results.json")["teacher"]
+    assert results["hard"]["em"] == pytest.approx(np.mean([row["em"] for row in hard[:5]]))
+    assert (results["hard"]["n"], results["onehop"]["n"]) == (5, 12)
+    counts = load(tmp_path / "out", "diagnosis.json")["teacher"]["by_dataset"]["hard"]
+    assert sum(counts.values()) == sum(row["outcome"] == "wrong" for row in hard[:5])
+
+
 def test_failed_questions_are_counted_and_left_out(reported: Reported) -> None:
     _, out = reported
     results = load(out, "results.json")
