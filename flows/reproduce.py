@@ -18,6 +18,7 @@ from prefect import flow
 
 from dgpo_core.config.params import load_params, resolve_profile
 from dgpo_core.errors import UserError
+from dgpo_core.reporting.reproduction.sizes import write_sizes
 from dgpo_core.reporting.reproduction.write import write_reproduction
 from flows.pipeline import PipelineFailed, pipeline
 from tasks.stage import main as run_program
@@ -54,6 +55,7 @@ def reproduce(
     compared = load_params(trees[seeds[0]] / "params.yaml")
     out, mirrors = root / REPORT / profile, dict(compared.questions.test)
     write_reproduction(trees, out, compared.compare, mirrors, compared.pair, compared.report.first)
+    write_sizes(root / REPORT)
 
 
 def _worktree(root: Path, name: str, params: dict[str, object]) -> Path:

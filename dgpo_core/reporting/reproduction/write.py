@@ -10,6 +10,7 @@ from dgpo_core.reporting.reproduction.claims import CLAIMS
 from dgpo_core.reporting.reproduction.inputs import read_runs
 from dgpo_core.reporting.reproduction.markdown import markdown
 from dgpo_core.reporting.reproduction.page import render
+from dgpo_core.reporting.reproduction.sizes import parameter_counts
 from dgpo_core.reporting.reproduction.tables import tables
 from dgpo_core.reporting.reproduction.verdicts import Judge, judge, published, trainings
 
@@ -34,7 +35,7 @@ def write_reproduction(
     paper_of = published(pair)  # an unknown pair is refused before any work
     measured = read_runs(runs, models, mirrors, first)
     trained = trainings(measured)
-    found = tables(measured, paper_of, trained, pair)
+    found = tables(measured, paper_of, trained, pair) | {"parameters": parameter_counts(runs[min(runs)])}
     bench = Judge(measured, paper_of, trained)
     verdicts = [judge(bench, claim, pair) for claim in CLAIMS]
     texts = {
