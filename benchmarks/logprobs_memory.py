@@ -17,8 +17,8 @@ import torch
 from dgpo_core.objectives.logprobs import CHUNK, distillation_terms
 
 STUDENT, TEACHER, VOCABULARY = 896, 2048, 151_936
-TOKENS = (1024, 4096, 16_384, 131_072)
-WHOLE_UP_TO = 4096  # beyond this the whole does not fit into an ordinary machine
+TOKENS = (1024, 2048, 4096, 16_384, 131_072)
+WHOLE_UP_TO = 2048  # beyond this the whole does not fit into an ordinary machine
 
 
 def measure(tokens: int, chunk: int) -> dict[str, float]:
