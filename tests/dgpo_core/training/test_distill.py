@@ -164,7 +164,7 @@ def test_objectives_of_the_baselines(models: tuple[PreTrainedModel, PreTrainedMo
         ]
     loss = torch.stack(values).mean()
     loss.backward()
-    assert row["loss"] == pytest.approx(float(loss), rel=1e-4)
+    assert row["loss"] == pytest.approx(loss.item(), rel=1e-4)
     torch.testing.assert_close(found, gradients(student), rtol=2e-3, atol=1e-6)
 
 
