@@ -98,9 +98,11 @@ format: $(VENV)/.installed-dev  ## format the sources
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
-base-models: $(VENV)/.installed  ## rebuild the embedded student and teacher side by side (about 40 minutes)
-	$(PY) -m tasks.pipeline --single-item --force base-model@student & student=$$!; \
-	$(PY) -m tasks.pipeline --single-item --force base-model@teacher && wait $$student
+base-models: $(VENV)/.installed  ## rebuild the embedded student and teacher side by side, a core each
+	@$(MAKE) --no-print-directory -j 2 base-model-student base-model-teacher
+
+base-model-%: $(VENV)/.installed
+	$(PY) -m tasks.pipeline --single-item --force base-model@$*
 
 clean:  ## remove what runs have made (not the environment, nor what DVC has cached)
 	rm -rf .state runs mlruns mlflow.db mlflow.db-* .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -100,7 +100,7 @@ class Distiller:
         if self.recipe.objective == "taid":
             row["taid_t"] = self.taid.t
             self.taid.update(row["loss"], step + 1)
-        if self.recipe.episodes != "teacher":
+        if self.recipe.episodes == "student":  # of a mixture it would be the teacher's EM too
             row["em"] = sum(episode.correct for episode in episodes) / len(episodes)
             row["searches"] = sum(len(episode.searches) for episode in episodes) / len(episodes)
         return row

@@ -70,7 +70,8 @@ class ExperienceMaker:
         gated = [bool(g) for g in open_gate]
         old = self._old_logprobs(episodes, sequences)
         chosen = [i for i, is_gated in enumerate(gated) if is_gated]
-        closed = [i for i, is_gated in enumerate(gated) if not is_gated][: self.config.audit_episodes]
+        audited = self.config.audit_episodes if self.reference is not None else 0
+        closed = [i for i, is_gated in enumerate(gated) if not is_gated][:audited]
         if self.critic is None:
             return self._relative(episodes, sequences, old, gated, chosen, closed)
         kl = [torch.zeros_like(logprobs) for logprobs in old]

@@ -203,3 +203,9 @@ def test_grpo_compares_episodes_of_one_question(parts: Parts) -> None:
 def test_same_question_of_two_data_sets_is_two_groups(parts: Parts) -> None:
     two = [replace(EPISODES[i], question_id="q", dataset=name) for i, name in ((0, "x"), (1, "x"), (2, "y"))]
     assert not make(parts, algorithm="grpo", episodes=two).advantages[2].any()
+
+
+def test_grpo_without_guidance_needs_no_reference(parts: Parts) -> None:
+    experience = make(parts, "none", algorithm="grpo")
+    assert experience.reference == [None] * len(EPISODES) and experience.kl_outside == []
+    assert not any(kl.any() for kl in experience.kl) and not any(experience.gated)
