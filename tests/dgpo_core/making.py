@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from dgpo_core.config.data import ModelShape, QuestionCounts, WorldConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner
+from dgpo_core.training.critic import Critic
 from dgpo_core.training.models import build_model
 
 SHAPE = ModelShape(hidden_size=32, layers=2, heads=2, intermediate_size=48)
@@ -20,6 +21,17 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedM
     model = build_model(SHAPE, tokenizer)
     model.eval()
     return model
+
+
+def student_teacher_critic(
+    tokenizer: PreTrainedTokenizerBase,
+) -> tuple[PreTrainedModel, PreTrainedModel, Critic]:
+    """Small random models, and a critic whose values are not all 0."""
+    student = tiny_model(tokenizer, 1)
+    critic = Critic(student)
+    torch.manual_seed(9)
+    torch.nn.init.normal_(critic.head.weight, std=0.1)
+    return student, tiny_model(tokenizer, 2), critic
 
 
 def random_episode(seed: int, vocabulary: int = 500, correct: bool | None = None) -> Episode:

@@ -12,7 +12,7 @@ from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.training.critic import Critic
 from dgpo_core.training.experience import Experience, ExperienceMaker, training_metrics
-from tests.dgpo_core.making import random_episode, tiny_model
+from tests.dgpo_core.making import random_episode, student_teacher_critic
 
 EPISODES = [random_episode(seed, correct=seed % 3 == 0) for seed in range(7)]
 Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]
@@ -20,12 +20,7 @@ Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]
 
 @pytest.fixture
 def parts(tokenizer: PreTrainedTokenizerFast) -> Parts:
-    """Student, teacher, and a critic whose values are not all 0."""
-    student = tiny_model(tokenizer, 1)
-    critic = Critic(student)
-    torch.manual_seed(9)
-    torch.nn.init.normal_(critic.head.weight, std=0.1)
-    return student, tiny_model(tokenizer, 2), critic
+    return student_teacher_critic(tokenizer)
 
 
 def make(

@@ -24,7 +24,7 @@ from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
 from dgpo_core.training.experience import Experience, ExperienceMaker
 from dgpo_core.training.update import Updater
-from tests.dgpo_core.making import random_episode, tiny_model
+from tests.dgpo_core.making import random_episode, student_teacher_critic
 
 Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]
 SEEDS = st.lists(st.integers(0, 10**6), min_size=2, max_size=5, unique=True)
@@ -33,12 +33,8 @@ TOKENS = st.sampled_from([1, 60, 10_000])
 
 @pytest.fixture(scope="module")
 def parts(tokenizer: PreTrainedTokenizerFast) -> Parts:
-    """Student, teacher, and a critic whose values are not all 0; the tests leave them as they are."""
-    student = tiny_model(tokenizer, 1)
-    critic = Critic(student)
-    torch.manual_seed(9)
-    torch.nn.init.normal_(critic.head.weight, std=0.1)
-    return student, tiny_model(tokenizer, 2), critic
+    """The tests leave them as they are."""
+    return student_teacher_critic(tokenizer)
 
 
 @contextmanager
