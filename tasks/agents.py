@@ -1,6 +1,7 @@
 """The parts that every rollout of a stage needs: a loop around a model, and tasks for it."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.rollout.transformers_engine import TransformersEngine
 from dgpo_core.training.episode_sources import Rollout
 from tasks.paths import INDEX, MODELS, questions_file
+from tasks.stage import Run
 
 
 def retriever(params: Params, folder: Path = INDEX) -> Retriever:
@@ -80,6 +82,20 @@ class DevEvaluator:
 
     def __call__(self) -> float:
         return em_of(self._loop.run(self._tasks, GREEDY))
+
+
+def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, float]]], None]:
+    """What a trainer tells of its rows so far goes to the progress bar (the `shown`) and to MLflow."""
+
+    def report(steps: int, rows: list[dict[str, float]]) -> None:
+        step, row = len(rows), rows[-1]
+        values = {key: row[key] for key in shown if key in row}
+        if looks := [row["dev_em"] for row in rows if "dev_em" in row]:
+            values["dev_em"] = looks[-1]
+        run.progress(step, steps, **values)
+        run.metrics(step, {key: value for key, value in row.items() if key != "step"})
+
+    return report
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:

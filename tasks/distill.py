@@ -27,6 +27,7 @@ from tasks.agents import (
     agent_loop,
     local,
     model_source,
+    reporter,
     require_episodes,
     retriever,
     split_tasks,
@@ -51,10 +52,9 @@ def distill(name: str) -> None:
     params = load_params()
     recipe = params.distillation(name)
     start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"distill-{name}.csv"
-    config = {
-        key: getattr(params, key).model_dump()
-        for key in ("distill", "compute", "protocol", "rollout", "retrieval", "models", "questions")
-    } | {"seed": params.seed, "recipe": recipe.model_dump()}
+    config = params.sections(
+        "distill", "compute", "protocol", "rollout", "retrieval", "models", "questions", "seed"
+    ) | {"recipe": recipe.model_dump()}
     del config["distill"]["min_em"]  # judges the trained model: changing it continues, not restarts
     inputs = [TEACHER_EPISODES, CORRECT_EPISODES, DISTRIBUTIONS, INDEX, QUESTIONS]
     inputs += [*local(start), *local(params.models.teacher)]
@@ -64,17 +64,10 @@ def distill(name: str) -> None:
         student = load_model(start, params.compute.device)
         teacher, cache = _teacher(params, recipe, tokenizer)
         loop = agent_loop(params, student, tokenizer, retriever(params))
-        latest = {"dev_em": 0.0}
-
-        def report(step: int, steps: int, row: dict[str, float]) -> None:
-            latest.update({k: v for k, v in row.items() if k == "dev_em"})
-            run.progress(step, steps, **{k: row[k] for k in ("loss", "em") if k in row}, **latest)
-            run.metrics(step, row)
-
         source = episode_source(params, recipe, loop)
         dev = DevEvaluator(params, loop, params.distill.dev_questions)
         distiller = Distiller(student, teacher, recipe, params.distill, params.compute, source, cache)
-        rows = distiller.train(Checkpoint(run.state), dev, report)
+        rows = distiller.train(Checkpoint(run.state), dev, reporter(run, ("loss", "em")))
         em = rows[-1]["dev_em"]
         if em < params.distill.min_em:
             raise UserError(

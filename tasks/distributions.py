@@ -14,8 +14,7 @@ from tasks.stage import main, stage
 
 def distributions() -> None:
     params = load_params()
-    config = {key: getattr(params, key).model_dump() for key in ("distributions", "compute", "models")}
-    config["teacher"] = params.distill.teacher
+    config = params.sections("distributions", "compute", "models") | {"teacher": params.distill.teacher}
     inputs = [TEACHER_EPISODES, *local(params.models.teacher), *local(params.models.student)]
     with stage("distributions", config=config, inputs=inputs, outputs=[DISTRIBUTIONS]) as run:
         if params.distill.teacher == "live":

@@ -21,10 +21,7 @@ from tasks.stage import Run, main, stage
 def evaluate(model: str) -> None:
     params = load_params()
     source, out = model_source(params, model), EVALUATION / model
-    config = {
-        key: getattr(params, key).model_dump()
-        for key in ("evaluate", "protocol", "rollout", "retrieval", "questions")
-    } | {"model": source}
+    config = params.sections("evaluate", "protocol", "rollout", "retrieval", "questions") | {"model": source}
     inputs = [INDEX, QUESTIONS, *local(source)]
     with stage(f"evaluate@{model}", config=config, inputs=inputs, outputs=[out]) as run:
         tokenizer = load_tokenizer(source)

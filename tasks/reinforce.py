@@ -15,6 +15,7 @@ from tasks.agents import (
     agent_loop,
     local,
     model_source,
+    reporter,
     retriever,
     split_tasks,
     training_rollout,
@@ -29,10 +30,9 @@ def reinforce(name: str) -> None:
     params = load_params()
     recipe = params.reinforcement(name)
     start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"reinforce-{name}.csv"
-    config = {
-        key: getattr(params, key).model_dump()
-        for key in ("reinforce", "compute", "protocol", "rollout", "retrieval", "models", "questions")
-    } | {"seed": params.seed, "recipe": recipe.model_dump()}
+    config = params.sections(
+        "reinforce", "compute", "protocol", "rollout", "retrieval", "models", "questions", "seed"
+    ) | {"recipe": recipe.model_dump()}
     inputs = [INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
     with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
         tokenizer = load_tokenizer(start)
@@ -41,16 +41,9 @@ def reinforce(name: str) -> None:
         loop = agent_loop(params, student, tokenizer, retriever(params))
         tasks = split_tasks(params, "train", params.seed)
         rollout = training_rollout(loop, tasks, params.reinforce.sampling, params.seed)
-        latest = {"dev_em": float("nan")}
-
-        def report(step: int, steps: int, row: dict[str, float]) -> None:
-            latest.update({k: v for k, v in row.items() if k == "dev_em"})
-            shown = {k: row[k] for k in ("em", "kl_inside", "searches") if k in row}
-            run.progress(step, steps, **shown, **latest)
-            run.metrics(step, row)
-
         dev = DevEvaluator(params, loop, params.reinforce.dev_questions)
         trainer = Reinforcer(student, reference, recipe, params.reinforce, params.compute, params.seed)
+        report = reporter(run, ("em", "kl_inside", "searches"))
         rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)
         save_model(student, tokenizer, out)
         write_curves(curves, rows)

@@ -11,10 +11,7 @@ from tasks.stage import main, stage
 
 def teach() -> None:
     params = load_params()
-    config = {
-        key: getattr(params, key).model_dump()
-        for key in ("teach", "protocol", "rollout", "retrieval", "models", "questions")
-    }
+    config = params.sections("teach", "protocol", "rollout", "retrieval", "models", "questions")
     inputs = [INDEX, QUESTIONS, *local(params.models.teacher)]
     with stage("teach", config=config, inputs=inputs, outputs=[TEACHER_EPISODES]) as run:
         tokenizer = load_tokenizer(params.models.teacher)

@@ -91,6 +91,10 @@ class Params(Section):
         """Raises UserError with the names there are."""
         return _row(self.recipes.reinforce, "reinforce", name)
 
+    def sections(self, *names: str) -> dict[str, Any]:
+        """Some of the keys as plain values: what a stage's checkpoints belong to."""
+        return self.model_dump(include=set(names))
+
 
 def _row(rows: dict[str, Row], group: str, name: str) -> Row:
     if name not in rows:

@@ -57,9 +57,12 @@ class Distiller:
         self,
         checkpoint: Checkpoint,
         evaluate: Callable[[], float],
-        report: Callable[[int, int, Metrics], None],
+        report: Callable[[int, list[Metrics]], None],
     ) -> list[Metrics]:
-        """Rows of metrics, one a step; `dev_em` is in the rows of the looks. Resumes if it can."""
+        """Rows of metrics, one a step; `dev_em` is in the rows of the looks. Resumes if it can.
+
+        `report` is given the number of steps and the rows so far.
+        """
         config, source = self.config, self.source
         on_policy = self.recipe.episodes == "student"
         rate = config.on_policy.learning_rate if on_policy else config.learning_rate
@@ -86,7 +89,7 @@ class Distiller:
                     row["validation_loss"] = self.loss(source.held_out)
                     source.looked(row["validation_loss"])
             rows.append({"step": step + 1, **row})
-            report(step + 1, source.steps, row)
+            report(source.steps, rows)
             if looks:
                 checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
         return rows

@@ -53,6 +53,28 @@ class Experience:
     reference: list[torch.Tensor | None]
 
 
+@dataclass(frozen=True)
+class Rolled:
+    """A step's episodes with what both algorithms need of them.
+
+    `old` are the log-probabilities of the model tokens under the policy that acted; `correct` and `open_gate`
+    are boolean [episodes]; `inside` the episodes whose gate is open, `outside` those of the others on which
+    the KL is measured without being trained on.
+    """
+
+    episodes: list[Episode]
+    sequences: list[Sequence]
+    old: Tensors
+    correct: torch.Tensor
+    open_gate: torch.Tensor
+    inside: list[int]
+    outside: list[int]
+
+    @property
+    def gated(self) -> list[bool]:
+        return [bool(is_open) for is_open in self.open_gate]
+
+
 @dataclass
 class ExperienceMaker:
     student: PreTrainedModel
@@ -67,33 +89,25 @@ class ExperienceMaker:
         sequences = [model_sequence(episode) for episode in episodes]
         correct = torch.tensor([episode.correct for episode in episodes])
         open_gate = reward_functions.gate(correct, self.recipe.guidance)
-        gated = [bool(g) for g in open_gate]
-        old = self._old_logprobs(episodes, sequences)
-        chosen = [i for i, is_gated in enumerate(gated) if is_gated]
         audited = self.config.audit_episodes if self.reference is not None else 0
-        closed = [i for i, is_gated in enumerate(gated) if not is_gated][:audited]
-        if self.critic is None:
-            return self._relative(episodes, sequences, old, gated, chosen, closed)
-        kl = [torch.zeros_like(logprobs) for logprobs in old]
-        for i, estimate in zip(chosen, self._kl(sequences, old, chosen), strict=True):
-            kl[i] = estimate
-        outside = self._kl(sequences, old, closed)
-        return self._valued(episodes, sequences, old, kl, outside, correct, open_gate)
+        rolled = Rolled(
+            episodes,
+            sequences,
+            self._old_logprobs(episodes, sequences),
+            correct,
+            open_gate,
+            inside=[i for i, is_open in enumerate(open_gate) if is_open],
+            outside=[i for i, is_open in enumerate(open_gate) if not is_open][:audited],
+        )
+        return self._relative(rolled) if self.critic is None else self._valued(rolled, self.critic)
 
-    def _relative(
-        self,
-        episodes: list[Episode],
-        sequences: list[Sequence],
-        old: Tensors,
-        gated: list[bool],
-        chosen: list[int],
-        closed: list[int],
-    ) -> Experience:
+    def _relative(self, rolled: Rolled) -> Experience:
         """GRPO: an episode's advantage is how much better it is than others of its question."""
-        rewards = torch.tensor([float(episode.correct) for episode in episodes])
+        episodes, sequences, old = rolled.episodes, rolled.sequences, rolled.old
+        rewards = rolled.correct.float()
         advantages = group_advantages(rewards, [(e.dataset, e.question_id) for e in episodes])
-        references = dict(zip(chosen, self._reference_logprobs(sequences, chosen), strict=True))
-        outside = zip(closed, self._reference_logprobs(sequences, closed), strict=True)
+        references = dict(zip(rolled.inside, self._reference_logprobs(sequences, rolled.inside), strict=True))
+        outside = zip(rolled.outside, self._reference_logprobs(sequences, rolled.outside), strict=True)
         zero = torch.zeros_like
         return Experience(
             sequences=sequences,
@@ -104,26 +118,20 @@ class ExperienceMaker:
             returns=[],
             kl=[k3(o, references[i]) if i in references else zero(o) for i, o in enumerate(old)],
             rewards=list(rewards[:, None]),
-            gated=gated,
+            gated=rolled.gated,
             kl_outside=[k3(old[i], reference) for i, reference in outside],
             reference=[references.get(i) for i in range(len(episodes))],
         )
 
-    def _valued(
-        self,
-        episodes: list[Episode],
-        sequences: list[Sequence],
-        old: Tensors,
-        kl: Tensors,
-        outside: Tensors,
-        correct: torch.Tensor,
-        open_gate: torch.Tensor,
-    ) -> Experience:
+    def _valued(self, rolled: Rolled, critic: Critic) -> Experience:
         """PPO: token rewards with the KL in them, and advantages by the critic's values."""
-        assert self.critic is not None
+        episodes, sequences = rolled.episodes, rolled.sequences
+        kl = [torch.zeros_like(logprobs) for logprobs in rolled.old]
+        for i, estimate in zip(rolled.inside, self._kl(rolled, rolled.inside), strict=True):
+            kl[i] = estimate
         whole = self.config.gae_scope == "all"
         value_sequences = [response_sequence(e) for e in episodes] if whole else sequences
-        values = self._each(value_sequences, self.critic)
+        values = self._each(value_sequences, critic)
         # model tokens among the tokens that have a value
         owned = [
             torch.tensor([e.owners[p] == Owner.MODEL for p in s.positions])
@@ -132,7 +140,11 @@ class ExperienceMaker:
         scattered = [torch.zeros(len(o)).masked_scatter(o, k) for o, k in zip(owned, kl, strict=True)]
         mask = pad_sequence([torch.ones(len(o)) for o in owned], batch_first=True)
         rewards = reward_functions.token_rewards(
-            correct, pad_sequence(scattered, batch_first=True), mask, open_gate, self.config.beta
+            rolled.correct,
+            pad_sequence(scattered, batch_first=True),
+            mask,
+            rolled.open_gate,
+            self.config.beta,
         )
         padded_values = pad_sequence(values, batch_first=True)
         advantages, returns = gae(rewards, padded_values, mask, self.config.gamma, self.config.lam)
@@ -140,15 +152,15 @@ class ExperienceMaker:
         lengths = [len(o) for o in owned]
         return Experience(
             sequences=sequences,
-            old_logprobs=old,
+            old_logprobs=rolled.old,
             advantages=[a[:n][o] for a, n, o in zip(advantages, lengths, owned, strict=True)],
             value_sequences=value_sequences,
             values=values,
             returns=[r[:n] for r, n in zip(returns, lengths, strict=True)],
             kl=kl,
             rewards=[r[:n] for r, n in zip(rewards, lengths, strict=True)],
-            gated=[bool(g) for g in open_gate],
-            kl_outside=outside,
+            gated=rolled.gated,
+            kl_outside=self._kl(rolled, rolled.outside),
             reference=[None] * len(episodes),
         )
 
@@ -165,15 +177,16 @@ class ExperienceMaker:
         hidden = counted_hidden(backbone_of(model), batch)
         return token_logprobs(hidden, head_of(model), batch.targets, self.config.sampling.temperature)[0]
 
-    def _kl(self, sequences: list[Sequence], old: Tensors, chosen: list[int]) -> Tensors:
+    def _kl(self, rolled: Rolled, chosen: list[int]) -> Tensors:
         """KL estimates of the chosen episodes; the reference runs on no others."""
         if not chosen or self.reference is None:
             return []
         if self.config.kl_estimator == "full":
-            return self._each([sequences[i] for i in chosen], self._full_kl)
+            return self._each([rolled.sequences[i] for i in chosen], self._full_kl)
+        references = self._reference_logprobs(rolled.sequences, chosen)
         return [
-            reward_functions.kl_estimate(old[i], reference, self.config.kl_estimator)
-            for i, reference in zip(chosen, self._reference_logprobs(sequences, chosen), strict=True)
+            reward_functions.kl_estimate(rolled.old[i], reference, self.config.kl_estimator)
+            for i, reference in zip(chosen, references, strict=True)
         ]
 
     def _reference_logprobs(self, sequences: list[Sequence], chosen: list[int]) -> Tensors:

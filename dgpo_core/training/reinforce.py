@@ -39,9 +39,12 @@ class Reinforcer:
         rollout: Rollout,
         checkpoint: Checkpoint,
         evaluate: Callable[[], float],
-        report: Callable[[int, int, Metrics], None],
+        report: Callable[[int, list[Metrics]], None],
     ) -> list[Metrics]:
-        """Rows of metrics, one a step. Resumes from the checkpoint exactly."""
+        """Rows of metrics, one a step. Resumes from the checkpoint exactly.
+
+        `report` is given the number of steps and the rows so far.
+        """
         config = self.config
         torch.manual_seed(self.seed)
         actor = self._stepper(self.student, config.actor_learning_rate, config.actor_warmup)
@@ -63,7 +66,7 @@ class Reinforcer:
             if (step + 1) % config.dev_every == 0 or step + 1 == config.steps:
                 row["dev_em"] = evaluate()
             rows.append({"step": step + 1, **row})
-            report(step + 1, config.steps, row)
+            report(config.steps, rows)
             if (step + 1) % config.checkpoint_every == 0:
                 checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
         return rows

@@ -1,6 +1,7 @@
 """One pass of PPO updates over a step's experience."""
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from transformers import PreTrainedModel
@@ -26,8 +27,8 @@ class Updater:
 
     def update(self, experience: Experience, order: list[int]) -> dict[str, float]:
         """One actor and, with a critic, one critic update a mini-batch; metrics are averages over them."""
-        size = self.config.mini_batch_size
-        rows = [self._mini_batch(experience, order[i : i + size]) for i in range(0, len(order), size)]
+        parts = mini_batches(order, self.config.mini_batch_size)
+        rows = [self._mini_batch(experience, part) for part in parts]
         return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
 
     def _mini_batch(self, experience: Experience, chosen: list[int]) -> dict[str, float]:
@@ -88,6 +89,14 @@ class Updater:
             loss.backward()
             total += loss.item()
         return total
+
+
+def mini_batches(order: list[int], size: int) -> list[list[int]]:
+    """As few parts of at most `size` as possible, of equal lengths to one: where episodes failed, no single
+    left-over episode makes an update of its own."""
+    count = -(-len(order) // size)
+    bounds = [len(order) * k // count for k in range(count + 1)]
+    return [order[a:b] for a, b in pairwise(bounds)]
 
 
 def _stream(tensors: list[torch.Tensor], chosen: list[int], part: list[int]) -> torch.Tensor:

@@ -35,11 +35,11 @@ def trained(
     student = tiny_model(tokenizer, 1)
     reported: list[int] = []
 
-    def report(step: int, steps: int, row: Metrics) -> None:
+    def report(steps: int, rows: list[Metrics]) -> None:
         assert steps == 5
-        if step == kill_at:
+        if len(rows) == kill_at:
             raise KeyboardInterrupt
-        reported.append(step)
+        reported.append(len(rows))
 
     recipe = Reinforcement.model_validate(
         {"start": "student", "algorithm": algorithm, "guidance": "selective", "reference": "teacher"}

@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
@@ -11,7 +13,7 @@ from dgpo_core.training import optimizer as optim
 from dgpo_core.training.batches import model_sequence, response_sequence
 from dgpo_core.training.critic import Critic
 from dgpo_core.training.experience import Experience
-from dgpo_core.training.update import Updater
+from dgpo_core.training.update import Updater, mini_batches
 from tests.dgpo_core.making import random_episode, tiny_model
 
 EPISODES = [random_episode(seed) for seed in range(6)]
@@ -179,3 +181,14 @@ def test_grpo_has_k3_of_gated_episodes_in_its_loss(tokenizer: PreTrainedTokenize
     (0.3 * torch.stack(terms).sum() / count).backward()
     difference = [a - b for a, b in zip(guided, plain, strict=True)]
     torch.testing.assert_close(difference, gradients(made.student), rtol=1e-3, atol=1e-5)
+
+
+@given(count=st.integers(1, 200), size=st.integers(1, 70))
+def test_mini_batches_keep_the_order_and_are_even(count: int, size: int) -> None:
+    parts = mini_batches(list(range(count)), size)
+    assert [i for part in parts for i in part] == list(range(count))
+    lengths = {len(part) for part in parts}
+    assert max(lengths) <= size and max(lengths) - min(lengths) <= 1
+    assert len(parts) == -(-count // size)
+    if count % size == 0:  # nothing failed: the mini-batches of the paper
+        assert lengths == {size}
