@@ -29,6 +29,7 @@ from dgpo_core.training.batches import (
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.compute import autocast
 from dgpo_core.training.episode_sources import EpisodeSource
+from dgpo_core.training.parallel import add_gradients, added, share
 from dgpo_core.training.teacher_cache import TeacherCache
 
 Metrics = dict[str, float]
@@ -125,7 +126,9 @@ class Distiller:
 
     def _accumulate(self, sequences: list[Sequence]) -> Metrics:
         """Gradient of one batch; the losses are averages over its model tokens, however it is cut."""
-        return self._sums(sequences, torch.Tensor.backward)
+        totals = self._sums(sequences, torch.Tensor.backward)
+        add_gradients(self.student)
+        return totals
 
     def _sums(self, sequences: list[Sequence], then: Callable[[torch.Tensor], None] | None = None) -> Metrics:
         """Averages over the model tokens; `then` gets each micro-batch's share of the loss."""
@@ -133,7 +136,7 @@ class Distiller:
         weights = self._weights()
         totals = dict.fromkeys(["loss", *weights], 0.0)
         lengths = [len(sequence.ids) for sequence in sequences]
-        for part in micro_batches(lengths, self.compute.micro_batch_tokens):
+        for part in share(micro_batches(lengths, self.compute.micro_batch_tokens)):
             batch = collate([sequences[i] for i in part], self.student.device)
             with autocast(self.compute):
                 terms = {name: values.sum() / tokens for name, values in self._terms(batch).items()}
@@ -142,7 +145,7 @@ class Distiller:
                 then(loss)
             for name, value in (("loss", loss), *terms.items()):
                 totals[name] += value.item()
-        return totals
+        return added(totals)
 
     def _weights(self) -> dict[str, float]:
         """What each term counts in the loss."""

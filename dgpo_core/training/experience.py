@@ -26,6 +26,7 @@ from dgpo_core.training.batches import (
 )
 from dgpo_core.training.compute import autocast
 from dgpo_core.training.critic import Critic
+from dgpo_core.training.parallel import joined, share
 
 Tensors = list[torch.Tensor]
 
@@ -208,12 +209,16 @@ class ExperienceMaker:
 
     def _each(self, sequences: list[Sequence], function) -> Tensors:  # type: ignore[no-untyped-def]
         """Apply a function of a batch -> [N] in micro-batches; one CPU tensor a sequence, in order."""
-        results: dict[int, torch.Tensor] = {}
-        for part in micro_batches([len(s.ids) for s in sequences], self.compute.micro_batch_tokens):
+        parts = list(micro_batches([len(s.ids) for s in sequences], self.compute.micro_batch_tokens))
+        own: list[list[torch.Tensor]] = []
+        for part in share(parts):
             batch = collate([sequences[i] for i in part], self.student.device)
             with autocast(self.compute):
                 values = function(batch)
-            results.update(zip(part, batch.split(values.float().cpu()), strict=True))
+            own.append(batch.split(values.float().cpu()))
+        results: dict[int, torch.Tensor] = {}
+        for part, tensors in zip(parts, joined(own), strict=True):
+            results.update(zip(part, tensors, strict=True))
         return [results[i] for i in range(len(sequences))]
 
 

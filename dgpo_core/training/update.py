@@ -14,6 +14,7 @@ from dgpo_core.training.compute import autocast
 from dgpo_core.training.critic import Critic
 from dgpo_core.training.experience import Experience, k3
 from dgpo_core.training.optimizer import Stepper
+from dgpo_core.training.parallel import add_gradients, added, share
 
 
 @dataclass
@@ -44,7 +45,8 @@ class Updater:
         sequences = [experience.sequences[i] for i in chosen]
         tokens = sum(len(s.positions) for s in sequences)
         totals = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "approx_kl"), 0.0)
-        for part in micro_batches([len(s.ids) for s in sequences], self.compute.micro_batch_tokens):
+        lengths = [len(s.ids) for s in sequences]
+        for part in share(micro_batches(lengths, self.compute.micro_batch_tokens)):
             batch = collate([sequences[i] for i in part], self.student.device)
             old = _stream(experience.old_logprobs, chosen, part).to(self.student.device)
             advantages = _stream(experience.advantages, chosen, part).to(self.student.device)
@@ -62,7 +64,8 @@ class Updater:
             totals["entropy"] += entropy.sum().item() / tokens
             totals["clip_fraction"] += clipped.sum().item() / tokens
             totals["approx_kl"] += (old - logprobs).sum().item() / tokens
-        return totals
+        add_gradients(self.student)
+        return added(totals)
 
     def _guidance(self, experience: Experience, part: list[int], logprobs: torch.Tensor) -> torch.Tensor:
         """Sum of the KL estimates that belong into the loss: of gated episodes, under GRPO."""
@@ -78,7 +81,8 @@ class Updater:
         sequences = [experience.value_sequences[i] for i in chosen]
         tokens = sum(len(s.positions) for s in sequences)
         total = 0.0
-        for part in micro_batches([len(s.ids) for s in sequences], self.compute.micro_batch_tokens):
+        lengths = [len(s.ids) for s in sequences]
+        for part in share(micro_batches(lengths, self.compute.micro_batch_tokens)):
             batch = collate([sequences[i] for i in part], self.student.device)
             old = _stream(experience.values, chosen, part).to(self.student.device)
             returns = _stream(experience.returns, chosen, part).to(self.student.device)
@@ -88,7 +92,8 @@ class Updater:
             loss = self.config.value_loss_weight * losses.sum() / tokens
             loss.backward()
             total += loss.item()
-        return total
+        add_gradients(critic)
+        return added({"value_loss": total})["value_loss"]
 
 
 def mini_batches(order: list[int], size: int) -> list[list[int]]:
