@@ -48,9 +48,8 @@ def markdown(results: Results) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *table])
 
 
-def show() -> None:
-    results = load_results(Path(sys.argv[1]) if len(sys.argv) > 1 else RESULTS)
-    header, body = rows(results)
+def show(path: Path = RESULTS) -> None:
+    header, body = rows(load_results(path))
     table = Table(title="Exact match (95 % confidence interval)")
     for index, name in enumerate(header):
         table.add_column(name if index else "", justify="right" if index else "left")
@@ -71,4 +70,4 @@ def _values(value: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main(show)
+    main(lambda: show(*map(Path, sys.argv[1:2])))

@@ -28,13 +28,10 @@ def test_rows_are_data_sets_and_average_is_last() -> None:
     ]
 
 
-def test_table_is_printed(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_table_is_printed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"dgpo": {"nq": scores(0.5)}}))
-    monkeypatch.setattr("sys.argv", ["show", str(path)])
-    show()
+    show(path)
     assert "0.500" in capsys.readouterr().out
 
 
