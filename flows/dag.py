@@ -8,51 +8,88 @@ from typing import Any
 from dgpo_core.errors import UserError
 
 DEFAULT_RETRIES = 2
+POOLS = ("cpu", "gpu")
 KNOWN_META = {"timeout_minutes", "retries", "pool", "gpus"}
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One stage; `meta:` in dvc.yaml carries the hints to the orchestrator, which DVC does not hash."""
+    """One stage; `meta:` in dvc.yaml carries the hints to the orchestrator, which DVC does not hash.
+
+    `changed`: DVC would execute it, going by its own inputs and outputs. `pool`: whose worker is to run it.
+    `gpus`: how many slots of the limit `gpu` it takes.
+    """
 
     name: str
     upstream: tuple[str, ...]
     timeout_minutes: float | None = None
     retries: int = DEFAULT_RETRIES
+    pool: str = "cpu"
+    gpus: int = 0
+    changed: bool = True
 
 
-def read_dag(root: Path, targets: Iterable[str] | None = None) -> dict[str, Stage]:
-    """The stages by name, or only `targets` and what they need, each after its upstream stages.
+def read_dag(root: Path) -> dict[str, Stage]:
+    """All stages by name, each after its upstream stages.
 
-    Raises UserError for a folder without a valid DVC pipeline, an unknown target or a bad `meta`.
+    Raises UserError for a folder without a valid DVC pipeline or a bad `meta`.
     """
     from dvc.exceptions import DvcException
     from dvc.repo import Repo
 
     try:
-        with Repo(str(root)) as repo:
+        with Repo(str(root)) as repo, repo.lock:
             graph = repo.index.graph
-            found = (_stage(root, node, graph.successors(node)) for node in graph if node.cmd)
-            stages = {stage.name: stage for stage in found}
+            found = [_stage(root, node, graph.successors(node)) for node in graph if node.cmd]
     except DvcException as error:
         raise UserError(f"{root}: cannot read the pipeline: {' '.join(str(error).split())}") from error
-    if not stages:
+    if not found:
         raise UserError(f"{root}: no stages found (dvc.yaml)")
-    wanted = list(stages) if not targets else list(targets)
-    unknown = sorted(set(wanted) - set(stages))
+    stages = {stage.name: stage for stage in found}
+    return _with_upstream(stages, stages)
+
+
+def select(
+    stages: Mapping[str, Stage], targets: Iterable[str] = (), from_stage: str | None = None
+) -> dict[str, Stage]:
+    """Only `targets` and what they need, and of these only `from_stage` and what depends on it.
+
+    Raises UserError for an unknown name, or when nothing is left.
+    """
+    targets = list(targets)
+    unknown = sorted({*targets, *([from_stage] if from_stage else [])} - set(stages))
     if unknown:
         raise UserError(f"no such stage: {', '.join(unknown)}; there are {', '.join(stages)}")
+    chosen = _with_upstream(targets, stages) if targets else dict(stages)
+    if from_stage:
+        after = downstream(stages, from_stage)
+        chosen = {name: stage for name, stage in chosen.items() if name in after}
+    if not chosen:
+        raise UserError(f"none of {', '.join(targets)} depends on {from_stage}")
+    return chosen
+
+
+def downstream(stages: Mapping[str, Stage], name: str) -> set[str]:
+    """The stage and all that depend on it; `stages` must be in order."""
+    found = {name}
+    for stage in stages.values():
+        if found.intersection(stage.upstream):
+            found.add(stage.name)
+    return found
+
+
+def _with_upstream(names: Iterable[str], stages: Mapping[str, Stage]) -> dict[str, Stage]:
     ordered: dict[str, Stage] = {}
-    for name in wanted:
-        _add_with_upstream(name, stages, ordered)
+
+    def add(name: str) -> None:
+        if name not in ordered:
+            for upstream in stages[name].upstream:
+                add(upstream)
+            ordered[name] = stages[name]
+
+    for name in names:
+        add(name)
     return ordered
-
-
-def _add_with_upstream(name: str, stages: Mapping[str, Stage], ordered: dict[str, Stage]) -> None:
-    if name not in ordered:
-        for upstream in stages[name].upstream:
-            _add_with_upstream(upstream, stages, ordered)
-        ordered[name] = stages[name]
 
 
 def _address(root: Path, node: Any) -> str:
@@ -67,18 +104,23 @@ def _address(root: Path, node: Any) -> str:
 def _stage(root: Path, node: Any, upstream: Iterable[Any]) -> Stage:
     """DVC's edges lead from a stage to what it needs; data files without a command are not our business."""
     name, meta = _address(root, node), node.meta or {}
+    where = f"dvc.yaml: stages.{name}.meta"
     if not isinstance(meta, Mapping):
-        raise UserError(f"dvc.yaml: stages.{name}.meta must be a mapping")
-    unknown = sorted(set(meta) - KNOWN_META)
-    if unknown:
-        raise UserError(f"dvc.yaml: stages.{name}.meta.{unknown[0]}: unknown; known: {sorted(KNOWN_META)}")
-    timeout, retries = meta.get("timeout_minutes"), meta.get("retries", DEFAULT_RETRIES)
+        raise UserError(f"{where} must be a mapping")
+    if unknown := sorted(set(meta) - KNOWN_META):
+        raise UserError(f"{where}.{unknown[0]}: unknown; known: {sorted(KNOWN_META)}")
+    timeout, pool = meta.get("timeout_minutes"), meta.get("pool", "cpu")
     if timeout is not None and not (_is_number(timeout) and timeout > 0):
-        raise UserError(f"dvc.yaml: stages.{name}.meta.timeout_minutes must be a positive number")
-    if not (_is_number(retries) and retries == int(retries) >= 0):
-        raise UserError(f"dvc.yaml: stages.{name}.meta.retries must be a whole number, 0 or more")
+        raise UserError(f"{where}.timeout_minutes must be a positive number")
+    if pool not in POOLS:
+        raise UserError(f"{where}.pool must be one of {', '.join(POOLS)}, not {pool!r}")
+    numbers = {"retries": meta.get("retries", DEFAULT_RETRIES), "gpus": meta.get("gpus", 0)}
+    for key, number in numbers.items():
+        if not (_is_number(number) and number == int(number) >= 0):
+            raise UserError(f"{where}.{key} must be a whole number, 0 or more")
     names = tuple(sorted(_address(root, other) for other in upstream if other.cmd))
-    return Stage(name, names, timeout, int(retries))
+    retries, gpus = int(numbers["retries"]), int(numbers["gpus"])
+    return Stage(name, names, timeout, retries, pool, gpus, changed=bool(node.status()))
 
 
 def _is_number(value: Any) -> bool:

@@ -7,24 +7,25 @@ project's DVC cache: what no seed changes is made once, and a killed run continu
 """
 
 import os
-import subprocess
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
-import yaml
 from prefect import flow
+from prefect.artifacts import create_markdown_artifact
 
 from dgpo_core.config.params import load_params, resolve_profile
-from dgpo_core.errors import UserError
 from dgpo_core.reporting.reproduction.sizes import write_sizes
 from dgpo_core.reporting.reproduction.write import write_reproduction
-from flows.pipeline import PipelineFailed, pipeline
+from flows.pipeline import PipelineFailed, stages
+from flows.settings import PipelineSettings
+from flows.workspace import open_workspace, project_root
 from tasks.stage import main as run_program
+from tasks.tracking import tracking_uri
 from tasks.use import profile_path
 
-RUNS, REPORT = Path(".runs"), Path("reproduction")
+REPORT = Path("reproduction")
 
 
 @flow(name="reproduce", persist_result=False)
@@ -33,21 +34,22 @@ def reproduce(
     recipes: list[str] | None = None,
     seeds: list[int] | None = None,
     max_parallel: int = 1,
-    root: Path = Path(),
 ) -> None:
-    """Run the pipeline for every seed, then write the report of all of them.
+    """Run the stages for every seed, then write the report of all of them.
 
     `recipes` are rows of the paper's table, or `["all"]` (the default). A seed that fails does not stop the
     others; the report is written when all have succeeded. Raises UserError and PipelineFailed.
     """
-    root = root.resolve()
+    root = project_root()
+    os.chdir(root)  # a worker starts us in a temporary folder; MLflow's default store is relative
+    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri())
     seeds = sorted(set(seeds or [0, 1, 2]))
     params = resolve_profile(profile_path(profile, root), recipes or ["all"])
+    trees = {seed: _worktree(root, profile, params, seed) for seed in seeds}
     failures: list[str] = []
-    trees = {seed: _worktree(root, f"{profile}-seed-{seed}", {**params, "seed": seed}) for seed in seeds}
     for seed, tree in trees.items():
         try:
-            pipeline(max_parallel=max_parallel, root=tree)
+            stages(tree, PipelineSettings(max_parallel=max_parallel))
         except PipelineFailed as error:
             failures.append(f"seed {seed}: {error}")
     if failures:
@@ -56,33 +58,15 @@ def reproduce(
     out, mirrors = root / REPORT / profile, dict(compared.questions.test)
     write_reproduction(trees, out, compared.compare, mirrors, compared.pair, compared.report.first)
     write_sizes(root / REPORT)
+    create_markdown_artifact((out / "results.md").read_text(encoding="utf-8"), key="reproduction")
 
 
-def _worktree(root: Path, name: str, params: dict[str, object]) -> Path:
-    """A worktree at the current commit with these parameters, and its outputs from the cache if there are."""
-    tree = root / RUNS / name
-
-    def run(*command: str, cwd: Path = root) -> str:
-        done = subprocess.run(command, cwd=cwd, capture_output=True, text=True)
-        if done.returncode:
-            raise UserError(f"{' '.join(command)}: {' '.join(done.stderr.split())}")
-        return done.stdout.strip()
-
-    head = run("git", "rev-parse", "HEAD")
-    lock = (tree / "dvc.lock").read_text() if (tree / "dvc.lock").is_file() else None
-    run("git", "worktree", "prune")
-    if tree.exists():
-        run("git", "checkout", "--force", "--detach", head, cwd=tree)
-    else:
-        run("git", "worktree", "add", "--detach", str(tree), head)
-    if lock:  # what this seed has already made
-        (tree / "dvc.lock").write_text(lock)
-    dvc = (sys.executable, "-m", "dvc")
-    cache = run(*dvc, "cache", "dir")
-    run(*dvc, "cache", "dir", "--local", str((root / cache).resolve()), cwd=tree)
-    head_line = f"# Written by `python -m flows.reproduce`: seed {params['seed']}.\n"
-    (tree / "params.yaml").write_text(head_line + yaml.safe_dump(params, sort_keys=False, allow_unicode=True))
-    return tree
+def _worktree(root: Path, profile: str, params: dict[str, Any], seed: int) -> Path:
+    """A seed's worktree at the current commit, with what it has already made."""
+    workspace = open_workspace(root, f"{profile}-seed-{seed}", keep_lock=True)
+    comment = f"Written by `python -m flows.reproduce`: seed {seed}."
+    workspace.write_params({**params, "seed": seed}, comment)
+    return workspace.tree
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)

@@ -1,11 +1,13 @@
 """The graph as DVC has it."""
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from dgpo_core.errors import UserError
-from flows.dag import Stage, read_dag
+from flows.dag import Stage, downstream, read_dag, select
 
 PIPELINE = """
 stages:
@@ -15,7 +17,7 @@ stages:
     cmd: "true"
     deps: [questions.jsonl, index.json]
     outs: ["kd-${item.seed}"]
-  kd: {cmd: "true", deps: [index.json], outs: [kd], meta: {timeout_minutes: 1.5, retries: 0, pool: gpu}}
+  kd: {cmd: "true", deps: [index.json], outs: [kd], meta: {timeout_minutes: 1.5, retries: 0, pool: gpu, gpus: 2}}
   index: {cmd: "true", outs: [index.json]}
 """
 
@@ -31,19 +33,38 @@ def repository(dvc_repository: Path) -> Path:
 def test_stages_come_after_what_they_need(repository: Path) -> None:
     stages = read_dag(repository)
     assert set(stages) == {"index", "kd", "report", "distill@1", "distill@2"}
-    assert stages["kd"] == Stage("kd", ("index",), timeout_minutes=1.5, retries=0)
+    assert stages["kd"] == Stage("kd", ("index",), timeout_minutes=1.5, retries=0, pool="gpu", gpus=2)
     assert stages["report"].upstream == ("index", "kd")
     names = list(stages)
     assert all(names.index(need) < names.index(name) for name in names for need in stages[name].upstream)
 
 
-def test_targets_bring_what_they_need(repository: Path) -> None:
-    assert list(read_dag(repository, ["kd"])) == ["index", "kd"]
+def test_only_what_has_changed_is_changed(repository: Path) -> None:
+    Path("dvc.yaml").write_text(
+        "stages:\n  a: {cmd: touch a, outs: [a]}\n  b: {cmd: touch b, deps: [a], outs: [b]}\n"
+    )
+    assert {name: stage.changed for name, stage in read_dag(repository).items()} == {"a": True, "b": True}
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
+    assert not any(stage.changed for stage in read_dag(repository).values())
+    Path("b").unlink()
+    assert {name: stage.changed for name, stage in read_dag(repository).items()} == {"a": False, "b": True}
 
 
-def test_unknown_target(repository: Path) -> None:
+def test_targets_bring_what_they_need_and_from_stage_what_needs_it(repository: Path) -> None:
+    stages = read_dag(repository)
+    assert list(select(stages, ["kd"])) == ["index", "kd"]
+    assert set(select(stages, from_stage="kd")) == {"kd", "report"}
+    assert list(select(stages, ["report"], "kd")) == ["kd", "report"]
+    assert downstream(stages, "index") == set(stages)
+    assert select(stages) == stages
+    with pytest.raises(UserError, match="none of index depends on kd"):
+        select(stages, ["index"], "kd")
+
+
+@pytest.mark.parametrize("arguments", [(["evaluate"], None), ([], "evaluate")])
+def test_unknown_names(repository: Path, arguments: tuple[list[str], str | None]) -> None:
     with pytest.raises(UserError, match=r"no such stage: evaluate; there are .*index"):
-        read_dag(repository, ["evaluate"])
+        select(read_dag(repository), *arguments)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +74,8 @@ def test_unknown_target(repository: Path) -> None:
         ("{timeout_minutes: -1}", "timeout_minutes must be a positive number"),
         ("{retries: -1}", "retries must be a whole number"),
         ("{retries: 1.5}", "retries must be a whole number"),
+        ("{gpus: -1}", "gpus must be a whole number"),
+        ("{pool: big}", "pool must be one of cpu, gpu, not 'big'"),
         ("{retrys: 1}", r"stages\.a\.meta\.retrys: unknown"),
         ("[1]", "must be a mapping"),
     ],

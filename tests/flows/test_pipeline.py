@@ -53,9 +53,11 @@ def run_flow(**arguments: Any) -> dict[str, tuple[str, int]]:
     from prefect import get_client
     from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterFlowRunId
 
-    from flows.pipeline import pipeline
+    from flows.pipeline import stages
+    from flows.settings import PipelineSettings
 
-    state = pipeline(root=Path(), retry_delay_seconds=0, return_state=True, **arguments)
+    settings = PipelineSettings(**arguments)
+    state = stages(settings=settings, retry_delay_seconds=0, return_state=True)
     flow_run = state.state_details.flow_run_id
     with get_client(sync_client=True) as client:
         runs_filter = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[flow_run]))
@@ -201,15 +203,15 @@ def test_killed_flow_leaves_no_stage(api: str, repository: Path, number: signal.
 
 
 def test_bad_arguments(api: str, repository: Path) -> None:
-    from flows.pipeline import pipeline
-
-    with pytest.raises(UserError, match="max_parallel must be at least 1"):
-        pipeline(root=Path(), max_parallel=0)
     environment = {**os.environ, "PREFECT_API_URL": api}
     command = [sys.executable, "-m", "flows.pipeline", "run", "--target", "nothing"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "error: no such stage: nothing" in result.stderr
+    result = subprocess.run(
+        [*command[:4], "--max-parallel", "0"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2 and "--max-parallel" in result.stderr
 
 
 def test_port_that_is_taken(workplace: Path) -> None:

@@ -1,0 +1,117 @@
+"""One stage, brought up to date by DVC in a process group of its own."""
+
+import contextlib
+import contextvars
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+from uuid import UUID
+
+from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.concurrency.sync import concurrency
+
+import tasks
+from flows.dag import Stage
+from flows.process import run_group
+from tasks.stage import FAILURE, STATE
+from tasks.tracking import tracking_uri
+
+GPU_LIMIT = "gpu"  # Prefect's global concurrency limit; `make deploy` creates it
+# What DVC says when another process holds one of its locks; trying again is the cure.
+LOCK_MESSAGES = ("Unable to acquire lock", "it is being blocked by", "RWLock-file")
+# What DVC says when it did not execute the stage, and the state's name for it on the dashboard.
+SKIP_MESSAGES = {"didn't change, skipping": "Unchanged", "is cached - skipping run": "Restored"}
+PROGRESS = re.compile(r"^\[[^\]]+\] (?P<done>[\d.]+)/(?P<total>[\d.]+) ")
+PROGRESS_INTERVAL = 10.0  # seconds between two updates of the dashboard
+
+
+class StageFailed(Exception):
+    """A stage ended with an error; `retryable` when the same again may succeed."""
+
+    def __init__(self, message: str, retryable: bool) -> None:
+        super().__init__(message)
+        self.retryable = retryable
+
+
+def execute(stage: Stage, tree: Path, log: Callable[[str], None], *, force: bool, pull: bool) -> str:
+    """Run `dvc repro --single-item`; how it ended: `Completed`, `Unchanged` or `Restored`.
+
+    `pull` gets what is missing from DVC's remote. Waits for as many slots of the limit `gpu` as the stage
+    has GPUs. Raises StageFailed.
+    """
+    failure = tree / STATE / stage.name / FAILURE
+    failure.unlink(missing_ok=True)
+    command = [sys.executable, "-m", "tasks.pipeline", "--single-item"]
+    command += [flag for flag, wanted in (("--force", force), ("--pull", pull)) if wanted]
+    seconds = stage.timeout_minutes and stage.timeout_minutes * 60
+    with _slots(stage.gpus), _progress(stage.name) as show:
+
+        def on_line(line: str) -> None:
+            log(line)
+            show(line)
+
+        try:
+            code, tail = run_group([*command, stage.name], tree, environment(), on_line, seconds)
+        except subprocess.TimeoutExpired:
+            minutes = f"{stage.timeout_minutes:g} minutes"
+            raise StageFailed(f"{stage.name}: not done after {minutes}", retryable=False) from None
+    if code:
+        raise _explain(stage.name, code, tail, failure)
+    return next((state for text, state in SKIP_MESSAGES.items() if text in tail), "Completed")
+
+
+def environment() -> dict[str, str]:
+    """Ours, with this source tree and this store, whatever working copy the stage runs in."""
+    source = str(Path(tasks.__file__).resolve().parents[1])
+    paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
+    ours = {"PYTHONPATH": os.pathsep.join(paths), "MLFLOW_TRACKING_URI": tracking_uri()}
+    return {**os.environ, **ours, "PYTHONUNBUFFERED": "1"}
+
+
+def _slots(gpus: int) -> contextlib.AbstractContextManager[None]:
+    """Without such a limit on the server nothing is waited for."""
+    return concurrency(GPU_LIMIT, occupy=gpus) if gpus else contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _progress(stage: str) -> Iterator[Callable[[str], None]]:
+    """Gives what turns a stage's progress lines into an artifact on the dashboard."""
+    artifact: UUID | None = None
+    shown = time.monotonic()
+    context = contextvars.copy_context()  # lines come on another thread, which knows nothing of the run
+
+    def show(line: str) -> None:
+        nonlocal artifact, shown
+        found = PROGRESS.match(line)
+        if found is None or time.monotonic() - shown < PROGRESS_INTERVAL:
+            return
+        shown = time.monotonic()
+        share = 100 * float(found["done"]) / max(float(found["total"]), 1e-9)
+        with contextlib.suppress(Exception):  # a dashboard that does not answer stops no stage
+            if artifact is None:
+                key = f"progress-{re.sub('[^a-z0-9]+', '-', stage.lower())}"
+                made = context.run(create_progress_artifact, share, key=key, description=line)
+                artifact = cast(UUID, made)
+            else:
+                context.run(update_progress_artifact, artifact, share, description=line)
+
+    yield show
+    if artifact is not None:
+        with contextlib.suppress(Exception):
+            update_progress_artifact(artifact, 100.0, description=f"[{stage}] ended")
+
+
+def _explain(stage: str, code: int, log: str, failure: Path) -> StageFailed:
+    """Why `dvc repro` failed: the stage's own word, or DVC's last line."""
+    if failure.is_file():
+        reason = json.loads(failure.read_text(encoding="utf-8"))
+        return StageFailed(f"{stage}: {reason['kind']}: {reason['message']}", bool(reason["retryable"]))
+    locked = any(message in log for message in LOCK_MESSAGES)
+    errors = [line for line in log.splitlines() if line.startswith("ERROR")] or log.splitlines()[-1:]
+    return StageFailed(f"{stage}: {' '.join(errors) or f'exit code {code}'}", retryable=locked)

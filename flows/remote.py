@@ -1,0 +1,136 @@
+"""A stage on another pool's worker, which has a clone of its own.
+
+The pipeline publishes its branch (git) and the outputs that the stage needs (DVC's remote) and starts the
+deployment `stage/<pool>`. That worker checks the branch out, runs the stage with `dvc repro --pull` and
+pushes its outputs and DVC's run cache, with which `dvc repro` in the pipeline's worktree restores them.
+"""
+
+import contextlib
+import os
+import time
+from pathlib import Path
+from typing import cast
+from uuid import UUID
+
+from prefect import State, flow, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
+from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.deployments import run_deployment
+from prefect.logging import get_run_logger
+from prefect.states import Cancelling, Completed, Failed
+
+from flows.dag import Stage, read_dag, select
+from flows.execution import StageFailed, execute
+from flows.process import end_all
+from flows.workspace import (
+    BRANCHES,
+    DVC,
+    REMOTE,
+    RUNS,
+    Workspace,
+    has_remote,
+    has_storage,
+    project_root,
+    publish,
+    run,
+    share_cache,
+)
+from tasks.tracking import PIPELINE_RUN
+
+POOL_VARIABLE = "DGPO_POOL"  # set where a worker starts: `cpu` or `gpu`
+RETRYABLE = "Retryable"  # name of the failed state of a stage that may succeed when it is run again
+POLL = 2.0  # seconds
+
+_waited_for: set[UUID] = set()
+
+
+def is_elsewhere(stage: Stage) -> bool:
+    """Whether the stage is another pool's; a run that no worker has started runs everything itself."""
+    here = os.environ.get(POOL_VARIABLE)
+    return here is not None and stage.pool != here
+
+
+@flow(name="stage", flow_run_name="{run_name}: {stage}", persist_result=False)
+def remote_stage(
+    stage: str, run_name: str, force: bool = False, pipeline_run: str | None = None
+) -> State[None]:
+    """Run one stage of the pipeline run `run_name`, as its branch has it, and push what it has made."""
+    root = project_root()
+    os.chdir(root)
+    if pipeline_run:
+        os.environ[PIPELINE_RUN] = pipeline_run
+    tree = _checkout(root, run_name, stage)
+    found = select(read_dag(tree), [stage])[stage]
+    try:
+        name = execute(found, tree, get_run_logger().info, force=force, pull=has_storage(tree))
+    except StageFailed as error:
+        return Failed(name=RETRYABLE if error.retryable else None, message=str(error))
+    finally:
+        end_all()
+    if has_storage(tree):
+        run(*DVC, "push", "--quiet", "--run-cache", stage, cwd=tree)
+    run("git", "worktree", "remove", "--force", tree, cwd=root)
+    return Completed(name=name, message=f"{stage}: {name.lower()}")
+
+
+def run_elsewhere(stage: Stage, workspace: Workspace, *, force: bool, pipeline_run: str | None) -> str:
+    """Have the stage's pool run it, and restore its outputs here; how it ended. Raises StageFailed."""
+    publish(workspace, list(stage.upstream))
+    name = workspace.tree.name
+    tags = [f"run:{name}", f"stage:{stage.name}"]
+    parameters = {"stage": stage.name, "run_name": name, "force": force, "pipeline_run": pipeline_run}
+    child = _unfinished(tags) or cast(
+        FlowRun, run_deployment(f"stage/{stage.pool}", parameters=parameters, timeout=0, tags=tags)
+    )
+    _waited_for.add(child.id)
+    get_run_logger().info("%s runs on the pool %s as %r", stage.name, stage.pool, child.name)
+    state = _wait(child.id)
+    _waited_for.discard(child.id)
+    if not state.is_completed():
+        retryable = state.name == RETRYABLE or state.is_crashed()
+        raise StageFailed(state.message or f"{stage.name}: {state.name}", retryable)
+    restored = execute(stage, workspace.tree, get_run_logger().info, force=False, pull=True)
+    if restored == "Completed":
+        get_run_logger().warning("%s was executed again: DVC's remote did not have its outputs", stage.name)
+    return state.name or "Completed"
+
+
+def cancel_all() -> None:
+    """Cancel the stages that other workers run for this process: nobody waits for them any more."""
+    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+        for child in list(_waited_for):
+            client.set_flow_run_state(child, Cancelling())
+    _waited_for.clear()
+
+
+def _checkout(root: Path, run_name: str, stage: str) -> Path:
+    """A worktree of this clone at the run's branch; an earlier attempt's, with its progress, if there."""
+    branch = f"{BRANCHES}/{run_name}"
+    commit = branch
+    if has_remote(root):
+        run("git", "fetch", "--quiet", REMOTE, branch, cwd=root)
+        commit = run("git", "rev-parse", "FETCH_HEAD", cwd=root)
+    tree = root / RUNS / f"{run_name}--{stage.replace('@', '-')}"
+    run("git", "worktree", "prune", cwd=root)
+    if tree.exists():
+        run("git", "checkout", "--force", "--detach", commit, cwd=tree)
+    else:
+        run("git", "worktree", "add", "--detach", tree, commit, cwd=root)
+    share_cache(root, tree)
+    return tree
+
+
+def _unfinished(tags: list[str]) -> FlowRun | None:
+    """The run that an earlier process of this pipeline, killed meanwhile, has started and left."""
+    with get_client(sync_client=True) as client:
+        found = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=tags)))
+    return next((child for child in found if child.state and not child.state.is_final()), None)
+
+
+def _wait(child: UUID) -> State[None]:
+    with get_client(sync_client=True) as client:
+        while True:
+            state = client.read_flow_run(child).state
+            if state and state.is_final() and state.type is not StateType.CANCELLING:
+                return state
+            time.sleep(POLL)

@@ -1,0 +1,124 @@
+"""Which stage runs when: one Prefect task for each stage, in the order of DVC's graph."""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from graphlib import TopologicalSorter
+from pathlib import Path
+from typing import Any
+
+from prefect import Task, task
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.futures import PrefectFuture, as_completed
+from prefect.logging import get_run_logger
+from prefect.states import Completed
+from prefect.tasks import exponential_backoff
+
+from flows.dag import Stage
+from flows.execution import StageFailed, execute
+from flows.remote import is_elsewhere, run_elsewhere
+from flows.workspace import Workspace
+
+UNCHANGED = "Unchanged"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage ended: Prefect's state name and seconds from submission; a message where it failed."""
+
+    stage: str
+    state: str
+    seconds: float
+    message: str = ""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is to be done: the stages, in order, where, and how."""
+
+    stages: Mapping[str, Stage]
+    tree: Path
+    workspace: Workspace | None = None  # for stages on other workers
+    max_parallel: int = 1
+    force: bool = False
+    retry_delay_seconds: float = 5
+    pipeline_run: str | None = None  # in MLflow
+
+
+def _is_retryable(_task: Task[..., Any], _run: Any, state: State[Any]) -> bool:
+    return isinstance(state.data, StageFailed) and state.data.retryable
+
+
+@task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=_is_retryable)
+def run_stage(stage: Stage, plan: Plan, stale: bool) -> State[None]:
+    """Bring one stage up to date; one that is not stale is not even looked at. Raises StageFailed."""
+    name = UNCHANGED
+    if stale and is_elsewhere(stage) and plan.workspace:
+        plan.workspace.save(f"{plan.tree.name}: before {stage.name}")
+        name = run_elsewhere(stage, plan.workspace, force=plan.force, pipeline_run=plan.pipeline_run)
+    elif stale:
+        name = execute(stage, plan.tree, get_run_logger().info, force=plan.force, pull=False)
+    return Completed(name=name, message=f"{stage.name}: {name.lower()}")
+
+
+def run_all(plan: Plan) -> list[Outcome]:
+    """Run the stages inside a flow, at most `max_parallel` side by side.
+
+    A stage is stale when DVC said so at the start or a stage that it needs was executed meanwhile; `dvc
+    repro` then decides. One whose upstream failed is not run; the others are.
+    """
+    order = TopologicalSorter({s.name: set(s.upstream) & set(plan.stages) for s in plan.stages.values()})
+    order.prepare()
+    futures: dict[str, PrefectFuture[Any]] = {}
+    started: dict[str, float] = {}
+    outcomes: dict[str, Outcome] = {}
+    ready: list[str] = []
+    while order.is_active():
+        ready += order.get_ready()
+        running = [name for name in futures if name not in outcomes]
+        for name in ready[: plan.max_parallel - len(running)]:
+            ready.remove(name)
+            started[name] = time.monotonic()
+            futures[name] = _submit(plan.stages[name], plan, futures, outcomes)
+            running.append(name)
+        finished = next(as_completed([futures[name] for name in running]))
+        finished.wait()  # the future is told of its final state a moment later
+        name = next(name for name in running if futures[name] is finished)
+        outcomes[name] = _outcome(name, finished, time.monotonic() - started[name])
+        order.done(name)
+    return list(outcomes.values())
+
+
+def is_stale(stage: Stage, outcomes: Mapping[str, Outcome], force: bool) -> bool:
+    """Whether the stage may have something to do, given how the stages that it needs have ended."""
+    touched = any(outcomes[name].state != UNCHANGED for name in stage.upstream if name in outcomes)
+    return force or stage.changed or touched
+
+
+def _submit(
+    stage: Stage, plan: Plan, futures: Mapping[str, PrefectFuture[Any]], outcomes: Mapping[str, Outcome]
+) -> PrefectFuture[Any]:
+    named = run_stage.with_options(
+        name=stage.name,
+        task_run_name=stage.name,
+        retries=stage.retries,
+        retry_delay_seconds=exponential_backoff(plan.retry_delay_seconds),
+        retry_jitter_factor=0.5,  # two stages that met at a lock should not meet there again
+    )
+    # Upstream futures are finished here; naming them draws the graph on the dashboard, and Prefect itself
+    # then leaves a stage with a failed upstream as `NotReady`.
+    upstream = [futures[name] for name in stage.upstream if name in futures]
+    stale = is_stale(stage, outcomes, plan.force)
+    return named.submit(stage, plan, stale, wait_for=upstream, return_state=False)
+
+
+def _outcome(name: str, finished: PrefectFuture[Any], seconds: float) -> Outcome:
+    state = finished.state
+    label = state.name or ""
+    if state.is_completed():
+        return Outcome(name, label, seconds)
+    if state.is_pending():
+        return Outcome(name, label, 0, f"{name} was not run: a stage that it needs failed")
+    error = finished.result(raise_on_failure=False)
+    return Outcome(name, label, seconds, str(error) or label)

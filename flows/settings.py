@@ -1,0 +1,64 @@
+"""What a pipeline run can be asked for: the form on the dashboard."""
+
+import re
+from typing import Annotated, Any
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+
+KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
+
+
+def _override(text: str) -> str:
+    key, equals, _ = text.partition("=")
+    if not equals or not KEY.fullmatch(key):
+        raise ValueError(f"{text!r} is not key=value, such as reinforce.beta=0.01")
+    return text
+
+
+Override = Annotated[str, AfterValidator(_override)]
+
+
+class PipelineSettings(BaseModel):
+    """One run of the pipeline, in a git worktree of its own; everything has a default."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    profile: str | None = Field(None, description="of profiles/; without it, params.yaml as it is committed")
+    recipes: list[str] = Field([], description="rows of the paper's table, or all; needs a profile")
+    seeds: list[NonNegativeInt] = Field(
+        [], description="a run for each; without any, the seed of params.yaml"
+    )
+    overrides: list[Override] = Field([], description="of params.yaml, such as reinforce.beta=0.01")
+    targets: list[str] = Field([], description="only these stages and what they need")
+    from_stage: str | None = Field(None, description="only this stage and what depends on it")
+    force: bool = Field(False, description="execute the stages even if nothing has changed")
+    dry_run: bool = Field(False, description="say what would be executed, and execute nothing")
+    max_parallel: PositiveInt = Field(1, description="stages side by side")
+    revision: str = Field("HEAD", description="commit, branch or tag to run")
+    keep_worktree: bool = Field(False, description="keep it after success (after failure it is kept)")
+
+
+DEFAULTS = PipelineSettings()
+
+
+def with_overrides(params: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
+    """A copy of params.yaml's content with `key=value` laid over it; values are YAML.
+
+    Whether a key exists is for the validation of the whole to say.
+    """
+    changed = _copy(params)
+    for text in overrides:
+        key, _, value = text.partition("=")
+        *path, last = key.split(".")
+        section = changed
+        for name in path:
+            if not isinstance(section.setdefault(name, {}), dict):
+                raise ValueError(f"overrides: {key}: {name} is a value and has no keys")
+            section = section[name]
+        section[last] = yaml.safe_load(value)
+    return changed
+
+
+def _copy(value: dict[str, Any]) -> dict[str, Any]:
+    return {key: _copy(item) if isinstance(item, dict) else item for key, item in value.items()}

@@ -1,0 +1,156 @@
+"""A git worktree for each run, with the project's DVC cache: runs do not disturb each other or a user.
+
+A run called `calm-otter` works in `.runs/calm-otter` on the branch `runs/calm-otter`. A killed run that
+starts again finds its worktree and continues in it.
+"""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dgpo_core.config.params import PARAMS, Params
+from dgpo_core.errors import InfrastructureError, UserError
+
+RUNS = Path(".runs")
+BRANCHES = "runs"
+REMOTE = "origin"  # git's, for workers with clones of their own
+ROOT_VARIABLE = "DGPO_ROOT"
+DVC = (sys.executable, "-m", "dvc")
+_saving = threading.Lock()
+# for commits of machines whose git has no identity
+IDENTITY = {"name": "dgpo pipeline", "email": "pipeline@localhost"}
+
+
+def project_root() -> Path:
+    """The checkout that a worker serves: $DGPO_ROOT, or the working directory."""
+    root = Path(os.environ.get(ROOT_VARIABLE) or ".").resolve()
+    if not (root / "dvc.yaml").is_file():
+        raise UserError(f"{root}: no dvc.yaml; start the worker in the project, or set {ROOT_VARIABLE}")
+    return root
+
+
+def run(*command: str | Path, cwd: Path) -> str:
+    """Output of a git or DVC command. Raises UserError with what it said."""
+    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+    if done.returncode:
+        said = " ".join((done.stderr or done.stdout).split())
+        raise UserError(f"{' '.join(map(str, command))}: {said}")
+    return done.stdout.strip()
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A worktree of `root` at `commit`; `branch` is None where nothing is to be committed."""
+
+    root: Path
+    tree: Path
+    commit: str
+    branch: str | None
+
+    def write_params(self, params: Mapping[str, Any], comment: str) -> None:
+        """Replace params.yaml. Raises pydantic's ValidationError."""
+        Params.model_validate(dict(params))
+        text = yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True)
+        if not (self.tree / PARAMS).is_file() or yaml.safe_load((self.tree / PARAMS).read_text()) != params:
+            (self.tree / PARAMS).write_text(f"# {comment}\n{text}")
+
+    def save(self, message: str) -> str:
+        """Commit what the run has changed (params.yaml, dvc.lock, base models); the commit on the branch."""
+        assert self.branch, "a workspace without a branch commits nothing"
+        with _saving:  # stages that run side by side both come here
+            run("git", "add", "--update", cwd=self.tree)
+            if (self.tree / "dvc.lock").is_file():
+                run("git", "add", "dvc.lock", cwd=self.tree)
+            if run("git", "diff", "--cached", "--name-only", cwd=self.tree):
+                run("git", *_identity(self.tree), "commit", "--no-verify", "-qm", message, cwd=self.tree)
+            return run("git", "rev-parse", "HEAD", cwd=self.tree)
+
+    def remove(self) -> None:
+        """The worktree goes; its branch, the DVC cache and MLflow keep what it has made."""
+        run("git", "worktree", "remove", "--force", self.tree, cwd=self.root)
+
+
+def is_dirty(root: Path) -> bool:
+    """Whether tracked files have changes that no commit has."""
+    return bool(run("git", "status", "--porcelain", "--untracked-files=no", cwd=root))
+
+
+def open_workspace(root: Path, name: str, revision: str = "HEAD", *, keep_lock: bool = False) -> Workspace:
+    """The worktree of run `name`, on its branch; as it was left when there is one.
+
+    `keep_lock`: for a worktree that is used again and again, without a branch (`flows.reproduce`): code and
+    settings are those of `revision`, and dvc.lock says what the worktree has already made.
+    """
+    tree = root / RUNS / name
+    branch = None if keep_lock else f"{BRANCHES}/{name}"
+    commit = run("git", "rev-parse", f"{revision}^{{commit}}", cwd=root)
+    run("git", "worktree", "prune", cwd=root)
+    if not tree.exists():
+        how = ("-B", branch) if branch else ("--detach",)
+        run("git", "worktree", "add", *how, tree, commit, cwd=root)
+    elif keep_lock:
+        lock = (tree / "dvc.lock").read_text() if (tree / "dvc.lock").is_file() else None
+        run("git", "checkout", "--force", "--detach", commit, cwd=tree)
+        if lock:
+            (tree / "dvc.lock").write_text(lock)
+    share_cache(root, tree)
+    return Workspace(root, tree, commit, branch)
+
+
+def share_cache(root: Path, tree: Path) -> None:
+    """Give `tree` the DVC cache and the local configuration (remotes, credentials) of `root`."""
+    from dvc.repo import Repo
+
+    local = root / ".dvc" / "config.local"
+    if local.is_file():
+        (tree / ".dvc" / "config.local").write_bytes(local.read_bytes())
+        (tree / ".dvc" / "config.local").chmod(0o600)
+    with Repo(str(root)) as repo:
+        cache = repo.cache.local.path
+    with Repo(str(tree)) as repo, repo.config.edit("local") as config:
+        config["cache"]["dir"] = str(cache)
+
+
+def restore_outputs(tree: Path) -> None:
+    """Bring what dvc.lock names into the worktree, as far as the cache has it."""
+    run(*DVC, "checkout", "--force", "--allow-missing", "--quiet", cwd=tree)
+
+
+def has_remote(root: Path) -> bool:
+    """Whether other clones can be reached through git."""
+    return REMOTE in run("git", "remote", cwd=root).split()
+
+
+def has_storage(root: Path) -> bool:
+    """Whether DVC has a default remote."""
+    done = subprocess.run([*DVC, "config", "core.remote"], cwd=root, capture_output=True, text=True)
+    return bool(done.stdout.strip())
+
+
+def publish(workspace: Workspace, stages: list[str]) -> None:
+    """Make the branch and these stages' outputs available to other clones, if there are ways to do so.
+
+    Raises InfrastructureError: a remote that does not answer now may answer later.
+    """
+    assert workspace.branch
+    try:
+        if has_remote(workspace.root):
+            run("git", "push", "--force", REMOTE, workspace.branch, cwd=workspace.tree)
+        if stages and has_storage(workspace.tree):
+            run(*DVC, "push", "--quiet", *stages, cwd=workspace.tree)
+    except UserError as error:
+        raise InfrastructureError(f"cannot publish {workspace.branch}: {error}") from error
+
+
+def _identity(tree: Path) -> list[str]:
+    known = subprocess.run(["git", "config", "user.email"], cwd=tree, capture_output=True, text=True)
+    if known.stdout.strip():
+        return []
+    return [part for key, value in IDENTITY.items() for part in ("-c", f"user.{key}={value}")]
