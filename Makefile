@@ -4,6 +4,9 @@ MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
 MAX_PARALLEL ?= 1
 REPRODUCE_PARALLEL ?= 2
+PREFECT_API_URL ?= http://127.0.0.1:$(PREFECT_PORT)/api
+POOL ?= cpu
+GPUS ?= 1
 PROFILE ?= tiny
 RECIPES ?=
 SEEDS ?= 0 1 2
@@ -28,7 +31,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help use demo test test-all pipeline reproduce serve ui check lint format-check types format base-models clean
+.PHONY: help use demo test test-all pipeline reproduce deploy worker ui check lint format-check types format base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -74,8 +77,12 @@ reproduce: $(VENV)/.installed  ## the paper's whole table: all recipes, SEEDS="0
 	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.reproduce --profile $(PROFILE) \
 		--max-parallel $(REPRODUCE_PARALLEL) $(RECIPES:%=--recipe %) $(SEEDS:%=--seed %)
 
-serve: $(VENV)/.installed  ## wait for pipeline runs that are started from the Prefect dashboard
-	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline serve
+deploy: $(VENV)/.installed  ## create work pools, deployments and automations on the Prefect server of `make ui`
+	PREFECT_API_URL=$(PREFECT_API_URL) $(PY) -m flows.deploy --gpus $(GPUS)
+
+worker: $(VENV)/.installed  ## run what is started from the Prefect dashboard: make worker [POOL=cpu, or gpu]
+	PREFECT_API_URL=$(PREFECT_API_URL) DGPO_ROOT=$(CURDIR) DGPO_POOL=$(POOL) \
+		PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 $(PY) -m prefect worker start --pool $(POOL)-pool
 
 ui: $(VENV)/.installed  ## show both dashboards until Ctrl-C
 	@echo "MLflow: http://127.0.0.1:$(MLFLOW_PORT)"

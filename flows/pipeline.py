@@ -30,7 +30,15 @@ from flows.process import end_all
 from flows.remote import cancel_all
 from flows.schedule import Outcome, Plan, is_stale, run_all
 from flows.settings import DEFAULTS, PipelineSettings, with_overrides
-from flows.workspace import Workspace, is_dirty, open_workspace, project_root, publish, restore_outputs
+from flows.workspace import (
+    Workspace,
+    is_dirty,
+    one_at_a_time,
+    open_workspace,
+    project_root,
+    publish,
+    restore_outputs,
+)
 from tasks.preflight import preflight
 from tasks.progress import duration
 from tasks.show import RESULTS, load_results, markdown
@@ -74,6 +82,11 @@ def pipeline(settings: PipelineSettings = DEFAULTS) -> None:
     if len(settings.seeds) > 1:
         _each_seed(settings)
         return
+    with one_at_a_time(root, str(flow_run.name)):
+        _in_workspace(root, settings)
+
+
+def _in_workspace(root: Path, settings: PipelineSettings) -> None:
     workspace = _open(root, settings)
     try:
         _bring_up_to_date(workspace.tree, settings, workspace)

@@ -30,6 +30,7 @@ from flows.workspace import (
     Workspace,
     has_remote,
     has_storage,
+    one_at_a_time,
     project_root,
     publish,
     run,
@@ -59,17 +60,19 @@ def remote_stage(
     os.chdir(root)
     if pipeline_run:
         os.environ[PIPELINE_RUN] = pipeline_run
-    tree = _checkout(root, run_name, stage)
-    found = select(read_dag(tree), [stage])[stage]
-    try:
-        name = execute(found, tree, get_run_logger().info, force=force, pull=has_storage(tree))
-    except StageFailed as error:
-        return Failed(name=RETRYABLE if error.retryable else None, message=str(error))
-    finally:
-        end_all()
-    if has_storage(tree):
-        run(*DVC, "push", "--quiet", "--run-cache", stage, cwd=tree)
-    run("git", "worktree", "remove", "--force", tree, cwd=root)
+    folder = f"{run_name}--{stage.replace('@', '-')}"
+    with one_at_a_time(root, folder):
+        tree = _checkout(root, f"{BRANCHES}/{run_name}", folder)
+        found = select(read_dag(tree), [stage])[stage]
+        try:
+            name = execute(found, tree, get_run_logger().info, force=force, pull=has_storage(tree))
+        except StageFailed as error:
+            return Failed(name=RETRYABLE if error.retryable else None, message=str(error))
+        finally:
+            end_all()
+        if has_storage(tree):
+            run(*DVC, "push", "--quiet", "--run-cache", stage, cwd=tree)
+        run("git", "worktree", "remove", "--force", tree, cwd=root)
     return Completed(name=name, message=f"{stage}: {name.lower()}")
 
 
@@ -103,14 +106,13 @@ def cancel_all() -> None:
     _waited_for.clear()
 
 
-def _checkout(root: Path, run_name: str, stage: str) -> Path:
+def _checkout(root: Path, branch: str, folder: str) -> Path:
     """A worktree of this clone at the run's branch; an earlier attempt's, with its progress, if there."""
-    branch = f"{BRANCHES}/{run_name}"
     commit = branch
     if has_remote(root):
         run("git", "fetch", "--quiet", REMOTE, branch, cwd=root)
         commit = run("git", "rev-parse", "FETCH_HEAD", cwd=root)
-    tree = root / RUNS / f"{run_name}--{stage.replace('@', '-')}"
+    tree = root / RUNS / folder
     run("git", "worktree", "prune", cwd=root)
     if tree.exists():
         run("git", "checkout", "--force", "--detach", commit, cwd=tree)

@@ -4,11 +4,13 @@ A run called `calm-otter` works in `.runs/calm-otter` on the branch `runs/calm-o
 starts again finds its worktree and continues in it.
 """
 
+import contextlib
+import fcntl
 import os
 import subprocess
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -104,6 +106,20 @@ def open_workspace(root: Path, name: str, revision: str = "HEAD", *, keep_lock: 
     return Workspace(root, tree, commit, branch)
 
 
+@contextlib.contextmanager
+def one_at_a_time(root: Path, name: str) -> Iterator[None]:
+    """Wait until no other process of this machine works for the run.
+
+    A run that was taken for dead and started again may be alive: two must not write into one worktree.
+    """
+    path = root / RUNS / f"{name}.lock"
+    path.parent.mkdir(exist_ok=True)
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+    path.unlink(missing_ok=True)
+
+
 def share_cache(root: Path, tree: Path) -> None:
     """Give `tree` the DVC cache and the local configuration (remotes, credentials) of `root`."""
     from dvc.repo import Repo
@@ -113,7 +129,7 @@ def share_cache(root: Path, tree: Path) -> None:
         (tree / ".dvc" / "config.local").write_bytes(local.read_bytes())
         (tree / ".dvc" / "config.local").chmod(0o600)
     with Repo(str(root)) as repo:
-        cache = repo.cache.local.path
+        cache = repo.cache.local_cache_dir
     with Repo(str(tree)) as repo, repo.config.edit("local") as config:
         config["cache"]["dir"] = str(cache)
 

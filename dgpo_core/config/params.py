@@ -22,6 +22,7 @@ from dgpo_core.config.training import (
     ReportConfig,
     TeachConfig,
 )
+from dgpo_core.config.workers import WorkersConfig
 from dgpo_core.errors import UserError
 
 PARAMS = Path("params.yaml")
@@ -55,6 +56,7 @@ class Params(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     recipes: Recipes = Field(Recipes(), description="how models are trained")
+    workers: WorkersConfig = WorkersConfig()
     compare: list[str] = Field(
         [STUDENT, TEACHER], min_length=1, description="given models and recipes to evaluate and report"
     )

@@ -17,7 +17,11 @@ stages:
     cmd: "true"
     deps: [questions.jsonl, index.json]
     outs: ["kd-${item.seed}"]
-  kd: {cmd: "true", deps: [index.json], outs: [kd], meta: {timeout_minutes: 1.5, retries: 0, pool: gpu, gpus: 2}}
+  kd:
+    cmd: "true"
+    deps: [index.json]
+    outs: [kd]
+    meta: {timeout_minutes: 1.5, retries: 0, pool: gpu, gpus: 2}
   index: {cmd: "true", outs: [index.json]}
 """
 

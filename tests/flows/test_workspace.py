@@ -1,0 +1,143 @@
+"""Worktrees of a real git and DVC repository."""
+
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from dgpo_core.errors import InfrastructureError, UserError
+from flows import workspace
+from flows.workspace import (
+    is_dirty,
+    one_at_a_time,
+    open_workspace,
+    project_root,
+    publish,
+    restore_outputs,
+)
+from tests.conftest import ROOT
+
+GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
+
+
+def git(*arguments: str, cwd: Path | None = None) -> str:
+    done = subprocess.run([*GIT, *arguments], cwd=cwd, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+@pytest.fixture
+def root(dvc_repository: Path) -> Path:
+    """A project whose one stage was run."""
+    Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
+    Path("dvc.yaml").write_text("stages:\n  a: {cmd: cp params.yaml a.txt, params: [seed], outs: [a.txt]}\n")
+    Path(".gitignore").write_text("/.runs/\n/a.txt\n")
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
+    git("add", "-A")
+    git("commit", "-qm", "project")
+    return dvc_repository.resolve()
+
+
+def test_a_run_has_files_branch_and_the_shared_cache(root: Path) -> None:
+    made = open_workspace(root, "calm-otter")
+    assert made.tree == root / ".runs" / "calm-otter" and made.branch == "runs/calm-otter"
+    assert not (made.tree / "a.txt").exists()
+    restore_outputs(made.tree)
+    assert (made.tree / "a.txt").read_text() == (root / "a.txt").read_text()  # nothing was run
+
+    params = yaml.safe_load((root / "params.yaml").read_text())
+    made.write_params({**params, "seed": 7}, "Written by a test")
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=made.tree, check=True)
+    commit = made.save("seed 7")
+    assert commit == git("rev-parse", "runs/calm-otter") != git("rev-parse", "HEAD")
+    assert git("show", "--stat", "--format=%an: %s", commit).startswith("dgpo pipeline: seed 7")
+    assert set(git("diff", "--name-only", "HEAD", commit).split()) == {"params.yaml", "dvc.lock"}
+    assert not is_dirty(root)
+    made.remove()
+    assert not made.tree.exists()
+    # what it made is in the cache of the checkout
+    git("checkout", "-q", "runs/calm-otter")
+    restore_outputs(root)
+    assert "seed: 7" in (root / "a.txt").read_text()
+
+
+def test_a_run_that_starts_again_finds_what_it_left(root: Path) -> None:
+    made = open_workspace(root, "calm-otter")
+    (made.tree / ".state").mkdir()
+    (made.tree / ".state" / "checkpoint").write_text("half done")
+    (made.tree / "params.yaml").write_text("changed: true\n")
+    again = open_workspace(root, "calm-otter")
+    assert again == made
+    assert (made.tree / ".state" / "checkpoint").read_text() == "half done"
+    assert (made.tree / "params.yaml").read_text() == "changed: true\n"
+
+
+def test_nothing_to_commit_commits_nothing(root: Path) -> None:
+    made = open_workspace(root, "idle")
+    assert made.save("nothing") == made.commit == git("rev-parse", "HEAD")
+
+
+def test_unchanged_params_keep_their_comments(root: Path) -> None:
+    made = open_workspace(root, "same")
+    text = (made.tree / "params.yaml").read_text()
+    made.write_params(yaml.safe_load(text), "other words")
+    assert (made.tree / "params.yaml").read_text() == text
+    with pytest.raises(ValidationError, match="betta"):
+        made.write_params({"profile": "x", "reinforce": {"betta": 1}}, "wrong")
+
+
+def test_bad_revision_and_bad_root(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UserError, match="no-such-branch"):
+        open_workspace(root, "x", "no-such-branch")
+    assert project_root() == root
+    monkeypatch.setenv("DGPO_ROOT", str(root / ".dvc"))
+    with pytest.raises(UserError, match=r"no dvc\.yaml; start the worker in the project"):
+        project_root()
+
+
+def test_dirty_means_tracked_files(root: Path) -> None:
+    (root / "note.txt").write_text("mine")
+    assert not is_dirty(root)
+    (root / "params.yaml").write_text("profile: x\n")
+    assert is_dirty(root)
+
+
+def test_credentials_come_along_and_stay_private(root: Path) -> None:
+    subprocess.run(
+        [sys.executable, "-m", "dvc", "remote", "add", "--local", "far", "s3://bucket"], cwd=root, check=True
+    )
+    made = open_workspace(root, "remote")
+    local = made.tree / ".dvc" / "config.local"
+    assert "s3://bucket" in local.read_text() and local.stat().st_mode & 0o077 == 0
+    assert not git("status", "--porcelain", cwd=made.tree)
+
+
+def test_a_remote_that_does_not_answer_may_answer_later(root: Path, tmp_path: Path) -> None:
+    made = open_workspace(root, "offline")
+    publish(made, ["a"])  # neither git nor DVC knows any other place: nothing to do
+    git("remote", "add", "origin", str(tmp_path / "nowhere"))
+    with pytest.raises(InfrastructureError, match="cannot publish runs/offline"):
+        publish(made, [])
+
+
+def test_two_processes_of_a_run_take_turns(root: Path) -> None:
+    order: list[str] = []
+
+    def second() -> None:
+        with one_at_a_time(root, "twice"):
+            order.append("second")
+
+    with one_at_a_time(root, "twice"):
+        thread = threading.Thread(target=second)
+        thread.start()
+        time.sleep(0.3)
+        order.append("first")
+    thread.join(10)
+    assert order == ["first", "second"]
+    with one_at_a_time(root, "other"):
+        assert (root / workspace.RUNS / "other.lock").exists()
+    assert not (root / workspace.RUNS / "other.lock").exists()
