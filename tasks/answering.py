@@ -44,7 +44,10 @@ def resolve_model(reference: str | None) -> str:
 
 
 def open_agent(params: Params, source: str, name: str) -> Agent:
-    """Load model and index; `name` is what people call the model. Raises UserError, and InfrastructureError when the retriever is down."""
+    """Load model and index; `name` is what people call the model.
+
+    Raises UserError, and InfrastructureError when the retriever is down.
+    """
     tokenizer = load_tokenizer(source)
     model = load_model(source, params.compute.device)
     index = retriever(params)

@@ -1,6 +1,7 @@
 """A watched episode is the very episode of the plain engine, and its events tell it truly."""
 
 from itertools import groupby
+from typing import Any
 
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -82,10 +83,11 @@ def test_a_turn_without_an_action_is_noticed(
     assert notices[0].text == INVALID_ACTION.strip()
 
 
-def test_characters_of_several_tokens_are_told_whole(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_characters_of_several_tokens_are_told_whole(tokenizer: Any) -> None:
     text = "<answer> Łódź 東京 🦊 </answer>"
     ids = tokenizer.encode(text, add_special_tokens=False)
-    assert any("\N{REPLACEMENT CHARACTER}" in tokenizer.decode([token]) for token in ids)
+    lost = "\N{REPLACEMENT CHARACTER}"
+    half = next(token for token in ids if tokenizer.decode([token]) == lost)
     events: list[Event] = []
     narrator = Narrator(tokenizer.decode, events.append, lambda: False)
     narrator.begin()
@@ -94,17 +96,11 @@ def test_characters_of_several_tokens_are_told_whole(tokenizer: PreTrainedTokeni
     narrator.end()
     texts = [event.text for event in events if isinstance(event, Delta)]
     assert "".join(texts) == " Łódź 東京 🦊 "
-    assert not any("\N{REPLACEMENT CHARACTER}" in text for text in texts)
+    assert not any(lost in text for text in texts)
     narrator.begin()
-    narrator.token(
-        ids[-2] if tokenizer.decode([ids[-2]]) == "\N{REPLACEMENT CHARACTER}" else broken(tokenizer, ids)
-    )
+    narrator.token(half)
     narrator.end()
-    assert isinstance(events[-1], Delta) and events[-1].text == "\N{REPLACEMENT CHARACTER}", "it never came"
-
-
-def broken(tokenizer: PreTrainedTokenizerFast, ids: list[int]) -> int:
-    return next(token for token in ids if tokenizer.decode([token]) == "\N{REPLACEMENT CHARACTER}")
+    assert isinstance(events[-1], Delta) and events[-1].text == lost, "the rest never came"
 
 
 def test_it_stops_at_the_next_token(agent: Agent, questions: list[Question]) -> None:

@@ -1,7 +1,7 @@
 """Kinds of a text do not depend on how it is cut into chunks; the oracle splits the whole text."""
 
 import re
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import pytest
 from hypothesis import given
@@ -17,18 +17,14 @@ KINDS = {"think": "think", "search": "search", "answer": "answer", "information"
 
 
 def whole(text: str) -> list[tuple[str, str]]:
+    """Kind and text between two tags, without empty ones."""
     kind, pieces = "text", []
     for part in re.split("(" + "|".join(map(re.escape, TAGS)) + ")", text):
         if part in TAGS:
             kind = "text" if part.startswith("</") else KINDS[part.strip("<>")]
-            pieces.append((kind, None))  # a boundary
-        else:
+        elif part:
             pieces.append((kind, part))
-    joined = []
-    for boundary, group in groupby(pieces, key=lambda piece: piece[1] is None):
-        if not boundary:
-            joined += [(kind, part) for kind, part in group if part]
-    return joined
+    return pieces
 
 
 def split(chunks: list[str]) -> list[Piece]:
@@ -39,12 +35,11 @@ def split(chunks: list[str]) -> list[Piece]:
 @given(st.lists(FRAGMENTS, max_size=12).map("".join), st.lists(st.integers(0, 60), max_size=12))
 def test_any_chunking_gives_the_kinds_of_the_whole_text(text: str, cuts: list[int]) -> None:
     ends = sorted({min(cut, len(text)) for cut in cuts} | {0, len(text)})
-    chunks = [text[start:end] for start, end in zip(ends, ends[1:], strict=False)]
+    chunks = [text[start:end] for start, end in pairwise(ends)]
     expected = whole(text)
     for cut in (chunks, [text], list(text)):
         pieces = split(cut)
         assert not any(tag in piece for _, piece in pieces for tag in TAGS)
-        # neighbours of one kind may come in several pieces, and the oracle's boundary between them is lost too
         assert merged(pieces) == merged(expected)
 
 
