@@ -1,6 +1,7 @@
 """`dgpo serve`: the agent as an HTTP service until Ctrl-C or SIGTERM."""
 
 import asyncio
+import os
 import socket
 import sys
 from types import FrameType
@@ -71,7 +72,6 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family)
     except OSError as error:
-        reason = error.strerror or error
-        raise UserError(
-            f"--host {host} --port {port}: cannot listen there ({reason}); choose another --port"
-        ) from None
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
+        place = f"--host {host} --port {port}"
+        raise UserError(f"{place}: cannot listen there ({reason}); choose another") from None

@@ -13,8 +13,10 @@ from pathlib import Path
 import httpx
 import pytest
 
+from dgpo_core.errors import UserError
 from tasks.data import generate
 from tasks.index import index
+from tasks.serve import serve
 from tests.conftest import ROOT, make_workplace
 from tests.tasks.miniature import make_project
 
@@ -93,23 +95,29 @@ def test_it_loads_answers_and_ends_cleanly_in_the_middle_of_an_episode(
     assert list(tmp_path.glob("dgpo-qdrant-*")) == [], "the index's temporary folder"
 
 
-def test_a_taken_port_is_said_in_one_line(project: Path, tmp_path: Path) -> None:
+def test_a_taken_port_is_said(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(project)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        with dgpo_serve(project, port, tmp_path) as process:
-            _, err = process.communicate(timeout=90)
-    assert process.returncode == 2
-    assert err == (
-        f"error: --host 127.0.0.1 --port {port}: cannot listen there (Address already in use); "
-        "choose another --port\n"
-    )
+        with pytest.raises(UserError, match=rf"--port {port}: cannot .* \(Address already in use\)"):
+            serve("teacher", "127.0.0.1", port, 1)
 
 
-def test_a_retriever_that_is_down_ends_it(project: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("host", ["no.such.host.invalid", "300.1.1.1"])
+def test_an_impossible_host_is_said(project: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
+    monkeypatch.chdir(project)
+    with pytest.raises(UserError, match=f"--host {host} --port 0: cannot listen there"):
+        serve("teacher", host, 0, 1)
+
+
+def test_a_retriever_that_is_down_ends_it(
+    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     make_project(tmp_path, retrieval={"location": "http://127.0.0.1:9"})
     (tmp_path / "data").symlink_to(project / "data")
-    with dgpo_serve(tmp_path, free_port(), tmp_path) as process:
-        _, err = process.communicate(timeout=90)
-    assert process.returncode == 1
-    (line,) = err.splitlines()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as ended:
+        serve("teacher", "127.0.0.1", 0, 1)
+    assert ended.value.code == 1
+    (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: the retriever is not there: cannot fill the Qdrant collection")

@@ -38,9 +38,11 @@ class Gated:
 
 
 @pytest.fixture(scope="module")
-def retriever(articles: list[Article]) -> Gated:
+def retriever(articles: list[Article], questions: list[Question]) -> Gated:
+    """With a document that is found for the first question."""
     passages = [passage for article in articles for passage in article.passages]
-    hostile = Passage("evil", f"Evil {HOSTILE}", f"The school of Evil Evil Evil was {HOSTILE}.")
+    golden = questions[0].metadata["golden_passages"][0]
+    hostile = Passage("evil", f"{golden['title']} {HOSTILE}", f"{golden['text']} {HOSTILE}")
     return Gated(index_passages([*passages, hostile], EncoderConfig(kind="bm25")))
 
 
@@ -85,11 +87,8 @@ def test_the_episode_is_shown_as_it_was(browser: Page, agent: Agent, questions: 
     assert text(browser, "#asked") == question
     assert text(browser, "#result .final") == record.answer
     assert texts(browser, "#result li") == [f"[{s.number}] {s.title}" for s in record.sources]
-    shown = [
-        kind.split()[1]
-        for kind in browser.evaluate("[...document.querySelectorAll('.step')].map((e) => e.className)")
-    ]
-    assert shown == [step.kind for step in record.steps]
+    shown = browser.evaluate("[...document.querySelectorAll('.step')].map((e) => e.className)")
+    assert shown == [f"step {step.kind}" for step in record.steps]
     written = [step.text for step in record.steps if step.kind != "information"]
     assert texts(browser, ".step > p") == written
     titles = [passage.title for search in record.searches for passage in search.passages]
@@ -98,10 +97,13 @@ def test_the_episode_is_shown_as_it_was(browser: Page, agent: Agent, questions: 
     assert browser.errors == []
 
 
-def test_hostile_text_stays_text(browser: Page) -> None:
-    ask(browser, f"What is the school of Evil Evil Evil {HOSTILE}")
+def test_hostile_text_stays_text(browser: Page, questions: list[Question]) -> None:
+    ask(browser, HOSTILE)
     finish(browser)
-    assert HOSTILE in text(browser, "#asked")
+    assert text(browser, "#asked") == HOSTILE
+    assert browser.evaluate("document.querySelectorAll('#episode img, #episode script').length") == 0
+    ask(browser, questions[0].question)
+    finish(browser)
     assert any(HOSTILE in title for title in texts(browser, "details summary")), "the document was retrieved"
     assert any(HOSTILE in passage for passage in texts(browser, "details p"))
     assert browser.evaluate("document.querySelectorAll('#episode img, #episode script').length") == 0
@@ -130,9 +132,8 @@ def test_errors_are_shown(browser: Page) -> None:
 
 def test_a_foreign_script_would_not_run(browser: Page) -> None:
     """Were markup ever inserted, the content security policy would still refuse it."""
-    browser.evaluate(
-        "document.body.insertAdjacentHTML('beforeend', '<img src=x onerror=\"document.title=1\">')"
-    )
+    markup = '<img src=x onerror="document.title=1">'
+    browser.evaluate(f"document.body.insertAdjacentHTML('beforeend', {json.dumps(markup)})")
     browser.wait_for("document.querySelector('body > img')?.complete")
     assert browser.evaluate("document.title") == "Ask the agent"
     assert any("Content Security Policy" in error for error in browser.errors)
