@@ -85,6 +85,8 @@ class Screen:
             self._write(f"No answer: {NO_ANSWER.get(record.ending, 'it gave none')}.\n", "notice")
             return
         self._write(f"{printable(record.answer)}\n", "answer")
+        if record.sources:
+            self._write("Contained in\n", "dim")
         for source in record.sources:
             self._write(f"[{source.number}] {printable(source.title)}\n", "text")
         if not record.sources:

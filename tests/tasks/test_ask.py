@@ -63,7 +63,8 @@ def test_text_and_json_tell_the_same_episode(
         assert f"search      {search.query}" in lines
         assert all(f"{passage.title}: {passage.text}" in text for passage in search.passages), "whole"
     sources = [f"[{source.number}] {source.title}" for source in record.sources]
-    assert lines[end + 1 :] == [record.answer, *(sources or ["No retrieved passage contains this answer."])]
+    where = ["Contained in", *sources] if sources else ["No retrieved passage contains this answer."]
+    assert lines[end + 1 :] == [record.answer, *where]
 
 
 def test_errors_of_the_user(
@@ -116,7 +117,7 @@ def test_deltas_become_paragraphs_without_spaces_at_their_ends() -> None:
         *(Delta.model_validate({"kind": kind, "turn": 0, "text": piece}) for kind, piece in pieces),
         end=record("Rome", sources=[Source(number=1, id="7", title="Italy")]),
     )
-    assert text == "think       I know it.\nanswer      Rome\n\nRome\n[1] Italy\n"
+    assert text == "think       I know it.\nanswer      Rome\n\nRome\nContained in\n[1] Italy\n"
 
 
 def test_it_says_when_there_is_no_answer_or_no_source() -> None:
