@@ -54,6 +54,11 @@ def open_agent(params: Params, source: str, name: str) -> Agent:
     return Agent(name, model, tokenizer, index, params.protocol, params.rollout, params.retrieval.top_k)
 
 
+def called(reference: str | None, source: str) -> str:
+    """What people call the model: the reference, or a folder's name without the machine's paths."""
+    return Path(source).name if reference is None or Path(reference).is_dir() else reference
+
+
 def require_index() -> None:
     """Raises UserError, before anything is loaded, when there is no index."""
     read_manifest(INDEX)

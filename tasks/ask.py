@@ -13,7 +13,7 @@ from dgpo_core.errors import InfrastructureError
 from dgpo_core.protocol.episode import Ending
 from dgpo_core.serving.agent import Ask
 from dgpo_core.serving.events import Delta, Event, Information, Notice, Record
-from tasks.answering import open_agent, require_index, resolve_model
+from tasks.answering import called, open_agent, require_index, resolve_model
 
 STYLES = {
     "think": "magenta",
@@ -43,7 +43,7 @@ def ask(model: str | None, question: Ask, as_json: bool, colour: bool) -> None:
     screen = Screen(Console(color_system="auto" if colour else None, highlight=False))
     try:
         with notes.status(f"loading {source} and the index") if notes.is_terminal else nullcontext():
-            agent = open_agent(params, source, model or source)
+            agent = open_agent(params, source, called(model, source))
         record = agent.ask(question, (lambda event: None) if as_json else screen.show, lambda: False)
     except InfrastructureError as error:
         _fail(error)

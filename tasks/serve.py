@@ -12,7 +12,7 @@ from dgpo_core.config.params import load_params
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.serving.api import make_app
 from dgpo_core.serving.desk import Desk
-from tasks.answering import open_agent, require_index, resolve_model
+from tasks.answering import called, open_agent, require_index, resolve_model
 
 GRACE = 5  # seconds for the last words to clients
 
@@ -35,7 +35,7 @@ def serve(model: str | None, host: str, port: int, waiting: int) -> None:
 
     async def run() -> None:
         serving = asyncio.create_task(server.serve(sockets=[listening]))
-        loading = asyncio.create_task(desk.open(lambda: open_agent(params, source, model or source)))
+        loading = asyncio.create_task(desk.open(lambda: open_agent(params, source, called(model, source))))
         print(f"loading {source} and the index", flush=True)
         await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
         if loading.done() and loading.exception() is None and not serving.done():

@@ -1,5 +1,6 @@
 """One model with its index, which answers one question at a time through the pipeline's own agent loop."""
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -71,6 +72,8 @@ class Agent:
         protocol = self._protocol
         if not ask.question.strip():
             raise UserError("the question is empty")
+        if not 0 <= ask.temperature < math.inf:
+            raise UserError(f"temperature: a number from 0 upwards, not {ask.temperature}")
         text = prompts.prompt_text(ask.question, protocol.instruction, self._tokenizer)
         tokens = len(self._tokenizer.encode(text, add_special_tokens=False))
         if tokens >= protocol.max_context:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from dgpo_core.errors import UserError
-from tasks.answering import CHAMPION, resolve_model
+from tasks.answering import CHAMPION, called, resolve_model
 from tests.tasks.miniature import make_project
 
 
@@ -49,6 +49,13 @@ def test_names_folders_and_registered_models(project: Path, monkeypatch: pytest.
     assert resolve_model("models:/search-agent/3") == "elsewhere"
     with pytest.raises(UserError, match="models:/search-agent/4: no such alias"):
         resolve_model("models:/search-agent/4")
+
+
+def test_a_models_name_holds_no_path_of_this_machine(project: Path) -> None:
+    trained(project, "kd", 1)
+    assert called("models:/search-agent/3", "/somewhere/dgpo") == "models:/search-agent/3"
+    assert called("kd", "models/kd") == called(None, "models/kd") == "kd"
+    assert called(str(project / "models" / "kd"), str(project / "models" / "kd")) == "kd"
 
 
 def test_by_default_the_champion(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -97,6 +97,12 @@ def test_impossible_questions_are_refused(agent: Agent, question: str, message: 
         agent.ask(Ask(question), ignore, never)
 
 
+@pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
+def test_impossible_temperatures_are_refused(agent: Agent, temperature: float) -> None:
+    with pytest.raises(UserError, match="temperature: a number from 0 upwards"):
+        agent.ask(Ask("Who", temperature), ignore, never)
+
+
 def test_a_dead_retriever_gives_a_failure_and_no_answer(
     teacher: PreTrainedModel, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -116,6 +116,13 @@ def test_what_is_not_supported_is_said(
     assert message in error["message"]
 
 
+def test_half_a_character_is_refused(client: httpx.Client) -> None:
+    response = client.post(
+        CHAT, content=json.dumps(body("\ud800")), headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 400 and response.json()["error"]["param"] == "messages"
+
+
 def test_parameters_that_ask_for_nothing_are_taken(client: httpx.Client, questions: list[Question]) -> None:
     neutral = {"n": 1, "top_p": 1.0, "presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False}
     more = {
