@@ -1,6 +1,7 @@
 """One model with its index, which answers one question at a time through the pipeline's own agent loop."""
 
 import math
+import unicodedata
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import groupby
@@ -72,6 +73,8 @@ class Agent:
         protocol = self._protocol
         if not ask.question.strip():
             raise UserError("the question is empty")
+        if any(unicodedata.category(character) == "Cs" for character in ask.question):
+            raise UserError("the question is not valid Unicode: it has half a surrogate pair")
         if not 0 <= ask.temperature < math.inf:
             raise UserError(f"temperature: a number from 0 upwards, not {ask.temperature}")
         text = prompts.prompt_text(ask.question, protocol.instruction, self._tokenizer)
