@@ -30,6 +30,51 @@ def show(results: Annotated[Path, typer.Argument()] = Path("reports/results.json
     print_results(results)
 
 
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="a recipe, student, teacher, a folder, or models:/name@alias; without it the registered "
+        "champion, else the newest trained recipe"
+    ),
+]
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument()],
+    model: Model = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="of sampling, without effect on greedy")] = 0,
+    max_searches: Annotated[
+        int | None, typer.Option(min=0, help="at most protocol.max_turns, which is the default")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the episode as one JSON object")] = False,
+    colour: Annotated[bool, typer.Option("--colour/--no-colour", help="on a terminal")] = True,
+) -> None:
+    """Ask the agent a question, and watch it search."""
+    from dgpo_core.serving.agent import Ask
+    from tasks.ask import ask as print_episode
+
+    print_episode(model, Ask(question, temperature, seed, max_searches), as_json, colour)
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0: every machine that reaches this one may ask")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8080,
+    waiting: Annotated[
+        int, typer.Option(min=0, help="questions that may wait for the one being answered")
+    ] = 8,
+) -> None:
+    """Serve the agent over HTTP: a page, and OpenAI's chat completions."""
+    from tasks.serve import serve as run_service
+
+    run_service(model, host, port, waiting)
+
+
 def main() -> None:
     """Exits with 2 and one line for what the user can mend."""
     from tasks.stage import main as run_program

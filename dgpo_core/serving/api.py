@@ -1,0 +1,186 @@
+"""The HTTP service: OpenAI's chat completions, health, and a page on which an episode unfolds."""
+
+import base64
+import hashlib
+import json
+import logging
+import re
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from http import HTTPStatus
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.exceptions import HTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+
+from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.serving.desk import Busy, Desk, NotReady
+from dgpo_core.serving.events import Event, Finished, Record
+from dgpo_core.serving.streaming import Stopped
+from dgpo_core.serving.wire import ChatRequest, Completion, error
+
+PAGE = Path(__file__).parent / "templates" / "ask.html"
+LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+log = logging.getLogger("uvicorn.error")
+
+
+@dataclass(frozen=True)
+class Problem:
+    """How an exception is told to a client."""
+
+    status: HTTPStatus
+    body: dict[str, Any]
+
+    def response(self) -> JSONResponse:
+        retry = {"Retry-After": "5"} if self.status in (429, 503) else None
+        return JSONResponse(self.body, self.status, retry)
+
+
+def make_app(desk: Desk, host: str) -> FastAPI:
+    """The service of `desk`'s agent. On a loopback `host`, requests that name another host are refused.
+
+    The latter because a web page elsewhere could otherwise reach it by a name that resolves to this machine.
+    """
+    app = FastAPI(title="DGPO search agent", docs_url=None, redoc_url=None)
+    if host in LOOPBACK:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+    page = PAGE.read_text(encoding="utf-8")
+    headers = {"Content-Security-Policy": _policy(page), "X-Content-Type-Options": "nosniff"}
+
+    @app.get("/", response_class=HTMLResponse)
+    async def ask_page() -> Response:
+        return HTMLResponse(page, headers=headers)
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 when questions are answered, 503 while model and index are loaded."""
+        if desk.agent is None:
+            return JSONResponse({"status": "loading"}, HTTPStatus.SERVICE_UNAVAILABLE)
+        known = {"model": desk.agent.name, "index": desk.agent.index, "waiting": desk.waiting}
+        return JSONResponse({"status": "ready", **known})
+
+    @app.get("/v1/models")
+    async def models() -> Response:
+        names = [desk.agent.name] if desk.agent else []
+        data = [{"id": name, "object": "model", "created": 0, "owned_by": "dgpo"} for name in names]
+        return JSONResponse({"object": "list", "data": data})
+
+    @app.post("/v1/chat/completions")
+    async def chat(body: ChatRequest, request: Request) -> Response:
+        """One episode for one question; see the module wire for what a request may hold."""
+        if desk.agent is not None and body.model != desk.agent.name:
+            message = f"there is no model {body.model!r}; this service has {desk.agent.name!r}"
+            return JSONResponse(error(message, "invalid_request_error", "model_not_found", "model"), 404)
+        try:
+            events = desk.admit(body.ask()).events(request.is_disconnected)
+            first = await anext(events)  # until here an error has a status of its own
+            if body.stream:
+                wants_usage = body.stream_options is not None and body.stream_options.include_usage
+                stream = _stream(body.model, first, events, wants_usage)
+                return StreamingResponse(stream, media_type="text/event-stream", headers=_UNBUFFERED)
+            return JSONResponse(Completion(body.model).whole(await _last(first, events)))
+        except Exception as caught:
+            return problem(caught).response()
+
+    _tell_errors_as_openai_does(app)
+    return app
+
+
+_UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+async def _last(first: Event, events: AsyncIterator[Event]) -> Record:
+    """Raises InfrastructureError for an episode that failed: there is no answer, not even none."""
+    event = first
+    while not isinstance(event, Finished):
+        event = await anext(events)
+    if event.episode.failure is not None:
+        raise InfrastructureError(event.episode.failure)
+    return event.episode
+
+
+async def _stream(
+    model: str, first: Event, events: AsyncIterator[Event], wants_usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events; what goes wrong now can only be told in one of them."""
+    completion = Completion(model)
+    yield _sse(completion.opening())
+    event = first
+    try:
+        while not isinstance(event, Finished):
+            for chunk in completion.chunks(event):
+                yield _sse(chunk)
+            event = await anext(events)
+        if event.episode.failure is not None:
+            raise InfrastructureError(event.episode.failure)
+        for chunk in completion.chunks(event):
+            yield _sse(chunk)
+        if wants_usage:
+            yield _sse(completion.usage(event.episode))
+    except Exception as caught:
+        yield _sse(problem(caught).body)
+    yield "data: [DONE]\n\n"
+
+
+def _sse(data: dict[str, Any]) -> str:
+    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
+
+
+def problem(caught: Exception) -> Problem:
+    """Users' faults and failures in their own words; of a bug, nothing leaves the process but its log."""
+    match caught:
+        case UserError():
+            return Problem(HTTPStatus.BAD_REQUEST, error(str(caught), "invalid_request_error"))
+        case InfrastructureError():
+            message = f"no answer, because a part of the service failed: {caught}"
+            return Problem(
+                HTTPStatus.SERVICE_UNAVAILABLE, error(message, "server_error", "infrastructure_failure")
+            )
+        case NotReady():
+            message = "model and index are not loaded (see /health); try again soon"
+            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, error(message, "server_error", "not_ready"))
+        case Busy():
+            message = "too many questions are waiting; try again soon"
+            return Problem(HTTPStatus.TOO_MANY_REQUESTS, error(message, "rate_limit_error", "queue_full"))
+        case Stopped():
+            message = "the episode was stopped"
+            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, error(message, "server_error", "stopped"))
+    log.error("an episode ended with a bug", exc_info=caught)
+    message = "an error in the service; its log says more"
+    return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, error(message, "server_error", "bug"))
+
+
+def _tell_errors_as_openai_does(app: FastAPI) -> None:
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, caught: RequestValidationError) -> Response:
+        first = caught.errors()[0]
+        place = [str(part) for part in first["loc"] if part != "body"]
+        message = first["msg"].removeprefix("Value error, ")
+        if first["type"] == "extra_forbidden":
+            message = "this agent does not support this parameter"
+        elif place[:1] == ["messages"] and place[-1] in ("messages", "role"):
+            message = "this agent answers one question: send exactly one message, with the role user"
+        told = f"{'.'.join(place) or 'body'}: {message}"
+        return JSONResponse(error(told, "invalid_request_error", param=place[0] if place else None), 400)
+
+    @app.exception_handler(HTTPException)
+    async def refused(_request: Request, caught: HTTPException) -> Response:
+        body = error(str(caught.detail), "invalid_request_error")
+        return JSONResponse(body, caught.status_code, caught.headers)
+
+
+def _policy(page: str) -> str:
+    """Only the page's own script runs, and it talks to this service alone."""
+    scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    hashes = " ".join(
+        f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
+        for script in scripts
+    )
+    return (
+        f"default-src 'none'; script-src {hashes}; style-src 'unsafe-inline'; connect-src 'self'; "
+        "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+    )

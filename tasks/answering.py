@@ -1,0 +1,89 @@
+"""What answers a question: a model by any of its names, with the index, as one agent."""
+
+import sys
+from importlib import import_module
+from pathlib import Path
+
+from dgpo_core.config.params import Params, load_params
+from dgpo_core.config.recipes import STUDENT, TEACHER
+from dgpo_core.errors import UserError
+from dgpo_core.retrieval.shards import read_manifest
+from dgpo_core.serving.agent import Agent
+from dgpo_core.training.models import load_model, load_tokenizer
+from tasks.agents import model_source, retriever
+from tasks.paths import INDEX, MODELS
+
+CHAMPION = "models:/search-agent@champion"
+REGISTRY = "models:/"
+
+
+def resolve_model(reference: str | None) -> str:
+    """Folder or hub name of a model: a recipe, `student`, `teacher`, a folder, or `models:/name@alias`.
+
+    None is the registered champion or, without one, the newest trained recipe; which one is said on stderr.
+    Raises UserError for a model that there is not.
+    """
+    if reference is None:
+        return _default()
+    if reference.startswith(REGISTRY):
+        return _registered(reference)
+    params = load_params()
+    if reference in (STUDENT, TEACHER):
+        return model_source(params, reference)
+    if reference in params.recipes.all:
+        source = model_source(params, reference)
+        if not Path(source).is_dir():
+            raise UserError(f"{source}: {reference} is not trained yet; run `dvc repro evaluate@{reference}`")
+        return source
+    if Path(reference).is_dir():
+        return reference
+    known = ", ".join([STUDENT, TEACHER, *params.recipes.all])
+    raise UserError(
+        f"--model {reference}: no such folder, and no such model: {known}, or {REGISTRY}name@alias"
+    )
+
+
+def open_agent(params: Params, source: str, name: str) -> Agent:
+    """Load model and index; `name` is what people call the model.
+
+    Raises UserError, and InfrastructureError when the retriever is down.
+    """
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, params.compute.device)
+    index = retriever(params)
+    return Agent(name, model, tokenizer, index, params.protocol, params.rollout, params.retrieval.top_k)
+
+
+def called(reference: str | None, source: str) -> str:
+    """What people call the model: the reference, or a folder's name without the machine's paths."""
+    return Path(source).name if reference is None or Path(reference).is_dir() else reference
+
+
+def require_index() -> None:
+    """Raises UserError, before anything is loaded, when there is no index."""
+    read_manifest(INDEX)
+
+
+def _registered(reference: str) -> str:
+    try:
+        registry = import_module("tasks.registry")
+    except ModuleNotFoundError:
+        raise UserError(f"{reference}: there is no model registry; name a recipe or a folder") from None
+    return str(registry.model_folder(reference))
+
+
+def _default() -> str:
+    try:
+        return _registered(CHAMPION)
+    except UserError as error:
+        reason = str(error)
+    recipes = [MODELS / name for name in load_params().recipes.all]
+    trained = [folder for folder in recipes if (folder / "config.json").is_file()]
+    if not trained:
+        raise UserError(
+            f"{MODELS}: there is no champion and no trained recipe; run `make demo`, or name a model, "
+            "such as --model teacher"
+        )
+    newest = max(trained, key=lambda folder: (folder / "config.json").stat().st_mtime)
+    print(f"model {newest}, the newest trained recipe ({reason})", file=sys.stderr, flush=True)
+    return str(newest)

@@ -1,0 +1,37 @@
+"""The service on a port of this machine, in a thread, as the tests' clients need it."""
+
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import httpx
+import uvicorn
+
+from dgpo_core.serving.agent import Agent
+from dgpo_core.serving.api import make_app
+from dgpo_core.serving.desk import Desk
+
+
+@contextmanager
+def serving(agent: Agent | None, waiting: int = 2) -> Iterator[httpx.Client]:
+    """A client of a running service; None: one that is loading for ever."""
+    desk = Desk(waiting)
+    desk.agent = agent
+    config = uvicorn.Config(make_app(desk, "127.0.0.1"), log_level="critical", lifespan="off", ws="none")
+    server = uvicorn.Server(config)
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}"
+        thread = threading.Thread(target=server.run, args=([listening],))
+        thread.start()
+        try:
+            with httpx.Client(base_url=url, timeout=30) as client:
+                while not server.started:
+                    time.sleep(0.01)
+                yield client
+        finally:
+            desk.close()
+            server.should_exit = True
+            thread.join(30)
+            desk.shut()

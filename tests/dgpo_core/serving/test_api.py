@@ -1,0 +1,240 @@
+"""The service over real HTTP: OpenAI's documented fields, errors in OpenAI's shape, clients that leave."""
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import httpx
+import pytest
+from transformers import PreTrainedModel
+
+from dgpo_core.datasets.records import Question
+from dgpo_core.retrieval.index import Hit
+from dgpo_core.serving.agent import Agent, Ask
+from dgpo_core.serving.events import Record
+from dgpo_core.serving.streaming import Stopped
+from dgpo_core.training.models import load_tokenizer
+from tests.dgpo_core.rollout.scripted import Answering
+from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
+from tests.dgpo_core.serving.service import serving
+
+CHAT = "/v1/chat/completions"
+
+
+@pytest.fixture(scope="module")
+def client(agent: Agent) -> Iterator[httpx.Client]:
+    with serving(agent) as made:
+        yield made
+
+
+def body(question: str = "Who", **more: Any) -> dict[str, Any]:
+    return {"model": "teacher", "messages": [{"role": "user", "content": question}], **more}
+
+
+def streamed(client: httpx.Client, **request: Any) -> list[dict[str, Any]]:
+    """The chunks of a stream, whose last line must be [DONE]."""
+    with client.stream("POST", CHAT, json=body(stream=True, **request)) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        lines = [line for line in response.iter_lines() if line]
+    assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+def told(client: httpx.Client, **changes: Any) -> tuple[int, dict[str, Any]]:
+    """Status and error of a refused request."""
+    response = client.post(CHAT, json=body() | changes)
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    return response.status_code, error
+
+
+def test_a_whole_answer(client: httpx.Client, agent: Agent, questions: list[Question]) -> None:
+    asked = questions[0].question
+    done = client.post(CHAT, json=body(asked)).json()
+    assert done["object"] == "chat.completion" and done["model"] == "teacher"
+    assert done["id"].startswith("chatcmpl-") and abs(done["created"] - time.time()) < 60
+    (choice,) = done["choices"]
+    assert (choice["index"], choice["finish_reason"], choice["message"]["role"]) == (0, "stop", "assistant")
+    record = agent.ask(Ask(asked), lambda event: None, lambda: False)
+    assert done["episode"] == record.model_dump(mode="json")
+    assert choice["message"]["content"] == record.answer
+    usage = done["usage"]
+    assert usage["prompt_tokens"] + usage["completion_tokens"] == usage["total_tokens"]
+    assert usage["completion_tokens"] == record.model_tokens
+
+
+def test_a_stream_puts_together_the_same_answer(client: httpx.Client, questions: list[Question]) -> None:
+    asked = [{"role": "user", "content": [{"type": "text", "text": questions[1].question}]}]
+    whole = client.post(CHAT, json=body() | {"messages": asked}).json()
+    *chunks, last = streamed(client, messages=asked, stream_options={"include_usage": True})
+    assert len({(chunk["id"], chunk["created"], chunk["model"], chunk["object"]) for chunk in chunks}) == 1
+    assert chunks[0]["object"] == "chat.completion.chunk"
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert deltas[0]["role"] == "assistant"
+    assert "".join(delta.get("content", "") for delta in deltas) == whole["choices"][0]["message"]["content"]
+    finishes = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert finishes[-1] == "stop" and not any(finishes[:-1])
+    assert last["choices"] == [] and last["usage"] == whole["usage"]
+    events = [chunk["event"] for chunk in chunks if "event" in chunk]
+    assert {"think", "search", "information", "answer"} <= {event["kind"] for event in events}
+    assert events[-1] == {"kind": "finished", "episode": whole["episode"]}
+
+
+def test_models_health_and_what_there_is_not(client: httpx.Client, agent: Agent) -> None:
+    (model,) = client.get("/v1/models").json()["data"]
+    assert (model["id"], model["object"]) == ("teacher", "model") and isinstance(model["created"], int)
+    health = client.get("/health")
+    assert health.status_code == 200
+    assert health.json() == {"status": "ready", "model": "teacher", "index": agent.index, "waiting": 0}
+    missing = client.get("/v1/nothing")
+    assert missing.status_code == 404 and missing.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("changes", "param", "message"),
+    [
+        ({"tools": []}, "tools", "does not support this parameter"),
+        ({"n": 2}, "n", "only 1, not 2"),
+        ({"top_p": 0.5}, "top_p", "only 1, not 0.5"),
+        ({"temperature": -1}, "temperature", "greater than or equal to 0"),
+        ({"max_tokens": 0}, "max_tokens", "greater than 0"),
+        ({"messages": []}, "messages", "exactly one message"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages", "with the role user"),
+        ({"messages": [{"role": "user", "content": "x"}] * 2}, "messages", "exactly one message"),
+        ({"messages": [{"role": "user", "content": ""}]}, None, "the question is empty"),
+        ({"messages": [{"role": "user", "content": "Who " * 3000}], "stream": True}, None, "too long"),
+    ],
+)  # fmt: skip
+def test_what_is_not_supported_is_said(
+    client: httpx.Client, changes: dict[str, Any], param: str | None, message: str
+) -> None:
+    status, error = told(client, **changes)
+    assert (status, error["type"], error["param"]) == (400, "invalid_request_error", param)
+    assert message in error["message"]
+
+
+def test_half_a_character_is_refused(client: httpx.Client) -> None:
+    response = client.post(
+        CHAT, content=json.dumps(body("\ud800")), headers={"Content-Type": "application/json"}
+    )
+    assert response.status_code == 400 and "not valid Unicode" in response.json()["error"]["message"]
+
+
+def test_parameters_that_ask_for_nothing_are_taken(client: httpx.Client, questions: list[Question]) -> None:
+    neutral = {"n": 1, "top_p": 1.0, "presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False}
+    more = {
+        "user": "me",
+        "temperature": 0,
+        "seed": 3,
+        "max_tokens": 4000,
+        "response_format": {"type": "text"},
+    }
+    done = client.post(CHAT, json=body(questions[0].question, **neutral, **more))
+    assert done.status_code == 200 and done.json()["episode"]["seed"] == 3
+
+
+def test_another_model_is_not_found(client: httpx.Client) -> None:
+    status, error = told(client, model="gpt")
+    assert (status, error["code"]) == (404, "model_not_found") and "'teacher'" in error["message"]
+
+
+def test_no_answer_is_no_text(client: httpx.Client, questions: list[Question]) -> None:
+    done = client.post(CHAT, json=body(questions[0].question, max_tokens=1)).json()
+    (choice,) = done["choices"]
+    assert (choice["message"]["content"], choice["finish_reason"]) == (None, "length")
+
+
+def test_a_page_elsewhere_cannot_ask(client: httpx.Client) -> None:
+    """Neither by a name of its own for this machine, nor by a form, which cannot send JSON."""
+    assert client.post(CHAT, json=body(), headers={"Host": "evil.example"}).status_code == 400
+    plain = client.post(CHAT, content=json.dumps(body()), headers={"Content-Type": "text/plain"})
+    assert plain.status_code == 400
+    assert "access-control-allow-origin" not in client.post(CHAT, json=body(" ")).headers
+
+
+def test_while_loading_it_says_so() -> None:
+    with serving(None) as client:
+        assert client.get("/health").status_code == 503
+        assert client.get("/").status_code == 200
+        response = client.post(CHAT, json=body())
+        assert response.status_code == 503 and response.json()["error"]["code"] == "not_ready"
+        assert int(response.headers["retry-after"]) > 0
+        assert client.get("/v1/models").json()["data"] == []
+
+
+class Turnstile(Answering):
+    """Holds each search until it is let through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
+        self.reached.set()
+        assert self.opened.wait(20)
+        return super().search(queries, top_k)
+
+
+def agent_with(teacher: PreTrainedModel, retriever: Answering) -> Agent:
+    return Agent("teacher", teacher, load_tokenizer(TEACHER), retriever, PROTOCOL, FLOAT32, 3)
+
+
+def test_a_dead_retriever_is_no_answer(
+    teacher: PreTrainedModel, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _seconds: None)
+    with serving(agent_with(teacher, Answering(failures=99))) as client:
+        response = client.post(CHAT, json=body(questions[0].question))
+        error = response.json()["error"]
+        assert (response.status_code, error["code"]) == (503, "infrastructure_failure")
+        assert "the index is down" in error["message"]
+        *chunks, last = streamed(client, messages=body(questions[0].question)["messages"])
+        assert last == {"error": error}, "the official client raises it"
+        assert not any(chunk["choices"][0]["delta"].get("content") for chunk in chunks)
+
+
+def test_a_bug_tells_nothing_of_the_inside(
+    teacher: PreTrainedModel, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broken = agent_with(teacher, Answering())
+    monkeypatch.setattr(broken, "_top_k", "secret")
+    with serving(broken) as client:
+        response = client.post(CHAT, json=body(questions[0].question))
+        assert response.status_code == 500 and "secret" not in response.text
+        assert response.json()["error"]["code"] == "bug"
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_who_disconnects_ends_the_episode(
+    teacher: PreTrainedModel, questions: list[Question], monkeypatch: pytest.MonkeyPatch, stream: bool
+) -> None:
+    retriever = Turnstile()
+    agent = agent_with(teacher, retriever)
+    stopped = threading.Event()
+
+    def ask(*arguments: Any) -> Record:
+        try:
+            return Agent.ask(agent, *arguments)
+        except Stopped:
+            stopped.set()
+            raise
+
+    monkeypatch.setattr(agent, "ask", ask)
+    with serving(agent, waiting=0) as client:
+        with httpx.Client(base_url=client.base_url) as other:
+            with (
+                pytest.raises(httpx.ReadTimeout),
+                other.stream(
+                    "POST", CHAT, json=body(questions[0].question, stream=stream), timeout=1
+                ) as first,
+            ):
+                list(first.iter_lines())
+            assert retriever.reached.is_set(), "it hangs in its first search"
+            busy = client.post(CHAT, json=body("Who"))
+            assert (busy.status_code, busy.json()["error"]["code"]) == (429, "queue_full")
+        time.sleep(0.6)  # two looks at the connection
+        retriever.opened.set()
+        assert stopped.wait(5), "the episode goes on for nobody"
