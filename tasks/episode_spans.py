@@ -15,10 +15,10 @@ Decode = Callable[[list[int]], Any]  # a tokenizer's `decode`: token ids -> text
 
 @dataclass(frozen=True)
 class Step:
-    """A span of the episode; `error` is why it failed."""
+    """A span of the episode, of one of MLflow's types; `error` is why it failed."""
 
     name: str
-    kind: Literal["LLM", "RETRIEVER"]
+    kind: Literal["AGENT", "LLM", "RETRIEVER"]
     inputs: Any
     outputs: Any
     attributes: dict[str, Any] = field(default_factory=dict)
@@ -75,7 +75,7 @@ def documents(search: Search, shown: str) -> list[dict[str, Any]]:
         _, _, rest = text.partition(f"Doc {number}(Title: ")
         own = rest.partition(f"\nDoc {number + 1}(Title: ")[0]
         title, content = _split_title(own)
-        metadata = {"doc_id": passage, "title": title, "score": score, "doc_uri": passage}
+        metadata = {"doc_id": passage, "title": title, "score": round(score, 4)}
         found.append({"page_content": content.strip(), "metadata": metadata, "id": passage})
     return found
 

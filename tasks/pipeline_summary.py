@@ -13,11 +13,9 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from dgpo_core.config.params import PARAMS
-from dgpo_core.errors import UserError
 from tasks.paths import REPORTS
 from tasks.progress import duration
 from tasks.provenance import LOCK, Lock, read_lock
-from tasks.show import load_results
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,12 +69,12 @@ def summarize(
 
 
 def results(root: Path) -> dict[str, float]:
-    """`em/<model>/<data set or average>` and `arcap/<model>/<measurement>` of the report; empty without one."""
+    """The report's `em/<model>/<data set or average>` and `arcap/<model>/<measurement>`; none without one."""
     found: dict[str, float | None] = {}
-    with suppress(UserError, OSError, ValueError):
-        for model, sets in load_results(root / REPORTS / "results.json").items():
+    with suppress(OSError, ValueError):
+        for model, sets in json.loads((root / REPORTS / "results.json").read_bytes()).items():
             found |= {f"em/{model}/{name}": scores["em"] for name, scores in sets.items()}
-        for model, rows in json.loads((root / REPORTS / "arcap.json").read_text(encoding="utf-8")).items():
+        for model, rows in json.loads((root / REPORTS / "arcap.json").read_bytes()).items():
             found |= {f"arcap/{model}/{name}": row["mean"] for name, row in rows.items()}
     return {name: value for name, value in found.items() if value is not None}
 
@@ -86,7 +84,9 @@ def note(stages: Iterable[Made]) -> str:
     lines = ["| stage | state | time | run |", "| --- | --- | --- | --- |"]
     length, more = sum(map(len, lines)) + 100, 0
     for made in stages:
-        link = f"[{made.run_id[:8]}](#/experiments/{made.experiment}/runs/{made.run_id})" if made.run_id else ""
+        link = (
+            f"[{made.run_id[:8]}](#/experiments/{made.experiment}/runs/{made.run_id})" if made.run_id else ""
+        )
         time = "" if made.seconds is None else duration(made.seconds)
         line = f"| {made.stage} | {made.state} | {time} | {link or 'unknown'} |"
         length += len(line) + 1
@@ -130,7 +130,10 @@ def _output_tags(lock: Lock, stage: str) -> dict[str, str]:
 
 
 def _log(
-    client: "MlflowClient", run_id: str, tags: Mapping[str, str], metrics: Mapping[str, float] = MappingProxyType({})
+    client: "MlflowClient",
+    run_id: str,
+    tags: Mapping[str, str],
+    metrics: Mapping[str, float] = MappingProxyType({}),
 ) -> None:
     from mlflow.entities import Metric, RunTag
 

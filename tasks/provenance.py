@@ -57,7 +57,7 @@ def git_dirty(root: Path = Path()) -> bool | None:
 
 
 def labels(root: Path = Path()) -> dict[str, str]:
-    """Tags of every run: commit, whether it is all of the code, profile and seed; what is unknown is left out."""
+    """Tags of every run: commit, whether that is all of the code, profile and seed, as far as known."""
     found = {"git.commit": commit} if (commit := git_commit(root)) else {}
     if (dirty := git_dirty(root)) is not None:
         found["git.dirty"] = str(dirty).lower()

@@ -100,9 +100,8 @@ def stage(
         missing = [str(path) for path in outputs if not path.exists()]
         if missing:
             raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
-        if tracker.run_id:
-            pointers = describe(outputs)
-            tracker.later(lambda client, run_id: log_outputs(client, run_id, pointers))
+        pointers = describe(outputs)
+        tracker.later(lambda client, run_id: log_outputs(client, run_id, pointers))
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         products.remove_half_written()  # first: whoever ends this process may not wait

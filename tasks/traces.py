@@ -11,7 +11,7 @@ import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dgpo_core.protocol.episode import Episode, Outcome
 from dgpo_core.scoring.answers import token_f1
@@ -41,17 +41,17 @@ class Recorded:
 
 
 def trace_episodes(
-    run: Run, episodes: list[Episode], decode: Decode, limit: int, tags: Mapping[str, str] = {}
+    run: Run, episodes: list[Episode], decode: Decode, limit: int, tags: Mapping[str, str] | None = None
 ) -> None:
     """Record a sample of at most `limit` episodes under the stage's run; returns before they are sent."""
-    tags = {"stage": run.stage, **stage_labels(run.stage), **tags}
+    tags = {"stage": run.stage, **stage_labels(run.stage), **(tags or {})}
     recorded = [Recorded(episode, steps(episode, decode), dict(tags)) for episode in sample(episodes, limit)]
     if recorded:
         run.tracker.later(lambda client, run_id: send(client, run_id, recorded))
 
 
 def traced(run: Run, rollout: Rollout, decode: Decode, every: int, limit: int) -> Rollout:
-    """`rollout`, of which each `every`-th step's episodes are recorded, `limit` or TRAINING_EPISODES of them."""
+    """`rollout`, with a few episodes of each `every`-th step recorded: TRAINING_EPISODES, `limit` at most."""
 
     def remembered(questions: list[int], step: int) -> list[Episode]:
         episodes = rollout(questions, step)
@@ -85,7 +85,6 @@ def make_trace(recorded: Recorded, experiment: str, run_id: str) -> "Trace":
     name = f"{episode.dataset} {episode.question_id}"[:MAX_NAME]
     failed = episode.outcome is Outcome.FAILED
     now = time.time_ns()
-    outputs = {"answer": episode.prediction}
     attributes = {
         "golden_answers": episode.golden_answers,
         "outcome": str(episode.outcome),
@@ -93,14 +92,9 @@ def make_trace(recorded: Recorded, experiment: str, run_id: str) -> "Trace":
         "well_formed": episode.well_formed,
         "invalid_actions": episode.invalid_actions,
     }
-    reason = episode.failure or "failed" if failed else None
-    root = _span(number, 0, now, name, "AGENT", {"question": episode.question}, outputs, attributes, reason)
-    children = [
-        _span(
-            number, place, now, step.name, step.kind, step.inputs, step.outputs, step.attributes, step.error
-        )
-        for place, step in enumerate(recorded.steps, 1)
-    ]
+    question, answer = {"question": episode.question}, {"answer": episode.prediction}
+    root = Step(name, "AGENT", question, answer, attributes, error=episode.failure if failed else None)
+    spans = [_span(number, place, now, step) for place, step in enumerate([root, *recorded.steps])]
     info = TraceInfo(
         trace_id=f"tr-{number.hex()}",
         trace_location=TraceLocation.from_experiment_id(experiment),
@@ -119,7 +113,7 @@ def make_trace(recorded: Recorded, experiment: str, run_id: str) -> "Trace":
         },
         assessments=_assessments(episode, f"tr-{number.hex()}"),
     )
-    return Trace(info, TraceData(spans=[root, *children]))
+    return Trace(info, TraceData(spans=spans))
 
 
 def _assessments(episode: Episode, trace: str) -> "list[Assessment]":
@@ -133,48 +127,42 @@ def _assessments(episode: Episode, trace: str) -> "list[Assessment]":
     if episode.outcome is not Outcome.FAILED:
         f1 = token_f1(episode.prediction, episode.golden_answers)
         scores = {"em": episode.correct, "f1": round(f1, 6), "hit": episode.hit}
-        made += [
-            Feedback(name, value, source=source, trace_id=trace) for name, value in scores.items()
-        ]
+        made += [Feedback(name, value, source=source, trace_id=trace) for name, value in scores.items()]
     for each in made:  # of its own trace and name: sent twice, it is one
         each.assessment_id = "a-" + hashlib.sha256(f"{trace} {each.name}".encode()).hexdigest()[:32]
     return made
 
 
-def _span(
-    trace: bytes,
-    place: int,
-    now: int,
-    name: str,
-    kind: str,
-    inputs: Any,
-    outputs: Any,
-    attributes: Mapping[str, Any],
-    error: str | None,
-) -> "Span":
+def _span(trace: bytes, place: int, now: int, step: Step) -> "Span":
     """Span number `place` of a trace, 0 the root; they start a microsecond apart, which keeps their order."""
     from mlflow.entities import Span
 
-    own = {
+    attributes = {
+        **step.attributes,
         "mlflow.traceRequestId": f"tr-{trace.hex()}",
-        "mlflow.spanType": kind,
-        "mlflow.spanInputs": inputs,
-        "mlflow.spanOutputs": outputs,
+        "mlflow.spanType": step.kind,
+        "mlflow.spanInputs": step.inputs,
+        "mlflow.spanOutputs": step.outputs,
     }
     start = now + place * 1000
+    status = {"code": "STATUS_CODE_ERROR" if step.error else "STATUS_CODE_OK", "message": step.error or ""}
     return Span.from_dict(
         {
             "trace_id": _base64(trace),
-            "span_id": _base64(hashlib.sha256(trace + bytes([place % 256, place // 256])).digest()[:8]),
-            "parent_span_id": _base64(hashlib.sha256(trace + bytes(2)).digest()[:8]) if place else None,
-            "name": name,
+            "span_id": _span_id(trace, place),
+            "parent_span_id": _span_id(trace, 0) if place else None,
+            "name": step.name,
             "start_time_unix_nano": start,
             "end_time_unix_nano": start + 1000,
             "events": [],
-            "status": {"code": "STATUS_CODE_ERROR" if error else "STATUS_CODE_OK", "message": error or ""},
-            "attributes": {key: json.dumps(value) for key, value in {**attributes, **own}.items()},
+            "status": status,
+            "attributes": {key: json.dumps(value) for key, value in attributes.items()},
         }
     )
+
+
+def _span_id(trace: bytes, place: int) -> str:
+    return _base64(hashlib.sha256(trace + place.to_bytes(4)).digest()[:8])
 
 
 def _base64(number: bytes) -> str:
