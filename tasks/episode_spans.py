@@ -69,12 +69,12 @@ def documents(search: Search, shown: str) -> list[dict[str, Any]]:
 
     A passage for which there was no room left has empty contents.
     """
-    text = shown.partition(INFORMATION_START)[2].rpartition(INFORMATION_END)[0]
+    rest = shown.partition(INFORMATION_START)[2].rpartition(INFORMATION_END)[0]
     found = []
     for number, (passage, score) in enumerate(zip(search.passage_ids, search.scores, strict=True), 1):
-        _, _, rest = text.partition(f"Doc {number}(Title: ")
-        own = rest.partition(f"\nDoc {number + 1}(Title: ")[0]
-        title, content = _split_title(own)
+        own, following, rest = rest.partition(f"\nDoc {number + 1}(Title: ")
+        rest = following.lstrip("\n") + rest
+        title, content = _split_title(own.removeprefix(f"Doc {number}(Title: "))
         metadata = {"doc_id": passage, "title": title, "score": round(score, 4)}
         found.append({"page_content": content.strip(), "metadata": metadata, "id": passage})
     return found

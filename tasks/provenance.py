@@ -33,7 +33,7 @@ class Lock:
 
 def read_lock(root: Path = Path()) -> Lock:
     """Empty where there is no dvc.lock, or only half of one because DVC is writing it."""
-    with suppress(OSError, ValueError, yaml.YAMLError):
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
         text = (root / LOCK).read_bytes()
         stages = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stages"]
         outputs = {
