@@ -40,7 +40,10 @@ def run(*turns: str, retriever: Retriever | None = None, config: ProtocolConfig 
 
 
 def test_turns_and_searches_with_all_that_stood_before() -> None:
-    passages = [Passage("7", "Ada (poet) of Paris", "Ada was born."), Passage("8", "Paris", "A city (large).")]
+    passages = [
+        Passage("7", "Ada (poet) of Paris", "Ada was born."),
+        Passage("8", "Paris", "A city (large)."),
+    ]
     episode = run(SEARCH, "babble", ANSWER, retriever=Answering(passages))
     found = steps(episode, TOKENIZER.decode)
     assert [(step.name, step.kind) for step in found] == [
@@ -68,9 +71,9 @@ def test_turns_and_searches_with_all_that_stood_before() -> None:
     ]
     whole = TOKENIZER.decode(episode.token_ids)
     assert last.inputs["prompt"] + last.outputs == whole
-    assert sum(step.attributes.get("mlflow.chat.tokenUsage", {}).get("output_tokens", 0) for step in found) == (
-        episode.model_tokens
-    )
+    assert sum(
+        step.attributes.get("mlflow.chat.tokenUsage", {}).get("output_tokens", 0) for step in found
+    ) == (episode.model_tokens)
     assert last.attributes["mlflow.chat.tokenUsage"]["total_tokens"] == len(episode.token_ids)
 
 

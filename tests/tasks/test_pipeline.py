@@ -26,7 +26,10 @@ main(run)
 PIPELINE = """
 stages:
   pipe_first: {cmd: exec python stage.py pipe_first, outs: [pipe_first.txt]}
-  pipe_last: {cmd: exec python stage.py pipe_last pipe_first.txt, deps: [pipe_first.txt], outs: [pipe_last.txt]}
+  pipe_last:
+    cmd: exec python stage.py pipe_last pipe_first.txt
+    deps: [pipe_first.txt]
+    outs: [pipe_last.txt]
   alone: {cmd: exec python stage.py alone, outs: [alone.txt]}
 """
 
@@ -65,7 +68,9 @@ def test_the_second_run_points_to_the_first(repository: Path) -> None:
         ["pipe_first", "pipe_last"], "executed"
     )
     # DVC's own digest is the data set's, and the tag's by which the output is found again
-    (dataset,) = connect().get_run(first["pipe_last"]["run_id"]).inputs.dataset_inputs
+    inputs = connect().get_run(first["pipe_last"]["run_id"]).inputs
+    assert inputs
+    (dataset,) = inputs.dataset_inputs
     tags = connect().get_run(first["pipe_first"]["run_id"]).data.tags
     assert dataset.dataset.digest == tags["dvc.outputs.pipe_first.txt"]
     Path("dvc.yaml").write_text(PIPELINE.replace("stage.py pipe_last", "stage.py  pipe_last"))
