@@ -19,7 +19,7 @@ from dgpo_core.training.episode_sources import Rollout
 from tasks.episode_spans import Decode, Step, sample, steps
 from tasks.provenance import stage_labels
 from tasks.stage import Run
-from tasks.tracking import tracking_uri
+from tasks.tracking import tracking_uri, warn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from mlflow.entities.assessment import Assessment
 
 TRAINING_EPISODES = 8  # of a step of reinforcement learning
-MAX_NAME = 250  # characters, by MLflow's limit
+MAX_NAME, MAX_PREVIEW = 250, 1000  # characters, by MLflow's limits
 SCORER = "dgpo_core.scoring"
 
 
@@ -45,7 +45,11 @@ def trace_episodes(
 ) -> None:
     """Record a sample of at most `limit` episodes under the stage's run; returns before they are sent."""
     tags = {"stage": run.stage, **stage_labels(run.stage), **(tags or {})}
-    recorded = [Recorded(episode, steps(episode, decode), dict(tags)) for episode in sample(episodes, limit)]
+    try:
+        recorded = [Recorded(each, steps(each, decode), dict(tags)) for each in sample(episodes, limit)]
+    except Exception as error:  # the episodes are good and paid for, whatever stands in their way here
+        warn(error)
+        return
     if recorded:
         run.tracker.later(lambda client, run_id: send(client, run_id, recorded))
 
@@ -101,8 +105,8 @@ def make_trace(recorded: Recorded, experiment: str, run_id: str) -> "Trace":
         request_time=now // 1_000_000,
         execution_duration=0,
         state=TraceState.ERROR if failed else TraceState.OK,
-        request_preview=episode.question,
-        response_preview=episode.failure if failed else episode.prediction,
+        request_preview=episode.question[:MAX_PREVIEW],
+        response_preview=((episode.failure if failed else episode.prediction) or "")[:MAX_PREVIEW],
         trace_metadata={"mlflow.sourceRun": run_id},
         tags={
             **recorded.tags,
