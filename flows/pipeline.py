@@ -153,7 +153,7 @@ def _bring_up_to_date(
     if settings.dry_run:
         _publish_markdown("dry-run", _forecast(chosen, settings.force))
         return
-    parent = Pipeline("pipeline", {"flow": "prefect", **_flow_tags()})
+    parent = Pipeline("pipeline", {"flow": "prefect", **_flow_tags()}, tree)
     if parent.run_id:
         os.environ[PIPELINE_RUN] = parent.run_id
         _link(parent.run_id)
@@ -175,7 +175,7 @@ def _bring_up_to_date(
         end_all()  # nothing is left, unless the flow was cancelled or killed
         cancel_all()
         os.environ.pop(PIPELINE_RUN, None)
-        parent.close(succeeded)
+        parent.close(succeeded, list(chosen))
     _publish_markdown("pipeline", _summary(outcomes, tree))
     if not succeeded:
         raise PipelineFailed("; ".join(outcome.message for outcome in outcomes if outcome.message))

@@ -16,12 +16,14 @@ from dgpo_core.training.models import load_model, load_tokenizer
 from tasks.agents import agent_loop, local, model_source, retriever, tasks_for, write_metrics
 from tasks.paths import EVALUATION, INDEX, METRICS, QUESTIONS, questions_file
 from tasks.stage import Run, main, stage
+from tasks.traces import trace_episodes
 
 
 def evaluate(model: str) -> None:
     params = load_params()
     source, out = model_source(params, model), EVALUATION / model
     config = params.sections("evaluate", "protocol", "rollout", "retrieval", "questions") | {"model": source}
+    del config["evaluate"]["trace_episodes"]  # changes no output: what is done of a killed evaluation counts
     inputs = [INDEX, QUESTIONS, *local(source)]
     with stage(f"evaluate@{model}", config=config, inputs=inputs, outputs=[out]) as run:
         tokenizer = load_tokenizer(source)
@@ -38,6 +40,7 @@ def evaluate(model: str) -> None:
         summary = summarize(params, episodes)
         write_metrics(METRICS / f"evaluate-{model}.json", summary)
         run.summary(summary)
+        trace_episodes(run, episodes, tokenizer.decode, params.evaluate.trace_episodes)
 
 
 class Evaluator:

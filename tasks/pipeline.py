@@ -3,6 +3,8 @@
 The same as `dvc repro`, with a run in MLflow above the runs of the stages.
 """
 
+import contextlib
+import io
 import os
 import sys
 
@@ -30,13 +32,34 @@ def main(arguments: list[str]) -> int:
     pipeline = Pipeline("pipeline", {"arguments": " ".join(arguments)})
     if pipeline.run_id:
         os.environ[PIPELINE_RUN] = pipeline.run_id
-    code = 1
+    code, stages = 1, list[str]()
     try:
         # In this process and not in a child of it: when it is killed, the stage's parent is gone and it ends.
         code = int(dvc(["repro", *arguments]))
+        stages = planned(arguments)
     finally:
-        pipeline.close(succeeded=code == 0)
+        pipeline.close(code == 0, stages)
     return code
+
+
+def planned(arguments: list[str]) -> list[str]:
+    """Names of the stages that `dvc repro` with these arguments looks at, in order; none if it refuses."""
+    from dvc.cli import DvcParserError, parse_args
+    from dvc.exceptions import DvcException
+    from dvc.repo import Repo
+    from dvc.repo.reproduce import collect_stages, get_active_graph, plan_repro
+
+    try:
+        with contextlib.redirect_stderr(io.StringIO()):  # DVC has said already what is wrong with them
+            asked = parse_args(["repro", *arguments])
+        with Repo() as repo:
+            graph = get_active_graph(repo.index.graph)
+            stages = collect_stages(repo, asked.targets or ["dvc.yaml"], asked.recursive, asked.glob)
+            if not asked.single_item:
+                stages = plan_repro(graph, stages, pipeline=asked.pipeline, downstream=asked.downstream)
+            return [stage.addressing for stage in stages if stage.cmd]
+    except (DvcException, DvcParserError):
+        return []
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from tasks.agents import (
 )
 from tasks.paths import INDEX, METRICS, MODELS, PLOTS, QUESTIONS
 from tasks.stage import main, stage
+from tasks.traces import traced
 
 
 def reinforce(name: str) -> None:
@@ -41,6 +42,8 @@ def reinforce(name: str) -> None:
         loop = agent_loop(params, student, tokenizer, retriever(params))
         tasks = split_tasks(params, "train", params.seed)
         rollout = training_rollout(loop, tasks, params.reinforce.sampling, params.seed)
+        every, limit = params.reinforce.dev_every, params.evaluate.trace_episodes
+        rollout = traced(run, rollout, tokenizer.decode, every, limit)
         dev = DevEvaluator(params, loop, params.reinforce.dev_questions)
         trainer = Reinforcer(student, reference, recipe, params.reinforce, params.compute, params.seed)
         report = reporter(run, ("em", "kl_inside", "searches"))

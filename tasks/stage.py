@@ -13,7 +13,6 @@ import os
 import platform
 import shutil
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -28,6 +27,8 @@ from dgpo_core.errors import InfrastructureError, UserError
 from tasks.files import Outputs, content_hash, remove, write_json
 from tasks.process import exit_on_sigterm, peak_memory
 from tasks.progress import Reporter
+from tasks.provenance import git_commit, labels, stage_labels
+from tasks.run_data import describe, log_inputs, log_outputs
 from tasks.tracking import CLOSE_TIMEOUT, StageRun, numbers
 
 STATE, RUNS = Path(".state"), Path("runs")
@@ -89,8 +90,9 @@ def stage(
     except BaseException as error:
         _record_failure(name, error)
         raise
-    tags = {"git": _git_revision(), **{f"input.{path}": digest for path, digest in hashes.items()}}
+    tags = {**stage_labels(name), **labels(), **{f"input.{path}": digest for path, digest in hashes.items()}}
     tracker = StageRun(name, config, tags, state / TRACKING_RUN)
+    tracker.later(lambda client, run_id: log_inputs(client, run_id, name, hashes))
     run = Run(name, state, Reporter(name), tracker)
     status = "FINISHED"
     try:
@@ -98,6 +100,8 @@ def stage(
         missing = [str(path) for path in outputs if not path.exists()]
         if missing:
             raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
+        pointers = describe(outputs)
+        tracker.later(lambda client, run_id: log_outputs(client, run_id, pointers))
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         products.remove_half_written()  # first: whoever ends this process may not wait
@@ -181,19 +185,11 @@ def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None
         "peak_memory_bytes": peak_memory(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "git": _git_revision(),
+        "git": git_commit(),
         "mlflow_run": run.tracker.run_id,
         "summary": run.final,
     }
     write_json(RUNS / run.stage / "run.json", record)
-
-
-def _git_revision() -> str:
-    """The commit that is checked out; empty outside git."""
-    command = ["git", "rev-parse", "HEAD"]
-    with suppress(OSError):
-        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    return ""
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,4 +1,6 @@
-"""MLflow: one run for each executed stage, under the run of its pipeline. The only file that imports it.
+"""MLflow: one run for each executed stage, under the run of its pipeline.
+
+Besides this file `run_data`, `pipeline_summary` and `traces` import it, each with a client from here.
 
 The store is MLFLOW_TRACKING_URI (a server, say) or `mlflow.db` in the working directory, with artifacts in
 `mlruns/`. Everything after the import happens on a thread of its own, in order and in batches: a slow store
@@ -6,19 +8,24 @@ does not slow training down, and a broken one is warned of once and otherwise ig
 """
 
 import json
+import logging
 import math
 import os
 import queue
 import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
+
+from tasks.pipeline_summary import summarize
+from tasks.provenance import changed_settings, labels, settings
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
+    from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 EXPERIMENT = "dgpo"
 PIPELINE_RUN = "DGPO_PIPELINE_RUN"  # environment: id of the pipeline's run, the parent of the stages' runs
@@ -68,27 +75,42 @@ def start_run(client: "MlflowClient", name: str, tags: Mapping[str, str], parent
 
 
 class Pipeline:
-    """The parent run of a pipeline. Without a working store: None as its id, and one warning."""
+    """The parent run of a pipeline in `root`. Without a working store: None as its id, and one warning."""
 
-    def __init__(self, name: str, tags: Mapping[str, str] | None = None) -> None:
+    def __init__(self, name: str, tags: Mapping[str, str] | None = None, root: Path = Path()) -> None:
         self.run_id: str | None = None
+        self._root = root
         try:
             self._client = connect()
-            self.run_id = start_run(self._client, name, {"kind": "pipeline", **(tags or {})})
+            params = settings(root)
+            described = {"kind": "pipeline", **labels(root), **(tags or {})}
+            if params:
+                name = f"{name} {params.profile} seed {params.seed}"
+                described["recipes"] = " ".join(params.recipes.all)
+                changed = flatten(changed_settings(params, root))
+                described["changed"] = " ".join(f"{key}={value}" for key, value in changed.items())
+            self.run_id = start_run(self._client, name, described)
+            if params:
+                log_params(self._client, self.run_id, flatten(params.model_dump(mode="json")))
         except Exception as error:
             warn(error)
 
-    def close(self, succeeded: bool) -> None:
-        """End the run, or delete it when no stage was executed: it would say nothing."""
+    def close(self, succeeded: bool, stages: Iterable[str] | None = None) -> None:
+        """End the run and say where its outputs are from, or delete it when no stage was executed.
+
+        `stages` are those that the pipeline brought up to date, executed or not; None: all in dvc.lock.
+        """
         if self.run_id is None:
             return
         try:
             experiments = [self._client.get_run(self.run_id).info.experiment_id]
             children = f"tags.`mlflow.parentRunId` = '{self.run_id}'"
-            if self._client.search_runs(experiments, children, max_results=1):
-                self._client.set_terminated(self.run_id, "FINISHED" if succeeded else "FAILED")
-            else:
-                self._client.delete_run(self.run_id)
+            if not self._client.search_runs(experiments, children, max_results=1):
+                self._client.delete_run(self.run_id)  # it would say nothing
+                return
+            # first the state: who ends us may not wait for the rest
+            self._client.set_terminated(self.run_id, "FINISHED" if succeeded else "FAILED")
+            summarize(self._client, self.run_id, self._root, stages, succeeded)
         except Exception as error:
             warn(error)
 
@@ -109,9 +131,12 @@ class StageRun:
         self._lock = threading.Lock()
         self._warned = False
         self._thread: threading.Thread | None = None
+        self._monitor: SystemMetricsMonitor | None = None
         try:
             os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-            import mlflow  # noqa: F401  on this thread: imports side by side with torch's may see half of a module
+            # on this thread: imports side by side with torch's may see half of a module
+            import mlflow
+            import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
         except Exception as error:
             self._warn(error)
             return
@@ -124,6 +149,10 @@ class StageRun:
         with self._lock:
             if len(self._metrics) < MAX_WAITING:
                 self._metrics += [(name, float(value), step, now) for name, value in values.items()]
+
+    def later(self, job: Job) -> None:
+        """Have the thread call `job` with client and run id, after all that was asked before."""
+        self._jobs.put(job)
 
     def register_model(self, name: str, pointer: Mapping[str, str]) -> None:
         """A version of a registered model: a pointer to weights kept elsewhere, whose fields become tags."""
@@ -146,6 +175,7 @@ class StageRun:
         """Send what is left and end the run as FINISHED, FAILED or KILLED; waits `timeout` s at most."""
         if self._thread is None:
             return
+        self._jobs.put(lambda _client, _run_id: self._stop_monitor())
         self._jobs.put(lambda client, run_id: client.set_terminated(run_id, status))
         self._jobs.put(None)
         self._thread.join(timeout)
@@ -157,6 +187,7 @@ class StageRun:
         try:
             client = connect()
             self.run_id = self._open_run(client)
+            self._start_monitor(self.run_id)
         except Exception as error:
             self._warn(error)
         while True:
@@ -178,13 +209,28 @@ class StageRun:
         run_id = self._earlier_run(client)
         if run_id:
             client.update_run(run_id, status="RUNNING")
-            if parent:
-                client.set_tag(run_id, "mlflow.parentRunId", parent)
+            for name, value in {**self._tags, **({"mlflow.parentRunId": parent} if parent else {})}.items():
+                client.set_tag(run_id, name, value)  # the commit may be another one by now
             return run_id
         run_id = start_run(client, self._stage, {"kind": "stage", "stage": self._stage, **self._tags}, parent)
         self._memory.write_text(run_id, encoding="utf-8")
-        self._log_params(client, run_id)
+        log_params(client, run_id, self._params)
         return run_id
+
+    def _start_monitor(self, run_id: str) -> None:
+        """MLflow's own samples of processor, memory, disk, network and GPU, unless its variable says no."""
+        os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
+        from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
+        from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+        if MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING.get():
+            logging.getLogger("mlflow.system_metrics").setLevel(logging.CRITICAL)  # we warn, and once
+            self._monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri())
+            self._monitor.start()
+
+    def _stop_monitor(self) -> None:
+        if self._monitor:
+            self._monitor.finish()
 
     def _earlier_run(self, client: "MlflowClient") -> str | None:
         from mlflow.exceptions import MlflowException
@@ -196,13 +242,6 @@ class StageRun:
         except MlflowException:  # another store, or one that was cleaned
             return None
         return str(run.info.run_id) if run.info.lifecycle_stage == "active" else None
-
-    def _log_params(self, client: "MlflowClient", run_id: str) -> None:
-        from mlflow.entities import Param
-
-        params = [Param(name, value[:MAX_PARAM_LENGTH]) for name, value in self._params.items()]
-        for start in range(0, len(params), MAX_PARAMS):
-            client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
 
     def _flush(self, client: "MlflowClient", run_id: str) -> None:
         while batch := self._waiting():
@@ -222,6 +261,15 @@ class StageRun:
         if not self._warned:
             self._warned = True
             warn(error)
+
+
+def log_params(client: "MlflowClient", run_id: str, values: Mapping[str, str]) -> None:
+    """Parameters of a run, in requests of a size that MLflow takes."""
+    from mlflow.entities import Param
+
+    params = [Param(name, value[:MAX_PARAM_LENGTH]) for name, value in values.items()]
+    for start in range(0, len(params), MAX_PARAMS):
+        client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:

@@ -135,6 +135,9 @@ class EvaluateConfig(Section):
     seed: NonNegativeInt = Field(0, description="of sampling; greedy episodes do not depend on it")
     chunk: PositiveInt = Field(512, description="episodes between two checkpoints")
     questions: PositiveInt | None = Field(None, description="first so many of each set; null: all")
+    trace_episodes: NonNegativeInt = Field(
+        40, description="episodes of a model that MLflow gets as traces; 0: none, in training either"
+    )
 
 
 class ReportConfig(Section):

@@ -26,6 +26,7 @@ from tasks.index import index
 from tasks.reinforce import reinforce
 from tasks.report import report
 from tasks.teach import teach
+from tasks.tracking import connect
 from tests.conftest import make_workplace
 from tests.tasks.miniature import ROOT, make_project
 
@@ -128,6 +129,24 @@ def test_models_load_with_plain_transformers(finished: Path) -> None:
 def test_curves_have_a_row_a_step(finished: Path) -> None:
     rows = (finished / "plots/reinforce-dgpo.csv").read_text().splitlines()
     assert rows[0].startswith("step,") and len(rows) == 1 + 4
+
+
+@pytest.mark.parametrize(("stage", "count"), [("evaluate@teacher", 28), ("reinforce@dgpo", 16)])
+def test_episodes_are_traced_in_the_stages_run(
+    finished: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch, stage: str, count: int
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    client = connect()
+    run = json.loads((finished / "runs" / stage / "run.json").read_text())["mlflow_run"]
+    experiment = client.get_run(run).info.experiment_id
+    found = client.search_traces(locations=[experiment], run_id=run, max_results=100)
+    assert len(found) == count  # 4 questions of each of 7 sets; 8 episodes of steps 2 and 4
+    for trace in found:
+        kinds = [span.span_type for span in trace.data.spans]
+        assert kinds[:2] == ["AGENT", "LLM"]
+        for span in trace.data.spans:
+            if span.span_type == "RETRIEVER":
+                assert span.outputs[0]["page_content"] and span.outputs[0]["metadata"]["title"]
 
 
 def test_nothing_is_left_of_finished_stages(finished: Path) -> None:

@@ -1,6 +1,8 @@
 """MLflow: what a stage leaves in a real sqlite store, and that a broken store is survived."""
 
 import json
+import threading
+import time
 from pathlib import Path
 
 import numpy
@@ -8,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tasks.files import content_hash
 from tasks.stage import stage
 from tasks.tracking import PIPELINE_RUN, Pipeline, connect, flatten
 
@@ -26,6 +29,7 @@ def test_run_holds_params_metrics_and_state(workplace: Path) -> None:
     assert found.info.status == "FINISHED"
     assert found.data.params == {"dgpo.beta": "0.5", "dgpo.gate": "[1, null]", "name": "x"}
     assert found.data.tags["stage"] == "train"
+    assert "profile" not in found.data.tags  # there is no params.yaml here
     assert (found.data.metrics["em"], found.data.metrics["f1"]) == (0.75, 0.5)
     history = client.get_metric_history(found.info.run_id, "train/em")
     assert [point.step for point in sorted(history, key=lambda point: point.step)] == list(range(2500))
@@ -80,6 +84,94 @@ def test_models_are_registered_as_pointers(workplace: Path) -> None:
     assert newest.tags["folder"] == "model"
     assert newest.tags["stage"] == "train"
     assert len(newest.tags["hash"]) == 64
+
+
+def test_inputs_are_data_sets_with_their_digests(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for path in ("data/corpus.jsonl", "models/student/weights", "other.txt"):
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        Path(path).write_text(path)
+    md5 = "0123456789abcdef0123456789abcdef"
+    outs = [{"path": "data/corpus.jsonl", "md5": md5}, {"path": "models/student", "md5": f"{md5}.dir"}]
+    Path("dvc.lock").write_text(json.dumps({"stages": {"data": {"outs": outs}}}))
+    inputs = [Path("data/corpus.jsonl"), Path("models/student"), Path("other.txt")]
+
+    def logged(name: str) -> dict[str, tuple[str, str]]:
+        for _ in range(2):  # the second time it continues, and its inputs are still the same three
+            with pytest.raises(RuntimeError), stage(name, config={}, inputs=inputs):
+                raise RuntimeError
+        run = json.loads(Path(f"runs/{name}/run.json").read_text())["mlflow_run"]
+        inputs_of_run = connect().get_run(run).inputs
+        assert inputs_of_run
+        found = inputs_of_run.dataset_inputs
+        assert len(found) == 3
+        assert all(json.loads(each.dataset.source)["uri"].startswith("file:///") for each in found)
+        return {each.dataset.name: (each.dataset.digest, each.tags[0].value) for each in found}
+
+    sha = content_hash(Path("data/corpus.jsonl"))
+    assert logged("index")["data/corpus.jsonl"] == (sha[:36], "training")  # by hand: the file as it is
+    monkeypatch.setenv("DVC_STAGE", "evaluate@student")
+    assert logged("evaluate@student") == {
+        "data/corpus.jsonl": (md5, "evaluation"),
+        "models/student": (f"{md5}.dir", "model"),
+        "other.txt": (content_hash(Path("other.txt"))[:36], "evaluation"),
+    }
+
+
+def test_curves_are_copied_and_large_outputs_only_named(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.run_data.MAX_COPY", 20)
+    with stage("train", config={}, outputs=[Path("models/kd"), Path("plots/kd.csv"), Path("reports")]):
+        for path, text in {
+            "models/kd/weights": "x" * 1000,
+            "models/kd/tokenizer": "y" * 10,
+            "plots/kd.csv": "step,loss",
+            "reports/results.json": "{}",
+            "reports/index.html": "z" * 21,
+        }.items():
+            Path(path).parent.mkdir(parents=True, exist_ok=True)
+            Path(path).write_text(text)
+    client, run = connect(), last_run_id()
+    files = {
+        folder: {f.path for f in client.list_artifacts(run, folder)} for folder in ("", "plots", "reports")
+    }
+    assert files == {
+        "": {"outputs.json", "plots", "reports"},
+        "plots": {"plots/kd.csv"},
+        "reports": {"reports/results.json"},
+    }
+    pointers = json.loads(Path(client.download_artifacts(run, "outputs.json")).read_text())
+    assert pointers["models/kd"] == {"sha256": content_hash(Path("models/kd")), "bytes": 1010, "files": 2}
+    assert pointers["reports"]["files"] == 2
+
+
+@pytest.mark.parametrize("enabled", ["true", "false"])
+def test_machine_is_sampled_unless_mlflows_variable_says_no(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, enabled: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "0.05")
+    if enabled == "false":  # it is on by default
+        monkeypatch.setenv("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", enabled)
+    with stage("train", config={}) as run:
+        time.sleep(0.6)
+        run.metrics(1, {"em": 0.1})
+    metrics = connect().get_run(last_run_id()).data.metrics
+    assert ("system/cpu_utilization_percentage" in metrics) == (enabled == "true")
+    assert metrics["em"] == 0.1
+    assert not [thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor"]
+
+
+def test_a_stage_ends_while_the_machine_is_sampled_rarely(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL", "600")
+    with stage("train", config={}):
+        pass
+    started = time.monotonic()
+    with stage("train", config={}):
+        pass
+    assert time.monotonic() - started < 10
+    assert connect().get_run(last_run_id()).info.status == "FINISHED"
 
 
 def test_broken_store_is_warned_of_once(

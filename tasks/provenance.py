@@ -1,0 +1,114 @@
+"""What a run was made of, in words that can be compared: commit, settings, dvc.lock. Knows no MLflow."""
+
+import hashlib
+import subprocess
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dgpo_core.config.params import PARAMS, Params, load_params, paper_recipes, resolve_profile
+from dgpo_core.errors import UserError
+
+LOCK, PROFILES = Path("dvc.lock"), Path("profiles")
+# Recorded in every run anyway, and written while it lasts (`dvc.lock` by DVC, `params.yaml` by `make use`).
+RECORDED = (LOCK, PARAMS)
+NAMED = {"distill": "recipe", "reinforce": "recipe", "evaluate": "model", "base-model": "model"}
+
+
+@dataclass(frozen=True)
+class Lock:
+    """dvc.lock: the outputs of the stages that have run, as DVC's digests, and the file's own SHA-256."""
+
+    outputs: dict[str, dict[str, str]] = field(default_factory=dict)  # stage -> path -> md5
+    digest: str = ""
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Digest of each path that is some stage's output."""
+        return {path: md5 for paths in self.outputs.values() for path, md5 in paths.items()}
+
+
+def read_lock(root: Path = Path()) -> Lock:
+    """Empty where there is no dvc.lock, or only half of one because DVC is writing it."""
+    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
+        text = (root / LOCK).read_bytes()
+        stages = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stages"]
+        outputs = {
+            stage: {out["path"]: str(out["md5"]) for out in entry.get("outs", []) if "md5" in out}
+            for stage, entry in stages.items()
+        }
+        return Lock(outputs, hashlib.sha256(text).hexdigest())
+    return Lock()
+
+
+def git_commit(root: Path = Path()) -> str:
+    """The commit that is checked out; empty outside git."""
+    return (_git(root, "rev-parse", "HEAD") or "").strip()
+
+
+def git_dirty(root: Path = Path()) -> bool | None:
+    """Whether a tracked file differs from the commit, RECORDED ones aside; None outside git."""
+    others = [f":(exclude){path}" for path in RECORDED]
+    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
+    return None if changed is None else bool(changed)
+
+
+def labels(root: Path = Path()) -> dict[str, str]:
+    """Tags of every run: commit, whether that is all of the code, profile and seed, as far as known."""
+    found = {"git.commit": commit} if (commit := git_commit(root)) else {}
+    if (dirty := git_dirty(root)) is not None:
+        found["git.dirty"] = str(dirty).lower()
+    if params := settings(root):
+        found |= {"profile": params.profile, "seed": str(params.seed)}
+    return found
+
+
+def stage_labels(stage: str) -> dict[str, str]:
+    """What the part after `@` names: `distill@kd` -> {"recipe": "kd"}, `evaluate@kd` -> {"model": "kd"}."""
+    kind, _, item = stage.partition("@")
+    return {NAMED[kind]: item} if item and kind in NAMED else {}
+
+
+def settings(root: Path = Path()) -> Params | None:
+    """params.yaml; None where it is missing or invalid, which the stage that reads it will say."""
+    with suppress(UserError):
+        return load_params(root / PARAMS)
+    return None
+
+
+def changed_settings(params: Params, root: Path = Path()) -> dict[str, Any]:
+    """The sections of params.yaml that somebody edited: what differs from its profile, nested as there.
+
+    Which of the paper's recipes were chosen is no difference; a row that the paper does not have is one.
+    Empty for a profile that there is not.
+    """
+    with suppress(UserError):
+        rows = params.recipes.all.keys() & paper_recipes(["all"]).all.keys()
+        path = root / PROFILES / f"{params.profile}.yaml"
+        profile = resolve_profile(path, sorted(rows) or None)
+        return _difference(params.model_dump(mode="json", exclude={"compare"}), profile)
+    return {}
+
+
+def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
+    changed: dict[str, Any] = {}
+    for key, value in ours.items():
+        other = theirs.get(key)
+        if isinstance(value, dict) and isinstance(other, dict):
+            if inner := _difference(value, other):
+                changed[key] = inner
+        elif value != other:
+            changed[key] = value
+    return changed
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """What git prints; None when it fails. It takes no lock: somebody may be working here."""
+    command = ["git", "--no-optional-locks", *arguments]
+    with suppress(OSError):
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+        return done.stdout if done.returncode == 0 else None
+    return None
