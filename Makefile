@@ -22,13 +22,12 @@ export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
-export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 # DVC starts `python` of the stages' commands: it must be ours.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help use demo test test-all pipeline reproduce serve ui check lint format-check types format base-models clean
+.PHONY: help use demo test test-all pipeline reproduce serve ui up down status secrets check lint format-check types format base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -78,10 +77,19 @@ serve: $(VENV)/.installed  ## wait for pipeline runs that are started from the P
 	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline serve
 
 ui: $(VENV)/.installed  ## show both dashboards until Ctrl-C
-	@echo "MLflow: http://127.0.0.1:$(MLFLOW_PORT)"
-	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m mlflow server --host 127.0.0.1 \
-		--port $(MLFLOW_PORT) --workers 1 --backend-store-uri $(MLFLOW_TRACKING_URI) \
-		--default-artifact-root file://$(CURDIR)/mlruns
+	@$(PY) -m infra.services ui --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+up: $(VENV)/.installed  ## keep Prefect's and MLflow's servers running; everything here then uses them
+	@$(PY) -m infra.services up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+down: $(VENV)/.installed  ## end them
+	@$(PY) -m infra.services down
+
+status: $(VENV)/.installed  ## show which of them run
+	@$(PY) -m infra.services status
+
+secrets:  ## write infra/.env, the passwords of infra/compose.yaml, unless it is there
+	@python3 infra/secrets.py
 
 check: lint format-check types  ## ruff and mypy
 

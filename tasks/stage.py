@@ -28,6 +28,7 @@ from dgpo_core.errors import InfrastructureError, UserError
 from tasks.files import Outputs, content_hash, remove, write_json
 from tasks.process import exit_on_sigterm, peak_memory
 from tasks.progress import Reporter
+from tasks.services import adopt
 from tasks.tracking import CLOSE_TIMEOUT, StageRun, numbers
 
 STATE, RUNS = Path(".state"), Path("runs")
@@ -122,6 +123,7 @@ def main(function: Callable[[], None]) -> NoReturn:
         remove(STATE / dvc_stage / FAILURE)
     code = 0
     try:
+        adopt()
         function()
     except BaseException as error:
         with suppress(OSError):  # nobody may be reading any more
