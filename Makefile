@@ -89,7 +89,7 @@ status: $(VENV)/.installed  ## show which of them run
 	@$(PY) -m infra.services status
 
 secrets:  ## write infra/.env, the passwords of infra/compose.yaml, unless it is there
-	@python3 infra/secrets.py
+	@python3 -m infra.secrets
 
 check: lint format-check types  ## ruff and mypy
 
