@@ -15,6 +15,8 @@ CONSTRAINTS := constraints/main.txt
 # A file of tests stays in one process, which makes what its tests share once.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 ORACLES := constraints/oracles.txt
+# Of DVC's 270 columns, all but validation EM, average EM and parameters.
+UNIMPORTANT := Created|^(?!Experiment|.*(average|dev_em)$$|seed|[a-z_]+\.[a-z_.]+$$)
 
 # Two OpenMP threads that spin at barriers are up to 50 times slower beside any other busy process.
 export OMP_WAIT_POLICY ?= passive
@@ -27,7 +29,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help use demo test test-all pipeline reproduce serve ui up down status secrets check lint format-check types format base-models clean
+.PHONY: help use demo test test-all pipeline reproduce serve ui up down status push pull experiments secrets check lint format-check types format base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -87,6 +89,15 @@ down: $(VENV)/.installed  ## end them
 
 status: $(VENV)/.installed  ## show which of them run
 	@$(PY) -m infra.services status
+
+push: $(VENV)/.installed  ## send the outputs to DVC's remote
+	@$(PY) -m infra.remote push
+
+pull: $(VENV)/.installed  ## get the outputs from DVC's remote
+	@$(PY) -m infra.remote pull
+
+experiments: $(VENV)/.installed  ## compare `dvc exp run`s: EM and the parameters that differ
+	@$(PY) -m dvc exp show --only-changed --no-pager --drop '$(UNIMPORTANT)'
 
 secrets:  ## write infra/.env, the passwords of infra/compose.yaml, unless it is there
 	@python3 -m infra.secrets
