@@ -90,8 +90,8 @@ down: $(VENV)/.installed  ## end them
 status: $(VENV)/.installed  ## show which of them run
 	@$(PY) -m infra.services status
 
-push: $(VENV)/.installed  ## send the outputs to DVC's remote
-	@$(PY) -m infra.remote push
+push: $(VENV)/.installed  ## send the outputs to DVC's remote; HISTORY=1: also those of earlier runs
+	@$(PY) -m infra.remote push $(if $(HISTORY),--history)
 
 pull: $(VENV)/.installed  ## get the outputs from DVC's remote
 	@$(PY) -m infra.remote pull

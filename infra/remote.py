@@ -1,12 +1,16 @@
 """Outputs to and from DVC's remote: `python -m infra.remote push` or `pull` (`make push`, `make pull`).
 
-`dvc push --run-cache` and `dvc pull --run-cache`, after a look whether there is such a remote: without one,
-`dvc pull` lists every output as missing and does not say that nobody has pushed.
+`dvc push` and `dvc pull` with two additions. Without a remote `dvc pull` lists every output as missing and does
+not say that nobody has pushed; and `dvc push --run-cache` sends the records of earlier runs without their outputs,
+so that nobody else can go back to them.
 """
+
+from contextlib import suppress
+from typing import Annotated
 
 import typer
 from dvc.cli import main as dvc
-from dvc.exceptions import DvcException
+from dvc.exceptions import CollectCacheError, DvcException
 from dvc.repo import Repo
 
 from dgpo_core.errors import UserError
@@ -16,16 +20,20 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_
 
 
 @app.command()
-def push() -> None:
-    """Send what dvc.lock names, and what stages made before, to the default remote."""
+def push(
+    history: Annotated[bool, typer.Option("--history", help="also the outputs of all earlier runs")] = False,
+) -> None:
+    """Send what dvc.lock names to the default remote."""
     address, _ = _remote()
     _dvc("push", "--run-cache")
+    if history:
+        _push_history()
     print(f"pushed to {address}")
 
 
 @app.command()
 def pull() -> None:
-    """Get what dvc.lock names, and what stages made before, from the default remote."""
+    """Get what dvc.lock names from the default remote; `dvc repro --pull` gets earlier runs' outputs."""
     address, missing = _remote()
     if missing:
         raise UserError(
@@ -44,6 +52,18 @@ def _remote() -> tuple[str, bool]:
             return str(remote.path), local and not remote.fs.exists(remote.path)
     except DvcException as error:
         raise UserError(f"DVC: {' '.join(str(error).split())}") from error
+
+
+def _push_history() -> None:
+    """Outputs of every run on record, as far as `dvc gc` has left them."""
+    with Repo() as repo:
+        found = set()
+        for record in repo.stage_cache.push(None):
+            with suppress(CollectCacheError):
+                for objects in repo.stage_cache.get_used_objs([record]).values():
+                    found |= {item for item in objects if repo.cache.local.exists(item.value)}
+        if repo.cloud.push(found).failed:
+            raise UserError("some outputs of earlier runs could not be sent to the DVC remote; try again")
 
 
 def _dvc(*arguments: str) -> None:

@@ -41,9 +41,9 @@ def dvc(place: Path, *arguments: str) -> str:
     return run(place, sys.executable, "-m", "dvc", *arguments)
 
 
-def remote(place: Path, action: str, fails: bool = False) -> str:
+def remote(place: Path, *action: str, fails: bool = False) -> str:
     # as an installed program: the miniature has a package `tasks` of its own
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['', {action!r}]; "
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['', *{action!r}]; "
     code += "from infra.remote import app; from tasks.stage import main; main(app)"
     return run(place, sys.executable, "-P", "-c", code, fails=fails)
 
@@ -85,7 +85,7 @@ def test_a_second_clone_pulls_and_has_nothing_to_do(first: Path) -> None:
     message = remote(second, "pull", fails=True)
     assert message.count("\n") == 1
     assert f"{first.parent / 'dgpo-remote'}: nothing was pushed" in message
-    assert "pushed to" in remote(first, "push")
+    assert "pushed to" in remote(first, "push", "--history")
 
     remote(second, "pull")
     assert (second / "models/dgpo").read_text() == "0.25"
