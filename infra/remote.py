@@ -1,8 +1,8 @@
 """Outputs to and from DVC's remote: `python -m infra.remote push` or `pull` (`make push`, `make pull`).
 
-`dvc push` and `dvc pull` with two additions. Without a remote `dvc pull` lists every output as missing and does
-not say that nobody has pushed; and `dvc push --run-cache` sends the records of earlier runs without their outputs,
-so that nobody else can go back to them.
+`dvc push` and `dvc pull` with two additions. Without a remote `dvc pull` lists every output as missing and
+does not say that nobody has pushed. And `dvc push --run-cache` sends the records of earlier runs, not their
+outputs, so that nobody else can go back to them.
 """
 
 from contextlib import suppress
@@ -37,8 +37,8 @@ def pull() -> None:
     address, missing = _remote()
     if missing:
         raise UserError(
-            f"{address}: nothing was pushed to this DVC remote: run `make push` where the outputs are, name another "
-            "remote (docs/operations.md), or make the outputs here (`make demo`)"
+            f"{address}: nothing was pushed to this DVC remote: run `make push` where the outputs are, name "
+            "another remote (docs/operations.md), or make the outputs here (`make demo`)"
         )
     _dvc("pull", "--run-cache")
 

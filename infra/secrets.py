@@ -12,8 +12,8 @@ from pathlib import Path
 
 ENV = Path(__file__).resolve().parent / ".env"
 HEAD = """\
-# Secrets of infra/compose.yaml, written by `make secrets`. Not for git. To change the databases' passwords, change
-# them in Postgres too: it took these when its volume was made.
+# Secrets of infra/compose.yaml, written by `make secrets`. Not for git. To change the databases' passwords,
+# change them in Postgres too: it took these when its volume was made.
 """
 
 

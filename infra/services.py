@@ -120,7 +120,8 @@ def _start(service: Service, folder: Path) -> bool:
         _end(old)  # what a crash has left
     if not _is_free(service.port):
         raise UserError(
-            f"{new.name}: port {service.port} is taken by another program: choose one with {service.port_setting}=..."
+            f"{new.name}: port {service.port} is taken by another program; choose one: "
+            f"{service.port_setting}=..."
         )
     # The record comes first: whatever happens next, `down` finds the process by its token.
     record = replace(new, token=secrets.token_hex(16))

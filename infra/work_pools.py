@@ -31,7 +31,9 @@ def template(kind: Kind, gpus: int = 0) -> dict[str, Any]:
     variables = loaded["variables"]["properties"]
     match kind:
         case Kind.PROCESS if gpus:
-            raise UserError("a process pool gives its runs the GPUs of the worker: set CUDA_VISIBLE_DEVICES there")
+            raise UserError(
+                "a process pool gives its runs the GPUs of the worker: set CUDA_VISIBLE_DEVICES there"
+            )
         case Kind.DOCKER if gpus:
             variables["device_requests"]["default"] = [{"count": gpus, "capabilities": [["gpu"]]}]
         case Kind.KUBERNETES:

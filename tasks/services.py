@@ -1,4 +1,4 @@
-"""The servers that `make up` keeps running on this machine: their records, and what everything else needs of them.
+"""The servers that `make up` keeps running on here: their records, and what everything else needs to know.
 
 Whoever starts a program of ours from the working directory uses them without being told: `adopt` puts their
 addresses into the environment, where nothing is set yet.
@@ -18,7 +18,9 @@ from tasks.files import write_json
 
 FOLDER = Path(".services")
 MARK = "DGPO_SERVICE"  # environment: a service's token, which everything that it starts inherits
-CLOCK_TOLERANCE = 2.0  # seconds: start times are told relative to a boot time that the clock's correction moves
+CLOCK_TOLERANCE = (
+    2.0  # seconds: start times are told relative to a boot time that the clock's correction moves
+)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""infra/compose.yaml and infra/Dockerfile, without an engine: against the specification's schema, and our rules."""
+"""infra/compose.yaml and infra/Dockerfile without an engine: the specification's schema, and our rules."""
 
 import fnmatch
 import importlib.util
@@ -38,7 +38,10 @@ def test_the_specification_accepts_it(tmp_path: Path) -> None:
     for service in loaded["services"].values():  # an engine turns interpolated numbers into numbers
         for device in service["deploy"]["resources"].get("reservations", {}).get("devices", []):
             device["count"] = int(device["count"])
-    errors = [f"{list(e.absolute_path)}: {e.message}" for e in Draft7Validator(json.loads(SCHEMA.read_text())).iter_errors(loaded)]
+    errors = [
+        f"{list(e.absolute_path)}: {e.message}"
+        for e in Draft7Validator(json.loads(SCHEMA.read_text())).iter_errors(loaded)
+    ]
     assert not errors
 
 
@@ -47,7 +50,16 @@ def test_an_engine_accepts_it(tmp_path: Path) -> None:
     if not docker or subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
         pytest.skip("no `docker compose` here")
     secrets(tmp_path)
-    command = [docker, "compose", "--env-file", str(tmp_path / ".env"), "-f", str(COMPOSE), "config", "--quiet"]
+    command = [
+        docker,
+        "compose",
+        "--env-file",
+        str(tmp_path / ".env"),
+        "-f",
+        str(COMPOSE),
+        "config",
+        "--quiet",
+    ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -122,7 +134,9 @@ def test_a_service_gets_only_the_secrets_that_it_uses(resolved: dict[str, Any], 
     }
     values = secrets(tmp_path)
     for name, expected in owners.items():
-        having = {service for service, it in resolved.items() if values[name] in json.dumps(it.get("environment"))}
+        having = {
+            service for service, it in resolved.items() if values[name] in json.dumps(it.get("environment"))
+        }
         assert having == expected, name
 
 
@@ -146,7 +160,11 @@ def test_names_are_declared_and_used() -> None:
 
 def test_only_the_servers_reach_postgres() -> None:
     assert raw["networks"]["databases"] == {"internal": True}
-    assert {name for name, it in SERVICES.items() if "databases" in it.get("networks", [])} == {"postgres", "prefect", "mlflow"}
+    assert {name for name, it in SERVICES.items() if "databases" in it.get("networks", [])} == {
+        "postgres",
+        "prefect",
+        "mlflow",
+    }
     assert "ports" not in SERVICES["postgres"]
 
 
@@ -220,7 +238,9 @@ class TestDockerfile:
     lines = (ROOT / "infra/Dockerfile").read_text().replace("\\\n", " ").splitlines()
 
     def test_what_it_copies_is_sent_to_the_builder(self) -> None:
-        rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"]
+        rules = [
+            line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"
+        ]
         assert rules[0] == "*"
         allowed = {line[1:] for line in rules if line.startswith("!")}
         copied = {
@@ -241,6 +261,11 @@ class TestDockerfile:
         assert [line for line in self.lines if line.startswith("USER ")][-1] == "USER dgpo"
 
     def test_its_extras_exist(self) -> None:
-        extras = {e for line in self.lines for found in re.findall(r"extras=([a-z,]+)", line) for e in found.split(",")}
+        extras = {
+            e
+            for line in self.lines
+            for found in re.findall(r"extras=([a-z,]+)", line)
+            for e in found.split(",")
+        }
         assert extras == {"server", "remotes", "gpu"}
         assert extras <= set(RUNTIME["optional-dependencies"])

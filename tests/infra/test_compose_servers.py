@@ -1,5 +1,5 @@
-"""The servers of infra/compose.yaml with its commands and settings, without containers: on a real Postgres that
-its init script has prepared."""
+"""The servers of infra/compose.yaml with its commands and settings but without containers, on a real Postgres
+that its init script has prepared."""
 
 import base64
 import os
@@ -50,8 +50,16 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         as_user = ["runuser", "-u", "postgres", "--"]
     port, values = free_port(), secrets(folder)
     data, options = folder / "data", f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
-    initdb = ["initdb", "-D", data, "-U", "postgres", "--auth-local=trust", "--auth-host=scram-sha-256"]
-    start = ["pg_ctl", "-D", data, "-o", options, "-w", "-l", folder / "log"]
+    initdb: list[Any] = [
+        "initdb",
+        "-D",
+        data,
+        "-U",
+        "postgres",
+        "--auth-local=trust",
+        "--auth-host=scram-sha-256",
+    ]
+    start: list[Any] = ["pg_ctl", "-D", data, "-o", options, "-w", "-l", folder / "log"]
 
     def run(program: str, *arguments: Any) -> None:
         command = [*as_user, str(PROGRAMS / program), *map(str, arguments)]
@@ -91,7 +99,7 @@ def test_each_server_has_a_database_that_the_other_cannot_open(place: Place) -> 
 
 
 def serve(place: Place, name: str, port: int, **settings: str) -> Iterator[str]:
-    """The service's own command and environment, where only addresses differ; yields its URL when it answers."""
+    """The service's command and environment, only with other addresses; yields its URL when it answers."""
     service = place.services[name]
     command = [sys.executable, *service["command"][1:]]
     number = {"prefect": "4200", "mlflow": "5000"}[name]
@@ -107,7 +115,13 @@ def serve(place: Place, name: str, port: int, **settings: str) -> Iterator[str]:
     health = [sys.executable, "-c", check.replace(number, str(port))]
     with (place.folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
-            command, env=environment, cwd=place.folder, stdout=log, stderr=log, text=True, start_new_session=True
+            command,
+            env=environment,
+            cwd=place.folder,
+            stdout=log,
+            stderr=log,
+            text=True,
+            start_new_session=True,
         )
     try:
         deadline = time.monotonic() + 180

@@ -18,7 +18,8 @@ beta = yaml.safe_load(open("params.yaml"))["reinforce"]["beta"]
 pathlib.Path("models").mkdir(exist_ok=True)
 pathlib.Path("models/dgpo").write_text(str(beta))
 pathlib.Path("metrics").mkdir(exist_ok=True)
-pathlib.Path("metrics/evaluate-dgpo.json").write_text(json.dumps({"average": 1 - beta, "onehop": beta, "failed": 0}))
+metrics = {"average": 1 - beta, "onehop": beta, "failed": 0}
+pathlib.Path("metrics/evaluate-dgpo.json").write_text(json.dumps(metrics))
 """
 GRAPH = """
 stages:
@@ -118,7 +119,9 @@ def test_experiments_compare_in_few_columns(first: Path) -> None:
     makefile = (ROOT / "Makefile").read_text()
     (line,) = re.findall(r"^UNIMPORTANT := (.*)$", makefile, flags=re.M)
     shown = dvc(first, "exp", "show", "--only-changed", "--md", "--drop", line.replace("$$", "$"))
-    table = [[cell.strip() for cell in row.split("|")[1:-1]] for row in shown.splitlines() if row.startswith("|")]
+    table = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in shown.splitlines() if row.startswith("|")
+    ]
     assert table[0] == ["Experiment", "average", "reinforce.beta"]
     assert {row[0].split("[")[-1].rstrip("]"): row[1:] for row in table[3:]} == {
         **{row[0]: row[1:] for row in table[3:] if "[" not in row[0]},

@@ -51,7 +51,9 @@ def folder(tmp_path: Path) -> Iterator[Path]:
     down(tmp_path / ".services")
 
 
-def test_up_twice_starts_once_and_down_leaves_nothing(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_up_twice_starts_once_and_down_leaves_nothing(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     service = small()
     assert up([service], folder) == ["mlflow"]
     first = recorded(folder)
@@ -182,7 +184,12 @@ class TestRealServers:
         environment = {name: value for name, value in os.environ.items() if name not in hidden}
         environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(place / "client")}
         done = subprocess.run(
-            [sys.executable, *command], cwd=place, env=environment, capture_output=True, text=True, timeout=120
+            [sys.executable, *command],
+            cwd=place,
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         assert done.returncode == 0, done.stderr
         return done.stdout

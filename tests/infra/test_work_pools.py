@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
+from pydantic import ConfigDict
 
 from dgpo_core.errors import UserError
 from infra.work_pools import FOLDER, Kind, template
@@ -82,7 +83,10 @@ def test_the_image_is_that_of_the_compose_file() -> None:
 
 def test_the_command_prints_the_template() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "infra.work_pools", "docker", "--gpus", "1"], cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-m", "infra.work_pools", "docker", "--gpus", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert json.loads(done.stdout) == template(Kind.DOCKER, 1)
 
@@ -112,7 +116,7 @@ class TestServer:
         from prefect.workers.base import BaseJobConfiguration
 
         class Anything(BaseJobConfiguration):
-            model_config = {"extra": "allow"}
+            model_config = ConfigDict(extra="allow")
 
         async def resolve() -> dict[str, dict[str, Any]]:
             for name in ("mlflow-password", "qdrant-api-key"):
@@ -125,9 +129,8 @@ class TestServer:
                     await api.create_work_pool(pool)
                     stored = (await api.read_work_pool(kind)).base_job_template
                     values = {"env": {"EXTRA": "1"}}
-                    found[str(kind)] = (
-                        await Anything.from_template_and_values(stored, values, client=api)
-                    ).model_dump()
+                    job: Any = await Anything.from_template_and_values(stored, values, client=api)
+                    found[str(kind)] = job.model_dump()
             return found
 
         return asyncio.run(resolve())
@@ -144,7 +147,9 @@ class TestServer:
         (container,) = pod["containers"]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
         assert container["envFrom"] == [{"secretRef": {"name": "dgpo"}}]
-        claimed = [v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v]
+        claimed = [
+            v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v
+        ]
         assert claimed == ["dgpo-dvc-cache"]
 
     def test_a_process_keeps_the_workers_environment(self, resolved: dict[str, Any]) -> None:
