@@ -124,5 +124,6 @@ base-model-%: $(VENV)/.installed
 	$(PY) -m tasks.pipeline --single-item --force base-model@$*
 
 clean:  ## remove what runs have made (not the environment, nor what DVC has cached)
-	rm -rf .state runs mlruns mlflow.db mlflow.db-* .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@test ! -d .services || $(PY) -m infra.services down
+	rm -rf .services .state runs mlruns mlflow.db mlflow.db-* .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
