@@ -1,6 +1,5 @@
 """The templates against Prefect: as JSON schemas, on a real server, and as a worker resolves them."""
 
-import asyncio
 import json
 import re
 import subprocess
@@ -11,7 +10,6 @@ from typing import Any
 
 import pytest
 from jsonschema import Draft202012Validator
-from pydantic import ConfigDict
 
 from dgpo_core.errors import UserError
 from infra.work_pools import FOLDER, Kind, template
@@ -64,16 +62,6 @@ def test_gpus() -> None:
         template(Kind.PROCESS, 1)
 
 
-def test_the_process_template_is_prefects_own_but_for_the_environment() -> None:
-    from prefect.workers.process import ProcessWorker
-
-    theirs, ours = ProcessWorker.get_default_base_job_template(), template(Kind.PROCESS)
-    for loaded in (theirs, ours):
-        loaded["variables"].pop("description", None)
-        del loaded["variables"]["properties"]["env"]
-    assert ours == theirs
-
-
 def test_the_image_is_that_of_the_compose_file() -> None:
     compose = (ROOT / "infra/compose.yaml").read_text()
     for kind in (Kind.DOCKER, Kind.KUBERNETES):
@@ -91,49 +79,63 @@ def test_the_command_prints_the_template() -> None:
     assert json.loads(done.stdout) == template(Kind.DOCKER, 1)
 
 
+# In a process of its own: Prefect keeps the settings with which it was first imported.
+WORKER = """
+import asyncio, json
+from prefect.blocks.system import Secret
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.workers.base import BaseJobConfiguration
+from prefect.workers.process import ProcessWorker
+from pydantic import ConfigDict
+from infra.work_pools import Kind, template
+
+class Anything(BaseJobConfiguration):
+    model_config = ConfigDict(extra="allow")
+
+async def resolve():
+    for name in ("mlflow-password", "qdrant-api-key"):
+        await Secret(value=f"the {name}").save(name)
+    found = {"default": ProcessWorker.get_default_base_job_template()}
+    async with get_client() as api:
+        for kind in Kind:
+            made = template(kind, 0 if kind is Kind.PROCESS else 1)
+            await api.create_work_pool(WorkPoolCreate(name=kind, type=kind, base_job_template=made))
+            stored = (await api.read_work_pool(kind)).base_job_template
+            job = await Anything.from_template_and_values(stored, {"env": {"EXTRA": "1"}}, client=api)
+            found[kind] = job.model_dump(mode="json")
+    print(json.dumps(found))
+
+asyncio.run(resolve())
+"""
+
+
 class TestServer:
     """A real server takes the pools, and a worker's resolution fills them."""
 
     @pytest.fixture(scope="class")
-    def client(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    def resolved(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
+        """Each pool's job configuration with everything filled in, as its worker gets it."""
         from flows.server import local_server
 
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+            patch.setenv("PYTHONPATH", str(ROOT))
             with local_server(free_port()) as url:
                 patch.setenv("PREFECT_API_URL", url)
-                from prefect.client.orchestration import get_client
-                from prefect.settings import PREFECT_API_URL, temporary_settings
+                command = [sys.executable, "-c", WORKER]
+                done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+                assert done.returncode == 0, done.stderr
+                yield json.loads(done.stdout)
 
-                with temporary_settings({PREFECT_API_URL: url}):
-                    yield get_client
-
-    @pytest.fixture(scope="class")
-    def resolved(self, client: Any) -> dict[str, dict[str, Any]]:
-        """Each pool's job configuration with everything filled in, as its worker gets it."""
-        from prefect.blocks.system import Secret
-        from prefect.client.schemas.actions import WorkPoolCreate
-        from prefect.workers.base import BaseJobConfiguration
-
-        class Anything(BaseJobConfiguration):
-            model_config = ConfigDict(extra="allow")
-
-        async def resolve() -> dict[str, dict[str, Any]]:
-            for name in ("mlflow-password", "qdrant-api-key"):
-                await Secret(value=f"the {name}").save(name)
-            found = {}
-            async with client() as api:
-                for kind in Kind:
-                    gpus = 0 if kind is Kind.PROCESS else 1
-                    pool = WorkPoolCreate(name=kind, type=kind, base_job_template=template(kind, gpus))
-                    await api.create_work_pool(pool)
-                    stored = (await api.read_work_pool(kind)).base_job_template
-                    values = {"env": {"EXTRA": "1"}}
-                    job: Any = await Anything.from_template_and_values(stored, values, client=api)
-                    found[str(kind)] = job.model_dump()
-            return found
-
-        return asyncio.run(resolve())
+    def test_the_process_template_is_prefects_own_but_for_the_environment(
+        self, resolved: dict[str, Any]
+    ) -> None:
+        theirs, ours = resolved["default"], template(Kind.PROCESS)
+        for loaded in (theirs, ours):
+            loaded["variables"].pop("description", None)
+            del loaded["variables"]["properties"]["env"]
+        assert ours == theirs
 
     def test_a_container_gets_the_secrets_and_what_a_run_adds(self, resolved: dict[str, Any]) -> None:
         environment = resolved["docker"]["env"]
