@@ -18,6 +18,8 @@ CONSTRAINTS := constraints/main.txt
 # A file of tests stays in one process, which makes what its tests share once.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 ORACLES := constraints/oracles.txt
+# Of DVC's 270 columns, all but validation EM, average EM and parameters.
+UNIMPORTANT := Created|^(?!Experiment|.*(average|dev_em)$$|seed|[a-z_]+\.[a-z_.]+$$)
 
 # Two OpenMP threads that spin at barriers are up to 50 times slower beside any other busy process.
 export OMP_WAIT_POLICY ?= passive
@@ -25,13 +27,12 @@ export DVC_NO_ANALYTICS := 1
 export DO_NOT_TRACK := 1
 export PREFECT_SERVER_ANALYTICS_ENABLED := false
 export MLFLOW_DISABLE_TELEMETRY := true
-export MLFLOW_TRACKING_URI ?= sqlite:///$(CURDIR)/mlflow.db
 export PREFECT_HOME ?= $(CURDIR)/.prefect
 # DVC starts `python` of the stages' commands: it must be ours.
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help use demo test test-all pipeline reproduce deploy worker ui check lint format-check types format base-models clean
+.PHONY: help use demo test test-all pipeline reproduce deploy worker ui up down status push pull experiments secrets check lint format-check types format base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -85,10 +86,28 @@ worker: $(VENV)/.installed  ## run what is started from the Prefect dashboard: m
 		PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 $(PY) -m prefect worker start --pool $(POOL)-pool
 
 ui: $(VENV)/.installed  ## show both dashboards until Ctrl-C
-	@echo "MLflow: http://127.0.0.1:$(MLFLOW_PORT)"
-	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m mlflow server --host 127.0.0.1 \
-		--port $(MLFLOW_PORT) --workers 1 --backend-store-uri $(MLFLOW_TRACKING_URI) \
-		--default-artifact-root file://$(CURDIR)/mlruns
+	@$(PY) -m infra.services ui --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+up: $(VENV)/.installed  ## keep Prefect's and MLflow's servers running; everything here then uses them
+	@$(PY) -m infra.services up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+
+down: $(VENV)/.installed  ## end them
+	@$(PY) -m infra.services down
+
+status: $(VENV)/.installed  ## show which of them run
+	@$(PY) -m infra.services status
+
+push: $(VENV)/.installed  ## send the outputs to DVC's remote; HISTORY=1: also those of earlier runs
+	@$(PY) -m infra.remote push $(if $(HISTORY),--history)
+
+pull: $(VENV)/.installed  ## get the outputs from DVC's remote
+	@$(PY) -m infra.remote pull
+
+experiments: $(VENV)/.installed  ## compare `dvc exp run`s: EM and the parameters that differ
+	@$(PY) -m dvc exp show --only-changed --no-pager --drop '$(UNIMPORTANT)'
+
+secrets:  ## write infra/.env, the passwords of infra/compose.yaml, unless it is there
+	@python3 -m infra.secrets
 
 check: lint format-check types  ## ruff and mypy
 
@@ -112,5 +131,6 @@ base-model-%: $(VENV)/.installed
 	$(PY) -m tasks.pipeline --single-item --force base-model@$*
 
 clean:  ## remove what runs have made (not the environment, nor what DVC has cached)
-	rm -rf .state runs mlruns mlflow.db mlflow.db-* .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@test ! -d .services || $(PY) -m infra.services down
+	rm -rf .services .state runs mlruns mlflow.db mlflow.db-* .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -4,12 +4,11 @@ Work pools, the limit `gpu`, the deployments of prefect.yaml, and automations th
 It can be run as often as one likes: what is there is brought to what this version wants.
 """
 
-import json
 import subprocess
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 
 import typer
 from prefect import get_client
@@ -24,6 +23,7 @@ from prefect.exceptions import ObjectNotFound
 from dgpo_core.errors import UserError
 from flows.dag import POOLS
 from flows.execution import GPU_LIMIT
+from flows.work_pools import Kind, template
 from tasks.stage import main as run_program
 
 PREFECT_YAML = Path(__file__).resolve().parents[1] / "prefect.yaml"
@@ -80,15 +80,15 @@ def automations() -> list[Automation]:
     ]
 
 
-def deploy(gpus: int = 1, pool_type: str = "process", template: Path | None = None) -> None:
-    """Create or update everything. `template`: base job template of the pools, JSON.
+def deploy(gpus: int = 1, kind: Kind = Kind.PROCESS) -> None:
+    """Create or update everything; a run of the GPU pool gets all `gpus`, where the pool can give any.
 
     Raises UserError when the server or `prefect deploy` refuses.
     """
-    content = json.loads(template.read_text(encoding="utf-8")) if template else None
     with get_client(sync_client=True) as client:
         for name in POOLS:
-            _pool(client, f"{name}-pool", pool_type, content)
+            given = gpus if name == "gpu" and kind is not Kind.PROCESS else 0
+            _pool(client, f"{name}-pool", kind, template(kind, given))
         client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, gpus)
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     command += ["--prefect-file", str(PREFECT_YAML)]
@@ -101,16 +101,15 @@ def deploy(gpus: int = 1, pool_type: str = "process", template: Path | None = No
     print(f"deployments of {PREFECT_YAML.name}, {len(automations())} automations")
 
 
-def _pool(client: SyncPrefectClient, name: str, pool_type: str, template: dict[str, object] | None) -> None:
+def _pool(client: SyncPrefectClient, name: str, kind: Kind, job: dict[str, Any]) -> None:
     try:
         existing = client.read_work_pool(name)
     except ObjectNotFound:
-        client.create_work_pool(WorkPoolCreate(name=name, type=pool_type, base_job_template=template or {}))
+        client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=job))
         return
-    if existing.type != pool_type:
-        raise UserError(f"the work pool {name} has type {existing.type}, not {pool_type}: delete it first")
-    if template:
-        client.update_work_pool(name, WorkPoolUpdate(base_job_template=template))
+    if existing.type != kind:
+        raise UserError(f"the work pool {name} has type {existing.type}, not {kind}: delete it first")
+    client.update_work_pool(name, WorkPoolUpdate(base_job_template=job))
 
 
 def _replace(automation: Automation) -> None:
@@ -126,11 +125,12 @@ def _replace(automation: Automation) -> None:
 
 def command(
     gpus: Annotated[int, typer.Option(help="stages' GPUs in use at once, in all", min=0)] = 1,
-    pool_type: Annotated[str, typer.Option(help="process, docker or kubernetes")] = "process",
-    template: Annotated[Path | None, typer.Option(help="base job template of the pools", exists=True)] = None,
+    pool_type: Annotated[
+        Kind, typer.Option(help="what runs are: processes of the worker, containers, pods")
+    ] = (Kind.PROCESS),
 ) -> None:
     """Create work pools, deployments, the GPU limit and automations on the Prefect server."""
-    deploy(gpus, pool_type, template)
+    deploy(gpus, pool_type)
 
 
 if __name__ == "__main__":

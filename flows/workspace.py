@@ -130,8 +130,13 @@ def share_cache(root: Path, tree: Path) -> None:
         (tree / ".dvc" / "config.local").chmod(0o600)
     with Repo(str(root)) as repo:
         cache = repo.cache.local_cache_dir
+        name = repo.config["core"].get("remote")
+        remote = repo.cloud.get_remote() if name else None
+        folder = str(remote.path) if remote and remote.fs.protocol == "local" else None
     with Repo(str(tree)) as repo, repo.config.edit("local") as config:
         config["cache"]["dir"] = str(cache)
+        if folder:  # its path may be relative to the checkout
+            config["remote"].setdefault(name, {})["url"] = folder
 
 
 def restore_outputs(tree: Path) -> None:

@@ -11,6 +11,7 @@ import sys
 from dgpo_core.errors import UserError
 from tasks.preflight import preflight
 from tasks.process import exit_on_sigterm
+from tasks.services import adopt
 from tasks.tracking import PIPELINE_RUN, Pipeline
 
 
@@ -23,6 +24,7 @@ def main(arguments: list[str]) -> int:
 
     exit_on_sigterm()
     try:
+        adopt()
         preflight()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

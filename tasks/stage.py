@@ -29,6 +29,7 @@ from tasks.process import exit_on_sigterm, peak_memory
 from tasks.progress import Reporter
 from tasks.provenance import git_commit, labels, stage_labels
 from tasks.run_data import describe, log_inputs, log_outputs
+from tasks.services import adopt
 from tasks.tracking import CLOSE_TIMEOUT, StageRun, numbers
 
 STATE, RUNS = Path(".state"), Path("runs")
@@ -126,6 +127,7 @@ def main(function: Callable[[], None]) -> NoReturn:
         remove(STATE / dvc_stage / FAILURE)
     code = 0
     try:
+        adopt()
         function()
     except BaseException as error:
         with suppress(OSError):  # nobody may be reading any more

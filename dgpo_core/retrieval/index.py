@@ -1,6 +1,7 @@
 """Search in a Qdrant collection: in this process (Qdrant's embedded engine) or on a server."""
 
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -58,7 +59,7 @@ class Index:
         self._cache: dict[tuple[str, int], list[Hit]] = {}
         try:
             self._backend: Backend = (
-                EmbeddedBackend() if location == "embedded" else ServerBackend(QdrantClient(url=location))
+                EmbeddedBackend() if location == "embedded" else ServerBackend(connect(location))
             )
             self._backend.fill(points, manifest)
         except Exception as error:
@@ -166,6 +167,11 @@ class EmbeddedBackend:
         if self._shard is not None:
             self._shard.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def connect(url: str) -> QdrantClient:
+    """A client of the server at `url`; its key, if it wants one, is QDRANT_API_KEY of the environment."""
+    return QdrantClient(url=url, api_key=os.environ.get("QDRANT_API_KEY"))
 
 
 class ServerBackend:

@@ -116,6 +116,16 @@ def test_credentials_come_along_and_stay_private(root: Path) -> None:
     assert not git("status", "--porcelain", cwd=made.tree)
 
 
+def test_a_remote_beside_the_checkout_is_the_same_one(root: Path) -> None:
+    dvc = [sys.executable, "-m", "dvc"]
+    subprocess.run([*dvc, "remote", "add", "-d", "folder", "../beside"], cwd=root, check=True)
+    git("commit", "-qam", "a remote")
+    made = open_workspace(root, "pushing")
+    publish(made, ["a"])
+    assert list((root.parent / "beside").rglob("*"))
+    assert not (made.tree.parent / "beside").exists()
+
+
 def test_a_remote_that_does_not_answer_may_answer_later(root: Path, tmp_path: Path) -> None:
     made = open_workspace(root, "offline")
     publish(made, ["a"])  # neither git nor DVC knows any other place: nothing to do

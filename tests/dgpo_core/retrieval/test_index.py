@@ -1,6 +1,8 @@
 """Search in real Qdrant collections: embedded, and through a client."""
 
+import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import numpy as np
@@ -18,6 +20,7 @@ from dgpo_core.retrieval.index import (
     Point,
     ServerBackend,
     best_hits,
+    connect,
     index_passages,
     open_index,
 )
@@ -200,3 +203,31 @@ def test_unreachable_server(tmp_path: Path, passages: list[Passage]) -> None:
         open_index(tmp_path / "index", "http://127.0.0.1:9")
     with pytest.raises(UserError, match="run the index stage first"):
         open_index(tmp_path / "none", "embedded")
+
+
+def test_the_servers_key_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server that wants a key is asked with it, and nothing else says it."""
+    keys: list[str | None] = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            keys.append(self.headers.get("api-key"))
+            body = b'{"result": {"collections": []}, "status": "ok", "time": 0}'
+            self.send_response(200)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for key in (None, "sesame"):
+            if key:
+                monkeypatch.setenv("QDRANT_API_KEY", key)
+            client = connect(f"http://127.0.0.1:{server.server_port}")
+            client.get_collections()
+            assert keys[-1] == key
+        server.shutdown()

@@ -1,0 +1,255 @@
+"""Prefect's and MLflow's servers as background processes of this machine: `python -m infra.services up`.
+
+    up       start what does not run yet, and wait until it answers
+    status   what runs, where, since when
+    down     end all of it; nothing stays behind
+    ui       the same servers in the foreground, until Ctrl-C
+
+For one person's machine: they listen on 127.0.0.1 without passwords. For a team: infra/compose.yaml. Qdrant
+needs no server here, it runs inside the stages. Records and logs are in `.services/`.
+"""
+
+import contextlib
+import os
+import secrets
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+import typer
+from filelock import FileLock, Timeout
+from rich.console import Console
+from rich.table import Table
+
+from dgpo_core.errors import UserError
+from flows.server import API_URL, START_TIMEOUT, server_command
+from tasks.progress import duration
+from tasks.services import FOLDER, MARK, Record, leader, members, path, read, write
+from tasks.stage import main as run_program
+
+NAMES = ("prefect", "mlflow")
+STORE_URL = "MLFLOW_TRACKING_URI"
+GRACE = 15.0  # seconds between SIGTERM and SIGKILL
+LOCK_TIMEOUT = 2.0
+
+console = Console(highlight=False, soft_wrap=True)
+
+
+@dataclass(frozen=True)
+class Service:
+    """What is needed to start a server, and to know that it is up."""
+
+    record: Record
+    port: int
+    port_setting: str  # what the user changes when the port is taken
+    environment: dict[str, str]
+
+
+def prefect(port: int) -> Service:
+    command, environment = server_command(port)
+    page = f"http://127.0.0.1:{port}"
+    record = Record("prefect", "", command, API_URL, f"{page}/api", f"{page}/api/health", page)
+    return Service(record, port, "PREFECT_PORT", environment)
+
+
+def mlflow(port: int) -> Service:
+    """On the store that stages use without a server, so that nothing recorded before is out of sight."""
+    store = os.environ.get(STORE_URL) or f"sqlite:///{Path('mlflow.db').resolve()}"
+    page = f"http://127.0.0.1:{port}"
+    listen = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    artifacts = ["--default-artifact-root", Path("mlruns").resolve().as_uri()]
+    command = [sys.executable, "-m", "mlflow", "server", *listen, *artifacts]
+    record = Record("mlflow", "", command, STORE_URL, page, f"{page}/health", page)
+    # The store by environment: it may have a password in it, and everybody can read a command line.
+    return Service(record, port, "MLFLOW_PORT", {"MLFLOW_BACKEND_STORE_URI": store, "DO_NOT_TRACK": "1"})
+
+
+def up(services: Sequence[Service], folder: Path = FOLDER) -> list[str]:
+    """Start what does not run and wait until all of it answers; the names of those started now.
+
+    Raises UserError when a port is taken or a server does not start; those that did start stay up.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _alone(folder):
+        started = [service.record.name for service in services if _start(service, folder)]
+        for service in services:
+            if (record := read(service.record.name, folder)) is not None:
+                _wait_until_healthy(record, folder, new=record.name in started)
+    return started
+
+
+def down(folder: Path = FOLDER, names: Sequence[str] = NAMES) -> list[str]:
+    """End services with all their processes, also those of a server that crashed; the names of what ran."""
+    if not folder.is_dir():
+        return []
+    ended = []
+    with _alone(folder):
+        for name in names:
+            if (record := read(name, folder)) is not None:
+                if _end(record):
+                    ended.append(name)
+                path(name, folder).unlink()
+    return ended
+
+
+def state(record: Record | None) -> str:
+    if record is None:
+        return "stopped"
+    if leader(record) is None:
+        return "crashed"
+    return "running" if _answers(record.health) else "does not answer"
+
+
+def _start(service: Service, folder: Path) -> bool:
+    """Whether it was started now: not if it runs, or if the environment names another server."""
+    new, old = service.record, read(service.record.name, folder)
+    if old and leader(old):
+        return False
+    if (os.environ.get(new.variable) or "").startswith(("http:", "https:")):
+        console.print(f"{new.name}: not started, {new.variable} names a server")
+        return False
+    if old:
+        _end(old)  # what a crash has left
+    if not _is_free(service.port):
+        raise UserError(
+            f"{new.name}: port {service.port} is taken by another program; choose one: "
+            f"{service.port_setting}=..."
+        )
+    # The record comes first: whatever happens next, `down` finds the process by its token.
+    record = replace(new, token=secrets.token_hex(16))
+    write(record, folder)
+    with _log(record, folder).open("w", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            record.command,
+            env={**os.environ, **service.environment, MARK: record.token},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl-C and a closed terminal are not meant for it
+        )
+    write(replace(record, pid=process.pid, created=psutil.Process(process.pid).create_time()), folder)
+    return True
+
+
+def _wait_until_healthy(record: Record, folder: Path, new: bool) -> None:
+    begin, deadline = time.monotonic(), time.monotonic() + START_TIMEOUT
+    with console.status("") as status:
+        while not _answers(record.health):
+            waited = time.monotonic() - begin
+            status.update(f"{record.name}: waiting for {record.health} ({waited:.0f} s)")
+            if leader(record) is None or time.monotonic() > deadline:
+                _end(record)
+                path(record.name, folder).unlink(missing_ok=True)
+                log = _log(record, folder)
+                raise UserError(f"{record.name} does not start: {_last_line(log)}; see {log}")
+            time.sleep(0.3)
+    how = f"up after {duration(time.monotonic() - begin)}" if new else "already running"
+    console.print(f"{record.name}: {how}, {record.page}")
+
+
+def _end(record: Record) -> bool:
+    """End all its processes; whether there were any. Those that ignore SIGTERM are killed."""
+    found = members(record)
+    for action in (psutil.Process.terminate, psutil.Process.kill):
+        for process in found:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                action(process)
+        psutil.wait_procs(found, timeout=GRACE)
+        if not (left := members(record)):
+            break
+        found = left
+    return bool(found)
+
+
+@contextlib.contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Two `make up` at once would start everything twice."""
+    try:
+        with FileLock(folder / "lock", timeout=LOCK_TIMEOUT):
+            yield
+    except Timeout:
+        raise UserError(f"{folder}: another `make up` or `make down` is at work; wait for it") from None
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=2) as response:
+            return bool(response.status == 200)
+    except (OSError, ValueError):
+        return False
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+    return True
+
+
+def _log(record: Record, folder: Path) -> Path:
+    return folder / f"{record.name}.log"
+
+
+def _last_line(log: Path) -> str:
+    lines = [line.strip() for line in log.read_text(encoding="utf-8", errors="replace").splitlines()]
+    return next((line for line in reversed(lines) if line), "it wrote nothing")
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
+PrefectPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="PREFECT_PORT")]
+MlflowPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="MLFLOW_PORT")]
+
+
+@app.command("up")
+def up_command(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None:
+    """Start what does not run yet, and wait until it answers."""
+    up([prefect(prefect_port), mlflow(mlflow_port)])
+
+
+@app.command("ui")
+def ui_command(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None:
+    """Show both dashboards until Ctrl-C; a server that ran before stays."""
+    before = [name for name in NAMES if (record := read(name)) and leader(record)]
+    try:
+        if up([prefect(prefect_port), mlflow(mlflow_port)]):
+            console.print("Ctrl-C ends what was started now")
+            signal.pause()
+    except KeyboardInterrupt:
+        pass
+    finally:
+        down(names=[name for name in NAMES if name not in before])
+
+
+@app.command("down")
+def down_command() -> None:
+    """End all of it."""
+    ended = down()
+    console.print(f"ended: {', '.join(ended)}" if ended else "nothing was running")
+
+
+@app.command("status")
+def status_command() -> None:
+    """Show what runs, where and since when."""
+    table = Table("service", "state", "pid", "for", "address")
+    for name in NAMES:
+        record = read(name)
+        process = record and leader(record)
+        age = duration(time.time() - process.create_time()) if process else ""
+        pid = str(process.pid) if process else ""
+        table.add_row(name, state(record), pid, age, record.page if record else "")
+    console.print(table)
+
+
+if __name__ == "__main__":
+    run_program(app)

@@ -1,0 +1,274 @@
+"""infra/compose.yaml and infra/Dockerfile without an engine: the specification's schema, and our rules."""
+
+import fnmatch
+import importlib.metadata
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from jsonschema import Draft7Validator
+
+from infra.secrets import GENERATED
+from tests.conftest import ROOT
+from tests.infra.composition import COMPOSE, VARIABLE, load, secrets
+
+# The specification's schema as docker-compose 1.29.2 has it (Apache-2.0).
+SCHEMA = Path(__file__).parent / "compose_spec.json"
+OURS = "dgpo:"
+RUNTIME = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+raw = load()
+SERVICES: dict[str, Any] = raw["services"]
+
+
+@pytest.fixture
+def resolved(tmp_path: Path) -> dict[str, Any]:
+    services: dict[str, Any] = load(secrets(tmp_path))["services"]
+    return services
+
+
+def test_the_specification_accepts_it(tmp_path: Path) -> None:
+    loaded = load(secrets(tmp_path))
+    del loaded["name"]  # younger than this schema
+    for service in loaded["services"].values():  # an engine turns interpolated numbers into numbers
+        for device in service["deploy"]["resources"].get("reservations", {}).get("devices", []):
+            device["count"] = int(device["count"])
+    errors = [
+        f"{list(e.absolute_path)}: {e.message}"
+        for e in Draft7Validator(json.loads(SCHEMA.read_text())).iter_errors(loaded)
+    ]
+    assert not errors
+
+
+def test_an_engine_accepts_it(tmp_path: Path) -> None:
+    docker = shutil.which("docker")
+    if not docker or subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
+        pytest.skip("no `docker compose` here")
+    secrets(tmp_path)
+    command = [
+        docker,
+        "compose",
+        "--env-file",
+        str(tmp_path / ".env"),
+        "-f",
+        str(COMPOSE),
+        "config",
+        "--quiet",
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_every_service_is_watched_limited_and_restarted(name: str) -> None:
+    service = SERVICES[name]
+    assert service["healthcheck"]["test"][0] == "CMD"
+    assert {"interval", "timeout", "retries", "start_period"} <= set(service["healthcheck"])
+    assert service["restart"] == "unless-stopped"
+    assert "memory" in service["deploy"]["resources"]["limits"]
+    assert service["logging"]["options"]["max-size"]
+    if name != "postgres":  # its image begins as root and steps down
+        assert service["cap_drop"] == ["ALL"]
+        assert "no-new-privileges:true" in service["security_opt"]
+
+
+@pytest.mark.parametrize("name", SERVICES)
+def test_images_have_an_exact_version(name: str) -> None:
+    _, _, tag = SERVICES[name]["image"].partition(":")
+    assert re.match(r"v?\d+\.\d+", tag), tag
+    if SERVICES[name]["image"].startswith(OURS):
+        assert tag.removesuffix("-gpu") == RUNTIME["version"]
+
+
+def test_ports_are_on_loopback_unless_asked(resolved: dict[str, Any], tmp_path: Path) -> None:
+    published = {name: port for name, service in resolved.items() for port in service.get("ports", [])}
+    assert set(published) == {"prefect", "mlflow", "qdrant", "agent"}
+    assert all(port.startswith("127.0.0.1:") for port in published.values())
+    opened = load({**secrets(tmp_path), "DGPO_BIND": "0.0.0.0"})["services"]
+    assert opened["prefect"]["ports"] == ["0.0.0.0:4200:4200"]
+    # it asks for no password: opening the others must not open it
+    assert opened["agent"]["ports"] == ["127.0.0.1:8080:8080"]
+
+
+def test_every_variable_is_generated_or_has_a_default() -> None:
+    generated = dict.fromkeys(GENERATED, False)
+    for match in VARIABLE.finditer(COMPOSE.read_text()):
+        if match["name"] in generated:
+            generated[match["name"]] = True
+        else:
+            assert match["kind"] == "-", f"{match['name']} has no default"
+    assert all(generated.values()), generated
+    assert COMPOSE.read_text().count("${") == len(VARIABLE.findall(COMPOSE.read_text()))
+
+
+def test_without_secrets_nothing_starts() -> None:
+    with pytest.raises(KeyError, match="run make secrets"):
+        load({})
+
+
+def test_no_secret_is_written_down_or_on_a_command_line(tmp_path: Path) -> None:
+    secret = re.compile(r"PASSWORD|API_KEY|AUTH_STRING|SECRET_KEY")
+    values = secrets(tmp_path)
+    for service, resolved in zip(SERVICES.values(), load(values)["services"].values(), strict=True):
+        for name, value in service.get("environment", {}).items():
+            if secret.search(name):
+                assert re.fullmatch(r"\$\{[A-Z_]+:\?run make secrets\}", value), name
+        commands = json.dumps([resolved.get("command"), resolved["healthcheck"]])
+        assert not any(value in commands for name, value in values.items() if not name.startswith("DGPO_"))
+
+
+def test_a_service_gets_only_the_secrets_that_it_uses(resolved: dict[str, Any], tmp_path: Path) -> None:
+    owners = {
+        "POSTGRES_PASSWORD": {"postgres"},
+        "PREFECT_DB_PASSWORD": {"postgres", "prefect"},
+        "MLFLOW_DB_PASSWORD": {"postgres", "mlflow"},
+        "MLFLOW_SESSION_KEY": {"mlflow"},
+        "PREFECT_AUTH_STRING": {"prefect", "agent", "worker-cpu", "worker-gpu"},
+        "MLFLOW_ADMIN_PASSWORD": {"mlflow", "agent", "worker-cpu", "worker-gpu"},
+        "QDRANT_API_KEY": {"qdrant", "agent", "worker-cpu", "worker-gpu"},
+    }
+    values = secrets(tmp_path)
+    for name, expected in owners.items():
+        having = {
+            service for service, it in resolved.items() if values[name] in json.dumps(it.get("environment"))
+        }
+        assert having == expected, name
+
+
+def test_names_are_declared_and_used() -> None:
+    volumes, networks = set(), set()
+    for service in SERVICES.values():
+        for volume in service.get("volumes", []):
+            source = volume.split(":")[0]
+            if re.fullmatch(r"[a-z]+", source):
+                volumes.add(source)
+            elif not source.startswith("$"):
+                assert (COMPOSE.parent / source).exists(), source
+        networks |= set(service.get("networks", ["default"]))
+        for needed, how in service.get("depends_on", {}).items():
+            assert needed in SERVICES
+            assert how == {"condition": "service_healthy"}
+            assert not SERVICES[needed].get("profiles"), "it would not be started"
+    assert volumes == set(raw["volumes"])
+    assert networks == set(raw["networks"])
+
+
+def test_only_the_servers_reach_postgres() -> None:
+    assert raw["networks"]["databases"] == {"internal": True}
+    assert {name for name, it in SERVICES.items() if "databases" in it.get("networks", [])} == {
+        "postgres",
+        "prefect",
+        "mlflow",
+    }
+    assert "ports" not in SERVICES["postgres"]
+
+
+@pytest.mark.parametrize("name", [name for name, it in SERVICES.items() if it["image"].startswith(OURS)])
+def test_commands_exist(name: str) -> None:
+    import typer.main
+
+    from tasks.cli import app
+
+    match SERVICES[name]["command"]:
+        case ["python", "-m", module, *_]:
+            assert importlib.util.find_spec(module)
+        case ["dgpo", command, *_]:
+            group = typer.main.get_command(app)
+            known = getattr(group, "commands", {})
+            if command == "serve" and command not in known:
+                pytest.skip("dgpo serve is not in this tree")
+            assert command in known
+        case [program, *_]:
+            scripts = {s.name for s in importlib.metadata.entry_points(group="console_scripts")}
+            assert program in scripts
+    for argument in SERVICES[name]["command"]:
+        if argument.startswith("/app/infra/"):
+            assert (ROOT / argument.removeprefix("/app/")).is_file(), argument
+
+
+def test_the_worker_takes_the_options_that_it_gets() -> None:
+    help_page = [sys.executable, "-m", "prefect", "worker", "start", "--help"]
+    shown = subprocess.run(
+        help_page, capture_output=True, text=True, env={**os.environ, "COLUMNS": "300"}
+    ).stdout
+    for name in ("worker-cpu", "worker-gpu"):
+        options = [argument for argument in SERVICES[name]["command"] if argument.startswith("--")]
+        assert options and all(option in shown for option in options)
+
+
+def test_qdrant_of_the_image_fits_the_client() -> None:
+    version = re.search(r"qdrant/qdrant:v(\d+\.\d+)", SERVICES["qdrant"]["image"])
+    constraints = (ROOT / "constraints/main.txt").read_text()
+    assert version and f"qdrant-client=={version[1]}." in constraints
+
+
+def test_qdrants_health_check_tells_ready_from_not(resolved: dict[str, Any]) -> None:
+    """Its image has no client for HTTP: the check is bash alone."""
+    import http.server
+    import threading
+
+    class Ready(http.server.BaseHTTPRequestHandler):
+        code = 200
+
+        def do_GET(self) -> None:
+            self.send_response(self.code if self.path == "/readyz" else 404)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = http.server.HTTPServer(("127.0.0.1", 0), Ready)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    command = resolved["qdrant"]["healthcheck"]["test"][1:]
+    check = [part.replace("/6333", f"/{server.server_port}") for part in command]
+    assert subprocess.run(check, timeout=10).returncode == 0
+    Ready.code = 503
+    assert subprocess.run(check, timeout=10).returncode != 0
+    server.shutdown()
+    server.server_close()
+    assert subprocess.run(check, timeout=10, stderr=subprocess.DEVNULL).returncode != 0
+
+
+class TestDockerfile:
+    lines = (ROOT / "infra/Dockerfile").read_text().replace("\\\n", " ").splitlines()
+
+    def test_what_it_copies_is_sent_to_the_builder(self) -> None:
+        rules = [
+            line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and line[0] != "#"
+        ]
+        assert rules[0] == "*"
+        allowed = {line[1:] for line in rules if line.startswith("!")}
+        copied = {
+            source
+            for line in self.lines
+            if line.startswith("COPY ") and "--from" not in line
+            for source in line.split()[1:-1]
+        }
+        assert copied == allowed
+        assert all((ROOT / source).exists() for source in copied)
+        denied = rules[1:]
+        assert any(fnmatch.fnmatch("infra/.env", rule) for rule in denied if not rule.startswith("!"))
+        assert denied.index("infra/.env") > denied.index("!infra")  # the last rule that fits counts
+
+    def test_the_base_is_exact_and_the_user_is_not_root(self) -> None:
+        (python,) = [line.split("=", 1)[1] for line in self.lines if line.startswith("ARG PYTHON=")]
+        assert re.match(r"3\.\d+\.\d+-slim-", python)
+        assert [line for line in self.lines if line.startswith("USER ")][-1] == "USER dgpo"
+
+    def test_its_extras_exist(self) -> None:
+        extras = {
+            e
+            for line in self.lines
+            for found in re.findall(r"extras=([a-z,]+)", line)
+            for e in found.split(",")
+        }
+        assert extras == {"server", "remotes", "gpu"}
+        assert extras <= set(RUNTIME["optional-dependencies"])

@@ -1,0 +1,132 @@
+"""DVC's remote and experiments on a miniature pipeline, with this repository's own settings."""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, make_workplace
+
+STAGE = """
+import json, pathlib, yaml
+beta = yaml.safe_load(open("params.yaml"))["reinforce"]["beta"]
+pathlib.Path("models").mkdir(exist_ok=True)
+pathlib.Path("models/dgpo").write_text(str(beta))
+pathlib.Path("metrics").mkdir(exist_ok=True)
+metrics = {"average": 1 - beta, "onehop": beta, "failed": 0}
+pathlib.Path("metrics/evaluate-dgpo.json").write_text(json.dumps(metrics))
+"""
+GRAPH = """
+stages:
+  reinforce:
+    cmd: exec python -m tasks.reinforce
+    params: [reinforce]
+    deps: [tasks/reinforce.py]
+    outs: [models/dgpo]
+    metrics: [metrics/evaluate-dgpo.json]
+"""
+
+
+def run(place: Path, *command: str, fails: bool = False) -> str:
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
+    assert (done.returncode != 0) == fails, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def dvc(place: Path, *arguments: str) -> str:
+    return run(place, sys.executable, "-m", "dvc", *arguments)
+
+
+def remote(place: Path, *action: str, fails: bool = False) -> str:
+    # as an installed program: the miniature has a package `tasks` of its own
+    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['', *{action!r}]; "
+    code += "from infra.remote import app; from tasks.stage import main; main(app)"
+    return run(place, sys.executable, "-P", "-c", code, fails=fails)
+
+
+def set_beta(place: Path, beta: float) -> None:
+    (place / "params.yaml").write_text(f"seed: 0\nreinforce:\n  beta: {beta}\n  steps: 40\n")
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Iterator[Path]:
+    """A clone that has run its pipeline with two values of a parameter, and committed the second."""
+    folder = tmp_path_factory.mktemp("clones")
+    place = folder / "first"
+    (place / "tasks").mkdir(parents=True)
+    with pytest.MonkeyPatch.context() as patch:
+        make_workplace(folder, patch, mlflow_store)
+        patch.delenv("PYTHONPATH")
+        for variable, value in (("AUTHOR", "a"), ("COMMITTER", "a")):
+            patch.setenv(f"GIT_{variable}_NAME", value)
+            patch.setenv(f"GIT_{variable}_EMAIL", f"{value}@example.org")
+        run(place, "git", "init", "-q")
+        dvc(place, "init", "-q")
+        shutil.copy(ROOT / ".dvc" / "config", place / ".dvc" / "config")
+        (place / "dvc.yaml").write_text(GRAPH)
+        (place / "tasks" / "__init__.py").touch()
+        (place / "tasks" / "reinforce.py").write_text(STAGE)
+        (place / ".gitignore").write_text("/models/\n/metrics/\n__pycache__/\n")
+        for beta in (0.5, 0.25):
+            set_beta(place, beta)
+            dvc(place, "repro")
+        run(place, "git", "add", "-A")
+        run(place, "git", "commit", "-qm", "base")
+        yield place
+
+
+def test_a_second_clone_pulls_and_has_nothing_to_do(first: Path) -> None:
+    second = first.parent / "second"
+    run(first, "git", "clone", "-q", ".", str(second))
+    message = remote(second, "pull", fails=True)
+    assert message.count("\n") == 1
+    assert f"{first.parent / 'dgpo-remote'}: nothing was pushed" in message
+    assert "pushed to" in remote(first, "push", "--history")
+
+    remote(second, "pull")
+    assert (second / "models/dgpo").read_text() == "0.25"
+    assert "up to date" in dvc(second, "status")
+    assert "didn't change, skipping" in dvc(second, "repro")
+
+    set_beta(second, 0.5)  # what the first clone ran once; its outputs are fetched when they are needed
+    assert "is cached - skipping run" in dvc(second, "repro", "--pull")
+    assert (second / "models/dgpo").read_text() == "0.5"
+    set_beta(second, 0.25)
+    assert "is cached - skipping run" in dvc(second, "repro")
+
+
+def test_no_remote_is_said_in_one_line(first: Path) -> None:
+    bare = first.parent / "bare"
+    run(first, "git", "clone", "-q", ".", str(bare))
+    dvc(bare, "config", "--unset", "core.remote")
+    message = remote(bare, "pull", fails=True)
+    assert "no remote specified" in message and message.count("\n") == 1
+
+
+def test_experiments_compare_in_few_columns(first: Path) -> None:
+    """As README says, also in a workspace of DVC's own, with the columns of `make experiments`."""
+    dvc(first, "exp", "run", "--temp", "-n", "low", "-S", "reinforce.beta=0.125")
+    assert (first / "models/dgpo").read_text() == "0.25"  # the working copy is as it was
+    assert not run(first, "git", "status", "--porcelain")
+    dvc(first, "exp", "run", "-n", "high", "-S", "reinforce.beta=0.75")
+    assert (first / "models/dgpo").read_text() == "0.75"
+
+    makefile = (ROOT / "Makefile").read_text()
+    (line,) = re.findall(r"^UNIMPORTANT := (.*)$", makefile, flags=re.M)
+    shown = dvc(first, "exp", "show", "--only-changed", "--md", "--drop", line.replace("$$", "$"))
+    table = [
+        [cell.strip() for cell in row.split("|")[1:-1]] for row in shown.splitlines() if row.startswith("|")
+    ]
+    assert table[0] == ["Experiment", "average", "reinforce.beta"]
+    assert {row[0].split("[")[-1].rstrip("]"): row[1:] for row in table[3:]} == {
+        **{row[0]: row[1:] for row in table[3:] if "[" not in row[0]},
+        "low": ["0.875", "0.125"],
+        "high": ["0.25", "0.75"],
+    }
+    changed = json.loads(dvc(first, "metrics", "diff", "HEAD", "low", "--json"))
+    assert changed["metrics/evaluate-dgpo.json"]["average"] == {"old": 0.75, "new": 0.875, "diff": 0.125}
