@@ -27,6 +27,7 @@ from dgpo_core.config.params import PARAMS, resolve_profile
 from dgpo_core.errors import UserError
 from flows.dag import Stage, read_dag, select
 from flows.process import end_all
+from flows.promotion import offer
 from flows.remote import cancel_all
 from flows.schedule import Outcome, Plan, is_stale, run_all
 from flows.settings import DEFAULTS, PipelineSettings, with_overrides
@@ -90,6 +91,8 @@ def _in_workspace(root: Path, settings: PipelineSettings) -> None:
     workspace = _open(root, settings)
     try:
         _bring_up_to_date(workspace.tree, settings, workspace)
+        if settings.promote and not settings.dry_run:
+            get_run_logger().info(offer(workspace.tree))
     finally:
         if not settings.dry_run:
             commit = workspace.save(f"{workspace.tree.name}: {_title(settings)}")

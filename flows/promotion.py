@@ -1,0 +1,62 @@
+"""A run's model offered as champion: the gate decides, and a person, where `promote.approval` wants one."""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import cast
+
+from prefect.artifacts import create_markdown_artifact
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
+from prefect.logging import get_run_logger
+from pydantic import Field
+
+from dgpo_core.config.params import PARAMS, load_params
+from dgpo_core.errors import UserError
+from flows.execution import environment
+from flows.process import run_group
+from tasks.promote import KEPT, PROMOTED
+from tasks.registry import CHALLENGER, store
+
+PATIENCE = timedelta(days=7)  # for a person's answer; the run fails afterwards and can be retried
+
+
+class Approval(RunInput):
+    """The form on the paused run's page."""
+
+    approve: bool = Field(False, description="make this version the champion")
+    comment: str = Field("", description="kept in the run's log")
+
+
+def offer(tree: Path) -> str:
+    """Decide about the challenger with the settings of `tree`, ask if asked for, and promote what passes.
+
+    A sentence about how it ended. Raises UserError when nothing can be decided.
+    """
+    with store() as registry:
+        version = registry.alias(CHALLENGER)
+    if version is None:
+        raise UserError("promote: no version is the challenger; see the log of the stage report")
+    code, table = _decide(tree, version.number, "--dry-run")
+    create_markdown_artifact(f"```\n{table}\n```", key="promotion", description=f"Gate: {version.name}")
+    if code == KEPT:
+        return f"{version.name} did not pass the gate: the champion stays"
+    if code != PROMOTED:
+        raise UserError(f"promote: {table.splitlines()[-1] if table else f'exit code {code}'}")
+    if load_params(tree / PARAMS).promote.approval:
+        get_run_logger().info("%s passes the gate and waits for approval", version.name)
+        form = Approval.with_initial_data(description=f"{version.name} passes the gate:\n\n```\n{table}\n```")
+        answer = cast(Approval, pause_flow_run(wait_for_input=form, timeout=int(PATIENCE.total_seconds())))
+        if not answer.approve:
+            return f"{version.name} was not approved: {answer.comment or 'no comment'}"
+        get_run_logger().info("approved: %s", answer.comment or "no comment")
+    code, table = _decide(tree, version.number, "--yes")
+    if code != PROMOTED:
+        return f"{version.name} was not promoted: {table.splitlines()[-1] if table else code}"
+    return f"{version.name} is the champion"
+
+
+def _decide(tree: Path, version: str, flag: str) -> tuple[int, str]:
+    """Exit code and words of `dgpo promote` in the run's worktree."""
+    command = [sys.executable, "-m", "tasks.cli", "promote", "--version", version, flag]
+    return run_group(command, tree, {**environment(), "COLUMNS": "110"}, get_run_logger().info)
