@@ -1,4 +1,4 @@
-"""MLflow: one run for each executed stage, under the run of its pipeline. The only file that imports it.
+"""MLflow: one run for each executed stage, under the run of its pipeline. It and `registry.py` import mlflow.
 
 The store is MLFLOW_TRACKING_URI (a server, say) or `mlflow.db` in the working directory, with artifacts in
 `mlruns/`. Everything after the import happens on a thread of its own, in order and in batches: a slow store
@@ -108,6 +108,7 @@ class StageRun:
         self._metrics: list[tuple[str, float, int, int]] = []  # name, value, step, time in ms
         self._lock = threading.Lock()
         self._warned = False
+        self._patience = 0.0
         self._thread: threading.Thread | None = None
         try:
             os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
@@ -125,21 +126,9 @@ class StageRun:
             if len(self._metrics) < MAX_WAITING:
                 self._metrics += [(name, float(value), step, now) for name, value in values.items()]
 
-    def register_model(self, name: str, pointer: Mapping[str, str]) -> None:
-        """A version of a registered model: a pointer to weights kept elsewhere, whose fields become tags."""
-
-        def job(client: "MlflowClient", run_id: str) -> None:
-            from mlflow.exceptions import MlflowException
-
-            client.log_dict(run_id, dict(pointer), f"models/{name}/pointer.json")
-            try:
-                client.create_registered_model(name)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            source = f"{client.get_run(run_id).info.artifact_uri}/models/{name}"
-            client.create_model_version(name, source, run_id, tags=dict(pointer))
-
+    def submit(self, job: Job, patience: float = 0.0) -> None:
+        """Let `job` work with the client and the run's id; a stage that ends waits `patience` s for it."""
+        self._patience = max(self._patience, patience)
         self._jobs.put(job)
 
     def close(self, status: str, timeout: float = CLOSE_TIMEOUT) -> None:
@@ -148,6 +137,7 @@ class StageRun:
             return
         self._jobs.put(lambda client, run_id: client.set_terminated(run_id, status))
         self._jobs.put(None)
+        timeout = max(timeout, self._patience) if status == "FINISHED" else timeout
         self._thread.join(timeout)
         if self._thread.is_alive():
             self._warn(TimeoutError(f"no answer for {timeout:.0f} s; the last metrics are lost"))
