@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.promotion.decision import Decision
 from dgpo_core.promotion.markdown import markdown
+from dgpo_core.training.models import load_model, load_tokenizer
 from tasks import lineage
 from tasks.dvc_lock import from_cache
 from tasks.files import content_hash
@@ -151,8 +152,8 @@ class Registry:
         """Move the alias: the only place where this happens.
 
         `expected` is the champion on which the decision rests. The alias is read again right before it is
-        set; MLflow has no compare-and-set, so of two moves within that moment both would succeed and the later
-        would hold. Raises UserError when the champion has changed.
+        set; MLflow has no compare-and-set, so of two moves within that moment both succeed, and the later one
+        holds. Raises UserError when the champion has changed.
         """
         now = self.alias(CHAMPION)
         if (now and now.number) != (expected and expected.number):
@@ -295,12 +296,14 @@ def model_folder(reference: str) -> Path:
 @contextmanager
 def store() -> Iterator[Registry]:
     """The registry; what MLflow raises becomes an InfrastructureError."""
-    from mlflow.exceptions import MlflowException
-    from sqlalchemy.exc import SQLAlchemyError
-
     try:
         yield Registry(connect())
-    except (MlflowException, SQLAlchemyError) as error:
+    except Exception as error:
+        from mlflow.exceptions import MlflowException  # not before connect(), which makes MLflow quiet
+        from sqlalchemy.exc import SQLAlchemyError
+
+        if not isinstance(error, MlflowException | SQLAlchemyError):
+            raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InfrastructureError(f"MLflow's store {tracking_uri()} failed: {first}") from error
 
@@ -314,9 +317,7 @@ def save_mlflow_model(folder: Path, saved: Path) -> None:
 
     source = str(folder.resolve())
     pipeline = transformers.pipeline(
-        "text-generation",
-        model=transformers.AutoModelForCausalLM.from_pretrained(source),
-        tokenizer=transformers.AutoTokenizer.from_pretrained(source),
+        "text-generation", model=load_model(source), tokenizer=load_tokenizer(source)
     )
     logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it misses a licence on the hub
     mlflow.transformers.save_model(
