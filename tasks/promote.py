@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -137,7 +138,14 @@ def _print(decision: Decision) -> None:
     for reason in decision.reasons:
         console.print(f"- {escape(reason)}", highlight=False, soft_wrap=True)
     if decision.conditions:
-        table = Table(*[head if head else "holds" for head in HEADS])
+        table = Table(box=box.SIMPLE)
+        for head in HEADS[:-1]:  # why: below, and only where it matters
+            table.add_column(head, no_wrap=True)
         for condition in decision.conditions:
-            table.add_row(*map(escape, cells(condition)), style=None if condition.passed else "red")
+            table.add_row(*map(escape, cells(condition)[:-1]), style=None if condition.passed else "red")
         console.print(table)
+    for condition in decision.conditions:
+        if not condition.passed:
+            console.print(
+                f"- {escape(condition.name)}: {escape(condition.why)}", highlight=False, soft_wrap=True
+            )

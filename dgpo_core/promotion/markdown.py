@@ -4,7 +4,7 @@ import math
 
 from dgpo_core.promotion.decision import Condition, Decision
 
-HEADS = ("", "condition", "value", "95 % interval", "bound", "questions", "why")
+HEADS = ("holds", "condition", "value", "95 % interval", "bound", "questions", "why")
 
 
 def headline(decision: Decision) -> str:
