@@ -122,7 +122,7 @@ def changed_parameters(params: Params) -> Iterator[tuple[str, tuple[Any, Any]]]:
     default = _flat(Params(profile=params.profile).model_dump(mode="json"))
     own = _flat(params.model_dump(mode="json"))
     for key in sorted(default | own):
-        if default.get(key) != own.get(key):
+        if default.get(key) != own.get(key) and {} not in (default.get(key), own.get(key)):
             yield key, (default.get(key), own.get(key))
 
 
@@ -150,7 +150,9 @@ def differences(lineage: Lineage, root: Path = Path()) -> list[str]:
 
 
 def commands(lineage: Lineage, reference: str) -> list[str]:
-    """What makes the model again in a fresh working tree."""
+    """What makes the model again in a fresh working tree; nothing where no commit has its sources."""
+    if not lineage["code"]["commit"] or lineage["code"]["dirty"]:
+        return []
     return [
         f"git worktree add --detach ../recreated {lineage['code']['commit']}",
         f"dgpo lineage {reference} --params > ../recreated/{PARAMS}",
@@ -166,7 +168,7 @@ def parameters(lineage: Lineage) -> str:
 def text(lineage: Lineage, reference: str, differing: Sequence[str]) -> str:
     """For people."""
     made, index = lineage["code"], lineage["index"]
-    dirty = f" with changes in {', '.join(made['dirty'])}" if made["dirty"] else ""
+    dirty = f", with other sources in {', '.join(made['dirty'])}" if made["dirty"] else ""
     kept = lineage["filter"]
     lines = [
         f"{reference}: recipe {lineage['recipe']}, profile {lineage['profile']}, seed {lineage['seed']}",
@@ -177,7 +179,7 @@ def text(lineage: Lineage, reference: str, differing: Sequence[str]) -> str:
         f"student   {_source(lineage['student'])}",
         f"teacher   {_source(lineage['teacher'])}",
         f"filter    {kept['rule']}: {_share(kept)}",
-        f"recipes   {' <- '.join(f'{name} {row}' for name, row in lineage['recipes'].items())}",
+        f"recipes   {' <- '.join(_row(name, row) for name, row in lineage['recipes'].items())}",
         "parameters that differ from the defaults:",
         *(f"  {key}: {new!r} (default {old!r})" for key, (old, new) in lineage["changed"].items()),
         "outputs of the stages (DVC's md5):",
@@ -189,7 +191,8 @@ def text(lineage: Lineage, reference: str, differing: Sequence[str]) -> str:
     ]
     if lineage["unlocked"]:
         lines.append(f"not what dvc.lock said of it: {', '.join(lineage['unlocked'])}")
-    lines += ["made again by:", *(f"  {command}" for command in commands(lineage, reference))]
+    steps = commands(lineage, reference)
+    lines += ["made again by:", *(f"  {step}" for step in steps or ["nothing: no commit has its sources"])]
     lines.append("this checkout differs:" if differing else "this checkout has the same code and parameters")
     return "\n".join([*lines, *(f"  {line}" for line in differing)])
 
@@ -249,6 +252,10 @@ def _share(kept: Mapping[str, Any]) -> str:
     if not kept["of"]:
         return "not recorded"
     return f"{kept['kept']} of {kept['of']} teacher episodes are correct ({kept['kept'] / kept['of']:.1%})"
+
+
+def _row(name: str, row: Mapping[str, Any]) -> str:
+    return f"{name} ({', '.join(f'{key} {value}' for key, value in row.items())})"
 
 
 def _source(model: Mapping[str, Any]) -> str:

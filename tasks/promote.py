@@ -6,7 +6,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 import typer
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -15,7 +14,7 @@ from dgpo_core.config.params import Params, load_params
 from dgpo_core.errors import UserError
 from dgpo_core.promotion.decision import Candidate, Decision, decide
 from dgpo_core.promotion.evidence import MADE
-from dgpo_core.promotion.markdown import HEADS, cells, headline
+from dgpo_core.promotion.markdown import HEADS, NO_CHAMPION, cells, headline
 from tasks.dvc_lock import read_lock
 from tasks.evidence import BASE, record_evaluations
 from tasks.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry, Version, store
@@ -132,13 +131,13 @@ def _approved(version: Version, params: Params, yes: bool) -> bool:
 
 def _print(decision: Decision) -> None:
     console = Console()
-    console.print(f"[bold]{escape(headline(decision))}[/bold]", highlight=False)
+    console.print(f"[bold]{escape(headline(decision))}[/bold]", highlight=False, soft_wrap=True)
     if not decision.champion:
-        console.print("There is no champion yet: only absolute conditions, and the gain over the student.")
+        console.print(NO_CHAMPION, soft_wrap=True)
     for reason in decision.reasons:
         console.print(f"- {escape(reason)}", highlight=False, soft_wrap=True)
     if decision.conditions:
-        table = Table(box=box.SIMPLE)
+        table = Table(box=None, padding=(0, 1, 0, 0), pad_edge=False)
         for head in HEADS[:-1]:  # why: below, and only where it matters
             table.add_column(head, no_wrap=True)
         for condition in decision.conditions:

@@ -115,7 +115,7 @@ def decide(
     except UserError as error:
         reasons = [str(error)]
     if not reasons:
-        conditions = _conditions(ours, theirs, other.name, champion is not None, datasets, config)
+        conditions = judged(ours, theirs, other.name, champion is not None, datasets, config)
         told = _told(ours, theirs, Resampling(config.samples, config.seed))
     verdict: Verdict = "promote" if all(c.passed for c in conditions) else "keep"
     verdict = "refused" if reasons else verdict
@@ -154,7 +154,7 @@ def _too_few(
     return reasons
 
 
-def _conditions(
+def judged(
     ours: Evidence,
     theirs: Evidence,
     other: str,
@@ -162,6 +162,7 @@ def _conditions(
     datasets: Sequence[str],
     config: PromoteConfig,
 ) -> list[Condition]:
+    """Every condition for two evaluations that were made alike; `other` is the rival's name."""
     how = Resampling(config.samples, config.seed)
     em = {name: _paired_em(ours, theirs, name) for name in datasets}
     minimum = config.min_gain if against_champion else config.first_min_gain

@@ -1,10 +1,11 @@
-"""A decision as Markdown, for people: with the model version in MLflow, and in the terminal."""
+"""A decision as text, for people: Markdown that is kept with the version, and cells for the terminal."""
 
 import math
 
 from dgpo_core.promotion.decision import Condition, Decision
 
-HEADS = ("holds", "condition", "value", "95 % interval", "bound", "questions", "why")
+HEADS = ("holds", "condition", "value", "95 % interval", "bound", "n", "why")
+NO_CHAMPION = "There is no champion yet: only absolute conditions, and the gain over the student."
 
 
 def headline(decision: Decision) -> str:
@@ -38,7 +39,7 @@ def cells(condition: Condition) -> tuple[str, ...]:
 def markdown(decision: Decision) -> str:
     lines = [f"# {_escaped(headline(decision))}", ""]
     if not decision.champion:
-        lines += ["There is no champion yet: only absolute conditions, and the gain over the student.", ""]
+        lines += [NO_CHAMPION, ""]
     lines += [f"- {_escaped(reason)}" for reason in decision.reasons]
     if decision.conditions:
         rows = [HEADS, tuple("---" for _ in HEADS), *map(cells, decision.conditions)]
