@@ -242,7 +242,8 @@ def _filter(recipe: str, params: Params, locked: Mapping[str, str]) -> dict[str,
     if on_teacher:
         rule = "correct episodes only" if all(row.correct_only for row in on_teacher) else "all episodes"
     path = METRICS / "filter.json"
-    if not on_teacher or locked.get(path.as_posix()) != dvc_md5(path):
+    md5 = locked.get(path.as_posix())
+    if not on_teacher or md5 is None or md5 != dvc_md5(path):
         return {"rule": rule, "kept": None, "of": None}
     counts = yaml.safe_load(path.read_text(encoding="utf-8"))
     return {"rule": rule, "kept": counts["kept"], "of": counts["raw"]}

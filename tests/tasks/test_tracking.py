@@ -67,29 +67,19 @@ def test_continued_stage_goes_on_in_the_same_run(workplace: Path) -> None:
     assert last_run_id() != first
 
 
-def test_models_are_registered_as_pointers(workplace: Path) -> None:
-    Path("model").mkdir()
-    Path("model/weights").write_bytes(b"0" * 1000)
-    for _ in range(2):
-        with stage("train", config={}) as run:
-            run.register_model("student", Path("model"))
-    versions = connect().search_model_versions("name='student'")
-    assert sorted(int(version.version) for version in versions) == [1, 2]
-    newest = max(versions, key=lambda version: int(version.version))
-    assert newest.run_id == last_run_id()
-    assert newest.tags["folder"] == "model"
-    assert newest.tags["stage"] == "train"
-    assert len(newest.tags["hash"]) == 64
+def test_a_stage_waits_for_what_was_submitted(workplace: Path) -> None:
+    with stage("train", config={}) as run:
+        run.tracker.submit(lambda client, run_id: client.set_tag(run_id, "late", "yes"), patience=60)
+    assert connect().get_run(last_run_id()).data.tags["late"] == "yes"
 
 
 def test_broken_store_is_warned_of_once(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (workplace / "file").touch()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "no-such-scheme://nowhere")
     with stage("train", config={}, outputs=[Path("out")]) as run:
         run.metrics(1, {"em": 0.1})
-        run.register_model("student", Path("file"))
+        run.tracker.submit(lambda client, run_id: client.set_tag(run_id, "a", "b"))
         Path("out").touch()
     assert Path("out").exists()
     assert capsys.readouterr().err.count("warning: MLflow does not record") == 1
