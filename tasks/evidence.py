@@ -23,7 +23,7 @@ from tasks.dvc_lock import Lock, dvc_md5, read_lock
 from tasks.files import content_hash
 from tasks.lineage import CODE, build, earlier_origin, origin, trained_models
 from tasks.paths import EVALUATION, INDEX, MODELS
-from tasks.registry import Registry, Version, store
+from tasks.registry import AGAIN, DVC, Registry, Version, store
 from tasks.tracking import flatten
 
 BASE = "student"  # beside a version's evaluation: that of the model that training started from
@@ -48,7 +48,7 @@ def record_evaluations(registry: Registry, params: Params, lock: Lock) -> dict[s
                 base = model_source(params, STUDENT)
                 digest = content_hash(Path(base)) if Path(base).is_dir() else base
                 _assemble(STUDENT, digest, lock, folder / BASE)
-                _keep(registry, version, folder)
+                registry.store_evidence(version, folder, _average(folder / TABLES[0]), DVC)
             else:
                 problems[recipe] = (
                     f"{EVALUATION / recipe} is not of this model; run `dvc repro evaluate@{recipe}`"
@@ -115,7 +115,7 @@ def evaluate_again(reference: str) -> None:
             base = model_source(params, STUDENT)
             if Path(base).is_dir():
                 _assemble(STUDENT, content_hash(Path(base)), lock, evidence / BASE)
-            _keep(registry, version, evidence)
+            registry.store_evidence(version, evidence, _average(evidence / TABLES[0]), AGAIN)
     print(f"{version.name}: evaluated, and kept with the version")
 
 
@@ -138,10 +138,6 @@ def _copy(evaluation: Path, folder: Path, made: Made) -> None:
     for name in TABLES:
         shutil.copyfile(evaluation / name, folder / name)
     (folder / MADE).write_text(made.as_json(), encoding="utf-8")
-
-
-def _keep(registry: Registry, version: Version, folder: Path) -> None:
-    registry.store_evidence(version, folder, content_hash(folder), _average(folder / TABLES[0]))
 
 
 def _average(path: Path) -> float:

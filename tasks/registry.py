@@ -41,6 +41,7 @@ NAME = "search-agent"
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
 MODEL, PROMOTION = f"models/{NAME}", "promotion"  # places among a run's artifacts
 LINEAGE = f"{PROMOTION}/lineage.json"
+DVC, AGAIN = "dvc", "dgpo evaluate"  # who evaluated a version
 WEIGHTS_PATIENCE = 900.0  # seconds that a stage waits for its weights to arrive
 FETCHED = Path(".state/models")  # weights that were brought here, by hash
 Job = Callable[["MlflowClient", str], None]
@@ -170,11 +171,19 @@ class Registry:
         for key, value in tags.items():
             self._client.set_model_version_tag(NAME, version.number, key, value)
 
-    def store_evidence(self, version: Version, folder: Path, digest: str, average: float) -> None:
-        """Keep an evaluation with the version; the newest one counts."""
-        place = f"{PROMOTION}/{digest[:16]}"
-        self._client.log_artifacts(version.run_id, str(folder), place)
-        self.tag(version, em=f"{average:.6f}", evaluation=place)  # last: only what has arrived counts
+    def store_evidence(self, version: Version, folder: Path, average: float, source: str) -> None:
+        """Keep an evaluation with the version, and let it count; `source` is DVC or AGAIN.
+
+        One that was made again gives way only to an evaluation of DVC's that is newer than it.
+        """
+        place = f"{PROMOTION}/{content_hash(folder)[:16]}"
+        known = any(each.path == place for each in self._client.list_artifacts(version.run_id, PROMOTION))
+        if known and source == DVC and version.tags.get("evaluated_by") == AGAIN:
+            return
+        if not known:
+            self._client.log_artifacts(version.run_id, str(folder), place)
+        # last: only what has arrived counts
+        self.tag(version, em=f"{average:.6f}", evaluation=place, evaluated_by=source)
 
     def store_decision(self, version: Version, decision: Decision) -> None:
         """Keep a decision with the version: JSON and Markdown as artifacts, the verdict as tags."""

@@ -27,7 +27,7 @@ CLOSE_TIMEOUT = 30.0  # seconds to wait for the last batches
 MAX_METRICS, MAX_PARAMS = 1000, 100  # a request, by MLflow's limits
 MAX_PARAM_LENGTH, MAX_WAITING = 6000, 100_000
 
-Job = Callable[["MlflowClient", str], None]
+Job = Callable[["MlflowClient", str], object]
 
 
 def tracking_uri() -> str:

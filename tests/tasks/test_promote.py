@@ -15,7 +15,7 @@ from tasks import promote as promotion
 from tasks.dvc_lock import read_lock
 from tasks.evidence import evaluate_again, record_evaluations, register_trained
 from tasks.promote import KEPT, PROMOTED, REFUSED, promote, rollback
-from tasks.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry, Version, store
+from tasks.registry import AGAIN, CHALLENGER, CHAMPION, PREVIOUS, Registry, Version, store
 from tests.dgpo_core.promotion.making import Model
 from tests.tasks.miniature import ROOT
 from tests.tasks.trained import BETTER, WORSE, make_trained, train, write_lock
@@ -24,7 +24,7 @@ from tests.tasks.trained import BETTER, WORSE, make_trained, train, write_lock
 def holder(alias: str) -> str | None:
     with store() as registry:
         version = registry.alias(alias)
-    return version and version.tags["recipe"]
+    return version.tags["recipe"] if version else None
 
 
 def version(number: str) -> Version:
@@ -144,6 +144,22 @@ def test_a_champion_of_weeks_ago_is_compared_by_its_stored_evaluation(two: Path)
     shutil.rmtree(two / "evaluation/kd")
     (two / "models/kd/model.safetensors").write_text("something new that was not evaluated")
     assert promote(None, dry_run=False, yes=True) == PROMOTED
+
+
+def test_an_evaluation_made_again_is_not_replaced_by_the_one_before(two: Path) -> None:
+    def counting() -> str:
+        with store() as registry:
+            record_evaluations(registry, load_params(), read_lock())
+            return registry.version("1").tags["evaluation"]
+
+    first = counting()
+    with store() as registry, registry.evidence(registry.version("1")) as evidence:
+        (evidence / "arcap.parquet").write_bytes((two / "evaluation/dgpo/arcap.parquet").read_bytes())
+        registry.store_evidence(registry.version("1"), evidence, 0.5, AGAIN)
+    again = counting()
+    assert again != first
+    train(two, "kd", "kd's weights", Model.of(0.55, seed=2))
+    assert counting() not in (first, again), "DVC has evaluated it anew"
 
 
 def test_a_champion_with_other_questions_must_be_evaluated_again(

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from dgpo_core.config.params import load_params
 from dgpo_core.errors import UserError
-from tasks.evidence import register_trained
+from dgpo_core.promotion.evidence import read_evidence
+from tasks.evidence import evaluate_again, register_trained
 from tasks.recreate import OTHER, SAME, show
 from tasks.registry import store
 from tests.conftest import make_workplace
@@ -153,3 +155,9 @@ def test_a_real_model_is_made_again(
     assert version.tags["stage"] == "distill@kd"
     assert show(version.reference, as_json=False, params=False, verify=True) == SAME
     assert "made again, byte for byte" in capsys.readouterr().out
+    evaluate_again(version.reference)
+    with store() as registry, registry.evidence(registry.version(version.number)) as evidence:
+        made = json.loads((evidence / "made.json").read_text())
+        assert made["model"] == version.hash
+        datasets = list(load_params().questions.test)
+        assert set(read_evidence(evidence, datasets).arcap) >= {"source_em_nq", "query_hit_nq"}
