@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 from dgpo_core.config.params import PARAMS
@@ -56,7 +57,9 @@ def verified(stored: lineage.Lineage) -> list[str]:
             # that folder's own cache: nothing is taken from an earlier run
             _run([sys.executable, "-m", "dvc", "cache", "dir", "--local", ".dvc/cache"], tree)
             print(f"making {stored['stage']} again in {tree}", flush=True)
-            _run([sys.executable, "-m", "dvc", "repro", stored["stage"]], tree, shown=True)
+            for name, stage in stored["stages"].items():
+                if _differing(stage["outs"], tree):  # base models come with the commit
+                    _run([sys.executable, "-m", "dvc", "repro", "--single-item", name], tree, shown=True)
             return _other_bytes(stored, tree)
         finally:
             _run(["git", "worktree", "remove", "--force", str(tree)], Path())
@@ -64,15 +67,18 @@ def verified(stored: lineage.Lineage) -> list[str]:
 
 def _other_bytes(stored: lineage.Lineage, tree: Path) -> list[str]:
     found = [
-        f"{name}: {path} is {dvc_md5(tree / path)}, was {md5}"
+        f"{name}: {path} is {dvc_md5(tree / path)}, was {stage['outs'][path]}"
         for name, stage in stored["stages"].items()
-        for path, md5 in stage["outs"].items()
-        if dvc_md5(tree / path) != md5
+        for path in _differing(stage["outs"], tree)
     ]
     (folder,) = stored["stages"][stored["stage"]]["outs"]
     if (digest := content_hash(tree / folder)) != stored["hash"]:
         found.append(f"{folder}: sha256 is {digest}, was {stored['hash']}")
     return found
+
+
+def _differing(outs: Mapping[str, str], tree: Path) -> list[str]:
+    return [path for path, md5 in outs.items() if dvc_md5(tree / path) != md5]
 
 
 def _print_verification(reference: str, other: list[str]) -> int:
