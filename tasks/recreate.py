@@ -6,6 +6,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from dgpo_core.config.params import PARAMS
@@ -16,6 +17,14 @@ from tasks.files import content_hash
 from tasks.registry import store
 
 SAME, OTHER = 0, 1  # exit codes
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What came out with other bytes: the model (None: it is the same), and outputs on the way to it."""
+
+    model: str | None
+    others: list[str]
 
 
 def show(reference: str, as_json: bool, params: bool, verify: bool) -> int:
@@ -38,8 +47,8 @@ def show(reference: str, as_json: bool, params: bool, verify: bool) -> int:
     return SAME
 
 
-def verified(stored: lineage.Lineage) -> list[str]:
-    """Make the model again in a worktree of its commit, with an empty cache; what came out with other bytes.
+def verified(stored: lineage.Lineage) -> Verification:
+    """Make the model again in a worktree of its commit, with an empty cache.
 
     Takes as long as the training and all that it needs. Raises UserError when the commit does not have what
     the model was made of, and when a stage fails.
@@ -60,35 +69,40 @@ def verified(stored: lineage.Lineage) -> list[str]:
             for name, stage in stored["stages"].items():
                 if _differing(stage["outs"], tree):  # base models come with the commit
                     _run([sys.executable, "-m", "dvc", "repro", "--single-item", name], tree, shown=True)
-            return _other_bytes(stored, tree)
+            return _compared(stored, tree)
         finally:
             _run(["git", "worktree", "remove", "--force", str(tree)], Path())
 
 
-def _other_bytes(stored: lineage.Lineage, tree: Path) -> list[str]:
-    found = [
+def _compared(stored: lineage.Lineage, tree: Path) -> Verification:
+    (folder,) = stored["stages"][stored["stage"]]["outs"]
+    others = [
         f"{name}: {path} is {dvc_md5(tree / path)}, was {stage['outs'][path]}"
         for name, stage in stored["stages"].items()
         for path in _differing(stage["outs"], tree)
+        if path != folder
     ]
-    (folder,) = stored["stages"][stored["stage"]]["outs"]
-    if (digest := content_hash(tree / folder)) != stored["hash"]:
-        found.append(f"{folder}: sha256 is {digest}, was {stored['hash']}")
-    return found
+    digest = content_hash(tree / folder)
+    same = digest == stored["hash"]
+    return Verification(None if same else f"{folder}: sha256 is {digest}, was {stored['hash']}", others)
 
 
 def _differing(outs: Mapping[str, str], tree: Path) -> list[str]:
     return [path for path, md5 in outs.items() if dvc_md5(tree / path) != md5]
 
 
-def _print_verification(reference: str, other: list[str]) -> int:
-    if not other:
+def _print_verification(reference: str, found: Verification) -> int:
+    """Exit code: whether the model is the same; what was made on the way to it is told."""
+    if found.model is None:
         print(f"{reference}: made again, byte for byte")
-        return SAME
-    print(f"{reference}: made again with other bytes (another machine or other versions of libraries?):")
-    for line in other:
+    else:
+        print(f"{reference}: made again with other bytes (another machine, or other versions of libraries?)")
+        print(f"  {found.model}")
+    if found.others:
+        print("other bytes on the way to it:")
+    for line in found.others:
         print(f"  {line}")
-    return OTHER
+    return SAME if found.model is None else OTHER
 
 
 def _run(command: list[str], folder: Path, shown: bool = False) -> None:

@@ -56,9 +56,9 @@ def repository(own_store: Path, empty_dvc_repository: Path) -> Path:
     return own_store
 
 
-def train(recipe: str) -> None:
+def train(recipe: str, pipeline: str = PIPELINE) -> None:
     """Run the pipeline whose model is what `recipe` writes, commit, and register."""
-    Path("dvc.yaml").write_text(PIPELINE.replace("RECIPE", recipe))
+    Path("dvc.yaml").write_text(pipeline.replace("RECIPE", recipe))
     subprocess.run([sys.executable, "-m", "dvc", "repro"], check=True, timeout=120)
     git("add", "-A")
     git("commit", "-qm", "A model")
@@ -108,8 +108,17 @@ def test_verification_finds_other_bytes(repository: Path, capsys: pytest.Capture
     assert show(CHAMPION, as_json=False, params=False, verify=True) == OTHER
     said = capsys.readouterr().out
     assert "made again with other bytes" in said
-    assert "distill@kd: models/kd is" in said
+    assert "models/kd: sha256 is" in said
     assert "data/index" not in said.split("made again with", 1)[1]
+
+
+def test_other_bytes_on_the_way_are_told(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    copy = "cp manifest.json data/index/"
+    template = PIPELINE.replace(copy, f"{copy} && date +%N > data/index/t")
+    train("cp data/index/manifest.json models/kd/weights", template)
+    assert show(CHAMPION, as_json=False, params=False, verify=True) == SAME
+    said = capsys.readouterr().out
+    assert "made again, byte for byte\nother bytes on the way to it:\n  index: data/index is" in said
 
 
 def test_uncommitted_sources_are_said_and_not_made_again(
