@@ -3,7 +3,6 @@
 import sys
 from datetime import timedelta
 from pathlib import Path
-from typing import cast
 
 from prefect.artifacts import create_markdown_artifact
 from prefect.flow_runs import pause_flow_run
@@ -46,9 +45,10 @@ def offer(tree: Path) -> str:
     if load_params(tree / PARAMS).promote.approval:
         get_run_logger().info("%s passes the gate and waits for approval", version.name)
         form = Approval.with_initial_data(description=f"{version.name} passes the gate:\n\n```\n{table}\n```")
-        answer = cast(Approval, pause_flow_run(wait_for_input=form, timeout=int(PATIENCE.total_seconds())))
-        if not answer.approve:
-            return f"{version.name} was not approved: {answer.comment or 'no comment'}"
+        answer = pause_flow_run(wait_for_input=form, timeout=int(PATIENCE.total_seconds()))
+        if answer is None or not answer.approve:
+            comment = answer.comment if answer else ""
+            return f"{version.name} was not approved: {comment or 'no comment'}"
         get_run_logger().info("approved: %s", answer.comment or "no comment")
     code, table = _decide(tree, version.number, "--yes")
     if code != PROMOTED:

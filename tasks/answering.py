@@ -1,7 +1,6 @@
 """What answers a question: a model by any of its names, with the index, as one agent."""
 
 import sys
-from importlib import import_module
 from pathlib import Path
 
 from dgpo_core.config.params import Params, load_params
@@ -65,11 +64,9 @@ def require_index() -> None:
 
 
 def _registered(reference: str) -> str:
-    try:
-        registry = import_module("tasks.registry")
-    except ModuleNotFoundError:
-        raise UserError(f"{reference}: there is no model registry; name a recipe or a folder") from None
-    return str(registry.model_folder(reference))
+    from tasks.registry import model_folder  # MLflow takes a second to import
+
+    return str(model_folder(reference))
 
 
 def _default() -> str:

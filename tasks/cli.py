@@ -75,6 +75,61 @@ def serve(
     run_service(model, host, port, waiting)
 
 
+@app.command()
+def register() -> None:
+    """Register the trained models of this working tree that MLflow does not know yet."""
+    from tasks.evidence import register_trained
+
+    register_trained()
+
+
+@app.command()
+def promote(
+    version: Annotated[str | None, typer.Option(help="number; the challenger unless given")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="decide, change nothing")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="approve what passes, without being asked")] = False,
+) -> None:
+    """Make the challenger champion if every condition holds (exit code 1: one does not; 2: refused)."""
+    from tasks.promote import promote as decide
+
+    raise typer.Exit(decide(version, dry_run, yes))
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="why; kept with the version that goes")],
+) -> None:
+    """Put the previous champion back."""
+    from tasks.promote import rollback as go_back
+
+    go_back(reason)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="models:/search-agent@champion, or models:/search-agent/3")],
+) -> None:
+    """Evaluate a registered model again, with this working tree's questions, index and settings."""
+    from tasks.evidence import evaluate_again
+
+    evaluate_again(model)
+
+
+@app.command()
+def lineage(
+    model: Annotated[
+        str, typer.Argument(help="models:/search-agent@champion, models:/search-agent/3 or a recipe")
+    ] = "models:/search-agent@champion",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    params: Annotated[bool, typer.Option("--params", help="print the params.yaml of the training")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="train it again and compare the bytes")] = False,
+) -> None:
+    """Print what a model was made of, and how to make it again."""
+    from tasks.recreate import show
+
+    raise typer.Exit(show(model, as_json, params, verify))
+
+
 def main() -> None:
     """Exits with 2 and one line for what the user can mend."""
     from tasks.stage import main as run_program

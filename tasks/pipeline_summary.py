@@ -13,14 +13,16 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from dgpo_core.config.params import PARAMS
+from tasks.dvc_lock import LOCK
 from tasks.paths import REPORTS
 from tasks.progress import duration
-from tasks.provenance import LOCK, Lock, read_lock
+from tasks.provenance import lock_digest, locked_outputs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Run
 
+Outputs = Mapping[str, Mapping[str, str]]  # stage -> path -> md5
 OUTPUT = "dvc.outputs."  # tag of a stage's run: the output's path -> its digest in dvc.lock
 NOTE = "mlflow.note.content"  # the run's description, Markdown
 MAX_NOTE = 8000  # characters, by MLflow's limit
@@ -44,22 +46,22 @@ def summarize(
 
     `planned` names the pipeline's stages; without it they are those of dvc.lock.
     """
-    lock = read_lock(root)
+    outputs = locked_outputs(root)
     experiment = client.get_run(run_id).info.experiment_id
     children = _children(client, experiment, run_id)
     for stage, child in children.items():
         if child.info.status == "FINISHED":
-            _log(client, child.info.run_id, tags=_output_tags(lock, stage))
+            _log(client, child.info.run_id, tags=_output_tags(outputs, stage))
     left = "unchanged" if succeeded else "not executed"
     stages = [
         _made(stage, children[stage].info.status, children[stage])
         if stage in children
-        else _made(stage, left, _maker(client, experiment, lock, stage))
-        for stage in dict.fromkeys([*(lock.outputs if planned is None else planned), *children])
+        else _made(stage, left, _maker(client, experiment, outputs, stage))
+        for stage in dict.fromkeys([*(outputs if planned is None else planned), *children])
     ]
     executed = sum(made.state == "executed" for made in stages)
     tags = {NOTE: note(stages), "stages": f"{executed} executed of {len(stages)}"}
-    tags |= {"dvc.lock": lock.digest} if lock.digest else {}
+    tags |= {"dvc.lock": digest} if (digest := lock_digest(root)) else {}
     reported = succeeded and "report" in {made.stage for made in stages}
     _log(client, run_id, tags, results(root) if reported else {})
     client.log_dict(run_id, {"stages": [asdict(made) for made in stages]}, "stages.json")
@@ -104,9 +106,9 @@ def _children(client: "MlflowClient", experiment: str, parent: str) -> dict[str,
     return {run.data.tags["stage"]: run for run in runs if "stage" in run.data.tags}
 
 
-def _maker(client: "MlflowClient", experiment: str, lock: Lock, stage: str) -> "Run | None":
+def _maker(client: "MlflowClient", experiment: str, outputs: Outputs, stage: str) -> "Run | None":
     """The newest finished run of `stage` whose outputs had the digests that dvc.lock has now."""
-    tags = _output_tags(lock, stage)
+    tags = _output_tags(outputs, stage)
     if not tags:
         return None
     conditions = [f"tags.stage = '{stage}'", "attributes.status = 'FINISHED'"]
@@ -125,8 +127,8 @@ def _made(stage: str, state: str, run: "Run | None") -> Made:
     return Made(stage, state, run.info.run_id, run.info.experiment_id, seconds)
 
 
-def _output_tags(lock: Lock, stage: str) -> dict[str, str]:
-    return {f"{OUTPUT}{path}": md5 for path, md5 in lock.outputs.get(stage, {}).items()}
+def _output_tags(outputs: Outputs, stage: str) -> dict[str, str]:
+    return {f"{OUTPUT}{path}": md5 for path, md5 in outputs.get(stage, {}).items()}
 
 
 def _log(

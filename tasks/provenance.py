@@ -3,45 +3,31 @@
 import hashlib
 import subprocess
 from contextlib import suppress
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dgpo_core.config.params import PARAMS, Params, load_params, paper_recipes, resolve_profile
 from dgpo_core.errors import UserError
+from tasks.dvc_lock import LOCK, read_lock
 
-LOCK, PROFILES = Path("dvc.lock"), Path("profiles")
+PROFILES = Path("profiles")
 # Recorded in every run anyway, and written while it lasts (`dvc.lock` by DVC, `params.yaml` by `make use`).
 RECORDED = (LOCK, PARAMS)
 NAMED = {"distill": "recipe", "reinforce": "recipe", "evaluate": "model", "base-model": "model"}
 
 
-@dataclass(frozen=True)
-class Lock:
-    """dvc.lock: the outputs of the stages that have run, as DVC's digests, and the file's own SHA-256."""
-
-    outputs: dict[str, dict[str, str]] = field(default_factory=dict)  # stage -> path -> md5
-    digest: str = ""
-
-    @property
-    def files(self) -> dict[str, str]:
-        """Digest of each path that is some stage's output."""
-        return {path: md5 for paths in self.outputs.values() for path, md5 in paths.items()}
+def locked_outputs(root: Path = Path()) -> dict[str, dict[str, str]]:
+    """Stage -> path -> DVC's md5; empty without a dvc.lock that can be read: tracking goes on."""
+    with suppress(OSError, UserError):
+        return {name: stage.outs for name, stage in read_lock(root).items()}
+    return {}
 
 
-def read_lock(root: Path = Path()) -> Lock:
-    """Empty where there is no dvc.lock, or only half of one because DVC is writing it."""
-    with suppress(OSError, ValueError, LookupError, TypeError, AttributeError, yaml.YAMLError):
-        text = (root / LOCK).read_bytes()
-        stages = yaml.load(text, getattr(yaml, "CSafeLoader", yaml.SafeLoader))["stages"]
-        outputs = {
-            stage: {out["path"]: str(out["md5"]) for out in entry.get("outs", []) if "md5" in out}
-            for stage, entry in stages.items()
-        }
-        return Lock(outputs, hashlib.sha256(text).hexdigest())
-    return Lock()
+def lock_digest(root: Path = Path()) -> str | None:
+    """SHA-256 of dvc.lock."""
+    with suppress(OSError):
+        return hashlib.sha256((root / LOCK).read_bytes()).hexdigest()
+    return None
 
 
 def git_commit(root: Path = Path()) -> str:

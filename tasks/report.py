@@ -1,9 +1,17 @@
 """Stage `report`: tables, curves, ARCap and an episode reader of the compared models."""
 
-from dgpo_core.config.params import load_params
+from typing import TYPE_CHECKING
+
+from dgpo_core.config.params import Params, load_params
 from dgpo_core.reporting.report import write_report
+from tasks.dvc_lock import read_lock
+from tasks.evidence import challenge
 from tasks.paths import EVALUATION, METRICS, PLOTS, REPORTS
+from tasks.registry import Registry
 from tasks.stage import main, stage
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
 
 
 def report() -> None:
@@ -16,7 +24,13 @@ def report() -> None:
         write_report(
             EVALUATION, PLOTS, METRICS, REPORTS, models, mirrors, dumped, params.pair, params.report.first
         )
+        # evaluated and reported: the last recipe's model may now challenge the champion
+        run.tracker.submit(lambda client, _: _challenge(client, params))
         run.progress(1, 1)
+
+
+def _challenge(client: "MlflowClient", params: Params) -> None:
+    challenge(Registry(client), params, read_lock())
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.files import content_hash
 from tasks.paths import MODELS, PLOTS, REPORTS
-from tasks.provenance import read_lock
+from tasks.provenance import locked_outputs
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -29,7 +29,8 @@ def log_inputs(client: "MlflowClient", run_id: str, stage: str, hashes: Mapping[
     """
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
-    known = read_lock().files if os.environ.get("DVC_STAGE") else {}
+    made = locked_outputs().values() if os.environ.get("DVC_STAGE") else ()
+    known = {path: md5 for outputs in made for path, md5 in outputs.items()}
     inputs = []
     for path, digest in hashes.items():
         source = json.dumps({"uri": Path(path).resolve().as_uri()})

@@ -25,9 +25,11 @@ from typing import Any, Literal, NoReturn, SupportsFloat
 
 from dgpo_core.errors import InfrastructureError, UserError
 from tasks.files import Outputs, content_hash, remove, write_json
+from tasks.lineage import Origin, origin
 from tasks.process import exit_on_sigterm, peak_memory
 from tasks.progress import Reporter
 from tasks.provenance import git_commit, labels, stage_labels
+from tasks.registry import WEIGHTS_PATIENCE, registration
 from tasks.run_data import describe, log_inputs, log_outputs
 from tasks.services import adopt
 from tasks.tracking import CLOSE_TIMEOUT, StageRun, numbers
@@ -45,6 +47,8 @@ class Run:
     state: Path  # kept when the stage continues with the same fingerprint; deleted on success
     reporter: Reporter
     tracker: StageRun
+    inputs: dict[str, str] = field(default_factory=dict)  # path -> SHA-256
+    origin: Origin | None = None
     final: dict[str, float] = field(default_factory=dict)
 
     def progress(self, done: float, total: float, **values: str | int | float) -> None:
@@ -60,13 +64,10 @@ class Run:
         self.final |= numbers(values)
         self.tracker.metrics(0, numbers(values))
 
-    def register_model(self, name: str, folder: Path) -> None:
-        """Register `folder` as a new version of model `name`: a pointer with its hash, not a copy.
-
-        Raises UserError when there is no such folder.
-        """
-        pointer = {"folder": folder.as_posix(), "hash": content_hash(folder), "stage": self.stage}
-        self.tracker.register_model(name, pointer)
+    def register_model(self, recipe: str, folder: Path) -> None:
+        """Register `folder` as a version of the registered model (registry.py), with its lineage."""
+        if self.origin:  # read before training began; otherwise somebody has broken params.yaml or dvc.lock
+            self.tracker.submit(registration(recipe, self.origin, self.inputs, folder), WEIGHTS_PATIENCE)
 
 
 @contextmanager
@@ -93,8 +94,8 @@ def stage(
         raise
     tags = {**stage_labels(name), **labels(), **{f"input.{path}": digest for path, digest in hashes.items()}}
     tracker = StageRun(name, config, tags, state / TRACKING_RUN)
-    tracker.later(lambda client, run_id: log_inputs(client, run_id, name, hashes))
-    run = Run(name, state, Reporter(name), tracker)
+    tracker.submit(lambda client, run_id: log_inputs(client, run_id, name, hashes))
+    run = Run(name, state, Reporter(name), tracker, hashes, origin())
     status = "FINISHED"
     try:
         yield run
@@ -102,7 +103,7 @@ def stage(
         if missing:
             raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
         pointers = describe(outputs)
-        tracker.later(lambda client, run_id: log_outputs(client, run_id, pointers))
+        tracker.submit(lambda client, run_id: log_outputs(client, run_id, pointers))
     except BaseException as error:
         status = "FAILED" if isinstance(error, Exception) else "KILLED"
         products.remove_half_written()  # first: whoever ends this process may not wait

@@ -51,7 +51,7 @@ def trace_episodes(
         warn(error)
         return
     if recorded:
-        run.tracker.later(lambda client, run_id: send(client, run_id, recorded))
+        run.tracker.submit(lambda client, run_id: send(client, run_id, recorded))
 
 
 def traced(run: Run, rollout: Rollout, decode: Decode, every: int, limit: int) -> Rollout:

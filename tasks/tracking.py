@@ -1,6 +1,6 @@
 """MLflow: one run for each executed stage, under the run of its pipeline.
 
-Besides this file `run_data`, `pipeline_summary` and `traces` import it, each with a client from here.
+Besides this file `registry`, `run_data`, `pipeline_summary` and `traces` import it, with a client from here.
 
 The store is MLFLOW_TRACKING_URI (a server, say) or `mlflow.db` in the working directory, with artifacts in
 `mlruns/`. Everything after the import happens on a thread of its own, in order and in batches: a slow store
@@ -34,7 +34,7 @@ CLOSE_TIMEOUT = 30.0  # seconds to wait for the last batches
 MAX_METRICS, MAX_PARAMS = 1000, 100  # a request, by MLflow's limits
 MAX_PARAM_LENGTH, MAX_WAITING = 6000, 100_000
 
-Job = Callable[["MlflowClient", str], None]
+Job = Callable[["MlflowClient", str], object]
 
 
 def tracking_uri() -> str:
@@ -51,6 +51,7 @@ def connect() -> "MlflowClient":
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it tells of every table it creates
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -130,6 +131,7 @@ class StageRun:
         self._metrics: list[tuple[str, float, int, int]] = []  # name, value, step, time in ms
         self._lock = threading.Lock()
         self._warned = False
+        self._patience = 0.0
         self._thread: threading.Thread | None = None
         self._monitor: SystemMetricsMonitor | None = None
         try:
@@ -150,25 +152,9 @@ class StageRun:
             if len(self._metrics) < MAX_WAITING:
                 self._metrics += [(name, float(value), step, now) for name, value in values.items()]
 
-    def later(self, job: Job) -> None:
-        """Have the thread call `job` with client and run id, after all that was asked before."""
-        self._jobs.put(job)
-
-    def register_model(self, name: str, pointer: Mapping[str, str]) -> None:
-        """A version of a registered model: a pointer to weights kept elsewhere, whose fields become tags."""
-
-        def job(client: "MlflowClient", run_id: str) -> None:
-            from mlflow.exceptions import MlflowException
-
-            client.log_dict(run_id, dict(pointer), f"models/{name}/pointer.json")
-            try:
-                client.create_registered_model(name)
-            except MlflowException as error:
-                if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                    raise
-            source = f"{client.get_run(run_id).info.artifact_uri}/models/{name}"
-            client.create_model_version(name, source, run_id, tags=dict(pointer))
-
+    def submit(self, job: Job, patience: float = 0.0) -> None:
+        """Let `job` work with the client and the run's id; a stage that ends waits `patience` s for it."""
+        self._patience = max(self._patience, patience)
         self._jobs.put(job)
 
     def close(self, status: str, timeout: float = CLOSE_TIMEOUT) -> None:
@@ -178,6 +164,7 @@ class StageRun:
         self._jobs.put(lambda _client, _run_id: self._stop_monitor())
         self._jobs.put(lambda client, run_id: client.set_terminated(run_id, status))
         self._jobs.put(None)
+        timeout = max(timeout, self._patience) if status == "FINISHED" else timeout
         self._thread.join(timeout)
         if self._thread.is_alive():
             self._warn(TimeoutError(f"no answer for {timeout:.0f} s; the last metrics are lost"))

@@ -9,6 +9,7 @@ from ruamel.yaml.error import YAMLError
 
 from dgpo_core.config.base import Section
 from dgpo_core.config.data import BaseModelsConfig, WorldConfig
+from dgpo_core.config.promote import PromoteConfig
 from dgpo_core.config.protocol import ProtocolConfig, RolloutConfig
 from dgpo_core.config.questions import QuestionSetsConfig
 from dgpo_core.config.recipes import STUDENT, TABLE, TEACHER, Distillation, Recipes, Reinforcement
@@ -55,6 +56,7 @@ class Params(Section):
     reinforce: ReinforceConfig = ReinforceConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
+    promote: PromoteConfig = PromoteConfig()
     recipes: Recipes = Field(Recipes(), description="how models are trained")
     workers: WorkersConfig = WorkersConfig()
     compare: list[str] = Field(
@@ -70,6 +72,10 @@ class Params(Section):
             raise ValueError(f"recipes: {sorted(taken)} are names of base_models")
         if strange := self.report.first.keys() - self.questions.test.keys():
             raise ValueError(f"report.first: {sorted(strange)} are no test sets of questions.test")
+        if strange := self.promote.margins.keys() - self.questions.test.keys():
+            raise ValueError(f"promote.margins: {sorted(strange)} are no test sets of questions.test")
+        if (challenger := self.promote.recipe) and challenger not in self.recipes.all:
+            raise ValueError(f"promote.recipe: there is no {challenger!r}, only {sorted(self.recipes.all)}")
         known = [STUDENT, TEACHER, *self.recipes.all]
         if unknown := [model for model in self.compare if model not in known]:
             raise ValueError(f"compare: there is no {unknown[0]!r}, only {known}")
@@ -92,6 +98,12 @@ class Params(Section):
     def reinforcement(self, name: str) -> Reinforcement:
         """Raises UserError with the names there are."""
         return _row(self.recipes.reinforce, "reinforce", name)
+
+    @property
+    def challenger(self) -> str | None:
+        """The recipe whose model may become champion; None where no recipe is compared."""
+        trained = [name for name in self.compare if name in self.recipes.all]
+        return self.promote.recipe or (trained[-1] if trained else None)
 
     def sections(self, *names: str) -> dict[str, Any]:
         """Some of the keys as plain values: what a stage's checkpoints belong to."""

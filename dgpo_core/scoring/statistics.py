@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike, NDArray
 from scipy import stats
 
 RESAMPLES, CONFIDENCE, SEED = 5000, 0.95, 0
+MIN_APPLYING = 10  # questions of a rate, below which some bootstrap samples would have none
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,18 @@ class Estimate:
         return self.low > 0 or self.high < 0
 
 
-def mean_with_interval(values: ArrayLike, signed: bool = False) -> Estimate:
+@dataclass(frozen=True)
+class Resampling:
+    """How a bootstrap draws."""
+
+    samples: int = RESAMPLES
+    seed: int = SEED
+
+
+DEFAULT = Resampling()
+
+
+def mean_with_interval(values: ArrayLike, signed: bool = False, resampling: Resampling = DEFAULT) -> Estimate:
     """Mean of `values` (one a question) with a 95 % bootstrap interval.
 
     `signed`: they are differences of shares, not shares (see `_all_alike`).
@@ -39,12 +51,15 @@ def mean_with_interval(values: ArrayLike, signed: bool = False) -> Estimate:
         return Estimate(mean, float("nan"), float("nan"), array.size)
     if np.ptp(array) == 0:
         return _all_alike(mean, array.size, CONFIDENCE, signed)
-    low, high = _interval([array], np.mean)
+    low, high = _interval([array], np.mean, resampling=resampling)
     return Estimate(mean, low, high, array.size)
 
 
 def mean_of_means(
-    strata: Sequence[ArrayLike], confidence: float = CONFIDENCE, signed: bool = False
+    strata: Sequence[ArrayLike],
+    confidence: float = CONFIDENCE,
+    signed: bool = False,
+    resampling: Resampling = DEFAULT,
 ) -> Estimate:
     """Mean of the strata's means (data sets count alike, whatever their size); `n` counts all values.
 
@@ -61,11 +76,11 @@ def mean_of_means(
         return _all_alike(mean, n, confidence, signed)
     if all(np.ptp(array) == 0 for array in arrays):
         return Estimate(mean, mean, mean, n)
-    low, high = _interval(arrays, _mean_of_means, confidence)
+    low, high = _interval(arrays, _mean_of_means, confidence, resampling)
     return Estimate(mean, low, high, n)
 
 
-def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
+def paired_difference(first: ArrayLike, second: ArrayLike, resampling: Resampling = DEFAULT) -> Estimate:
     """Mean of first - second over the same questions, with its paired bootstrap interval.
 
     Raises ValueError when the two differ in length.
@@ -73,7 +88,31 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"a paired test needs the same questions: {a.shape} against {b.shape}")
-    return mean_with_interval(a - b, signed=True)
+    return mean_with_interval(a - b, signed=True, resampling=resampling)
+
+
+def rate_difference(first: ArrayLike, second: ArrayLike, resampling: Resampling = DEFAULT) -> Estimate:
+    """Rate of first - rate of second over the same questions, each over those that apply to it (not nan).
+
+    Whole questions are resampled, so that what both rates share is shared in every sample. The interval is
+    nan where a rate has no question; `n` counts the questions that apply to one of them at least.
+
+    Raises ValueError when the two differ in length or nothing applies to one of them.
+    """
+    a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
+    if a.shape != b.shape:
+        raise ValueError(f"a paired test needs the same questions: {a.shape} against {b.shape}")
+    applies_a, applies_b = ~np.isnan(a), ~np.isnan(b)
+    if not (applies_a.any() and applies_b.any()):
+        raise ValueError("a rate needs at least one question")
+    either = applies_a | applies_b
+    parts = [np.nan_to_num(a), applies_a, np.nan_to_num(b), applies_b]
+    samples = [part[either].astype(np.float64) for part in parts]
+    mean, n = float(_rates(*samples, axis=-1)), int(either.sum())
+    if n < 2 or min(applies_a.sum(), applies_b.sum()) < MIN_APPLYING:
+        return Estimate(mean, float("nan"), float("nan"), n)
+    low, high = _interval(samples, _rates, resampling=resampling, paired=True)
+    return Estimate(mean, low, high, n)
 
 
 def _all_alike(value: float, n: int, confidence: float, signed: bool) -> Estimate:
@@ -92,17 +131,29 @@ def _mean_of_means(*samples: NDArray[np.float64], axis: int) -> Any:
     return np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
 
 
+def _rates(*parts: NDArray[np.float64], axis: int) -> Any:
+    flagged, applying, others_flagged, others_applying = (part.sum(axis=axis) for part in parts)
+    # a sample in which nothing applies (one in 20,000 with MIN_APPLYING questions) has rate 0
+    return flagged / np.maximum(applying, 1) - others_flagged / np.maximum(others_applying, 1)
+
+
 def _interval(
-    samples: list[NDArray[np.float64]], statistic: Callable[..., Any], confidence: float = CONFIDENCE
+    samples: list[NDArray[np.float64]],
+    statistic: Callable[..., Any],
+    confidence: float = CONFIDENCE,
+    resampling: Resampling = DEFAULT,
+    paired: bool = False,
 ) -> tuple[float, float]:
-    """Percentile bootstrap of `statistic` over independent samples, from a fixed seed."""
+    """Percentile bootstrap of `statistic` over independent or `paired` samples, from a fixed seed."""
     result = stats.bootstrap(
         samples,
         statistic,
-        n_resamples=RESAMPLES,
+        paired=paired,
+        vectorized=True,
+        n_resamples=resampling.samples,
         batch=500,
         confidence_level=confidence,
         method="percentile",
-        rng=np.random.default_rng(SEED),
+        rng=np.random.default_rng(resampling.seed),
     )
     return float(result.confidence_interval.low), float(result.confidence_interval.high)

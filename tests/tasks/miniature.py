@@ -29,6 +29,7 @@ MINIATURE: dict[str, dict[str, Any]] = {
     },
     "protocol": {"max_turns": 2, "max_new_tokens": 60},
     "evaluate": {"questions": 4, "chunk": 64},
+    "promote": {"log_weights": False},
 }
 
 

@@ -71,19 +71,10 @@ def test_continued_stage_goes_on_in_the_same_run(workplace: Path) -> None:
     assert last_run_id() != first
 
 
-def test_models_are_registered_as_pointers(workplace: Path) -> None:
-    Path("model").mkdir()
-    Path("model/weights").write_bytes(b"0" * 1000)
-    for _ in range(2):
-        with stage("train", config={}) as run:
-            run.register_model("student", Path("model"))
-    versions = connect().search_model_versions("name='student'")
-    assert sorted(int(version.version) for version in versions) == [1, 2]
-    newest = max(versions, key=lambda version: int(version.version))
-    assert newest.run_id == last_run_id()
-    assert newest.tags["folder"] == "model"
-    assert newest.tags["stage"] == "train"
-    assert len(newest.tags["hash"]) == 64
+def test_a_stage_waits_for_what_was_submitted(workplace: Path) -> None:
+    with stage("train", config={}) as run:
+        run.tracker.submit(lambda client, run_id: client.set_tag(run_id, "late", "yes"), patience=60)
+    assert connect().get_run(last_run_id()).data.tags["late"] == "yes"
 
 
 def test_inputs_are_data_sets_with_their_digests(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,7 +83,7 @@ def test_inputs_are_data_sets_with_their_digests(workplace: Path, monkeypatch: p
         Path(path).write_text(path)
     md5 = "0123456789abcdef0123456789abcdef"
     outs = [{"path": "data/corpus.jsonl", "md5": md5}, {"path": "models/student", "md5": f"{md5}.dir"}]
-    Path("dvc.lock").write_text(json.dumps({"stages": {"data": {"outs": outs}}}))
+    Path("dvc.lock").write_text(json.dumps({"stages": {"data": {"cmd": "x", "outs": outs}}}))
     inputs = [Path("data/corpus.jsonl"), Path("models/student"), Path("other.txt")]
 
     def logged(name: str) -> dict[str, tuple[str, str]]:
@@ -177,11 +168,10 @@ def test_a_stage_ends_while_the_machine_is_sampled_rarely(
 def test_broken_store_is_warned_of_once(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (workplace / "file").touch()
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "no-such-scheme://nowhere")
     with stage("train", config={}, outputs=[Path("out")]) as run:
         run.metrics(1, {"em": 0.1})
-        run.register_model("student", Path("file"))
+        run.tracker.submit(lambda client, run_id: client.set_tag(run_id, "a", "b"))
         Path("out").touch()
     assert Path("out").exists()
     assert capsys.readouterr().err.count("warning: MLflow does not record") == 1

@@ -8,7 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from dgpo_core.scoring.statistics import mean_of_means, mean_with_interval, paired_difference
+from dgpo_core.scoring.statistics import (
+    Resampling,
+    mean_of_means,
+    mean_with_interval,
+    paired_difference,
+    rate_difference,
+)
 
 
 def numpy_bootstrap(values: np.ndarray, seed: int = 1) -> tuple[float, float]:
@@ -130,3 +136,33 @@ def test_mean_of_means_counts_sets_alike() -> None:
     with pytest.raises(ValueError, match="each stratum"):
         mean_of_means([small, []])
     assert math.isnan(mean_of_means([small, [1.0]]).low)
+
+
+def test_rate_difference_resamples_questions() -> None:
+    """Against a bootstrap written out, with flags that apply to different questions."""
+    rng = np.random.default_rng(4)
+    first, second = (rng.random((2, 300)) < [[0.2], [0.1]]).astype(float)
+    first[rng.random(300) < 0.6], second[rng.random(300) < 0.3] = np.nan, np.nan
+    estimate = rate_difference(first, second)
+    assert estimate.mean == pytest.approx(np.nanmean(first) - np.nanmean(second))
+    draws = np.random.default_rng(1).integers(0, 300, (20_000, 300))
+    samples = np.nanmean(first[draws], axis=1) - np.nanmean(second[draws], axis=1)
+    assert (estimate.low, estimate.high) == pytest.approx(np.percentile(samples, [2.5, 97.5]), abs=0.01)
+
+
+def test_rate_difference_of_few_or_no_questions() -> None:
+    none, few = np.full(50, np.nan), np.where(np.arange(50) < 5, 1.0, np.nan)
+    with pytest.raises(ValueError, match="at least one"):
+        rate_difference(none, few)
+    with pytest.raises(ValueError, match="same questions"):
+        rate_difference(few, few[:9])
+    assert math.isnan(rate_difference(few, np.zeros(50)).low)
+    never = rate_difference(np.zeros(50), np.zeros(50))
+    assert (never.mean, never.low, never.high) == (0, 0, 0)
+
+
+def test_more_samples_and_another_seed_move_the_interval_little() -> None:
+    values = (np.random.default_rng(3).random(200) < 0.3).astype(float)
+    usual, other = mean_with_interval(values), mean_with_interval(values, resampling=Resampling(20_000, 5))
+    assert (usual.low, usual.high) == pytest.approx((other.low, other.high), abs=0.01)
+    assert usual != other

@@ -1,0 +1,115 @@
+"""What DVC has recorded (dvc.lock) and kept (its cache), read as files while DVC holds its locks."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dgpo_core.errors import UserError
+from tasks.files import remove
+
+LOCK = Path("dvc.lock")
+IGNORED = "__pycache__"  # by .dvcignore, and the only such thing inside of what stages depend on
+ATTEMPTS = 5  # to read the lock while a DVC beside us rewrites it
+
+
+@dataclass(frozen=True)
+class LockedStage:
+    """A stage's last run: DVC's md5 of what it read and wrote, by path, and its parameters."""
+
+    cmd: str
+    deps: dict[str, str]
+    outs: dict[str, str]
+    params: dict[str, Any]
+
+
+Lock = Mapping[str, LockedStage]
+
+
+def read_lock(root: Path = Path()) -> dict[str, LockedStage]:
+    """Every stage that has run, by name; empty where nothing has. Raises UserError for a broken file."""
+    path = root / LOCK
+    if not path.is_file():
+        return {}
+    problem: object = "no stages"
+    for attempt in range(ATTEMPTS):
+        time.sleep(0.1 * attempt)
+        try:
+            content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
+            return {name: _stage(entry) for name, entry in content["stages"].items()}
+        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            problem = " ".join(str(error).split())
+    raise UserError(f"{path}: not a lock file of DVC: {problem}; restore it with git, or delete it")
+
+
+def _stage(entry: Mapping[str, Any]) -> LockedStage:
+    deps = {dep["path"]: dep["md5"] for dep in entry.get("deps", [])}
+    outs = {out["path"]: out["md5"] for out in entry.get("outs", [])}
+    params = {key: value for file in entry.get("params", {}).values() for key, value in file.items()}
+    return LockedStage(entry["cmd"], deps, outs, params)
+
+
+def maker(lock: Lock, path: str) -> str | None:
+    """The stage that writes `path`."""
+    return next((name for name, stage in lock.items() if path in stage.outs), None)
+
+
+def upstream(lock: Lock, paths: Iterable[str]) -> dict[str, LockedStage]:
+    """The stages that make `paths` and all that those need, each after its own upstream stages."""
+    found: dict[str, LockedStage] = {}
+    for path in paths:
+        name = maker(lock, path)
+        if name and name not in found:
+            found |= {
+                key: value for key, value in upstream(lock, lock[name].deps).items() if key not in found
+            }
+            found[name] = lock[name]
+    return found
+
+
+def dvc_md5(path: Path) -> str | None:
+    """DVC's md5 of a file or folder, as dvc.lock has it; None where there is none."""
+    if path.is_file():
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "md5").hexdigest()
+    if not path.is_dir():
+        return None
+    files = [
+        file for file in path.rglob("*") if file.is_file() and IGNORED not in file.relative_to(path).parts
+    ]
+    entries = [{"md5": dvc_md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
+    listing = json.dumps(sorted(entries, key=lambda entry: str(entry["relpath"])), sort_keys=True)
+    return hashlib.md5(listing.encode()).hexdigest() + ".dir"
+
+
+def from_cache(md5: str, folder: Path, root: Path = Path()) -> bool:
+    """Write the folder that DVC keeps under `md5` to `folder`; False when its cache lacks some of it."""
+    command = [sys.executable, "-m", "dvc", "cache", "dir"]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:  # not a project of DVC
+        return False
+    files = root / done.stdout.strip() / "files" / "md5"
+    listing = files / md5[:2] / md5[2:]
+    if not listing.is_file():
+        return False
+    entries = json.loads(listing.read_text(encoding="utf-8"))
+    sources = {entry["relpath"]: files / entry["md5"][:2] / entry["md5"][2:] for entry in entries}
+    if not all(source.is_file() for source in sources.values()):
+        return False
+    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
+    remove(part)
+    for name, source in sources.items():
+        (part / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, part / name)
+    remove(folder)
+    part.rename(folder)
+    return True

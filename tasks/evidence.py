@@ -1,0 +1,183 @@
+"""Evaluations of registered models: DVC's, as dvc.lock ties them to a model's bytes, and new ones."""
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import yaml
+
+from dgpo_core.config.params import PARAMS, Params, load_params
+from dgpo_core.config.recipes import STUDENT
+from dgpo_core.errors import UserError
+from dgpo_core.promotion.evidence import MADE, TABLES, Made
+from dgpo_core.protocol.episode import read_metadata
+from dgpo_core.retrieval.shards import read_manifest
+from tasks.agents import model_source
+from tasks.dvc_lock import Lock, dvc_md5, read_lock
+from tasks.files import content_hash
+from tasks.lineage import CODE, build, earlier_origin, origin, trained_models
+from tasks.paths import EVALUATION, INDEX, MODELS
+from tasks.registry import AGAIN, DVC, Registry, Version, store
+from tasks.tracking import flatten
+
+BASE = "student"  # beside a version's evaluation: that of the model that training started from
+SOURCES = Path(__file__).resolve().parents[1]
+
+
+def record_evaluations(registry: Registry, params: Params, lock: Lock) -> dict[str, str]:
+    """Keep DVC's evaluations with the versions that they are of; {recipe: why not} of the others.
+
+    An evaluation belongs to a version when dvc.lock says that it was made of the version's bytes, and the
+    folder is still what dvc.lock says. What is kept already stays.
+    """
+    problems = {}
+    for recipe, stage in trained_models(params, lock).items():
+        version = registry.with_tag("dvc_md5", lock[stage].outs[(MODELS / recipe).as_posix()])
+        if version is None:
+            problems[recipe] = f"{MODELS / recipe} is not registered; run `dgpo register`"
+            continue
+        with tempfile.TemporaryDirectory(prefix="dgpo-evidence-") as temporary:
+            folder = Path(temporary)
+            if _assemble(recipe, version.hash, lock, folder):
+                base = model_source(params, STUDENT)
+                digest = content_hash(Path(base)) if Path(base).is_dir() else base
+                _assemble(STUDENT, digest, lock, folder / BASE)
+                registry.store_evidence(version, folder, _average(folder / TABLES[0]), DVC)
+            else:
+                problems[recipe] = (
+                    f"{EVALUATION / recipe} is not of this model; run `dvc repro evaluate@{recipe}`"
+                )
+    return problems
+
+
+def challenge(registry: Registry, params: Params, lock: Lock) -> Version | None:
+    """The model of `promote.recipe`, once it is evaluated, becomes the challenger."""
+    problems = record_evaluations(registry, params, lock)
+    recipe = params.challenger
+    if recipe is None or recipe in problems or recipe not in trained_models(params, lock):
+        return None
+    path = (MODELS / recipe).as_posix()
+    version = registry.with_tag("dvc_md5", lock[trained_models(params, lock)[recipe]].outs[path])
+    if version:
+        registry.make_challenger(version)
+    return version
+
+
+def register_trained() -> None:
+    """Register the models of this working tree that have no version yet: trained before, or without a store.
+
+    Raises UserError when there is none, or for parameters that this version of the code does not know.
+    """
+    now = origin()
+    if now is None or not (trained := trained_models(now.params, now.lock)):
+        raise UserError(f"{MODELS}: no trained model is what dvc.lock says; run `dvc repro`")
+    with store() as registry:
+        for recipe, stage in trained.items():
+            folder, start = MODELS / recipe, earlier_origin(stage, now)
+            inputs = [path for path in now.lock[stage].deps if not path.startswith(CODE)]
+            hashes = {path: content_hash(Path(path)) for path in inputs if Path(path).exists()}
+            made = build(recipe, start, hashes, folder)
+            known = registry.with_tag("hash", made["hash"])
+            run_id = known.run_id if known else registry.new_run(f"register {recipe}")
+            version = registry.register(made, folder, run_id, start.params.promote.log_weights)
+            print(f"{folder}: {version.reference}{' (known)' if known else ''}")
+        challenger = challenge(registry, now.params, now.lock)
+        if challenger:
+            print(f"challenger: {challenger.name}")
+
+
+def evaluate_again(reference: str) -> None:
+    """Evaluate a registered model with the questions, the index and the settings of this working tree.
+
+    The result is kept with the version and is no output of DVC's. Raises UserError.
+    """
+    params = load_params()
+    with store() as registry:
+        version = registry.named(reference)
+        recipe, folder = version.tags["recipe"], registry.folder(version).resolve()
+        with tempfile.TemporaryDirectory(prefix="dgpo-evaluate-") as temporary:
+            project = Path(temporary)
+            _project(project, params, recipe, folder)
+            command = [sys.executable, "-m", "tasks.evaluate", recipe]
+            if code := subprocess.run(command, cwd=project, env=_environment(), check=False).returncode:
+                raise UserError(f"{version.name} was not evaluated: the stage ended with exit code {code}")
+            evidence = project / "evidence"
+            settings = params.model_dump(mode="json")
+            made = Made(version.hash, read_manifest(INDEX).digest, _settings(settings), _code())
+            _copy(project / EVALUATION / recipe, evidence, made)
+            lock = read_lock()
+            base = model_source(params, STUDENT)
+            if Path(base).is_dir():
+                _assemble(STUDENT, content_hash(Path(base)), lock, evidence / BASE)
+            registry.store_evidence(version, evidence, _average(evidence / TABLES[0]), AGAIN)
+    print(f"{version.name}: evaluated, and kept with the version")
+
+
+def _assemble(model: str, digest: str, lock: Lock, folder: Path) -> bool:
+    """Copy DVC's evaluation of `model` to `folder`, with its origin; False unless it is of these bytes."""
+    stage = lock.get(f"evaluate@{model}")
+    source, path = EVALUATION / model, (MODELS / model).as_posix()
+    if stage is None or stage.outs.get(source.as_posix()) != dvc_md5(source):
+        return False
+    if path in stage.deps and stage.deps[path] != dvc_md5(Path(path)):
+        return False
+    code = {path: md5 for path, md5 in stage.deps.items() if path.startswith(CODE)}
+    index = read_metadata(source / "episodes.parquet")["index"]
+    _copy(source, folder, Made(digest, index, _settings(stage.params), code))
+    return True
+
+
+def _copy(evaluation: Path, folder: Path, made: Made) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in TABLES:
+        shutil.copyfile(evaluation / name, folder / name)
+    (folder / MADE).write_text(made.as_json(), encoding="utf-8")
+
+
+def _average(path: Path) -> float:
+    """Mean over the data sets of EM, of the questions that did not fail."""
+    table = pq.read_table(path, columns=["dataset", "em", "outcome"]).to_pandas()
+    answered = table[table["outcome"] != "failed"]
+    return float(answered.groupby("dataset")["em"].mean().mean())
+
+
+def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
+    """What an evaluation's figures depend on, by dotted key."""
+    evaluate = {key: params["evaluate"][key] for key in ("sampling", "seed", "questions")}
+    parts = {
+        "evaluate": evaluate,
+        "protocol": params["protocol"],
+        "retrieval": {"top_k": params["retrieval"]["top_k"]},
+        "questions": {"test": params["questions"]["test"]},
+    }
+    return dict(flatten(parts))
+
+
+def _code() -> dict[str, str]:
+    """DVC's hash of the sources that the stage depends on."""
+    stages = yaml.safe_load((SOURCES / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    paths = [path for path in stages["evaluate"]["do"]["deps"] if path.startswith(CODE)]
+    return {path: dvc_md5(SOURCES / path) or "" for path in paths}
+
+
+def _project(project: Path, params: Params, recipe: str, folder: Path) -> None:
+    """A working directory for the stage `evaluate`, in which the version is the model of its recipe."""
+    content = params.model_dump(mode="json")
+    content["recipes"] = {"distill": {recipe: {"start": STUDENT, "objective": "ce"}}}  # a row only names it
+    content |= {"compare": [recipe], "promote": {}}
+    (project / PARAMS).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    (project / "data").symlink_to(INDEX.parent.resolve())
+    (project / MODELS).mkdir()
+    (project / MODELS / recipe).symlink_to(folder)
+
+
+def _environment() -> dict[str, str]:
+    """Ours, but the stage's run goes to a store of its own, and it belongs to no pipeline."""
+    left = {"MLFLOW_TRACKING_URI", "DGPO_PIPELINE_RUN", "DVC_STAGE"}
+    return {key: value for key, value in os.environ.items() if key not in left} | {"PYTHONPATH": str(SOURCES)}

@@ -1,0 +1,38 @@
+"""An MLflow store of a test's own, for what is one thing in a store: the registered model and its aliases."""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import make_workplace
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An initialised sqlite file to copy (creating one takes seconds)."""
+    from tasks.tracking import connect
+
+    folder = tmp_path_factory.mktemp("empty-store")
+    before = Path.cwd()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        os.chdir(folder)
+        try:
+            connect()
+        finally:
+            os.chdir(before)
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def own_store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory (see make_workplace) with a store in which nothing is registered."""
+    folder = tmp_path / "workplace"
+    folder.mkdir()
+    shutil.copyfile(empty_store, tmp_path / "mlflow.db")
+    make_workplace(folder, monkeypatch, f"sqlite:///{tmp_path / 'mlflow.db'}")
+    # the sources of this tree are those that the made-up dvc.lock names
+    (folder / "tasks").symlink_to(Path(__file__).resolve().parents[2] / "tasks")
+    return folder

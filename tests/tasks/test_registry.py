@@ -1,0 +1,173 @@
+"""Versions of the registered model: what a training stage leaves, and how people load it again."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dgpo_core.datasets.world.tokenizer import build_tokenizer
+from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.training.models import save_model
+from tasks.dvc_lock import dvc_md5
+from tasks.files import content_hash
+from tasks.promote import promote
+from tasks.registry import Version, model_folder, store
+from tasks.stage import stage
+from tests.dgpo_core.making import tiny_model
+from tests.tasks.trained import make_trained, write_lock
+
+LOAD = """
+import sys
+import mlflow
+pipeline = mlflow.transformers.load_model("models:/search-agent@champion")
+print(repr(pipeline("Question: who", max_new_tokens=4, do_sample=False)[0]["generated_text"]))
+print(repr(mlflow.pyfunc.load_model("models:/search-agent@champion").predict("Question: who")[0]))
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, tokenizer = tmp_path_factory.mktemp("model") / "kd", build_tokenizer()
+    save_model(tiny_model(tokenizer), tokenizer, folder)
+    return folder
+
+
+def versions() -> list[Version]:
+    with store() as registry:
+        return registry.versions()
+
+
+def train(project: Path, seed: int = 0) -> str:
+    """A training stage as tasks/distill.py has it; returns its MLflow run."""
+    inputs = [Path("data/index"), Path("metrics/filter.json")]
+    with stage("distill@kd", config={"seed": seed}, inputs=inputs, outputs=[Path("models/kd")]) as run:
+        (project / "models/kd/touched").touch()
+        (project / "models/kd/touched").unlink()
+        run.register_model("kd", Path("models/kd"))
+    return str(json.loads(Path("runs/distill@kd/run.json").read_text())["mlflow_run"])
+
+
+@pytest.fixture
+def project(own_store: Path, model: Path) -> Path:
+    """Everything is trained and evaluated, kd with a real model; nothing is registered."""
+    make_trained(own_store, log_weights=True)
+    shutil.rmtree(own_store / "models/kd")
+    shutil.copytree(model, own_store / "models/kd")
+    write_lock(own_store)
+    return own_store
+
+
+def test_a_trained_model_becomes_a_version_that_anybody_can_load(project: Path) -> None:
+    """By its alias, in a fresh process that knows nothing of us."""
+    run_id = train(project)
+    (version,) = versions()
+    assert version.run_id == run_id
+    folder = Path("models/kd")
+    expected = {
+        "recipe": "kd",
+        "profile": "tiny",
+        "seed": "0",
+        "stage": "distill@kd",
+        "hash": content_hash(folder),
+        "dvc_md5": dvc_md5(folder),
+        "weights": "artifact",
+        "git": "",
+    }
+    assert {key: version.tags[key] for key in expected} == expected
+    assert promote("1", dry_run=False, yes=True) == 0
+
+    shutil.rmtree(folder)
+    found = model_folder("models:/search-agent@champion")
+    assert found.resolve() != folder.resolve()
+    assert content_hash(found) == version.hash
+    loaded = subprocess.run(
+        [sys.executable, "-c", LOAD], cwd="/", capture_output=True, text=True, check=False, timeout=300
+    )
+    assert loaded.returncode == 0, loaded.stderr
+    first, second = loaded.stdout.strip().splitlines()
+    assert first.startswith("'Question: who") and len(first) > len("'Question: who'")
+    assert len(second) > 2
+
+
+def test_identical_bytes_are_one_version(project: Path) -> None:
+    train(project)
+    train(project, seed=1)
+    assert [version.number for version in versions()] == ["1"]
+    (project / "models/kd/extra.txt").write_text("other bytes")
+    train(project)
+    assert [version.number for version in versions()] == ["1", "2"]
+
+
+def test_the_lineage_is_of_the_beginning_of_the_training(project: Path) -> None:
+    params = Path("params.yaml")
+    before = params.read_text()
+    with stage("distill@kd", config={}, inputs=[Path("data/index"), Path("metrics/filter.json")]) as run:
+        params.write_text(before.replace("epochs: 2", "epochs: 3"))
+        run.register_model("kd", Path("models/kd"))
+    (version,) = versions()
+    with store() as registry:
+        stored = registry.lineage_of(version)
+    assert stored["params"] == yaml.safe_load(before)
+    assert stored["changed"]["distill.epochs"] == [5, 2]
+    assert stored["filter"] == {"rule": "correct episodes only", "kept": 30, "of": 40}
+    assert stored["index"]["digest"] == "1" * 64
+    assert list(stored["stages"]) == ["data", "index", "filter", "distill@kd"]
+    assert stored["unlocked"] == []
+
+
+def pointer(project: Path) -> Version:
+    text = Path("params.yaml").read_text()
+    Path("params.yaml").write_text(text.replace("log_weights: true", "log_weights: false"))
+    train(project)
+    (version,) = versions()
+    assert version.tags["weights"] == "pointer"
+    return version
+
+
+def test_a_pointer_leads_to_the_working_tree_or_says_what_to_do(project: Path) -> None:
+    version = pointer(project)
+    assert model_folder("kd") == Path("models/kd")
+    assert model_folder("models:/search-agent/1") == Path("models/kd")
+    (project / "models/kd/config.json").write_text("{}")
+    with pytest.raises(UserError, match=rf"version 1 \(kd\): its weights .*\(md5 {version.tags['dvc_md5']}"):
+        model_folder("models:/search-agent/1")
+
+
+def test_a_pointer_leads_into_dvcs_cache(project: Path, empty_dvc_repository: Path) -> None:
+    version = pointer(project)
+    shutil.copytree(empty_dvc_repository, project, dirs_exist_ok=True)
+    Path(".gitignore").unlink(missing_ok=True)
+    subprocess.run([sys.executable, "-m", "dvc", "add", "-q", "models/kd"], check=True, timeout=120)
+    shutil.rmtree("models/kd")
+    found = model_folder("models:/search-agent/1")
+    assert found != Path("models/kd")
+    assert content_hash(found) == version.hash
+    (found / "config.json").write_text("tampered")
+    assert content_hash(model_folder("models:/search-agent/1")) == version.hash
+
+
+@pytest.mark.parametrize(
+    ("reference", "message"),
+    [
+        ("models:/search-agent@champion", "no version has this alias; `dgpo promote` makes a champion"),
+        ("models:/search-agent@nobody", "no version has this alias"),
+        ("models:/search-agent/9", "search-agent has no version 9; there are: none"),
+        ("models:/other/1", "expected models:/search-agent@champion"),
+        ("dgpo", "or a recipe with a version; there are: none"),
+    ],
+)
+def test_unknown_references(own_store: Path, reference: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        model_folder(reference)
+
+
+def test_a_store_that_fails_is_an_infrastructure_failure(
+    own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "no-such-scheme://nowhere")
+    with pytest.raises(InfrastructureError, match="MLflow's store no-such-scheme://nowhere failed"):
+        model_folder("kd")
