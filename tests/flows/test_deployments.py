@@ -17,6 +17,8 @@ import yaml
 
 from tests.conftest import ROOT, make_workplace
 
+pytestmark = pytest.mark.slow
+
 GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
 WAIT = 240  # seconds: only keeps a broken test from hanging
 

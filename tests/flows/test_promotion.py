@@ -1,0 +1,109 @@
+"""A challenger offered by a flow: the gate, a person's answer, the champion; real registry, real server."""
+
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from prefect import flow, get_client
+from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+from prefect.flow_runs import resume_flow_run
+
+from dgpo_core.errors import UserError
+from tasks.evidence import register_trained
+from tasks.promote import promote
+from tasks.registry import CHAMPION, store
+from tests.tasks.conftest import empty_store, own_store  # noqa: F401  fixtures
+from tests.tasks.trained import BETTER, WORSE, make_trained
+
+FORM = {"approve": True, "comment": "looks right"}
+
+
+def champion() -> str | None:
+    with store() as registry:
+        version = registry.alias(CHAMPION)
+    return version.number if version else None
+
+
+@pytest.fixture
+def project(api: str, own_store: Path) -> Path:  # noqa: F811
+    return own_store
+
+
+def offered(tree: Path, name: str) -> str:
+    from flows.promotion import offer
+
+    @flow(name="offering", flow_run_name=name)
+    def offering() -> str:
+        return offer(tree)
+
+    return offering()
+
+
+def answer_when_paused(name: str, form: dict[str, Any], seen: list[str]) -> threading.Thread:
+    """Somebody who looks at the dashboard until the run waits, and then fills in the form."""
+
+    def watch() -> None:
+        wanted = FlowRunFilter(name=FlowRunFilterName(any_=[name]))
+        for _ in range(600):
+            with get_client(sync_client=True) as client:
+                found = client.read_flow_runs(flow_run_filter=wanted)
+            if found and found[0].state and found[0].state.is_paused():
+                seen.append(str(champion()))
+                resume_flow_run(found[0].id, run_input=form)
+                return
+            time.sleep(0.2)
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+@pytest.mark.parametrize("approve", [True, False])
+def test_a_person_decides_about_what_passes(project: Path, approve: bool) -> None:
+    make_trained(project, BETTER, approval=True)
+    register_trained()
+    assert promote("1", dry_run=False, yes=True) == 0  # kd
+    seen: list[str] = []
+    thread = answer_when_paused(f"ask-{approve}", {**FORM, "approve": approve}, seen)
+    said = offered(project, f"ask-{approve}")
+    thread.join(30)
+    assert seen == ["1"]  # while it waited, nothing had changed
+    assert champion() == ("2" if approve else "1")
+    expected = "version 2 (dgpo) is the champion" if approve else "version 2 (dgpo) was not approved"
+    assert said.startswith(expected)
+    assert approve or said.endswith("looks right")
+
+
+def test_what_does_not_pass_is_not_asked_about(project: Path) -> None:
+    make_trained(project, WORSE, approval=True)
+    register_trained()
+    assert promote("1", dry_run=False, yes=True) == 0
+    assert "did not pass the gate" in offered(project, "worse")
+    assert champion() == "1"
+
+
+def test_nobody_is_asked_where_the_settings_want_nobody(project: Path) -> None:
+    make_trained(project, BETTER, approval=False)
+    register_trained()
+    assert offered(project, "free") == "version 2 (dgpo) is the champion"
+    assert champion() == "2"
+
+
+def test_no_challenger_is_said(project: Path) -> None:
+    make_trained(project)
+    with pytest.raises(UserError, match="no version is the challenger"):
+        offered(project, "nobody")
+
+
+def test_a_broken_gate_promotes_nobody(project: Path) -> None:
+    make_trained(project, BETTER, approval=False)
+    register_trained()
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["promote"]["margin"] = -1
+    (project / "params.yaml").write_text(yaml.safe_dump(params))
+    with pytest.raises(UserError, match=r"promote\.margin"):
+        offered(project, "broken")
+    assert champion() is None
