@@ -33,10 +33,10 @@ from flows.schedule import Outcome, Plan, is_stale, run_all
 from flows.settings import DEFAULTS, PipelineSettings, with_overrides
 from flows.workspace import (
     Workspace,
+    enter_project,
     is_dirty,
     one_at_a_time,
     open_workspace,
-    project_root,
     publish,
     restore_outputs,
 )
@@ -73,9 +73,7 @@ def pipeline(settings: PipelineSettings = DEFAULTS) -> None:
     Started again after a crash, or with Retry, it continues in its worktree. Raises UserError for bad
     settings and PipelineFailed when a stage failed.
     """
-    root = project_root()
-    os.chdir(root)  # a worker starts us in a temporary folder; MLflow's default store is relative
-    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri())
+    root = enter_project()
     if flow_run.run_count > MAX_RESTARTS:
         raise UserError(
             f"this run was started {flow_run.run_count - 1} times and ended each time: see its log"

@@ -28,10 +28,10 @@ from flows.workspace import (
     REMOTE,
     RUNS,
     Workspace,
+    enter_project,
     has_remote,
     has_storage,
     one_at_a_time,
-    project_root,
     publish,
     run,
     share_cache,
@@ -56,8 +56,7 @@ def remote_stage(
     stage: str, run_name: str, force: bool = False, pipeline_run: str | None = None
 ) -> State[None]:
     """Run one stage of the pipeline run `run_name`, as its branch has it, and push what it has made."""
-    root = project_root()
-    os.chdir(root)
+    root = enter_project()
     if pipeline_run:
         os.environ[PIPELINE_RUN] = pipeline_run
     folder = f"{run_name}--{stage.replace('@', '-')}"

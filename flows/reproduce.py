@@ -20,9 +20,8 @@ from dgpo_core.reporting.reproduction.sizes import write_sizes
 from dgpo_core.reporting.reproduction.write import write_reproduction
 from flows.pipeline import PipelineFailed, stages
 from flows.settings import PipelineSettings
-from flows.workspace import open_workspace, project_root
+from flows.workspace import enter_project, open_workspace
 from tasks.stage import main as run_program
-from tasks.tracking import tracking_uri
 from tasks.use import profile_path
 
 REPORT = Path("reproduction")
@@ -40,9 +39,7 @@ def reproduce(
     `recipes` are rows of the paper's table, or `["all"]` (the default). A seed that fails does not stop the
     others; the report is written when all have succeeded. Raises UserError and PipelineFailed.
     """
-    root = project_root()
-    os.chdir(root)  # a worker starts us in a temporary folder; MLflow's default store is relative
-    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri())
+    root = enter_project()
     seeds = sorted(set(seeds or [0, 1, 2]))
     params = resolve_profile(profile_path(profile, root), recipes or ["all"])
     trees = {seed: _worktree(root, profile, params, seed) for seed in seeds}

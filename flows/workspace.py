@@ -19,6 +19,8 @@ import yaml
 
 from dgpo_core.config.params import PARAMS, Params
 from dgpo_core.errors import InfrastructureError, UserError
+from tasks.services import adopt
+from tasks.tracking import tracking_uri
 
 RUNS = Path(".runs")
 BRANCHES = "runs"
@@ -35,6 +37,18 @@ def project_root() -> Path:
     root = Path(os.environ.get(ROOT_VARIABLE) or ".").resolve()
     if not (root / "dvc.yaml").is_file():
         raise UserError(f"{root}: no dvc.yaml; start the worker in the project, or set {ROOT_VARIABLE}")
+    return root
+
+
+def enter_project() -> Path:
+    """Work in the project, with the MLflow store of those who work there by hand.
+
+    A worker starts its runs in temporary folders; MLflow's default store and `make up`'s records are relative.
+    """
+    root = project_root()
+    os.chdir(root)
+    adopt()
+    os.environ.setdefault("MLFLOW_TRACKING_URI", tracking_uri())
     return root
 
 
