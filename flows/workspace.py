@@ -43,7 +43,7 @@ def project_root() -> Path:
 def enter_project() -> Path:
     """Work in the project, with the MLflow store of those who work there by hand.
 
-    A worker starts its runs in temporary folders; MLflow's default store and `make up`'s records are relative.
+    A worker starts runs in temporary folders; MLflow's default store and `make up`'s records are relative.
     """
     root = project_root()
     os.chdir(root)
