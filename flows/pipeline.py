@@ -33,6 +33,7 @@ from flows.schedule import Outcome, Plan, is_stale, run_all
 from flows.settings import DEFAULTS, PipelineSettings, with_overrides
 from flows.workspace import (
     Workspace,
+    claim_name,
     enter_project,
     is_dirty,
     one_at_a_time,
@@ -81,12 +82,13 @@ def pipeline(settings: PipelineSettings = DEFAULTS) -> None:
     if len(settings.seeds) > 1:
         _each_seed(settings)
         return
-    with one_at_a_time(root, str(flow_run.name)):
-        _in_workspace(root, settings)
+    name = claim_name(root, str(flow_run.name), str(flow_run.id))
+    with one_at_a_time(root, name):
+        _in_workspace(root, name, settings)
 
 
-def _in_workspace(root: Path, settings: PipelineSettings) -> None:
-    workspace = _open(root, settings)
+def _in_workspace(root: Path, name: str, settings: PipelineSettings) -> None:
+    workspace = _open(root, name, settings)
     try:
         _bring_up_to_date(workspace.tree, settings, workspace)
         if settings.promote and not settings.dry_run:
@@ -112,9 +114,8 @@ def _each_seed(settings: PipelineSettings) -> None:
         raise PipelineFailed("; ".join(failures))
 
 
-def _open(root: Path, settings: PipelineSettings) -> Workspace:
+def _open(root: Path, name: str, settings: PipelineSettings) -> Workspace:
     """The run's worktree with the parameters that the settings ask for."""
-    name = str(flow_run.name)
     if is_dirty(root):
         get_run_logger().warning(
             "%s has uncommitted changes, which this run does not see: it runs %s", root, settings.revision

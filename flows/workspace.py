@@ -7,6 +7,7 @@ starts again finds its worktree and continues in it.
 import contextlib
 import fcntl
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -91,6 +92,25 @@ class Workspace:
     def remove(self) -> None:
         """The worktree goes; its branch, the DVC cache and MLflow keep what it has made."""
         run("git", "worktree", "remove", "--force", self.tree, cwd=self.root)
+
+
+def claim_name(root: Path, run_name: str, run_id: str) -> str:
+    """The name of a run's worktree and branch: the run's own, as git and file systems take it.
+
+    People may give two runs the same name; the second one gets a part of its id too. The same run has the
+    same name whenever it starts again.
+    """
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", run_name).strip(".-") or "run"
+    plain = plain.replace("..", ".").removesuffix(".lock")
+    for name in (plain, f"{plain}-{run_id[:8]}"):
+        key = f"branch.{BRANCHES}/{name}.dgpo-run"
+        found = subprocess.run(["git", "config", "--get", key], cwd=root, capture_output=True, text=True)
+        owner = found.stdout.strip()
+        if not owner:
+            run("git", "config", key, run_id, cwd=root)
+        if owner in ("", run_id):
+            return name
+    raise UserError(f"{run_name}: two runs of this name with the same id: {run_id}")
 
 
 def is_dirty(root: Path) -> bool:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from dgpo_core.errors import InfrastructureError, UserError
 from flows import workspace
 from flows.workspace import (
+    claim_name,
     is_dirty,
     one_at_a_time,
     open_workspace,
@@ -74,6 +75,25 @@ def test_a_run_that_starts_again_finds_what_it_left(root: Path) -> None:
     assert again == made
     assert (made.tree / ".state" / "checkpoint").read_text() == "half done"
     assert (made.tree / "params.yaml").read_text() == "changed: true\n"
+
+
+@pytest.mark.parametrize(
+    ("given", "plain"),
+    [
+        ("calm-otter", "calm-otter"),
+        ("beta 0.01 / täglich", "beta-0.01-t-glich"),
+        ("../../etc", "etc"),
+        ("a..b.lock", "a.b"),
+        ("...", "run"),
+        ("-rf", "rf"),
+    ],
+)
+def test_any_name_that_people_type_is_a_branch_and_a_folder(root: Path, given: str, plain: str) -> None:
+    assert claim_name(root, given, "11111111-0") == plain
+    assert claim_name(root, given, "11111111-0") == plain  # the same run, started again
+    assert claim_name(root, given, "22222222-0") == f"{plain}-22222222"
+    made = open_workspace(root, plain)
+    assert made.tree.parent == root / ".runs" and made.branch == f"runs/{plain}"
 
 
 def test_nothing_to_commit_commits_nothing(root: Path) -> None:
