@@ -6,6 +6,7 @@ MAX_PARALLEL ?= 1
 REPRODUCE_PARALLEL ?= 2
 PREFECT_API_URL ?= http://127.0.0.1:$(PREFECT_PORT)/api
 POOL ?= cpu
+RUNS ?= 2
 GPUS ?= 1
 PROFILE ?= tiny
 RECIPES ?=
@@ -83,7 +84,7 @@ deploy: $(VENV)/.installed  ## create work pools, deployments and automations on
 
 worker: $(VENV)/.installed  ## run what is started from the Prefect dashboard: make worker [POOL=cpu, or gpu]
 	PREFECT_API_URL=$(PREFECT_API_URL) DGPO_ROOT=$(CURDIR) DGPO_POOL=$(POOL) \
-		PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 $(PY) -m prefect worker start --pool $(POOL)-pool
+		PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 $(PY) -m prefect worker start --pool $(POOL)-pool --limit $(RUNS)
 
 ui: $(VENV)/.installed  ## show both dashboards until Ctrl-C
 	@$(PY) -m infra.services ui --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import make_workplace
+from tests.tasks.miniature import make_project
 
 
 @pytest.fixture(scope="session")
@@ -35,4 +36,19 @@ def own_store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
     make_workplace(folder, monkeypatch, f"sqlite:///{tmp_path / 'mlflow.db'}")
     # the sources of this tree are those that the made-up dvc.lock names
     (folder / "tasks").symlink_to(Path(__file__).resolve().parents[2] / "tasks")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def indexed_project(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Path:
+    """A miniature project with data, an index and the given models; nothing is trained. Not to be changed."""
+    from tasks.data import generate
+    from tasks.index import index
+
+    folder = tmp_path_factory.mktemp("indexed")
+    with pytest.MonkeyPatch.context() as patch:
+        make_workplace(folder, patch, mlflow_store)
+        make_project(folder)
+        generate()
+        index()
     return folder

@@ -15,41 +15,30 @@ from dgpo_core.protocol.episode import Ending
 from dgpo_core.serving.agent import Ask
 from dgpo_core.serving.events import Delta, Found, Information, Notice, Record, Source
 from tasks.ask import Screen, ask, printable
-from tasks.data import generate
-from tasks.index import index
-from tests.conftest import ROOT, make_workplace
+from tests.conftest import ROOT
 from tests.tasks.miniature import make_project
 
 
 @pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Path:
-    """Data, index and the teacher."""
-    folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        make_workplace(folder, patch, mlflow_store)
-        make_project(folder)
-        generate()
-        index()
-    return folder
+def question(indexed_project: Path) -> Question:
+    return read_questions(indexed_project / "data/questions/onehop/test.jsonl")[0]
 
 
-@pytest.fixture(scope="module")
-def question(project: Path) -> Question:
-    return read_questions(project / "data/questions/onehop/test.jsonl")[0]
-
-
-def test_the_command_prints_plain_text_without_a_terminal(project: Path, question: Question) -> None:
+def test_the_command_prints_plain_text_without_a_terminal(indexed_project: Path, question: Question) -> None:
     command = [sys.executable, "-m", "tasks.cli", "ask", question.question, "--model", "teacher"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(command, cwd=project, env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=indexed_project, env=env, capture_output=True, text=True, timeout=120)
     assert (done.returncode, done.stderr) == (0, "") and "\x1b" not in done.stdout
     assert done.stdout.startswith("think       ") and "\nanswer      " in done.stdout
 
 
 def test_text_and_json_tell_the_same_episode(
-    project: Path, question: Question, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    indexed_project: Path,
+    question: Question,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    monkeypatch.chdir(project)
+    monkeypatch.chdir(indexed_project)
     ask("teacher", Ask(question.question), as_json=True, colour=True)
     record = Record.model_validate_json(capsys.readouterr().out)
     assert record.question == question.question and record.model == "teacher"
@@ -68,22 +57,22 @@ def test_text_and_json_tell_the_same_episode(
 
 
 def test_errors_of_the_user(
-    project: Path, tmp_path: Path, question: Question, monkeypatch: pytest.MonkeyPatch
+    indexed_project: Path, tmp_path: Path, question: Question, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_project(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"data/index/manifest.json: no such file; run the index stage first"):
         ask("teacher", Ask("Who"), as_json=False, colour=True)
-    monkeypatch.chdir(project)
+    monkeypatch.chdir(indexed_project)
     with pytest.raises(UserError, match=r"between 0 and protocol.max_turns \(2\), not 3"):
         ask("teacher", Ask(question.question, max_searches=3), as_json=True, colour=True)
 
 
 def test_a_retriever_that_is_down_is_said_in_one_line(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    indexed_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_project(tmp_path, retrieval={"location": "http://127.0.0.1:9"})
-    (tmp_path / "data").symlink_to(project / "data")
+    (tmp_path / "data").symlink_to(indexed_project / "data")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         ask("teacher", Ask("Who"), as_json=True, colour=True)

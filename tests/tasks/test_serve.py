@@ -14,22 +14,9 @@ import httpx
 import pytest
 
 from dgpo_core.errors import UserError
-from tasks.data import generate
-from tasks.index import index
 from tasks.serve import serve
-from tests.conftest import ROOT, make_workplace
+from tests.conftest import ROOT
 from tests.tasks.miniature import make_project
-
-
-@pytest.fixture(scope="module")
-def project(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Path:
-    folder = tmp_path_factory.mktemp("project")
-    with pytest.MonkeyPatch.context() as patch:
-        make_workplace(folder, patch, mlflow_store)
-        make_project(folder)
-        generate()
-        index()
-    return folder
 
 
 @contextmanager
@@ -73,11 +60,11 @@ def wait_until_ready(process: subprocess.Popen[str], url: str) -> list[int]:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_loads_answers_and_ends_cleanly_in_the_middle_of_an_episode(
-    project: Path, tmp_path: Path, number: signal.Signals
+    indexed_project: Path, tmp_path: Path, number: signal.Signals
 ) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with dgpo_serve(project, port, tmp_path) as process:
+    with dgpo_serve(indexed_project, port, tmp_path) as process:
         assert set(wait_until_ready(process, url)) <= {503, 200}
         body = {"model": "teacher", "messages": [{"role": "user", "content": "Who"}], "stream": True}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as response:
@@ -95,8 +82,8 @@ def test_it_loads_answers_and_ends_cleanly_in_the_middle_of_an_episode(
     assert list(tmp_path.glob("dgpo-qdrant-*")) == [], "the index's temporary folder"
 
 
-def test_a_taken_port_is_said(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(project)
+def test_a_taken_port_is_said(indexed_project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(indexed_project)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         with pytest.raises(UserError, match=rf"--port {port}: cannot .* \(Address already in use\)"):
@@ -104,17 +91,19 @@ def test_a_taken_port_is_said(project: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.parametrize("host", ["no.such.host.invalid", "300.1.1.1"])
-def test_an_impossible_host_is_said(project: Path, monkeypatch: pytest.MonkeyPatch, host: str) -> None:
-    monkeypatch.chdir(project)
+def test_an_impossible_host_is_said(
+    indexed_project: Path, monkeypatch: pytest.MonkeyPatch, host: str
+) -> None:
+    monkeypatch.chdir(indexed_project)
     with pytest.raises(UserError, match=f"--host {host} --port 0: cannot listen there"):
         serve("teacher", host, 0, 1)
 
 
 def test_a_retriever_that_is_down_ends_it(
-    project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    indexed_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     make_project(tmp_path, retrieval={"location": "http://127.0.0.1:9"})
-    (tmp_path / "data").symlink_to(project / "data")
+    (tmp_path / "data").symlink_to(indexed_project / "data")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
         serve("teacher", "127.0.0.1", 0, 1)
