@@ -7,9 +7,6 @@ from typing import Any
 
 import pytest
 import yaml
-from prefect import flow, get_client
-from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
-from prefect.flow_runs import resume_flow_run
 
 from dgpo_core.errors import UserError
 from tasks.evidence import register_trained
@@ -33,6 +30,8 @@ def project(api: str, own_store: Path) -> Path:  # noqa: F811
 
 
 def offered(tree: Path, name: str) -> str:
+    from prefect import flow
+
     from flows.promotion import offer
 
     @flow(name="offering", flow_run_name=name)
@@ -44,6 +43,9 @@ def offered(tree: Path, name: str) -> str:
 
 def answer_when_paused(name: str, form: dict[str, Any], seen: list[str]) -> threading.Thread:
     """Somebody who looks at the dashboard until the run waits, and then fills in the form."""
+    from prefect import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterName
+    from prefect.flow_runs import resume_flow_run
 
     def watch() -> None:
         wanted = FlowRunFilter(name=FlowRunFilterName(any_=[name]))
