@@ -9,6 +9,7 @@ Prefect's own caching is off, and `dvc repro` afterwards finds everything up to 
 """
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Sequence
@@ -45,7 +46,7 @@ from tasks.preflight import preflight
 from tasks.progress import duration
 from tasks.show import RESULTS, load_results, markdown
 from tasks.stage import main as run_program
-from tasks.tracking import PIPELINE_RUN, Pipeline, tracking_uri
+from tasks.tracking import PIPELINE_RUN, Pipeline, experiment_of, tracking_uri
 from tasks.use import profile_path
 
 MAX_RESTARTS = 5  # of one flow run: a machine that kills it every time will not be cured by trying again
@@ -158,7 +159,7 @@ def _bring_up_to_date(
     parent = Pipeline("pipeline", {"flow": "prefect", **_flow_tags()}, tree)
     if parent.run_id:
         os.environ[PIPELINE_RUN] = parent.run_id
-        _link(parent.run_id)
+        _link(parent.run_id, "MLflow run")
     plan = Plan(
         chosen,
         tree,
@@ -178,6 +179,7 @@ def _bring_up_to_date(
         cancel_all()
         os.environ.pop(PIPELINE_RUN, None)
         parent.close(succeeded, list(chosen))
+    _link_report(tree)
     _publish_markdown("pipeline", _summary(outcomes, tree))
     if not succeeded:
         raise PipelineFailed("; ".join(outcome.message for outcome in outcomes if outcome.message))
@@ -187,11 +189,22 @@ def _flow_tags() -> dict[str, str]:
     return {"prefect.flow_run": str(flow_run.name), "prefect.flow_run_id": str(flow_run.id)}
 
 
-def _link(run_id: str) -> None:
-    """The MLflow run, from Prefect's dashboard: a link where MLflow is a server."""
+def _link(run_id: str, text: str, tab: str = "") -> None:
+    """To a page of MLflow's from Prefect's dashboard, where MLflow is a server."""
     uri = tracking_uri()
-    if uri.startswith("http"):
-        create_link_artifact(f"{uri}/#/runs/{run_id}", link_text="MLflow run", key="mlflow-run")
+    if not uri.startswith("http"):
+        return
+    with contextlib.suppress(Exception):  # a link is a convenience, and stops no run
+        page = f"{uri}/#/experiments/{experiment_of(run_id)}/runs/{run_id}{tab}"
+        create_link_artifact(page, link_text=text, key=text.lower().replace(" ", "-"))
+
+
+def _link_report(tree: Path) -> None:
+    """The report, as the run of its stage keeps it; a worktree has none where the stage was unchanged."""
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        run_id = json.loads((tree / "runs" / "report" / "run.json").read_bytes())["mlflow_run"]
+        if run_id:
+            _link(run_id, "Report", "/artifacts")
 
 
 def _forecast(chosen: dict[str, Stage], force: bool) -> str:

@@ -75,6 +75,11 @@ def start_run(client: "MlflowClient", name: str, tags: Mapping[str, str], parent
     return str(run.info.run_id)
 
 
+def experiment_of(run_id: str) -> str:
+    """Id of the experiment that a run belongs to. Raises what MLflow raises."""
+    return str(connect().get_run(run_id).info.experiment_id)
+
+
 class Pipeline:
     """The parent run of a pipeline in `root`. Without a working store: None as its id, and one warning."""
 
