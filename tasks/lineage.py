@@ -17,7 +17,6 @@ from pydantic import ValidationError
 from dgpo_core.config.params import PARAMS, Params, load_params
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.errors import UserError
-from dgpo_core.retrieval.shards import read_manifest
 from tasks.dvc_lock import Lock, LockedStage, dvc_md5, read_lock, upstream
 from tasks.files import content_hash
 from tasks.paths import CORPUS, INDEX, METRICS, MODELS
@@ -213,6 +212,8 @@ def _chain(recipe: str, params: Params) -> Iterator[str]:
 
 
 def _index(inputs: Mapping[str, str], locked: Mapping[str, str]) -> dict[str, Any]:
+    from dgpo_core.retrieval.shards import read_manifest  # imports torch; every stage imports this
+
     path, digest, passages = INDEX.as_posix(), None, None
     with suppress(UserError):
         manifest = read_manifest(INDEX)

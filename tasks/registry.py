@@ -1,7 +1,7 @@
 """The registered model `search-agent` in MLflow: versions, their evidence, and the aliases that people trust.
 
-Imports mlflow, besides `tracking.py`. Every trained model is a version; what belongs to it are artifacts of
-the run that trained it:
+Imports mlflow, besides `tracking.py`; that and torch only where they are used, because every stage imports
+this file. Every trained model is a version; what belongs to it are artifacts of the run that trained it:
 
     models/search-agent/        pointer.json; with `promote.log_weights` an MLflow model, whose `model/` is
                                 the trained folder byte for byte
@@ -25,9 +25,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.promotion.decision import Decision
-from dgpo_core.promotion.markdown import markdown
-from dgpo_core.training.models import load_model, load_tokenizer
 from tasks import lineage
 from tasks.dvc_lock import from_cache
 from tasks.files import content_hash
@@ -36,6 +33,8 @@ from tasks.tracking import connect, start_run, tracking_uri
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities.model_registry import ModelVersion
+
+    from dgpo_core.promotion.decision import Decision
 
 NAME = "search-agent"
 CHAMPION, CHALLENGER, PREVIOUS = "champion", "challenger", "previous"
@@ -185,8 +184,10 @@ class Registry:
         # last: only what has arrived counts
         self.tag(version, em=f"{average:.6f}", evaluation=place, evaluated_by=source)
 
-    def store_decision(self, version: Version, decision: Decision) -> None:
+    def store_decision(self, version: Version, decision: "Decision") -> None:
         """Keep a decision with the version: JSON and Markdown as artifacts, the verdict as tags."""
+        from dgpo_core.promotion.markdown import markdown
+
         now = datetime.now(UTC).isoformat(timespec="seconds")
         place = f"{PROMOTION}/decisions/{now.replace(':', '')}"
         text = json.dumps({**decision.as_dict(), "decided": now}, indent=2) + "\n"
@@ -323,6 +324,8 @@ def save_mlflow_model(folder: Path, saved: Path) -> None:
     import torch
     import transformers
     from huggingface_hub import ModelCard
+
+    from dgpo_core.training.models import load_model, load_tokenizer
 
     source = str(folder.resolve())
     pipeline = transformers.pipeline(

@@ -63,7 +63,7 @@ def answer_when_paused(name: str, form: dict[str, Any], seen: list[str]) -> thre
     return thread
 
 
-@pytest.mark.parametrize("approve", [True, False])
+@pytest.mark.parametrize("approve", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_person_decides_about_what_passes(project: Path, approve: bool) -> None:
     make_trained(project, BETTER, approval=True)
     register_trained()
@@ -87,6 +87,7 @@ def test_what_does_not_pass_is_not_asked_about(project: Path) -> None:
     assert champion() == "1"
 
 
+@pytest.mark.slow
 def test_nobody_is_asked_where_the_settings_want_nobody(project: Path) -> None:
     make_trained(project, BETTER, approval=False)
     register_trained()

@@ -110,6 +110,7 @@ asyncio.run(resolve())
 """
 
 
+@pytest.mark.slow
 class TestServer:
     """A real server takes the pools, and a worker's resolution fills them."""
 

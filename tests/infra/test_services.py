@@ -164,6 +164,7 @@ def test_addresses_are_adopted_below_the_environment(folder: Path, monkeypatch: 
     assert "A_URL" not in os.environ
 
 
+@pytest.mark.slow
 class TestRealServers:
     """Prefect and MLflow, started once."""
 

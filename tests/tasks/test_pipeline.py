@@ -49,6 +49,7 @@ def test_plan_is_what_dvc_looks_at(repository: Path) -> None:
     assert planned(["nothing"]) == planned(["--nonsense"]) == []
 
 
+@pytest.mark.slow
 def test_the_second_run_points_to_the_first(repository: Path) -> None:
     def run() -> dict[str, dict[str, str]]:
         command = [sys.executable, "-m", "tasks.pipeline", "pipe_last"]

@@ -1,6 +1,8 @@
 """stage(): state, outputs, records; in this process, with a real MLflow store."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -131,3 +133,11 @@ def test_missing_output_is_a_bug() -> None:
 def test_config_that_is_not_json_is_refused() -> None:
     with pytest.raises(TypeError):
         stage("train", config={"path": object()}).__enter__()
+
+
+def test_what_every_program_imports_is_light() -> None:
+    """`dgpo show`, a stage without a model, an error in params.yaml: none waits for torch or MLflow."""
+    heavy = ("torch", "transformers", "scipy", "mlflow", "prefect", "dvc", "pandas", "qdrant_client")
+    code = f"import sys, tasks.stage; print([name for name in {heavy} if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
