@@ -156,7 +156,7 @@ def _bring_up_to_date(
     if settings.dry_run:
         _publish_markdown("dry-run", _forecast(chosen, settings.force))
         return
-    parent = Pipeline("pipeline", {"flow": "prefect", **_flow_tags()}, tree)
+    parent = Pipeline(str(flow_run.name), {"flow": "prefect", **_flow_tags()}, tree)
     if parent.run_id:
         os.environ[PIPELINE_RUN] = parent.run_id
         _link(parent.run_id, "MLflow run")
