@@ -17,7 +17,7 @@ TEST_PROCESSES ?= 2
 PY := $(VENV)/bin/python
 CONSTRAINTS := constraints/main.txt
 # A file of tests stays in one process, which makes what its tests share once.
-PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
+PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 ORACLES := constraints/oracles.txt
 # Of DVC's 270 columns, all but validation EM, average EM and parameters.
 UNIMPORTANT := Created|^(?!Experiment|.*(average|dev_em)$$|seed|[a-z_]+\.[a-z_.]+$$)
