@@ -76,6 +76,22 @@ def serve(
 
 
 @app.command()
+def retriever(
+    location: Annotated[
+        str | None, typer.Option(help="another place of the index than retrieval.location of params.yaml")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0: every machine that reaches this one may search")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+) -> None:
+    """Serve the index over HTTP: POST /retrieve, as Search-R1's clients expect it."""
+    from tasks.retriever import retriever as run_service
+
+    run_service(location, host, port)
+
+
+@app.command()
 def register() -> None:
     """Register the trained models of this working tree that MLflow does not know yet."""
     from tasks.evidence import register_trained
