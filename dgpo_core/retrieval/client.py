@@ -16,6 +16,7 @@ from dgpo_core.retrieval.hits import Hit
 INDEX_HEADER = "X-Index-Digest"
 TIMEOUT = httpx.Timeout(60.0, connect=5.0)  # seconds; a batch of queries may have to be encoded on a CPU
 ATTEMPTS = 3  # of one request
+LONGEST_WAIT = 5.0  # seconds between two of them
 BATCH = 256  # queries in one request
 OVERLOADED = (429, 502, 503, 504)
 
@@ -103,7 +104,7 @@ def _request(client: httpx.Client, method: str, url: str, **content: Any) -> htt
     retrying = Retrying(
         retry=retry_if_exception_type(InfrastructureError),
         stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_exponential_jitter(initial=0.2, max=5),
+        wait=wait_exponential_jitter(initial=0.2, max=LONGEST_WAIT),
         reraise=True,
     )
 

@@ -62,9 +62,14 @@ def stored_content(folder: Path, manifest: Manifest, lexical: Encoder | None = N
         count = pq.read_metadata(folder / shard).num_rows
         parts.append(Part(first, count, partial(_read, folder / shard, first, lexical)))
         first += count
-    digest = index_digest(manifest.digest, lexical is not None)
-    name = f"dgpo-hybrid-{digest[:12]}" if lexical else manifest.collection
-    return Content(name, digest, first, _sizes(manifest.dense_size, lexical), parts)
+    hybrid = lexical is not None
+    digest = index_digest(manifest.digest, hybrid)
+    return Content(content_name(manifest, hybrid), digest, first, _sizes(manifest.dense_size, lexical), parts)
+
+
+def content_name(manifest: Manifest, hybrid: bool) -> str:
+    """How readers know the collection; it says the kind and, by the digest, the content."""
+    return f"dgpo-hybrid-{index_digest(manifest.digest, hybrid)[:12]}" if hybrid else manifest.collection
 
 
 def encoded_content(passages: list[Passage], encoder: Encoder, lexical: Encoder | None = None) -> Content:

@@ -23,21 +23,23 @@ from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval.backends import payload
 from dgpo_core.retrieval.backends.server import to_qdrant
+from dgpo_core.retrieval.collections import describe_ours
 from dgpo_core.retrieval.points import Content, Part, Point, chunks
 
 OLDEST_SERVER = (1, 20)
 INDEXING_THRESHOLD = 20_000  # kB of vectors in a segment from which it gets a graph; Qdrant's default
-ATTEMPTS = 8  # of one request: with the waits below about two minutes, a server's restart
+ATTEMPTS = 8  # of one request: about a minute, in which a server restarts
+LONGEST_WAIT = 30.0  # seconds between two of them
 POLL = 0.5  # seconds between looks at the optimisers
 CALM = 4  # looks in a row that must say green: between two jobs they are idle for a moment
 PROBE = 10_000  # ids in one question for what is there
 Progress = Callable[[int, int, str], None]  # done, total, what is done
 
 
-def collection_name(content: Content, config: QdrantConfig) -> str:
+def collection_name(alias: str, config: QdrantConfig) -> str:
     """The alias, which names passages and encoder, and a digest of the settings of the build."""
     recipe = hashlib.sha256(json.dumps(config.built(), sort_keys=True).encode()).hexdigest()
-    return f"{content.name}-{recipe[:6]}"
+    return f"{alias}-{recipe[:6]}"
 
 
 def ensure(
@@ -52,7 +54,7 @@ def ensure(
     If that is not so yet, one is built and given to `accept`, which refuses it by raising; only then the
     alias is switched. Raises InfrastructureError when points are missing or cannot be indexed.
     """
-    name = collection_name(content, config)
+    name = collection_name(content.name, config)
     if alias_target(client, content.name) == name:
         return
     if not client.collection_exists(name):
@@ -101,7 +103,7 @@ def create(client: QdrantClient, name: str, content: Content, config: QdrantConf
         replication_factor=config.replicas,
         hnsw_config=models.HnswConfigDiff(m=0, ef_construct=config.hnsw_ef_construct),
         optimizers_config=models.OptimizersConfigDiff(indexing_threshold=0),
-        metadata={"dgpo": {"digest": content.digest, "points": content.count, **config.built()}},
+        metadata=describe_ours(content.digest, content.count, config.built()),
     )
 
 
@@ -207,7 +209,7 @@ def _persist(call: Callable[[], Any]) -> Any:
     retrying = Retrying(
         retry=retry_if_exception(is_transient),
         stop=stop_after_attempt(ATTEMPTS),
-        wait=wait_exponential_jitter(initial=0.5, max=30),
+        wait=wait_exponential_jitter(initial=0.5, max=LONGEST_WAIT),
         reraise=True,
     )
     return retrying(call)

@@ -61,8 +61,8 @@ class QdrantBackend:
         return [[scored(point) for point in response.points] for response in responses]
 
     def _params(self, vector: Vector, exact: bool) -> models.SearchParams | None:
-        if isinstance(vector, SparseVector):
-            return None  # its inverted index is exact
+        if isinstance(vector, SparseVector):  # its inverted index is exact by itself
+            return models.SearchParams(exact=True) if exact else None
         if exact:
             ignored = models.QuantizationSearchParams(ignore=True)
             return models.SearchParams(exact=True, quantization=ignored)

@@ -1,0 +1,281 @@
+"""The retriever service over real HTTP: Search-R1's contract, batches, errors, health, metrics; our client."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from prometheus_client.parser import text_string_to_metric_families
+
+from dgpo_core.config.retrieval import RetrievalConfig
+from dgpo_core.datasets.records import Passage
+from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.retrieval import client as client_module
+from dgpo_core.retrieval.client import ServiceClient, describe_service
+from dgpo_core.retrieval.hits import Hit
+from dgpo_core.retrieval.index import Index, open_index
+from dgpo_core.retrieval.service import MAX_TOP_K, Retrieval, make_app
+from tests.dgpo_core.retrieval.conftest import BM25
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
+    thread = threading.Thread(target=web.run, daemon=True)
+    thread.start()
+    while not web.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        web.should_exit = True
+        thread.join(timeout=20)
+
+
+@pytest.fixture
+def retrieval(shards: Path) -> Iterator[Retrieval]:
+    made = Retrieval(top_k=3)
+    made.open(open_index(shards, RetrievalConfig(encoder=BM25)), 150)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def url(retrieval: Retrieval) -> Iterator[str]:
+    with served(make_app(retrieval)) as address:
+        yield address
+
+
+def search_r1(url: str, queries: list[str], topk: int) -> list[list[str]]:
+    """What Search-R1's generation does with its server's answer: numbered titles and texts."""
+    payload = {"queries": queries, "topk": topk, "return_scores": True}
+    results = httpx.post(f"{url}/retrieve", json=payload, timeout=60).json()["result"]
+    return [
+        [
+            f"(Title: {item['document']['contents'].split(chr(10))[0]}) "
+            f"{chr(10).join(item['document']['contents'].split(chr(10))[1:])}"
+            for item in result
+        ]
+        for result in results
+    ]
+
+
+def test_the_fields_contract(url: str, retrieval: Retrieval, queries: list[tuple[str, str]]) -> None:
+    asked = [queries[0][0], queries[5][0]]
+    assert retrieval.index
+    expected = retrieval.index.search(asked, 2)
+    shown = search_r1(url, asked, 2)
+    assert shown == [[f'(Title: "{h.passage.title}") {h.passage.text}' for h in hits] for hits in expected]
+    body = {"queries": asked, "topk": 2, "return_scores": True}
+    answer = httpx.post(f"{url}/retrieve", json=body).json()
+    assert answer == {
+        "result": [
+            [
+                {"document": {"id": h.passage.id, "contents": h.passage.contents}, "score": h.score}
+                for h in hits
+            ]
+            for hits in expected
+        ]
+    }
+    without = httpx.post(f"{url}/retrieve", json={**body, "return_scores": False, "unknown": 1}).json()
+    assert without["result"] == [[item["document"] for item in result] for result in answer["result"]]
+    defaults = httpx.post(f"{url}/retrieve", json={"queries": asked}).json()
+    assert [len(result) for result in defaults["result"]] == [3, 3]
+    nulls = {"queries": asked, "topk": None}
+    assert httpx.post(f"{url}/retrieve", json=nulls).json() == defaults
+    assert httpx.post(f"{url}/retrieve", json={"queries": []}).json() == {"result": []}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"queries": "one"}, "queries: Input should be a valid list"),
+        ({}, "queries: Field required"),
+        ({"queries": ["a", 3]}, "queries.1: Input should be a valid string"),
+        (
+            {"queries": ["a"], "topk": MAX_TOP_K + 1},
+            f"topk: Input should be less than or equal to {MAX_TOP_K}",
+        ),
+        ({"queries": ["a"], "topk": -1}, "topk: Input should be greater than or equal to 0"),
+        ([], "body: Input should be a valid dictionary"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said(url: str, body: Any, reason: str) -> None:
+    response = httpx.post(f"{url}/retrieve", json=body)
+    assert response.status_code == 422
+    assert response.json()["detail"].startswith(reason)
+
+
+def test_our_client_gets_what_the_index_gives(
+    url: str, retrieval: Retrieval, queries: list[tuple[str, str]], shards: Path
+) -> None:
+    opened = open_index(shards, RetrievalConfig(encoder=BM25, location=f"retriever+{url}"))
+    assert retrieval.index
+    assert opened.digest == retrieval.index.digest
+    asked = [query for query, _ in queries[:300]] + ["zzzzqqq"]
+    found = opened.search(asked, 3)
+    assert found == retrieval.index.search(asked, 3)
+    assert found[-1] == [], "nothing was found: not a failure"
+    assert opened.searcher is None
+    with pytest.raises(UserError, match=r"/retrieve refuses the request: topk: Input should be less"):
+        opened.search(["a"], MAX_TOP_K + 1)
+
+
+def test_another_index_is_not_taken_for_ours(url: str, retrieval: Retrieval) -> None:
+    with pytest.raises(InfrastructureError, match="serves the index .* not 'other', which data/index names"):
+        ServiceClient(url, "other")
+    assert retrieval.index
+    client = ServiceClient(url, retrieval.index.digest)
+    retrieval.index.digest = "changed meanwhile"
+    with pytest.raises(InfrastructureError, match="serves the index 'changed meanwhile'"):
+        client.hits(["film"], 1)
+
+
+def foreign(answer: Any, status: int = 200) -> FastAPI:
+    """A server as Search-R1's: /retrieve alone."""
+    app = FastAPI()
+    app.state.asked = 0
+
+    @app.post("/retrieve")
+    def retrieve() -> JSONResponse:
+        app.state.asked += 1
+        return JSONResponse(answer, status)
+
+    return app
+
+
+def test_a_server_of_others_is_known_by_its_address() -> None:
+    document = {"id": "12", "contents": '"A title"\nand\ntext', "url": "ignored"}
+    with served(foreign({"result": [[{"document": document, "score": 0.75}]]})) as url:
+        about = describe_service(url)
+        assert about == (f"unverified: {url}", 0)
+        hits = ServiceClient(url, about.digest).hits(["a"], 3)
+        assert hits == [[Hit(Passage("12", "A title", "and\ntext"), 0.75)]]
+
+
+ITEM = {"document": {"id": "1", "contents": '"T"\ntext'}, "score": 1.0}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"result": []},  # fewer results than queries
+        {"result": [[], []]},
+        {"result": [[ITEM] * 4]},  # more than were asked for
+        {"result": [[ITEM["document"]]]},  # no scores
+        {"result": [[{**ITEM, "score": "much"}]]},
+        {"result": [[{**ITEM, "document": {"contents": '"T"\ntext'}}]]},
+        {"result": None},
+        {"results": [[ITEM]]},
+        [],
+        "gone",
+    ],
+)
+def test_a_broken_answer_is_a_failure_and_never_an_empty_result(answer: Any) -> None:
+    with served(foreign(answer)) as url:
+        client = ServiceClient(url, f"unverified: {url}")
+        with pytest.raises(InfrastructureError, match=r"does not answer as method\.md"):
+            client.hits(["a"], 3)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "LONGEST_WAIT", 0.01)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_overload_is_waited_for_and_then_a_failure(quick: None, status: int) -> None:
+    app = foreign({"detail": "too much to do"}, status)
+    with served(app) as url:
+        client = ServiceClient(url, f"unverified: {url}")
+        with pytest.raises(InfrastructureError, match=f"HTTP {status}: too much to do"):
+            client.hits(["a"], 3)
+    assert app.state.asked == client_module.ATTEMPTS
+
+
+def test_nobody_is_there(quick: None) -> None:
+    with pytest.raises(InfrastructureError, match=r"no answer from http://127\.0\.0\.1:9/health"):
+        ServiceClient("http://127.0.0.1:9", "d")
+
+
+def test_it_is_not_ready_while_it_loads(quick: None) -> None:
+    loading = Retrieval(top_k=3)
+    with served(make_app(loading)) as url:
+        assert httpx.get(f"{url}/health").status_code == 503
+        response = httpx.post(f"{url}/retrieve", json={"queries": ["a"]})
+        assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+        with pytest.raises(InfrastructureError, match="HTTP 503"):
+            ServiceClient(url, "d")
+
+
+def test_a_failing_index_is_a_503(url: str, retrieval: Retrieval) -> None:
+    assert retrieval.index
+    retrieval.index.close()
+    response = httpx.post(f"{url}/retrieve", json={"queries": ["a query that nobody asked"]})
+    assert response.status_code == 503
+    assert response.json()["detail"].startswith("the index failed: ")
+
+
+class Slow(Index):
+    """Takes a moment for each search, as an encoder's pass does, whatever the number of queries."""
+
+    def __init__(self, index: Index) -> None:
+        self.digest, self._inner, self.sizes = index.digest, index, list[int]()
+
+    def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
+        time.sleep(0.03)
+        self.sizes.append(len(queries))
+        return self._inner.search(queries, top_k)
+
+    def close(self) -> None:
+        self._inner.close()
+
+
+def test_concurrent_requests_share_searches(shards: Path, queries: list[tuple[str, str]]) -> None:
+    """Each gets its own answer, and together they are several times as fast as one after the other."""
+    index = open_index(shards, RetrievalConfig(encoder=BM25))
+    slow = Slow(index)
+    retrieval = Retrieval(top_k=3)
+    retrieval.open(slow, 150)
+    asked = [query for query, _ in queries[:48]]
+    expected = {
+        query: [h.passage.id for h in hits] for query, hits in zip(asked, index.search(asked, 2), strict=True)
+    }
+
+    with served(make_app(retrieval)) as url, httpx.Client(timeout=60) as http:
+
+        def ask(query: str) -> list[str]:
+            body = {"queries": [query], "topk": 2, "return_scores": True}
+            (result,) = http.post(f"{url}/retrieve", json=body).json()["result"]
+            return [item["document"]["id"] for item in result]
+
+        started = time.perf_counter()
+        for query in asked:
+            assert ask(query) == expected[query]
+        alone = time.perf_counter() - started
+        assert slow.sizes == [1] * len(asked)
+        slow.sizes.clear()
+        started = time.perf_counter()
+        with ThreadPoolExecutor(16) as pool:
+            assert dict(zip(asked, pool.map(ask, asked), strict=True)) == expected
+        together = time.perf_counter() - started
+        metrics = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+        values = {
+            sample.name: sample.value for family in metrics for sample in family.samples if not sample.labels
+        }
+    assert sum(slow.sizes) == len(asked)
+    assert max(slow.sizes) > 4
+    assert alone / together > 2
+    assert values["dgpo_retriever_batch_queries_sum"] == 2 * len(asked)
+    assert values["dgpo_retriever_batch_queries_count"] == len(asked) + len(slow.sizes)
+    assert values["dgpo_retriever_waiting_queries"] == 0
+    retrieval.close()
