@@ -1,6 +1,7 @@
 """Ties, and reciprocal rank fusion against qdrant-client's own."""
 
 import random
+from itertools import pairwise
 
 import pytest
 from qdrant_client.hybrid.fusion import reciprocal_rank_fusion
@@ -77,7 +78,7 @@ def test_fusion_is_qdrants(seed: int) -> None:
     ours = fuse(rankings, 40)
     assert {p.number: p.score for p in ours} == pytest.approx({p.id: p.score for p in theirs})
     assert [p.score for p in ours] == sorted((p.score for p in ours), reverse=True)
-    for first, second in zip(ours, ours[1:], strict=False):
+    for first, second in pairwise(ours):
         assert first.score > second.score or first.number < second.number, "ties by number"
     assert fuse(rankings, 3) == ours[:3]
     assert fuse([[], []], 3) == []

@@ -33,7 +33,7 @@ pytestmark = pytest.mark.skipif(not URL, reason="DGPO_TEST_QDRANT names no serve
 
 
 def clustered(count: int, size: int) -> tuple[Content, np.ndarray]:
-    """Vectors around common centres, as an encoder's are: random ones alone are the worst case of any index."""
+    """Vectors around common centres, as an encoder's are; random ones are the worst case of any index."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(200, size))
     matrix = (centres[rng.integers(200, size=count)] + 0.7 * rng.normal(size=(count, size))).astype(

@@ -1,4 +1,4 @@
-"""The retriever service over real HTTP: Search-R1's contract, batches, errors, health, metrics; our client."""
+"""The retriever service over real HTTP: Search-R1's contract, batches, errors, metrics; our client."""
 
 import threading
 import time
@@ -103,7 +103,7 @@ def test_the_fields_contract(url: str, retrieval: Retrieval, queries: list[tuple
         ({"queries": ["a", 3]}, "queries.1: Input should be a valid string"),
         (
             {"queries": ["a"], "topk": MAX_TOP_K + 1},
-            f"topk: Input should be less than or equal to {MAX_TOP_K}",
+            "topk: Input should be less than or equal to",
         ),
         ({"queries": ["a"], "topk": -1}, "topk: Input should be greater than or equal to 0"),
         ([], "body: Input should be a valid dictionary"),
@@ -131,7 +131,7 @@ def test_our_client_gets_what_the_index_gives(
 
 
 def test_another_index_is_not_taken_for_ours(url: str, retrieval: Retrieval) -> None:
-    with pytest.raises(InfrastructureError, match="serves the index .* not 'other', which data/index names"):
+    with pytest.raises(InfrastructureError, match=r"serves the index .* not 'other', which data/index names"):
         ServiceClient(url, "other")
     assert retrieval.index
     client = ServiceClient(url, retrieval.index.digest)

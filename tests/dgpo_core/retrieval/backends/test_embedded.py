@@ -64,10 +64,8 @@ def test_a_folder_outlives_the_index(passages: list[Passage], tmp_path: Path) ->
     second = EmbeddedBackend(unreadable(made), tmp_path)
     assert second.query("text", query, 3) == before
     second.close()
-    sparse = content(
-        passages[:40], Bm25Encoder(30.0).encode_passages([p.contents for p in passages[:40]]), None
-    )
-    other = replace(sparse, name="dgpo-other")
+    vectors = Bm25Encoder(30.0).encode_passages([p.contents for p in passages[:40]])
+    other = replace(content(passages[:40], vectors, None), name="dgpo-other")
     asked = Bm25Encoder(30.0).encode_queries([passages[3].title])
     kept = EmbeddedBackend(other, tmp_path)
     scores = kept.query("text", asked, 3)
