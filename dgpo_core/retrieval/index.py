@@ -110,19 +110,22 @@ def open_index(
     lexical = Bm25Encoder(manifest.average_words) if config.hybrid else None
     content = stored_content(folder, manifest, lexical)
 
+    shared = location.kind == "server"
+    qdrant = config.qdrant if shared else config.qdrant.model_copy(update={"upload_parallel": 1})
+
     def collection(client: QdrantClient, name: str) -> Searcher:
-        return Searcher(QdrantBackend(client, name, config.qdrant), encoder, lexical)
+        return Searcher(QdrantBackend(client, name, qdrant), encoder, lexical)
 
     def accept_in(client: QdrantClient, name: str) -> None:
-        if location.kind == "server":  # memory is nobody else's
+        if shared:  # memory has no other readers
             accept(collection(client, name))
 
     try:
         if location.kind in ("embedded", "folder"):
             backend = EmbeddedBackend(content, Path(location.place) if location.place else None)
             return Index(content.digest, Searcher(backend, encoder, lexical))
-        client = connect(location.place or MEMORY, config.qdrant)
-        ensure(client, content, config.qdrant, progress, partial(accept_in, client))
+        client = connect(location.place or MEMORY, qdrant)
+        ensure(client, content, qdrant, progress, partial(accept_in, client))
         return Index(content.digest, collection(client, content.name))
     except (InfrastructureError, UserError):
         raise

@@ -1,7 +1,7 @@
 """A collection on a Qdrant server, from nothing to the one that readers see.
 
-Created without an index (HNSW off, no optimiser at work), filled in parallel, indexed at once, measured, and
-only then given the alias by which readers know it: blue/green. A load that was killed goes on where it was.
+Created without a graph (HNSW off), filled in parallel, indexed at once, measured, and only then given the alias
+by which readers know it: blue/green. A load that was killed goes on where it was.
 Source: Qdrant's guides on bulk uploads, large collections and quantisation.
 """
 
@@ -26,8 +26,7 @@ from dgpo_core.retrieval.backends.server import to_qdrant
 from dgpo_core.retrieval.collections import describe_ours
 from dgpo_core.retrieval.points import Content, Part, Point, chunks
 
-OLDEST_SERVER = (1, 20)
-INDEXING_THRESHOLD = 20_000  # kB of vectors in a segment from which it gets a graph; Qdrant's default
+OLDEST_SERVER = (1, 19)  # the first with `memory`
 ATTEMPTS = 8  # of one request: about a minute, in which a server restarts
 LONGEST_WAIT = 30.0  # seconds between two of them
 POLL = 0.5  # seconds between looks at the optimisers
@@ -61,11 +60,7 @@ def ensure(
         _require_version(client)
         create(client, name, content, config)
     upload(client, name, content, config, progress)
-    client.update_collection(
-        name,
-        hnsw_config=models.HnswConfigDiff(m=config.hnsw_m),
-        optimizers_config=models.OptimizersConfigDiff(indexing_threshold=INDEXING_THRESHOLD),
-    )
+    client.update_collection(name, hnsw_config=models.HnswConfigDiff(m=config.hnsw_m))
     wait_until_green(client, name, progress)
     accept(name)
     switch(client, content.name, name)
@@ -80,7 +75,7 @@ def _require_version(client: QdrantClient) -> None:
 
 
 def create(client: QdrantClient, name: str, content: Content, config: QdrantConfig) -> None:
-    """An empty collection that indexes nothing yet."""
+    """An empty collection without a graph: built while points come, it would be built again and again."""
     client.create_collection(
         name,
         vectors_config={
@@ -102,7 +97,6 @@ def create(client: QdrantClient, name: str, content: Content, config: QdrantConf
         shard_number=config.shards,
         replication_factor=config.replicas,
         hnsw_config=models.HnswConfigDiff(m=0, ef_construct=config.hnsw_ef_construct),
-        optimizers_config=models.OptimizersConfigDiff(indexing_threshold=0),
         metadata=describe_ours(content.digest, content.count, config.built()),
     )
 

@@ -201,7 +201,7 @@ def test_the_servers_key_comes_from_the_environment(
 
 def test_an_old_server_is_refused(shards: Path, qdrant: QdrantServer) -> None:
     qdrant.version = "1.15.5"
-    with pytest.raises(UserError, match=r"the Qdrant server is 1\.15\.5; 1\.20 or newer is needed"):
+    with pytest.raises(UserError, match=r"the Qdrant server is 1\.15\.5; 1\.19 or newer is needed"):
         open_index(shards, RetrievalConfig(encoder=BM25, location=qdrant.url))
     assert qdrant.engine.get_collections().collections == []
 

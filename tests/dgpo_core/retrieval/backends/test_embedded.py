@@ -96,7 +96,7 @@ def test_one_process_at_a_time(passages: list[Passage], tmp_path: Path) -> None:
         [
             sys.executable,
             "-c",
-            "import sys, time; from filelock import FileLock; FileLock(sys.argv[1]).acquire(); "
+            "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
             "print('held', flush=True); time.sleep(600)",
             str(tmp_path / f"{made.name}.lock"),
         ],

@@ -72,12 +72,10 @@ def test_a_dense_collection(qdrant: QdrantServer, passages: list[Passage], quant
         case "binary":
             assert vector.quantization_config.binary.memory is models.Memory.PINNED
     assert (created.shard_number, created.replication_factor) == (6, 2)
-    assert created.hnsw_config.m == 0
-    assert created.optimizers_config.indexing_threshold == 0, "nothing is indexed while it is loaded"
+    assert created.hnsw_config.m == 0, "no graph is built while it is loaded"
     assert created.metadata["dgpo"]["digest"] == made.digest
     (updated,) = qdrant.bodies("PATCH /collections")
     assert updated.hnsw_config.m == 24
-    assert updated.optimizers_config.indexing_threshold > 0
     backend = QdrantBackend(client, made.name, config)
     backend.query("text", matrix[:2].tolist(), 3)
     backend.query("text", matrix[:2].tolist(), 3, exact=True)
