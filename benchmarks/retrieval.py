@@ -2,8 +2,8 @@
 
 Qdrant's engine in this process (qdrant-edge-py: the server's core) with the settings that `retrieval.qdrant`
 gives a server's collection: float16 originals on disk, quantised vectors, HNSW, rescoring. Vectors are random
-ones around 2,000 centres, 768 wide; passages have 100 words, drawn by Zipf's law. Then, by arithmetic, what the
-bytes a passage come to at 0.1, 1 and 21 million passages. Memory is what has to be there for quick
+ones around 2,000 centres, 768 wide; passages have 100 words, drawn by Zipf's law. Then, by arithmetic, what
+the bytes a passage come to at 0.1, 1 and 21 million passages. Memory is what has to be there for quick
 answers: quantised vectors, graph, ids, or the sparse index; the originals and the texts are read from disk.
 """
 

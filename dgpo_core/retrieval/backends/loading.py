@@ -1,7 +1,7 @@
 """A collection on a Qdrant server, from nothing to the one that readers see.
 
-Created without a graph (HNSW off), filled in parallel, indexed at once, measured, and only then given the alias
-by which readers know it: blue/green. A load that was killed goes on where it was.
+Created without a graph (HNSW off), filled in parallel, indexed at once, measured, and only then given the
+alias by which readers know it: blue/green. A load that was killed goes on where it was.
 Source: Qdrant's guides on bulk uploads, large collections and quantisation.
 """
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import BertConfig, BertModel
 
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, write_jsonl
@@ -15,6 +17,7 @@ from dgpo_core.retrieval.encoders import Vector
 from dgpo_core.retrieval.points import Content, Part, Point
 from dgpo_core.retrieval.shards import build_shards
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer, running
+from tests.dgpo_core.retrieval.test_encoders import word_tokenizer
 
 BM25 = EncoderConfig(kind="bm25")
 
@@ -41,6 +44,27 @@ def shards(passages: list[Passage], tmp_path_factory: pytest.TempPathFactory) ->
     folder = tmp_path_factory.mktemp("shards")
     write_jsonl(folder / "corpus.jsonl", passages[:150])
     config = RetrievalConfig(encoder=BM25, shard_size=40)
+    build_shards(folder / "corpus.jsonl", folder / "index", config, lambda *_: None)
+    return folder / "index"
+
+
+@pytest.fixture(scope="session")
+def dense_shards(passages: list[Passage], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same passages encoded by a random BERT of 24 layers that knows their words. Not to be changed."""
+    folder = tmp_path_factory.mktemp("dense")
+    words = sorted({word for passage in passages[:150] for word in passage.contents.split()})
+    word_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]).save_pretrained(folder / "bert")
+    torch.manual_seed(0)
+    shape = BertConfig(
+        vocab_size=4 + len(words),
+        hidden_size=16,
+        num_hidden_layers=24,
+        num_attention_heads=2,
+        intermediate_size=24,
+    )
+    BertModel(shape).save_pretrained(folder / "bert")
+    write_jsonl(folder / "corpus.jsonl", passages[:150])
+    config = RetrievalConfig(encoder=EncoderConfig(model=str(folder / "bert"), max_tokens=64), shard_size=60)
     build_shards(folder / "corpus.jsonl", folder / "index", config, lambda *_: None)
     return folder / "index"
 

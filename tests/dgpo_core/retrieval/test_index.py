@@ -5,21 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from transformers import BertConfig, BertModel
 
-from dgpo_core.config.retrieval import EncoderConfig, QdrantConfig, RetrievalConfig
-from dgpo_core.datasets.records import Passage, write_jsonl
+from dgpo_core.config.retrieval import QdrantConfig, RetrievalConfig
+from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval import index as module
 from dgpo_core.retrieval.backends import loading
 from dgpo_core.retrieval.encoders import Bm25Encoder
 from dgpo_core.retrieval.hits import Hit
 from dgpo_core.retrieval.index import Index, index_passages, open_index
-from dgpo_core.retrieval.shards import build_shards, read_manifest, write_manifest
+from dgpo_core.retrieval.shards import read_manifest, write_manifest
 from tests.dgpo_core.retrieval.conftest import BM25
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer
-from tests.dgpo_core.retrieval.test_encoders import word_tokenizer
 
 
 def ids(found: list[list[Hit]]) -> list[list[str]]:
@@ -87,40 +84,17 @@ def test_every_location_finds_the_same(
             assert [hit.score for hit in some] == pytest.approx([hit.score for hit in same], abs=2e-4)
 
 
-@pytest.fixture(scope="module")
-def hybrid_shards(passages: list[Passage], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """150 passages encoded by a random BERT that knows their words."""
-    folder = tmp_path_factory.mktemp("hybrid")
-    part = passages[:150]
-    words = sorted({word for passage in part for word in passage.contents.split()})
-    word_tokenizer(["[PAD]", "[UNK]", "[CLS]", "[SEP]", *words]).save_pretrained(folder / "bert")
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=4 + len(words),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=24,
-    )
-    BertModel(config).save_pretrained(folder / "bert")
-    write_jsonl(folder / "corpus.jsonl", part)
-    encoder = EncoderConfig(model=str(folder / "bert"), max_tokens=64)
-    made = RetrievalConfig(encoder=encoder, shard_size=60)
-    build_shards(folder / "corpus.jsonl", folder / "index", made, lambda *_: None)
-    return folder / "index"
-
-
 def test_hybrid_is_the_fusion_of_both_rankings_everywhere(
-    hybrid_shards: Path,
+    dense_shards: Path,
     passages: list[Passage],
     queries: list[tuple[str, str]],
     qdrant: QdrantServer,
     tmp_path: Path,
 ) -> None:
-    manifest = read_manifest(hybrid_shards)
+    manifest = read_manifest(dense_shards)
     asked = [query for query, _ in queries[:30]]
     base = RetrievalConfig(encoder=manifest.encoder_config)
-    dense = open_index(hybrid_shards, base).search(asked, 50)
+    dense = open_index(dense_shards, base).search(asked, 50)
     lexical = index_passages(passages[:150], BM25).search(asked, 50)
     expected = []
     for both in zip(ids(dense), ids(lexical), strict=True):
@@ -133,7 +107,7 @@ def test_hybrid_is_the_fusion_of_both_rankings_everywhere(
         expected.append([(name, round(scores[name], 4)) for name in best])
     for location in locations(tmp_path, qdrant):
         config = base.model_copy(update={"hybrid": True, "location": location})
-        opened = open_index(hybrid_shards, config)
+        opened = open_index(dense_shards, config)
         assert opened.digest != manifest.digest, "it finds other passages than the vectors alone"
         found = opened.search(asked, 3)
         assert [[(h.passage.id, h.score) for h in hits] for hits in found] == expected, location
