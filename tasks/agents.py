@@ -1,6 +1,7 @@
 """The parts that every rollout of a stage needs: a loop around a model, and tasks for it."""
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,17 +14,46 @@ from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
 from dgpo_core.protocol.episode import Episode
-from dgpo_core.retrieval.index import Retriever, open_index
+from dgpo_core.retrieval.hits import Retriever
+from dgpo_core.retrieval.index import Index, Searcher, open_index
+from dgpo_core.retrieval.recall import require_recall, search_recall
 from dgpo_core.rollout.collect import em_of, stable_seed
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.rollout.transformers_engine import TransformersEngine
 from dgpo_core.training.episode_sources import Rollout
 from tasks.paths import INDEX, MODELS, questions_file
+from tasks.progress import Reporter
 from tasks.stage import Run
 
 
-def retriever(params: Params, folder: Path = INDEX) -> Retriever:
-    return open_index(folder, params.retrieval.location)
+def retriever(
+    params: Params, folder: Path = INDEX, accept: Callable[[Searcher], None] | None = None
+) -> Index:
+    """The pipeline's index. Where a server lacks its collection, that is made now, and its progress is shown.
+
+    A new collection is given to `accept`, by default to one that raises UserError when its recall is below
+    retrieval.min_recall.
+    """
+    reporter = Reporter("retriever")
+
+    def progress(done: int, total: int, what: str) -> None:
+        reporter.update(done, total, doing=what)
+
+    def by_recall(searcher: Searcher) -> None:
+        require_recall(measured_recall(params, searcher), params.retrieval)
+
+    try:
+        return open_index(folder, params.retrieval, progress, accept or by_recall)
+    finally:
+        reporter.close()
+
+
+def measured_recall(params: Params, searcher: Searcher) -> float:
+    """Of the top k against exact search, on validation questions of all training sets; nan without any."""
+    each = math.ceil(params.retrieval.recall_queries / len(params.questions.train))
+    files = [questions_file(name, "dev") for name in params.questions.train]
+    sample = [question.question for file in files for question in read_questions(file)[:each]]
+    return search_recall(searcher, sample, params.retrieval.top_k)
 
 
 def agent_loop(params: Params, model: PreTrainedModel, tokenizer: Any, index: Retriever) -> AgentLoop:

@@ -89,6 +89,68 @@ def serve(
 
 
 @app.command()
+def retriever(
+    location: Annotated[
+        str | None, typer.Option(help="another place of the index than retrieval.location of params.yaml")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0: every machine that reaches this one may search")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+) -> None:
+    """Serve the index over HTTP: POST /retrieve, as Search-R1's clients expect it."""
+    from tasks.retriever import retriever as run_service
+
+    run_service(location, host, port)
+
+
+collections = typer.Typer(no_args_is_help=True, help="The index's collections on a Qdrant server.")
+app.add_typer(collections, name="collections")
+
+
+@collections.command("list")
+def list_collections() -> None:
+    """Print the pipeline's collections, and which of them readers use."""
+    from tasks.collections import show
+
+    show()
+
+
+@collections.command()
+def build() -> None:
+    """Make the collection of data/index with the settings of params.yaml, and let readers use it."""
+    from tasks.collections import build as make
+
+    make()
+
+
+@collections.command()
+def remove(name: str) -> None:
+    """Remove a collection that no reader uses."""
+    from tasks.collections import remove as delete
+
+    delete(name)
+
+
+@collections.command()
+def snapshot() -> None:
+    """Make a snapshot of the collection that readers of data/index use."""
+    from tasks.collections import snapshot as keep
+
+    keep()
+
+
+@collections.command()
+def restore(
+    source: Annotated[str, typer.Argument(help="file:///... on the server, or a URL that it can fetch")],
+) -> None:
+    """Make the collection of a snapshot instead of the vectors of data/index; checked like any other."""
+    from tasks.collections import restore as bring_back
+
+    bring_back(source)
+
+
+@app.command()
 def register() -> None:
     """Register the trained models of this working tree that MLflow does not know yet."""
     from tasks.evidence import register_trained

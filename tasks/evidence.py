@@ -17,7 +17,6 @@ from dgpo_core.config.recipes import STUDENT
 from dgpo_core.errors import UserError
 from dgpo_core.promotion.evidence import MADE, TABLES, Made
 from dgpo_core.protocol.episode import read_metadata
-from dgpo_core.retrieval.shards import read_manifest
 from tasks.agents import model_source
 from tasks.dvc_lock import Lock, dvc_md5, read_lock
 from tasks.files import content_hash
@@ -109,7 +108,8 @@ def evaluate_again(reference: str) -> None:
                 raise UserError(f"{version.name} was not evaluated: the stage ended with exit code {code}")
             evidence = project / "evidence"
             settings = params.model_dump(mode="json")
-            made = Made(version.hash, read_manifest(INDEX).digest, _settings(settings), _code())
+            index = read_metadata(project / EVALUATION / recipe / "episodes.parquet")["index"]
+            made = Made(version.hash, index, _settings(settings), _code())
             _copy(project / EVALUATION / recipe, evidence, made)
             lock = read_lock()
             base = model_source(params, STUDENT)

@@ -1,12 +1,16 @@
-"""Stage `index`: encode the corpus and put it into a Qdrant collection."""
+"""Stage `index`: encode the corpus, put it into a Qdrant collection, and measure what is found there."""
 
 import json
 from pathlib import Path
 
 from dgpo_core.config.params import Params, load_params
+from dgpo_core.config.retrieval import parse_location
 from dgpo_core.datasets.records import read_questions
-from dgpo_core.retrieval.shards import build_shards
-from tasks.agents import retriever, write_metrics
+from dgpo_core.retrieval.client import describe_service
+from dgpo_core.retrieval.index import Searcher
+from dgpo_core.retrieval.recall import require_recall
+from dgpo_core.retrieval.shards import Manifest, build_shards, write_manifest
+from tasks.agents import measured_recall, retriever, write_metrics
 from tasks.files import remove
 from tasks.paths import CORPUS, INDEX, METRICS, questions_file
 from tasks.stage import main, stage
@@ -14,25 +18,52 @@ from tasks.stage import main, stage
 
 def index() -> None:
     params = load_params()
-    config = params.retrieval.model_dump()
+    location = parse_location(params.retrieval.location)
+    # only what the vectors are made of: after a failure behind them, other settings do not encode anew
+    config = params.retrieval.model_dump(include={"encoder", "shard_size"})
+    config["served"] = location.kind == "service"
     with stage("index", config=config, inputs=[CORPUS], outputs=[INDEX]) as run:
         # encoded in the stage's state, so that a killed run keeps its finished shards
         shards = run.state / "shards"
-        manifest = build_shards(CORPUS, shards, params.retrieval, run.progress)
+        if location.kind == "service":
+            manifest = _served(location.place, shards, params)
+        else:
+            manifest = build_shards(CORPUS, shards, params.retrieval, run.progress)
         summary = {"passages": manifest.passages} | recall(params, shards)
         remove(INDEX)
         INDEX.parent.mkdir(parents=True, exist_ok=True)
-        remove(INDEX)
         shards.rename(INDEX)
         write_metrics(METRICS / "index.json", summary)
         run.summary(summary)
         print(f"index: {json.dumps(summary)}")
 
 
+def _served(url: str, folder: Path, params: Params) -> Manifest:
+    """Nothing to encode: the index is the one that the service has now."""
+    served = describe_service(url)
+    manifest = Manifest(
+        "", served.digest, served.passages, 0.0, None, params.retrieval.encoder.model_dump(), []
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
 def recall(params: Params, folder: Path) -> dict[str, float]:
-    """Share of validation questions whose first gold passage is among the top k for the bare question."""
-    collection = retriever(params, folder)
-    measured = {}
+    """`search_recall`: of the top k against exact search. `recall_<set>`: of the gold passages.
+
+    The latter is the share of validation questions whose first gold passage is among the top k for the bare
+    question. Raises UserError when the former is below retrieval.min_recall.
+    """
+    measured: dict[str, float] = {}
+
+    def accept(searcher: Searcher) -> None:
+        if params.retrieval.recall_queries:
+            measured["search_recall"] = measured_recall(params, searcher)
+            require_recall(measured["search_recall"], params.retrieval)
+
+    collection = retriever(params, folder, accept)
+    if collection.searcher and not measured:  # nothing had to be made
+        accept(collection.searcher)
     for name in params.questions.train:
         questions = [
             q for q in read_questions(questions_file(name, "dev")) if q.metadata.get("golden_passages")

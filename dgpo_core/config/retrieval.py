@@ -1,8 +1,9 @@
 """Encoder and index."""
 
-from typing import Literal
+from typing import Literal, NamedTuple, Self
+from urllib.parse import urlsplit
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dgpo_core.config.base import Section
 
@@ -22,8 +23,80 @@ class EncoderConfig(Section):
     batch_size: PositiveInt = 64
 
 
+class QdrantConfig(Section):
+    """A collection on a Qdrant server: how it is built and searched. Other locations ignore this."""
+
+    grpc: bool = Field(False, description="gRPC for points and queries; for cheaper uploads")
+    grpc_port: PositiveInt = 6334
+    shards: PositiveInt = Field(1, description="parts of the collection; a multiple of a cluster's nodes")
+    replicas: PositiveInt = Field(1, description="copies of each shard in a cluster")
+    quantization: Literal["none", "int8", "binary"] = Field(
+        "int8", description="of the dense vectors kept in memory; the float16 originals are on disk"
+    )
+    oversampling: float = Field(
+        3.0, ge=1.0, description="candidates of the quantised search, per hit, scored again by the originals"
+    )
+    hnsw_m: PositiveInt = Field(16, description="edges of a node of the HNSW graph")
+    hnsw_ef_construct: PositiveInt = Field(128, description="candidates for an edge while it is built")
+    hnsw_ef: PositiveInt = Field(128, description="candidates kept during a search")
+    upload_batch: PositiveInt = Field(256, description="points in one request")
+    upload_parallel: PositiveInt = Field(4, description="requests at the same time")
+
+    def built(self) -> dict[str, str | int]:
+        """The settings that a collection is built with; the others may change without a new one."""
+        names = {"shards", "replicas", "quantization", "hnsw_m", "hnsw_ef_construct"}
+        return self.model_dump(include=names)
+
+
+class Location(NamedTuple):
+    """Where the index is searched. `place`: a folder for `folder`, a URL for `server` and `service`."""
+
+    kind: Literal["memory", "embedded", "folder", "server", "service"]
+    place: str = ""
+
+
+LOCATIONS = (
+    '"embedded", "embedded:<folder>", "memory", the URL of a Qdrant server (http://host:6333) or of a '
+    "retriever service (retriever+http://host:8000)"
+)
+
+
+def parse_location(text: str) -> Location:
+    """Raises ValueError for what is no location, and for a URL with credentials (not repeating it)."""
+    if text == "memory":
+        return Location("memory")
+    if text == "embedded":
+        return Location("embedded")
+    if text.startswith("embedded:") and (folder := text.removeprefix("embedded:")):
+        return Location("folder", folder)
+    url = text.removeprefix("retriever+")
+    parts = urlsplit(url)
+    if "@" in parts.netloc or "key=" in parts.query.lower() or "token=" in parts.query.lower():
+        raise ValueError("location: no credentials in the URL; set the environment variable QDRANT_API_KEY")
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+        raise ValueError(f"location: must be {LOCATIONS}, not {text!r}")
+    return Location("server" if url == text else "service", url.rstrip("/"))
+
+
 class RetrievalConfig(Section):
     encoder: EncoderConfig = EncoderConfig()
-    location: str = Field("embedded", description='"embedded", or the URL of a Qdrant server')
+    hybrid: bool = Field(
+        False, description="search with BM25 too, and fuse both rankings by reciprocal ranks (dense encoders)"
+    )
+    location: str = Field("embedded", description=LOCATIONS)
+    qdrant: QdrantConfig = QdrantConfig()
     shard_size: PositiveInt = Field(50_000, description="passages in one file of vectors")
     top_k: PositiveInt = Field(3, description="passages shown for a query")
+    recall_queries: NonNegativeInt = Field(
+        100, description="validation questions on which the index is compared with exact search; 0: none"
+    )
+    min_recall: float = Field(
+        0.95, ge=0.0, le=1.0, description="share of the exact top_k that the index must find"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        parse_location(self.location)
+        if self.hybrid and self.encoder.kind != "dense":
+            raise ValueError("hybrid: adds BM25 to a dense encoder; encoder.kind is bm25 already")
+        return self

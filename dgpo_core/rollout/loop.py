@@ -16,7 +16,7 @@ from dgpo_core.protocol import prompts
 from dgpo_core.protocol.actions import ActionKind, is_well_formed, last_answer, parse_action
 from dgpo_core.protocol.encoding import encode_prompt, encode_text
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner, Search
-from dgpo_core.retrieval.index import Hit, Retriever
+from dgpo_core.retrieval.hits import Hit, Retriever
 from dgpo_core.rollout.engine import Engine, Finish, Generation, Request
 from dgpo_core.scoring.answers import contains_answer, exact_match
 

@@ -15,7 +15,7 @@ from dgpo_core.errors import UserError
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.encoding import encode_prompt
 from dgpo_core.protocol.episode import Episode, Owner
-from dgpo_core.retrieval.index import Retriever
+from dgpo_core.retrieval.hits import Retriever
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.scoring.answers import normalize
 from dgpo_core.serving.events import Event, Information, Record, Source, Step

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from dgpo_core.config.protocol import Sampling
 from dgpo_core.protocol.prompts import INVALID_ACTION
-from dgpo_core.retrieval.index import Hit, Retriever
+from dgpo_core.retrieval.hits import Hit, Retriever
 from dgpo_core.rollout.engine import Generation, Request
 from dgpo_core.rollout.transformers_engine import TransformersEngine, _Row
 from dgpo_core.serving.events import Delta, Event, Found, Information, Notice

@@ -90,12 +90,13 @@ def test_images_have_an_exact_version(name: str) -> None:
 
 def test_ports_are_on_loopback_unless_asked(resolved: dict[str, Any], tmp_path: Path) -> None:
     published = {name: port for name, service in resolved.items() for port in service.get("ports", [])}
-    assert set(published) == {"prefect", "mlflow", "qdrant", "agent"}
+    assert set(published) == {"prefect", "mlflow", "qdrant", "agent", "retriever"}
     assert all(port.startswith("127.0.0.1:") for port in published.values())
     opened = load({**secrets(tmp_path), "DGPO_BIND": "0.0.0.0"})["services"]
     assert opened["prefect"]["ports"] == ["0.0.0.0:4200:4200"]
-    # it asks for no password: opening the others must not open it
+    # they ask for no password: opening the others must not open them
     assert opened["agent"]["ports"] == ["127.0.0.1:8080:8080"]
+    assert opened["retriever"]["ports"] == ["127.0.0.1:8000:8000"]
 
 
 def test_every_variable_is_generated_or_has_a_default() -> None:
@@ -133,7 +134,7 @@ def test_a_service_gets_only_the_secrets_that_it_uses(resolved: dict[str, Any], 
         "MLFLOW_SESSION_KEY": {"mlflow"},
         "PREFECT_AUTH_STRING": {"prefect", "agent", "worker-cpu", "worker-gpu"},
         "MLFLOW_ADMIN_PASSWORD": {"mlflow", "agent", "worker-cpu", "worker-gpu"},
-        "QDRANT_API_KEY": {"qdrant", "agent", "worker-cpu", "worker-gpu"},
+        "QDRANT_API_KEY": {"qdrant", "agent", "retriever", "worker-cpu", "worker-gpu"},
     }
     values = secrets(tmp_path)
     for name, expected in owners.items():
@@ -200,6 +201,21 @@ def test_the_worker_takes_the_options_that_it_gets() -> None:
     for name in ("worker-cpu", "worker-gpu"):
         options = [argument for argument in SERVICES[name]["command"] if argument.startswith("--")]
         assert options and all(option in shown for option in options)
+
+
+def test_the_retriever_takes_the_options_that_it_gets() -> None:
+    import typer.main
+
+    from dgpo_core.config.retrieval import parse_location
+    from tasks.cli import app
+
+    _, name, *arguments = SERVICES["retriever"]["command"]
+    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
+    given = command.make_context(name, arguments).params
+    assert parse_location(given["location"]) == ("server", "http://qdrant:6333")
+    check = SERVICES["retriever"]["healthcheck"]["test"][-1]
+    assert f":{given['port']}/health" in check
+    assert SERVICES["retriever"]["ports"][0].endswith(f":{given['port']}")
 
 
 def test_qdrant_of_the_image_fits_the_client() -> None:

@@ -6,7 +6,7 @@ from dgpo_core.datasets.world.tokenizer import build_tokenizer
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.episode import Episode, Outcome
-from dgpo_core.retrieval.index import Hit, Retriever
+from dgpo_core.retrieval.hits import Hit, Retriever
 from dgpo_core.rollout.loop import AgentLoop, Task
 from tasks.episode_spans import sample, steps
 from tests.dgpo_core.making import question, random_episode

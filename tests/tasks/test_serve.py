@@ -48,7 +48,7 @@ def free_port() -> int:
 def wait_until_ready(process: subprocess.Popen[str], url: str) -> list[int]:
     """The statuses of /health until it is 200."""
     seen: list[int] = []
-    end = time.monotonic() + 90
+    end = time.monotonic() + 400
     while not seen or seen[-1] != 200:
         assert process.poll() is None and time.monotonic() < end
         try:

@@ -6,7 +6,7 @@ from typing import Any
 from dgpo_core.config.protocol import Sampling
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError
-from dgpo_core.retrieval.index import Hit
+from dgpo_core.retrieval.hits import Hit
 from dgpo_core.rollout.engine import Finish, Generation, Request
 
 Script = Callable[[tuple[int, ...], int], str]  # (the task's seed, turn) -> text

@@ -11,7 +11,8 @@ from dgpo_core.datasets.records import Passage
 from dgpo_core.datasets.world.tokenizer import build_tokenizer
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner
-from dgpo_core.retrieval.index import Index, Retriever
+from dgpo_core.retrieval.hits import Retriever
+from dgpo_core.retrieval.index import Index
 from dgpo_core.rollout.loop import AgentLoop, Task
 from tests.dgpo_core.making import question
 from tests.dgpo_core.rollout.scripted import Answering, ScriptedEngine

@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from dgpo_core.datasets.records import Question
-from dgpo_core.retrieval.index import Hit
+from dgpo_core.retrieval.hits import Hit
 from dgpo_core.serving.agent import Agent, Ask
 from dgpo_core.serving.events import Record
 from dgpo_core.serving.streaming import Stopped

@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
-from dgpo_core.retrieval.index import Hit
+from dgpo_core.retrieval.hits import Hit
 from dgpo_core.serving.agent import Agent, Ask
 from dgpo_core.serving.desk import Busy, Desk, NotReady, Visit
 from dgpo_core.serving.events import Event, Finished, Waiting

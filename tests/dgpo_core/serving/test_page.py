@@ -11,7 +11,8 @@ from transformers import PreTrainedModel
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.datasets.world.articles import Article
-from dgpo_core.retrieval.index import Hit, Index, index_passages
+from dgpo_core.retrieval.hits import Hit
+from dgpo_core.retrieval.index import Index, index_passages
 from dgpo_core.serving.agent import Agent, Ask
 from dgpo_core.serving.api import PAGE
 from dgpo_core.training.models import load_tokenizer

@@ -1,0 +1,173 @@
+"""Bytes, recall and speed of the server recipe at small sizes: `python -m benchmarks.retrieval [POINTS ...]`.
+
+Qdrant's engine in this process (qdrant-edge-py: the server's core) with the settings that `retrieval.qdrant`
+gives a server's collection: float16 originals on disk, quantised vectors, HNSW, rescoring. Vectors are random
+ones around 2,000 centres, 768 wide; passages have 100 words, drawn by Zipf's law. Then, by arithmetic, what
+the bytes a passage come to at 0.1, 1 and 21 million passages. Memory is what has to be there for quick
+answers: quantised vectors, graph, ids, or the sparse index; the originals and the texts are read from disk.
+"""
+
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import qdrant_edge as edge
+
+from dgpo_core.config.retrieval import QdrantConfig
+from dgpo_core.retrieval.encoders import Bm25Encoder
+
+SIZE, WORDS, CENTRES, QUERIES, TOP_K = 768, 100, 2_000, 200, 3
+VOCABULARY = 200_000
+SCALES = (100_000, 1_000_000, 21_015_324)
+PARTS = {
+    "originals": "vector_storage-text/matrix",
+    "quantised": "vector_storage-text/quantized",
+    "graph": "vector_index-text/links",
+    "sparse vectors": "vector_storage-bm25/",
+    "sparse index": "vector_index-bm25/",
+    "texts": "payload_storage/",
+    "ids": "id_tracker",
+}
+IN_MEMORY = ("quantised", "graph", "sparse index", "ids")
+
+
+@dataclass
+class Data:
+    """`vectors`: [points, SIZE] float32, of length 1; `queries` alike; texts, and their BM25 vectors."""
+
+    vectors: np.ndarray
+    queries: np.ndarray
+    texts: list[str]
+    terms: list[Any]
+
+
+def make_data(points: int) -> Data:
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(CENTRES, SIZE)).astype(np.float32)
+
+    def around(count: int) -> np.ndarray:
+        vectors = centres[rng.integers(CENTRES, size=count)]
+        vectors = vectors + rng.normal(size=vectors.shape).astype(np.float32)
+        normalised: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        return normalised
+
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = ["".join(rng.choice(letters, size=rng.integers(2, 10))) for _ in range(VOCABULARY)]
+    ranks = np.minimum(rng.zipf(1.15, size=(points, WORDS)), VOCABULARY) - 1
+    texts = [" ".join(words[rank] for rank in row) for row in ranks]
+    return Data(around(points), around(QUERIES), texts, Bm25Encoder(WORDS).encode_passages(texts))
+
+
+def quantisation(kind: str) -> Any:
+    pinned = edge.Memory.Pinned
+    if kind == "int8":
+        return edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, quantile=0.99, memory=pinned)
+    return edge.BinaryQuantizationConfig(memory=pinned) if kind == "binary" else None
+
+
+def build(folder: str, data: Data, kind: str) -> Any:
+    """`kind`: bm25, or a dense collection's quantisation."""
+    recipe = QdrantConfig()
+    dense = edge.EdgeVectorParams(
+        size=SIZE,
+        distance=edge.Distance.Dot,
+        datatype=edge.VectorStorageDatatype.Float16,
+        memory=edge.Memory.Cold,
+        quantization_config=quantisation(kind),
+    )
+    sparse = edge.EdgeSparseVectorParams(modifier=edge.Modifier.Idf)
+    config = edge.EdgeConfig(
+        vectors={} if kind == "bm25" else {"text": dense},
+        sparse_vectors={"bm25": sparse} if kind == "bm25" else {},
+        hnsw_config=edge.HnswIndexConfig(recipe.hnsw_m, recipe.hnsw_ef_construct, full_scan_threshold=1),
+        optimizers=edge.EdgeOptimizersConfig(indexing_threshold=1, default_segment_number=1),
+        wal_enabled=False,
+    )
+    engine = edge.EdgeShard.create(folder, config)
+    for start in range(0, len(data.texts), 1000):
+        rows = range(start, min(start + 1000, len(data.texts)))
+        engine.update(edge.UpdateOperation.upsert_points([point(data, row, kind) for row in rows]))
+    engine.optimize()
+    engine.flush()
+    return engine
+
+
+def point(data: Data, row: int, kind: str) -> Any:
+    terms = data.terms[row]
+    vector = (
+        {"bm25": edge.SparseVector(terms.indices, terms.values)}
+        if kind == "bm25"
+        else {"text": data.vectors[row].tolist()}
+    )
+    return edge.Point(row, vector, {"id": str(row), "title": "A title", "text": data.texts[row]})
+
+
+def bytes_a_point(folder: str, points: int) -> dict[str, float]:
+    """Of each part's files, without their holes; the emptied segment is left out."""
+    segments = [path for path in Path(folder).glob("segments/*") if (path / "id_tracker.mappings").exists()]
+    found = dict.fromkeys(PARTS, 0.0)
+    for path in (path for segment in segments for path in segment.rglob("*") if path.is_file()):
+        for part, place in PARTS.items():
+            if place in path.as_posix():
+                found[part] += path.stat().st_blocks * 512 / points
+    return found
+
+
+def searched(engine: Any, data: Data, kind: str, oversampling: float) -> tuple[float, float]:
+    """Recall@3 against exact search in numpy, and milliseconds a query."""
+    recipe = QdrantConfig()
+    params = edge.SearchParams(
+        hnsw_ef=recipe.hnsw_ef,
+        quantization=None
+        if kind == "none"
+        else edge.QuantizationSearchParams(rescore=True, oversampling=oversampling),
+    )
+    requests = [
+        edge.QueryRequest(limit=TOP_K, query=edge.Query.Nearest(query.tolist(), using="text"), params=params)
+        for query in data.queries
+    ]
+    started = time.perf_counter()
+    found = [{point.id for point in engine.query(request)} for request in requests]
+    milliseconds = (time.perf_counter() - started) / QUERIES * 1000
+    exact = np.argsort(-(data.queries @ data.vectors.T), axis=1)[:, :TOP_K].tolist()
+    shares = [len(some & set(best)) / TOP_K for some, best in zip(found, exact, strict=True)]
+    return float(np.mean(shares)), milliseconds
+
+
+def main(sizes: list[int]) -> None:
+    measured: dict[str, dict[str, float]] = {}
+    for points in sizes:
+        data = make_data(points)
+        text = np.mean([len(text) for text in data.texts])
+        print(f"{points:,} passages of {text:.0f} characters, {SIZE} dimensions", flush=True)
+        for kind in ("none", "int8", "binary", "bm25"):
+            with tempfile.TemporaryDirectory() as folder:
+                started = time.perf_counter()
+                engine = build(folder, data, kind)
+                seconds = time.perf_counter() - started
+                measured[kind] = bytes_a_point(folder, points)
+                told = "  ".join(f"{part} {size:.0f}" for part, size in measured[kind].items() if size >= 0.5)
+                print(f"  {kind:7} built in {seconds:.1f} s; bytes a passage: {told}", flush=True)
+                for oversampling in () if kind == "bm25" else (1.0, 3.0, 10.0):
+                    recall, milliseconds = searched(engine, data, kind, oversampling)
+                    print(
+                        f"    oversampling {oversampling:4.1f}: recall@3 {recall:.3f}, {milliseconds:.2f} ms"
+                    )
+                engine.close()
+    print("\n| passages | collection | memory | disk |\n|---|---|---|---|")
+    for scale in SCALES:
+        for kind, parts in measured.items():
+            memory = sum(parts[part] for part in IN_MEMORY)
+            print(f"| {scale:,} | {kind} | {giga(memory * scale)} | {giga(sum(parts.values()) * scale)} |")
+
+
+def giga(size: float) -> str:
+    return f"{size / 1e9:.2f} GB" if size < 1e10 else f"{size / 1e9:.0f} GB"
+
+
+if __name__ == "__main__":
+    main([int(points) for points in sys.argv[1:]] or [5_000, 20_000])

@@ -1,0 +1,108 @@
+"""What goes into a collection: passages with their vectors, in parts that can be loaded one by one."""
+
+import hashlib
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice
+from pathlib import Path
+
+import pyarrow.parquet as pq
+
+from dgpo_core.datasets.records import Passage
+from dgpo_core.retrieval.encoders import Encoder, Vector
+from dgpo_core.retrieval.shards import Manifest, read_shard
+
+ENCODED = "text"  # the named vector of the index's encoder
+LEXICAL = "bm25"  # the second one of a hybrid index
+CHUNK = 1000
+
+
+@dataclass(frozen=True)
+class Point:
+    """`number` is the passage's place in the corpus; `vectors` by name."""
+
+    number: int
+    passage: Passage
+    vectors: dict[str, Vector]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Points `first` to `first + count - 1`; `read` gives them in this order, each time anew."""
+
+    first: int
+    count: int
+    read: Callable[[], Iterator[Point]]
+
+
+@dataclass(frozen=True)
+class Content:
+    """A collection to be: its readers' name, the digest of what is searched, and the points.
+
+    `vectors`: the dimension of each named vector, None for a sparse one.
+    """
+
+    name: str
+    digest: str
+    count: int
+    vectors: dict[str, int | None]
+    parts: list[Part]
+
+    def points(self) -> Iterator[Point]:
+        for part in self.parts:
+            yield from part.read()
+
+
+def stored_content(folder: Path, manifest: Manifest, lexical: Encoder | None = None) -> Content:
+    """The points of the shards in `folder`, a part for each shard; `lexical` makes the index a hybrid one."""
+    parts, first = [], 0
+    for shard in manifest.shards:
+        count = pq.read_metadata(folder / shard).num_rows
+        parts.append(Part(first, count, partial(_read, folder / shard, first, lexical)))
+        first += count
+    hybrid = lexical is not None
+    digest = index_digest(manifest.digest, hybrid)
+    return Content(content_name(manifest, hybrid), digest, first, _sizes(manifest.dense_size, lexical), parts)
+
+
+def content_name(manifest: Manifest, hybrid: bool) -> str:
+    """How readers know the collection; it says the kind and, by the digest, the content."""
+    return f"dgpo-hybrid-{index_digest(manifest.digest, hybrid)[:12]}" if hybrid else manifest.collection
+
+
+def encoded_content(passages: list[Passage], encoder: Encoder, lexical: Encoder | None = None) -> Content:
+    """Passages that are in memory, encoded now."""
+    vectors = encoder.encode_passages([passage.contents for passage in passages])
+    rows = list(zip(passages, vectors, strict=True))
+    part = Part(0, len(rows), lambda: _points(iter(rows), 0, lexical))
+    return Content("memory", "memory", len(rows), _sizes(encoder.size, lexical), [part])
+
+
+def index_digest(digest: str, hybrid: bool) -> str:
+    """A hybrid index finds other passages than the encoder's vectors alone: it is another index."""
+    return hashlib.sha256(f"{digest}, bm25, fused".encode()).hexdigest() if hybrid else digest
+
+
+def chunks(points: Iterator[Point], size: int) -> Iterator[list[Point]]:
+    while chunk := list(islice(points, size)):
+        yield chunk
+
+
+def _sizes(size: int | None, lexical: Encoder | None) -> dict[str, int | None]:
+    return {ENCODED: size} if lexical is None else {ENCODED: size, LEXICAL: None}
+
+
+def _read(path: Path, first: int, lexical: Encoder | None) -> Iterator[Point]:
+    return _points(read_shard(path), first, lexical)
+
+
+def _points(rows: Iterator[tuple[Passage, Vector]], first: int, lexical: Encoder | None) -> Iterator[Point]:
+    numbers = itertools.count(first)
+    while chunk := list(islice(rows, CHUNK)):
+        texts = [passage.contents for passage, _ in chunk]
+        others = lexical.encode_passages(texts) if lexical else [None] * len(chunk)
+        for (passage, vector), other in zip(chunk, others, strict=True):
+            vectors = {ENCODED: vector} if other is None else {ENCODED: vector, LEXICAL: other}
+            yield Point(next(numbers), passage, vectors)

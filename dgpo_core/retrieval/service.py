@@ -1,0 +1,151 @@
+"""The retriever as an HTTP service: the field's POST /retrieve, so that Search-R1's clients work with it.
+
+    {"queries": [str], "topk": 3, "return_scores": true} -> {"result": [[{"document": {...}, "score": s}]]}
+
+A document is {"id", "contents"} with contents = '"Title"\\ntext'. Without `return_scores` the inner list has
+the documents themselves, as in Search-R1's server. Keys that it does not know are ignored, as there.
+"""
+
+import logging
+import time
+from http import HTTPStatus
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse, Response
+from prometheus_client import (
+    CONTENT_TYPE_LATEST,
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+from pydantic import BaseModel, Field
+
+from dgpo_core.errors import InfrastructureError
+from dgpo_core.retrieval.batching import Batcher
+from dgpo_core.retrieval.client import INDEX_HEADER
+from dgpo_core.retrieval.hits import Hit
+from dgpo_core.retrieval.index import Index
+
+MAX_TOP_K = 100
+MAX_QUERIES = 10_000  # in one request
+LARGEST_BATCH = 512  # queries in one search
+log = logging.getLogger("uvicorn.error")
+
+
+class RetrieveRequest(BaseModel):
+    queries: Annotated[list[str], Field(max_length=MAX_QUERIES)]
+    topk: Annotated[int | None, Field(ge=0, le=MAX_TOP_K)] = None
+    return_scores: bool = False
+
+
+class Metrics:
+    """What Prometheus is told."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        name = "dgpo_retriever"
+        self.requests = Counter(
+            f"{name}_requests", "Answers of /retrieve", ["status"], registry=self.registry
+        )
+        self.seconds = Histogram(
+            f"{name}_request_seconds", "Time to answer /retrieve", registry=self.registry
+        )
+        self.search_seconds = Histogram(
+            f"{name}_search_seconds", "Time of one search of a batch", registry=self.registry
+        )
+        self.batch = Histogram(
+            f"{name}_batch_queries",
+            "Queries in one search",
+            buckets=[2**n for n in range(14)],
+            registry=self.registry,
+        )
+        self.waiting = Gauge(f"{name}_waiting_queries", "Queries that wait", registry=self.registry)
+
+    def observe(self, queries: int, seconds: float) -> None:
+        self.batch.observe(queries)
+        self.search_seconds.observe(seconds)
+
+
+class Retrieval:
+    """The index while it is loaded (`open` not called yet), ready, and closed."""
+
+    def __init__(self, top_k: int) -> None:
+        self.top_k = top_k
+        self.metrics = Metrics()
+        self.index: Index | None = None
+        self.passages = 0
+        self.batcher: Batcher | None = None
+        self.metrics.waiting.set_function(lambda: self.batcher.waiting if self.batcher else 0)
+
+    def open(self, index: Index, passages: int) -> None:
+        self.index, self.passages = index, passages
+        self.batcher = Batcher(index, LARGEST_BATCH, self.metrics.observe)
+
+    def close(self) -> None:
+        """After the last request: the index's files and connections are released."""
+        if self.batcher is not None:
+            self.batcher.close()
+        if self.index is not None:
+            self.index.close()
+
+
+def make_app(retrieval: Retrieval) -> FastAPI:
+    """The service; `retrieval` may be opened later, until then it says that it is not ready."""
+    app = FastAPI(title="DGPO retriever", docs_url=None, redoc_url=None)
+
+    @app.post("/retrieve")
+    async def retrieve(body: RetrieveRequest) -> Response:
+        if retrieval.index is None or retrieval.batcher is None:
+            return _problem(HTTPStatus.SERVICE_UNAVAILABLE, "the index is being loaded (see /health)")
+        try:
+            found = await retrieval.batcher.search(body.queries, body.topk or retrieval.top_k)
+        except InfrastructureError as error:
+            return _problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
+        except Exception as error:
+            log.error("a search ended with a bug", exc_info=error)
+            return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "an error in the service; its log says more")
+        result = [[_item(hit, body.return_scores) for hit in hits] for hits in found]
+        return JSONResponse({"result": result}, headers={INDEX_HEADER: retrieval.index.digest})
+
+    @app.get("/health")
+    async def health() -> Response:
+        """200 when queries are answered, 503 while the index is loaded."""
+        if retrieval.index is None:
+            return JSONResponse({"status": "loading"}, HTTPStatus.SERVICE_UNAVAILABLE)
+        known = {"index": retrieval.index.digest, "passages": retrieval.passages, "topk": retrieval.top_k}
+        return JSONResponse({"status": "ready", **known})
+
+    @app.get("/metrics")
+    async def metrics() -> Response:
+        return Response(generate_latest(retrieval.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.middleware("http")
+    async def count(request: Request, call: Any) -> Response:
+        started = time.perf_counter()
+        response: Response = await call(request)
+        if request.url.path == "/retrieve":
+            retrieval.metrics.requests.labels(response.status_code).inc()
+            retrieval.metrics.seconds.observe(time.perf_counter() - started)
+        return response
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(_request: Request, caught: RequestValidationError) -> Response:
+        first = caught.errors()[0]
+        place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
+        return _problem(HTTPStatus.UNPROCESSABLE_ENTITY, f"{place}: {first['msg']}")
+
+    return app
+
+
+def _item(hit: Hit, with_score: bool) -> dict[str, Any]:
+    document = hit.passage.to_json()
+    return {"document": document, "score": hit.score} if with_score else document
+
+
+def _problem(status: HTTPStatus, reason: str) -> JSONResponse:
+    headers = {"Retry-After": "5"} if status is HTTPStatus.SERVICE_UNAVAILABLE else None
+    return JSONResponse({"detail": reason}, status, headers)

@@ -1,0 +1,267 @@
+"""The retriever service over real HTTP: Search-R1's contract, batches, errors, metrics; our client."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+from fastapi import FastAPI
+from fastapi.responses import JSONResponse
+from prometheus_client.parser import text_string_to_metric_families
+
+from dgpo_core.config.retrieval import RetrievalConfig
+from dgpo_core.datasets.records import Passage
+from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.retrieval import client as client_module
+from dgpo_core.retrieval.client import ServiceClient, describe_service
+from dgpo_core.retrieval.hits import Hit
+from dgpo_core.retrieval.index import open_index
+from dgpo_core.retrieval.service import MAX_TOP_K, Retrieval, make_app
+from dgpo_core.retrieval.shards import read_manifest
+from tests.dgpo_core.retrieval.conftest import BM25
+
+
+@contextmanager
+def served(app: FastAPI) -> Iterator[str]:
+    web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
+    thread = threading.Thread(target=web.run, daemon=True)
+    thread.start()
+    while not web.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        web.should_exit = True
+        thread.join(timeout=20)
+
+
+@pytest.fixture
+def retrieval(shards: Path) -> Iterator[Retrieval]:
+    made = Retrieval(top_k=3)
+    made.open(open_index(shards, RetrievalConfig(encoder=BM25)), 150)
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def url(retrieval: Retrieval) -> Iterator[str]:
+    with served(make_app(retrieval)) as address:
+        yield address
+
+
+def search_r1(url: str, queries: list[str], topk: int) -> list[list[str]]:
+    """What Search-R1's generation does with its server's answer: numbered titles and texts."""
+    payload = {"queries": queries, "topk": topk, "return_scores": True}
+    results = httpx.post(f"{url}/retrieve", json=payload, timeout=60).json()["result"]
+    return [
+        [
+            f"(Title: {item['document']['contents'].split(chr(10))[0]}) "
+            f"{chr(10).join(item['document']['contents'].split(chr(10))[1:])}"
+            for item in result
+        ]
+        for result in results
+    ]
+
+
+def test_the_fields_contract(url: str, retrieval: Retrieval, queries: list[tuple[str, str]]) -> None:
+    asked = [queries[0][0], queries[5][0]]
+    assert retrieval.index
+    expected = retrieval.index.search(asked, 2)
+    shown = search_r1(url, asked, 2)
+    assert shown == [[f'(Title: "{h.passage.title}") {h.passage.text}' for h in hits] for hits in expected]
+    body = {"queries": asked, "topk": 2, "return_scores": True}
+    answer = httpx.post(f"{url}/retrieve", json=body).json()
+    assert answer == {
+        "result": [
+            [
+                {"document": {"id": h.passage.id, "contents": h.passage.contents}, "score": h.score}
+                for h in hits
+            ]
+            for hits in expected
+        ]
+    }
+    without = httpx.post(f"{url}/retrieve", json={**body, "return_scores": False, "unknown": 1}).json()
+    assert without["result"] == [[item["document"] for item in result] for result in answer["result"]]
+    defaults = httpx.post(f"{url}/retrieve", json={"queries": asked}).json()
+    assert [len(result) for result in defaults["result"]] == [3, 3]
+    nulls = {"queries": asked, "topk": None}
+    assert httpx.post(f"{url}/retrieve", json=nulls).json() == defaults
+    assert httpx.post(f"{url}/retrieve", json={"queries": []}).json() == {"result": []}
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        ({"queries": "one"}, "queries: Input should be a valid list"),
+        ({}, "queries: Field required"),
+        ({"queries": ["a", 3]}, "queries.1: Input should be a valid string"),
+        (
+            {"queries": ["a"], "topk": MAX_TOP_K + 1},
+            "topk: Input should be less than or equal to",
+        ),
+        ({"queries": ["a"], "topk": -1}, "topk: Input should be greater than or equal to 0"),
+        ([], "body: Input should be a valid dictionary"),
+    ],
+)
+def test_what_is_wrong_with_a_request_is_said(url: str, body: Any, reason: str) -> None:
+    response = httpx.post(f"{url}/retrieve", json=body)
+    assert response.status_code == 422
+    assert response.json()["detail"].startswith(reason)
+
+
+def test_our_client_gets_what_the_index_gives(
+    url: str, retrieval: Retrieval, queries: list[tuple[str, str]], shards: Path
+) -> None:
+    opened = open_index(shards, RetrievalConfig(encoder=BM25, location=f"retriever+{url}"))
+    assert retrieval.index
+    assert opened.digest == retrieval.index.digest
+    asked = [query for query, _ in queries[:300]] + ["zzzzqqq"]
+    found = opened.search(asked, 3)
+    assert found == retrieval.index.search(asked, 3)
+    assert found[-1] == [], "nothing was found: not a failure"
+    assert opened.searcher is None
+    with pytest.raises(UserError, match=r"/retrieve refuses the request: topk: Input should be less"):
+        opened.search(["a"], MAX_TOP_K + 1)
+
+
+def test_another_index_is_not_taken_for_ours(url: str, retrieval: Retrieval) -> None:
+    with pytest.raises(InfrastructureError, match=r"serves the index .* not 'other', which data/index names"):
+        ServiceClient(url, "other")
+    assert retrieval.index
+    client = ServiceClient(url, retrieval.index.digest)
+    retrieval.index.digest = "changed meanwhile"
+    with pytest.raises(InfrastructureError, match="serves the index 'changed meanwhile'"):
+        client.hits(["film"], 1)
+
+
+def foreign(answer: Any, status: int = 200) -> FastAPI:
+    """A server as Search-R1's: /retrieve alone."""
+    app = FastAPI()
+    app.state.asked = 0
+
+    @app.post("/retrieve")
+    def retrieve() -> JSONResponse:
+        app.state.asked += 1
+        return JSONResponse(answer, status)
+
+    return app
+
+
+def test_a_server_of_others_is_known_by_its_address() -> None:
+    document = {"id": "12", "contents": '"A title"\nand\ntext', "url": "ignored"}
+    with served(foreign({"result": [[{"document": document, "score": 0.75}]]})) as url:
+        about = describe_service(url)
+        assert about == (f"unverified: {url}", 0)
+        hits = ServiceClient(url, about.digest).hits(["a"], 3)
+        assert hits == [[Hit(Passage("12", "A title", "and\ntext"), 0.75)]]
+
+
+ITEM = {"document": {"id": "1", "contents": '"T"\ntext'}, "score": 1.0}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        {"result": []},  # fewer results than queries
+        {"result": [[], []]},
+        {"result": [[ITEM] * 4]},  # more than were asked for
+        {"result": [[ITEM["document"]]]},  # no scores
+        {"result": [[{**ITEM, "score": "much"}]]},
+        {"result": [[{**ITEM, "document": {"contents": '"T"\ntext'}}]]},
+        {"result": None},
+        {"results": [[ITEM]]},
+        [],
+        "gone",
+    ],
+)
+def test_a_broken_answer_is_a_failure_and_never_an_empty_result(answer: Any) -> None:
+    with served(foreign(answer)) as url:
+        client = ServiceClient(url, f"unverified: {url}")
+        with pytest.raises(InfrastructureError, match=r"does not answer as method\.md"):
+            client.hits(["a"], 3)
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_module, "LONGEST_WAIT", 0.01)
+
+
+@pytest.mark.parametrize("status", [429, 500, 503])
+def test_overload_is_waited_for_and_then_a_failure(quick: None, status: int) -> None:
+    app = foreign({"detail": "too much to do"}, status)
+    with served(app) as url:
+        client = ServiceClient(url, f"unverified: {url}")
+        with pytest.raises(InfrastructureError, match=f"HTTP {status}: too much to do"):
+            client.hits(["a"], 3)
+    assert app.state.asked == client_module.ATTEMPTS
+
+
+def test_nobody_is_there(quick: None) -> None:
+    with pytest.raises(InfrastructureError, match=r"no answer from http://127\.0\.0\.1:9/health"):
+        ServiceClient("http://127.0.0.1:9", "d")
+
+
+def test_it_is_not_ready_while_it_loads(quick: None) -> None:
+    loading = Retrieval(top_k=3)
+    with served(make_app(loading)) as url:
+        assert httpx.get(f"{url}/health").status_code == 503
+        response = httpx.post(f"{url}/retrieve", json={"queries": ["a"]})
+        assert (response.status_code, response.headers["retry-after"]) == (503, "5")
+        with pytest.raises(InfrastructureError, match="HTTP 503"):
+            ServiceClient(url, "d")
+
+
+def test_a_failing_index_is_a_503(url: str, retrieval: Retrieval) -> None:
+    assert retrieval.index
+    retrieval.index.close()
+    response = httpx.post(f"{url}/retrieve", json={"queries": ["a query that nobody asked"]})
+    assert response.status_code == 503
+    assert response.json()["detail"].startswith("the index failed: ")
+
+
+def test_concurrent_requests_share_searches(dense_shards: Path, queries: list[tuple[str, str]]) -> None:
+    """Each gets its own answer, and together they are faster than one by one: one pass encodes many."""
+    config = RetrievalConfig(encoder=read_manifest(dense_shards).encoder_config)
+    retrieval = Retrieval(top_k=3)
+    retrieval.open(open_index(dense_shards, config), 150)
+    asked = [query for query, _ in queries[:192]]
+    index = open_index(dense_shards, config)
+    expected = [[hit.passage.id for hit in hits] for hits in index.search(asked, 2)]
+    one_by_one, at_once = asked[:96], asked[96:]
+
+    with served(make_app(retrieval)) as url, httpx.Client(timeout=60) as http:
+
+        def ask(query: str) -> list[str]:
+            body = {"queries": [query], "topk": 2, "return_scores": True}
+            (result,) = http.post(f"{url}/retrieve", json=body).json()["result"]
+            return [item["document"]["id"] for item in result]
+
+        def searches() -> tuple[float, float]:
+            families = text_string_to_metric_families(httpx.get(f"{url}/metrics").text)
+            values = {s.name: s.value for family in families for s in family.samples if not s.labels}
+            assert values["dgpo_retriever_waiting_queries"] == 0
+            name = "dgpo_retriever_batch_queries"
+            return values[f"{name}_count"], values[f"{name}_sum"]
+
+        started = time.perf_counter()
+        found = [ask(query) for query in one_by_one]
+        alone = time.perf_counter() - started
+        assert searches() == (96, 96)
+        started = time.perf_counter()
+        with ThreadPoolExecutor(32) as pool:
+            found += pool.map(ask, at_once)
+        together = time.perf_counter() - started
+        number, total = searches()
+    assert found == expected
+    assert total == 192
+    assert number - 96 < 96 / 3, "several queries in a search"
+    assert alone / together > 1.5
+    index.close()
+    retrieval.close()

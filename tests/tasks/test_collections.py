@@ -1,0 +1,98 @@
+"""`dgpo collections` and the stage `index` with a Qdrant server: build, gate, list, keep, remove."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dgpo_core.errors import UserError
+from dgpo_core.retrieval.backends import loading
+from dgpo_core.retrieval.shards import read_manifest
+from tasks import collections
+from tasks.index import index
+from tests.conftest import make_workplace
+from tests.dgpo_core.retrieval.qdrant_server import QdrantServer, running
+from tests.tasks.miniature import make_project
+
+
+@pytest.fixture
+def qdrant(monkeypatch: pytest.MonkeyPatch) -> Iterator[QdrantServer]:
+    monkeypatch.setattr(loading, "POLL", 0.005)
+    with running(QdrantServer()) as server:
+        yield server
+
+
+@pytest.fixture
+def project(
+    indexed_project: Path,
+    tmp_path: Path,
+    qdrant: QdrantServer,
+    monkeypatch: pytest.MonkeyPatch,
+    mlflow_store: str,
+) -> Path:
+    """With the data of the indexed project, and no index yet."""
+    make_workplace(tmp_path, monkeypatch, mlflow_store)
+    make_project(tmp_path, retrieval={"location": qdrant.url})
+    (tmp_path / "data").mkdir()
+    for name in ("corpus.jsonl", "questions"):
+        (tmp_path / "data" / name).symlink_to(indexed_project / "data" / name)
+    return tmp_path
+
+
+def change(project: Path, **settings: object) -> None:
+    params = yaml.safe_load((project / "params.yaml").read_text())
+    params["retrieval"] |= settings
+    (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+
+
+def test_from_the_stage_to_a_restored_snapshot(
+    project: Path, indexed_project: Path, qdrant: QdrantServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    index()
+    metrics = json.loads((project / "metrics/index.json").read_text())
+    assert metrics == json.loads((indexed_project / "metrics/index.json").read_text())
+    assert metrics["search_recall"] == 1.0
+    alias = read_manifest(project / "data/index").collection
+    first = loading.alias_target(qdrant.engine, alias)
+    change(project, qdrant={"shards": 2})
+    collections.build()
+    second = loading.alias_target(qdrant.engine, alias)
+    assert first and second and first != second
+    capsys.readouterr()
+    collections.show()
+    header, *rows = capsys.readouterr().out.splitlines()
+    assert header.split() == ["collection", "points", "status", "readers"]
+    told = {row.split()[0]: row for row in rows}
+    assert told[first].endswith("none: removable")
+    assert told[second].endswith(alias)
+    collections.snapshot()
+    place = capsys.readouterr().out.split()[0]
+    assert place.startswith(f"{qdrant.url}/collections/{second}/snapshots/")
+    collections.remove(first)
+    with pytest.raises(UserError, match="readers use it"):
+        collections.remove(second)
+    qdrant.requests.clear()
+    collections.restore(place)
+    assert not [name for name, _ in qdrant.requests if name.endswith("/points")]
+    change(project, location="embedded")
+    with pytest.raises(UserError, match=r"retrieval\.location: embedded is no Qdrant server"):
+        collections.show()
+
+
+def test_too_little_recall_ends_the_stage_and_keeps_its_vectors(project: Path, qdrant: QdrantServer) -> None:
+    """The collection is made and measured, and readers never see it; other settings go on from there."""
+    qdrant.inexact = True
+    with pytest.raises(UserError, match=r"min_recall: recall@3 against exact search is 0\.6\d*, below 0\.95"):
+        index()
+    assert not (project / "data/index").exists()
+    assert qdrant.engine.get_aliases().aliases == []
+    (vectors,) = project.glob(".state/index/shards/*.parquet")
+    written = vectors.stat().st_mtime_ns
+    qdrant.requests.clear()
+    change(project, min_recall=0.5)
+    index()
+    assert (project / "data/index" / vectors.name).stat().st_mtime_ns == written, "not encoded again"
+    assert not [name for name, _ in qdrant.requests if name.endswith("/points")], "not uploaded again"
+    assert len(qdrant.engine.get_aliases().aliases) == 1
