@@ -4,7 +4,9 @@ import json
 from pathlib import Path
 
 from dgpo_core.config.params import Params, load_params
+from dgpo_core.datasets.published.places import fetch
 from dgpo_core.datasets.records import read_questions
+from dgpo_core.retrieval.flat_index import FlatIndex
 from dgpo_core.retrieval.shards import build_shards
 from tasks.agents import retriever, write_metrics
 from tasks.files import remove
@@ -15,10 +17,13 @@ from tasks.stage import main, stage
 def index() -> None:
     params = load_params()
     config = params.retrieval.model_dump()
-    with stage("index", config=config, inputs=[CORPUS], outputs=[INDEX]) as run:
+    parts = [fetch(place, "retrieval.vectors").path for place in params.retrieval.vectors]
+    with stage("index", config=config, inputs=[CORPUS, *parts], outputs=[INDEX]) as run:
         # encoded in the stage's state, so that a killed run keeps its finished shards
         shards = run.state / "shards"
-        manifest = build_shards(CORPUS, shards, params.retrieval, run.progress)
+        digest = "".join(run.inputs[part.as_posix()] for part in parts)
+        imported = FlatIndex(parts, digest) if parts else None
+        manifest = build_shards(CORPUS, shards, params.retrieval, run.progress, imported=imported)
         summary = {"passages": manifest.passages} | recall(params, shards)
         remove(INDEX)
         INDEX.parent.mkdir(parents=True, exist_ok=True)
