@@ -23,7 +23,7 @@ class PublishedConfig(Section):
 
     questions: str = Field(
         "hf://datasets/RUC-NLPIR/FlashRAG_datasets@75bdaa3721499234214733eeb7d3da3dd2405250",
-        description="folder with <set>/<split>.jsonl, in FlashRAG's format",
+        description="folder with `<set>/<split>.jsonl`, in FlashRAG's format",
     )
     corpus: str = Field(
         "hf://datasets/PeterJinGo/wiki-18-corpus/wiki-18.jsonl.gz", description="wiki-18, or in its format"

@@ -38,7 +38,7 @@ def fetch_questions(config: PublishedConfig, sets: QuestionSetsConfig) -> Questi
     names = {(name, "train"): f"{name}/train" for name in sets.train}
     names |= {(name, "test"): f"{name}/{TEST_SPLITS[name]}" for name in sets.test}
     splits = {
-        split: fetch(f"{config.questions}/{name}.jsonl", f"{SETTING}.questions")
+        split: fetch(f"{config.questions.rstrip('/')}/{name}.jsonl", f"{SETTING}.questions")
         for split, name in names.items()
     }
     places = {name: getattr(config, name) for name in GOLD if name in sets.test}

