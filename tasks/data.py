@@ -1,30 +1,67 @@
-"""Stage `data`: write the embedded world's corpus and questions in the published formats."""
+"""Stage `data`: corpus and questions, of the embedded world or of the published data sets."""
 
-from dgpo_core.config.params import load_params
-from dgpo_core.datasets.records import write_jsonl
+from dgpo_core.config.params import Params, load_params
+from dgpo_core.datasets.published.corpus import write_corpus
+from dgpo_core.datasets.published.places import fetch
+from dgpo_core.datasets.published.questions import SETTING, fetch_questions, load_questions
+from dgpo_core.datasets.records import Question, write_jsonl
 from dgpo_core.datasets.world.articles import write_articles
 from dgpo_core.datasets.world.generate import generate_world
 from dgpo_core.datasets.world.questions import write_questions
 from tasks.agents import write_metrics
+from tasks.files import remove
 from tasks.paths import CORPUS, METRICS, QUESTIONS, questions_file
-from tasks.stage import main, stage
+from tasks.stage import Run, main, stage
+
+Splits = dict[tuple[str, str], list[Question]]  # (set, split)
 
 
 def generate() -> None:
     params = load_params()
+    {"world": write_world, "published": write_published}[params.data.source](params)
+
+
+def write_world(params: Params) -> None:
     with stage("data", config=params.world.model_dump(), inputs=[], outputs=[CORPUS, QUESTIONS]) as run:
         world = generate_world(params.world, params.world.seed)
         articles = write_articles(world)
         questions = write_questions(world, articles)
         passages = [passage for article in articles for passage in article.passages]
         write_jsonl(CORPUS, passages)
-        for number, ((name, split), items) in enumerate(questions.items(), 1):
-            write_jsonl(questions_file(name, split), items)
-            run.progress(number, len(questions))
-        summary = {"passages": len(passages), "articles": len(articles), "facts": len(world.facts)}
-        summary |= {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
-        write_metrics(METRICS / "data.json", summary)
-        run.summary(summary)
+        write_splits(run, questions)
+        counts = {"passages": len(passages), "articles": len(articles), "facts": len(world.facts)}
+        summarize(run, counts, questions, sources={})
+
+
+def write_published(params: Params) -> None:
+    config = params.data.published
+    asked = fetch_questions(config, params.questions)
+    corpus = fetch(config.corpus, f"{SETTING}.corpus")
+    files = {**asked.named, "corpus": corpus}
+    settings = {"data": config.model_dump(), "questions": params.questions.model_dump()}
+    inputs = [file.path for file in files.values()]
+    with stage("data", config=settings, inputs=inputs, outputs=[CORPUS, QUESTIONS]) as run:
+        questions, joins = load_questions(config, asked)  # first: it takes seconds, the corpus minutes
+        passages = write_corpus(
+            config, corpus, CORPUS, lambda done, total: run.progress(done, total, unit="passages")
+        )
+        write_splits(run, questions)
+        sources = {f"source {name}": file.origin for name, file in files.items()}
+        summarize(run, {"passages": passages, **joins}, questions, sources)
+
+
+def write_splits(run: Run, questions: Splits) -> None:
+    remove(QUESTIONS)  # of sets that are no longer asked for
+    for number, ((name, split), items) in enumerate(questions.items(), 1):
+        write_jsonl(questions_file(name, split), items)
+        run.progress(number, len(questions))
+
+
+def summarize(run: Run, counts: dict[str, int], questions: Splits, sources: dict[str, str]) -> None:
+    """The stage's metrics: `counts`, the questions of each split, and where everything comes from."""
+    summary = counts | {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
+    write_metrics(METRICS / "data.json", {**summary, **sources})
+    run.summary(summary)
 
 
 if __name__ == "__main__":

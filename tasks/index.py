@@ -5,8 +5,10 @@ from pathlib import Path
 
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.retrieval import parse_location
+from dgpo_core.datasets.published.places import fetch
 from dgpo_core.datasets.records import read_questions
 from dgpo_core.retrieval.client import describe_service
+from dgpo_core.retrieval.flat_index import FlatIndex
 from dgpo_core.retrieval.index import Searcher
 from dgpo_core.retrieval.recall import require_recall
 from dgpo_core.retrieval.shards import Manifest, build_shards, write_manifest
@@ -19,16 +21,19 @@ from tasks.stage import main, stage
 def index() -> None:
     params = load_params()
     location = parse_location(params.retrieval.location)
+    parts = [fetch(place, "retrieval.vectors").path for place in params.retrieval.vectors]
     # only what the vectors are made of: after a failure behind them, other settings do not encode anew
-    config = params.retrieval.model_dump(include={"encoder", "shard_size"})
+    config = params.retrieval.model_dump(include={"encoder", "precision", "vectors", "shard_size"})
     config["served"] = location.kind == "service"
-    with stage("index", config=config, inputs=[CORPUS], outputs=[INDEX]) as run:
+    with stage("index", config=config, inputs=[CORPUS, *parts], outputs=[INDEX]) as run:
         # encoded in the stage's state, so that a killed run keeps its finished shards
         shards = run.state / "shards"
         if location.kind == "service":
             manifest = _served(location.place, shards, params)
         else:
-            manifest = build_shards(CORPUS, shards, params.retrieval, run.progress)
+            digest = "".join(run.inputs[part.as_posix()] for part in parts)
+            imported = FlatIndex(parts, digest) if parts else None
+            manifest = build_shards(CORPUS, shards, params.retrieval, run.progress, imported=imported)
         summary = {"passages": manifest.passages} | recall(params, shards)
         remove(INDEX)
         INDEX.parent.mkdir(parents=True, exist_ok=True)

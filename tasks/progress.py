@@ -25,23 +25,24 @@ class Reporter:
         self._task = TaskID(0)
         self._last_line = float("-inf")
 
-    def update(self, done: float, total: float, **values: Value) -> None:
-        """Tell how far the stage is; units are the caller's (steps, questions, passages)."""
+    def update(self, done: float, total: float, unit: str = "", **values: Value) -> None:
+        """Tell how far the stage is; with a `unit` ("passages") also how many of them a second."""
         now = time.monotonic()
         if self._recent and done < self._recent[-1][1]:  # a new phase begins
             self._recent.clear()
             self._last_line = float("-inf")
         self._recent.append((now, done))
-        text = " ".join(
-            [*(f"{name}={_short(value)}" for name, value in values.items()), self._time_left(total)]
-        )
+        shown = [f"{name}={_short(value)}" for name, value in values.items()]
+        if unit and (speed := self._speed()):
+            shown.append(f"{speed:,.4g} {unit}/s" if speed < 1000 else f"{speed:,.0f} {unit}/s")
+        text = " ".join([*shown, self._time_left(total)])
         # The terminal or the reader of the pipe may be gone; that is no reason to stop the work.
         with contextlib.suppress(OSError, ValueError):
             if self.console.is_terminal:
                 self._show_bar(done, total, text)
             elif now - self._last_line >= LINE_INTERVAL or done >= total:
                 self._last_line = now
-                print(f"[{self.stage}] {done:g}/{total:g} {text}", file=self.console.file, flush=True)
+                print(f"[{self.stage}] {done:.8g}/{total:.8g} {text}", file=self.console.file, flush=True)
 
     def close(self) -> None:
         """Leave the last state of the bar on the terminal."""
@@ -55,7 +56,7 @@ class Reporter:
             columns = (
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=30),
-                TextColumn("{task.completed:g}/{task.total:g} {task.fields[text]}"),
+                TextColumn("{task.completed:.8g}/{task.total:.8g} {task.fields[text]}"),
             )
             self._bar = Progress(*columns, console=self.console, refresh_per_second=2)
             self._bar.start()
@@ -63,11 +64,16 @@ class Reporter:
         self._bar.update(self._task, completed=done, total=total, text=text)
 
     def _time_left(self, total: float) -> str:
+        done = self._recent[-1][1]
+        if done >= total:
+            return "done"
+        speed = self._speed()
+        return f"{duration((total - done) / speed)} left" if speed else ""
+
+    def _speed(self) -> float:
+        """Units a second, lately; 0 while it is not known."""
         (start, first), (now, done) = self._recent[0], self._recent[-1]
-        if done <= first or done >= total:
-            return "" if done < total else "done"
-        seconds = (now - start) / (done - first) * (total - done)
-        return f"{duration(seconds)} left"
+        return (done - first) / (now - start) if now > start else 0.0
 
 
 def duration(seconds: float) -> str:

@@ -51,9 +51,9 @@ class Run:
     origin: Origin | None = None
     final: dict[str, float] = field(default_factory=dict)
 
-    def progress(self, done: float, total: float, **values: str | int | float) -> None:
+    def progress(self, done: float, total: float, unit: str = "", **values: str | int | float) -> None:
         """Tell how far it is: `run.progress(step, steps, em=0.21, loss=1.3)`. Cheap; call it every step."""
-        self.reporter.update(done, total, **values)
+        self.reporter.update(done, total, unit, **values)
 
     def metrics(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Values of one step for MLflow's curves, such as {"train/em": 0.1}; sent in batches."""

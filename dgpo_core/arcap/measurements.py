@@ -10,7 +10,6 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dgpo_core.datasets.records import Question
-from dgpo_core.errors import UserError
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.episode import Episode, Outcome
 from dgpo_core.rollout.collect import stable_seed
@@ -31,27 +30,14 @@ class Row:
 
 
 def gold_context(question: Question, role: str) -> list[tuple[str, str]]:
-    """(title, text) of what a perfect search would return.
+    """(title, text) of what a perfect search would return; empty where that is not known.
 
-    For `nq` the annotated long answer, for `musique` all supporting paragraphs; each is found in the
-    metadata as "golden_passages" or as the published files name it. Raises UserError when there is none.
+    For `nq` the annotated long answer, for `musique` all supporting paragraphs.
     """
-    metadata = question.metadata
-    passages = metadata.get("golden_passages") or []
-    if role == "nq" and metadata.get("long_answers"):
-        long_answer = metadata["long_answers"][0]
-        titles = [p["title"] for p in passages if p["text"] == long_answer]
-        return [(titles[0] if titles else "", long_answer)]
-    if role == "musique":
-        supporting = [
-            (paragraph["title"], paragraph["paragraph_text"])
-            for paragraph in metadata.get("paragraphs") or []
-            if paragraph["is_supporting"]
-        ]
-        if supporting:
-            return supporting
-    if not passages:
-        raise UserError(f"question {question.id!r} has no gold context in its metadata, which ARCap needs")
+    passages = question.metadata.get("golden_passages") or []
+    if role == "nq" and (long_answers := question.metadata.get("long_answers")):
+        titles = [passage["title"] for passage in passages if passage["text"] == long_answers[0]]
+        return [(titles[0] if titles else "", long_answers[0])]
     return [(passage["title"], passage["text"]) for passage in passages]
 
 
@@ -61,7 +47,11 @@ def information(context: list[tuple[str, str]]) -> str:
 
 
 def source_referencing(role: str, dataset: str, questions: list[Question], seed: int, run: Run) -> list[Row]:
-    """EM with the gold context given: in a forced answer, and with thinking and searching allowed."""
+    """EM with the gold context given: in a forced answer, and with thinking and searching allowed.
+
+    Questions without a known gold context (docs/data.md, the join) are not asked.
+    """
+    contexts = [(question, gold_context(question, role)) for question in questions]
     rows = []
     for suffix, forced in (("", FORCED_ANSWER), ("_thinking", "")):
         name = f"source_em_{role}{suffix}"
@@ -70,10 +60,11 @@ def source_referencing(role: str, dataset: str, questions: list[Question], seed:
                 question,
                 dataset,
                 seed=(stable_seed(seed, name, question.id),),
-                opening=information(gold_context(question, role)) + forced,
+                opening=information(context) + forced,
                 single_turn=bool(forced),
             )
-            for question in questions
+            for question, context in contexts
+            if context
         ]
         rows += [_row(name, episode, float(episode.correct)) for episode in run(tasks, name)]
     return rows

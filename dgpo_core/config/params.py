@@ -11,7 +11,8 @@ from dgpo_core.config.base import Section
 from dgpo_core.config.data import BaseModelsConfig, WorldConfig
 from dgpo_core.config.promote import PromoteConfig
 from dgpo_core.config.protocol import ProtocolConfig, RolloutConfig
-from dgpo_core.config.questions import QuestionSetsConfig
+from dgpo_core.config.published import DataConfig
+from dgpo_core.config.questions import PAPER_SETS, TRAINING_SETS, QuestionSetsConfig
 from dgpo_core.config.recipes import STUDENT, TABLE, TEACHER, Distillation, Recipes, Reinforcement
 from dgpo_core.config.retrieval import RetrievalConfig
 from dgpo_core.config.training import (
@@ -27,6 +28,7 @@ from dgpo_core.config.workers import WorkersConfig
 from dgpo_core.errors import UserError
 
 PARAMS = Path("params.yaml")
+DATA_HINT = "the embedded world's sets need data.source: world"
 Row = TypeVar("Row", Distillation, Reinforcement)
 
 
@@ -42,6 +44,7 @@ class Params(Section):
 
     profile: str = Field(description="the profile that this file was resolved from")
     seed: NonNegativeInt = Field(0, description="of the training stages")
+    data: DataConfig = DataConfig()
     world: WorldConfig = WorldConfig()
     base_models: BaseModelsConfig = BaseModelsConfig()
     models: ModelSources = ModelSources()
@@ -70,6 +73,11 @@ class Params(Section):
     def _fits(self) -> Self:
         if taken := self.base_models.models.keys() & self.recipes.all.keys():
             raise ValueError(f"recipes: {sorted(taken)} are names of base_models")
+        if self.data.source == "published":
+            if strange := set(self.questions.test) - set(PAPER_SETS):
+                raise ValueError(f"questions.test: {sorted(strange)} are not published; {DATA_HINT}")
+            if strange := set(self.questions.train) - set(TRAINING_SETS):
+                raise ValueError(f"questions.train: only {list(TRAINING_SETS)} are published; {DATA_HINT}")
         if strange := self.report.first.keys() - self.questions.test.keys():
             raise ValueError(f"report.first: {sorted(strange)} are no test sets of questions.test")
         if strange := self.promote.margins.keys() - self.questions.test.keys():

@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from dgpo_core.config.base import Section
 
 PAPER_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
+TRAINING_SETS = ("nq", "hotpotqa")  # those that the paper trains on
 
 
 class QuestionSetsConfig(Section):

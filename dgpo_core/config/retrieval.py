@@ -1,6 +1,6 @@
 """Encoder and index."""
 
-from typing import Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
@@ -9,18 +9,27 @@ from dgpo_core.config.base import Section
 
 
 class EncoderConfig(Section):
-    """`bm25`: sparse vectors, scored by Qdrant with its IDF modifier. `dense`: a transformers encoder.
+    """`bm25`: sparse vectors, scored by Qdrant with its IDF modifier; the other fields are ignored.
 
-    The dense fields are E5's (method.md, section 7) and are ignored by `bm25`.
+    `dense`: a transformers encoder with mean pooling; the defaults are E5's (method.md, section 7).
+    `sentence-transformers`: a model of that library, which knows its own pooling, prompts and normalisation;
+    prefixes that are not set are empty then.
     """
 
-    kind: Literal["bm25", "dense"] = "dense"
+    kind: Literal["bm25", "dense", "sentence-transformers"] = "dense"
     model: str = Field("intfloat/e5-base-v2", description="hub name or folder of the dense encoder")
     revision: str | None = Field(None, description="pinned revision on the hub")
     query_prefix: str = "query: "
     passage_prefix: str = "passage: "
-    max_tokens: PositiveInt = 256
-    batch_size: PositiveInt = 64
+    max_tokens: PositiveInt = Field(256, description="of a text; what follows is cut")
+    batch_size: PositiveInt = Field(64, description="texts in one forward pass")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_e5_prefixes(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("kind") == "sentence-transformers":
+            return {"query_prefix": "", "passage_prefix": "", **values}
+        return values
 
 
 class QdrantConfig(Section):
@@ -80,6 +89,14 @@ def parse_location(text: str) -> Location:
 
 class RetrievalConfig(Section):
     encoder: EncoderConfig = EncoderConfig()
+    precision: Literal["float32", "float16", "bfloat16"] = Field(
+        "float32", description="in which passages are encoded; their vectors are stored as float16"
+    )
+    vectors: list[str] = Field(
+        [],
+        description="a flat faiss index of the corpus's passages, taken instead of encoding them: "
+        "its file, or its parts in order; local, or hf:// as in data.published",
+    )
     hybrid: bool = Field(
         False, description="search with BM25 too, and fuse both rankings by reciprocal ranks (dense encoders)"
     )
@@ -96,7 +113,11 @@ class RetrievalConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        parse_location(self.location)
-        if self.hybrid and self.encoder.kind != "dense":
+        location = parse_location(self.location)
+        if self.hybrid and self.encoder.kind == "bm25":
             raise ValueError("hybrid: adds BM25 to a dense encoder; encoder.kind is bm25 already")
+        if self.vectors and self.encoder.kind == "bm25":
+            raise ValueError("vectors: a faiss index has dense vectors; set the encoder that made them")
+        if self.vectors and location.kind == "service":
+            raise ValueError("vectors: a retriever service has an index of its own; leave one of them out")
         return self

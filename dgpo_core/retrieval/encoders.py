@@ -1,15 +1,23 @@
-"""Text to vectors: BM25 as Qdrant computes it, or a transformers encoder such as E5."""
+"""Text to vectors: BM25 as Qdrant computes it, E5 and its like, or any model of sentence-transformers."""
 
-from dataclasses import dataclass
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
+import numpy as np
 import pyarrow as pa
 import qdrant_edge
 import torch
+from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import UserError
+
+BUFFER = 64  # batches whose texts are sorted by length together
 
 
 @dataclass(frozen=True)
@@ -19,26 +27,32 @@ class SparseVector:
 
 
 Vector = SparseVector | list[float]
+Tell = Callable[[int], None]  # so many more texts are encoded
+
+
+def silent(_: int) -> None:
+    """A Tell for those who do not ask."""
 
 
 class Encoder(Protocol):
-    """`size` is the dimension of dense vectors, None for sparse; `arrow_type` is how shards store one."""
+    """`size` is the dimension of dense vectors, None for sparse ones."""
 
-    size: int | None
-    arrow_type: pa.DataType
+    @property
+    def size(self) -> int | None: ...
 
     def encode_passages(self, texts: list[str]) -> list[Vector]: ...
 
     def encode_queries(self, texts: list[str]) -> list[Vector]: ...
+
+    def passage_column(self, texts: list[str], tell: Tell) -> pa.Array:
+        """The passages' vectors as shards store them (dense ones in float16), telling how many are done."""
+        ...
 
 
 class Bm25Encoder:
     """Qdrant's own BM25: term weights here (stemmed English words), IDF in the index."""
 
     size: int | None = None
-    arrow_type: pa.DataType = pa.struct(
-        [("indices", pa.list_(pa.uint32())), ("values", pa.list_(pa.float32()))]
-    )
 
     def __init__(self, average_words: float) -> None:
         self._bm25 = qdrant_edge.Bm25(qdrant_edge.Bm25Config(avg_len=average_words, language="english"))
@@ -49,6 +63,12 @@ class Bm25Encoder:
     def encode_queries(self, texts: list[str]) -> list[Vector]:
         return [_sparse(self._bm25.embed_query(text)) for text in texts]
 
+    def passage_column(self, texts: list[str], tell: Tell) -> pa.Array:
+        fields = [("indices", pa.list_(pa.uint32())), ("values", pa.list_(pa.float32()))]
+        vectors = [asdict(_sparse(self._bm25.embed_document(text))) for text in texts]
+        tell(len(texts))
+        return pa.array(vectors, type=pa.struct(fields))
+
 
 def _sparse(vector: Any) -> SparseVector:
     """Terms in the order of their ids: the engine's own order changes from process to process."""
@@ -56,45 +76,130 @@ def _sparse(vector: Any) -> SparseVector:
     return SparseVector([index for index, _ in pairs], [value for _, value in pairs])
 
 
-class DenseEncoder:
-    """Mean pooling over tokens, L2-normalised (E5's model card); inner product is the cosine."""
+class _DenseEncoder(ABC):
+    """What dense encoders share. `_encode` gets one buffer of texts at a time, with their prefixes."""
 
-    def __init__(self, config: EncoderConfig, device: str = "cpu") -> None:
-        self._config, self._device = config, device
-        try:
-            self._tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
-            model = AutoModel.from_pretrained(config.model, revision=config.revision)
-        except (OSError, ValueError) as error:
-            first_line = str(error).strip().split("\n")[0]
-            raise UserError(f"retrieval.encoder.model: cannot load {config.model!r}: {first_line}") from error
-        self._model = model.to(device).eval()
-        self.size: int | None = int(model.config.hidden_size)
-        self.arrow_type: pa.DataType = pa.list_(pa.float32(), self.size)
+    size: int
+
+    def __init__(self, config: EncoderConfig) -> None:
+        self._config = config
+
+    @abstractmethod
+    def _encode(self, texts: list[str], query: bool, tell: Tell) -> NDArray[np.float32]:
+        """[texts, size], the vector of each text, of length 1."""
 
     def encode_passages(self, texts: list[str]) -> list[Vector]:
-        return self._encode([self._config.passage_prefix + text for text in texts])
+        return self._in_buffers(texts, False, silent).tolist()  # type: ignore[no-any-return]
 
     def encode_queries(self, texts: list[str]) -> list[Vector]:
-        return self._encode([self._config.query_prefix + text for text in texts])
+        return self._in_buffers(texts, True, silent).tolist()  # type: ignore[no-any-return]
 
-    @torch.no_grad()
-    def _encode(self, texts: list[str]) -> list[Vector]:
-        vectors: list[Vector] = []
-        for start in range(0, len(texts), self._config.batch_size):
-            inputs = self._tokenizer(
-                texts[start : start + self._config.batch_size],
-                max_length=self._config.max_tokens,
-                padding=True,
-                truncation=True,
-                return_tensors="pt",
-            ).to(self._device)
-            hidden = self._model(**inputs).last_hidden_state
-            mask = inputs["attention_mask"][..., None].to(hidden.dtype)
-            mean = (hidden * mask).sum(1) / mask.sum(1)
-            vectors += torch.nn.functional.normalize(mean, dim=-1).float().cpu().tolist()
+    def passage_column(self, texts: list[str], tell: Tell) -> pa.Array:
+        return dense_column(self._in_buffers(texts, False, tell))
+
+    def _in_buffers(self, texts: list[str], query: bool, tell: Tell) -> NDArray[np.float32]:
+        prefix = self._config.query_prefix if query else self._config.passage_prefix
+        vectors = np.empty((len(texts), self.size), np.float32)
+        step = BUFFER * self._config.batch_size
+        for start in range(0, len(texts), step):
+            buffer = [prefix + text for text in texts[start : start + step]]
+            vectors[start : start + step] = self._encode(buffer, query, tell)
         return vectors
 
 
-def make_encoder(config: EncoderConfig, average_words: float) -> Encoder:
-    """`average_words` is the corpus's mean passage length, which BM25 needs."""
-    return Bm25Encoder(average_words) if config.kind == "bm25" else DenseEncoder(config)
+class DenseEncoder(_DenseEncoder):
+    """Mean pooling over tokens, L2-normalised (E5's model card); inner product is the cosine.
+
+    Texts of similar length share a batch, so that little padding is computed; the next batches are tokenised
+    while the model computes. Raises UserError for a model that cannot be loaded.
+    """
+
+    def __init__(self, config: EncoderConfig, device: str = "cpu", precision: str = "float32") -> None:
+        super().__init__(config)
+        self._device = device
+        with _naming(config):
+            self._tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+            dtype = getattr(torch, precision)
+            model = AutoModel.from_pretrained(config.model, revision=config.revision, dtype=dtype)
+        self._model = model.to(device).eval()
+        self.size = int(model.config.hidden_size)
+
+    @torch.inference_mode()
+    def _encode(self, texts: list[str], query: bool, tell: Tell) -> NDArray[np.float32]:
+        longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        size = self._config.batch_size
+        batches = [longest_first[start : start + size] for start in range(0, len(texts), size)]
+        pooled = []
+        with ThreadPoolExecutor(1) as ahead:
+            tokenized = ahead.map(lambda batch: self._tokenize([texts[i] for i in batch]), batches)
+            for batch, inputs in zip(batches, tokenized, strict=True):
+                inputs = inputs.to(self._device)
+                hidden = self._model(**inputs).last_hidden_state.float()
+                mask = inputs["attention_mask"][..., None].float()
+                pooled.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
+                tell(len(batch))
+        vectors = np.empty((len(texts), self.size), np.float32)
+        vectors[longest_first] = torch.cat(pooled).cpu().numpy()
+        return vectors
+
+    def _tokenize(self, texts: list[str]) -> Any:
+        return self._tokenizer(
+            texts, max_length=self._config.max_tokens, padding=True, truncation=True, return_tensors="pt"
+        )
+
+
+class SentenceTransformersEncoder(_DenseEncoder):
+    """Any model of the library sentence-transformers (extra `encoders`), with its pooling and prompts.
+
+    Vectors are normalised, whatever the model does. Raises UserError where the library or the model is
+    missing.
+    """
+
+    def __init__(self, config: EncoderConfig, device: str = "cpu", precision: str = "float32") -> None:
+        super().__init__(config)
+        try:
+            from sentence_transformers import SentenceTransformer
+        except ImportError as error:
+            raise UserError(
+                "retrieval.encoder.kind: sentence-transformers is not installed; "
+                "pip install -c constraints/main.txt -e '.[encoders]'"
+            ) from error
+        with _naming(config):
+            self._model = SentenceTransformer(
+                config.model, revision=config.revision, device=device, model_kwargs={"dtype": precision}
+            )
+        own = self._model.max_seq_length
+        self._model.max_seq_length = min(own, config.max_tokens) if own else config.max_tokens
+        self.size = int(self._model.get_embedding_dimension() or 0)
+
+    def _encode(self, texts: list[str], query: bool, tell: Tell) -> NDArray[np.float32]:
+        encode = self._model.encode_query if query else self._model.encode_document
+        vectors = encode(
+            texts, batch_size=self._config.batch_size, show_progress_bar=False, normalize_embeddings=True
+        )
+        tell(len(texts))
+        return np.asarray(vectors, np.float32)
+
+
+def dense_column(vectors: NDArray[np.floating]) -> pa.Array:
+    """[passages, size] as shards store it: lists of float16."""
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1])
+
+
+@contextmanager
+def _naming(config: EncoderConfig) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError) as error:
+        first_line = str(error).strip().split("\n")[0]
+        raise UserError(f"retrieval.encoder.model: cannot load {config.model!r}: {first_line}") from error
+
+
+def make_encoder(
+    config: EncoderConfig, average_words: float, device: str = "cpu", precision: str = "float32"
+) -> Encoder:
+    """`average_words` is the corpus's mean passage length, which BM25 needs; dense encoders use the rest."""
+    if config.kind == "bm25":
+        return Bm25Encoder(average_words)
+    kind = DenseEncoder if config.kind == "dense" else SentenceTransformersEncoder
+    return kind(config, device, precision)

@@ -3,20 +3,28 @@
 import hashlib
 import itertools
 import json
-import os
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, read_corpus
 from dgpo_core.errors import UserError
-from dgpo_core.retrieval.encoders import Encoder, SparseVector, Vector, make_encoder
+from dgpo_core.retrieval.encoders import Encoder, SparseVector, Tell, Vector, dense_column, make_encoder
+from dgpo_core.retrieval.encoding import Job, encode_shards, visible_devices, write_shard
+from dgpo_core.retrieval.flat_index import FlatIndex
 
 MANIFEST = "manifest.json"
+READ_AT_ONCE = 1000  # passages of a shard
+SURVEY_REPORT = 20_000  # passages
+SAME = 0.95  # cosine of an imported vector and our own of the same passage: rounding leaves above 0.99
+Progress = Callable[[float, float, str], None]  # (done, total, unit)
 
 
 @dataclass(frozen=True)
@@ -51,22 +59,43 @@ def build_shards(
     corpus: Path,
     folder: Path,
     config: RetrievalConfig,
-    progress: Callable[[int, int], None],
+    progress: Progress,
+    *,
+    imported: FlatIndex | None = None,
+    devices: Sequence[str] = (),
 ) -> Manifest:
-    """Encode a corpus into `folder`. Shards that are already there are kept: a killed run continues."""
+    """Encode a corpus into `folder`, or take its vectors from `imported`.
+
+    Shards that are already there are kept: a killed run continues, with the same bytes. Encodes on `devices`,
+    by default every visible GPU or the CPU. Raises UserError for a corpus with mistakes, and for imported
+    vectors that are not those of its passages.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    count, average_words, corpus_digest = _survey(corpus)
+    count, average_words, corpus_digest = _survey(corpus, progress)
+    make = partial(make_encoder, config.encoder, average_words, precision=config.precision)
     encoder = make_encoder(config.encoder, average_words)
-    names = []
-    for number, passages in enumerate(_chunks(read_corpus(corpus), config.shard_size)):
-        names.append(f"shard-{number:05d}.parquet")
-        path = folder / names[-1]
-        if not path.exists():
-            _write_shard(path, passages, encoder)
-        progress(min((number + 1) * config.shard_size, count), count)
+    done = 0
+
+    def tell(more: int) -> None:
+        nonlocal done
+        done += more
+        progress(done, count, "passages")
+
+    jobs = _missing(corpus, folder, config.shard_size, tell)
+    if imported is not None:
+        _check_shape(imported, count, encoder)
+        _import_shards(jobs, imported, encoder, tell)
+    elif encoder.size is None:
+        encode_shards(jobs, lambda _: encoder, ["cpu"], tell)
+    else:
+        encode_shards(jobs, make, list(devices) or visible_devices(), tell)
     settings = config.encoder.model_dump()
-    key = json.dumps([corpus_digest, settings, config.shard_size], sort_keys=True)
-    digest = hashlib.sha256(key.encode()).hexdigest()
+    identity: list[object] = [corpus_digest, settings, config.shard_size]
+    if imported is not None:
+        identity.append(imported.digest)
+    elif encoder.size is not None:
+        identity.append(config.precision)
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     manifest = Manifest(
         f"dgpo-{config.encoder.kind}-{digest[:12]}",
         digest,
@@ -74,7 +103,7 @@ def build_shards(
         average_words,
         encoder.size,
         settings,
-        names,
+        [_name(number) for number in range(math.ceil(count / config.shard_size))],
     )
     write_manifest(folder, manifest)
     return manifest
@@ -86,46 +115,74 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_shard(path: Path) -> Iterator[tuple[Passage, Vector]]:
-    for row in pq.read_table(path).to_pylist():
-        vector = row["vector"]
-        if isinstance(vector, dict):
-            vector = SparseVector(vector["indices"], vector["values"])
-        yield Passage(row["id"], row["title"], row["text"]), vector
+    """Passages with their vectors, in the corpus's order; some at a time are in memory."""
+    with pq.ParquetFile(path) as file:
+        for rows in file.iter_batches(READ_AT_ONCE):
+            columns = (rows.column(name).to_pylist() for name in ("id", "title", "text"))
+            for row in zip(*columns, _vectors(rows.column("vector")), strict=True):
+                yield Passage(*row[:3]), row[3]
 
 
-def _survey(corpus: Path) -> tuple[int, float, str]:
+def _vectors(column: pa.Array) -> list[Vector]:
+    if pa.types.is_struct(column.type):
+        return [SparseVector(vector["indices"], vector["values"]) for vector in column.to_pylist()]
+    numbers = column.flatten().to_numpy().astype(np.float32)
+    return numbers.reshape(len(column), -1).tolist()  # type: ignore[no-any-return]
+
+
+def _survey(corpus: Path, progress: Progress) -> tuple[int, float, str]:
     """Number of passages, mean words a passage, SHA-256; reads every line, so bad ones stop us early."""
-    count = words = 0
-    seen: set[str] = set()
+    count = words = size = 0
     digest = hashlib.sha256()
-    for passage in read_corpus(corpus):
-        count += 1
-        if passage.id in seen:
-            raise UserError(f"{corpus}:{count}: id {passage.id!r} was used on an earlier line")
-        seen.add(passage.id)
+    total = corpus.stat().st_size / 1e6 if corpus.is_file() else 0.0
+    for count, passage in enumerate(read_corpus(corpus), 1):
         words += len(passage.contents.split())
-        digest.update(f"{passage.id}\n{passage.contents}\n".encode())
+        line = f"{passage.id}\n{passage.contents}\n".encode()
+        size += len(line)
+        digest.update(line)
+        if count % SURVEY_REPORT == 0:
+            progress(size / 1e6, total, "MB checked")
     if count == 0:
         raise UserError(f"{corpus}: no passages in this file")
     return count, words / count, digest.hexdigest()
 
 
-def _chunks(passages: Iterator[Passage], size: int) -> Iterator[list[Passage]]:
-    while chunk := list(itertools.islice(passages, size)):
-        yield chunk
+def _missing(corpus: Path, folder: Path, size: int, tell: Tell) -> Iterator[Job]:
+    """The shards that are still to be written; `tell` is told of the others."""
+    passages = read_corpus(corpus)
+    for number in itertools.count():
+        if not (chunk := list(itertools.islice(passages, size))):
+            return
+        path = folder / _name(number)
+        if path.exists():
+            tell(len(chunk))
+        else:
+            yield Job(path, number * size, chunk)
 
 
-def _write_shard(path: Path, passages: list[Passage], encoder: Encoder) -> None:
-    vectors = encoder.encode_passages([passage.contents for passage in passages])
-    stored = [asdict(v) if isinstance(v, SparseVector) else v for v in vectors]
-    table = pa.table(
-        {
-            "id": [passage.id for passage in passages],
-            "title": [passage.title for passage in passages],
-            "text": [passage.text for passage in passages],
-            "vector": pa.array(stored, type=encoder.arrow_type),
-        }
-    )
-    temporary = path.with_suffix(".part")
-    pq.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, path)
+def _name(number: int) -> str:
+    return f"shard-{number:05d}.parquet"
+
+
+def _check_shape(imported: FlatIndex, count: int, encoder: Encoder) -> None:
+    if imported.count != count:
+        raise UserError(f"retrieval.vectors: {imported.count:,} vectors for {count:,} passages of the corpus")
+    if imported.size != encoder.size:
+        raise UserError(
+            f"retrieval.vectors: vectors of {imported.size} numbers, but those of the encoder, which the "
+            f"queries go through, have {encoder.size}"
+        )
+
+
+def _import_shards(jobs: Iterator[Job], imported: FlatIndex, encoder: Encoder, tell: Tell) -> None:
+    """Of each shard one passage is encoded, to see whether the vectors are those of these passages."""
+    for job in jobs:
+        vectors = imported.rows(job.first, job.first + len(job.passages))
+        (own,) = encoder.encode_passages([job.passages[0].contents])
+        if (cosine := float(np.dot(vectors[0], own))) < SAME:  # type: ignore[arg-type]
+            raise UserError(
+                f"retrieval.vectors: vector {job.first} is not that of passage {job.passages[0].id!r} "
+                f"(cosine {cosine:.3f}): another corpus, another order, another encoder, or other prefixes"
+            )
+        write_shard(job.path, job.passages, dense_column(vectors))
+        tell(len(job.passages))

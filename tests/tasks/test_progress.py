@@ -38,6 +38,17 @@ def test_a_new_phase_measures_its_own_speed(clock: list[float]) -> None:
     assert output.getvalue().splitlines()[-1] == "[evaluate] 1/10 1m30s left"
 
 
+def test_speed_in_units_and_large_numbers(clock: list[float]) -> None:
+    output = io.StringIO()
+    reporter = Reporter("index", Console(file=output))
+    for done, when in [(0, 0.0), (12_500, 10.0), (21_015_324, 20.0)]:
+        clock[0] = when
+        reporter.update(done, 21_015_324, unit="passages")
+    lines = output.getvalue().splitlines()
+    assert lines[1] == "[index] 12500/21015324 1,250 passages/s 4h40m left"
+    assert lines[2].startswith("[index] 21015324/21015324 1,050,766 passages/s done")
+
+
 def test_terminal_gets_a_bar() -> None:
     output = io.StringIO()
     reporter = Reporter("train", Console(file=output, force_terminal=True, width=100))

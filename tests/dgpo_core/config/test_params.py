@@ -79,6 +79,16 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
             | {"reinforce": {"batch_size": 8, "mini_batch_size": 8}},
             "reinforce.batch_size: x needs at least two groups of group_size",
         ),
+        (
+            {"questions": {"test": {"onehop": "nq"}}},
+            "questions.test: ['onehop'] are not published; the embedded world's sets need data.source: world",
+        ),
+        ({"questions": {"train": ["nq", "musique"]}}, "questions.train: only ['nq', 'hotpotqa'] are"),
+        ({"data": {"published": {"limits": {"test": 0}}}}, "data.published.limits.test: Input should be"),
+        (
+            {"retrieval": {"encoder": {"kind": "bm25"}, "vectors": ["a.index"]}},
+            "retrieval: vectors: a faiss index has dense vectors",
+        ),
         ({"questions": {"test": {"a": "squad"}}}, "questions: ['squad'] are none of the paper's data sets"),
         (
             {
@@ -229,3 +239,13 @@ def test_floats_as_dvc_writes_them(tmp_path: Path) -> None:
     path = tmp_path / "params.yaml"
     path.write_text("profile: x\nreinforce: {actor_learning_rate: 2e-06}\n")
     assert load_params(path).reinforce.actor_learning_rate == 2e-6
+
+
+def test_sentence_transformers_get_no_prefixes_of_e5(tmp_path: Path) -> None:
+    def prefixes(**encoder: str) -> tuple[str, str]:
+        config = loaded(tmp_path, {"retrieval": {"encoder": encoder}}).retrieval.encoder
+        return config.query_prefix, config.passage_prefix
+
+    assert prefixes() == ("query: ", "passage: ")
+    assert prefixes(kind="sentence-transformers") == ("", "")
+    assert prefixes(kind="sentence-transformers", query_prefix="Q ") == ("Q ", "")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dgpo_core.datasets.records import Passage, Question, read_corpus, read_questions, write_jsonl
+from dgpo_core.datasets.records import Passage, Question, UniqueIds, read_corpus, read_questions, write_jsonl
 from dgpo_core.errors import UserError
 
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
@@ -92,3 +92,28 @@ def test_missing_empty_and_undecodable_files(tmp_path: Path) -> None:
     path.write_bytes(b"\xff\xfe")
     with pytest.raises(UserError, match=r"q\.jsonl:1: .*utf-8"):
         read_questions(path)
+
+
+@given(st.lists(st.sampled_from(["0", "1", "2", "3", "7", "07", "-1", "x", "٣", "1" * 20]), max_size=12))
+def test_unique_ids_are_those_of_a_set(names: list[str]) -> None:
+    ids, seen = UniqueIds(), set()
+    for name in names:
+        assert ids.add(name) == (name not in seen)
+        seen.add(name)
+
+
+def test_counted_ids_take_no_memory() -> None:
+    ids = UniqueIds()
+    assert all(ids.add(str(i)) for i in range(5, 500))
+    assert not ids._others
+    assert not ids.add("5")
+    assert ids.add("4")
+
+
+@pytest.mark.parametrize("key", ["question", "golden_answers"])
+def test_text_that_no_file_can_hold(tmp_path: Path, key: str) -> None:
+    """JSON can escape half of a surrogate pair, which UTF-8 cannot write."""
+    row = GOOD | {key: "\ud800" if key == "question" else ["\ud800"]}
+    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=r"q\.jsonl:1: .*surrogates not allowed"):
+        read_questions(tmp_path / "q.jsonl")

@@ -17,7 +17,7 @@ from dgpo_core.retrieval.encoders import Vector
 from dgpo_core.retrieval.points import Content, Part, Point
 from dgpo_core.retrieval.shards import build_shards
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer, running
-from tests.dgpo_core.retrieval.test_encoders import word_tokenizer
+from tests.dgpo_core.retrieval.words import WORDS, word_tokenizer
 
 BM25 = EncoderConfig(kind="bm25")
 
@@ -46,6 +46,24 @@ def shards(passages: list[Passage], tmp_path_factory: pytest.TempPathFactory) ->
     config = RetrievalConfig(encoder=BM25, shard_size=40)
     build_shards(folder / "corpus.jsonl", folder / "index", config, lambda *_: None)
     return folder / "index"
+
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a random BERT and a tokenizer, as a hub model has."""
+    folder = tmp_path_factory.mktemp("bert")
+    word_tokenizer(WORDS).save_pretrained(folder)
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        initializer_range=0.5,
+    )
+    BertModel(config).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -1,48 +1,27 @@
 """Encoders: the dense one against pooling written out by hand, on a real (random) BERT."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+from sentence_transformers import SentenceTransformer, models
+from transformers import BertModel
 
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import UserError
-from dgpo_core.retrieval.encoders import Bm25Encoder, DenseEncoder, SparseVector, make_encoder
-
-WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "query", "passage", ":", "red", "green", "blue", "house", "tree"]
-
-
-def word_tokenizer(words: list[str]) -> PreTrainedTokenizerFast:
-    """A token for each word; the first four are BERT's special ones."""
-    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]", cls_token="[CLS]", sep_token="[SEP]"
-    )
-
-
-@pytest.fixture(scope="module")
-def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a random BERT and a tokenizer, as a hub model has."""
-    folder = tmp_path_factory.mktemp("bert")
-    word_tokenizer(WORDS).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(WORDS),
-        hidden_size=16,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=24,
-        initializer_range=0.5,
-    )
-    BertModel(config).save_pretrained(folder)
-    return folder
+from dgpo_core.retrieval.encoders import (
+    BUFFER,
+    Bm25Encoder,
+    DenseEncoder,
+    SentenceTransformersEncoder,
+    SparseVector,
+    make_encoder,
+)
+from tests.dgpo_core.retrieval.words import WORDS
 
 
 def pooled(folder: Path, text: str, max_tokens: int = 256) -> np.ndarray:
@@ -97,3 +76,93 @@ def test_bm25_weights() -> None:
 def test_make_encoder(bert: Path) -> None:
     assert isinstance(make_encoder(EncoderConfig(kind="bm25"), 10.0), Bm25Encoder)
     assert isinstance(make_encoder(EncoderConfig(kind="dense", model=str(bert)), 10.0), DenseEncoder)
+
+
+TEXTS = [
+    "Marrowick is a harbour town on the northern coast.",
+    "salmon",
+    " ".join(["The River Osk rises in the Hallen Hills and reaches the sea at Marrowick."] * 30),
+    "Who built the lighthouse of Marrowick?",
+]
+
+
+def test_a_real_model_gives_what_sentence_transformers_gives(minilm: Path) -> None:
+    """Our pooling, cutting and sorting against the library; the model pools and normalises as E5 does."""
+    oracle = SentenceTransformer(str(minilm), device="cpu")
+    assert oracle.max_seq_length == 256
+    expected = oracle.encode(TEXTS, show_progress_bar=False)
+    for batch_size in (1, 3):
+        plain = EncoderConfig(model=str(minilm), query_prefix="", passage_prefix="", batch_size=batch_size)
+        np.testing.assert_allclose(DenseEncoder(plain).encode_passages(TEXTS), expected, atol=1e-5)
+    config = EncoderConfig(kind="sentence-transformers", model=str(minilm), batch_size=2)
+    encoder = make_encoder(config, 10.0)
+    assert isinstance(encoder, SentenceTransformersEncoder)
+    assert encoder.size == 384
+    np.testing.assert_allclose(encoder.encode_passages(TEXTS), expected, atol=1e-5)
+    np.testing.assert_allclose(encoder.encode_queries(TEXTS), expected, atol=1e-5)
+    short = make_encoder(config.model_copy(update={"max_tokens": 12}), 10.0)
+    oracle.max_seq_length = 12
+    np.testing.assert_allclose(short.encode_passages(TEXTS), oracle.encode(TEXTS), atol=1e-5)
+
+
+def test_prompts_and_prefixes_of_sentence_transformers(bert: Path, tmp_path: Path) -> None:
+    """A model without normalisation that has prompts: both are heeded, and prefixes come after the prompt."""
+    modules = [models.Transformer(str(bert)), models.Pooling(16)]
+    SentenceTransformer(modules=modules, prompts={"query": "query: "}, device="cpu").save(str(tmp_path))
+    config = EncoderConfig(kind="sentence-transformers", model=str(tmp_path), passage_prefix="passage: ")
+    assert config.query_prefix == ""
+    encoder = SentenceTransformersEncoder(config)
+    for vectors, prefix in ((encoder.encode_queries, "query: "), (encoder.encode_passages, "passage: ")):
+        (vector,) = vectors(["red house"])
+        np.testing.assert_allclose(vector, pooled(bert, prefix + "red house"), atol=1e-5)
+
+
+def test_columns_are_in_half_precision_and_progress_is_told(bert: Path) -> None:
+    encoder = DenseEncoder(EncoderConfig(model=str(bert), batch_size=1))
+    texts = ["red house " * (i % 5 + 1) for i in range(BUFFER + 3)]  # more than one buffer
+    told: list[int] = []
+    column = encoder.passage_column(texts, told.append)
+    assert column.type == pa.list_(pa.float16(), 16)
+    assert sum(told) == len(column) == len(texts)
+    values = column.flatten().to_numpy().reshape(-1, 16).astype(np.float32)
+    np.testing.assert_allclose(values, encoder.encode_passages(texts), atol=1e-3)
+
+
+def test_texts_of_similar_length_share_a_batch(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short and long texts in turn: sorted, hardly any token that is computed is padding."""
+    encoder = DenseEncoder(EncoderConfig(model=str(bert), batch_size=8))
+    computed = real = 0
+    tokenize = encoder._tokenize
+
+    def counted(texts: list[str]) -> Any:
+        nonlocal computed, real
+        inputs = tokenize(texts)
+        computed += inputs["attention_mask"].numel()
+        real += int(inputs["attention_mask"].sum())
+        return inputs
+
+    monkeypatch.setattr(encoder, "_tokenize", counted)
+    encoder.encode_passages(["red house " * (1 + i % 2 * 30) for i in range(64)])
+    assert computed == real
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_lower_precision_is_close(bert: Path, precision: str) -> None:
+    config = EncoderConfig(model=str(bert))
+    texts = ["red house", "green green tree house blue red"]
+    exact, rounded = (DenseEncoder(config, "cpu", p).encode_passages(texts) for p in ("float32", precision))
+    np.testing.assert_allclose(rounded, exact, atol=0.05)
+    assert rounded != exact
+
+
+def test_without_the_library(monkeypatch: pytest.MonkeyPatch, minilm: Path) -> None:
+    monkeypatch.setitem(sys.modules, "sentence_transformers", None)
+    with pytest.raises(
+        UserError, match=r"sentence-transformers is not installed; pip install .*\[encoders\]"
+    ):
+        make_encoder(EncoderConfig(kind="sentence-transformers", model=str(minilm)), 10.0)
+
+
+def test_folder_without_a_sentence_transformers_model(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"retrieval\.encoder\.model: cannot load"):
+        make_encoder(EncoderConfig(kind="sentence-transformers", model=str(tmp_path / "none")), 10.0)

@@ -1,18 +1,27 @@
 """Shards on disk: round trip, resuming, manifests."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, write_jsonl
-from dgpo_core.errors import UserError
+from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval import shards
-from dgpo_core.retrieval.encoders import Bm25Encoder, SparseVector, Vector
+from dgpo_core.retrieval.encoders import Bm25Encoder, SparseVector, Tell, dense_column, make_encoder
+from dgpo_core.retrieval.encoding import Job, encode_shards, write_shard
+from dgpo_core.retrieval.flat_index import FlatIndex
 from dgpo_core.retrieval.shards import build_shards, read_manifest, read_shard
+from tests.dgpo_core.retrieval.flat import write_parts
 
 CONFIG = RetrievalConfig(encoder=EncoderConfig(kind="bm25"), shard_size=4)
 PASSAGES = [Passage(f"p{i}", f"T{i}", f"red house number {i}") for i in range(10)]
@@ -26,11 +35,9 @@ def corpus(tmp_path: Path) -> Path:
 
 
 def test_round_trip(corpus: Path, tmp_path: Path) -> None:
-    seen: list[tuple[int, int]] = []
-    manifest = build_shards(
-        corpus, tmp_path / "index", CONFIG, lambda done, total: seen.append((done, total))
-    )
-    assert seen == [(4, 10), (8, 10), (10, 10)]
+    seen: list[tuple[float, float, str]] = []
+    manifest = build_shards(corpus, tmp_path / "index", CONFIG, lambda *told: seen.append(told))
+    assert seen == [(4, 10, "passages"), (8, 10, "passages"), (10, 10, "passages")]
     assert read_manifest(tmp_path / "index") == manifest
     assert (manifest.passages, manifest.dense_size, len(manifest.shards)) == (10, None, 3)
     assert manifest.average_words == 5
@@ -51,8 +58,8 @@ def test_killed_run_encodes_only_what_is_missing(
     folder = tmp_path / "index"
     whole = build_shards(corpus, tmp_path / "whole", CONFIG, lambda *_: None)
 
-    def kill(done: int, total: int) -> None:
-        if done == 8:
+    def kill(done: float, *_: object) -> None:
+        if done == 10:  # told of before the third shard is written
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -62,9 +69,9 @@ def test_killed_run_encodes_only_what_is_missing(
     encoded: list[str] = []
 
     class Counting(Bm25Encoder):
-        def encode_passages(self, texts: list[str]) -> list[Vector]:
+        def passage_column(self, texts: list[str], tell: Tell) -> pa.Array:
             encoded.extend(texts)
-            return super().encode_passages(texts)
+            return super().passage_column(texts, tell)
 
     monkeypatch.setattr(shards, "make_encoder", lambda config, average_words: Counting(average_words))
     assert build_shards(corpus, folder, CONFIG, lambda *_: None) == whole
@@ -110,3 +117,149 @@ def test_shards_are_plain_parquet(corpus: Path, tmp_path: Path) -> None:
     schema = pq.read_schema(tmp_path / "index" / manifest.shards[0])
     assert schema.names == ["id", "title", "text", "vector"]
     assert pa.types.is_struct(schema.field("vector").type)
+
+
+@pytest.fixture
+def dense(bert: Path) -> RetrievalConfig:
+    return RetrievalConfig(encoder=EncoderConfig(model=str(bert), batch_size=2), shard_size=3)
+
+
+def same_files(first: Path, second: Path) -> bool:
+    names = sorted(path.name for path in first.iterdir())
+    return names == sorted(path.name for path in second.iterdir()) and all(
+        (first / name).read_bytes() == (second / name).read_bytes() for name in names
+    )
+
+
+def test_dense_vectors_are_stored_in_half_precision(
+    corpus: Path, tmp_path: Path, dense: RetrievalConfig
+) -> None:
+    manifest = build_shards(corpus, tmp_path / "index", dense, lambda *_: None)
+    assert manifest.dense_size == 16
+    schema = pq.read_schema(tmp_path / "index" / manifest.shards[0])
+    assert schema.field("vector").type.value_type == pa.float16()
+    rows = [row for name in manifest.shards for row in read_shard(tmp_path / "index" / name)]
+    assert [passage for passage, _ in rows] == PASSAGES
+    expected = make_encoder(dense.encoder, 5.0).encode_passages([p.contents for p in PASSAGES])
+    np.testing.assert_allclose([vector for _, vector in rows], expected, atol=1e-3)
+
+
+def test_long_shards_are_read_in_pieces(tmp_path: Path) -> None:
+    """More passages than are read at once; vectors stay with their passages."""
+    count = 2 * shards.READ_AT_ONCE + 7
+    vectors = np.arange(2 * count, dtype=np.float32).reshape(count, 2) % 1024
+    passages = [Passage(str(i), f"T{i}", "x") for i in range(count)]
+    write_shard(tmp_path / "s.parquet", passages, dense_column(vectors))
+    rows = list(read_shard(tmp_path / "s.parquet"))
+    assert [passage for passage, _ in rows] == passages
+    assert [vector for _, vector in rows] == vectors.tolist()
+
+
+def test_two_processes_write_what_one_writes(corpus: Path, tmp_path: Path, dense: RetrievalConfig) -> None:
+    seen: list[float] = []
+    one = build_shards(corpus, tmp_path / "one", dense, lambda *_: None, devices=["cpu"])
+    two = build_shards(
+        corpus, tmp_path / "two", dense, lambda done, *_: seen.append(done), devices=["cpu", "cpu:0"]
+    )
+    assert one == two
+    assert same_files(tmp_path / "one", tmp_path / "two")
+    assert seen == sorted(seen)
+    assert seen[-1] == 10
+
+
+def test_a_process_that_dies_or_fails_is_told_of(corpus: Path, tmp_path: Path) -> None:
+    jobs = [Job(tmp_path / f"{i}.parquet", i, PASSAGES[:1]) for i in range(40)]
+    for broken, message in (
+        (_dies, "the process that encodes on b ended with 7"),
+        (_fails, "failed: no room"),
+    ):
+        with pytest.raises(InfrastructureError, match=message):
+            encode_shards(iter(jobs), broken, ["a", "b"], lambda _: None)
+
+
+def _dies(device: str) -> Bm25Encoder:
+    if device == "b":
+        os._exit(7)
+    return Bm25Encoder(5.0)
+
+
+def _fails(device: str) -> Bm25Encoder:
+    raise MemoryError("no room")
+
+
+BUILD = """
+import sys, json
+from pathlib import Path
+from dgpo_core.config.retrieval import RetrievalConfig
+from dgpo_core.retrieval.shards import build_shards
+def slowly(done, total, unit):
+    import time
+    print(done, flush=True)
+    time.sleep(0.2)
+build_shards(Path(sys.argv[1]), Path(sys.argv[2]), RetrievalConfig.model_validate_json(sys.argv[3]), slowly)
+"""
+
+
+def test_sigkill_and_again_gives_the_same_bytes(corpus: Path, tmp_path: Path, dense: RetrievalConfig) -> None:
+    build_shards(corpus, tmp_path / "whole", dense, lambda *_: None)
+    command = [sys.executable, "-c", BUILD, str(corpus), str(tmp_path / "index"), dense.model_dump_json()]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
+        assert killed.stdout
+        while int(killed.stdout.readline()) < 5:
+            pass
+        killed.send_signal(signal.SIGKILL)
+    assert (tmp_path / "index/shard-00000.parquet").exists()
+    assert not (tmp_path / "index/manifest.json").exists()
+    before = (tmp_path / "index/shard-00000.parquet").stat().st_mtime_ns
+    build_shards(corpus, tmp_path / "index", dense, lambda *_: None)
+    for part in (tmp_path / "index").glob("*.part"):
+        part.unlink()
+    assert same_files(tmp_path / "whole", tmp_path / "index")
+    assert (tmp_path / "index/shard-00000.parquet").stat().st_mtime_ns == before
+
+
+class TestImport:
+    """Vectors of a faiss index, written by faiss, in place of encoded ones."""
+
+    @pytest.fixture
+    def vectors(self, dense: RetrievalConfig) -> np.ndarray:
+        texts = [passage.contents for passage in PASSAGES]
+        return np.array(make_encoder(dense.encoder, 5.0).encode_passages(texts), np.float32)
+
+    @pytest.fixture
+    def parts(self, tmp_path: Path, vectors: np.ndarray) -> list[Path]:
+        return write_parts(tmp_path, vectors)
+
+    def test_same_shards_as_from_encoding(
+        self, corpus: Path, tmp_path: Path, dense: RetrievalConfig, parts: list[Path]
+    ) -> None:
+        own = build_shards(corpus, tmp_path / "encoded", dense, lambda *_: None)
+        imported = build_shards(
+            corpus, tmp_path / "imported", dense, lambda *_: None, imported=FlatIndex(parts, "hash")
+        )
+        assert asdict(imported) | {"digest": "", "collection": ""} == asdict(own) | {
+            "digest": "",
+            "collection": "",
+        }
+        assert imported.digest != own.digest
+        for name in own.shards:
+            first, second = (list(read_shard(tmp_path / place / name)) for place in ("encoded", "imported"))
+            assert [passage for passage, _ in first] == [passage for passage, _ in second]
+            np.testing.assert_allclose([v for _, v in first], [v for _, v in second], atol=1e-3)
+
+    def test_what_does_not_fit_is_refused(
+        self, corpus: Path, tmp_path: Path, dense: RetrievalConfig, vectors: np.ndarray
+    ) -> None:
+        def refusal(wrong: np.ndarray) -> str:
+            index = FlatIndex(write_parts(tmp_path, wrong), "hash")
+            with pytest.raises(UserError) as caught:
+                build_shards(corpus, tmp_path / "index", dense, lambda *_: None, imported=index)
+            return str(caught.value)
+
+        assert "9 vectors for 10 passages of the corpus" in refusal(vectors[:9])
+        narrow = vectors[:, :8] / np.linalg.norm(vectors[:, :8], axis=1, keepdims=True)
+        assert "vectors of 8 numbers, but those of the encoder" in refusal(narrow)
+        assert "vector 0 is not that of passage 'p0'" in refusal(-vectors)
+        assert "vector 3 has length 2, not 1" in refusal(
+            vectors * np.where(np.arange(10) == 3, 2, 1)[:, None]
+        )

@@ -1,0 +1,67 @@
+"""Where a published file is: on this machine, or on the Hugging Face hub, which is asked for it once."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+from httpx import HTTPError
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import (
+    EntryNotFoundError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+
+from dgpo_core.errors import InfrastructureError, UserError
+
+SCHEME = "hf://"
+_HUB = re.compile(r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """`path` is the file on this machine, `origin` where it came from: on the hub with the commit."""
+
+    path: Path
+    origin: str
+
+
+def fetch(place: str, setting: str) -> Fetched:
+    """The file at `place`: a path, or `hf://datasets/<owner>/<name>[@<revision>]/<path>`.
+
+    What is on the hub goes to the hub's own cache (HF_HOME), is there for the next time, and a broken
+    download continues. Raises UserError naming `setting` when there is no such file, InfrastructureError
+    when the hub cannot be reached.
+    """
+    if not place.startswith(SCHEME):
+        path = Path(place)
+        if not path.is_file():
+            raise UserError(f"{setting}: {place}: no such file")
+        return Fetched(path, place)
+    if not (match := _HUB.fullmatch(place)):
+        raise UserError(f"{setting}: {place}: must be hf://datasets/<owner>/<name>[@<revision>]/<path>")
+    repository, file = match["repository"], match["file"]
+    try:
+        path = Path(hf_hub_download(repository, file, repo_type="dataset", revision=match["revision"]))
+    except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
+        raise UserError(f"{setting}: {place}: {_first_line(error)}") from error
+    except LocalEntryNotFoundError as error:  # not in the cache, and no answer from the hub
+        raise InfrastructureError(
+            f"{setting}: {place}: cannot reach the hub: {_first_line(error)}"
+        ) from error
+    except EntryNotFoundError as error:
+        raise UserError(f"{setting}: {place}: no such file there: {_first_line(error)}") from error
+    except (HTTPError, OSError) as error:
+        raise InfrastructureError(f"{setting}: {place}: the download failed: {_first_line(error)}") from error
+    return Fetched(path, f"{SCHEME}datasets/{repository}@{_commit(path)}/{file}")
+
+
+def _commit(path: Path) -> str:
+    """The hub's cache keeps a file below snapshots/<commit>/."""
+    return path.parts[path.parts.index("snapshots") + 1]
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]
