@@ -1,10 +1,10 @@
 """Tokens per second of the engines, in one run: `python -m benchmarks.engines` (where vLLM is installed).
 
 The default is the embedded teacher on a CPU: whole episodes, each engine with the same questions. With
-`--shape qwen2.5-0.5b` or `qwen2.5-3b` a model of that shape with random weights is built, for a GPU. It writes no
-tags: its turns are of fixed lengths, and random tokens stand for what is retrieved. One line an engine: seconds to
-start, generated tokens, seconds, tokens a second; for vLLM also the seconds of a refresh. Fewer episodes:
-`--episodes 64`; one engine: `--engines vllm`.
+`--shape qwen2.5-0.5b` or `qwen2.5-3b` a model of that shape with random weights is built, for a GPU. It
+writes no tags: its turns are of fixed lengths, and random tokens stand for what is retrieved. One line an
+engine: seconds to start, generated tokens, seconds, tokens a second; for vLLM also the seconds of a
+refresh. Fewer episodes: `--episodes 64`; one engine: `--engines vllm`.
 """
 
 import argparse
