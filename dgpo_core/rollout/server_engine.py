@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from dgpo_core.config.protocol import Sampling
@@ -14,7 +15,7 @@ from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.rollout.collect import stable_seed
 from dgpo_core.rollout.engine import Generation, Request, Weights, weights_of
-from dgpo_core.rollout.vllm_engine import UNTOUCHED, open_server_transfer
+from dgpo_core.rollout.vllm_engine import UNTOUCHED, Transfer, server_transfer
 from dgpo_core.rollout.vllm_requests import (
     LOGPROBS_MODE,
     endings_of,
@@ -112,7 +113,8 @@ class _Server:
             timeout=config.server.timeout,
             limits=httpx.Limits(max_connections=config.server.concurrency),
         )
-        self._sender: Any = None
+        self._transfer: Transfer | None = None
+        self._dtype: torch.dtype = getattr(torch, config.precision)
 
     def require(self, max_context: int, eos: set[int]) -> None:
         """Raises UserError when episodes do not fit or log-probabilities are not those at the temperature."""
@@ -154,11 +156,11 @@ class _Server:
         self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
 
     def receive(self, weights: Weights) -> None:
-        if self._sender is None:
+        if self._transfer is None:
             workers = int(self._get("/get_world_size")["world_size"])
-            self._sender = open_server_transfer(self._url, workers, weights)
+            self._transfer = server_transfer(self._url, workers, self._dtype)
         try:
-            self._sender.send_weights()
+            self._transfer.send(weights)
         except (RuntimeError, OSError) as error:
             raise InfrastructureError(f"{self._name}: cannot be sent weights: {error}") from error
 

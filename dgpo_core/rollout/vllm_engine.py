@@ -44,7 +44,7 @@ class VllmEngine:
         self._endings = endings_of(source, tokenizer)
         self._version, self._refreshes = UNTOUCHED, 0
         self._asleep = False
-        self._sender: Any = None
+        self._transfer_to: Transfer | None = None
         self._llm = self._start(source, max_context)
 
     def _start(self, source: str, max_context: int) -> Any:
@@ -128,11 +128,12 @@ class VllmEngine:
             self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
 
     def _transfer(self, weights: Weights) -> None:
-        if self._sender is None:
+        if self._transfer_to is None:
             from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 
-            self._sender = open_transfer(IPCTrainerInitInfo(rank=0), InProcessClient(self._llm), weights)
-        self._sender.send_weights()
+            client, dtype = InProcessClient(self._llm), getattr(torch, self._config.precision)
+            self._transfer_to = Transfer(IPCTrainerInitInfo(rank=0), client, dtype)
+        self._transfer_to.send(weights)
 
 
 class InProcessClient:
@@ -154,23 +155,33 @@ class InProcessClient:
         self._llm.finish_weight_update(weight_version)
 
 
-def open_transfer(init_info: Any, client: Any, weights: Weights) -> Any:
-    """The trainer's end of vLLM's weight transfer; `send_weights()` sends what `weights()` gives then."""
-    from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-    from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+class Transfer:
+    """The trainer's end of vLLM's weight transfer; weights are sent in `dtype`."""
 
-    class Source(WeightSource):  # type: ignore[misc]
-        def metadata(self) -> list[Any]:
-            return [ParamMeta(name, tensor.dtype, tuple(tensor.shape)) for name, tensor in weights()]
+    def __init__(self, init_info: Any, client: Any, dtype: torch.dtype) -> None:
+        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 
-        def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
-            return ((name, tensor.detach()) for name, tensor in weights())
+        transfer = self
 
-    return WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=Source())
+        class Source(WeightSource):  # type: ignore[misc]
+            def metadata(self) -> list[Any]:
+                return [ParamMeta(name, dtype, tuple(tensor.shape)) for name, tensor in transfer._weights()]
+
+            def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+                return ((name, tensor.detach().to(dtype)) for name, tensor in transfer._weights())
+
+        self._weights: Weights = dict[str, torch.Tensor]().items
+        self._sender = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=Source())
+
+    def send(self, weights: Weights) -> None:
+        """To all workers, which load them; returns when they have."""
+        self._weights = weights
+        self._sender.send_weights()
 
 
-def open_server_transfer(url: str, world_size: int, weights: Weights) -> Any:
-    """The same to the `world_size` workers of a server, over NCCL. Raises UserError without vLLM here."""
+def server_transfer(url: str, world_size: int, dtype: torch.dtype) -> Transfer:
+    """To the `world_size` workers of a server, over NCCL. Raises UserError without vLLM here."""
     try:
         from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
         from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
@@ -178,7 +189,7 @@ def open_server_transfer(url: str, world_size: int, weights: Weights) -> Any:
         raise UserError(f"rollout.refresh: transfer {INSTALL}; or set it to file ({error})") from error
     address, port = _meeting_point(url)
     info = NCCLTrainerInitInfo(address, port, world_size + 1, rank=0)
-    return open_transfer(info, HTTPVLLMWeightSyncClient(url), weights)
+    return Transfer(info, HTTPVLLMWeightSyncClient(url), dtype)
 
 
 def _meeting_point(url: str) -> tuple[str, int]:

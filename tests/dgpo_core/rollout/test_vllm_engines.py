@@ -33,7 +33,7 @@ from dgpo_core.rollout.engine import Finish, Request, SeparateEngine, weights_of
 from dgpo_core.rollout.loop import STOP, AgentLoop, Task
 from dgpo_core.rollout.server_engine import VllmServerEngine
 from dgpo_core.rollout.transformers_engine import TransformersEngine
-from dgpo_core.rollout.vllm_engine import InProcessClient, VllmEngine, open_transfer
+from dgpo_core.rollout.vllm_engine import InProcessClient, Transfer, VllmEngine
 from dgpo_core.training.engine_sync import EngineSync, SyncedLoop
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
 
@@ -206,11 +206,13 @@ def test_samples_belong_to_the_request(engine: SeparateEngine, words: PreTrained
     together = engine.generate(asked, Sampling(), NEVER)
     (alone,) = engine.generate([asked[5]], Sampling(), NEVER)
     assert alone.token_ids == together[5].token_ids
-    assert engine.generate(asked[::-1], Sampling(), NEVER)[::-1] == together or [
-        a.token_ids for a in engine.generate(asked[::-1], Sampling(), NEVER)[::-1]
-    ] == [a.token_ids for a in together]
+    backwards = engine.generate(asked[::-1], Sampling(), NEVER)[::-1]
+    assert [answer.token_ids for answer in backwards] == [answer.token_ids for answer in together]
     again = [Request(asked[5].token_ids, 16, (seed,)) for seed in range(5)]
-    assert len({tuple(answer.token_ids) for answer in engine.generate(again, Sampling(2.0), NEVER)}) == 5
+    assert (
+        len({tuple(answer.token_ids) for answer in engine.generate(again, Sampling(temperature=2.0), NEVER)})
+        == 5
+    )
 
 
 def test_samples_follow_the_distribution(
@@ -296,13 +298,12 @@ def test_librarys_weight_transfer(
     """Its whole handshake; memory of this process stands in for CUDA's, which a CPU does not have."""
     model = reference.model
     in_process._config = in_process._config.model_copy(update={"refresh": "transfer"})
-    in_process._sender = open_transfer(
-        memory_init_info(), InProcessClient(in_process._llm), weights_of(model)
-    )
+    client = InProcessClient(in_process._llm)
+    in_process._transfer_to = Transfer(memory_init_info(), client, torch.float32)
     for _ in range(2):
         train_a_step(model, words)
-        prompts_ = [request.token_ids for request in requests(words, 3)]
-        sync = EngineSync(in_process, model, prompts_, PROBE, COMPUTE)
+        asked = [request.token_ids for request in requests(words, 3)]
+        sync = EngineSync(in_process, model, asked, PROBE, COMPUTE)
         sync.refresh()
         assert sync.probe()["engine_gap_max"] < 1e-3
 
