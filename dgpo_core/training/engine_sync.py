@@ -10,14 +10,13 @@ from dgpo_core.config.protocol import ProtocolConfig, Sampling
 from dgpo_core.config.rollout import ProbeConfig
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.errors import UserError
-from dgpo_core.objectives.logprobs import token_logprobs
+from dgpo_core.objectives.logprobs import engine_gap, token_logprobs
 from dgpo_core.protocol.episode import Episode
 from dgpo_core.retrieval.index import Retriever
 from dgpo_core.rollout.engine import Request, SeparateEngine, weights_of
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.training.batches import Sequence, backbone_of, collate, counted_hidden, head_of
 from dgpo_core.training.compute import autocast
-from dgpo_core.training.experience import engine_gap
 
 PROBED = Sampling(temperature=1.0)
 

@@ -10,7 +10,7 @@ from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.objectives import rewards as reward_functions
 from dgpo_core.objectives.divergences import reverse_kl
-from dgpo_core.objectives.logprobs import distillation_terms, token_logprobs
+from dgpo_core.objectives.logprobs import distillation_terms, engine_gap, token_logprobs
 from dgpo_core.objectives.policy import explained_variance, gae, group_advantages, whiten
 from dgpo_core.protocol.episode import Ending, Episode, Owner
 from dgpo_core.training.batches import (
@@ -259,13 +259,3 @@ def training_metrics(episodes: list[Episode], experience: Experience) -> dict[st
             torch.cat(experience.values), torch.cat(experience.returns)
         )
     return metrics
-
-
-def engine_gap(trainer: torch.Tensor, engine: torch.Tensor) -> dict[str, float]:
-    """How far two computations of the same log-probabilities, flat, are apart: nats, and the ratio of pi."""
-    difference = trainer - engine
-    return {
-        "engine_gap_mean": difference.abs().mean().item(),
-        "engine_gap_max": difference.abs().max().item(),
-        "engine_ratio": difference.exp().mean().item(),
-    }
