@@ -109,16 +109,14 @@ def connect(url: str, source: str, words: PreTrainedTokenizerFast, folder: Path)
 @pytest.fixture(params=["in-process", "server"])
 def engine(
     request: pytest.FixtureRequest, words: PreTrainedTokenizerFast, teacher: PreTrainedModel, tmp_path: Path
-) -> Iterator[SeparateEngine]:
+) -> SeparateEngine:
     """With the teacher's weights, whatever an earlier test has given it."""
-    made: SeparateEngine
-    if request.param == "in-process":
-        made = request.getfixturevalue("in_process")
-        made._config = config(tmp_path)  # refreshes through a folder
-        made.refresh(weights_of(teacher))
-    else:
-        made = connect(request.getfixturevalue("url"), TEACHER, words, tmp_path)
-    yield made
+    if request.param == "server":
+        return connect(request.getfixturevalue("url"), TEACHER, words, tmp_path)
+    made: VllmEngine = request.getfixturevalue("in_process")
+    made._config = config(tmp_path)  # refreshes through a folder
+    made.refresh(weights_of(teacher))
+    return made
 
 
 @pytest.fixture
@@ -185,7 +183,8 @@ def test_endings(
     """Tags, a stop string that ends inside a token, EOS, the limit: the very tokens of the other engine."""
     asked = requests(words)
     whole = reference.generate(asked, GREEDY, NEVER)[0].token_ids
-    inside = next(text for text in map(words.decode, whole) if len(text.strip()) > 3).strip()[:-1]
+    texts = [str(words.decode(token)).strip() for token in whole]
+    inside = next(text for text in texts if len(text) > 3)[:-1]
     for stop in (STOP, (inside,), NEVER):
         own, expected = (each.generate(asked, GREEDY, stop) for each in (engine, reference))
         assert [(a.token_ids, a.finish) for a in own] == [(a.token_ids, a.finish) for a in expected]
@@ -195,10 +194,10 @@ def test_endings(
     assert {(len(a.token_ids), a.finish) for a in engine.generate(cut, GREEDY, STOP)} == {(3, Finish.LENGTH)}
     written = words.encode("<think> x </think>\n<answer> x </answer>", add_special_tokens=False)
     after = [Request(asked[0].token_ids + written, 4, (0, 0))]
-    (own,), (expected,) = (each.generate(after, GREEDY, NEVER) for each in (engine, reference))
-    assert (own.token_ids, own.finish) == (expected.token_ids, expected.finish)
-    assert own.finish is Finish.EOS
-    assert own.token_ids[-1] == words.eos_token_id
+    (first,), (second,) = (each.generate(after, GREEDY, NEVER) for each in (engine, reference))
+    assert (first.token_ids, first.finish) == (second.token_ids, second.finish)
+    assert first.finish is Finish.EOS
+    assert first.token_ids[-1] == words.eos_token_id
 
 
 def test_samples_belong_to_the_request(engine: SeparateEngine, words: PreTrainedTokenizerFast) -> None:
