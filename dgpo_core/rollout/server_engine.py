@@ -42,13 +42,13 @@ class VllmServerEngine:
         server that was started with other settings, and InfrastructureError for one that does not answer.
         """
         self._config = config
-        self._endings = endings_of(source, tokenizer)
+        self.endings = endings_of(source, tokenizer)
         self._servers = [_Server(url, config) for url in urls]
         self._client = uuid.uuid4().hex[:8]
         self._refreshes = 0
         self._version = UNTOUCHED
         for server in self._servers:
-            server.require(max_context, self._endings.eos)
+            server.require(max_context, self.endings.eos)
         if any(not server.has_untouched(source) for server in self._servers):
             self._reload(weights_of(load_model(source)))
 
@@ -61,12 +61,12 @@ class VllmServerEngine:
             # without the turn, which comes last: the server that has the earlier turns in its cache
             server = self._servers[stable_seed(*request.seed[:-1]) % len(self._servers)]
             choice = server.generate(
-                request.token_ids, sampling_fields(request, sampling, stop, self._endings.eos)
+                request.token_ids, sampling_fields(request, sampling, stop, self.endings.eos)
             )
             require_version([span["version"] for span in choice["weight_versions"] or ()], self._version)
             logprobs = [step["logprob"] for step in choice["logprobs"]["content"]]
             ids, reason = choice["token_ids"], choice["finish_reason"]
-            return read_generation(request, ids, logprobs, reason, self._endings, stop)
+            return read_generation(request, ids, logprobs, reason, self.endings, stop)
 
         with ThreadPoolExecutor(self._config.server.concurrency * len(self._servers)) as threads:
             return list(threads.map(one, requests))

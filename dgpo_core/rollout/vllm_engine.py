@@ -41,7 +41,7 @@ class VllmEngine:
         InfrastructureError when it does not start.
         """
         self._config = config
-        self._endings = endings_of(source, tokenizer)
+        self.endings = endings_of(source, tokenizer)
         self._version, self._refreshes = UNTOUCHED, 0
         self._asleep = False
         self._transfer_to: Transfer | None = None
@@ -57,6 +57,9 @@ class VllmEngine:
             # handles of GPU memory are sent to our own workers as pickled objects
             os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
             options["weight_transfer_config"] = {"backend": "ipc"}
+        if not torch.cuda.is_available():
+            # a prompt in pieces draws and takes back a random number, which CPU generators cannot
+            options["enable_chunked_prefill"] = False
         try:
             from vllm import LLM
         except ImportError as error:
@@ -86,7 +89,7 @@ class VllmEngine:
         """Raises InfrastructureError when vLLM fails or has other weights than the last refresh's."""
         from vllm import SamplingParams
 
-        params = [SamplingParams(**sampling_fields(r, sampling, stop, self._endings.eos)) for r in requests]
+        params = [SamplingParams(**sampling_fields(r, sampling, stop, self.endings.eos)) for r in requests]
         prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
         with _failures("generate"):
             outputs = self._llm.generate(prompts, params, use_tqdm=False)
@@ -96,7 +99,7 @@ class VllmEngine:
         require_version([span.version for span in answer.weight_versions or ()], self._version)
         ids = list(answer.token_ids)
         logprobs = [step[token].logprob for step, token in zip(answer.logprobs, ids, strict=True)]
-        return read_generation(request, ids, logprobs, answer.finish_reason, self._endings, stop)
+        return read_generation(request, ids, logprobs, answer.finish_reason, self.endings, stop)
 
     def refresh(self, weights: Weights) -> None:
         with _failures("take new weights"):

@@ -29,6 +29,7 @@ from dgpo_core.datasets.world.questions import write_questions
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.protocol import prompts
 from dgpo_core.retrieval.index import Index
+from dgpo_core.rollout.endings import Endings
 from dgpo_core.rollout.engine import Finish, Request, SeparateEngine, weights_of
 from dgpo_core.rollout.loop import STOP, AgentLoop, Task
 from dgpo_core.rollout.server_engine import VllmServerEngine
@@ -48,7 +49,7 @@ COMPUTE = ComputeConfig(device="cpu", precision="float32")
 PROBE = ProbeConfig(prompts=3, tokens=16, tolerance=1e-3)
 WARM = Sampling(temperature=0.7)
 NEVER = ("never written",)
-STARTING = 600  # seconds for a server on a busy machine
+STARTING = 1800  # seconds for a server on a busy machine
 
 
 def config(folder: Path, **changes: Any) -> RolloutConfig:
@@ -81,7 +82,15 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         port = listening.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", TEACHER]
     command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"]
-    command += ["--logprobs-mode", "processed_logprobs", "--gpu-memory-utilization", "0.2", "--enforce-eager"]
+    command += [
+        "--logprobs-mode",
+        "processed_logprobs",
+        "--enable-scale-out",
+        "--no-enable-chunked-prefill",
+        "--gpu-memory-utilization",
+        "0.2",
+        "--enforce-eager",
+    ]
     log = tmp_path_factory.mktemp("server") / "log"
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
     with log.open("w") as out:
@@ -178,7 +187,10 @@ def test_logprobs_are_those_at_the_temperature(
 
 
 def test_endings(
-    engine: SeparateEngine, reference: TransformersEngine, words: PreTrainedTokenizerFast
+    engine: SeparateEngine,
+    reference: TransformersEngine,
+    words: PreTrainedTokenizerFast,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Tags, a stop string that ends inside a token, EOS, the limit: the very tokens of the other engine."""
     asked = requests(words)
@@ -192,12 +204,10 @@ def test_endings(
             assert Finish.STOP in {answer.finish for answer in own}
     cut = [Request(request.token_ids, 3, request.seed) for request in asked]
     assert {(len(a.token_ids), a.finish) for a in engine.generate(cut, GREEDY, STOP)} == {(3, Finish.LENGTH)}
-    written = words.encode("<think> x </think>\n<answer> x </answer>", add_special_tokens=False)
-    after = [Request(asked[0].token_ids + written, 4, (0, 0))]
-    (first,), (second,) = (each.generate(after, GREEDY, NEVER) for each in (engine, reference))
-    assert (first.token_ids, first.finish) == (second.token_ids, second.finish)
-    assert first.finish is Finish.EOS
-    assert first.token_ids[-1] == words.eos_token_id
+    ending = Endings(words, {whole[5]}, len(words))  # as if this token were the model's EOS
+    monkeypatch.setattr(engine, "endings", ending)
+    (answer,) = engine.generate(asked[:1], GREEDY, NEVER)
+    assert (answer.token_ids, answer.finish) == (whole[: whole.index(whole[5]) + 1], Finish.EOS)
 
 
 def test_samples_belong_to_the_request(engine: SeparateEngine, words: PreTrainedTokenizerFast) -> None:
