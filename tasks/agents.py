@@ -12,8 +12,8 @@ from dgpo_core.config.protocol import GREEDY, Sampling
 from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
+from dgpo_core.protocol.encoding import encode_prompt
 from dgpo_core.protocol.episode import Episode
-from dgpo_core.protocol.prompts import prompt_text
 from dgpo_core.retrieval.index import Retriever, open_index
 from dgpo_core.rollout.collect import em_of, stable_seed
 from dgpo_core.rollout.engine import Engine, SeparateEngine
@@ -50,9 +50,9 @@ def training_loop(
         shared = TransformersEngine(model, tokenizer, params.rollout)
         return AgentLoop(shared, tokenizer, index, params.protocol, top_k)
     probe = params.rollout.probe
-    questions = [task.question.question for task in split_tasks(params, "train", params.seed, probe.prompts)]
-    texts = [prompt_text(question, params.protocol.instruction, tokenizer) for question in questions]
-    prompts = [tokenizer.encode(text, add_special_tokens=False) for text in texts[: probe.prompts]]
+    probed = split_tasks(params, "train", params.seed, probe.prompts)[: probe.prompts]
+    instruction = params.protocol.instruction
+    prompts = [encode_prompt(task.question.question, instruction, tokenizer) for task in probed]
     sync = EngineSync(engine, model, prompts, probe, params.compute)
     return SyncedLoop(sync, tokenizer, index, params.protocol, top_k)
 

@@ -12,7 +12,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from dgpo_core.config.protocol import Sampling
 from dgpo_core.config.rollout import RolloutConfig
-from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from dgpo_core.rollout.collect import stable_seed
 from dgpo_core.rollout.engine import Generation, Request, Weights, weights_of
 from dgpo_core.rollout.vllm_engine import UNTOUCHED, Transfer, server_transfer
@@ -104,7 +104,7 @@ class _Server:
 
     def __init__(self, url: str, config: RolloutConfig) -> None:
         self._settings = config.server
-        self._name = str(httpx.URL(url).copy_with(userinfo=b""))  # a URL may hold a password
+        self._name = without_credentials(url)
         self._url = url.rstrip("/")
         key = os.environ.get("VLLM_API_KEY")  # the server's own name for it
         self._http = httpx.Client(
