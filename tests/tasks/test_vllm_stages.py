@@ -37,7 +37,7 @@ def test_reinforcement_learning_with_vllm(workplace: Path) -> None:
     command = [sys.executable, "-m", "tasks.reinforce", "no_cold_start"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = list(csv.DictReader(Path("plots/reinforce-no_cold_start.csv").open()))
+    rows = list(csv.DictReader(Path("plots/reinforce-no_cold_start.csv").read_text().splitlines()))
     assert len(rows) == 3
     for row in rows:  # refreshed before each step: after the first the weights are others
         assert 0 <= float(row["engine_gap_mean"]) <= float(row["engine_gap_max"]) < 1e-3
