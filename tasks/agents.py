@@ -13,14 +13,20 @@ from dgpo_core.config.protocol import GREEDY, Sampling
 from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
+from dgpo_core.protocol.encoding import encode_prompt
 from dgpo_core.protocol.episode import Episode
 from dgpo_core.retrieval.hits import Retriever
 from dgpo_core.retrieval.index import Index, Searcher, open_index
 from dgpo_core.retrieval.recall import require_recall, search_recall
 from dgpo_core.rollout.collect import em_of, stable_seed
+from dgpo_core.rollout.engine import Engine, SeparateEngine
 from dgpo_core.rollout.loop import AgentLoop, Task
+from dgpo_core.rollout.server_engine import VllmServerEngine
 from dgpo_core.rollout.transformers_engine import TransformersEngine
+from dgpo_core.rollout.vllm_engine import VllmEngine
+from dgpo_core.training.engine_sync import EngineSync, SyncedLoop
 from dgpo_core.training.episode_sources import Rollout
+from dgpo_core.training.models import load_model
 from tasks.paths import INDEX, MODELS, questions_file
 from tasks.progress import Reporter
 from tasks.stage import Run
@@ -56,9 +62,43 @@ def measured_recall(params: Params, searcher: Searcher) -> float:
     return search_recall(searcher, sample, params.retrieval.top_k)
 
 
-def agent_loop(params: Params, model: PreTrainedModel, tokenizer: Any, index: Retriever) -> AgentLoop:
-    engine = TransformersEngine(model, tokenizer, params.rollout)
+def agent_loop(params: Params, source: str, tokenizer: Any, index: Retriever) -> AgentLoop:
+    """The loop of a given model (folder or hub name), which stays as it is."""
+    engine: Engine | None = separate_engine(params, source, tokenizer)
+    if engine is None:
+        engine = TransformersEngine(load_model(source, params.compute.device), tokenizer, params.rollout)
     return AgentLoop(engine, tokenizer, index, params.protocol, params.retrieval.top_k)
+
+
+def training_loop(
+    params: Params, model: PreTrainedModel, source: str, tokenizer: Any, index: Retriever
+) -> AgentLoop:
+    """The loop of a model in training, loaded from `source`: what it generates is always the model's."""
+    top_k = params.retrieval.top_k
+    engine = separate_engine(params, source, tokenizer)
+    if engine is None:
+        shared = TransformersEngine(model, tokenizer, params.rollout)
+        return AgentLoop(shared, tokenizer, index, params.protocol, top_k)
+    probe = params.rollout.probe
+    probed = split_tasks(params, "train", params.seed, probe.prompts)[: probe.prompts]
+    instruction = params.protocol.instruction
+    prompts = [encode_prompt(task.question.question, instruction, tokenizer) for task in probed]
+    sync = EngineSync(engine, model, prompts, probe, params.compute)
+    return SyncedLoop(sync, tokenizer, index, params.protocol, top_k)
+
+
+def separate_engine(params: Params, source: str, tokenizer: Any) -> SeparateEngine | None:
+    """vLLM as `rollout` says, None for transformers. Raises UserError or InfrastructureError."""
+    config, longest = params.rollout, params.protocol.max_context
+    if config.engine == "vllm":
+        return VllmEngine(source, tokenizer, config, longest)
+    if config.engine == "vllm-server":
+        part = TEACHER if source == params.models.teacher else STUDENT
+        urls = config.server.teacher if part == TEACHER else config.server.student
+        if not urls:
+            raise UserError(f"{PARAMS}: rollout.server.{part}: no URL of a server for {source}")
+        return VllmServerEngine(urls, source, tokenizer, config, longest)
+    return None
 
 
 def model_source(params: Params, model: str) -> str:

@@ -24,13 +24,13 @@ from dgpo_core.training.teacher_cache import TeacherCache
 from dgpo_core.training.vocabulary import check_same_vocabulary
 from tasks.agents import (
     DevEvaluator,
-    agent_loop,
     local,
     model_source,
     reporter,
     require_episodes,
     retriever,
     split_tasks,
+    training_loop,
     training_rollout,
     write_curves,
     write_metrics,
@@ -63,7 +63,7 @@ def distill(name: str) -> None:
         tokenizer = load_tokenizer(start)
         student = load_model(start, params.compute.device)
         teacher, cache = _teacher(params, recipe, tokenizer)
-        loop = agent_loop(params, student, tokenizer, retriever(params))
+        loop = training_loop(params, student, start, tokenizer, retriever(params))
         source = episode_source(params, recipe, loop)
         dev = DevEvaluator(params, loop, params.distill.dev_questions)
         distiller = Distiller(student, teacher, recipe, params.distill, params.compute, source, cache)

@@ -12,7 +12,7 @@ from dgpo_core.protocol.episode import Episode, Outcome, write_episodes
 from dgpo_core.rollout.collect import collect, em_of
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.scoring.table import write_question_table
-from dgpo_core.training.models import load_model, load_tokenizer
+from dgpo_core.training.models import load_tokenizer
 from tasks.agents import agent_loop, local, model_source, retriever, tasks_for, write_metrics
 from tasks.paths import EVALUATION, INDEX, METRICS, QUESTIONS, questions_file
 from tasks.stage import Run, main, stage
@@ -27,9 +27,8 @@ def evaluate(model: str) -> None:
     inputs = [INDEX, QUESTIONS, *local(source)]
     with stage(f"evaluate@{model}", config=config, inputs=inputs, outputs=[out]) as run:
         tokenizer = load_tokenizer(source)
-        loaded = load_model(source, params.compute.device)
         index = retriever(params)
-        evaluator = Evaluator(params, agent_loop(params, loaded, tokenizer, index), run)
+        evaluator = Evaluator(params, agent_loop(params, source, tokenizer, index), run)
         episodes = evaluator.test_sets()
         rows = evaluator.arcap(episodes)
         write_question_table(out / "questions.parquet", episodes)

@@ -12,12 +12,12 @@ from dgpo_core.training.reinforce import Reinforcer
 from dgpo_core.training.vocabulary import check_same_vocabulary
 from tasks.agents import (
     DevEvaluator,
-    agent_loop,
     local,
     model_source,
     reporter,
     retriever,
     split_tasks,
+    training_loop,
     training_rollout,
     write_curves,
     write_metrics,
@@ -39,7 +39,7 @@ def reinforce(name: str) -> None:
         tokenizer = load_tokenizer(start)
         student = load_model(start, params.compute.device)
         reference = _reference(params, recipe, start, tokenizer)
-        loop = agent_loop(params, student, tokenizer, retriever(params))
+        loop = training_loop(params, student, start, tokenizer, retriever(params))
         tasks = split_tasks(params, "train", params.seed)
         rollout = training_rollout(loop, tasks, params.reinforce.sampling, params.seed)
         every, limit = params.reinforce.dev_every, params.evaluate.trace_episodes

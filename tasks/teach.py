@@ -3,7 +3,7 @@
 from dgpo_core.config.params import load_params
 from dgpo_core.protocol.episode import Outcome, write_episodes
 from dgpo_core.rollout.collect import collect, em_of
-from dgpo_core.training.models import load_model, load_tokenizer
+from dgpo_core.training.models import load_tokenizer
 from tasks.agents import agent_loop, local, retriever, split_tasks, write_metrics
 from tasks.paths import INDEX, METRICS, QUESTIONS, TEACHER_EPISODES
 from tasks.stage import main, stage
@@ -15,9 +15,8 @@ def teach() -> None:
     inputs = [INDEX, QUESTIONS, *local(params.models.teacher)]
     with stage("teach", config=config, inputs=inputs, outputs=[TEACHER_EPISODES]) as run:
         tokenizer = load_tokenizer(params.models.teacher)
-        teacher = load_model(params.models.teacher, params.compute.device)
         index = retriever(params)
-        loop = agent_loop(params, teacher, tokenizer, index)
+        loop = agent_loop(params, params.models.teacher, tokenizer, index)
         tasks = split_tasks(params, "train", params.teach.seed, params.teach.questions)
         episodes = collect(
             loop,

@@ -10,11 +10,12 @@ from ruamel.yaml.error import YAMLError
 from dgpo_core.config.base import Section
 from dgpo_core.config.data import BaseModelsConfig, WorldConfig
 from dgpo_core.config.promote import PromoteConfig
-from dgpo_core.config.protocol import ProtocolConfig, RolloutConfig
+from dgpo_core.config.protocol import ProtocolConfig
 from dgpo_core.config.published import DataConfig
 from dgpo_core.config.questions import PAPER_SETS, TRAINING_SETS, QuestionSetsConfig
 from dgpo_core.config.recipes import STUDENT, TABLE, TEACHER, Distillation, Recipes, Reinforcement
 from dgpo_core.config.retrieval import RetrievalConfig
+from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.config.training import (
     ComputeConfig,
     DistillConfig,
@@ -90,6 +91,11 @@ class Params(Section):
         grpo = [name for name, recipe in self.recipes.reinforce.items() if recipe.algorithm == "grpo"]
         if grpo and self.reinforce.batch_size < 2 * self.reinforce.group_size:
             raise ValueError(f"reinforce.batch_size: {grpo[0]} needs at least two groups of group_size")
+        if self.reinforce.old_logprobs == "rollout" and self.rollout.engine != "transformers":
+            raise ValueError(
+                f"reinforce.old_logprobs: rollout.engine {self.rollout.engine} rounds otherwise "
+                "than the model in training: set it to trainer"
+            )
         if self.reinforce.old_logprobs == "rollout" and self.rollout.precision != self.compute.precision:
             raise ValueError(
                 "reinforce.old_logprobs: rollout needs rollout.precision equal to compute.precision"

@@ -17,13 +17,6 @@ class ProtocolConfig(Section):
     max_information: PositiveInt = Field(500, description="retrieved text a turn")
 
 
-class RolloutConfig(Section):
-    """How an engine runs; none of it changes what is sampled, up to rounding."""
-
-    batch_tokens: PositiveInt = Field(65_536, description="padded tokens in one forward pass")
-    precision: Literal["float32", "bfloat16"] = "bfloat16"
-
-
 class Sampling(Section):
     temperature: NonNegativeFloat = Field(1.0, description="0 is greedy")
 

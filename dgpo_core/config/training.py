@@ -107,6 +107,10 @@ class ReinforceConfig(Section):
         "trainer",
         description="who computes pi_old: the trainer again, or the engine (right where both compute alike)",
     )
+    importance_cap: PositiveFloat | None = Field(
+        None,
+        description="weight of a token's policy loss: min(pi by trainer / pi by engine, cap); null: off",
+    )
     gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(1.0, ge=0, le=1)
     gae_scope: Literal["model_tokens", "all"] = Field("model_tokens", description="the release: all")
@@ -123,6 +127,8 @@ class ReinforceConfig(Section):
     def _consistent(self) -> Self:
         if self.batch_size % self.mini_batch_size:
             raise ValueError("batch_size must be a multiple of mini_batch_size")
+        if self.importance_cap is not None and self.old_logprobs == "rollout":
+            raise ValueError("importance_cap compares trainer and engine: set old_logprobs: trainer, or null")
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be above 0: greedy rollouts explore nothing")
         return self

@@ -123,6 +123,16 @@ def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
     return torch.cat([logprobs, (-kept.expm1()).log()], -1)
 
 
+def engine_gap(trainer: torch.Tensor, engine: torch.Tensor) -> dict[str, float]:
+    """How far two computations of the same log-probabilities, flat, are apart: nats, and the ratio of pi."""
+    difference = trainer - engine
+    return {
+        "engine_gap_mean": difference.abs().mean().item(),
+        "engine_gap_max": difference.abs().max().item(),
+        "engine_ratio": difference.exp().mean().item(),
+    }
+
+
 def _logprobs(hidden: torch.Tensor, head: torch.Tensor, temperature: float) -> torch.Tensor:
     logits = torch.nn.functional.linear(hidden, head).float()
     return (logits / temperature).log_softmax(-1)

@@ -65,6 +65,14 @@ def clipped_surrogate(
     return torch.maximum(plain, clipped), clipped > plain
 
 
+def importance_weights(logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
+    """min(pi / mu, cap) of each token, flat: truncated importance sampling (Ionides, 2008; Yao et al., 2025).
+
+    `logprobs` are the trainer's before the update, `sampled_logprobs` those that the engine sampled with, mu.
+    """
+    return (logprobs - sampled_logprobs).exp().clamp(max=cap)
+
+
 def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
 ) -> torch.Tensor:

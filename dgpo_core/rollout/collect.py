@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dgpo_core.config.protocol import Sampling
+from dgpo_core.errors import InfrastructureError
 from dgpo_core.protocol.episode import Episode, Outcome, read_episodes, write_episodes
 from dgpo_core.rollout.loop import AgentLoop, Task
 
@@ -20,7 +21,8 @@ def collect(
 ) -> list[Episode]:
     """Episodes of all tasks, in order. `progress` gets done, total and the EM so far.
 
-    Chunks are cut the same way every time, so an interrupted collection gives the same episodes.
+    Chunks are cut the same way every time, so an interrupted collection gives the same episodes. Raises
+    InfrastructureError when every episode of a chunk failed: something is down, and what is done is kept.
     """
     state.mkdir(parents=True, exist_ok=True)
     episodes: list[Episode] = []
@@ -31,6 +33,8 @@ def collect(
             episodes += read_episodes(path)
         else:
             new = loop.run(part, sampling)
+            if all(episode.outcome is Outcome.FAILED for episode in new):
+                raise InfrastructureError(f"all {len(new)} episodes of a chunk failed: {new[0].failure}")
             if not any(episode.outcome is Outcome.FAILED for episode in new):  # else: tried again next time
                 temporary = path.with_suffix(".part")
                 write_episodes(temporary, new)

@@ -1,8 +1,11 @@
 """What the agent loop asks of an engine: token ids in, token ids out."""
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Protocol
+
+import torch
 
 from dgpo_core.config.protocol import Sampling
 
@@ -31,9 +34,33 @@ class Generation:
     finish: Finish
 
 
+# A fresh pass over a model's names and tensors. A head that is tied to the embedding has its own name too:
+# vLLM's CPU workers keep a packed copy of it, which nothing else renews.
+Weights = Callable[[], Iterable[tuple[str, torch.Tensor]]]
+
+
+def weights_of(model: torch.nn.Module) -> Weights:
+    return lambda: model.named_parameters(remove_duplicate=False)
+
+
 class Engine(Protocol):
     def generate(
         self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
     ) -> list[Generation]:
         """Continue each request until a stop string, EOS or its limit; answers in the requests' order."""
+        ...
+
+
+class SeparateEngine(Engine, Protocol):
+    """An engine with weights of its own: a model that is trained must give it the new ones."""
+
+    def refresh(self, weights: Weights) -> None:
+        """Generate with these from now on, and forget what was computed with others.
+
+        Raises InfrastructureError.
+        """
+        ...
+
+    def rest(self) -> None:
+        """Nothing is generated until the next refresh: what the engine holds may serve others."""
         ...

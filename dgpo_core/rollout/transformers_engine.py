@@ -7,11 +7,12 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from dgpo_core.config.protocol import RolloutConfig, Sampling
+from dgpo_core.config.protocol import Sampling
+from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.rollout.cache import preallocated_cache
+from dgpo_core.rollout.endings import Endings, end_tokens
 from dgpo_core.rollout.engine import Finish, Generation, Request
 
-TAIL = 16  # tokens decoded to look for a stop string: more than any stop string has
 COMPACT = 0.7  # share of unfinished rows below which the finished ones are taken out of the cache
 
 
@@ -24,8 +25,8 @@ class TransformersEngine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: RolloutConfig) -> None:
         self.model, self.tokenizer, self._config = model, tokenizer, config
-        self._eos = _end_tokens(model, tokenizer)
-        self._may_stop: dict[tuple[str, ...], list[bool]] = {}
+        vocabulary = model.config.get_text_config().vocab_size
+        self.endings = Endings(tokenizer, end_tokens(tokenizer, model.generation_config), vocabulary)
 
     @torch.inference_mode()
     def generate(
@@ -91,38 +92,12 @@ class TransformersEngine:
         self, batch: list["_Row"], tokens: list[int], logprobs: list[float], stop: tuple[str, ...]
     ) -> None:
         """Give each unfinished row its token, and finish the rows that it completes."""
-        may_stop = self._stop_endings(stop)
         for row, token, logprob in zip(batch, tokens, logprobs, strict=True):
             if row.finish is not None:
                 continue
             row.ids.append(token)
             row.logprobs.append(logprob)
-            if token in self._eos:
-                row.finish = Finish.EOS
-            elif may_stop[token] and any(text in self.tokenizer.decode(row.ids[-TAIL:]) for text in stop):
-                row.finish = Finish.STOP
-            elif len(row.ids) >= row.request.max_new_tokens:
-                row.finish = Finish.LENGTH
-
-    def _stop_endings(self, stop: tuple[str, ...]) -> list[bool]:
-        """For each token of the vocabulary, whether it can hold the last character of a stop string.
-
-        A table, so that only few sampled tokens need decoding to look for a stop string.
-        """
-        if stop not in self._may_stop:
-            size = max(self.model.config.get_text_config().vocab_size, len(self.tokenizer))
-            last = {text[-1] for text in stop}
-            known = len(self.tokenizer)
-            texts = self.tokenizer.batch_decode([[i] for i in range(known)])
-            self._may_stop[stop] = [bool(last & set(text)) for text in texts] + [False] * (size - known)
-        return self._may_stop[stop]
-
-
-def _end_tokens(model: PreTrainedModel, tokenizer: Any) -> set[int]:
-    """The tokenizer's EOS and those of the model's generation settings (Qwen2.5 has two, Llama three)."""
-    settings = model.generation_config.eos_token_id if model.generation_config else None
-    own = settings if isinstance(settings, list) else [settings]
-    return {token for token in (tokenizer.eos_token_id, *own) if token is not None}
+            row.finish = self.endings.after(row.ids, row.request.max_new_tokens, stop)
 
 
 class _Row:

@@ -9,7 +9,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dgpo_core.config.protocol import ProtocolConfig, RolloutConfig, Sampling
+from dgpo_core.config.protocol import ProtocolConfig, Sampling
+from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
 from dgpo_core.protocol import prompts

@@ -41,7 +41,7 @@ class StreamingEngine(TransformersEngine):
 
     @property
     def end_tokens(self) -> set[int]:
-        return self._eos
+        return self.endings.eos
 
     def generate(
         self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
@@ -58,7 +58,7 @@ class StreamingEngine(TransformersEngine):
         self, batch: list[_Row], tokens: list[int], logprobs: list[float], stop: tuple[str, ...]
     ) -> None:
         super()._append(batch, tokens, logprobs, stop)
-        if tokens[0] not in self._eos:
+        if tokens[0] not in self.endings.eos:
             self.listener.token(tokens[0])
 
 

@@ -10,7 +10,7 @@ from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.objectives import rewards as reward_functions
 from dgpo_core.objectives.divergences import reverse_kl
-from dgpo_core.objectives.logprobs import distillation_terms, token_logprobs
+from dgpo_core.objectives.logprobs import distillation_terms, engine_gap, token_logprobs
 from dgpo_core.objectives.policy import explained_variance, gae, group_advantages, whiten
 from dgpo_core.protocol.episode import Ending, Episode, Owner
 from dgpo_core.training.batches import (
@@ -38,7 +38,8 @@ class Experience:
     `value_sequences`, `values` and `returns` cover the tokens of `gae_scope`: the model's, or all of the
     response; GRPO has none. `kl` is the estimate against the reference, nats, zero where the gate is closed;
     `kl_outside` the same for some of the episodes where it is closed. `reference` are the reference's
-    log-probabilities where the gate is open and the KL belongs into the loss (GRPO).
+    log-probabilities where the gate is open and the KL belongs into the loss (GRPO). `sampled_logprobs` are
+    the engine's, where `old_logprobs` are the trainer's and may differ.
     """
 
     sequences: list[Sequence]
@@ -52,20 +53,22 @@ class Experience:
     gated: list[bool]
     kl_outside: Tensors
     reference: list[torch.Tensor | None]
+    sampled_logprobs: Tensors | None = None
 
 
 @dataclass(frozen=True)
 class Rolled:
     """A step's episodes with what both algorithms need of them.
 
-    `old` are the log-probabilities of the model tokens under the policy that acted; `correct` and `open_gate`
-    are boolean [episodes]; `inside` the episodes whose gate is open, `outside` those of the others on which
-    the KL is measured without being trained on.
+    `old` are the log-probabilities of the model tokens under the policy that acted, `sampled` the engine's
+    where those are the trainer's; `correct` and `open_gate` are boolean [episodes]; `inside` the episodes
+    whose gate is open, `outside` those of the others on which the KL is measured without being trained on.
     """
 
     episodes: list[Episode]
     sequences: list[Sequence]
     old: Tensors
+    sampled: Tensors | None
     correct: torch.Tensor
     open_gate: torch.Tensor
     inside: list[int]
@@ -91,10 +94,13 @@ class ExperienceMaker:
         correct = torch.tensor([episode.correct for episode in episodes])
         open_gate = reward_functions.gate(correct, self.recipe.guidance)
         audited = self.config.audit_episodes if self.reference is not None else 0
+        sampled = _sampled_logprobs(episodes, sequences)
+        by_trainer = self.config.old_logprobs == "trainer"
         rolled = Rolled(
             episodes,
             sequences,
-            self._old_logprobs(episodes, sequences),
+            self._each(sequences, self._logprobs) if by_trainer else sampled,
+            sampled if by_trainer else None,
             correct,
             open_gate,
             inside=[i for i, is_open in enumerate(open_gate) if is_open],
@@ -122,6 +128,7 @@ class ExperienceMaker:
             gated=rolled.gated,
             kl_outside=[k3(old[i], reference) for i, reference in outside],
             reference=[references.get(i) for i in range(len(episodes))],
+            sampled_logprobs=rolled.sampled,
         )
 
     def _valued(self, rolled: Rolled, critic: Critic) -> Experience:
@@ -163,15 +170,8 @@ class ExperienceMaker:
             gated=rolled.gated,
             kl_outside=self._kl(rolled, rolled.outside),
             reference=[None] * len(episodes),
+            sampled_logprobs=rolled.sampled,
         )
-
-    def _old_logprobs(self, episodes: list[Episode], sequences: list[Sequence]) -> Tensors:
-        if self.config.old_logprobs == "trainer":
-            return self._each(sequences, self._logprobs)
-        return [
-            torch.tensor([episode.logprobs[position] for position in sequence.positions])
-            for episode, sequence in zip(episodes, sequences, strict=True)
-        ]
 
     def _logprobs(self, batch: TokenBatch, model: PreTrainedModel | None = None) -> torch.Tensor:
         model = model or self.student
@@ -222,6 +222,14 @@ class ExperienceMaker:
         return [results[i] for i in range(len(sequences))]
 
 
+def _sampled_logprobs(episodes: list[Episode], sequences: list[Sequence]) -> Tensors:
+    """What the engine said of the tokens that the model wrote."""
+    return [
+        torch.tensor([episode.logprobs[position] for position in sequence.positions])
+        for episode, sequence in zip(episodes, sequences, strict=True)
+    ]
+
+
 def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """GRPO's KL estimate, as in its loss; `k1` there would have no gradient on average."""
     return reward_functions.kl_estimate(logprobs, reference, "k3")
@@ -244,6 +252,8 @@ def training_metrics(episodes: list[Episode], experience: Experience) -> dict[st
     for name, estimates in (("kl_inside", inside), ("kl_outside", experience.kl_outside)):
         if estimates:
             metrics[name] = float(torch.cat(estimates).mean())
+    if experience.sampled_logprobs is not None:
+        metrics |= engine_gap(torch.cat(experience.old_logprobs), torch.cat(experience.sampled_logprobs))
     if experience.values:
         metrics["explained_variance"] = explained_variance(
             torch.cat(experience.values), torch.cat(experience.returns)

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.objectives.logprobs import token_logprobs
-from dgpo_core.objectives.policy import clipped_surrogate, value_loss
+from dgpo_core.objectives.policy import clipped_surrogate, importance_weights, value_loss
 from dgpo_core.training.batches import backbone_of, collate, counted_hidden, head_of, micro_batches
 from dgpo_core.training.compute import autocast
 from dgpo_core.training.critic import Critic
@@ -56,6 +56,9 @@ class Updater:
                     hidden, head_of(self.student), batch.targets, self.config.sampling.temperature
                 )
             losses, clipped = clipped_surrogate(logprobs, old, advantages, self.config.clip)
+            if self.config.importance_cap is not None and experience.sampled_logprobs is not None:
+                sampled = _stream(experience.sampled_logprobs, chosen, part).to(self.student.device)
+                losses = losses * importance_weights(old, sampled, self.config.importance_cap)
             loss = losses.sum() / tokens - self.config.entropy_weight * entropy.sum() / tokens
             guidance = self._guidance(experience, [chosen[i] for i in part], logprobs)
             loss = loss + self.config.beta * guidance / tokens

@@ -46,6 +46,15 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
             {"reinforce": {"sampling": {"temperature": 0.0}}},
             "reinforce: sampling.temperature must be above 0",
         ),
+        (
+            {"rollout": {"engine": "vllm"}, "reinforce": {"old_logprobs": "rollout"}},
+            "reinforce.old_logprobs: rollout.engine vllm rounds otherwise than the model in training",
+        ),
+        (
+            {"reinforce": {"old_logprobs": "rollout", "importance_cap": 2.0}},
+            "reinforce: importance_cap compares trainer and engine: set old_logprobs: trainer",
+        ),
+        ({"rollout": {"engine": "sglang"}}, "rollout.engine: Input should be 'transformers', 'vllm'"),
         (rl(x={"guidance": "uniform"}), "recipes.reinforce.x: guidance uniform needs a reference"),
         (rl(x={"guidance": "none", "reference": "teacher"}), "recipes.reinforce.x: a reference is for"),
         (rl(x={"start": "kd", "guidance": "none"}), "recipes: x.start: there is no 'kd', only student"),

@@ -18,6 +18,7 @@ from dgpo_core.objectives.policy import (
     explained_variance,
     gae,
     group_advantages,
+    importance_weights,
     value_loss,
     whiten,
 )
@@ -183,6 +184,13 @@ def test_clipped_tokens_get_no_gradient() -> None:
     losses.sum().backward()
     assert logprobs.grad is not None
     assert logprobs.grad.tolist() == pytest.approx([0.0, -1.0, -math.exp(-0.5)])
+
+
+def test_importance_weights_by_hand() -> None:
+    trainer = torch.tensor([0.5, 0.2, 0.9, 0.3]).log()
+    engine = torch.tensor([0.4, 0.4, 0.1, 0.3]).log()
+    assert importance_weights(trainer, engine, 2.0).tolist() == pytest.approx([1.25, 0.5, 2.0, 1.0])
+    assert importance_weights(torch.tensor([0.0]), torch.tensor([-200.0]), 3.0).tolist() == [3.0]
 
 
 def test_value_loss_by_hand() -> None:

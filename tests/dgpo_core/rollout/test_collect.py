@@ -2,13 +2,16 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.config.protocol import GREEDY, ProtocolConfig
+from dgpo_core.errors import InfrastructureError
 from dgpo_core.protocol.episode import Outcome
 from dgpo_core.rollout.collect import collect, em_of, stable_seed
+from dgpo_core.rollout.engine import Generation
 from dgpo_core.rollout.loop import AgentLoop, Task
 from tests.dgpo_core.making import question, random_episode
 from tests.dgpo_core.rollout.scripted import Answering, ScriptedEngine
@@ -47,6 +50,26 @@ def test_killed_collection_continues_with_the_same_episodes(
     assert len(engine.requests) == 1, "finished chunks ran again"
     assert seen == [(3, 7, 1 / 3), (6, 7, 0.5), (7, 7, 3 / 7)]
     assert not list((tmp_path / "b").glob("*.part"))
+
+
+def test_what_is_down_stops_a_collection_that_continues_later(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    class Down(ScriptedEngine):
+        def generate(self, *args: Any) -> list[Generation]:
+            if len(self.requests) >= 3:
+                raise InfrastructureError("the engine is dead")
+            return super().generate(*args)
+
+    def text(seed: tuple[int, ...], turn: int) -> str:
+        return "<answer> Paris </answer>"
+
+    with pytest.raises(InfrastructureError, match="all 3 episodes of a chunk failed: the engine is dead"):
+        collect(loop(tokenizer, Down(tokenizer, text)), TASKS, GREEDY, 3, tmp_path, lambda *_: None)
+    engine = ScriptedEngine(tokenizer, text)
+    episodes = collect(loop(tokenizer, engine), TASKS, GREEDY, 3, tmp_path, lambda *_: None)
+    assert len(engine.requests) == 4
+    assert all(episode.correct for episode in episodes)
 
 
 def test_failed_episodes_are_in_no_average() -> None:

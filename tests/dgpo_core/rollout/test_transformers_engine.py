@@ -8,7 +8,8 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.config.protocol import GREEDY, RolloutConfig, Sampling
+from dgpo_core.config.protocol import GREEDY, Sampling
+from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.rollout.engine import Finish, Request
 from dgpo_core.rollout.transformers_engine import TransformersEngine
 from dgpo_core.training.models import build_model

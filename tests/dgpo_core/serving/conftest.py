@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from dgpo_core.config.protocol import ProtocolConfig, RolloutConfig
+from dgpo_core.config.protocol import ProtocolConfig
+from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.datasets.world.articles import Article
 from dgpo_core.datasets.world.generate import World

@@ -204,3 +204,22 @@ def test_grpo_without_guidance_needs_no_reference(parts: Parts) -> None:
     experience = make(parts, "none", algorithm="grpo")
     assert experience.reference == [None] * len(EPISODES) and experience.kl_outside == []
     assert not any(kl.any() for kl in experience.kl) and not any(experience.gated)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_gap_between_trainer_and_engine(parts: Parts, algorithm: str) -> None:
+    experience = make(parts, algorithm=algorithm)
+    own = torch.cat([own_logprobs(parts[0], episode) for episode in EPISODES])
+    engine = torch.tensor(
+        [p for e in EPISODES for p, o in zip(e.logprobs, e.owners, strict=True) if o == Owner.MODEL]
+    )
+    assert experience.sampled_logprobs is not None
+    close(torch.cat(experience.sampled_logprobs), engine)
+    metrics = training_metrics(EPISODES, experience)
+    assert metrics["engine_gap_mean"] == pytest.approx(float((own - engine).abs().mean()), rel=1e-4)
+    assert metrics["engine_gap_max"] == pytest.approx(float((own - engine).abs().max()), rel=1e-4)
+    assert metrics["engine_ratio"] == pytest.approx(float((own - engine).exp().mean()), rel=1e-4)
+    config = ReinforceConfig(beta=0.1, old_logprobs="rollout")
+    alike = make(parts, algorithm=algorithm, config=config)
+    assert alike.sampled_logprobs is None
+    assert not any(key.startswith("engine") for key in training_metrics(EPISODES, alike))

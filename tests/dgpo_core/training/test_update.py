@@ -1,5 +1,6 @@
 """PPO's gradients against the objective written out over single episodes (float32)."""
 
+import math
 from dataclasses import replace
 
 import pytest
@@ -95,6 +96,32 @@ def test_actor_gradient_is_eq_2(tokenizer: PreTrainedTokenizerFast, tokens: int)
     assert metrics["entropy"] == pytest.approx(float(entropy), rel=1e-4)
     assert metrics["clip_fraction"] == pytest.approx(active / len(terms))
     assert 0 < active < len(terms)
+
+
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_importance_weighs_each_token_of_the_policy_loss(
+    tokenizer: PreTrainedTokenizerFast, tokens: int
+) -> None:
+    """Without clipping: the mean of w ratio A, w = min(exp(old - sampled), 1.5); entropy as it was."""
+    made, experience = updater(tokenizer, tokens), made_up()
+    sampled = [old + 0.8 * torch.linspace(-1, 1, len(old)) for old in experience.old_logprobs]
+    experience = replace(experience, sampled_logprobs=sampled)
+    made.config = made.config.model_copy(update={"importance_cap": 1.5, "clip": 1e6})
+    metrics = made._actor_gradient(experience, CHOSEN)
+    found = gradients(made.student)
+    terms, entropies = [], []
+    for i in CHOSEN:
+        sequence, old = experience.sequences[i], experience.old_logprobs[i]
+        table = made.student(torch.tensor([sequence.ids])).logits[0].log_softmax(-1)
+        for place, position in enumerate(sequence.positions):
+            ratio = (table[position - 1, sequence.ids[position]] - old[place]).exp()
+            weight = min(math.exp(float(old[place] - sampled[i][place])), 1.5)
+            terms.append(weight * ratio * float(experience.advantages[i][place]))
+            entropies.append(-(table[position - 1].exp() * table[position - 1]).sum())
+    objective, entropy = torch.stack(terms).mean(), torch.stack(entropies).mean()
+    (-objective - 0.05 * entropy).backward()
+    torch.testing.assert_close(found, gradients(made.student), rtol=1e-3, atol=1e-6)
+    assert metrics["policy_loss"] == pytest.approx(-float(objective), rel=1e-3)
 
 
 @pytest.mark.parametrize("scope", ["model_tokens", "all"])

@@ -1,0 +1,56 @@
+"""When a generation has ended: EOS, a completed stop string, or its limit; the same for every engine."""
+
+from typing import Any
+
+from dgpo_core.rollout.engine import Finish
+
+TAIL = 16  # tokens decoded to look for a stop string: more than any stop string has
+
+
+class Endings:
+    """Reads sampled ids. A stop string may end inside a token, which is then kept whole: it was sampled.
+
+    `eos` are the ids that end a generation, `vocabulary` is the number of the model's output ids.
+    """
+
+    def __init__(self, tokenizer: Any, eos: set[int], vocabulary: int) -> None:
+        self.eos = eos
+        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self._may_stop: dict[tuple[str, ...], list[bool]] = {}
+
+    def after(self, ids: list[int], limit: int, stop: tuple[str, ...]) -> Finish | None:
+        """How a generation of `ids` has ended with its last token; None when it goes on."""
+        if ids[-1] in self.eos:
+            return Finish.EOS
+        if self._can_stop(stop)[ids[-1]]:
+            text = self._tokenizer.decode(ids[-TAIL:])
+            if any(ending in text for ending in stop):
+                return Finish.STOP
+        return Finish.LENGTH if len(ids) >= limit else None
+
+    def first(self, ids: list[int], limit: int, stop: tuple[str, ...]) -> tuple[int, Finish | None]:
+        """How many of `ids` belong to the generation, and how it has ended."""
+        for count in range(1, len(ids) + 1):
+            if finish := self.after(ids[:count], limit, stop):
+                return count, finish
+        return len(ids), None
+
+    def _can_stop(self, stop: tuple[str, ...]) -> list[bool]:
+        """For each id, whether it can hold the last character of a stop string.
+
+        A table, so that only few sampled tokens need decoding to look for a stop string.
+        """
+        if stop not in self._may_stop:
+            known = len(self._tokenizer)
+            last = {text[-1] for text in stop}
+            texts = self._tokenizer.batch_decode([[i] for i in range(known)])
+            rest = max(0, self._vocabulary - known)
+            self._may_stop[stop] = [bool(last & set(text)) for text in texts] + [False] * rest
+        return self._may_stop[stop]
+
+
+def end_tokens(tokenizer: Any, settings: Any | None) -> set[int]:
+    """The tokenizer's EOS and those of the model's generation settings (Qwen2.5 has two, Llama three)."""
+    configured = getattr(settings, "eos_token_id", None)
+    own = configured if isinstance(configured, list) else [configured]
+    return {token for token in (tokenizer.eos_token_id, *own) if token is not None}

@@ -1,0 +1,82 @@
+"""The model in training and the engine that generates for it are kept one and the same."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dgpo_core.config.protocol import ProtocolConfig, Sampling
+from dgpo_core.config.rollout import ProbeConfig
+from dgpo_core.config.training import ComputeConfig
+from dgpo_core.errors import UserError
+from dgpo_core.objectives.logprobs import engine_gap, token_logprobs
+from dgpo_core.protocol.episode import Episode
+from dgpo_core.retrieval.index import Retriever
+from dgpo_core.rollout.engine import Request, SeparateEngine, weights_of
+from dgpo_core.rollout.loop import AgentLoop, Task
+from dgpo_core.training.batches import Sequence, backbone_of, collate, counted_hidden, head_of
+from dgpo_core.training.compute import autocast
+
+PROBED = Sampling(temperature=1.0)
+
+
+@dataclass
+class EngineSync:
+    """Gives `engine` the weights of `model`, and checks that both then compute the same.
+
+    The probe continues `prompts` (token ids), the same ones each time: what the engine has kept of them from
+    other weights would show, and so would weights that have not arrived.
+    """
+
+    engine: SeparateEngine
+    model: PreTrainedModel
+    prompts: list[list[int]]
+    config: ProbeConfig
+    compute: ComputeConfig
+
+    def refresh(self) -> None:
+        """Raises UserError when engine and model disagree, and InfrastructureError when the engine fails."""
+        self.engine.refresh(weights_of(self.model))
+        gap = self.probe()
+        if not gap["engine_gap_mean"] <= self.config.tolerance:  # nan too
+            raise UserError(
+                "rollout.probe.tolerance: after a refresh engine and model give different log-probabilities: "
+                f"mean difference {gap['engine_gap_mean']:.3g} nats, largest {gap['engine_gap_max']:.3g}, "
+                f"allowed mean {self.config.tolerance:g}. Either the weights did not arrive (try "
+                "rollout.refresh: file), or rollout.precision and compute.precision are too far apart"
+            )
+
+    def probe(self) -> dict[str, float]:
+        """Distance of the two on tokens that the engine samples, as `engine_gap` gives it."""
+        requests = [Request(ids, self.config.tokens, (i,)) for i, ids in enumerate(self.prompts)]
+        answers = self.engine.generate(requests, PROBED, ())
+        sequences = [
+            Sequence(ids + answer.token_ids, list(range(len(ids), len(ids) + len(answer.token_ids))))
+            for ids, answer in zip(self.prompts, answers, strict=True)
+        ]
+        batch = collate(sequences, self.model.device)
+        with torch.no_grad(), autocast(self.compute):
+            hidden = counted_hidden(backbone_of(self.model), batch)
+            own = token_logprobs(hidden, head_of(self.model), batch.targets, PROBED.temperature)[0]
+        return engine_gap(own.cpu(), torch.tensor([value for answer in answers for value in answer.logprobs]))
+
+
+class SyncedLoop(AgentLoop):
+    """The agent loop of a model in training: before each run the engine gets the model's weights.
+
+    Whoever trains moves the weights between two runs. A refresh that belongs to a run cannot be forgotten.
+    """
+
+    def __init__(
+        self, sync: EngineSync, tokenizer: Any, retriever: Retriever, config: ProtocolConfig, top_k: int
+    ) -> None:
+        super().__init__(sync.engine, tokenizer, retriever, config, top_k)
+        self._sync = sync
+
+    def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
+        self._sync.refresh()
+        try:
+            return super().run(tasks, sampling)
+        finally:
+            self._sync.engine.rest()
