@@ -1,0 +1,340 @@
+"""What each stage of a run needs on a machine (see `passes` for the formulas and their sources)."""
+
+from dataclasses import dataclass, field, replace
+
+from dgpo_core.config.params import Params
+from dgpo_core.config.recipes import TEACHER, Distillation, Reinforcement
+from dgpo_core.planning import passes
+from dgpo_core.planning.architectures import Architecture
+from dgpo_core.planning.episodes import EpisodeLengths
+from dgpo_core.planning.machine import Machine
+from dgpo_core.planning.workload import PASSAGE_BYTES, TOKENS_A_WORD, Workload
+
+PROCESS = 0.7e9  # bytes of a stage's program with its libraries, and of a CUDA context
+FRAGMENTATION = 1.1  # of what is allocated and freed, over what is in use
+VLLM_ROWS = 256.0  # sequences that vLLM decodes side by side
+EPISODE_BYTES = 6.0  # a token in a table of episodes: id and log-probability, compressed
+Parts = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How training and generation are spread: `zero` None is plain torch, else DeepSpeed's ZeRO stage."""
+
+    processes: int = 1
+    zero: int | None = None
+    engine: str = "transformers"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One stage. `memory`: bytes on each GPU at the peak, part by part; `host`: bytes of one process; `disk`:
+    bytes of its outputs, with DVC's copy, and of its checkpoints; `tokens`: through a model, reading and
+    writing; `seconds`: None where the device's speed is unknown."""
+
+    stage: str
+    gpus: int = 0
+    memory: Parts = field(default_factory=dict)
+    host: float = PROCESS
+    disk: float = 0.0
+    tokens: float = 0.0
+    flops: float = 0.0
+    seconds: float | None = 0.0
+
+    @property
+    def device_memory(self) -> float:
+        """Bytes on each GPU: the parts, what is lost between them, and the context."""
+        return FRAGMENTATION * sum(self.memory.values()) + PROCESS if self.memory else 0.0
+
+
+@dataclass(frozen=True)
+class Generation:
+    """Episodes generated: tokens through the model, FLOPs, seconds on one device."""
+
+    tokens: float
+    flops: float
+    seconds: float | None
+    memory: Parts
+
+
+@dataclass(frozen=True)
+class Planner:
+    params: Params
+    student: Architecture
+    teacher: Architecture
+    encoder: Architecture | None  # None: BM25
+    work: Workload
+    machine: Machine
+    setup: Setup
+
+    def stages(self) -> list[Estimate]:
+        """All stages of `dvc repro`, in an order in which they can run."""
+        recipes = self.params.recipes
+        return [
+            self._data(),
+            self._index(),
+            self._teach(),
+            Estimate("filter", disk=2 * self.work.correct * self._episode_bytes(self.work.teach)),
+            *([self._distributions()] if self.params.distill.teacher == "cache" else []),
+            *(self._distill(name, row) for name, row in recipes.distill.items()),
+            *(self._reinforce(name, row) for name, row in recipes.reinforce.items()),
+            *(self._evaluate(model) for model in self.params.compare),
+            Estimate("report"),
+        ]
+
+    def shape_of(self, model: str) -> Architecture:
+        """Of `student`, `teacher` or a recipe's model, which is a student."""
+        return self.teacher if model == TEACHER else self.student
+
+    def models_disk(self) -> float:
+        """The given models in bfloat16, as the hub has them."""
+        shapes = [self.student, self.teacher, *([self.encoder] if self.encoder else [])]
+        return sum(2.0 * shape.parameters for shape in shapes)
+
+    # --- stages without a language model
+
+    def _data(self) -> Estimate:
+        return Estimate("data", disk=2 * self.work.passages * PASSAGE_BYTES)
+
+    def _index(self) -> Estimate:
+        """Vectors in float32, twice on disk (DVC's cache), and in memory where Qdrant runs in the process."""
+        passages, words = self.work.passages, self.work.words
+        text = PASSAGE_BYTES * passages
+        if self.encoder is None:
+            vectors = 8.0 * 0.7 * words * passages  # an index and a weight for each different word
+            tokens = flops = 0.0
+            seconds: float | None = 0.0
+        else:
+            vectors = 4.0 * self.encoder.hidden * passages
+            each = min(words * TOKENS_A_WORD, self.params.retrieval.encoder.max_tokens)
+            tokens = each * passages
+            flops = passes.forward_flops(self.encoder, tokens, each**2 * passages)
+            seconds = self._compute(flops, 1)
+        shard = min(self.params.retrieval.shard_size, passages)
+        # a shard's vectors pass through lists of Python numbers: a pointer and an object each
+        host = PROCESS + 32 * (vectors / passages / 4) * shard + 2 * PASSAGE_BYTES * shard
+        if self.params.retrieval.location == "embedded":
+            host += vectors + text
+        disk = 2 * (vectors + 0.4 * text)
+        return Estimate("index", min(1, self.machine.gpus) if self.encoder else 0, {}, host, disk, tokens, flops, seconds)
+
+    # --- generation
+
+    def _teach(self) -> Estimate:
+        made = self.generate(self.teacher, self.work.teach)
+        return self._generating("teach", self.teacher, made, self._episode_bytes(self.work.teach))
+
+    def _evaluate(self, model: str) -> Estimate:
+        """The test sets, and ARCap's extra episodes: two of one turn for each question of NQ and MuSiQue."""
+        shape, test = self.shape_of(model), self.work.test
+        limit = self.params.evaluate.questions
+        asked = {name: min(count, limit or count) for name, count in test.items()}
+        given = [self.params.questions.playing(role) for role in ("nq", "musique")]
+        extra = 2 * sum(asked[name] for name in given if name)
+        lengths = self.work.lengths
+        single = replace(lengths, model=lengths.model / lengths.turns, turns=1.0)
+        sets, arcap = self.generate(shape, sum(asked.values())), self.generate(shape, extra, single)
+        both = Generation(
+            sets.tokens + arcap.tokens, sets.flops + arcap.flops, _added(sets.seconds, arcap.seconds), sets.memory
+        )
+        return self._generating(f"evaluate@{model}", shape, both, self._episode_bytes(sum(asked.values()) + extra))
+
+    def _generating(self, stage: str, shape: Architecture, made: Generation, episodes: float) -> Estimate:
+        gpus = self.machine.gpus if self.setup.engine != "transformers" else min(1, self.machine.gpus)
+        seconds = None if made.seconds is None else made.seconds / max(1, gpus)
+        memory = self._frozen(shape) | made.memory
+        return Estimate(stage, gpus, memory, PROCESS, 2 * episodes, made.tokens, made.flops, seconds)
+
+    def generate(self, shape: Architecture, episodes: float, lengths: EpisodeLengths | None = None) -> Generation:
+        """Episodes through the engine: prefill of each turn's history, then a decoding step a token.
+
+        A decoding step reads all weights and the batch's cache, so it takes as long as the memory needs, or the
+        matrices where the batch is large, and in eager transformers the launching of every layer (Pope et al.
+        2022, arXiv:2211.05102). vLLM keeps the prefixes of earlier turns, and its batches stay full.
+        """
+        lengths = lengths or self.work.lengths
+        rollout, vllm = self.params.rollout, self.setup.engine != "transformers"
+        prefill = lengths.total - lengths.model if vllm else lengths.prefill
+        written = lengths.model
+        pairs = lengths.square * (1 if vllm else max(1.0, lengths.turns / 2))
+        flops = passes.forward_flops(shape, prefill + written, pairs) + passes.head_flops(shape, written)
+        room = lengths.total + (0 if vllm else self.params.protocol.max_new_tokens)
+        rows = VLLM_ROWS if vllm else max(1.0, rollout.batch_tokens / room)
+        capacity = rows * room
+        precision = rollout.precision
+        memory = {
+            "key-value cache": passes.cache_bytes(shape, capacity, precision),
+            "activations": passes.passing_bytes(shape, capacity, precision),
+            "logits": 24.0 * rows * shape.vocabulary,  # float32 twice, float64 twice (sampling)
+        }
+        steps = episodes / rows * written * (1 if vllm else lengths.spread)
+        cached = passes.cache_bytes(shape, rows * lengths.total / 2, precision)
+        seconds = self._decoding(shape, rows, cached, vllm)
+        reading = self._compute(passes.forward_flops(shape, prefill, pairs) * episodes, 1)
+        total = None if seconds is None or reading is None else reading + steps * seconds
+        return Generation(episodes * (prefill + written), episodes * flops, total, memory)
+
+    def _decoding(self, shape: Architecture, rows: float, cached: float, vllm: bool) -> float | None:
+        """Seconds of one step for `rows` sequences."""
+        device, assumed = self.machine.device, self.machine.assumptions
+        if device.bandwidth is None or device.flops is None:
+            return None
+        width = 2 if self.params.rollout.precision == "bfloat16" else 4
+        read = width * (shape.matrices + shape.vocabulary * shape.hidden) + cached
+        flops = rows * (2 * shape.matrices + 2 * shape.vocabulary * shape.hidden)
+        memory_bound = read / (device.bandwidth * assumed.decoding)
+        return max(memory_bound, flops / (device.flops * assumed.efficiency)) + (
+            0 if vllm else assumed.launch * shape.layers
+        )
+
+    # --- training
+
+    def _distributions(self) -> Estimate:
+        """One pass of the teacher over its episodes; the likeliest tokens of each of its own."""
+        episodes, lengths = self.work.teach, self.work.lengths
+        flops = episodes * self._reading(self.teacher)
+        kept = self.params.distributions.top_k or self.student.vocabulary
+        memory = self._frozen(self.teacher) | self._frozen(self.student, "student ") | self._pass(self.teacher)
+        return Estimate(
+            "distributions",
+            min(1, self.machine.gpus),
+            memory,
+            PROCESS + 8.0 * kept * lengths.model * episodes,
+            2 * 0.7 * 8.0 * kept * lengths.model * episodes,
+            episodes * lengths.total,
+            flops,
+            self._compute(flops, 1),
+        )
+
+    def _distill(self, name: str, recipe: Distillation) -> Estimate:
+        config, lengths = self.params.distill, self.work.lengths
+        on_policy = recipe.episodes == "student"
+        if on_policy:
+            steps, batch = config.on_policy.steps, config.on_policy.batch_size
+            episodes, generated = float(steps * batch), float(steps * batch)
+        else:
+            kept = self.work.teach * (self.work.correct if recipe.correct_only else 1.0)
+            episodes = config.epochs * kept
+            generated = 0.5 * episodes if recipe.episodes == "mixed" else 0.0
+        looks = config.on_policy.steps // config.on_policy.dev_every if on_policy else config.epochs
+        made = self.generate(self.student, generated + looks * config.dev_questions)
+        live = recipe.objective != "ce" and (config.teacher == "live" or recipe.episodes != "teacher")
+        flops = episodes * (self._learning(self.student) + (self._reading(self.teacher) if live else 0))
+        parts = self._training(self.student)
+        training = parts | (self._frozen(self.teacher, "teacher ") if live else {}) | self._update(self.student)
+        resting = parts | (self._frozen(self.teacher, "teacher ") if live else {}) | made.memory
+        tokens = episodes * lengths.total * (2 if live else 1)
+        return self._trained(f"distill@{name}", _larger(training, resting), tokens, flops, made, 12.0, 0)
+
+    def _reinforce(self, name: str, recipe: Reinforcement) -> Estimate:
+        """A step: episodes, log-probabilities of the policy and, of gated episodes, of the reference, values,
+        then an update of actor and critic over all episodes (Updater: one after the other)."""
+        config, lengths = self.params.reinforce, self.work.lengths
+        shape, episodes = self.student, float(config.steps * config.batch_size)
+        made = self.generate(shape, episodes + config.steps // config.dev_every * config.dev_questions)
+        ppo = recipe.algorithm == "ppo"
+        gated = {"none": 0.0, "uniform": 1.0, "selective": self.work.gated}[recipe.guidance]
+        audited = (1 - gated) * min(1.0, config.audit_episodes / config.batch_size)
+        again = 1.0 if config.old_logprobs == "trainer" else 0.0
+        reference = None if recipe.reference == "none" else self.shape_of(recipe.reference)
+        each = again * self._reading(shape) + self._learning(shape)
+        times = again + 1
+        if reference:
+            each += (gated + audited) * self._reading(reference)
+            times += gated + audited
+        if ppo:
+            each += self._reading(shape, head=False) + self._learning(shape, head=False)
+            times += 2
+        parts = self._training(shape)
+        if ppo:
+            parts |= self._training(shape, "critic ", gradients=False)
+        if reference:
+            parts |= self._frozen(reference, "reference ")
+        phases = [parts | self._update(shape), parts | made.memory]
+        if reference:
+            phases.append(parts | self._pass(reference))
+        peak = max(phases, key=lambda phase: sum(phase.values()))
+        tokens = episodes * lengths.total * times
+        return self._trained(f"reinforce@{name}", peak, tokens, episodes * each, made, 12.0, 12.0 if ppo else 0)
+
+    def _trained(
+        self, stage: str, memory: Parts, tokens: float, flops: float, made: Generation, actor: float, critic: float
+    ) -> Estimate:
+        """`actor` and `critic`: bytes a parameter in a checkpoint, of which two exist while one is replaced."""
+        processes = max(1, min(self.setup.processes, self.machine.gpus or 1))
+        gpus = processes if self.machine.gpus else 0
+        weights = self.student.parameters
+        disk = 2 * 4.0 * weights + 2 * (actor * weights + critic * self.student.backbone)
+        seconds = _added(self._compute(flops, processes), None if made.seconds is None else made.seconds / processes)
+        return Estimate(stage, gpus, memory, PROCESS, disk, tokens + made.tokens, flops + made.flops, seconds)
+
+    def _reading(self, shape: Architecture, head: bool = True) -> float:
+        """FLOPs of one episode forward, with the output embedding on the model's tokens."""
+        lengths = self.work.lengths
+        own = passes.head_flops(shape, lengths.model) if head else 0.0
+        return passes.forward_flops(shape, lengths.total, lengths.square) + own
+
+    def _learning(self, shape: Architecture, head: bool = True) -> float:
+        lengths = self.work.lengths
+        own = passes.head_flops(shape, lengths.model, training=True) if head else 0.0
+        return passes.training_flops(shape, lengths.total, lengths.square) + own
+
+    def _training(self, shape: Architecture, name: str = "", gradients: bool = True) -> Parts:
+        """Weights, gradients and AdamW's two moments: 16 bytes a parameter in float32, and as many with DeepSpeed's
+        bfloat16 weights and float32 copies, shared out by its ZeRO stage (Rajbhandari et al. 2020,
+        arXiv:1910.02054, figure 1). Without `gradients`: those of a critic, which exist only in its own update."""
+        n, zero = float(shape.parameters if not name else shape.backbone), self.setup.zero
+        if zero is None:
+            own = {"weights": 4 * n, "gradients": 4 * n if gradients else 0.0, "optimizer": 8 * n}
+        else:
+            shared = max(1, self.setup.processes)
+            own = {
+                "weights": 2 * n / (shared if zero >= 3 else 1),
+                "gradients": 2 * n / (shared if zero >= 2 else 1),
+                "optimizer": 12 * n / (shared if zero >= 1 else 1),
+            }
+        return {name + part: size for part, size in own.items() if size}
+
+    def _frozen(self, shape: Architecture, name: str = "") -> Parts:
+        """A model that is only read: loaded in float32, with autocast's copies (training/models.py)."""
+        cast = passes.cast_bytes(shape, self.params.compute.precision)
+        return {f"{name}weights": 4.0 * shape.parameters, f"{name}cast": cast}
+
+    def _update(self, shape: Architecture) -> Parts:
+        """Forward and backward pass of one micro-batch; all of its tokens but the prompt's share have logits."""
+        tokens, precision = self._micro_batch(), self.params.compute.precision
+        counted = tokens * self.work.lengths.model / self.work.lengths.total
+        return {
+            "cast": 0.0 if self.setup.zero is not None else passes.cast_bytes(shape, precision),
+            "activations": passes.activation_bytes(shape, tokens, precision)
+            + passes.passing_bytes(shape, tokens, precision),
+            "logits": passes.head_bytes(shape, counted),
+        }
+
+    def _pass(self, shape: Architecture) -> Parts:
+        """A micro-batch forward, without gradients."""
+        tokens, precision = self._micro_batch(), self.params.compute.precision
+        counted = tokens * self.work.lengths.model / self.work.lengths.total
+        return {
+            "activations": passes.passing_bytes(shape, tokens, precision),
+            "logits": 3 / passes.HEAD_COPIES * passes.head_bytes(shape, counted),
+        }
+
+    def _micro_batch(self) -> float:
+        """Padded tokens of a pass: at least one episode of full length fits in."""
+        return max(float(self.params.compute.micro_batch_tokens), self.work.lengths.total)
+
+    def _compute(self, flops: float, devices: int) -> float | None:
+        device = self.machine.device
+        return None if device.flops is None else flops / (device.flops * self.machine.assumptions.efficiency * devices)
+
+    def _episode_bytes(self, episodes: float) -> float:
+        return EPISODE_BYTES * self.work.lengths.total * episodes
+
+
+def _added(first: float | None, second: float | None) -> float | None:
+    return None if first is None or second is None else first + second
+
+
+def _larger(first: Parts, second: Parts) -> Parts:
+    return first if sum(first.values()) >= sum(second.values()) else second
