@@ -155,13 +155,18 @@ def _row(name: str, precision: str, planned: Numbers, measured: Numbers, keys: t
         unit = {"parameters": 1.0, "flops": 1e12}.get(key, 2**30)
         form = "{:,.0f}" if key == "parameters" else "{:.3g}"
         ratio = planned[key] / measured[key]
-        cells.append(f"{form.format(planned[key] / unit)} / {form.format(measured[key] / unit)} | {ratio:.3f}")
+        cells.append(
+            f"{form.format(planned[key] / unit)} / {form.format(measured[key] / unit)} | {ratio:.3f}"
+        )
     return f"| {name} | {precision} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     keys: tuple[str, ...] = ("parameters", "flops", "saved", "memory")
-    print("| model | precision | parameters: plan / measured | ratio | TFLOPs | ratio | kept, GiB | ratio |", end="")
+    print(
+        "| model | precision | parameters: plan / measured | ratio | TFLOPs | ratio | kept, GiB | ratio |",
+        end="",
+    )
     print(" memory, GiB | ratio |\n|" + "---|" * 10)
     for name, config in SMALL.items():
         for precision in ("float32", "bfloat16"):
@@ -173,7 +178,9 @@ def main() -> None:
     for name in PUBLISHED:
         config = table()[name]["config"]
         shape, tokens = Architecture.from_config(config), EPISODES * LENGTH
-        planned = estimate(shape, "bfloat16") | {"flops": passes.training_flops(shape, tokens, tokens * LENGTH)}
+        planned = estimate(shape, "bfloat16") | {
+            "flops": passes.training_flops(shape, tokens, tokens * LENGTH)
+        }
         print(_row(name, "bfloat16", planned, measure_fake(config, "bfloat16"), keys) + " | |", flush=True)
 
 

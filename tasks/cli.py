@@ -162,6 +162,26 @@ def plan(
     raise typer.Exit(print_plan(profile, params, machine, processes, as_json))
 
 
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Check versions, GPUs, hub, disk, ports and repository, and say what to do (exit code 1: errors)."""
+    from tasks.doctor import doctor as examine
+
+    raise typer.Exit(examine(as_json))
+
+
+@app.command()
+def rehearse(
+    profile: Annotated[str | None, typer.Option(help="a profile of profiles/; params.yaml without it")] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="leave its folder, also after success")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Run every stage once in miniature: true architectures scaled down, random weights (exit code 1: one failed)."""
+    from tasks.rehearse import rehearse as run_all
+
+    raise typer.Exit(run_all(profile, keep, as_json))
+
+
 def main() -> None:
     """Exits with 2 and one line for what the user can mend."""
     from tasks.stage import main as run_program

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from dgpo_core.config.params import PARAMS, Params, load_params, resolve_profile
+from dgpo_core.config.params import Params, load_params, resolve_profile
 from dgpo_core.errors import UserError
 from dgpo_core.planning.architectures import architecture_of
 from dgpo_core.planning.episodes import assumed, first_measured
@@ -125,7 +125,11 @@ def show(made: Plan, params: Params) -> None:
     for s in made.stages:
         hours = None if s.seconds is None else s.seconds / 3600
         row = [s.stage, str(s.gpus or "-"), gib(s.device_memory), gib(s.host), gigabytes(s.disk)]
-        row += [quantity(s.tokens), f"{s.flops:.1e}" if s.flops else "-", "?" if hours is None else f"{hours:.1f}"]
+        row += [
+            quantity(s.tokens),
+            f"{s.flops:.1e}" if s.flops else "-",
+            "?" if hours is None else f"{hours:.1f}",
+        ]
         if paid and hours is not None and machine.price is not None:
             row.append(f"{hours * machine.price * max(1, machine.gpus):.0f}")
         table.add_row(*row)

@@ -86,25 +86,38 @@ class Architecture:
 
 def architecture_of(source: str) -> Architecture:
     """Of a model folder or of a published model. Raises UserError where the shape cannot be known."""
+    config = config_of(source)
+    try:
+        return Architecture.from_config(config)
+    except (KeyError, UserError) as error:
+        raise UserError(f"{source}: no shape in this model's config.json: {error}") from error
+
+
+def config_of(source: str) -> dict[str, Any]:
+    """Content of a model folder's config.json, or what the table has. Raises UserError."""
     path = Path(source) / "config.json"
     if path.is_file():
         try:
-            return Architecture.from_config(json.loads(path.read_text(encoding="utf-8")))
-        except (ValueError, KeyError) as error:
-            raise UserError(f"{path}: no shape of a model in this file: {error}") from error
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-    for entry in table().values():
-        if source in entry["repositories"]:
-            return Architecture.from_config(entry["config"])
-    raise UserError(
-        f"{source}: neither a model folder nor a model whose shape is known; "
-        f"download it and name its folder, or add it to {TABLE.name}"
-    )
+            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise UserError(f"{path}: not JSON: {error}") from error
+        return content
+    found = published(source)
+    if found is None:
+        raise UserError(
+            f"{source}: neither a model folder nor a model whose shape is known; "
+            f"download it and name its folder, or add it to {TABLE.name}"
+        )
+    return dict(found["config"])
+
+
+def published(source: str) -> dict[str, Any] | None:
+    """The table's entry of a repository on the hub."""
+    return next((entry for entry in table().values() if source in entry["repositories"]), None)
 
 
 @cache
 def table() -> dict[str, dict[str, Any]]:
-    """Name -> `repositories` on the hub and the `config` they share."""
+    """Name -> `repositories` on the hub, the `config` they share, and `tokens` of their tokenizer."""
     content: dict[str, dict[str, Any]] = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
     return content

@@ -38,7 +38,9 @@ def activation_bytes(shape: Architecture, tokens: float, precision: str) -> floa
     """
     h, q, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
     small = 8 + 4 * shape.heads  # the norms' scales; attention's log-sum-exp
-    layer = (26 * h + 4 * q + 4 * k + 8 * i if precision == "bfloat16" else 24 * h + 8 * q + 8 * k + 16 * i) + small
+    layer = (
+        26 * h + 4 * q + 4 * k + 8 * i if precision == "bfloat16" else 24 * h + 8 * q + 8 * k + 16 * i
+    ) + small
     return tokens * (shape.layers * layer + 12 * h)
 
 

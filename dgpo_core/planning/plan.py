@@ -132,7 +132,9 @@ def _smaller(planner: Planner, before: str) -> Iterator[tuple[str, Planner]]:
     sections = {"compute": "micro_batch_tokens", "rollout": "batch_tokens"}
     smallest = planner.params.protocol.max_context
     values = [_halved(getattr(getattr(planner.params, s), key), smallest) for s, key in sections.items()]
-    for steps in sorted(itertools.product(*map(range, map(len, values))), key=lambda steps: (sum(steps), steps)):
+    for steps in sorted(
+        itertools.product(*map(range, map(len, values))), key=lambda steps: (sum(steps), steps)
+    ):
         if not any(steps):
             continue
         update, texts = {}, []

@@ -116,7 +116,9 @@ class Planner:
         if self.params.retrieval.location == "embedded":
             host += vectors + text
         disk = 2 * (vectors + 0.4 * text)
-        return Estimate("index", min(1, self.machine.gpus) if self.encoder else 0, {}, host, disk, tokens, flops, seconds)
+        return Estimate(
+            "index", min(1, self.machine.gpus) if self.encoder else 0, {}, host, disk, tokens, flops, seconds
+        )
 
     # --- generation
 
@@ -135,9 +137,14 @@ class Planner:
         single = replace(lengths, model=lengths.model / lengths.turns, turns=1.0)
         sets, arcap = self.generate(shape, sum(asked.values())), self.generate(shape, extra, single)
         both = Generation(
-            sets.tokens + arcap.tokens, sets.flops + arcap.flops, _added(sets.seconds, arcap.seconds), sets.memory
+            sets.tokens + arcap.tokens,
+            sets.flops + arcap.flops,
+            _added(sets.seconds, arcap.seconds),
+            sets.memory,
         )
-        return self._generating(f"evaluate@{model}", shape, both, self._episode_bytes(sum(asked.values()) + extra))
+        return self._generating(
+            f"evaluate@{model}", shape, both, self._episode_bytes(sum(asked.values()) + extra)
+        )
 
     def _generating(self, stage: str, shape: Architecture, made: Generation, episodes: float) -> Estimate:
         gpus = self.machine.gpus if self.setup.engine != "transformers" else min(1, self.machine.gpus)
@@ -145,7 +152,9 @@ class Planner:
         memory = self._frozen(shape) | made.memory
         return Estimate(stage, gpus, memory, PROCESS, 2 * episodes, made.tokens, made.flops, seconds)
 
-    def generate(self, shape: Architecture, episodes: float, lengths: EpisodeLengths | None = None) -> Generation:
+    def generate(
+        self, shape: Architecture, episodes: float, lengths: EpisodeLengths | None = None
+    ) -> Generation:
         """Episodes through the engine: prefill of each turn's history, then a decoding step a token.
 
         A decoding step reads all weights and the batch's cache, so it takes as long as the memory needs, or the
@@ -194,7 +203,9 @@ class Planner:
         episodes, lengths = self.work.teach, self.work.lengths
         flops = episodes * self._reading(self.teacher)
         kept = self.params.distributions.top_k or self.student.vocabulary
-        memory = self._frozen(self.teacher) | self._frozen(self.student, "student ") | self._pass(self.teacher)
+        memory = (
+            self._frozen(self.teacher) | self._frozen(self.student, "student ") | self._pass(self.teacher)
+        )
         return Estimate(
             "distributions",
             min(1, self.machine.gpus),
@@ -221,7 +232,9 @@ class Planner:
         live = recipe.objective != "ce" and (config.teacher == "live" or recipe.episodes != "teacher")
         flops = episodes * (self._learning(self.student) + (self._reading(self.teacher) if live else 0))
         parts = self._training(self.student)
-        training = parts | (self._frozen(self.teacher, "teacher ") if live else {}) | self._update(self.student)
+        training = (
+            parts | (self._frozen(self.teacher, "teacher ") if live else {}) | self._update(self.student)
+        )
         resting = parts | (self._frozen(self.teacher, "teacher ") if live else {}) | made.memory
         tokens = episodes * lengths.total * (2 if live else 1)
         return self._trained(f"distill@{name}", _larger(training, resting), tokens, flops, made, 12.0, 0)
@@ -255,17 +268,28 @@ class Planner:
             phases.append(parts | self._pass(reference))
         peak = max(phases, key=lambda phase: sum(phase.values()))
         tokens = episodes * lengths.total * times
-        return self._trained(f"reinforce@{name}", peak, tokens, episodes * each, made, 12.0, 12.0 if ppo else 0)
+        return self._trained(
+            f"reinforce@{name}", peak, tokens, episodes * each, made, 12.0, 12.0 if ppo else 0
+        )
 
     def _trained(
-        self, stage: str, memory: Parts, tokens: float, flops: float, made: Generation, actor: float, critic: float
+        self,
+        stage: str,
+        memory: Parts,
+        tokens: float,
+        flops: float,
+        made: Generation,
+        actor: float,
+        critic: float,
     ) -> Estimate:
         """`actor` and `critic`: bytes a parameter in a checkpoint, of which two exist while one is replaced."""
         processes = max(1, min(self.setup.processes, self.machine.gpus or 1))
         gpus = processes if self.machine.gpus else 0
         weights = self.student.parameters
         disk = 2 * 4.0 * weights + 2 * (actor * weights + critic * self.student.backbone)
-        seconds = _added(self._compute(flops, processes), None if made.seconds is None else made.seconds / processes)
+        seconds = _added(
+            self._compute(flops, processes), None if made.seconds is None else made.seconds / processes
+        )
         return Estimate(stage, gpus, memory, PROCESS, disk, tokens + made.tokens, flops + made.flops, seconds)
 
     def _reading(self, shape: Architecture, head: bool = True) -> float:
@@ -326,7 +350,11 @@ class Planner:
 
     def _compute(self, flops: float, devices: int) -> float | None:
         device = self.machine.device
-        return None if device.flops is None else flops / (device.flops * self.machine.assumptions.efficiency * devices)
+        return (
+            None
+            if device.flops is None
+            else flops / (device.flops * self.machine.assumptions.efficiency * devices)
+        )
 
     def _episode_bytes(self, episodes: float) -> float:
         return EPISODE_BYTES * self.work.lengths.total * episodes

@@ -52,6 +52,6 @@ def expected_counts(params: Params) -> tuple[dict[str, int], dict[str, int], int
     world = params.world.questions
     if any(name in PUBLISHED for name in names):
         raise UserError("questions: the sets are partly published ones and partly the embedded world's")
-    train = {name: world.train for name in params.questions.train}
+    train = dict.fromkeys(params.questions.train, world.train)
     test = {name: world.hard if name == "hard" else world.test for name in params.questions.test}
     return train, test, params.world.passages
