@@ -32,7 +32,8 @@ SMALL = {
     },
     "llama, 6 layers": {
         "model_type": "llama", "hidden_size": 320, "num_hidden_layers": 6, "num_attention_heads": 10,
-        "num_key_value_heads": 5, "intermediate_size": 1024, "vocab_size": 16_000, "tie_word_embeddings": False,
+        "num_key_value_heads": 5, "intermediate_size": 1024, "vocab_size": 16_000, "tie_word_embeddings":
+        False,
     },
 }  # fmt: skip
 PUBLISHED = ("Qwen2.5-0.5B", "Qwen2.5-3B", "Llama-3.2-1B")

@@ -172,11 +172,14 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
 
 @app.command()
 def rehearse(
-    profile: Annotated[str | None, typer.Option(help="a profile of profiles/; params.yaml without it")] = None,
+    profile: Annotated[
+        str | None, typer.Option(help="a profile of profiles/; params.yaml without it")
+    ] = None,
     keep: Annotated[bool, typer.Option("--keep", help="leave its folder, also after success")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Run every stage once in miniature: true architectures scaled down, random weights (exit code 1: one failed)."""
+    """Run every stage once in miniature: true architectures scaled down, random weights (exit code 1: one
+    failed)."""
     from tasks.rehearse import rehearse as run_all
 
     raise typer.Exit(run_all(profile, keep, as_json))

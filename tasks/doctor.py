@@ -45,7 +45,9 @@ def doctor(as_json: bool) -> int:
         found.append(finding)
         if not as_json:
             colour = COLOURS[finding.level]
-            console.print(f"[{colour}]{finding.level:8}[/] {escape(finding.subject)}: {escape(finding.message)}")
+            console.print(
+                f"[{colour}]{finding.level:8}[/] {escape(finding.subject)}: {escape(finding.message)}"
+            )
             if finding.advice:
                 console.print(f"           {escape(finding.advice)}")
     levels = Counter(finding.level for finding in found)

@@ -1,8 +1,8 @@
 """`dgpo rehearse`: every stage of a profile once, in miniature, in a folder of its own.
 
 The stages are the real programs; models have the true architecture scaled down and random weights, the data a
-handful of passages and questions in the published formats. So what a long run would trip over at its third stage
-(a key, a format, a vocabulary, a missing package) is seen in minutes and without a GPU.
+handful of passages and questions in the published formats. So what a long run would trip over at its third
+stage (a key, a format, a vocabulary, a missing package) is seen in minutes and without a GPU.
 """
 
 import json

@@ -1,4 +1,5 @@
-"""Shapes of transformers, from a config.json or from the table of the published models, and their parameters."""
+"""Shapes of transformers, from a config.json or from the table of the published models, and their
+parameters."""
 
 import json
 from dataclasses import dataclass

@@ -32,9 +32,10 @@ def activation_bytes(shape: Architecture, tokens: float, precision: str) -> floa
     """What the layers of a Qwen2 or Llama decoder keep of a forward pass for the backward pass, in bytes.
 
     Counted tensor by tensor from what autograd saves of transformers' layers without checkpointing
-    (`benchmarks/training_step.py` compares): a token and layer keeps the inputs, normalised values and outputs
-    of both norms, queries and keys after rotation, values, attention's output, and four vectors of the MLP. The
-    residual stream is float32 also under bfloat16 autocast, which casts the input of each matrix anew.
+    (`benchmarks/training_step.py` compares): a token and layer keeps the inputs, normalised values and
+    outputs of both norms, queries and keys after rotation, values, attention's output, and four vectors of
+    the MLP. The residual stream is float32 also under bfloat16 autocast, which casts the input of each matrix
+    anew.
     """
     h, q, k, i = shape.hidden, shape.queries, shape.keys, shape.intermediate
     small = 8 + 4 * shape.heads  # the norms' scales; attention's log-sum-exp
@@ -56,7 +57,8 @@ def head_bytes(shape: Architecture, tokens: float = CHUNK) -> float:
 
 
 def cast_bytes(shape: Architecture, precision: str) -> float:
-    """bfloat16 copies of float32 matrices that autocast keeps during a pass, the output embedding among them."""
+    """bfloat16 copies of float32 matrices that autocast keeps during a pass, the output embedding among
+    them."""
     return 2 * (shape.matrices + shape.vocabulary * shape.hidden) if precision == "bfloat16" else 0
 
 

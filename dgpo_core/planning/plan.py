@@ -63,14 +63,13 @@ def make_plan(planner: Planner) -> Plan:
     disk = ENVIRONMENT_DISK + planner.models_disk() + sum(stage.disk for stage in stages)
     if machine.disk is not None and disk > machine.disk:
         problems.append(Problem("all", "disk", disk, machine.disk, _disk_advice(planner, stages)))
-    assumed = machine.assumptions
+    assumed, setup = machine.assumptions, planner.setup
+    engine = "plain torch" if setup.zero is None else f"ZeRO-{setup.zero}"
     assumptions = work.sources | {
         "episodes": f"{work.lengths.source}; {_lengths(planner)}",
-        "speed": f"{assumed.efficiency:.0%} of the peak in training and reading, {assumed.decoding:.0%} of the "
-        f"memory's bandwidth and {1000 * assumed.launch:g} ms a layer in decoding",
-        "spread": f"{planner.setup.processes} training process(es), "
-        + ("plain torch" if planner.setup.zero is None else f"ZeRO-{planner.setup.zero}")
-        + f"; episodes by {planner.setup.engine}",
+        "speed": f"{assumed.efficiency:.0%} of the peak in training and reading, {assumed.decoding:.0%} of "
+        f"the memory's bandwidth and {1000 * assumed.launch:g} ms a layer in decoding",
+        "spread": f"{setup.processes} training process(es), {engine}; episodes by {setup.engine}",
     }
     return Plan(stages, problems, machine, disk, assumptions)
 

@@ -157,9 +157,9 @@ class Planner:
     ) -> Generation:
         """Episodes through the engine: prefill of each turn's history, then a decoding step a token.
 
-        A decoding step reads all weights and the batch's cache, so it takes as long as the memory needs, or the
-        matrices where the batch is large, and in eager transformers the launching of every layer (Pope et al.
-        2022, arXiv:2211.05102). vLLM keeps the prefixes of earlier turns, and its batches stay full.
+        A decoding step reads all weights and the batch's cache, so it takes as long as the memory needs, or
+        the matrices where the batch is large, and in eager transformers the launching of every layer (Pope et
+        al. 2022, arXiv:2211.05102). vLLM keeps the prefixes of earlier turns, and its batches stay full.
         """
         lengths = lengths or self.work.lengths
         rollout, vllm = self.params.rollout, self.setup.engine != "transformers"
@@ -282,7 +282,8 @@ class Planner:
         actor: float,
         critic: float,
     ) -> Estimate:
-        """`actor` and `critic`: bytes a parameter in a checkpoint, of which two exist while one is replaced."""
+        """`actor` and `critic`: bytes a parameter in a checkpoint, of which two exist while one is
+        replaced."""
         processes = max(1, min(self.setup.processes, self.machine.gpus or 1))
         gpus = processes if self.machine.gpus else 0
         weights = self.student.parameters
@@ -304,9 +305,10 @@ class Planner:
         return passes.training_flops(shape, lengths.total, lengths.square) + own
 
     def _training(self, shape: Architecture, name: str = "", gradients: bool = True) -> Parts:
-        """Weights, gradients and AdamW's two moments: 16 bytes a parameter in float32, and as many with DeepSpeed's
-        bfloat16 weights and float32 copies, shared out by its ZeRO stage (Rajbhandari et al. 2020,
-        arXiv:1910.02054, figure 1). Without `gradients`: those of a critic, which exist only in its own update."""
+        """Weights, gradients and AdamW's two moments: 16 bytes a parameter in float32, and as many with
+        DeepSpeed's bfloat16 weights and float32 copies, shared out by its ZeRO stage (Rajbhandari et al.
+        2020, arXiv:1910.02054, figure 1). Without `gradients`: those of a critic, which exist only in its own
+        update."""
         n, zero = float(shape.parameters if not name else shape.backbone), self.setup.zero
         if zero is None:
             own = {"weights": 4 * n, "gradients": 4 * n if gradients else 0.0, "optimizer": 8 * n}
@@ -325,7 +327,8 @@ class Planner:
         return {f"{name}weights": 4.0 * shape.parameters, f"{name}cast": cast}
 
     def _update(self, shape: Architecture) -> Parts:
-        """Forward and backward pass of one micro-batch; all of its tokens but the prompt's share have logits."""
+        """Forward and backward pass of one micro-batch; all of its tokens but the prompt's share have
+        logits."""
         tokens, precision = self._micro_batch(), self.params.compute.precision
         counted = tokens * self.work.lengths.model / self.work.lengths.total
         return {

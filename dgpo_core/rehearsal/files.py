@@ -14,7 +14,9 @@ def passages() -> list[Passage]:
     """One for each place, with the title in quotes and the text below it, as wiki-18 has them."""
     return [
         Passage(
-            str(number), place, f"{place} is a harbour town. Its lighthouse was built in {1840 + 7 * number}, yes."
+            str(number),
+            place,
+            f"{place} is a harbour town. Its lighthouse was built in {1840 + 7 * number}, yes.",
         )
         for number, place in enumerate(PLACES)
     ]

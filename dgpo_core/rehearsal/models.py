@@ -26,7 +26,8 @@ PATIENCE = 400  # steps
 
 
 def scaled_config(source: str, tokens: int) -> dict[str, Any]:
-    """config.json's content of `source` with few layers and a small width, for a tokenizer of `tokens` tokens."""
+    """config.json's content of `source` with few layers and a small width, for a tokenizer of `tokens`
+    tokens."""
     config = config_of(source)
     heads = config["num_attention_heads"]
     ratio = heads // config.get("num_key_value_heads", heads)  # queries that share keys and values

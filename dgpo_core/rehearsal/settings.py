@@ -65,7 +65,8 @@ def scaled_down(resolved: dict[str, Any], cuda: bool) -> tuple[dict[str, Any], l
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Values of `above` in place of those of `below`, in depth; a mapping of `above` that is empty replaces."""
+    """Values of `above` in place of those of `below`, in depth; a mapping of `above` that is empty
+    replaces."""
     merged = copy.deepcopy(below)
     for key, value in above.items():
         deep = isinstance(value, dict) and value and isinstance(merged.get(key), dict)

@@ -23,10 +23,8 @@ def environment() -> list[Finding]:
 
 
 def _python() -> Finding:
-    found = ".".join(map(str, sys.version_info[:3]))
-    if sys.version_info < (3, 11):
-        return error("python", found, "Python 3.11 or newer is needed")
-    return ok("python", f"{found} at {sys.executable}")
+    # an older one could not have read these sources: whether it is old enough is pip's question
+    return ok("python", f"{'.'.join(map(str, sys.version_info[:3]))} at {sys.executable}")
 
 
 def packages(constraints: Path = CONSTRAINTS) -> list[Finding]:
@@ -39,7 +37,9 @@ def packages(constraints: Path = CONSTRAINTS) -> list[Finding]:
     findings = [finding for r in wanted if (finding := _package(r))]
     other = _untested({canonicalize_name(r.name) for r in wanted}, constraints)
     if other:
-        findings.append(warning("packages", f"other versions than the tested ones: {', '.join(other)}", INSTALL))
+        findings.append(
+            warning("packages", f"other versions than the tested ones: {', '.join(other)}", INSTALL)
+        )
     return findings or [ok("packages", f"{len(wanted)} in their ranges, with the tested versions")]
 
 
@@ -73,7 +73,9 @@ def _untested(names: set[NormalizedName], constraints: Path) -> list[str]:
 def _text() -> Finding:
     encoding = locale.getpreferredencoding(False)
     if encoding.lower().replace("-", "") != "utf8":
-        return warning("locale", f"texts are read and written as {encoding}", "set LANG=C.UTF-8 (or PYTHONUTF8=1)")
+        return warning(
+            "locale", f"texts are read and written as {encoding}", "set LANG=C.UTF-8 (or PYTHONUTF8=1)"
+        )
     return ok("locale", encoding)
 
 
@@ -81,5 +83,7 @@ def _limits() -> Finding:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft != resource.RLIM_INFINITY and soft < OPEN_FILES:
         higher = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
-        return warning("open files", f"at most {soft}", f"ulimit -n {higher} in the shell that starts the run")
+        return warning(
+            "open files", f"at most {soft}", f"ulimit -n {higher} in the shell that starts the run"
+        )
     return ok("open files", "unlimited" if soft == resource.RLIM_INFINITY else f"at most {soft}")

@@ -31,8 +31,12 @@ def hub(params: Params) -> list[Finding]:
     else:
         why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{place} does not answer"
         missing = [wanted[key] for key in wanted if key not in cached]
-        advice = f"download elsewhere and copy {constants.HF_HUB_CACHE}, or name folders: {', '.join(missing)}"
-        findings.append(error("hub", why, advice) if missing else ok("hub", f"{why}; all models are in the cache"))
+        advice = (
+            f"download elsewhere and copy {constants.HF_HUB_CACHE}, or name folders: {', '.join(missing)}"
+        )
+        findings.append(
+            error("hub", why, advice) if missing else ok("hub", f"{why}; all models are in the cache")
+        )
     return findings + [_model(key, name, key in cached, reachable) for key, name in wanted.items()]
 
 
@@ -55,10 +59,14 @@ def _model(key: str, name: str, cached: bool, reachable: bool) -> Finding:
         if reachable and _status(f"{page}/resolve/main/config.json", get_token()) != 200:
             return error(key, f"{name} is gated, and this token may not read it", advice)
     if not reachable:
-        return error(key, f"{name} is neither a folder nor in the cache", "make the hub reachable, or name a folder")
+        return error(
+            key, f"{name} is neither a folder nor in the cache", "make the hub reachable, or name a folder"
+        )
     status = _status(f"{page}/resolve/main/config.json", get_token())
     if status == 200:
-        return warning(key, f"{name} is not here yet", "its stage downloads it; `hf download " + name + "` does it now")
+        return warning(
+            key, f"{name} is not here yet", "its stage downloads it; `hf download " + name + "` does it now"
+        )
     return error(key, f"{name}: the hub answers {status}", "see whether the name is right")
 
 

@@ -25,7 +25,10 @@ def machine(params: Params) -> list[Finding]:
     try:
         plan = plan_for(params, _machine(rows if params.compute.device != "cpu" else []))
     except UserError as why:
-        return [*findings, warning("plan", str(why), "without it memory and disk are not compared with the need")]
+        return [
+            *findings,
+            warning("plan", str(why), "without it memory and disk are not compared with the need"),
+        ]
     return findings + _fit(plan)
 
 
@@ -41,7 +44,9 @@ def query(*arguments: str) -> tuple[list[list[str]], str]:
         return [], f"nvidia-smi: {why}"
     if done.returncode:
         return [], (done.stdout + done.stderr).strip().split("\n")[0] or "nvidia-smi fails"
-    return [[cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()], ""
+    return [
+        [cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()
+    ], ""
 
 
 def _devices(rows: list[list[str]], trouble: str, params: Params) -> list[Finding]:
@@ -57,7 +62,9 @@ def _devices(rows: list[list[str]], trouble: str, params: Params) -> list[Findin
         text = f"{name}, {free / 1024:.1f} of {float(total) / 1024:.1f} GiB free, driver {driver}"
         busy = float(used) > BUSY * float(total)
         advice = "see the processes below; a run needs the memory that the plan says"
-        findings.append(warning(f"GPU {number}", text, advice) if busy and wants else ok(f"GPU {number}", text))
+        findings.append(
+            warning(f"GPU {number}", text, advice) if busy and wants else ok(f"GPU {number}", text)
+        )
     return findings
 
 
@@ -70,7 +77,9 @@ def holders() -> list[Finding]:
         if _left_over(int(pid)):
             findings.append(error("GPU memory", f"{text}; its parent is gone", f"kill {pid}, if it is yours"))
         else:
-            findings.append(warning("GPU memory", text, "wait for it, or use other GPUs (CUDA_VISIBLE_DEVICES)"))
+            findings.append(
+                warning("GPU memory", text, "wait for it, or use other GPUs (CUDA_VISIBLE_DEVICES)")
+            )
     return findings
 
 
@@ -94,14 +103,18 @@ def _left_over(pid: int) -> bool:
 def _machine(rows: list[list[str]]) -> Machine:
     totals = [float(total) * MIB for _, total, *_ in rows]
     device = Device(rows[0][0], min(totals)) if rows else Device("processor", float("inf"))
-    return Machine(len(rows), device, float(psutil.virtual_memory().total), float(shutil.disk_usage(Path()).free))
+    return Machine(
+        len(rows), device, float(psutil.virtual_memory().total), float(shutil.disk_usage(Path()).free)
+    )
 
 
 def _fit(plan: Plan) -> list[Finding]:
     """What the plan says does not fit; disk and memory in figures where they do."""
     there = plan.machine
     findings = [
-        error(p.what, f"{p.stage} needs {p.needed / GIB:.1f} GiB, there are {p.available / GIB:.1f}", p.advice)
+        error(
+            p.what, f"{p.stage} needs {p.needed / GIB:.1f} GiB, there are {p.available / GIB:.1f}", p.advice
+        )
         for p in plan.problems
     ]
     wrong = {problem.what for problem in plan.problems}
@@ -109,5 +122,7 @@ def _fit(plan: Plan) -> list[Finding]:
         findings.append(ok("disk", f"{there.disk / 1e9:.0f} GB free, the run needs {plan.disk / 1e9:.0f} GB"))
     if "host memory" not in wrong and there.memory is not None:
         most = max(stage.host for stage in plan.stages)
-        findings.append(ok("host memory", f"{there.memory / GIB:.0f} GiB, a stage needs up to {most / GIB:.1f} GiB"))
+        findings.append(
+            ok("host memory", f"{there.memory / GIB:.0f} GiB, a stage needs up to {most / GIB:.1f} GiB")
+        )
     return findings

@@ -19,7 +19,9 @@ def repository(params: Params) -> list[Finding]:
     commit = (_git("rev-parse", "--short", "HEAD") or "").strip() or "no commit yet"
     if changed:
         text = f"{commit}, {len(changed)} tracked files changed"
-        findings = [warning("git", text, "commit: runs from the dashboard and `make reproduce` start from commits")]
+        findings = [
+            warning("git", text, "commit: runs from the dashboard and `make reproduce` start from commits")
+        ]
     else:
         findings = [ok("git", commit)]
     return findings + _dvc(params)
@@ -27,7 +29,9 @@ def repository(params: Params) -> list[Finding]:
 
 def _dvc(params: Params) -> list[Finding]:
     if not Path(".dvc").is_dir():
-        return [error("DVC", "there is no .dvc here", "run in the project's folder; `dvc init` makes a new one")]
+        return [
+            error("DVC", "there is no .dvc here", "run in the project's folder; `dvc init` makes a new one")
+        ]
     remote, url = default_remote(Path(".dvc"))
     several = "several machines share stages through git's `origin` and DVC's remote"
     findings = []
@@ -49,13 +53,17 @@ def default_remote(folder: Path) -> tuple[str | None, str]:
     url = ""
     if name is not None:
         section = f'remote "{name}"'
-        url = next((config.get(s, "url", fallback="") for s in config.sections() if s.strip("'") == section), "")
+        url = next(
+            (config.get(s, "url", fallback="") for s in config.sections() if s.strip("'") == section), ""
+        )
     return name, url
 
 
 def _git(*arguments: str) -> str | None:
     try:
-        done = subprocess.run(["git", *arguments], capture_output=True, text=True, timeout=TIMEOUT, check=False)
+        done = subprocess.run(
+            ["git", *arguments], capture_output=True, text=True, timeout=TIMEOUT, check=False
+        )
     except (OSError, subprocess.TimeoutExpired):
         return None
     return done.stdout if done.returncode == 0 else None

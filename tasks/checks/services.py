@@ -59,7 +59,9 @@ def named(params: Params) -> list[Finding]:
     for variable, (path, start) in addresses.items():
         url = os.environ.get(variable) or ""
         if url.startswith("http"):
-            findings.append(_answers(variable, url, url.rstrip("/") + path, f"start it (`{start}`), or unset {variable}"))
+            findings.append(
+                _answers(variable, url, url.rstrip("/") + path, f"start it (`{start}`), or unset {variable}")
+            )
     location = params.retrieval.location
     if location.startswith("http"):
         advice = "start Qdrant there (docs/paper-scale.md), or set retrieval.location"
