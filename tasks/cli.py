@@ -145,6 +145,8 @@ def plan(
     efficiency: Annotated[float, typer.Option(min=0.01, max=1, help="share of the peak FLOPs")] = 0.4,
     decoding: Annotated[float, typer.Option(min=0.01, max=1, help="share of the bandwidth")] = 0.6,
     launch: Annotated[float, typer.Option(min=0, help="ms a layer and decoding step (transformers)")] = 1.0,
+    scheduling: Annotated[float, typer.Option(min=0, help="ms a decoding step (vLLM)")] = 5.0,
+    queries: Annotated[float, typer.Option(min=0.1, help="a second, that the retriever answers")] = 500.0,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Estimate memory, disk, tokens, FLOPs, hours and cost of a run (exit code 1: it does not fit)."""
@@ -157,7 +159,7 @@ def plan(
         None if memory is None else memory * GIB,
         None if disk is None else disk * 1e9,
         price,
-        Assumptions(efficiency, decoding, launch / 1000),
+        Assumptions(efficiency, decoding, launch / 1000, scheduling / 1000, queries),
     )
     raise typer.Exit(print_plan(profile, params, machine, processes, as_json))
 

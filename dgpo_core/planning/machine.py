@@ -18,22 +18,22 @@ class Device:
     bandwidth: float | None = None
 
 
-# Vendors' data sheets: dense bfloat16 tensor cores, without sparsity.
+MIB = 2**20
+# Memory as nvidia-smi tells it; FLOPs (dense bfloat16, without sparsity) and bandwidth from the data sheets.
 DEVICES = {
     device.name: device
     for device in (
-        Device("h200", 141e9, 989e12, 4.8e12),
-        Device("h100", 80e9, 989e12, 3.35e12),
-        Device("h100-pcie", 80e9, 756e12, 2.0e12),
-        Device("a100-80", 80e9, 312e12, 2.04e12),
-        Device("a100-40", 40e9, 312e12, 1.56e12),
-        Device("l40s", 48e9, 362e12, 0.864e12),
-        Device("a6000", 48e9, 155e12, 0.768e12),
-        Device("l4", 24e9, 121e12, 0.3e12),
-        Device("rtx4090", 24e9, 165e12, 1.01e12),
+        Device("h200", 143_771 * MIB, 989e12, 4.8e12),
+        Device("h100", 81_559 * MIB, 989e12, 3.35e12),
+        Device("h100-pcie", 81_559 * MIB, 756e12, 2.0e12),
+        Device("a100-80", 81_920 * MIB, 312e12, 2.04e12),
+        Device("a100-40", 40_960 * MIB, 312e12, 1.56e12),
+        Device("l40s", 46_068 * MIB, 362e12, 0.864e12),
+        Device("a6000", 49_140 * MIB, 155e12, 0.768e12),
+        Device("l4", 23_034 * MIB, 121e12, 0.3e12),
+        Device("rtx4090", 24_564 * MIB, 165e12, 1.01e12),
     )
 }
-
 PROCESSOR = Device("processor", float("inf"))  # its memory is the host's; how fast it is differs too much
 
 
@@ -55,12 +55,15 @@ class Assumptions:
     """What an estimate of time rests on beside the data sheets.
 
     `efficiency`: share of the peak FLOPs in training and prefill; `decoding`: share of the bandwidth in
-    decoding; `launch`: seconds a layer that a decoding step waits for the host (eager transformers).
+    decoding; `launch`: seconds that a decoding step waits for the host, for each layer in eager transformers,
+    and `scheduling` in all in vLLM; `queries`: a second, that retriever and encoder answer together.
     """
 
     efficiency: float = 0.4
     decoding: float = 0.6
     launch: float = 0.001
+    scheduling: float = 0.005
+    queries: float = 500.0
 
 
 @dataclass(frozen=True)
@@ -73,3 +76,9 @@ class Machine:
     disk: float | None = None
     price: float | None = None  # a GPU and hour, in any currency
     assumptions: Assumptions = Assumptions()
+
+
+def computing(machine: Machine, flops: float) -> float | None:
+    """Seconds of one device for `flops`, None where its speed is unknown."""
+    peak = machine.device.flops
+    return None if peak is None else flops / (peak * machine.assumptions.efficiency)

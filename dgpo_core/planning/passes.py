@@ -8,6 +8,7 @@ torch's FLOP counter and PaLM's appendix B do (arXiv:2204.02311), although causa
 from dgpo_core.planning.architectures import Architecture
 
 CHUNK = 1024  # tokens whose logits exist at one time (objectives/logprobs.py)
+CACHE_WIDTH = {"float32": 8, "bfloat16": 6}  # keys are rotated in float32 and stay so under autocast
 HEAD_COPIES = 5  # float32 [CHUNK, vocabulary] alive in its backward pass (docs/benchmarks.md)
 
 
@@ -62,6 +63,6 @@ def cast_bytes(shape: Architecture, precision: str) -> float:
     return 2 * (shape.matrices + shape.vocabulary * shape.hidden) if precision == "bfloat16" else 0
 
 
-def cache_bytes(shape: Architecture, tokens: float, precision: str) -> float:
-    """Key-value cache; keys are rotated in float32 and stay so under autocast."""
-    return tokens * shape.layers * shape.keys * (6 if precision == "bfloat16" else 8)
+def cache_bytes(shape: Architecture, tokens: float, width: int) -> float:
+    """Key-value cache; `width` are the bytes of one key's and one value's channel together."""
+    return tokens * shape.layers * shape.keys * width

@@ -68,7 +68,8 @@ def make_plan(planner: Planner) -> Plan:
     assumptions = work.sources | {
         "episodes": f"{work.lengths.source}; {_lengths(planner)}",
         "speed": f"{assumed.efficiency:.0%} of the peak in training and reading, {assumed.decoding:.0%} of "
-        f"the memory's bandwidth and {1000 * assumed.launch:g} ms a layer in decoding",
+        f"the memory's bandwidth and {1000 * assumed.launch:g} ms a layer (vLLM: "
+        f"{1000 * assumed.scheduling:g} ms) in decoding, {assumed.queries:g} queries a second",
         "spread": f"{setup.processes} training process(es), {engine}; episodes by {setup.engine}",
     }
     return Plan(stages, problems, machine, disk, assumptions)

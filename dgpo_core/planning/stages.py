@@ -6,15 +6,13 @@ from dgpo_core.config.params import Params
 from dgpo_core.config.recipes import TEACHER, Distillation, Reinforcement
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture
-from dgpo_core.planning.episodes import EpisodeLengths
-from dgpo_core.planning.machine import Machine
+from dgpo_core.planning.generation import Generation, Generator, Parts, added, shared
+from dgpo_core.planning.machine import Machine, computing
 from dgpo_core.planning.workload import PASSAGE_BYTES, TOKENS_A_WORD, Workload
 
 PROCESS = 0.7e9  # bytes of a stage's program with its libraries, and of a CUDA context
 FRAGMENTATION = 1.1  # of what is allocated and freed, over what is in use
-VLLM_ROWS = 256.0  # sequences that vLLM decodes side by side
 EPISODE_BYTES = 6.0  # a token in a table of episodes: id and log-probability, compressed
-Parts = dict[str, float]
 
 
 @dataclass(frozen=True)
@@ -48,16 +46,6 @@ class Estimate:
 
 
 @dataclass(frozen=True)
-class Generation:
-    """Episodes generated: tokens through the model, FLOPs, seconds on one device."""
-
-    tokens: float
-    flops: float
-    seconds: float | None
-    memory: Parts
-
-
-@dataclass(frozen=True)
 class Planner:
     params: Params
     student: Architecture
@@ -81,6 +69,10 @@ class Planner:
             *(self._evaluate(model) for model in self.params.compare),
             Estimate("report"),
         ]
+
+    @property
+    def _generator(self) -> Generator:
+        return Generator(self.params, self.work.lengths, self.machine, self.setup.engine)
 
     def shape_of(self, model: str) -> Architecture:
         """Of `student`, `teacher` or a recipe's model, which is a student."""
@@ -123,7 +115,7 @@ class Planner:
     # --- generation
 
     def _teach(self) -> Estimate:
-        made = self.generate(self.teacher, self.work.teach)
+        made = self._generator.generate(self.teacher, self.work.teach)
         return self._generating("teach", self.teacher, made, self._episode_bytes(self.work.teach))
 
     def _evaluate(self, model: str) -> Estimate:
@@ -135,65 +127,27 @@ class Planner:
         extra = 2 * sum(asked[name] for name in given if name)
         lengths = self.work.lengths
         single = replace(lengths, model=lengths.model / lengths.turns, turns=1.0)
-        sets, arcap = self.generate(shape, sum(asked.values())), self.generate(shape, extra, single)
+        sets, arcap = (
+            self._generator.generate(shape, sum(asked.values())),
+            self._generator.generate(shape, extra, single),
+        )
         both = Generation(
             sets.tokens + arcap.tokens,
             sets.flops + arcap.flops,
-            _added(sets.seconds, arcap.seconds),
+            added(sets.seconds, arcap.seconds),
             sets.memory,
+            sets.searching,
         )
-        return self._generating(
-            f"evaluate@{model}", shape, both, self._episode_bytes(sum(asked.values()) + extra)
-        )
+        episodes = self._episode_bytes(sum(asked.values()) + extra)
+        return self._generating(f"evaluate@{model}", shape, both, episodes)
 
     def _generating(self, stage: str, shape: Architecture, made: Generation, episodes: float) -> Estimate:
-        gpus = self.machine.gpus if self.setup.engine != "transformers" else min(1, self.machine.gpus)
-        seconds = None if made.seconds is None else made.seconds / max(1, gpus)
-        memory = self._frozen(shape) | made.memory
-        return Estimate(stage, gpus, memory, PROCESS, 2 * episodes, made.tokens, made.flops, seconds)
-
-    def generate(
-        self, shape: Architecture, episodes: float, lengths: EpisodeLengths | None = None
-    ) -> Generation:
-        """Episodes through the engine: prefill of each turn's history, then a decoding step a token.
-
-        A decoding step reads all weights and the batch's cache, so it takes as long as the memory needs, or
-        the matrices where the batch is large, and in eager transformers the launching of every layer (Pope et
-        al. 2022, arXiv:2211.05102). vLLM keeps the prefixes of earlier turns, and its batches stay full.
-        """
-        lengths = lengths or self.work.lengths
-        rollout, vllm = self.params.rollout, self.setup.engine != "transformers"
-        prefill = lengths.total - lengths.model if vllm else lengths.prefill
-        written = lengths.model
-        pairs = lengths.square * (1 if vllm else max(1.0, lengths.turns / 2))
-        flops = passes.forward_flops(shape, prefill + written, pairs) + passes.head_flops(shape, written)
-        room = lengths.total + (0 if vllm else self.params.protocol.max_new_tokens)
-        rows = VLLM_ROWS if vllm else max(1.0, rollout.batch_tokens / room)
-        capacity = rows * room
-        precision = rollout.precision
-        memory = {
-            "key-value cache": passes.cache_bytes(shape, capacity, precision),
-            "activations": passes.passing_bytes(shape, capacity, precision),
-            "logits": 24.0 * rows * shape.vocabulary,  # float32 twice, float64 twice (sampling)
-        }
-        steps = episodes / rows * written * (1 if vllm else lengths.spread)
-        cached = passes.cache_bytes(shape, rows * lengths.total / 2, precision)
-        seconds = self._decoding(shape, rows, cached, vllm)
-        reading = self._compute(passes.forward_flops(shape, prefill, pairs) * episodes, 1)
-        total = None if seconds is None or reading is None else reading + steps * seconds
-        return Generation(episodes * (prefill + written), episodes * flops, total, memory)
-
-    def _decoding(self, shape: Architecture, rows: float, cached: float, vllm: bool) -> float | None:
-        """Seconds of one step for `rows` sequences."""
-        device, assumed = self.machine.device, self.machine.assumptions
-        if device.bandwidth is None or device.flops is None:
-            return None
-        width = 2 if self.params.rollout.precision == "bfloat16" else 4
-        read = width * (shape.matrices + shape.vocabulary * shape.hidden) + cached
-        flops = rows * (2 * shape.matrices + 2 * shape.vocabulary * shape.hidden)
-        memory_bound = read / (device.bandwidth * assumed.decoding)
-        return max(memory_bound, flops / (device.flops * assumed.efficiency)) + (
-            0 if vllm else assumed.launch * shape.layers
+        vllm = self._generator.vllm
+        gpus = self.machine.gpus if vllm else min(1, self.machine.gpus)
+        seconds = added(shared(made.seconds, gpus), made.searching)
+        weights = {"weights": 2.0 * shape.parameters} if vllm else self._frozen(shape)
+        return Estimate(
+            stage, gpus, weights | made.memory, PROCESS, 2 * episodes, made.tokens, made.flops, seconds
         )
 
     # --- training
@@ -228,7 +182,7 @@ class Planner:
             episodes = config.epochs * kept
             generated = 0.5 * episodes if recipe.episodes == "mixed" else 0.0
         looks = config.on_policy.steps // config.on_policy.dev_every if on_policy else config.epochs
-        made = self.generate(self.student, generated + looks * config.dev_questions)
+        made = self._generator.generate(self.student, generated + looks * config.dev_questions)
         live = recipe.objective != "ce" and (config.teacher == "live" or recipe.episodes != "teacher")
         flops = episodes * (self._learning(self.student) + (self._reading(self.teacher) if live else 0))
         parts = self._training(self.student)
@@ -244,7 +198,8 @@ class Planner:
         then an update of actor and critic over all episodes (Updater: one after the other)."""
         config, lengths = self.params.reinforce, self.work.lengths
         shape, episodes = self.student, float(config.steps * config.batch_size)
-        made = self.generate(shape, episodes + config.steps // config.dev_every * config.dev_questions)
+        asked = episodes + config.steps // config.dev_every * config.dev_questions
+        made = self._generator.generate(shape, asked, together=config.batch_size / self._processes)
         ppo = recipe.algorithm == "ppo"
         gated = {"none": 0.0, "uniform": 1.0, "selective": self.work.gated}[recipe.guidance]
         audited = (1 - gated) * min(1.0, config.audit_episodes / config.batch_size)
@@ -284,14 +239,19 @@ class Planner:
     ) -> Estimate:
         """`actor` and `critic`: bytes a parameter in a checkpoint, of which two exist while one is
         replaced."""
-        processes = max(1, min(self.setup.processes, self.machine.gpus or 1))
+        processes = self._processes
         gpus = processes if self.machine.gpus else 0
         weights = self.student.parameters
         disk = 2 * 4.0 * weights + 2 * (actor * weights + critic * self.student.backbone)
-        seconds = _added(
-            self._compute(flops, processes), None if made.seconds is None else made.seconds / processes
-        )
+        seconds = added(self._compute(flops, processes), shared(made.seconds, processes))
+        seconds = added(seconds, made.searching)
+        if self._generator.vllm:
+            memory = memory | {"engine's weights": 2.0 * weights}
         return Estimate(stage, gpus, memory, PROCESS, disk, tokens + made.tokens, flops + made.flops, seconds)
+
+    @property
+    def _processes(self) -> int:
+        return max(1, min(self.setup.processes, self.machine.gpus or 1))
 
     def _reading(self, shape: Architecture, head: bool = True) -> float:
         """FLOPs of one episode forward, with the output embedding on the model's tokens."""
@@ -352,19 +312,10 @@ class Planner:
         return max(float(self.params.compute.micro_batch_tokens), self.work.lengths.total)
 
     def _compute(self, flops: float, devices: int) -> float | None:
-        device = self.machine.device
-        return (
-            None
-            if device.flops is None
-            else flops / (device.flops * self.machine.assumptions.efficiency * devices)
-        )
+        return shared(computing(self.machine, flops), devices)
 
     def _episode_bytes(self, episodes: float) -> float:
         return EPISODE_BYTES * self.work.lengths.total * episodes
-
-
-def _added(first: float | None, second: float | None) -> float | None:
-    return None if first is None or second is None else first + second
 
 
 def _larger(first: Parts, second: Parts) -> Parts:
