@@ -117,7 +117,7 @@ def show(made: Plan, params: Params) -> None:
     machine = made.machine
     place = f"{machine.gpus} x {machine.device.name}" if machine.gpus else "no GPU"
     console.print(f"profile {params.profile} on {place}\n")
-    columns = ["stage", "GPUs", "GPU memory", "host memory", "disk", "tokens", "FLOPs", "hours"]
+    columns = ["stage", "GPUs", "device memory", "host memory", "disk", "tokens", "FLOPs", "hours"]
     paid = made.cost is not None
     table = Table(*columns, *(["cost"] if paid else []), box=None, pad_edge=False)
     for column in table.columns:

@@ -18,7 +18,7 @@ class EpisodeLengths:
     """Means of an episode, in tokens; `turns` are the model's generations. `source` says where they are from.
 
     `square` is the mean of the squared length (for attention), `spread` how much longer the longest turn of a
-    batch is than the mean one.
+    batch is than the mean one, `histories` the sum of what stands before each turn, where it was counted.
     """
 
     prompt: float
@@ -28,6 +28,7 @@ class EpisodeLengths:
     source: str
     variation: float = 0.3  # standard deviation of the length, relative to its mean
     spread: float = SPREAD
+    histories: float | None = None
 
     @property
     def total(self) -> float:
@@ -40,8 +41,11 @@ class EpisodeLengths:
     @property
     def prefill(self) -> float:
         """Tokens that an engine without a prefix cache reads: the history before each of the turns."""
-        written = (self.model + self.environment) / 2
-        return self.turns * self.prompt + (self.turns - 1) * written
+        if self.histories is not None:
+            return self.histories
+        n = self.turns
+        retrieved = self.environment * (n / 2 if n > 1 else 1)  # with one turn it was given beforehand
+        return n * self.prompt + (n - 1) * self.model / 2 + retrieved
 
 
 def assumed(protocol: ProtocolConfig, top_k: int) -> EpisodeLengths:
@@ -65,8 +69,12 @@ def measured(path: Path) -> EpisodeLengths | None:
     if not table.num_rows:
         return None
     owners = table["owners"].combine_chunks()
-    lengths = np.diff(owners.offsets.to_numpy())
-    counts = np.bincount(owners.flatten().to_numpy(), minlength=len(Owner)) / table.num_rows
+    offsets, flat = owners.offsets.to_numpy(), owners.flatten().to_numpy()
+    lengths = np.diff(offsets)
+    counts = np.bincount(flat, minlength=len(Owner)) / table.num_rows
+    own = flat == Owner.MODEL
+    begins = own & ~np.concatenate([[False], own[:-1]])  # an episode begins with its prompt
+    places = np.arange(len(flat)) - np.repeat(offsets[:-1], lengths)
     turns = float(np.mean(table["generations"].to_numpy()))
     return EpisodeLengths(
         prompt=float(counts[Owner.PROMPT]),
@@ -75,6 +83,7 @@ def measured(path: Path) -> EpisodeLengths | None:
         turns=turns,
         source=f"measured: {table.num_rows} episodes of {path}",
         variation=float(np.std(lengths) / np.mean(lengths)),
+        histories=float(places[begins].sum()) / table.num_rows,
     )
 
 

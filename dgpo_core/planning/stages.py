@@ -126,7 +126,7 @@ class Planner:
         given = [self.params.questions.playing(role) for role in ("nq", "musique")]
         extra = 2 * sum(asked[name] for name in given if name)
         lengths = self.work.lengths
-        single = replace(lengths, model=lengths.model / lengths.turns, turns=1.0)
+        single = replace(lengths, model=lengths.model / lengths.turns, turns=1.0, histories=None)
         sets, arcap = (
             self._generator.generate(shape, sum(asked.values())),
             self._generator.generate(shape, extra, single),

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from dgpo_core.config.protocol import ProtocolConfig
-from dgpo_core.planning.episodes import assumed, first_measured, measured
+from dgpo_core.planning.episodes import EpisodeLengths, assumed, first_measured, measured
 from dgpo_core.protocol.episode import Owner, write_episodes
 from tests.dgpo_core.making import random_episode
 
@@ -27,6 +27,11 @@ def test_lengths_are_counted_by_owner(tmp_path: Path) -> None:
     assert lengths.total == pytest.approx(np.mean(sizes))
     assert lengths.square == pytest.approx(np.mean(np.square(sizes)))
     assert lengths.turns == pytest.approx(np.mean([e.generations for e in episodes]))
+    before = [
+        sum(i for i in range(1, len(e.owners)) if e.owners[i] == Owner.MODEL != e.owners[i - 1])
+        for e in episodes
+    ]
+    assert lengths.prefill == pytest.approx(np.mean(before))
     assert "measured: 20 episodes" in lengths.source
     assert first_measured([tmp_path / "none.parquet", path]) == lengths
 
@@ -34,6 +39,13 @@ def test_lengths_are_counted_by_owner(tmp_path: Path) -> None:
 def test_without_episodes_nothing_is_measured(tmp_path: Path) -> None:
     write_episodes(tmp_path / "empty.parquet", [])
     assert first_measured([tmp_path / "none.parquet", tmp_path / "empty.parquet"]) is None
+
+
+def test_what_is_read_before_each_turn() -> None:
+    """Two turns of 10 with 100 retrieved between: 20, then 20 + 10 + 100."""
+    lengths = EpisodeLengths(prompt=20, model=20, environment=100, turns=2, source="")
+    assert lengths.prefill == 20 + 130
+    assert EpisodeLengths(prompt=20, model=10, environment=100, turns=1, source="").prefill == 120
 
 
 @pytest.mark.parametrize("context", [300, 1024, 4096])
