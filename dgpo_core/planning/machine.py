@@ -45,7 +45,7 @@ def device_of(text: str) -> Device:
         memory = float(text) * GIB
     except ValueError:
         memory = 0.0
-    if memory <= 0:
+    if not 0 < memory < float("inf"):  # nan is neither
         raise UserError(f"--gpu {text}: neither GiB of memory nor one of {', '.join(DEVICES)}")
     return Device(f"{text} GiB", memory)
 

@@ -132,6 +132,6 @@ def test_a_plan_is_plain_json_also_without_a_gpu_and_without_speed() -> None:
 
 def test_devices_are_named_or_sized() -> None:
     assert device_of("H100") == device_of("h100") and device_of("24").memory == 24 * GIB
-    for wrong in ("gtx", "0", "-1", "nan"):
+    for wrong in ("gtx", "0", "-1", "nan", "inf"):
         with pytest.raises(UserError, match="neither GiB of memory nor one of h200, h100"):
             device_of(wrong)
