@@ -35,7 +35,7 @@ def setup_of(params: Params) -> Setup:
     """How the parameters spread training and generation over GPUs."""
     compute, rollout = params.compute.model_dump(), params.rollout.model_dump()
     deepspeed = compute.get("engine", "torch") == "deepspeed"
-    zero = compute.get("zero_stage", 1) if deepspeed else None
+    zero = (compute.get("zero_stage") or 2) if deepspeed else None
     return Setup(compute.get("processes", 1), zero, rollout.get("engine", "transformers"))
 
 

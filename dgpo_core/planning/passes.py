@@ -43,7 +43,7 @@ def activation_bytes(shape: Architecture, tokens: float, precision: str) -> floa
     layer = (
         26 * h + 4 * q + 4 * k + 8 * i if precision == "bfloat16" else 24 * h + 8 * q + 8 * k + 16 * i
     ) + small
-    return tokens * (shape.layers * layer + 12 * h)
+    return tokens * (shape.layers * layer + 8 * h)  # and the last norm
 
 
 def passing_bytes(shape: Architecture, tokens: float, precision: str) -> float:

@@ -12,12 +12,12 @@ from tasks import services as records
 from tasks.checks.finding import Finding, error, ok, warning
 
 TIMEOUT = 2.0
-# name -> (variable that names another port, default port)
-PORTS = {
+# name -> (variable that names another port, if any; default port)
+PORTS: dict[str, tuple[str | None, int]] = {
     "Prefect": ("PREFECT_PORT", 4200),
     "MLflow": ("MLFLOW_PORT", 5000),
     "Qdrant": ("QDRANT_PORT", 6333),
-    "vLLM": ("VLLM_PORT", 8000),
+    "retriever or vLLM's server": (None, 8000),
     "agent (dgpo serve)": ("AGENT_PORT", 8080),
 }
 
@@ -26,9 +26,9 @@ def services(params: Params) -> list[Finding]:
     return [*(port(name, *where) for name, where in PORTS.items()), *named(params)]
 
 
-def port(name: str, variable: str, default: int) -> Finding:
+def port(name: str, variable: str | None, default: int) -> Finding:
     """Free, ours, or somebody's."""
-    number = int(os.environ.get(variable) or default)
+    number = int((os.environ.get(variable) if variable else None) or default)
     subject = f"port {number}, {name}"
     with socket.socket() as probe:
         probe.settimeout(TIMEOUT)
@@ -37,7 +37,8 @@ def port(name: str, variable: str, default: int) -> Finding:
     record = records.read(name.lower()) if name in ("Prefect", "MLflow") else None
     if record and records.leader(record):
         return ok(subject, "our server of `make up`")
-    advice = f"if that is not the {name} you want, end it or set {variable}"
+    other = f"set {variable}" if variable else "give yours another port"
+    advice = f"if that is not the {name} you want, end it or {other}"
     return warning(subject, f"in use by {_owner(number)}", advice)
 
 
