@@ -66,9 +66,8 @@ class Generator:
         memory = {
             "key-value cache": passes.cache_bytes(shape, rows * room, width),
             "activations of generation": passes.passing_bytes(shape, at_once, precision),
-            "logits of generation": 24.0
-            * rows
-            * shape.vocabulary,  # float32 and float64, twice each: sampling
+            # of sampling: float32 and float64, twice each
+            "logits of generation": 24.0 * rows * shape.vocabulary,
         }
         full = vllm and together == float("inf")
         steps = episodes / rows * written * (1 if full else lengths.spread)
@@ -97,8 +96,8 @@ class Generator:
         width = 2 if self.params.rollout.precision == "bfloat16" else 4
         weights = shape.matrices + shape.vocabulary * shape.hidden
         reading = (width * weights + cached) / (device.bandwidth * assumed.decoding)
-        computing = 2 * rows * weights / (device.flops * assumed.efficiency)
-        return max(reading, computing) + (assumed.scheduling if vllm else assumed.launch * shape.layers)
+        multiplying = 2 * rows * weights / (device.flops * assumed.efficiency)
+        return max(reading, multiplying) + (assumed.scheduling if vllm else assumed.launch * shape.layers)
 
 
 def shared(seconds: float | None, devices: int) -> float | None:

@@ -125,12 +125,9 @@ class Planner:
         asked = {name: min(count, limit or count) for name, count in test.items()}
         given = [self.params.questions.playing(role) for role in ("nq", "musique")]
         extra = 2 * sum(asked[name] for name in given if name)
-        lengths = self.work.lengths
+        lengths, generator = self.work.lengths, self._generator
         single = replace(lengths, model=lengths.model / lengths.turns, turns=1.0, histories=None)
-        sets, arcap = (
-            self._generator.generate(shape, sum(asked.values())),
-            self._generator.generate(shape, extra, single),
-        )
+        sets, arcap = generator.generate(shape, sum(asked.values())), generator.generate(shape, extra, single)
         both = Generation(
             sets.tokens + arcap.tokens,
             sets.flops + arcap.flops,
@@ -157,13 +154,11 @@ class Planner:
         episodes, lengths = self.work.teach, self.work.lengths
         flops = episodes * self._reading(self.teacher)
         kept = self.params.distributions.top_k or self.student.vocabulary
-        memory = (
-            self._frozen(self.teacher) | self._frozen(self.student, "student ") | self._pass(self.teacher)
-        )
+        memory = self._frozen(self.teacher) | self._frozen(self.student, "student ")
         return Estimate(
             "distributions",
             min(1, self.machine.gpus),
-            memory,
+            memory | self._pass(self.teacher),
             PROCESS + 8.0 * kept * lengths.model * episodes,
             2 * 0.7 * 8.0 * kept * lengths.model * episodes,
             episodes * lengths.total,
@@ -186,12 +181,11 @@ class Planner:
         live = recipe.objective != "ce" and (config.teacher == "live" or recipe.episodes != "teacher")
         flops = episodes * (self._learning(self.student) + (self._reading(self.teacher) if live else 0))
         parts = self._training(self.student)
-        training = (
-            parts | (self._frozen(self.teacher, "teacher ") if live else {}) | self._update(self.student)
-        )
-        resting = parts | (self._frozen(self.teacher, "teacher ") if live else {}) | made.memory
+        if live:
+            parts |= self._frozen(self.teacher, "teacher ")
+        peak = _largest(parts | self._update(self.student), parts | made.memory)
         tokens = episodes * lengths.total * (2 if live else 1)
-        return self._trained(f"distill@{name}", _larger(training, resting), tokens, flops, made, 12.0, 0)
+        return self._trained(f"distill@{name}", peak, tokens, flops, made)
 
     def _reinforce(self, name: str, recipe: Reinforcement) -> Estimate:
         """A step: episodes, log-probabilities of the policy and, of gated episodes, of the reference, values,
@@ -221,28 +215,20 @@ class Planner:
         phases = [parts | self._update(shape), parts | made.memory]
         if reference:
             phases.append(parts | self._pass(reference))
-        peak = max(phases, key=lambda phase: sum(phase.values()))
         tokens = episodes * lengths.total * times
         return self._trained(
-            f"reinforce@{name}", peak, tokens, episodes * each, made, 12.0, 12.0 if ppo else 0
+            f"reinforce@{name}", _largest(*phases), tokens, episodes * each, made, critic=ppo
         )
 
     def _trained(
-        self,
-        stage: str,
-        memory: Parts,
-        tokens: float,
-        flops: float,
-        made: Generation,
-        actor: float,
-        critic: float,
+        self, stage: str, memory: Parts, tokens: float, flops: float, made: Generation, critic: bool = False
     ) -> Estimate:
-        """`actor` and `critic`: bytes a parameter in a checkpoint, of which two exist while one is
-        replaced."""
+        """On disk: the model in float32, and its checkpoint (weights and AdamW's moments), of which two exist
+        while one is replaced."""
         processes = self._processes
         gpus = processes if self.machine.gpus else 0
         weights = self.student.parameters
-        disk = 2 * 4.0 * weights + 2 * (actor * weights + critic * self.student.backbone)
+        disk = 2 * 4.0 * weights + 2 * 12.0 * (weights + critic * self.student.backbone)
         seconds = added(self._compute(flops, processes), shared(made.seconds, processes))
         seconds = added(seconds, made.searching)
         if self._generator.vllm:
@@ -273,11 +259,11 @@ class Planner:
         if zero is None:
             own = {"weights": 4 * n, "gradients": 4 * n if gradients else 0.0, "optimizer": 8 * n}
         else:
-            shared = max(1, self.setup.processes)
+            shares = max(1, self.setup.processes)
             own = {
-                "weights": 2 * n / (shared if zero >= 3 else 1),
-                "gradients": 2 * n / (shared if zero >= 2 else 1),
-                "optimizer": 12 * n / (shared if zero >= 1 else 1),
+                "weights": 2 * n / (shares if zero >= 3 else 1),
+                "gradients": 2 * n / (shares if zero >= 2 else 1),
+                "optimizer": 12 * n / (shares if zero >= 1 else 1),
             }
         return {name + part: size for part, size in own.items() if size}
 
@@ -318,5 +304,5 @@ class Planner:
         return EPISODE_BYTES * self.work.lengths.total * episodes
 
 
-def _larger(first: Parts, second: Parts) -> Parts:
-    return first if sum(first.values()) >= sum(second.values()) else second
+def _largest(*phases: Parts) -> Parts:
+    return max(phases, key=lambda phase: sum(phase.values()))
