@@ -1,8 +1,9 @@
 """The plan's estimates beside measurements, on the CPU: `python -m benchmarks.training_step`.
 
 First small models, each in a process of its own: one policy update (`training/update.py`) with torch's FLOP
-counter, and what the process's memory grew by. Then the published shapes without any weights (fake tensors):
-parameters, FLOPs of a forward and backward pass, and bytes that autograd keeps for it.
+counter, and what the process's memory grew by. Then the published shapes: parameters and FLOPs of a forward
+and backward pass without any weights (fake tensors), and bytes that autograd keeps in two layers (of real
+tensors: with fake ones attention takes another path).
 """
 
 import json
@@ -37,6 +38,8 @@ SMALL = {
     },
 }  # fmt: skip
 PUBLISHED = ("Qwen2.5-0.5B", "Qwen2.5-3B", "Llama-3.2-1B")
+SHORT = {"num_hidden_layers": 2, "vocab_size": 500}  # to which published shapes are cut
+ODD_LENGTH = 500  # there: EPISODES of it have as many tokens as no matrix has rows
 EPISODES, LENGTH, COUNTED = 4, 512, 128  # of a batch: sequences, tokens of each, tokens that count
 Numbers = dict[str, float]
 
@@ -106,11 +109,11 @@ def measure(config: dict[str, Any], precision: str) -> Numbers:
         "parameters": sum(p.numel() for p in model.parameters()),
         "flops": counter.get_total_flops(),
         "memory": _peak() - before,
-        "saved": saved_bytes(model, compute),
+        "saved": saved_bytes(model, compute, LENGTH),
     }
 
 
-def saved_bytes(model: Any, compute: ComputeConfig) -> float:
+def saved_bytes(model: Any, compute: ComputeConfig, length: int) -> float:
     """Bytes that autograd keeps of the layers' forward pass, without weights and their casts."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     shapes = {tuple(sorted(p.shape)) for p in model.parameters() if p.ndim == 2}
@@ -123,17 +126,17 @@ def saved_bytes(model: Any, compute: ComputeConfig) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(compute):
-        ids = torch.zeros(EPISODES, LENGTH, dtype=torch.long)
+        ids = torch.zeros(EPISODES, length, dtype=torch.long)
         model.base_model(input_ids=ids, use_cache=False)
     return float(sum(tensor.untyped_storage().nbytes() for tensor in found.values()))
 
 
-def measure_fake(config: dict[str, Any], precision: str) -> Numbers:
-    """Forward and backward of the true shape, without memory for its numbers."""
+def measure_published(config: dict[str, Any], precision: str) -> Numbers:
+    """Parameters and FLOPs of the true shape; what is kept of the one cut to SHORT's layers and few words."""
     compute = ComputeConfig(device="cpu", precision=precision)  # type: ignore[arg-type]
+    saved = saved_bytes(model_of(config | SHORT), compute, ODD_LENGTH)
     with FakeTensorMode():
         model = model_of(config)
-        saved = saved_bytes(model, compute)
         with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
             ids = torch.zeros(EPISODES, LENGTH, dtype=torch.long)
             with autocast(compute):
@@ -179,10 +182,14 @@ def main() -> None:
     for name in PUBLISHED:
         config = table()[name]["config"]
         shape, tokens = Architecture.from_config(config), EPISODES * LENGTH
-        planned = estimate(shape, "bfloat16") | {
-            "flops": passes.training_flops(shape, tokens, tokens * LENGTH)
+        short = Architecture.from_config(config | SHORT)
+        planned = {
+            "parameters": shape.parameters,
+            "flops": passes.training_flops(shape, tokens, tokens * LENGTH),
+            "saved": passes.activation_bytes(short, EPISODES * ODD_LENGTH, "bfloat16"),
         }
-        print(_row(name, "bfloat16", planned, measure_fake(config, "bfloat16"), keys) + " | |", flush=True)
+        measured = measure_published(config, "bfloat16")
+        print(_row(name, "bfloat16", planned, measured, keys) + " | |", flush=True)
 
 
 if __name__ == "__main__":
