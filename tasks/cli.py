@@ -205,6 +205,63 @@ def lineage(
     raise typer.Exit(show(model, as_json, params, verify))
 
 
+@app.command()
+def plan(
+    params: Annotated[Path, typer.Argument(help="a params.yaml")] = Path("params.yaml"),
+    profile: Annotated[str | None, typer.Option(help="a profile of profiles/ instead")] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="0: everything on the processor")] = 8,
+    gpu: Annotated[str, typer.Option(help="h200, h100, a100-80, ..., or GiB of memory")] = "h100",
+    memory: Annotated[float | None, typer.Option(min=0, help="of the host, GiB")] = None,
+    disk: Annotated[float | None, typer.Option(min=0, help="free, GB")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="of a GPU and hour")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="that train as one, a GPU each; without it as in the parameters")
+    ] = None,
+    efficiency: Annotated[float, typer.Option(min=0.01, max=1, help="share of the peak FLOPs")] = 0.4,
+    decoding: Annotated[float, typer.Option(min=0.01, max=1, help="share of the bandwidth")] = 0.6,
+    launch: Annotated[float, typer.Option(min=0, help="ms a layer and decoding step (transformers)")] = 1.0,
+    scheduling: Annotated[float, typer.Option(min=0, help="ms a decoding step (vLLM)")] = 5.0,
+    queries: Annotated[float, typer.Option(min=0.1, help="a second, that the retriever answers")] = 500.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Estimate memory, disk, tokens, FLOPs, hours and cost of a run (exit code 1: it does not fit)."""
+    from dgpo_core.planning.machine import GIB, PROCESSOR, Assumptions, Machine, device_of
+    from tasks.plan import plan as print_plan
+
+    machine = Machine(
+        gpus,
+        device_of(gpu) if gpus else PROCESSOR,
+        None if memory is None else memory * GIB,
+        None if disk is None else disk * 1e9,
+        price,
+        Assumptions(efficiency, decoding, launch / 1000, scheduling / 1000, queries),
+    )
+    raise typer.Exit(print_plan(profile, params, machine, processes, as_json))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Check versions, GPUs, hub, disk, ports and repository, and say what to do (exit code 1: errors)."""
+    from tasks.doctor import doctor as examine
+
+    raise typer.Exit(examine(as_json))
+
+
+@app.command()
+def rehearse(
+    profile: Annotated[
+        str | None, typer.Option(help="a profile of profiles/; params.yaml without it")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="leave its folder, also after success")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Run every stage once in miniature: true architectures scaled down, random weights (exit code 1: one
+    failed)."""
+    from tasks.rehearse import rehearse as run_all
+
+    raise typer.Exit(run_all(profile, keep, as_json))
+
+
 def main() -> None:
     """Exits with 2 and one line for what the user can mend."""
     from tasks.stage import main as run_program

@@ -12,7 +12,7 @@ from dgpo_core.config.training import ComputeConfig
 from dgpo_core.errors import UserError
 from dgpo_core.objectives.logprobs import engine_gap, token_logprobs
 from dgpo_core.protocol.episode import Episode
-from dgpo_core.retrieval.index import Retriever
+from dgpo_core.retrieval.hits import Retriever
 from dgpo_core.rollout.engine import Request, SeparateEngine, weights_of
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.training.batches import Sequence, backbone_of, collate, counted_hidden, head_of

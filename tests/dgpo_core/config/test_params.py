@@ -194,6 +194,7 @@ def test_committed_parameters_are_the_tiny_profile() -> None:
 def test_every_profile_resolves(path: Path) -> None:
     resolved = resolve_profile(path)
     assert resolved["profile"] == path.stem
+    assert Params.model_validate(resolved).model_dump(mode="json") == resolved
     assert set(resolved["compare"]) == {"student", "teacher", "kd", "dgpo"}
 
 

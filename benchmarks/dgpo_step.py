@@ -1,0 +1,332 @@
+"""One full DGPO step at true shapes, on random weights: `python -m benchmarks.dgpo_step`.
+
+A student with its critic and a frozen teacher of published shapes (dgpo_core/planning/architectures.yaml),
+and episodes of realistic lengths made from a seed. What is timed is the pipeline's own code:
+`ExperienceMaker` (the policy's, the teacher's and the critic's passes) and `Updater` (mini-batches of actor
+and critic). Passes are as large as fits: `--micro-batch-tokens` is halved after a CUDA out-of-memory until a
+step goes through; what is left of a mini-batch is accumulated. `--rollout transformers` also generates the
+episodes' turns, at their lengths, with the default engine.
+
+Needs torch, transformers, numpy, pyarrow and pydantic (and PyYAML for the table of shapes). Prints JSON.
+"""
+
+import argparse
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from dgpo_core.config.protocol import RolloutConfig, Sampling
+from dgpo_core.config.recipes import Reinforcement
+from dgpo_core.config.training import ComputeConfig, ReinforceConfig
+from dgpo_core.planning import passes
+from dgpo_core.planning.architectures import Architecture, table
+from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner
+from dgpo_core.rollout.engine import Request
+from dgpo_core.rollout.transformers_engine import TransformersEngine
+from dgpo_core.training.critic import Critic
+from dgpo_core.training.experience import Experience, ExperienceMaker
+from dgpo_core.training.optimizer import Stepper, adamw, constant
+from dgpo_core.training.update import Updater
+
+PROMPT, TURN, INFORMATION = (150, 220), (25, 160), (350, 500)  # tokens: least and most of a part
+SEARCHES = (1, 2, 2, 3, 4)  # drawn from, each as often
+WRONG = 0.65  # share of the episodes whose gate is open
+SMALLEST = 2048  # padded tokens of a pass below which nothing is tried
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    student: str = "Qwen2.5-0.5B"
+    teacher: str = "Qwen2.5-3B"
+    episodes: int = 512
+    mini_batch: int = 256
+    micro_batch_tokens: int = 32_768
+    steps: int = 2  # the last one is reported: the first also allocates
+    device: str = "cuda"
+    precision: str = "bfloat16"
+    rollout: str = "none"
+    layers: int | None = None  # of both models, for a smoke test
+    scale: float = 1.0  # of the episodes' lengths, for a smoke test
+    seed: int = 0
+
+
+def make_episodes(settings: Settings, vocabulary: int) -> list[Episode]:
+    """Random tokens: a prompt, turns of the model with retrieved text between them, an answer."""
+    rng = random.Random(f"dgpo-step-{settings.seed}")
+
+    def length(bounds: tuple[int, int]) -> int:
+        return max(2, round(settings.scale * rng.randint(*bounds)))
+
+    episodes = []
+    for number in range(settings.episodes):
+        owners = [Owner.PROMPT] * length(PROMPT)
+        searches = rng.choice(SEARCHES)
+        for _ in range(searches):
+            owners += [Owner.MODEL] * length(TURN) + [Owner.ENVIRONMENT] * length(INFORMATION)
+        owners += [Owner.MODEL] * length(TURN)
+        wrong = rng.random() < WRONG
+        episodes.append(
+            Episode(
+                question_id=str(number),
+                dataset="synthetic",
+                question="?",
+                golden_answers=["x"],
+                sample=0,
+                token_ids=[rng.randrange(vocabulary) for _ in owners],
+                owners=[int(owner) for owner in owners],
+                logprobs=[-1.0 if owner is Owner.MODEL else 0.0 for owner in owners],
+                response="",
+                prediction=None if wrong else "x",
+                outcome=Outcome.WRONG if wrong else Outcome.CORRECT,
+                ending=Ending.ANSWERED,
+                well_formed=True,
+                hit=False,
+                generations=searches + 1,
+                invalid_actions=0,
+                cut_turns=0,
+            )
+        )
+    return episodes
+
+
+def load(name: str, settings: Settings) -> PreTrainedModel:
+    """A random model of the published shape, made on the device (float32, as the stages load theirs)."""
+    values = dict(table()[name]["config"])
+    if settings.layers is not None:
+        values["num_hidden_layers"] = settings.layers
+    config = AutoConfig.for_model(values.pop("model_type"), **values)
+    torch.manual_seed(settings.seed)
+    with torch.device(settings.device):
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    return model.eval()
+
+
+class Clock:
+    """Seconds by part; waits for the device."""
+
+    def __init__(self, device: str) -> None:
+        self.seconds: dict[str, float] = {}
+        self._cuda = device.startswith("cuda")
+
+    def time(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        """`function`, whose calls are added to `part`."""
+
+        def timed(*arguments: Any, **keywords: Any) -> Any:
+            started = self._now()
+            try:
+                return function(*arguments, **keywords)
+            finally:
+                self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - started
+
+        return timed
+
+    def _now(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        return time.perf_counter()
+
+
+class TimedMaker(ExperienceMaker):
+    """ExperienceMaker whose passes are timed by what they are for."""
+
+    def __init__(self, clock: Clock, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._old_logprobs = clock.time("policy log-probabilities", super()._old_logprobs)  # type: ignore[method-assign]
+        self._reference_logprobs = clock.time("teacher", super()._reference_logprobs)  # type: ignore[method-assign]
+
+
+class TimedUpdater(Updater):
+    def __init__(self, clock: Clock, **parts: Any) -> None:
+        super().__init__(**parts)
+        self._actor_gradient = clock.time("actor gradient", super()._actor_gradient)  # type: ignore[method-assign]
+        self._critic_gradient = clock.time("critic gradient", super()._critic_gradient)  # type: ignore[method-assign]
+
+
+def run(settings: Settings) -> dict[str, Any]:
+    """Measure, with as large passes as fit."""
+    config = ReinforceConfig(batch_size=settings.episodes, mini_batch_size=settings.mini_batch)
+    student, teacher = load(settings.student, settings), load(settings.teacher, settings)
+    critic = Critic(student)
+    steppers = [
+        Stepper(
+            adamw(list(m.parameters()), rate, config.weight_decay), schedule=constant(), max_grad_norm=1.0
+        )
+        for m, rate in ((student, config.actor_learning_rate), (critic, config.critic_learning_rate))
+    ]
+    episodes = make_episodes(settings, student.config.vocab_size)
+    result: dict[str, Any] = {
+        "settings": dataclasses.asdict(settings),
+        **_described(episodes, student, teacher),
+    }
+    if settings.rollout == "transformers":
+        result["rollout"] = roll_out(settings, student, episodes)
+    tokens = settings.micro_batch_tokens
+    while True:
+        compute = ComputeConfig(
+            device=settings.device, precision=settings.precision, micro_batch_tokens=tokens
+        )  # type: ignore[arg-type]
+        try:
+            for _ in range(settings.steps):
+                clock = Clock(settings.device)
+                _reset_peak(settings.device)
+                one_step(clock, student, teacher, critic, steppers, config, compute, episodes)
+            break
+        except torch.cuda.OutOfMemoryError:
+            if tokens // 2 < SMALLEST:
+                raise
+            tokens //= 2
+            for module in (student, critic):
+                module.zero_grad(set_to_none=True)
+            torch.cuda.empty_cache()
+    total = clock.seconds["step"]
+    result |= {
+        "micro_batch_tokens": tokens,
+        "seconds": {part: round(seconds, 3) for part, seconds in clock.seconds.items()},
+        "teacher_share": round(clock.seconds.get("teacher", 0.0) / total, 4),
+        "peak_memory_gib": _peak(settings.device),
+        "tokens_per_second": round(sum(len(e.token_ids) for e in episodes) / total, 1),
+        "model_tflops_per_second": round(flops(settings, episodes, config) / total / 1e12, 3),
+    }
+    return result
+
+
+def one_step(
+    clock: Clock,
+    student: PreTrainedModel,
+    teacher: PreTrainedModel,
+    critic: Critic,
+    steppers: list[Stepper],
+    config: ReinforceConfig,
+    compute: ComputeConfig,
+    episodes: list[Episode],
+) -> None:
+    """What Reinforcer does between two rollouts."""
+    recipe = Reinforcement(start="student", guidance="selective", reference="teacher")
+    maker = TimedMaker(
+        clock,
+        student=student,
+        reference=teacher,
+        critic=critic,
+        recipe=recipe,
+        config=config,
+        compute=compute,
+    )
+    updater = TimedUpdater(
+        clock,
+        student=student,
+        critic=critic,
+        actor=steppers[0],
+        critic_stepper=steppers[1],
+        config=config,
+        compute=compute,
+    )
+
+    def step() -> None:
+        experience: Experience = clock.time("experience", maker.make)(episodes)
+        clock.time("update", updater.update)(experience, list(range(len(episodes))))
+
+    clock.time("step", step)()
+
+
+def roll_out(settings: Settings, student: PreTrainedModel, episodes: list[Episode]) -> dict[str, float]:
+    """Every turn generated at its length by the default engine, from the episode's own history."""
+
+    class Tokenizer:
+        """No text is looked at: nothing is to stop a turn before its length."""
+
+        eos_token_id = None
+
+        def __len__(self) -> int:
+            return int(student.config.vocab_size)
+
+        def batch_decode(self, tokens: list[list[int]]) -> list[str]:
+            return [""] * len(tokens)
+
+    precision: Any = settings.precision
+    engine = TransformersEngine(student, Tokenizer(), RolloutConfig(precision=precision))
+    if student.generation_config is not None:
+        student.generation_config.eos_token_id = None
+    started, written = time.perf_counter(), 0
+    for turn in range(max(episode.generations for episode in episodes)):
+        requests = []
+        for number, episode in enumerate(episodes):
+            starts = [
+                i for i in range(1, len(episode.owners))
+                if episode.owners[i] == Owner.MODEL != episode.owners[i - 1]
+            ]  # fmt: skip
+            if turn < len(starts):
+                begin = end = starts[turn]
+                while end < len(episode.owners) and episode.owners[end] == Owner.MODEL:
+                    end += 1
+                requests.append(
+                    Request(episode.token_ids[:begin], end - begin, (settings.seed, number, turn))
+                )
+                written += end - begin
+        engine.generate(requests, Sampling(), ())
+    seconds = time.perf_counter() - started
+    return {"seconds": round(seconds, 3), "written_tokens_per_second": round(written / seconds, 1)}
+
+
+def flops(settings: Settings, episodes: list[Episode], config: ReinforceConfig) -> float:
+    """Of one step by the plan's formulas (docs/scaling.md)."""
+    shapes = [
+        Architecture.from_config(table()[name]["config"]) for name in (settings.student, settings.teacher)
+    ]
+    if settings.layers is not None:
+        shapes = [dataclasses.replace(shape, layers=settings.layers) for shape in shapes]
+    student, teacher = shapes
+    total = 0.0
+    outside = 0
+    for episode in episodes:
+        n, own = len(episode.token_ids), episode.model_tokens
+        forward = passes.forward_flops(student, n, n**2)
+        head = passes.head_flops(student, own)
+        total += 2 * forward + head  # old log-probabilities, values
+        total += 2 * passes.training_flops(student, n, n**2) + passes.head_flops(student, own, training=True)
+        audited = episode.correct and outside < config.audit_episodes
+        outside += audited
+        if not episode.correct or audited:
+            total += passes.forward_flops(teacher, n, n**2) + passes.head_flops(teacher, own)
+    return total
+
+
+def _described(episodes: list[Episode], student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, Any]:
+    n = len(episodes)
+    return {
+        "parameters": {"student": student.num_parameters(), "teacher": teacher.num_parameters()},
+        "episode_tokens": round(sum(len(e.token_ids) for e in episodes) / n, 1),
+        "model_tokens": round(sum(e.model_tokens for e in episodes) / n, 1),
+        "gated": sum(not e.correct for e in episodes) / n,
+        "torch": torch.__version__,
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
+    }
+
+
+def _reset_peak(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.reset_peak_memory_stats()
+
+
+def _peak(device: str) -> float | None:
+    """GiB that tensors held at most in the last step; None without a GPU."""
+    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.startswith("cuda") else None
+
+
+def parse(arguments: list[str] | None = None) -> Settings:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    for field in dataclasses.fields(Settings):
+        kind = int if field.default is None else type(field.default)
+        parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)
+    return Settings(**vars(parser.parse_args(arguments)))
+
+
+if __name__ == "__main__":
+    print(json.dumps(run(parse()), indent=2))

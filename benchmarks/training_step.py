@@ -1,0 +1,199 @@
+"""The plan's estimates beside measurements, on the CPU: `python -m benchmarks.training_step`.
+
+First small models, each in a process of its own: one policy update (`training/update.py`) with torch's FLOP
+counter, and what the process's memory grew by. Then the published shapes: parameters and FLOPs of a forward
+and backward pass without any weights (fake tensors), and bytes that autograd keeps in two layers (of real
+tensors: with fake ones attention takes another path).
+"""
+
+import json
+import resource
+import subprocess
+import sys
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from dgpo_core.config.training import ComputeConfig, ReinforceConfig
+from dgpo_core.planning import passes
+from dgpo_core.planning.architectures import Architecture, table
+from dgpo_core.training.batches import Sequence
+from dgpo_core.training.compute import autocast
+from dgpo_core.training.experience import Experience
+from dgpo_core.training.optimizer import Stepper, adamw, constant
+from dgpo_core.training.update import Updater
+
+SMALL = {
+    "qwen2, 4 layers": {
+        "model_type": "qwen2", "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 8,
+        "num_key_value_heads": 2, "intermediate_size": 704, "vocab_size": 32_000, "tie_word_embeddings": True,
+    },
+    "llama, 6 layers": {
+        "model_type": "llama", "hidden_size": 320, "num_hidden_layers": 6, "num_attention_heads": 10,
+        "num_key_value_heads": 5, "intermediate_size": 1024, "vocab_size": 16_000, "tie_word_embeddings":
+        False,
+    },
+}  # fmt: skip
+PUBLISHED = ("Qwen2.5-0.5B", "Qwen2.5-3B", "Llama-3.2-1B")
+SHORT = {"num_hidden_layers": 2, "vocab_size": 500}  # to which published shapes are cut
+ODD_LENGTH = 500  # there: EPISODES of it have as many tokens as no matrix has rows
+EPISODES, LENGTH, COUNTED = 4, 512, 128  # of a batch: sequences, tokens of each, tokens that count
+Numbers = dict[str, float]
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    return sdpa_backward_flop_count(gradient, query, key, value)
+
+
+# torch counts its GPU kernels of attention, and not the one for the CPU
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+def model_of(config: dict[str, Any]) -> Any:
+    values = {key: value for key, value in config.items() if key != "model_type"}
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+
+
+def estimate(shape: Architecture, precision: str) -> Numbers:
+    """Of one update of EPISODES sequences in one pass."""
+    tokens, counted = EPISODES * LENGTH, EPISODES * COUNTED
+    memory = 16 * shape.parameters + passes.activation_bytes(shape, tokens, precision)
+    memory += passes.cast_bytes(shape, precision) + passes.passing_bytes(shape, tokens, precision)
+    flops = passes.training_flops(shape, tokens, tokens * LENGTH)
+    return {
+        "parameters": shape.parameters,
+        "flops": flops + passes.head_flops(shape, counted, training=True),
+        "memory": memory + passes.head_bytes(shape, counted),
+        "saved": passes.activation_bytes(shape, tokens, precision),
+    }
+
+
+def measure(config: dict[str, Any], precision: str) -> Numbers:
+    """The same update done: FLOPs counted, and the growth of the process's peak memory."""
+    torch.manual_seed(0)
+    torch.ones(8, requires_grad=True).sum().backward()  # what torch itself loads when first used
+    before = _peak()
+    model = model_of(config)
+    stepper = Stepper(adamw(list(model.parameters()), 1e-4, 0.01), schedule=constant(), max_grad_norm=1.0)
+    compute = ComputeConfig(device="cpu", precision=precision, micro_batch_tokens=EPISODES * LENGTH)  # type: ignore[arg-type]
+    updater = Updater(model, None, stepper, None, ReinforceConfig(), compute)
+    ids = torch.randint(config["vocab_size"], (EPISODES, LENGTH)).tolist()
+    positions = list(range(LENGTH - COUNTED, LENGTH))
+    zeros = [torch.zeros(COUNTED) for _ in ids]
+    experience = Experience(
+        sequences=[Sequence(row, positions) for row in ids],
+        old_logprobs=zeros,
+        advantages=[torch.ones(COUNTED) for _ in ids],
+        value_sequences=[],
+        values=[],
+        returns=[],
+        kl=[],
+        rewards=[],
+        gated=[False] * len(ids),
+        kl_outside=[],
+        reference=[None] * len(ids),
+    )
+    with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+        updater.update(experience, list(range(EPISODES)))
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "flops": counter.get_total_flops(),
+        "memory": _peak() - before,
+        "saved": saved_bytes(model, compute, LENGTH),
+    }
+
+
+def saved_bytes(model: Any, compute: ComputeConfig, length: int) -> float:
+    """Bytes that autograd keeps of the layers' forward pass, without weights and their casts."""
+    weights = {p.untyped_storage()._cdata for p in model.parameters()}
+    shapes = {tuple(sorted(p.shape)) for p in model.parameters() if p.ndim == 2}
+    found: dict[int, torch.Tensor] = {}  # the tensors themselves: what is freed may lend its address
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        key = tensor.untyped_storage()._cdata
+        if key not in weights and tuple(sorted(tensor.shape)) not in shapes:
+            found[key] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(compute):
+        ids = torch.zeros(EPISODES, length, dtype=torch.long)
+        model.base_model(input_ids=ids, use_cache=False)
+    return float(sum(tensor.untyped_storage().nbytes() for tensor in found.values()))
+
+
+def measure_published(config: dict[str, Any], precision: str) -> Numbers:
+    """Parameters and FLOPs of the true shape; what is kept of the one cut to SHORT's layers and few words."""
+    compute = ComputeConfig(device="cpu", precision=precision)  # type: ignore[arg-type]
+    saved = saved_bytes(model_of(config | SHORT), compute, ODD_LENGTH)
+    with FakeTensorMode():
+        model = model_of(config)
+        with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
+            ids = torch.zeros(EPISODES, LENGTH, dtype=torch.long)
+            with autocast(compute):
+                hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
+            hidden.sum().backward()
+        return {
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "flops": counter.get_total_flops(),
+            "saved": saved,
+        }
+
+
+def _peak() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
+
+
+def _row(name: str, precision: str, planned: Numbers, measured: Numbers, keys: tuple[str, ...]) -> str:
+    cells = []
+    for key in keys:
+        unit = {"parameters": 1.0, "flops": 1e12}.get(key, 2**30)
+        form = "{:,.0f}" if key == "parameters" else "{:.3g}"
+        ratio = planned[key] / measured[key]
+        cells.append(
+            f"{form.format(planned[key] / unit)} / {form.format(measured[key] / unit)} | {ratio:.3f}"
+        )
+    return f"| {name} | {precision} | {' | '.join(cells)} |"
+
+
+def main() -> None:
+    keys: tuple[str, ...] = ("parameters", "flops", "saved", "memory")
+    print(
+        "| model | precision | parameters: plan / measured | ratio | TFLOPs | ratio | kept, GiB | ratio |",
+        end="",
+    )
+    print(" memory, GiB | ratio |\n|" + "---|" * 10)
+    for name, config in SMALL.items():
+        for precision in ("float32", "bfloat16"):
+            command = [sys.executable, "-m", "benchmarks.training_step", "--one", name, precision]
+            done = subprocess.run(command, check=True, capture_output=True, text=True)
+            planned = estimate(Architecture.from_config(config), precision)
+            print(_row(name, precision, planned, json.loads(done.stdout), keys), flush=True)
+    keys = ("parameters", "flops", "saved")
+    for name in PUBLISHED:
+        config = table()[name]["config"]
+        shape, tokens = Architecture.from_config(config), EPISODES * LENGTH
+        short = Architecture.from_config(config | SHORT)
+        planned = {
+            "parameters": shape.parameters,
+            "flops": passes.training_flops(shape, tokens, tokens * LENGTH),
+            "saved": passes.activation_bytes(short, EPISODES * ODD_LENGTH, "bfloat16"),
+        }
+        measured = measure_published(config, "bfloat16")
+        print(_row(name, "bfloat16", planned, measured, keys) + " | |", flush=True)
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--one"]:
+        print(json.dumps(measure(SMALL[sys.argv[2]], sys.argv[3])))
+    else:
+        main()

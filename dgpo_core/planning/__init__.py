@@ -1,0 +1,1 @@
+"""What a run needs before it is paid for: memory, disk, tokens, FLOPs and time, from shapes alone."""

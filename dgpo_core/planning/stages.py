@@ -1,0 +1,308 @@
+"""What each stage of a run needs on a machine (see `passes` for the formulas and their sources)."""
+
+from dataclasses import dataclass, field, replace
+
+from dgpo_core.config.params import Params
+from dgpo_core.config.recipes import TEACHER, Distillation, Reinforcement
+from dgpo_core.planning import passes
+from dgpo_core.planning.architectures import Architecture
+from dgpo_core.planning.generation import Generation, Generator, Parts, added, shared
+from dgpo_core.planning.machine import Machine, computing
+from dgpo_core.planning.workload import PASSAGE_BYTES, TOKENS_A_WORD, Workload
+
+PROCESS = 0.7e9  # bytes of a stage's program with its libraries, and of a CUDA context
+FRAGMENTATION = 1.1  # of what is allocated and freed, over what is in use
+EPISODE_BYTES = 6.0  # a token in a table of episodes: id and log-probability, compressed
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How training and generation are spread: `zero` None is plain torch, else DeepSpeed's ZeRO stage."""
+
+    processes: int = 1
+    zero: int | None = None
+    engine: str = "transformers"
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """One stage. `memory`: bytes on each GPU at the peak, part by part; `host`: bytes of one process; `disk`:
+    bytes of its outputs, with DVC's copy, and of its checkpoints; `tokens`: through a model, reading and
+    writing; `seconds`: None where the device's speed is unknown."""
+
+    stage: str
+    gpus: int = 0
+    memory: Parts = field(default_factory=dict)
+    host: float = PROCESS
+    disk: float = 0.0
+    tokens: float = 0.0
+    flops: float = 0.0
+    seconds: float | None = 0.0
+
+    @property
+    def device_memory(self) -> float:
+        """Bytes on each GPU: the parts, what is lost between them, and the context."""
+        return FRAGMENTATION * sum(self.memory.values()) + PROCESS if self.memory else 0.0
+
+
+@dataclass(frozen=True)
+class Planner:
+    params: Params
+    student: Architecture
+    teacher: Architecture
+    encoder: Architecture | None  # None: BM25
+    work: Workload
+    machine: Machine
+    setup: Setup
+
+    def stages(self) -> list[Estimate]:
+        """All stages of `dvc repro`, in an order in which they can run."""
+        recipes = self.params.recipes
+        return [
+            self._data(),
+            self._index(),
+            self._teach(),
+            Estimate("filter", disk=2 * self.work.correct * self._episode_bytes(self.work.teach)),
+            *([self._distributions()] if self.params.distill.teacher == "cache" else []),
+            *(self._distill(name, row) for name, row in recipes.distill.items()),
+            *(self._reinforce(name, row) for name, row in recipes.reinforce.items()),
+            *(self._evaluate(model) for model in self.params.compare),
+            Estimate("report"),
+        ]
+
+    @property
+    def _generator(self) -> Generator:
+        return Generator(self.params, self.work.lengths, self.machine, self.setup.engine)
+
+    def shape_of(self, model: str) -> Architecture:
+        """Of `student`, `teacher` or a recipe's model, which is a student."""
+        return self.teacher if model == TEACHER else self.student
+
+    def models_disk(self) -> float:
+        """The given models in bfloat16, as the hub has them."""
+        shapes = [self.student, self.teacher, *([self.encoder] if self.encoder else [])]
+        return sum(2.0 * shape.parameters for shape in shapes)
+
+    # --- stages without a language model
+
+    def _data(self) -> Estimate:
+        return Estimate("data", disk=2 * self.work.passages * PASSAGE_BYTES)
+
+    def _index(self) -> Estimate:
+        """Vectors in float32, twice on disk (DVC's cache), and in memory where Qdrant runs in the process."""
+        passages, words = self.work.passages, self.work.words
+        text = PASSAGE_BYTES * passages
+        if self.encoder is None:
+            vectors = 8.0 * 0.7 * words * passages  # an index and a weight for each different word
+            tokens = flops = 0.0
+            seconds: float | None = 0.0
+        else:
+            vectors = 4.0 * self.encoder.hidden * passages
+            each = min(words * TOKENS_A_WORD, self.params.retrieval.encoder.max_tokens)
+            tokens = each * passages
+            flops = passes.forward_flops(self.encoder, tokens, each**2 * passages)
+            seconds = self._compute(flops, 1)
+        shard = min(self.params.retrieval.shard_size, passages)
+        # a shard's vectors pass through lists of Python numbers: a pointer and an object each
+        host = PROCESS + 32 * (vectors / passages / 4) * shard + 2 * PASSAGE_BYTES * shard
+        if self.params.retrieval.location == "embedded":
+            host += vectors + text
+        disk = 2 * (vectors + 0.4 * text)
+        return Estimate(
+            "index", min(1, self.machine.gpus) if self.encoder else 0, {}, host, disk, tokens, flops, seconds
+        )
+
+    # --- generation
+
+    def _teach(self) -> Estimate:
+        made = self._generator.generate(self.teacher, self.work.teach)
+        return self._generating("teach", self.teacher, made, self._episode_bytes(self.work.teach))
+
+    def _evaluate(self, model: str) -> Estimate:
+        """The test sets, and ARCap's extra episodes: two of one turn for each question of NQ and MuSiQue."""
+        shape, test = self.shape_of(model), self.work.test
+        limit = self.params.evaluate.questions
+        asked = {name: min(count, limit or count) for name, count in test.items()}
+        given = [self.params.questions.playing(role) for role in ("nq", "musique")]
+        extra = 2 * sum(asked[name] for name in given if name)
+        lengths, generator = self.work.lengths, self._generator
+        single = replace(lengths, model=lengths.model / lengths.turns, turns=1.0, histories=None)
+        sets, arcap = generator.generate(shape, sum(asked.values())), generator.generate(shape, extra, single)
+        both = Generation(
+            sets.tokens + arcap.tokens,
+            sets.flops + arcap.flops,
+            added(sets.seconds, arcap.seconds),
+            sets.memory,
+            sets.searching,
+        )
+        episodes = self._episode_bytes(sum(asked.values()) + extra)
+        return self._generating(f"evaluate@{model}", shape, both, episodes)
+
+    def _generating(self, stage: str, shape: Architecture, made: Generation, episodes: float) -> Estimate:
+        vllm = self._generator.vllm
+        gpus = self.machine.gpus if vllm else min(1, self.machine.gpus)
+        seconds = added(shared(made.seconds, gpus), made.searching)
+        weights = {"weights": 2.0 * shape.parameters} if vllm else self._frozen(shape)
+        return Estimate(
+            stage, gpus, weights | made.memory, PROCESS, 2 * episodes, made.tokens, made.flops, seconds
+        )
+
+    # --- training
+
+    def _distributions(self) -> Estimate:
+        """One pass of the teacher over its episodes; the likeliest tokens of each of its own."""
+        episodes, lengths = self.work.teach, self.work.lengths
+        flops = episodes * self._reading(self.teacher)
+        kept = self.params.distributions.top_k or self.student.vocabulary
+        memory = self._frozen(self.teacher) | self._frozen(self.student, "student ")
+        return Estimate(
+            "distributions",
+            min(1, self.machine.gpus),
+            memory | self._pass(self.teacher),
+            PROCESS + 8.0 * kept * lengths.model * episodes,
+            2 * 0.7 * 8.0 * kept * lengths.model * episodes,
+            episodes * lengths.total,
+            flops,
+            self._compute(flops, 1),
+        )
+
+    def _distill(self, name: str, recipe: Distillation) -> Estimate:
+        config, lengths = self.params.distill, self.work.lengths
+        on_policy = recipe.episodes == "student"
+        if on_policy:
+            steps, batch = config.on_policy.steps, config.on_policy.batch_size
+            episodes, generated = float(steps * batch), float(steps * batch)
+        else:
+            kept = self.work.teach * (self.work.correct if recipe.correct_only else 1.0)
+            episodes = config.epochs * kept
+            generated = 0.5 * episodes if recipe.episodes == "mixed" else 0.0
+        looks = config.on_policy.steps // config.on_policy.dev_every if on_policy else config.epochs
+        made = self._generator.generate(self.student, generated + looks * config.dev_questions)
+        live = recipe.objective != "ce" and (config.teacher == "live" or recipe.episodes != "teacher")
+        flops = episodes * (self._learning(self.student) + (self._reading(self.teacher) if live else 0))
+        parts = self._training(self.student)
+        if live:
+            parts |= self._frozen(self.teacher, "teacher ")
+        peak = _largest(parts | self._update(self.student), parts | made.memory)
+        tokens = episodes * lengths.total * (2 if live else 1)
+        return self._trained(f"distill@{name}", peak, tokens, flops, made)
+
+    def _reinforce(self, name: str, recipe: Reinforcement) -> Estimate:
+        """A step: episodes, log-probabilities of the policy and, of gated episodes, of the reference, values,
+        then an update of actor and critic over all episodes (Updater: one after the other)."""
+        config, lengths = self.params.reinforce, self.work.lengths
+        shape, episodes = self.student, float(config.steps * config.batch_size)
+        asked = episodes + config.steps // config.dev_every * config.dev_questions
+        made = self._generator.generate(shape, asked, together=config.batch_size / self._processes)
+        ppo = recipe.algorithm == "ppo"
+        gated = {"none": 0.0, "uniform": 1.0, "selective": self.work.gated}[recipe.guidance]
+        audited = (1 - gated) * min(1.0, config.audit_episodes / config.batch_size)
+        again = 1.0 if config.old_logprobs == "trainer" else 0.0
+        reference = None if recipe.reference == "none" else self.shape_of(recipe.reference)
+        each = again * self._reading(shape) + self._learning(shape)
+        times = again + 1
+        if reference:
+            each += (gated + audited) * self._reading(reference)
+            times += gated + audited
+        if ppo:
+            each += self._reading(shape, head=False) + self._learning(shape, head=False)
+            times += 2
+        parts = self._training(shape)
+        if ppo:
+            parts |= self._training(shape, "critic ", gradients=False)
+        if reference:
+            parts |= self._frozen(reference, "reference ")
+        phases = [parts | self._update(shape), parts | made.memory]
+        if reference:
+            phases.append(parts | self._pass(reference))
+        tokens = episodes * lengths.total * times
+        return self._trained(
+            f"reinforce@{name}", _largest(*phases), tokens, episodes * each, made, critic=ppo
+        )
+
+    def _trained(
+        self, stage: str, memory: Parts, tokens: float, flops: float, made: Generation, critic: bool = False
+    ) -> Estimate:
+        """On disk: the model in float32, and its checkpoint (weights and AdamW's moments), of which two exist
+        while one is replaced."""
+        processes = self._processes
+        gpus = processes if self.machine.gpus else 0
+        weights = self.student.parameters
+        disk = 2 * 4.0 * weights + 2 * 12.0 * (weights + critic * self.student.backbone)
+        seconds = added(self._compute(flops, processes), shared(made.seconds, processes))
+        seconds = added(seconds, made.searching)
+        if self._generator.vllm:
+            memory = memory | {"engine's weights": 2.0 * weights}
+        return Estimate(stage, gpus, memory, PROCESS, disk, tokens + made.tokens, flops + made.flops, seconds)
+
+    @property
+    def _processes(self) -> int:
+        return max(1, min(self.setup.processes, self.machine.gpus or 1))
+
+    def _reading(self, shape: Architecture, head: bool = True) -> float:
+        """FLOPs of one episode forward, with the output embedding on the model's tokens."""
+        lengths = self.work.lengths
+        own = passes.head_flops(shape, lengths.model) if head else 0.0
+        return passes.forward_flops(shape, lengths.total, lengths.square) + own
+
+    def _learning(self, shape: Architecture, head: bool = True) -> float:
+        lengths = self.work.lengths
+        own = passes.head_flops(shape, lengths.model, training=True) if head else 0.0
+        return passes.training_flops(shape, lengths.total, lengths.square) + own
+
+    def _training(self, shape: Architecture, name: str = "", gradients: bool = True) -> Parts:
+        """Weights, gradients and AdamW's two moments: 16 bytes a parameter in float32, and as many with
+        DeepSpeed's bfloat16 weights and float32 copies, shared out by its ZeRO stage (Rajbhandari et al.
+        2020, arXiv:1910.02054, figure 1). Without `gradients`: those of a critic, which exist only in its own
+        update."""
+        n, zero = float(shape.parameters if not name else shape.backbone), self.setup.zero
+        if zero is None:
+            own = {"weights": 4 * n, "gradients": 4 * n if gradients else 0.0, "optimizer": 8 * n}
+        else:
+            shares = max(1, self.setup.processes)
+            own = {
+                "weights": 2 * n / (shares if zero >= 3 else 1),
+                "gradients": 2 * n / (shares if zero >= 2 else 1),
+                "optimizer": 12 * n / (shares if zero >= 1 else 1),
+            }
+        return {name + part: size for part, size in own.items() if size}
+
+    def _frozen(self, shape: Architecture, name: str = "") -> Parts:
+        """A model that is only read: loaded in float32, with autocast's copies (training/models.py)."""
+        cast = passes.cast_bytes(shape, self.params.compute.precision)
+        return {f"{name}weights": 4.0 * shape.parameters, f"{name}cast": cast}
+
+    def _update(self, shape: Architecture) -> Parts:
+        """Forward and backward pass of one micro-batch; all of its tokens but the prompt's share have
+        logits."""
+        tokens, precision = self._micro_batch(), self.params.compute.precision
+        counted = tokens * self.work.lengths.model / self.work.lengths.total
+        return {
+            "cast": 0.0 if self.setup.zero is not None else passes.cast_bytes(shape, precision),
+            "activations": passes.activation_bytes(shape, tokens, precision)
+            + passes.passing_bytes(shape, tokens, precision),
+            "logits": passes.head_bytes(shape, counted),
+        }
+
+    def _pass(self, shape: Architecture) -> Parts:
+        """A micro-batch forward, without gradients."""
+        tokens, precision = self._micro_batch(), self.params.compute.precision
+        counted = tokens * self.work.lengths.model / self.work.lengths.total
+        return {
+            "activations": passes.passing_bytes(shape, tokens, precision),
+            "logits": 3 / passes.HEAD_COPIES * passes.head_bytes(shape, counted),
+        }
+
+    def _micro_batch(self) -> float:
+        """Padded tokens of a pass: at least one episode of full length fits in."""
+        return max(float(self.params.compute.micro_batch_tokens), self.work.lengths.total)
+
+    def _compute(self, flops: float, devices: int) -> float | None:
+        return shared(computing(self.machine, flops), devices)
+
+    def _episode_bytes(self, episodes: float) -> float:
+        return EPISODE_BYTES * self.work.lengths.total * episodes
+
+
+def _largest(*phases: Parts) -> Parts:
+    return max(phases, key=lambda phase: sum(phase.values()))

@@ -1,0 +1,158 @@
+"""Single checks on real files, sockets, servers, and a program that answers as nvidia-smi does."""
+
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+
+from dgpo_core.config.params import Params, resolve_profile
+from tasks.checks.environment import packages
+from tasks.checks.hub import hub, in_cache
+from tasks.checks.machine import holders, machine
+from tasks.checks.repository import default_remote, repository
+from tasks.checks.services import named, port
+from tests.tasks.miniature import ROOT
+
+
+def profile(name: str) -> Params:
+    return Params.model_validate(resolve_profile(ROOT / f"profiles/{name}.yaml"))
+
+
+def nvidia_smi(folder: Path, patch: pytest.MonkeyPatch, gpus: str, processes: str = "") -> None:
+    """Put a program of that name first in the path."""
+    script = folder / "nvidia-smi"
+    script.write_text(
+        f'#!/bin/sh\ncase "$1" in *compute-apps*) printf "{processes}" ;; *) printf "{gpus}" ;; esac\n'
+    )
+    script.chmod(0o755)
+    patch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+
+def test_versions_are_compared_with_the_tested_ones(tmp_path: Path) -> None:
+    constraints = tmp_path / "main.txt"
+    constraints.write_text("pydantic==1.0  # old\nHuggingFace.Hub==0.1\nnothing-of-ours==3\n")
+    (found,) = packages(constraints)
+    assert found.level == "warning" and "(1.0)" in found.message and "nothing" not in found.message
+    assert packages(tmp_path / "none.txt")[0].level == "ok"
+
+
+def test_gpus_that_are_free_or_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "NVIDIA H200, 143771, 20, 580.1\\nNVIDIA H200, 143771, 90000, 580.1\\n")
+    found = {f.subject: f for f in machine(profile("paper-qwen-3b"))}
+    assert found["GPU 0"].level == "ok" and "driver 580.1" in found["GPU 0"].message
+    assert found["GPU 1"].level == "warning" and "52.5 of 140.4 GiB free" in found["GPU 1"].message
+    assert "GPU memory" not in found
+
+
+def test_a_profile_that_does_not_fit_says_which_setting_helps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "NVIDIA A100, 40960, 20, 580.1\\n")
+    wrong = [f for f in machine(profile("paper-qwen-3b")) if f.level == "error" and f.subject == "GPU memory"]
+    assert any("reinforce@dgpo needs" in f.message for f in wrong)
+    assert any("compute.micro_batch_tokens: " in f.advice for f in wrong)
+
+
+def test_a_left_over_engine_is_named_by_its_pid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = (
+        "import subprocess, sys\n"
+        "child = [sys.executable, '-c', 'import time; time.sleep(300)', 'vllm']\n"
+        "print(subprocess.Popen(child, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL).pid)"
+    )
+    parent = [sys.executable, "-c", code]
+    done = subprocess.run(parent, capture_output=True, text=True, check=True, timeout=60)
+    orphan = int(done.stdout)
+    try:
+        nvidia_smi(tmp_path, monkeypatch, "", f"{orphan}, 70000\\n")
+        (found,) = holders()
+        assert f"process {orphan} holds 70000 MiB" in found.message
+        parents = Path(f"/proc/{orphan}/stat").read_text().split()
+        if parents[3] == "1":  # a subreaper may have taken it instead
+            assert found.level == "error" and found.advice.startswith(f"kill {orphan}")
+    finally:
+        subprocess.run(["kill", "-9", str(orphan)], check=True)
+
+
+@pytest.fixture
+def endpoint(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A hub that knows everything but gated models without a token."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_HEAD(self) -> None:
+            gated = "meta-llama" in self.path and self.headers.get("Authorization") != "Bearer good"
+            self.send_response(404 if "unknown" in self.path else 403 if gated else 200)
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Silent."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}")
+    monkeypatch.delenv("HF_TOKEN", raising=False)
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", "/nonexistent")
+    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", "/nonexistent")
+    yield constants.ENDPOINT
+    server.shutdown()
+
+
+def test_models_on_the_hub(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {f.subject: f for f in hub(profile("paper-qwen-3b"))}
+    assert found["hub"].level == "ok" and found["models.student"].level == "warning"
+    assert "hf download Qwen/Qwen2.5-0.5B-Instruct" in found["models.student"].advice
+    gated = {f.subject: f for f in hub(profile("paper-llama-8b"))}
+    assert gated["models.teacher"].level == "error" and "there is no token" in gated["models.teacher"].message
+    monkeypatch.setenv("HF_TOKEN", "bad")
+    refused = {f.subject: f for f in hub(profile("paper-llama-8b"))}
+    assert "this token may not read it" in refused["models.student"].message
+    monkeypatch.setenv("HF_TOKEN", "good")
+    assert all(f.level != "error" for f in hub(profile("paper-llama-8b")))
+    params = profile("paper-qwen-3b")
+    other = params.model_copy(update={"models": params.models.model_copy(update={"student": "un/unknown"})})
+    wrong = {f.subject: f for f in hub(other)}
+    assert wrong["models.student"].level == "error" and "404" in wrong["models.student"].message
+
+
+def test_no_hubs_name_is_not_in_the_cache() -> None:
+    assert not in_cache("a/b/c/d") and not in_cache("somebody/never-downloaded")
+
+
+def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        number = server.getsockname()[1]
+        monkeypatch.setenv("QDRANT_PORT", str(number))
+        busy = port("Qdrant", "QDRANT_PORT", 6333)
+        assert busy.level == "warning" and "QDRANT_PORT" in busy.advice and "process" in busy.message
+    assert port("Qdrant", "QDRANT_PORT", 6333).level == "ok"
+
+
+def test_named_servers_must_answer_and_passwords_are_not_shown(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    found = {f.subject: f for f in named(profile("tiny"))}
+    assert list(found) == ["MLFLOW_TRACKING_URI"] and found["MLFLOW_TRACKING_URI"].level == "error"
+    assert "secret" not in found["MLFLOW_TRACKING_URI"].message
+
+
+def test_repository(dvc_repository: Path) -> None:
+    found = {f.subject: f for f in repository(profile("paper-qwen-3b"))}
+    assert found["DVC"].level == "warning" and found["git origin"].level == "warning"
+    (dvc_repository / ".dvc/config.local").write_text(
+        "[core]\n    remote = team\n['remote \"team\"']\n    url = s3://b/x\n"
+    )
+    assert default_remote(dvc_repository / ".dvc") == ("team", "s3://b/x")
+    on_one_machine = {f.subject: f for f in repository(profile("tiny"))}
+    assert on_one_machine["DVC"].level == "ok" and "git origin" not in on_one_machine
+
+
+def test_outside_of_a_repository(workplace: Path) -> None:
+    (found,) = repository(profile("tiny"))
+    assert found.level == "error" and found.subject == "git"

@@ -1,0 +1,72 @@
+"""`dgpo plan`, and what it takes from earlier runs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dgpo_core.config.params import Params, resolve_profile
+from dgpo_core.protocol.episode import write_episodes
+from tasks import paths
+from tasks.plan import workload
+from tests.dgpo_core.making import random_episode
+from tests.tasks.miniature import ROOT
+from tests.tasks.test_cli import dgpo
+
+PAIRS = ("paper-qwen-3b", "paper-qwen-7b", "paper-llama-8b")
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_the_papers_profiles_on_eight_gpus(name: str, workplace: Path) -> None:
+    (workplace / "profiles").symlink_to(ROOT / "profiles")
+    arguments = (
+        "plan",
+        "--profile",
+        name,
+        "--gpus",
+        "8",
+        "--gpu",
+        "h200",
+        "--price",
+        "3",
+        "--processes",
+        "8",
+    )
+    done = dgpo(workplace, *arguments, "--json")
+    plan = json.loads(done.stdout)
+    assert done.returncode == bool(plan["problems"]), done.stderr
+    stages = {stage["stage"]: stage for stage in plan["stages"]}
+    assert stages["index"]["tokens"] > 2e9 and stages["teach"]["gpus"] == 1
+    assert 1e18 < stages["reinforce@dgpo"]["flops"] < 1e20
+    assert plan["cost"] == pytest.approx(plan["hours"] * 24)
+    assert "2 searches" in plan["assumptions"]["episodes"]
+    text = dgpo(workplace, *arguments).stdout
+    assert "reinforce@dgpo" in text and "cost" in text
+
+
+def test_a_small_gpu_does_not_fit(workplace: Path) -> None:
+    (workplace / "profiles").symlink_to(ROOT / "profiles")
+    done = dgpo(workplace, "plan", "--profile", "paper-qwen-3b", "--gpus", "1", "--gpu", "40")
+    assert done.returncode == 1 and "does not fit" in done.stdout
+    assert "what helps: compute.micro_batch_tokens: " in done.stdout
+    assert "hours, one stage after another: unknown" in done.stdout
+    assert "neither GiB of memory nor" in dgpo(workplace, "plan", "--gpu", "none").stderr
+
+
+def test_what_was_measured_takes_the_place_of_what_is_assumed(workplace: Path) -> None:
+    params = Params.model_validate(resolve_profile(ROOT / "profiles/tiny.yaml"))
+    before = workload(params)
+    assert before.train == {"onehop": 500, "twohop": 500} and before.passages == 2000
+    assert before.correct == pytest.approx((0.365 + 0.340) / 2)  # the paper's teacher on NQ and HotpotQA
+    write_episodes(paths.TEACHER_EPISODES, [random_episode(seed) for seed in range(9)])
+    paths.METRICS.mkdir()
+    (paths.METRICS / "filter.json").write_text('{"raw": 1000, "kept": 709}')
+    (paths.METRICS / "reinforce-dgpo.json").write_text('{"em": 0.5}')
+    paths.questions_file("onehop", "train").parent.mkdir(parents=True)
+    paths.questions_file("onehop", "train").write_text("{}\n" * 300)
+    paths.INDEX.mkdir(parents=True)
+    (paths.INDEX / "manifest.json").write_text('{"passages": 2021, "average_words": 43.5}')
+    after = workload(params)
+    assert after.train == {"onehop": 300, "twohop": 500}
+    assert (after.passages, after.words, after.correct, after.gated) == (2021, 43.5, 0.709, 0.5)
+    assert "measured: 9 episodes" in after.lengths.source

@@ -1,0 +1,45 @@
+"""`dgpo rehearse`: the same stages as DVC's, and a whole rehearsal."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from dgpo_core.config.params import load_params, paper_recipes
+from dgpo_core.protocol.episode import read_episodes
+from flows.dag import read_dag
+from tasks import paths
+from tasks.rehearse import in_order, programs, rehearse
+from tests.tasks.miniature import ROOT
+
+
+def test_it_runs_the_stages_of_the_graph() -> None:
+    graph = {stage.name for stage in read_dag(ROOT).stages.values()}
+    own = [name for name, _ in programs(load_params(ROOT / "params.yaml"))]
+    # models and data are written by the rehearsal itself
+    assert {name for name in graph if not name.startswith("base-model@")} - {"data"} == set(own)
+
+
+def test_recipes_come_after_those_that_they_start_from() -> None:
+    recipes = paper_recipes(["all"])
+    order = in_order(recipes)
+    assert sorted(order) == sorted(recipes.all)
+    for name, row in recipes.all.items():
+        assert row.start == "student" or order.index(row.start) < order.index(name)
+
+
+@pytest.mark.slow
+def test_the_papers_profile_in_miniature(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(workplace))
+    monkeypatch.setattr("tempfile.tempdir", None)
+    (workplace / "profiles").symlink_to(ROOT / "profiles")
+    assert rehearse("paper-qwen-7b", keep=True, as_json=True) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert {stage["state"] for stage in printed["stages"]} == {"ok"}
+    (folder,) = workplace.glob("dgpo-rehearsal-*")
+    episodes = read_episodes(folder / paths.TEACHER_EPISODES)
+    assert any(episode.correct for episode in episodes) and all(episode.searches for episode in episodes)
+    assert (folder / "models/dgpo/model.safetensors").is_file()
+    assert (folder / paths.REPORTS / "index.html").is_file()
