@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from dgpo_core.config.params import PARAMS, Params
@@ -17,7 +18,10 @@ from dgpo_core.retrieval.index import Retriever, open_index
 from dgpo_core.rollout.collect import em_of, stable_seed
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.rollout.transformers_engine import TransformersEngine
+from dgpo_core.training import parallel
+from dgpo_core.training.adapters import add_adapters
 from dgpo_core.training.episode_sources import Rollout
+from dgpo_core.training.models import load_model
 from tasks.paths import INDEX, MODELS, questions_file
 from tasks.stage import Run
 
@@ -29,6 +33,24 @@ def retriever(params: Params, folder: Path = INDEX) -> Retriever:
 def agent_loop(params: Params, model: PreTrainedModel, tokenizer: Any, index: Retriever) -> AgentLoop:
     engine = TransformersEngine(model, tokenizer, params.rollout)
     return AgentLoop(engine, tokenizer, index, params.protocol, params.retrieval.top_k)
+
+
+def load_student(params: Params, start: str) -> PreTrainedModel:
+    """The model that a stage trains, as `compute` wants it: with adapters, with checkpointed activations."""
+    compute = params.compute
+    narrow = compute.lora is not None and compute.precision == "bfloat16"  # what is not trained loses nothing
+    student = load_model(start, compute.device, torch.bfloat16 if narrow else torch.float32)
+    if compute.lora is not None:
+        add_adapters(student, compute.lora, params.seed)
+    if compute.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return student
+
+
+def fixed_compute(params: Params) -> dict[str, Any]:
+    """What of `compute` a checkpoint belongs to: another number of processes goes on from the same one."""
+    free = {"processes", "hostfile", "zero_stage", "offload", "split_teacher", "gradient_checkpointing"}
+    return params.compute.model_dump(exclude=free)
 
 
 def model_source(params: Params, model: str) -> str:
@@ -53,9 +75,14 @@ def training_rollout(loop: AgentLoop, tasks: list[Task], sampling: Sampling, see
             Task(tasks[i].question, tasks[i].dataset, seed=(stable_seed(seed, step, place),))
             for place, i in enumerate(chosen)
         ]
-        return loop.run(drawn, sampling)
+        return run_shared(loop, drawn, sampling)
 
     return rollout
+
+
+def run_shared(loop: AgentLoop, tasks: list[Task], sampling: Sampling) -> list[Episode]:
+    """Of several processes each runs its share of the episodes, and gets them all."""
+    return parallel.joined(loop.run(parallel.share(tasks), sampling))
 
 
 def tasks_for(dataset: str, questions: list[Question], seed: int) -> list[Task]:
@@ -81,7 +108,7 @@ class DevEvaluator:
         self._tasks = split_tasks(params, "dev", params.seed, each)
 
     def __call__(self) -> float:
-        return em_of(self._loop.run(self._tasks, GREEDY))
+        return em_of(run_shared(self._loop, self._tasks, GREEDY))
 
 
 def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, float]]], None]:
