@@ -117,7 +117,7 @@ def test_optimiser_state_in_the_hosts_memory(both: list[Any], alone: dict[str, A
 
 @pytest.mark.parametrize("stage", FIRST)
 def test_bfloat16_has_float32_masters(both: list[Any], alone: dict[str, Any], stage: str) -> None:
-    """Its losses are those of autocast over float32 weights to bfloat16's rounding, and its weights nearly."""
+    """Losses are those of autocast over float32 weights to bfloat16's rounding, weights nearly."""
     found, torchs = both[0][f"distill-bfloat16-{stage}"], both[0]["distill-bfloat16"]
     for row, other in zip(found["rows"], torchs["rows"], strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=0.02)
