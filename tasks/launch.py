@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 GRACE = 8  # seconds to clean up: whoever ends the stage waits about ten before SIGKILL
 PASSED_ON = ("PATH", "PYTHONPATH", "LD_LIBRARY_PATH", "HF_HOME", "HF_HUB_OFFLINE", "NCCL_SOCKET_IFNAME",
              "GLOO_SOCKET_IFNAME", "CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS", "OMP_WAIT_POLICY",
-             "DS_ACCELERATOR", "DVC_STAGE")  # fmt: skip
+             "DVC_STAGE")  # fmt: skip
 
 
 def in_processes(train: Callable[[], None]) -> None:
@@ -40,6 +40,8 @@ def in_processes(train: Callable[[], None]) -> None:
     Under a launcher (torchrun, Slurm with torchrun) each of its processes is a part of the stage.
     """
     compute = load_params().compute
+    if compute.device == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed reads it when it is imported
     if is_worker():
         die_with_stage(GRACE)
         with parallel.group(compute.device):
@@ -117,8 +119,6 @@ def _environment(compute: ComputeConfig, alone: bool) -> None:
     """For the processes, unless somebody has set it: threads, devices, network."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // compute.processes)))
-    if compute.device == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"
     if alone and sys.platform == "linux":
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # this machine's name need not resolve
 
