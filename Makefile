@@ -33,10 +33,10 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help use demo test test-all pipeline reproduce deploy worker ui up down status push pull experiments secrets check lint format-check types format base-models clean
+.PHONY: help use demo test test-all test-deepspeed pipeline reproduce deploy worker ui up down status push pull experiments secrets check lint format-check types format base-models clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 # The first Python that will do; the stamps make the second time instant.
 $(PY):
@@ -70,6 +70,10 @@ test: $(VENV)/.installed-dev  ## run the tests, without the slow ones
 
 test-all: $(VENV)/.installed-dev  ## run all tests
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-deepspeed: $(VENV)/.installed-dev  ## run the tests of DeepSpeed, LoRA and stages in several processes
+	$(PYTEST) tests/dgpo_core/training/test_deepspeed_engine.py tests/tasks/test_launch.py \
+		tests/tasks/test_processes.py $(PYTEST_ARGS)
 
 pipeline: $(VENV)/.installed  ## run the pipeline as a Prefect flow (starts a server unless one runs, and stops it)
 	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline run --max-parallel $(MAX_PARALLEL)

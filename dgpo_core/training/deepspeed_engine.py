@@ -19,9 +19,10 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
 
 from dgpo_core.config.training import ComputeConfig
-from dgpo_core.training.batches import Sequence, collate
+from dgpo_core.training.batches import Sequence, backbone_of, collate, head_of
 from dgpo_core.training.engines import Optimization
 from dgpo_core.training.optimizer import adamw
 from dgpo_core.training.parallel import leads, processes, rank
@@ -37,16 +38,18 @@ PERSISTENT = 10_000  # elements up to which stage 3 keeps a weight whole: norms 
 class ZeroEngine:
     """Optimiser state, gradients and, with stage 3, weights are split over the processes.
 
-    Stages 1 and 2 train `module` in place. Stage 3 trains a copy, and `publish` gathers its weights into
-    `module`: rollouts generate thousands of tokens between two updates and gather once.
+    Stages 1 and 2 train `module` in place. Stage 3 trains a copy where the module is to be `published`: then
+    its weights are gathered into `module` once, before thousands of tokens are generated.
     """
 
     lockstep = True
 
-    def __init__(self, module: torch.nn.Module, how: Optimization, compute: ComputeConfig) -> None:
+    def __init__(
+        self, module: torch.nn.Module, how: Optimization, compute: ComputeConfig, published: bool
+    ) -> None:
         self._stage = compute.zero_stage or ZERO_STAGE
         self._module = module
-        self._trained = copy.deepcopy(module) if self._stage == 3 else module
+        self._trained = copy.deepcopy(module) if published and self._stage == 3 else module
         exact = [p.detach().float().cpu() for p in module.parameters() if p.requires_grad]
         optimizer = adamw(
             [p for p in self._trained.parameters() if p.requires_grad], how.learning_rate, how.weight_decay
@@ -58,8 +61,8 @@ class ZeroEngine:
         if compute.precision == "bfloat16":
             for parameter, value in zip(self._parameters(), exact, strict=True):
                 self._set(parameter, value)  # DeepSpeed makes its masters of rounded weights
-            if self._stage == 3:
-                module.bfloat16()
+            if self._trained is not module:
+                _to(module, torch.bfloat16)
         self.publish()
 
     @property
@@ -83,7 +86,7 @@ class ZeroEngine:
         return float(self._engine.get_global_grad_norm())
 
     def publish(self) -> None:
-        if self._stage < 3:
+        if self._trained is self._module:
             return
         pairs = zip(self._trained.parameters(), self._module.parameters(), strict=True)
         for source, whole in pairs:
@@ -103,7 +106,7 @@ class ZeroEngine:
         steps = self._steps()
         state: dict[str, Any] = {"schedule": self._schedule.state_dict(), "steps": steps, "parameters": {}}
         self._link_moments()
-        names = [name for name, p in self._module.named_parameters() if p.requires_grad]
+        names = [name for name, p in self._trained.named_parameters() if p.requires_grad]
         for name, parameter in zip(names, self._parameters(), strict=True):
             moments = MOMENTS if steps else ()
             kept = [self._whole(parameter, key) for key in (None, *moments)]
@@ -175,21 +178,25 @@ class ZeroEngine:
             parameter.data.copy_(value)
 
 
-def held_frozen(
-    backbone: torch.nn.Module, head: torch.Tensor, compute: ComputeConfig
-) -> tuple[Any, torch.Tensor]:
-    """A model that is not trained, in the precision of compute; its weights split, if `split_teacher`.
+def held_frozen(model: PreTrainedModel, compute: ComputeConfig) -> tuple[Any, torch.Tensor]:
+    """Backbone and output embedding of a model that is not trained, in the precision of compute.
 
-    The output embedding stays whole: the student's backward pass uses it too.
+    With `split_teacher` the backbone's weights are split. The output embedding stays whole: the student's
+    backward pass uses it too.
     """
-    dtype = torch.bfloat16 if compute.precision == "bfloat16" else torch.float32
-    head = head.to(dtype, copy=compute.split_teacher)
-    for parameter in backbone.parameters():
-        parameter.data = parameter.data.to(dtype)
+    _to(model, torch.bfloat16 if compute.precision == "bfloat16" else torch.float32)
+    backbone, head = backbone_of(model), head_of(model).detach()
     if not compute.split_teacher:
         return backbone, head
+    head = head.clone()
     engine, *_ = deepspeed.initialize(model=backbone, config=_config(compute, 3))
     return engine, head
+
+
+def _to(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: rotary frequencies stay float32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
 
 
 def _config(compute: ComputeConfig, stage: int) -> dict[str, Any]:

@@ -71,12 +71,17 @@ class TrainingEngine(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-def training_engine(module: torch.nn.Module, how: Optimization, compute: ComputeConfig) -> TrainingEngine:
-    """The engine that `compute` names, around `module` (float32), whose trainable parameters it updates."""
+def training_engine(
+    module: torch.nn.Module, how: Optimization, compute: ComputeConfig, published: bool = True
+) -> TrainingEngine:
+    """The engine that `compute` names, around `module`, whose trainable parameters (float32) it updates.
+
+    `published` says whether `publish` and `finish` will be asked for.
+    """
     if compute.engine == "deepspeed":
         from dgpo_core.training.deepspeed_engine import ZeroEngine
 
-        return ZeroEngine(module, how, compute)
+        return ZeroEngine(module, how, compute, published)
     return TorchEngine(module, how, compute)
 
 
@@ -132,11 +137,12 @@ class FrozenModel:
 
     def __init__(self, model: PreTrainedModel, compute: ComputeConfig) -> None:
         self._compute = compute
-        self.backbone, self.head = backbone_of(model), head_of(model).detach()
         if compute.engine == "deepspeed":
             from dgpo_core.training.deepspeed_engine import held_frozen
 
-            self.backbone, self.head = held_frozen(self.backbone, self.head, compute)
+            self.backbone, self.head = held_frozen(model, compute)
+        else:
+            self.backbone, self.head = backbone_of(model), head_of(model).detach()
 
     @torch.no_grad()
     def __call__(self, batch: TokenBatch, terms: Terms[Result]) -> Result:

@@ -15,7 +15,7 @@ from dgpo_core.protocol.episode import Episode
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.critic import Critic
-from dgpo_core.training.engines import FrozenModel, Optimization, TrainingEngine, training_engine
+from dgpo_core.training.engines import FrozenModel, Optimization, training_engine
 from dgpo_core.training.episode_sources import Rollout, question_order, without_failed
 from dgpo_core.training.experience import Experience, ExperienceMaker, training_metrics
 from dgpo_core.training.token_model import TokenModel
@@ -51,8 +51,10 @@ class Reinforcer:
         torch.manual_seed(self.seed)
         critic = None
         if self.recipe.algorithm == "ppo":  # made of the student while its weights are whole
-            critic = self._engine(Critic(self.student), config.critic_learning_rate, config.critic_warmup)
-        actor = self._engine(TokenModel(self.student), config.actor_learning_rate, config.actor_warmup)
+            how = self._optimization(config.critic_learning_rate, config.critic_warmup)
+            critic = training_engine(Critic(self.student), how, self.compute, published=False)
+        how = self._optimization(config.actor_learning_rate, config.actor_warmup)
+        actor = training_engine(TokenModel(self.student), how, self.compute)
         reference = FrozenModel(self.reference, self.compute) if self.reference is not None else None
         parts: dict[str, Any] = {"actor": actor}
         if critic is not None:
@@ -77,12 +79,11 @@ class Reinforcer:
         actor.finish()
         return rows
 
-    def _engine(self, module: torch.nn.Module, learning_rate: float, warmup: float) -> TrainingEngine:
+    def _optimization(self, learning_rate: float, warmup: float) -> Optimization:
         config = self.config
         updates = config.steps * (config.batch_size // config.mini_batch_size)
         schedule = optim.constant(math.ceil(warmup * updates))
-        how = Optimization(learning_rate, config.weight_decay, config.max_grad_norm, schedule)
-        return training_engine(module, how, self.compute)
+        return Optimization(learning_rate, config.weight_decay, config.max_grad_norm, schedule)
 
     def _questions(self, count: int, step: int) -> list[int]:
         """Indices of a step's questions; under GRPO each as often as its group has episodes."""
