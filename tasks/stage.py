@@ -29,7 +29,7 @@ from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.training import parallel
 from tasks.files import Outputs, content_hash, remove, write_json
 from tasks.lineage import Origin, origin
-from tasks.process import exit_on_sigterm, follows, is_worker, peak_memory
+from tasks.process import exit_on_sigterm, is_worker, peak_memory
 from tasks.progress import Reporter
 from tasks.provenance import git_commit, labels, stage_labels
 from tasks.registry import WEIGHTS_PATIENCE, registration
@@ -39,7 +39,7 @@ from tasks.tracking import CLOSE_TIMEOUT, StageRun, Untracked, numbers
 
 STATE, RUNS = Path(".state"), Path("runs")
 FINGERPRINT, FAILURE, TRACKING_RUN = "fingerprint.json", "failure.json", "mlflow_run"
-SAME_FAULT = 5.0  # seconds in which the first of several processes tells a fault that all of them have
+SAME_FAULT = 10.0  # seconds in which one of several processes tells a fault that all of them have
 QUICK_CLOSE = 5.0  # seconds: whoever ends us waits about ten before SIGKILL
 
 
@@ -134,9 +134,19 @@ def _following(name: str) -> Iterator[Run]:
     with Path(os.devnull).open("w") as nowhere:
         try:
             yield Run(name, STATE / name, Reporter(name, Console(file=nowhere)), Untracked(), leads=False)
-        except BaseException as error:
+        except Exception as error:
+            if _failed_elsewhere(name):
+                raise SystemExit(2 if isinstance(error, UserError) else 1) from None
             _record_failure(name, error)
             raise
+
+
+def _failed_elsewhere(name: str) -> bool:
+    """Whether another process has failed, and said why: mostly all fail alike, or because of one."""
+    path, end = _failure_path(name), time.monotonic() + SAME_FAULT
+    while not path.is_file() and time.monotonic() < end:
+        time.sleep(0.1)
+    return path.is_file()
 
 
 def main(function: Callable[[], None]) -> NoReturn:
@@ -146,15 +156,13 @@ def main(function: Callable[[], None]) -> NoReturn:
     """
     exit_on_sigterm()
     dvc_stage = os.environ.get("DVC_STAGE")  # set by DVC; errors before `stage()` belong to it too
-    if dvc_stage:
+    if dvc_stage and not is_worker():
         remove(STATE / dvc_stage / FAILURE)
     code = 0
     try:
         adopt()
         function()
     except BaseException as error:
-        if follows():  # mostly the first process fails alike, says so, and the launcher ends this one
-            time.sleep(SAME_FAULT)
         with suppress(OSError):  # nobody may be reading any more
             code = _explain(error)
         if dvc_stage and code:
@@ -183,12 +191,16 @@ def _record_failure(name: str, error: BaseException) -> None:
     elif isinstance(error, InfrastructureError) or not isinstance(error, Exception):
         kind = "infrastructure"  # the latter: somebody stopped it, and trying again is up to them
     retryable = isinstance(error, InfrastructureError)
-    name = os.environ.get("DVC_STAGE") or name
-    path = STATE / name / FAILURE
+    path = _failure_path(name)
     if path.exists() and (is_worker() or isinstance(error, SystemExit)):
         return  # what failed first is the reason; the other processes fail because of it
-    failure = {"stage": name, "kind": kind, "retryable": retryable, "message": _one_line(error)}
+    stage_name = os.environ.get("DVC_STAGE") or name
+    failure = {"stage": stage_name, "kind": kind, "retryable": retryable, "message": _one_line(error)}
     write_json(path, failure)
+
+
+def _failure_path(name: str) -> Path:
+    return STATE / (os.environ.get("DVC_STAGE") or name) / FAILURE
 
 
 def _open_state(name: str, fingerprint: dict[str, Any]) -> Path:

@@ -154,6 +154,7 @@ class ZeroEngine:
 
     def _whole(self, parameter: torch.nn.Parameter, moment: str | None = None) -> torch.Tensor:
         """The float32 master of a parameter, or one of its moments, on the CPU."""
+        whole: torch.Tensor
         if moment is None:
             whole = safe_get_full_fp32_param(parameter)
         else:

@@ -109,7 +109,7 @@ class TorchEngine:
             return self.module(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
 
     def step(self) -> float:
         add_gradients(self.module)

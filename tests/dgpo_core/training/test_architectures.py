@@ -187,7 +187,8 @@ def model_tokens(episode: Episode) -> list[int]:
 def table(model: PreTrainedModel, episode: Episode, size: int | None = None) -> torch.Tensor:
     """Log-probabilities [tokens, first `size` ids] by the model's own forward."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        return model(torch.tensor([episode.token_ids])).logits[0, :, :size].float().log_softmax(-1)
+        logits: torch.Tensor = model(torch.tensor([episode.token_ids])).logits[0, :, :size]
+        return logits.float().log_softmax(-1)
 
 
 def logprobs(model: PreTrainedModel, episode: Episode) -> torch.Tensor:
