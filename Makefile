@@ -34,10 +34,10 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help use demo test test-all test-vllm pipeline reproduce deploy worker ui up down status push pull experiments secrets check lint format-check types format base-models clean
+.PHONY: help use demo test test-all test-vllm test-deepspeed pipeline reproduce deploy worker ui up down status push pull experiments secrets check lint format-check types format base-models clean
 
 help:  ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
 
 # The first Python that will do; the stamps make the second time instant.
 $(PY):
@@ -82,6 +82,10 @@ test-all: $(VENV)/.installed-dev  ## run all tests
 test-vllm: $(VLLM_VENV)/.installed  ## run the tests of the vLLM engines on the CPU, in an environment of their own
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
 		$(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/dgpo_core/rollout tests/tasks/test_vllm_stages.py $(PYTEST_ARGS)
+
+test-deepspeed: $(VENV)/.installed-dev  ## run the tests of DeepSpeed, LoRA and stages in several processes
+	$(PYTEST) tests/dgpo_core/training/test_deepspeed_engine.py tests/tasks/test_launch.py \
+		tests/tasks/test_processes.py $(PYTEST_ARGS)
 
 pipeline: $(VENV)/.installed  ## run the pipeline as a Prefect flow (starts a server unless one runs, and stops it)
 	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline run --max-parallel $(MAX_PARALLEL)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import PreTrainedModel
 
 from dgpo_core.config.params import PARAMS, Params
@@ -20,11 +21,13 @@ from dgpo_core.retrieval.index import Index, Searcher, open_index
 from dgpo_core.retrieval.recall import require_recall, search_recall
 from dgpo_core.rollout.collect import em_of, stable_seed
 from dgpo_core.rollout.engine import Engine, SeparateEngine
-from dgpo_core.rollout.loop import AgentLoop, Task
+from dgpo_core.rollout.loop import AgentLoop, EpisodeRunner, Task
 from dgpo_core.rollout.server_engine import VllmServerEngine
 from dgpo_core.rollout.transformers_engine import TransformersEngine
 from dgpo_core.rollout.vllm_engine import VllmEngine
-from dgpo_core.training.engine_sync import EngineSync, SyncedLoop
+from dgpo_core.training import parallel
+from dgpo_core.training.adapters import add_adapters
+from dgpo_core.training.engine_sync import EngineSync, SharedLoop, SyncedLoop
 from dgpo_core.training.episode_sources import Rollout
 from dgpo_core.training.models import load_model
 from tasks.paths import INDEX, MODELS, questions_file
@@ -72,13 +75,15 @@ def agent_loop(params: Params, source: str, tokenizer: Any, index: Retriever) ->
 
 def training_loop(
     params: Params, model: PreTrainedModel, source: str, tokenizer: Any, index: Retriever
-) -> AgentLoop:
-    """The loop of a model in training, loaded from `source`: what it generates is always the model's."""
+) -> EpisodeRunner:
+    """Runs episodes of a model in training, loaded from `source`: what it generates is always the model's."""
     top_k = params.retrieval.top_k
-    engine = separate_engine(params, source, tokenizer)
-    if engine is None:
+    if params.rollout.engine == "transformers":
         shared = TransformersEngine(model, tokenizer, params.rollout)
-        return AgentLoop(shared, tokenizer, index, params.protocol, top_k)
+        return SharedLoop(AgentLoop(shared, tokenizer, index, params.protocol, top_k))
+    engine = separate_engine(params, source, tokenizer) if parallel.leads() else None
+    if engine is None:
+        return SyncedLoop(None, tokenizer, index, params.protocol, top_k)
     probe = params.rollout.probe
     probed = split_tasks(params, "train", params.seed, probe.prompts)[: probe.prompts]
     instruction = params.protocol.instruction
@@ -101,6 +106,24 @@ def separate_engine(params: Params, source: str, tokenizer: Any) -> SeparateEngi
     return None
 
 
+def load_student(params: Params, start: str) -> PreTrainedModel:
+    """The model that a stage trains, as `compute` wants it: with adapters, with checkpointed activations."""
+    compute = params.compute
+    narrow = compute.lora is not None and compute.precision == "bfloat16"  # what is not trained loses nothing
+    student = load_model(start, compute.device, torch.bfloat16 if narrow else torch.float32)
+    if compute.lora is not None:
+        add_adapters(student, compute.lora, params.seed)
+    if compute.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return student
+
+
+def fixed_compute(params: Params) -> dict[str, Any]:
+    """What of `compute` a checkpoint belongs to: another number of processes goes on from the same one."""
+    free = {"processes", "hostfile", "zero_stage", "offload", "split_teacher", "gradient_checkpointing"}
+    return params.compute.model_dump(exclude=free)
+
+
 def model_source(params: Params, model: str) -> str:
     """Folder or hub name of `student`, `teacher` or a recipe. Raises UserError for an unknown name."""
     if model in (STUDENT, TEACHER):
@@ -115,7 +138,7 @@ def local(source: str) -> list[Path]:
     return [Path(source)] if Path(source).is_dir() else []
 
 
-def training_rollout(loop: AgentLoop, tasks: list[Task], sampling: Sampling, seed: int) -> Rollout:
+def training_rollout(runner: EpisodeRunner, tasks: list[Task], sampling: Sampling, seed: int) -> Rollout:
     """Episodes of the student for a step's questions; every place of every step has a seed of its own."""
 
     def rollout(chosen: list[int], step: int) -> list[Episode]:
@@ -123,7 +146,7 @@ def training_rollout(loop: AgentLoop, tasks: list[Task], sampling: Sampling, see
             Task(tasks[i].question, tasks[i].dataset, seed=(stable_seed(seed, step, place),))
             for place, i in enumerate(chosen)
         ]
-        return loop.run(drawn, sampling)
+        return runner.run(drawn, sampling)
 
     return rollout
 
@@ -145,13 +168,13 @@ def split_tasks(params: Params, split: str, seed: int, limit: int | None = None)
 class DevEvaluator:
     """Greedy EM on the validation questions, half of them from each of two training sets."""
 
-    def __init__(self, params: Params, loop: AgentLoop, questions: int) -> None:
-        self._loop = loop
+    def __init__(self, params: Params, runner: EpisodeRunner, questions: int) -> None:
+        self._runner = runner
         each = max(1, questions // len(params.questions.train))
         self._tasks = split_tasks(params, "dev", params.seed, each)
 
     def __call__(self) -> float:
-        return em_of(self._loop.run(self._tasks, GREEDY))
+        return em_of(self._runner.run(self._tasks, GREEDY))
 
 
 def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, float]]], None]:

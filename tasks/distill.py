@@ -10,7 +10,8 @@ from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.errors import UserError
 from dgpo_core.protocol.episode import Episode, Outcome, read_episodes
-from dgpo_core.rollout.loop import AgentLoop
+from dgpo_core.rollout.loop import EpisodeRunner
+from dgpo_core.training.adapters import merged
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import (
@@ -24,6 +25,8 @@ from dgpo_core.training.teacher_cache import TeacherCache
 from dgpo_core.training.vocabulary import check_same_vocabulary
 from tasks.agents import (
     DevEvaluator,
+    fixed_compute,
+    load_student,
     local,
     model_source,
     reporter,
@@ -35,6 +38,7 @@ from tasks.agents import (
     write_curves,
     write_metrics,
 )
+from tasks.launch import in_processes
 from tasks.paths import (
     CORRECT_EPISODES,
     DISTRIBUTIONS,
@@ -56,12 +60,13 @@ def distill(name: str) -> None:
         "distill", "compute", "protocol", "rollout", "retrieval", "models", "questions", "seed"
     ) | {"recipe": recipe.model_dump()}
     del config["distill"]["min_em"]  # judges the trained model: changing it continues, not restarts
+    config["compute"] = fixed_compute(params)
     inputs = [TEACHER_EPISODES, CORRECT_EPISODES, DISTRIBUTIONS, INDEX, QUESTIONS]
     inputs += [*local(start), *local(params.models.teacher)]
     with stage(f"distill@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
         torch.manual_seed(params.seed)
         tokenizer = load_tokenizer(start)
-        student = load_model(start, params.compute.device)
+        student = load_student(params, start)
         teacher, cache = _teacher(params, recipe, tokenizer)
         loop = training_loop(params, student, start, tokenizer, retriever(params))
         source = episode_source(params, recipe, loop)
@@ -74,7 +79,9 @@ def distill(name: str) -> None:
                 f"distill@{name}: validation EM {em:.3f} is below distill.min_em {params.distill.min_em}: "
                 "the student is too weak for RL; train longer or lower the threshold"
             )
-        save_model(student, tokenizer, out)
+        if not run.leads:
+            return
+        save_model(merged(student), tokenizer, out)
         write_curves(curves, rows)
         kept = ("dev_em", "loss", "divergence", "em", "searches")
         summary: dict[str, float] = {key: rows[-1][key] for key in kept if key in rows[-1]}
@@ -97,10 +104,10 @@ def _teacher(
     return load_model(params.models.teacher, params.compute.device), cache
 
 
-def episode_source(params: Params, recipe: Distillation, loop: AgentLoop) -> EpisodeSource:
+def episode_source(params: Params, recipe: Distillation, runner: EpisodeRunner) -> EpisodeSource:
     """The teacher's episodes that the recipe wants, the student's own, or both."""
     tasks = split_tasks(params, "train", params.seed)
-    rollout = training_rollout(loop, tasks, params.distill.sampling, params.seed)
+    rollout = training_rollout(runner, tasks, params.distill.sampling, params.seed)
     if recipe.episodes == "student":
         return StudentEpisodes(rollout, len(tasks), params.distill, params.seed)
     episodes = teacher_episodes(recipe)
@@ -118,4 +125,4 @@ def teacher_episodes(recipe: Distillation) -> list[Episode]:
 
 
 if __name__ == "__main__":
-    main(lambda: distill(sys.argv[1]))
+    main(lambda: in_processes(lambda: distill(sys.argv[1])))

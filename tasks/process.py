@@ -5,6 +5,8 @@ import os
 import resource
 import signal
 import sys
+import threading
+import time
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
@@ -22,6 +24,25 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:  # it died in between
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def is_worker() -> bool:
+    """Whether this is one of several processes that a launcher has started for a stage (launch.py)."""
+    return "LOCAL_RANK" in os.environ
+
+
+def die_with_stage(grace: float) -> None:
+    """SIGKILL this worker `grace` seconds after its parent's death: inside a collective whose partners are
+    gone, Python never gets to the SIGTERM that `die_with_parent` has ordered."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        time.sleep(grace)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def exit_on_sigterm() -> None:

@@ -6,12 +6,15 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Reinforcement
+from dgpo_core.training.adapters import merged
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
 from dgpo_core.training.reinforce import Reinforcer
 from dgpo_core.training.vocabulary import check_same_vocabulary
 from tasks.agents import (
     DevEvaluator,
+    fixed_compute,
+    load_student,
     local,
     model_source,
     reporter,
@@ -22,6 +25,7 @@ from tasks.agents import (
     write_curves,
     write_metrics,
 )
+from tasks.launch import in_processes
 from tasks.paths import INDEX, METRICS, MODELS, PLOTS, QUESTIONS
 from tasks.stage import main, stage
 from tasks.traces import traced
@@ -33,22 +37,25 @@ def reinforce(name: str) -> None:
     start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"reinforce-{name}.csv"
     config = params.sections(
         "reinforce", "compute", "protocol", "rollout", "retrieval", "models", "questions", "seed"
-    ) | {"recipe": recipe.model_dump()}
+    ) | {"recipe": recipe.model_dump(), "compute": fixed_compute(params)}
     inputs = [INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
     with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
         tokenizer = load_tokenizer(start)
-        student = load_model(start, params.compute.device)
+        student = load_student(params, start)
         reference = _reference(params, recipe, start, tokenizer)
         loop = training_loop(params, student, start, tokenizer, retriever(params))
         tasks = split_tasks(params, "train", params.seed)
         rollout = training_rollout(loop, tasks, params.reinforce.sampling, params.seed)
         every, limit = params.reinforce.dev_every, params.evaluate.trace_episodes
-        rollout = traced(run, rollout, tokenizer.decode, every, limit)
+        if run.leads:
+            rollout = traced(run, rollout, tokenizer.decode, every, limit)
         dev = DevEvaluator(params, loop, params.reinforce.dev_questions)
         trainer = Reinforcer(student, reference, recipe, params.reinforce, params.compute, params.seed)
         report = reporter(run, ("em", "kl_inside", "searches"))
         rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)
-        save_model(student, tokenizer, out)
+        if not run.leads:
+            return
+        save_model(merged(student), tokenizer, out)
         write_curves(curves, rows)
         last = rows[-1]
         kept = ("dev_em", "em", "searches", "kl_inside", "kl_outside", "entropy")
@@ -72,4 +79,4 @@ def _reference(
 
 
 if __name__ == "__main__":
-    main(lambda: reinforce(sys.argv[1]))
+    main(lambda: in_processes(lambda: reinforce(sys.argv[1])))

@@ -23,25 +23,29 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn, SupportsFloat
 
+from rich.console import Console
+
 from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.training import parallel
 from tasks.files import Outputs, content_hash, remove, write_json
 from tasks.lineage import Origin, origin
-from tasks.process import exit_on_sigterm, peak_memory
+from tasks.process import exit_on_sigterm, is_worker, peak_memory
 from tasks.progress import Reporter
 from tasks.provenance import git_commit, labels, stage_labels
 from tasks.registry import WEIGHTS_PATIENCE, registration
 from tasks.run_data import describe, log_inputs, log_outputs
 from tasks.services import adopt
-from tasks.tracking import CLOSE_TIMEOUT, StageRun, numbers
+from tasks.tracking import CLOSE_TIMEOUT, StageRun, Untracked, numbers
 
 STATE, RUNS = Path(".state"), Path("runs")
 FINGERPRINT, FAILURE, TRACKING_RUN = "fingerprint.json", "failure.json", "mlflow_run"
+SAME_FAULT = 10.0  # seconds in which one of several processes tells a fault that all of them have
 QUICK_CLOSE = 5.0  # seconds: whoever ends us waits about ten before SIGKILL
 
 
 @dataclass
 class Run:
-    """A stage while it runs."""
+    """A stage while it runs. Of several processes the first one `leads`; what the others tell is dropped."""
 
     stage: str
     state: Path  # kept when the stage continues with the same fingerprint; deleted on success
@@ -49,6 +53,7 @@ class Run:
     tracker: StageRun
     inputs: dict[str, str] = field(default_factory=dict)  # path -> SHA-256
     origin: Origin | None = None
+    leads: bool = True  # and writes the outputs
     final: dict[str, float] = field(default_factory=dict)
 
     def progress(self, done: float, total: float, unit: str = "", **values: str | int | float) -> None:
@@ -82,8 +87,12 @@ def stage(
 
     `config` is JSON-able and resolved: with the content of `inputs` it is the fingerprint that decides
     whether the state of an earlier, unfinished run is continued or wiped. Raises UserError for a missing
-    input.
+    input. Of several processes only the first one looks at inputs and outputs, and writes.
     """
+    if not parallel.leads():
+        with _following(name) as run:
+            yield run
+        return
     started, clock = datetime.now(UTC), time.monotonic()
     products = Outputs(outputs)
     try:
@@ -92,6 +101,7 @@ def stage(
     except BaseException as error:
         _record_failure(name, error)
         raise
+    parallel.wait()  # the others read the state
     tags = {**stage_labels(name), **labels(), **{f"input.{path}": digest for path, digest in hashes.items()}}
     tracker = StageRun(name, config, tags, state / TRACKING_RUN)
     tracker.submit(lambda client, run_id: log_inputs(client, run_id, name, hashes))
@@ -117,6 +127,28 @@ def stage(
             shutil.rmtree(state, ignore_errors=True)
 
 
+@contextmanager
+def _following(name: str) -> Iterator[Run]:
+    """The stage in a process that writes nothing but why it failed."""
+    parallel.wait()
+    with Path(os.devnull).open("w") as nowhere:
+        try:
+            yield Run(name, STATE / name, Reporter(name, Console(file=nowhere)), Untracked(), leads=False)
+        except Exception as error:
+            if _failed_elsewhere(name):
+                raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+            _record_failure(name, error)
+            raise
+
+
+def _failed_elsewhere(name: str) -> bool:
+    """Whether another process has failed, and said why: mostly all fail alike, or because of one."""
+    path, end = _failure_path(name), time.monotonic() + SAME_FAULT
+    while not path.is_file() and time.monotonic() < end:
+        time.sleep(0.1)
+    return path.is_file()
+
+
 def main(function: Callable[[], None]) -> NoReturn:
     """Run a stage program and exit: 0, 2 for the user's fault (one line), 1 for others (traceback).
 
@@ -124,7 +156,7 @@ def main(function: Callable[[], None]) -> NoReturn:
     """
     exit_on_sigterm()
     dvc_stage = os.environ.get("DVC_STAGE")  # set by DVC; errors before `stage()` belong to it too
-    if dvc_stage:
+    if dvc_stage and not is_worker():
         remove(STATE / dvc_stage / FAILURE)
     code = 0
     try:
@@ -159,9 +191,16 @@ def _record_failure(name: str, error: BaseException) -> None:
     elif isinstance(error, InfrastructureError) or not isinstance(error, Exception):
         kind = "infrastructure"  # the latter: somebody stopped it, and trying again is up to them
     retryable = isinstance(error, InfrastructureError)
-    name = os.environ.get("DVC_STAGE") or name
-    failure = {"stage": name, "kind": kind, "retryable": retryable, "message": _one_line(error)}
-    write_json(STATE / name / FAILURE, failure)
+    path = _failure_path(name)
+    if path.exists() and (is_worker() or isinstance(error, SystemExit)):
+        return  # what failed first is the reason; the other processes fail because of it
+    stage_name = os.environ.get("DVC_STAGE") or name
+    failure = {"stage": stage_name, "kind": kind, "retryable": retryable, "message": _one_line(error)}
+    write_json(path, failure)
+
+
+def _failure_path(name: str) -> Path:
+    return STATE / (os.environ.get("DVC_STAGE") or name) / FAILURE
 
 
 def _open_state(name: str, fingerprint: dict[str, Any]) -> Path:

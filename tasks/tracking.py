@@ -259,6 +259,22 @@ class StageRun:
             warn(error)
 
 
+class Untracked(StageRun):
+    """The run of a process whose stage another process tracks."""
+
+    def __init__(self) -> None:
+        self.run_id = None
+
+    def metrics(self, step: int, values: Mapping[str, float]) -> None:
+        """Nothing is kept."""
+
+    def submit(self, job: Job, patience: float = 0.0) -> None:
+        """Nothing is done."""
+
+    def close(self, status: str, timeout: float = CLOSE_TIMEOUT) -> None:
+        """Nothing is open."""
+
+
 def log_params(client: "MlflowClient", run_id: str, values: Mapping[str, str]) -> None:
     """Parameters of a run, in requests of a size that MLflow takes."""
     from mlflow.entities import Param

@@ -100,6 +100,19 @@ class Params(Section):
             raise ValueError(
                 "reinforce.old_logprobs: rollout needs rollout.precision equal to compute.precision"
             )
+        compute = self.compute
+        if self.rollout.engine == "vllm" and (compute.processes > 1 or compute.hostfile):
+            raise ValueError(
+                "rollout.engine: vllm belongs to one process; for compute.processes use vllm-server, "
+                "whose servers have GPUs of their own"
+            )
+        if self.rollout.engine != "transformers" and compute.lora:
+            raise ValueError("rollout.engine: only transformers generates with compute.lora's adapters")
+        narrow = compute.engine == "deepspeed" and compute.precision == "bfloat16"
+        if narrow and self.rollout.precision == "float32":
+            raise ValueError(
+                "rollout.precision: DeepSpeed's weights have compute.precision, bfloat16: set both alike"
+            )
         first = self.base_models.first_world_seed
         if first <= self.world.seed < first + self.base_models.worlds:
             raise ValueError(f"world.seed: the base models were trained on worlds {first} and following")

@@ -8,12 +8,55 @@ from dgpo_core.config.base import Section
 from dgpo_core.config.protocol import GREEDY, Sampling
 
 
+class LoraConfig(Section):
+    """Low-rank adapters on all linear layers but the output embedding; merged when the model is saved."""
+
+    rank: PositiveInt = 32
+    alpha: PositiveFloat = Field(64.0, description="the adapters' product is scaled by alpha / rank")
+
+
 class ComputeConfig(Section):
-    """How training runs; changes results by rounding only."""
+    """How training runs; changes results by rounding only (but for `lora`, which trains other weights)."""
 
     device: str = "cuda"
     precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of compute; weights are fp32")
     micro_batch_tokens: PositiveInt = Field(32_768, description="padded tokens in one training pass")
+    engine: Literal["torch", "deepspeed"] = Field(
+        "torch", description="of training: everything in every process, or split by DeepSpeed"
+    )
+    processes: PositiveInt = Field(1, description="of a training stage on each machine, one a GPU")
+    hostfile: str | None = Field(
+        None, description="machines that train together, `name slots=n` a line, this one first"
+    )
+    zero_stage: Literal[1, 2, 3] | None = Field(
+        None,
+        description="deepspeed splits 1: optimiser state, 2: gradients too, 3: weights too; null is 2",
+    )
+    offload: bool = Field(False, description="deepspeed: optimiser state in the host's memory")
+    split_teacher: bool = Field(False, description="deepspeed: frozen models are split, not one a process")
+    gradient_checkpointing: bool = Field(
+        False, description="activations are computed again in the backward pass: less memory, a third slower"
+    )
+    lora: LoraConfig | None = Field(
+        None, description="train low-rank adapters {rank, alpha} instead of all weights"
+    )
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        only = {"zero_stage": self.zero_stage, "offload": self.offload, "split_teacher": self.split_teacher}
+        if self.engine == "torch" and (wrong := [key for key, value in only.items() if value]):
+            raise ValueError(f"{wrong[0]} is DeepSpeed's: set engine: deepspeed, or leave it out")
+        if self.spawns and self.device not in ("cpu", "cuda"):
+            raise ValueError(
+                f"device {self.device}: processes get a device each: set device: cuda (or cpu), "
+                "and CUDA_VISIBLE_DEVICES to say which"
+            )
+        return self
+
+    @property
+    def spawns(self) -> bool:
+        """Whether a training stage starts processes of its own."""
+        return self.processes > 1 or self.hostfile is not None or self.engine == "deepspeed"
 
 
 class TeachConfig(Section):

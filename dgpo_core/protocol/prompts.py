@@ -34,6 +34,10 @@ def with_question_mark(question: str) -> str:
     return question if question.endswith("?") else question + "?"
 
 
+# Llama 3's template tells the model a date, today's unless it is given one: episodes would change every day.
+TEMPLATE_DATE = "26 Jul 2024"  # the one that the template itself falls back on
+
+
 def document(number: int, title: str, text: str) -> str:
     """One retrieved passage as the model sees it; `number` counts from 1."""
     return f"Doc {number}(Title: {title}) {text}\n"
@@ -50,6 +54,9 @@ def prompt_text(question: str, instruction: str, tokenizer: Any) -> str:
     if not tokenizer.chat_template:
         return message
     text: str = tokenizer.apply_chat_template(
-        [{"role": "user", "content": message}], add_generation_prompt=True, tokenize=False
+        [{"role": "user", "content": message}],
+        add_generation_prompt=True,
+        tokenize=False,
+        date_string=TEMPLATE_DATE,
     )
     return text

@@ -5,7 +5,7 @@ when it is appended.
 """
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
@@ -60,6 +60,12 @@ class _Running:
         self.ids += ids
         self.owners += [owner] * len(ids)
         self.logprobs += logprobs if logprobs is not None else [0.0] * len(ids)
+
+
+class EpisodeRunner(Protocol):
+    def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
+        """One episode a task, in order."""
+        ...
 
 
 class AgentLoop:

@@ -98,7 +98,13 @@ def counted_hidden(backbone: torch.nn.Module, batch: TokenBatch) -> torch.Tensor
 
     Padding is on the right, so causal attention alone keeps it away from every counted token.
     """
+    # transformers checkpoints activations in training mode only; these models have no dropout
+    checkpointed = torch.is_grad_enabled() and getattr(backbone, "is_gradient_checkpointing", False)
+    if checkpointed:
+        backbone.train()
     hidden: torch.Tensor = backbone(input_ids=batch.ids, use_cache=False).last_hidden_state
+    if checkpointed:
+        backbone.eval()
     return hidden[batch.rows, batch.columns]
 
 

@@ -6,15 +6,22 @@ from typing import Any
 
 import torch
 
+from dgpo_core.training.parallel import leads
+
 
 class Checkpoint:
-    """One file that holds the newest state, replaced by atomic rename."""
+    """One file that holds the newest state, replaced by atomic rename.
+
+    Several processes that train together read the same file; the first one writes it.
+    """
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.path = folder / "checkpoint.pt"
 
     def save(self, state: dict[str, Any]) -> None:
+        if not leads():
+            return
         temporary = self.path.with_suffix(".part")
         torch.save(state, temporary)
         os.replace(temporary, self.path)
@@ -23,5 +30,5 @@ class Checkpoint:
         """The newest state, or None when there is none."""
         if not self.path.is_file():
             return None
-        state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=False)
+        state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=False, mmap=True)
         return state

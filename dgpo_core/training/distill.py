@@ -12,25 +12,17 @@ from dgpo_core.config.training import ComputeConfig, DistillConfig
 from dgpo_core.errors import UserError
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
-from dgpo_core.objectives.logprobs import cached_terms, distillation_terms, token_logprobs
+from dgpo_core.objectives.logprobs import cached_terms, distillation_terms
 from dgpo_core.protocol.episode import Episode
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.adaptive import Interpolation
-from dgpo_core.training.batches import (
-    Sequence,
-    TokenBatch,
-    backbone_of,
-    collate,
-    counted_hidden,
-    head_of,
-    micro_batches,
-    model_sequence,
-)
+from dgpo_core.training.batches import Sequence, TokenBatch, collate, micro_batches, model_sequence
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.compute import autocast
+from dgpo_core.training.engines import FrozenModel, Optimization, training_engine
 from dgpo_core.training.episode_sources import EpisodeSource
-from dgpo_core.training.parallel import add_gradients, added, share
+from dgpo_core.training.parallel import added, passes
 from dgpo_core.training.teacher_cache import TeacherCache
+from dgpo_core.training.token_model import TokenModel
 
 Metrics = dict[str, float]
 
@@ -51,8 +43,17 @@ class Distiller:
     cache: TeacherCache | None = None
 
     def __post_init__(self) -> None:
-        taid = self.config.taid
+        config, taid = self.config, self.config.taid
         self.taid = Interpolation(self.source.steps, taid.start, taid.end, taid.step_size, taid.decay)
+        on_policy = self.recipe.episodes == "student"
+        how = Optimization(
+            config.on_policy.learning_rate if on_policy else config.learning_rate,
+            config.weight_decay,
+            config.max_grad_norm,
+            optim.cosine(self.source.steps, config.warmup_steps),
+        )
+        self.engine = training_engine(TokenModel(self.student), how, self.compute)
+        self.frozen = FrozenModel(self.teacher, self.compute) if self.teacher is not None else None
 
     def train(
         self,
@@ -64,16 +65,8 @@ class Distiller:
 
         `report` is given the number of steps and the rows so far.
         """
-        config, source = self.config, self.source
-        on_policy = self.recipe.episodes == "student"
-        rate = config.on_policy.learning_rate if on_policy else config.learning_rate
-        stepper = optim.Stepper(
-            optim.adamw(list(self.student.parameters()), rate, config.weight_decay),
-            schedule=optim.cosine(source.steps, config.warmup_steps),
-            max_grad_norm=config.max_grad_norm,
-        )
-        parts: dict[str, Any] = {"student": self.student, "stepper": stepper, "source": source}
-        parts["taid"] = self.taid
+        source = self.source
+        parts: dict[str, Any] = {"student": self.engine, "source": source, "taid": self.taid}
         rows: list[Metrics] = []
         if state := checkpoint.load():
             rows = state["rows"]
@@ -82,9 +75,12 @@ class Distiller:
         elif source.held_out:
             source.looked(self.loss(source.held_out))
         for step in range(len(rows), source.steps):
-            row = self._step(source.batch(step), stepper, step)
+            if self.recipe.episodes != "teacher":
+                self.engine.publish()
+            row = self._step(source.batch(step), step)
             looks = (step + 1) % source.per_look == 0 or step + 1 == source.steps
             if looks:
+                self.engine.publish()
                 row["dev_em"] = evaluate()
                 if source.held_out:
                     row["validation_loss"] = self.loss(source.held_out)
@@ -93,14 +89,15 @@ class Distiller:
             report(source.steps, rows)
             if looks:
                 checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
+        self.engine.finish()
         return rows
 
-    def _step(self, episodes: list[Episode], stepper: optim.Stepper, step: int) -> Metrics:
+    def _step(self, episodes: list[Episode], step: int) -> Metrics:
         if not episodes:  # the retriever was down for a whole step
             return {"episodes": 0.0}
         row = self._accumulate([self._sequence(episode) for episode in episodes])
-        row["learning_rate"] = stepper.learning_rate
-        row["grad_norm"] = stepper.step()
+        row["learning_rate"] = self.engine.learning_rate
+        row["grad_norm"] = self.engine.step()
         if self.recipe.objective == "taid":
             row["taid_t"] = self.taid.t
             self.taid.update(row["loss"], step + 1)
@@ -126,9 +123,7 @@ class Distiller:
 
     def _accumulate(self, sequences: list[Sequence]) -> Metrics:
         """Gradient of one batch; the losses are averages over its model tokens, however it is cut."""
-        totals = self._sums(sequences, torch.Tensor.backward)
-        add_gradients(self.student)
-        return totals
+        return self._sums(sequences, self.engine.backward)
 
     def _sums(self, sequences: list[Sequence], then: Callable[[torch.Tensor], None] | None = None) -> Metrics:
         """Averages over the model tokens; `then` gets each micro-batch's share of the loss."""
@@ -136,13 +131,15 @@ class Distiller:
         weights = self._weights()
         totals = dict.fromkeys(["loss", *weights], 0.0)
         lengths = [len(sequence.ids) for sequence in sequences]
-        for part in share(micro_batches(lengths, self.compute.micro_batch_tokens)):
-            batch = collate([sequences[i] for i in part], self.student.device)
-            with autocast(self.compute):
-                terms = {name: values.sum() / tokens for name, values in self._terms(batch).items()}
+        parts = micro_batches(lengths, self.compute.micro_batch_tokens)
+        for part, counts in passes(parts, self.engine.lockstep):
+            batch = collate([sequences[i] for i in part], self.engine.device)
+            terms = {name: values.sum() / tokens for name, values in self._terms(batch).items()}
             loss = sum((weights[name] * terms[name] for name in weights), torch.tensor(0.0))
             if then:
-                then(loss)
+                then(loss if counts else 0 * loss)
+            if not counts:
+                continue
             for name, value in (("loss", loss), *terms.items()):
                 totals[name] += value.item()
         return added(totals)
@@ -155,25 +152,19 @@ class Distiller:
 
     def _terms(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
         """Cross-entropy and, with a teacher, divergence of every counted token, [N] each."""
-        hidden = counted_hidden(backbone_of(self.student), batch)
-        head = head_of(self.student)
         if self.recipe.objective == "ce":
-            return {"ce": -token_logprobs(hidden, head, batch.targets)[0]}
-        if batch.teacher is not None:
-            terms = cached_terms(hidden, head, batch.teacher, batch.targets, self._divergence())
-            return {"ce": terms[0], "divergence": terms[1]}
-        assert self.teacher is not None
-        with torch.no_grad():
-            teacher_hidden = counted_hidden(backbone_of(self.teacher), batch)
-        cross_entropy, divergence = distillation_terms(
-            hidden,
-            head,
-            teacher_hidden,
-            head_of(self.teacher),
-            batch.targets,
-            self._divergence(),
-        )
-        return {"ce": cross_entropy, "divergence": divergence}
+            return {"ce": -self.engine(batch)}
+        divergence, kept, frozen = self._divergence(), batch.teacher, self.frozen
+        if kept is not None:
+            terms = self.engine(batch, lambda h, head: cached_terms(h, head, kept, batch.targets, divergence))
+        else:
+            assert frozen is not None
+            theirs = frozen.hidden(batch)
+            terms = self.engine(
+                batch,
+                lambda h, head: distillation_terms(h, head, theirs, frozen.head, batch.targets, divergence),
+            )
+        return dict(zip(("ce", "divergence"), terms, strict=True))
 
     def _divergence(self) -> Divergence:
         match self.recipe.objective:

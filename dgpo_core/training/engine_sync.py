@@ -1,4 +1,4 @@
-"""The model in training and the engine that generates for it are kept one and the same."""
+"""Who generates for the model in training: itself, or an engine that is kept the same as it."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +15,7 @@ from dgpo_core.protocol.episode import Episode
 from dgpo_core.retrieval.hits import Retriever
 from dgpo_core.rollout.engine import Request, SeparateEngine, weights_of
 from dgpo_core.rollout.loop import AgentLoop, Task
+from dgpo_core.training import parallel
 from dgpo_core.training.batches import Sequence, backbone_of, collate, counted_hidden, head_of
 from dgpo_core.training.compute import autocast
 
@@ -62,21 +63,44 @@ class EngineSync:
         return engine_gap(own.cpu(), torch.tensor([value for answer in answers for value in answer.logprobs]))
 
 
-class SyncedLoop(AgentLoop):
-    """The agent loop of a model in training: before each run the engine gets the model's weights.
+class SharedLoop:
+    """The agent loop with the model in training itself: of several processes each runs its share."""
 
-    Whoever trains moves the weights between two runs. A refresh that belongs to a run cannot be forgotten.
+    def __init__(self, loop: AgentLoop) -> None:
+        self._loop = loop
+
+    def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
+        """All episodes, in order, in every process."""
+        return parallel.joined(self._loop.run(parallel.share(tasks), sampling))
+
+
+class SyncedLoop:
+    """The agent loop with an engine of its own: before each run the engine gets the model's weights.
+
+    Whoever trains moves the weights between two runs. A refresh that belongs to a run cannot be forgotten. Of
+    several processes the first one asks the engine; the others, which have no `sync`, get its episodes.
     """
 
     def __init__(
-        self, sync: EngineSync, tokenizer: Any, retriever: Retriever, config: ProtocolConfig, top_k: int
+        self,
+        sync: EngineSync | None,
+        tokenizer: Any,
+        retriever: Retriever,
+        config: ProtocolConfig,
+        top_k: int,
     ) -> None:
-        super().__init__(sync.engine, tokenizer, retriever, config, top_k)
         self._sync = sync
+        self._loop = AgentLoop(sync.engine, tokenizer, retriever, config, top_k) if sync else None
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
+        """All episodes, in order, in every process."""
+        return parallel.joined(self._own(tasks, sampling))
+
+    def _own(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
+        if self._sync is None or self._loop is None:
+            return []
         self._sync.refresh()
         try:
-            return super().run(tasks, sampling)
+            return self._loop.run(tasks, sampling)
         finally:
             self._sync.engine.rest()

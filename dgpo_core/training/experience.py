@@ -4,29 +4,25 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedModel
 
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.objectives import rewards as reward_functions
 from dgpo_core.objectives.divergences import reverse_kl
-from dgpo_core.objectives.logprobs import distillation_terms, engine_gap, token_logprobs
+from dgpo_core.objectives.logprobs import distillation_terms, engine_gap
 from dgpo_core.objectives.policy import explained_variance, gae, group_advantages, whiten
 from dgpo_core.protocol.episode import Ending, Episode, Owner
 from dgpo_core.training.batches import (
     Sequence,
     TokenBatch,
-    backbone_of,
     collate,
-    counted_hidden,
-    head_of,
     micro_batches,
     model_sequence,
     response_sequence,
 )
-from dgpo_core.training.compute import autocast
-from dgpo_core.training.critic import Critic
-from dgpo_core.training.parallel import joined, share
+from dgpo_core.training.engines import FrozenModel, TrainingEngine
+from dgpo_core.training.parallel import joined, passes
+from dgpo_core.training.token_model import Pair, Terms, policy_terms
 
 Tensors = list[torch.Tensor]
 
@@ -81,9 +77,9 @@ class Rolled:
 
 @dataclass
 class ExperienceMaker:
-    student: PreTrainedModel
-    reference: PreTrainedModel | None
-    critic: Critic | None
+    actor: TrainingEngine  # of a TokenModel
+    reference: FrozenModel | None
+    critic: TrainingEngine | None
     recipe: Reinforcement
     config: ReinforceConfig
     compute: ComputeConfig
@@ -131,7 +127,7 @@ class ExperienceMaker:
             sampled_logprobs=rolled.sampled,
         )
 
-    def _valued(self, rolled: Rolled, critic: Critic) -> Experience:
+    def _valued(self, rolled: Rolled, critic: TrainingEngine) -> Experience:
         """PPO: token rewards with the KL in them, and advantages by the critic's values."""
         episodes, sequences = rolled.episodes, rolled.sequences
         kl = [torch.zeros_like(logprobs) for logprobs in rolled.old]
@@ -173,10 +169,12 @@ class ExperienceMaker:
             sampled_logprobs=rolled.sampled,
         )
 
-    def _logprobs(self, batch: TokenBatch, model: PreTrainedModel | None = None) -> torch.Tensor:
-        model = model or self.student
-        hidden = counted_hidden(backbone_of(model), batch)
-        return token_logprobs(hidden, head_of(model), batch.targets, self.config.sampling.temperature)[0]
+    def _logprobs(self, batch: TokenBatch) -> torch.Tensor:
+        logprobs: torch.Tensor = self.actor(batch, self._policy(batch))[0]
+        return logprobs
+
+    def _policy(self, batch: TokenBatch) -> Terms[Pair]:
+        return policy_terms(batch, self.config.sampling.temperature)
 
     def _kl(self, rolled: Rolled, chosen: list[int]) -> Tensors:
         """KL estimates of the chosen episodes; the reference runs on no others."""
@@ -191,31 +189,36 @@ class ExperienceMaker:
         ]
 
     def _reference_logprobs(self, sequences: list[Sequence], chosen: list[int]) -> Tensors:
-        if self.reference is None:
+        reference = self.reference
+        if reference is None:
             return []
-        return self._each([sequences[i] for i in chosen], lambda batch: self._logprobs(batch, self.reference))
+        return self._each(
+            [sequences[i] for i in chosen],
+            lambda batch: reference(batch, self._policy(batch))[0],
+        )
 
     def _full_kl(self, batch: TokenBatch) -> torch.Tensor:
-        assert self.reference is not None
-        return distillation_terms(
-            counted_hidden(backbone_of(self.student), batch),
-            head_of(self.student),
-            counted_hidden(backbone_of(self.reference), batch),
-            head_of(self.reference),
-            batch.targets,
-            reverse_kl,
-            self.config.sampling.temperature,
-        )[1]
+        reference, temperature = self.reference, self.config.sampling.temperature
+        assert reference is not None
+        theirs = reference.hidden(batch)
+
+        def terms(hidden: torch.Tensor, head: torch.Tensor) -> Pair:
+            return distillation_terms(
+                hidden, head, theirs, reference.head, batch.targets, reverse_kl, temperature
+            )
+
+        kl: torch.Tensor = self.actor(batch, terms)[1]
+        return kl
 
     def _each(self, sequences: list[Sequence], function) -> Tensors:  # type: ignore[no-untyped-def]
         """Apply a function of a batch -> [N] in micro-batches; one CPU tensor a sequence, in order."""
         parts = list(micro_batches([len(s.ids) for s in sequences], self.compute.micro_batch_tokens))
         own: list[list[torch.Tensor]] = []
-        for part in share(parts):
-            batch = collate([sequences[i] for i in part], self.student.device)
-            with autocast(self.compute):
-                values = function(batch)
-            own.append(batch.split(values.float().cpu()))
+        for part, counts in passes(parts, self.actor.lockstep):
+            batch = collate([sequences[i] for i in part], self.actor.device)
+            values = function(batch)
+            if counts:
+                own.append(batch.split(values.float().cpu()))
         results: dict[int, torch.Tensor] = {}
         for part, tensors in zip(parts, joined(own), strict=True):
             results.update(zip(part, tensors, strict=True))

@@ -6,13 +6,33 @@ update is that of one process to rounding. The processes are those of torch.dist
 without one (a single process) nothing is sent.
 """
 
-from collections.abc import Iterable
+import os
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
 Item = TypeVar("Item")
+
+# How long a process waits for the others: the first one alone reads inputs and writes results.
+PATIENCE = timedelta(hours=1)
+
+
+@contextmanager
+def group(device: str) -> Iterator[None]:
+    """Join the processes that were started together (RANK, WORLD_SIZE, ... in the environment)."""
+    if torch.device(device).type == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        dist.init_process_group("cpu:gloo,cuda:nccl", timeout=PATIENCE)
+    else:
+        dist.init_process_group("gloo", timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
 def processes() -> int:
@@ -23,9 +43,33 @@ def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
 
+def leads() -> bool:
+    """Whether this is the one process that writes."""
+    return rank() == 0
+
+
+def wait() -> None:
+    """Until all processes are here."""
+    if processes() > 1:
+        added({"here": 1.0})
+
+
 def share(items: Iterable[Item]) -> list[Item]:
     """This process's items, every `processes()`-th: neighbours in a list sorted by size are dealt out."""
     return list(items)[rank() :: processes()]
+
+
+def passes(items: Iterable[Item], lockstep: bool) -> list[tuple[Item, bool]]:
+    """This process's items, and whether each counts.
+
+    In `lockstep` every process gets equally many: where the items do not go round, the first one is made
+    once more and does not count.
+    """
+    everything = list(items)
+    own = [(item, True) for item in share(everything)]
+    longest = -(-len(everything) // processes())
+    filled = [(item, False) for item in everything[:1] if lockstep and len(own) < longest]
+    return own + filled
 
 
 def joined(own: list[Item]) -> list[Item]:
@@ -42,7 +86,7 @@ def added(totals: dict[str, float]) -> dict[str, float]:
     """Sums over all processes; every process must have the same keys in the same order."""
     if processes() == 1:
         return totals
-    values = torch.tensor(list(totals.values()), dtype=torch.float64, device=_device())
+    values = torch.tensor(list(totals.values()), dtype=torch.float64)
     dist.all_reduce(values)
     return dict(zip(totals, values.tolist(), strict=True))
 
@@ -51,16 +95,11 @@ def add_gradients(module: torch.nn.Module) -> None:
     """Sum every parameter's gradient over all processes, in place; one that none has stays None."""
     if processes() == 1:
         return
-    parameters = list(module.parameters())
-    present = torch.tensor([float(p.grad is not None) for p in parameters], device=_device())
+    parameters = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    present = torch.tensor([float(p.grad is not None) for p in parameters])
     dist.all_reduce(present)
     for parameter, found in zip(parameters, present.tolist(), strict=True):
         if found:
             if parameter.grad is None:  # this process's share had no pass through it
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
-
-
-def _device() -> torch.device:
-    """Where the group's backend wants its tensors."""
-    return torch.device("cuda" if dist.get_backend() == "nccl" else "cpu")

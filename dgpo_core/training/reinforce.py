@@ -15,8 +15,10 @@ from dgpo_core.protocol.episode import Episode
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.critic import Critic
+from dgpo_core.training.engines import FrozenModel, Optimization, training_engine
 from dgpo_core.training.episode_sources import Rollout, question_order, without_failed
 from dgpo_core.training.experience import Experience, ExperienceMaker, training_metrics
+from dgpo_core.training.token_model import TokenModel
 from dgpo_core.training.update import Updater
 
 Metrics = dict[str, float]
@@ -47,38 +49,41 @@ class Reinforcer:
         """
         config = self.config
         torch.manual_seed(self.seed)
-        actor = self._stepper(self.student, config.actor_learning_rate, config.actor_warmup)
-        critic, critic_stepper = None, None
-        parts: dict[str, Any] = {"student": self.student, "actor": actor}
-        if self.recipe.algorithm == "ppo":
-            critic = Critic(self.student)
-            critic_stepper = self._stepper(critic, config.critic_learning_rate, config.critic_warmup)
-            parts |= {"critic": critic, "critic_stepper": critic_stepper}
+        critic = None
+        if self.recipe.algorithm == "ppo":  # made of the student while its weights are whole
+            how = self._optimization(config.critic_learning_rate, config.critic_warmup)
+            critic = training_engine(Critic(self.student), how, self.compute, published=False)
+        how = self._optimization(config.actor_learning_rate, config.actor_warmup)
+        actor = training_engine(TokenModel(self.student), how, self.compute)
+        reference = FrozenModel(self.reference, self.compute) if self.reference is not None else None
+        parts: dict[str, Any] = {"actor": actor}
+        if critic is not None:
+            parts["critic"] = critic
         rows: list[Metrics] = []
         if state := checkpoint.load():
             rows = state["rows"]
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        maker = ExperienceMaker(self.student, self.reference, critic, self.recipe, config, self.compute)
-        updater = Updater(self.student, critic, actor, critic_stepper, config, self.compute)
+        maker = ExperienceMaker(actor, reference, critic, self.recipe, config, self.compute)
+        updater = Updater(actor, critic, config, self.compute)
+        actor.publish()
         for step in range(len(rows), config.steps):
             row = self._step(rollout(self._questions(questions, step), step), maker, updater, step)
+            actor.publish()
             if (step + 1) % config.dev_every == 0 or step + 1 == config.steps:
                 row["dev_em"] = evaluate()
             rows.append({"step": step + 1, **row})
             report(config.steps, rows)
             if (step + 1) % config.checkpoint_every == 0:
                 checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
+        actor.finish()
         return rows
 
-    def _stepper(self, module: torch.nn.Module, learning_rate: float, warmup: float) -> optim.Stepper:
+    def _optimization(self, learning_rate: float, warmup: float) -> Optimization:
         config = self.config
         updates = config.steps * (config.batch_size // config.mini_batch_size)
-        return optim.Stepper(
-            optim.adamw(list(module.parameters()), learning_rate, config.weight_decay),
-            schedule=optim.constant(math.ceil(warmup * updates)),
-            max_grad_norm=config.max_grad_norm,
-        )
+        schedule = optim.constant(math.ceil(warmup * updates))
+        return Optimization(learning_rate, config.weight_decay, config.max_grad_norm, schedule)
 
     def _questions(self, count: int, step: int) -> list[int]:
         """Indices of a step's questions; under GRPO each as often as its group has episodes."""

@@ -4,25 +4,20 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
-from transformers import PreTrainedModel
 
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
-from dgpo_core.objectives.logprobs import token_logprobs
 from dgpo_core.objectives.policy import clipped_surrogate, importance_weights, value_loss
-from dgpo_core.training.batches import backbone_of, collate, counted_hidden, head_of, micro_batches
-from dgpo_core.training.compute import autocast
-from dgpo_core.training.critic import Critic
+from dgpo_core.training.batches import collate, micro_batches
+from dgpo_core.training.engines import TrainingEngine
 from dgpo_core.training.experience import Experience, k3
-from dgpo_core.training.optimizer import Stepper
-from dgpo_core.training.parallel import add_gradients, added, share
+from dgpo_core.training.parallel import added, passes
+from dgpo_core.training.token_model import policy_terms
 
 
 @dataclass
 class Updater:
-    student: PreTrainedModel
-    critic: Critic | None
-    actor: Stepper
-    critic_stepper: Stepper | None
+    actor: TrainingEngine  # of a TokenModel
+    critic: TrainingEngine | None
     config: ReinforceConfig
     compute: ComputeConfig
 
@@ -35,9 +30,9 @@ class Updater:
     def _mini_batch(self, experience: Experience, chosen: list[int]) -> dict[str, float]:
         metrics = self._actor_gradient(experience, chosen)
         metrics["actor_grad_norm"] = self.actor.step()
-        if self.critic is not None and self.critic_stepper is not None:
+        if self.critic is not None:
             metrics["value_loss"] = self._critic_gradient(self.critic, experience, chosen)
-            metrics["critic_grad_norm"] = self.critic_stepper.step()
+            metrics["critic_grad_norm"] = self.critic.step()
         return metrics
 
     def _actor_gradient(self, experience: Experience, chosen: list[int]) -> dict[str, float]:
@@ -46,28 +41,26 @@ class Updater:
         tokens = sum(len(s.positions) for s in sequences)
         totals = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "approx_kl"), 0.0)
         lengths = [len(s.ids) for s in sequences]
-        for part in share(micro_batches(lengths, self.compute.micro_batch_tokens)):
-            batch = collate([sequences[i] for i in part], self.student.device)
-            old = _stream(experience.old_logprobs, chosen, part).to(self.student.device)
-            advantages = _stream(experience.advantages, chosen, part).to(self.student.device)
-            with autocast(self.compute):
-                hidden = counted_hidden(backbone_of(self.student), batch)
-                logprobs, entropy = token_logprobs(
-                    hidden, head_of(self.student), batch.targets, self.config.sampling.temperature
-                )
+        parts = micro_batches(lengths, self.compute.micro_batch_tokens)
+        for part, counts in passes(parts, self.actor.lockstep):
+            batch = collate([sequences[i] for i in part], self.actor.device)
+            old = _stream(experience.old_logprobs, chosen, part).to(self.actor.device)
+            advantages = _stream(experience.advantages, chosen, part).to(self.actor.device)
+            logprobs, entropy = self.actor(batch, policy_terms(batch, self.config.sampling.temperature))
             losses, clipped = clipped_surrogate(logprobs, old, advantages, self.config.clip)
             if self.config.importance_cap is not None and experience.sampled_logprobs is not None:
-                sampled = _stream(experience.sampled_logprobs, chosen, part).to(self.student.device)
+                sampled = _stream(experience.sampled_logprobs, chosen, part).to(self.actor.device)
                 losses = losses * importance_weights(old, sampled, self.config.importance_cap)
             loss = losses.sum() / tokens - self.config.entropy_weight * entropy.sum() / tokens
             guidance = self._guidance(experience, [chosen[i] for i in part], logprobs)
             loss = loss + self.config.beta * guidance / tokens
-            loss.backward()
+            self.actor.backward(loss if counts else 0 * loss)
+            if not counts:
+                continue
             totals["policy_loss"] += losses.sum().item() / tokens
             totals["entropy"] += entropy.sum().item() / tokens
             totals["clip_fraction"] += clipped.sum().item() / tokens
             totals["approx_kl"] += (old - logprobs).sum().item() / tokens
-        add_gradients(self.student)
         return added(totals)
 
     def _guidance(self, experience: Experience, part: list[int], logprobs: torch.Tensor) -> torch.Tensor:
@@ -80,22 +73,20 @@ class Updater:
                 total = total + k3(policy, reference.to(policy.device)).sum()
         return total
 
-    def _critic_gradient(self, critic: Critic, experience: Experience, chosen: list[int]) -> float:
+    def _critic_gradient(self, critic: TrainingEngine, experience: Experience, chosen: list[int]) -> float:
         sequences = [experience.value_sequences[i] for i in chosen]
         tokens = sum(len(s.positions) for s in sequences)
         total = 0.0
         lengths = [len(s.ids) for s in sequences]
-        for part in share(micro_batches(lengths, self.compute.micro_batch_tokens)):
-            batch = collate([sequences[i] for i in part], self.student.device)
-            old = _stream(experience.values, chosen, part).to(self.student.device)
-            returns = _stream(experience.returns, chosen, part).to(self.student.device)
-            with autocast(self.compute):
-                values = critic(batch)
-            losses = value_loss(values, old, returns, self.config.value_clip)
+        parts = micro_batches(lengths, self.compute.micro_batch_tokens)
+        for part, counts in passes(parts, critic.lockstep):
+            batch = collate([sequences[i] for i in part], critic.device)
+            old = _stream(experience.values, chosen, part).to(critic.device)
+            returns = _stream(experience.returns, chosen, part).to(critic.device)
+            losses = value_loss(critic(batch), old, returns, self.config.value_clip)
             loss = self.config.value_loss_weight * losses.sum() / tokens
-            loss.backward()
-            total += loss.item()
-        add_gradients(critic)
+            critic.backward(loss if counts else 0 * loss)
+            total += loss.item() if counts else 0.0
         return added({"value_loss": total})["value_loss"]
 
 

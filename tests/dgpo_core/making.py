@@ -6,10 +6,14 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dgpo_core.config.data import ModelShape, QuestionCounts, WorldConfig
+from dgpo_core.config.training import ComputeConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner
+from dgpo_core.training import optimizer as optim
 from dgpo_core.training.critic import Critic
+from dgpo_core.training.engines import FrozenModel, Optimization, TorchEngine
 from dgpo_core.training.models import build_model
+from dgpo_core.training.token_model import TokenModel
 
 SHAPE = ModelShape(hidden_size=32, layers=2, heads=2, intermediate_size=48)
 SMALL_WORLD = WorldConfig(passages=400, questions=QuestionCounts(train=40, dev=10, test=20, hard=8))
@@ -32,6 +36,20 @@ def student_teacher_critic(
     torch.manual_seed(9)
     torch.nn.init.normal_(critic.head.weight, std=0.1)
     return student, tiny_model(tokenizer, 2), critic
+
+
+def torch_engine(module: torch.nn.Module, compute: ComputeConfig, max_grad_norm: float = 1e9) -> TorchEngine:
+    """AdamW with a constant learning rate of 1e-3."""
+    return TorchEngine(module, Optimization(1e-3, 0.01, max_grad_norm, optim.constant()), compute)
+
+
+def engines(
+    parts: tuple[PreTrainedModel, PreTrainedModel, Critic], compute: ComputeConfig
+) -> tuple[TorchEngine, FrozenModel, TorchEngine]:
+    """Actor, reference and critic as the trainers hold them."""
+    student, teacher, critic = parts
+    actor = torch_engine(TokenModel(student), compute)
+    return actor, FrozenModel(teacher, compute), torch_engine(critic, compute)
 
 
 def random_episode(seed: int, vocabulary: int = 500, correct: bool | None = None) -> Episode:

@@ -117,6 +117,25 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
             },
             "base_models.models.student.shape: hidden_size must be divisible by twice the number of heads",
         ),
+        ({"compute": {"offload": True}}, "compute: offload is DeepSpeed's: set engine: deepspeed"),
+        ({"compute": {"zero_stage": 3}}, "compute: zero_stage is DeepSpeed's: set engine: deepspeed"),
+        ({"compute": {"split_teacher": True}}, "compute: split_teacher is DeepSpeed's"),
+        (
+            {"compute": {"engine": "deepspeed", "zero_stage": 0}},
+            "compute.zero_stage: Input",
+        ),
+        (
+            {"compute": {"processes": 2, "device": "cuda:1"}},
+            "compute: device cuda:1: processes",
+        ),
+        (
+            {"compute": {"hostfile": "hosts", "device": "mps"}},
+            "compute: device mps: processes",
+        ),
+        (
+            {"compute": {"engine": "deepspeed"}, "rollout": {"precision": "float32"}},
+            "rollout.precision: DeepSpeed's weights have compute.precision, bfloat16",
+        ),
     ],
 )
 def test_bad_parameters(tmp_path: Path, content: dict[str, Any], message: str) -> None:

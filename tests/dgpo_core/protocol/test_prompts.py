@@ -37,6 +37,16 @@ def test_chat_template_wraps_one_user_message(tokenizer: PreTrainedTokenizerFast
     )
 
 
+def test_templates_that_tell_the_date_tell_always_the_same(plain: PreTrainedTokenizerFast) -> None:
+    """As Llama 3.2's does."""
+    plain.chat_template = (
+        "{% if not date_string is defined %}{% if strftime_now is defined %}"
+        "{% set date_string = strftime_now('%d %b %Y') %}{% else %}{% set date_string = '26 Jul 2024' %}"
+        "{% endif %}{% endif %}Today Date: {{ date_string }}\n{{ messages[0]['content'] | trim }}"
+    )
+    assert prompt_text("who wrote {x}", "paper", plain) == f"Today Date: 26 Jul 2024\n{PAPER.strip()}"
+
+
 @pytest.mark.parametrize("text", ["Who", "Who?", " Who? ", "Who "])
 def test_question_mark_is_added_once(text: str) -> None:
     assert with_question_mark(text) == "Who?"

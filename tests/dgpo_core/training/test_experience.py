@@ -12,7 +12,7 @@ from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.training.critic import Critic
 from dgpo_core.training.experience import Experience, ExperienceMaker, training_metrics
-from tests.dgpo_core.making import random_episode, student_teacher_critic
+from tests.dgpo_core.making import engines, random_episode, student_teacher_critic
 
 EPISODES = [random_episode(seed, correct=seed % 3 == 0) for seed in range(7)]
 Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]
@@ -36,9 +36,9 @@ def make(
         {"start": "student", "algorithm": algorithm, "guidance": guidance, "reference": reference}
     )
     compute = ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=tokens)
-    student, teacher, critic = parts
+    actor, teacher, critic = engines(parts, compute)
     maker = ExperienceMaker(
-        student,
+        actor,
         None if guidance == "none" else teacher,
         critic if algorithm == "ppo" else None,
         recipe,

@@ -17,14 +17,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dgpo_core.config.recipes import Distillation, Reinforcement
 from dgpo_core.config.training import ComputeConfig, DistillConfig, ReinforceConfig
 from dgpo_core.protocol.episode import Episode, Owner
-from dgpo_core.training import optimizer as optim
 from dgpo_core.training.batches import model_sequence
 from dgpo_core.training.critic import Critic
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
 from dgpo_core.training.experience import Experience, ExperienceMaker
 from dgpo_core.training.update import Updater
-from tests.dgpo_core.making import random_episode, student_teacher_critic
+from tests.dgpo_core.making import engines, random_episode, student_teacher_critic
 
 Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]
 SEEDS = st.lists(st.integers(0, 10**6), min_size=2, max_size=5, unique=True)
@@ -84,7 +83,7 @@ Estimator = Literal["k1", "k2", "k3", "abs", "full"]
 def experience_of(parts: Parts, episodes: list[Episode], estimator: Estimator, tokens: int) -> Experience:
     recipe = Reinforcement(start="student", guidance="uniform", reference="teacher")
     config = ReinforceConfig(beta=0.1, kl_estimator=estimator)
-    return ExperienceMaker(*parts, recipe, config, compute(tokens)).make(episodes)
+    return ExperienceMaker(*engines(parts, compute(tokens)), recipe, config, compute(tokens)).make(episodes)
 
 
 @settings(max_examples=15)
@@ -106,7 +105,7 @@ def test_rewards_of_the_whole_response(parts: Parts, seeds: list[int], estimator
     episodes = [random_episode(seed) for seed in seeds]
     config = ReinforceConfig(beta=0.1, kl_estimator=estimator, gae_scope="all")
     recipe = Reinforcement(start="student", guidance="uniform", reference="teacher")
-    found = ExperienceMaker(*parts, recipe, config, compute(10_000)).make(episodes)
+    found = ExperienceMaker(*engines(parts, compute(10_000)), recipe, config, compute(10_000)).make(episodes)
     own = experience_of(parts, episodes, estimator, 10_000)
     for i, episode in enumerate(episodes):
         mine = torch.tensor([o == Owner.MODEL for o in episode.owners if o != Owner.PROMPT])
@@ -120,19 +119,14 @@ def test_updates(parts: Parts, seeds: list[int], tokens: int) -> None:
     episodes = [random_episode(seed) for seed in seeds]
     student, _, critic = parts
     experience = experience_of(parts, episodes, "k1", 10_000)
-    steppers = [
-        optim.Stepper(
-            optim.adamw(list(module.parameters()), 1e-3, 0.01), schedule=optim.constant(), max_grad_norm=1.0
-        )
-        for module in (student, critic)
-    ]
     config, everyone = ReinforceConfig(entropy_weight=0.05), list(range(len(episodes)))
 
     def results(budget: int) -> list[object]:
-        updater = Updater(student, critic, steppers[0], steppers[1], config, compute(budget))
+        trained, _, valued = engines(parts, compute(budget))
+        updater = Updater(trained, valued, config, compute(budget))
         metrics = updater._actor_gradient(experience, everyone)
         actor = gradients(student)
-        loss = updater._critic_gradient(critic, experience, everyone)
+        loss = updater._critic_gradient(valued, experience, everyone)
         return [list(metrics.values()), actor, loss, gradients(critic)]
 
     clean = results(10_000)

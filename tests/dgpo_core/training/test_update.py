@@ -1,21 +1,21 @@
 """PPO's gradients against the objective written out over single episodes (float32)."""
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
-from dgpo_core.training import optimizer as optim
 from dgpo_core.training.batches import model_sequence, response_sequence
 from dgpo_core.training.critic import Critic
+from dgpo_core.training.engines import TorchEngine
 from dgpo_core.training.experience import Experience
 from dgpo_core.training.update import Updater, mini_batches
-from tests.dgpo_core.making import random_episode, tiny_model
+from tests.dgpo_core.making import engines, random_episode, tiny_model
 
 EPISODES = [random_episode(seed) for seed in range(6)]
 CHOSEN = [4, 0, 3, 5]
@@ -46,23 +46,23 @@ def made_up(scope: str = "model_tokens") -> Experience:
     )
 
 
-def updater(tokenizer: PreTrainedTokenizerFast, tokens: int = 10_000, mini_batch: int = 4) -> Updater:
+@dataclass
+class Made:
+    student: PreTrainedModel
+    critic: Critic
+    valued: TorchEngine  # of the critic
+    updater: Updater
+
+
+def updater(tokenizer: PreTrainedTokenizerFast, tokens: int = 10_000, mini_batch: int = 4) -> Made:
     student = tiny_model(tokenizer, 1)
     critic = Critic(student)
     torch.manual_seed(9)
     torch.nn.init.normal_(critic.head.weight, std=0.1)
-    steppers = []
-    for module in (student, critic):
-        optimizer = optim.adamw(list(module.parameters()), 1e-3, 0.01)
-        steppers.append(optim.Stepper(optimizer, schedule=optim.constant(), max_grad_norm=1e9))
     config = ReinforceConfig(batch_size=mini_batch, mini_batch_size=mini_batch, entropy_weight=0.05)
     compute = ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=tokens)
-    return Updater(student, critic, steppers[0], steppers[1], config, compute)
-
-
-def critic_of(made: Updater) -> Critic:
-    assert made.critic is not None
-    return made.critic
+    actor, _, valued = engines((student, student, critic), compute)
+    return Made(student, critic, valued, Updater(actor, valued, config, compute))
 
 
 def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
@@ -75,7 +75,7 @@ def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
 @pytest.mark.parametrize("tokens", [1, 60, 10_000])
 def test_actor_gradient_is_eq_2(tokenizer: PreTrainedTokenizerFast, tokens: int) -> None:
     made, experience = updater(tokenizer, tokens), made_up()
-    metrics = made._actor_gradient(experience, CHOSEN)
+    metrics = made.updater._actor_gradient(experience, CHOSEN)
     found = gradients(made.student)
     terms, entropies, active = [], [], 0
     for i in CHOSEN:
@@ -128,35 +128,34 @@ def test_importance_weighs_each_token_of_the_policy_loss(
 @pytest.mark.parametrize("tokens", [1, 10_000])
 def test_critic_gradient(tokenizer: PreTrainedTokenizerFast, tokens: int, scope: str) -> None:
     made, experience = updater(tokenizer, tokens), made_up(scope)
-    reported = made._critic_gradient(critic_of(made), experience, CHOSEN)
-    found = gradients(critic_of(made))
+    reported = made.updater._critic_gradient(made.valued, experience, CHOSEN)
+    found = gradients(made.critic)
     losses = []
     for i in CHOSEN:
         sequence = experience.value_sequences[i]
-        states = critic_of(made).backbone(input_ids=torch.tensor([sequence.ids])).last_hidden_state[0]
+        states = made.critic.backbone(input_ids=torch.tensor([sequence.ids])).last_hidden_state[0]
         for place, position in enumerate(sequence.positions):
-            value = critic_of(made).head(states[position - 1])[0]
+            value = made.critic.head(states[position - 1])[0]
             old, target = experience.values[i][place], experience.returns[i][place]
             clipped = old + (value - old).clamp(-0.5, 0.5)
             losses.append(torch.maximum((value - target) ** 2, (clipped - target) ** 2))
     loss = 0.5 * torch.stack(losses).mean()
     loss.backward()
     assert reported == pytest.approx(float(loss), rel=1e-4)
-    torch.testing.assert_close(found, gradients(critic_of(made)), rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(found, gradients(made.critic), rtol=1e-3, atol=1e-6)
 
 
 def test_update_steps_once_a_mini_batch(tokenizer: PreTrainedTokenizerFast) -> None:
     made, experience = updater(tokenizer, mini_batch=4), made_up()
     before = {name: value.clone() for name, value in made.student.state_dict().items()}
-    metrics = made.update(experience, [5, 4, 3, 2, 1, 0])
-    for stepper in (made.actor, made.critic_stepper):
-        assert stepper is not None
-        ((_, schedule),) = stepper.state_dict()["parts"]
+    metrics = made.updater.update(experience, [5, 4, 3, 2, 1, 0])
+    for engine in (made.updater.actor, made.valued):
+        ((_, schedule),) = engine.state_dict()["stepper"]["parts"]
         assert schedule["last_epoch"] == 2
     names = "policy_loss entropy clip_fraction approx_kl actor_grad_norm value_loss critic_grad_norm"
     assert set(metrics) == set(names.split())
     assert any(not torch.equal(before[name], value) for name, value in made.student.state_dict().items())
-    assert all(p.grad is None for p in [*made.student.parameters(), *critic_of(made).parameters()])
+    assert all(p.grad is None for p in [*made.student.parameters(), *made.critic.parameters()])
 
 
 def test_policy_moves_towards_what_paid(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -176,7 +175,7 @@ def test_policy_moves_towards_what_paid(tokenizer: PreTrainedTokenizerFast) -> N
 
     good, bad = likelihood(range(3)), likelihood(range(3, 6))
     for _ in range(3):
-        made.update(better, list(range(6)))
+        made.updater.update(better, list(range(6)))
     assert likelihood(range(3)) > good
     assert likelihood(range(3, 6)) < bad
 
@@ -184,16 +183,16 @@ def test_policy_moves_towards_what_paid(tokenizer: PreTrainedTokenizerFast) -> N
 @pytest.mark.parametrize("tokens", [1, 10_000])
 def test_grpo_has_k3_of_gated_episodes_in_its_loss(tokenizer: PreTrainedTokenizerFast, tokens: int) -> None:
     made, experience = updater(tokenizer, tokens), made_up()
-    made.critic = made.critic_stepper = None
-    made.config = made.config.model_copy(update={"beta": 0.3, "entropy_weight": 0.0})
+    made.updater.critic = None
+    made.updater.config = made.updater.config.model_copy(update={"beta": 0.3, "entropy_weight": 0.0})
     generator = torch.Generator().manual_seed(2)
     references: list[torch.Tensor | None] = [
         torch.randn(len(old), generator=generator) - 6.5 if i % 2 else None
         for i, old in enumerate(experience.old_logprobs)
     ]
-    made._actor_gradient(experience, CHOSEN)
+    made.updater._actor_gradient(experience, CHOSEN)
     plain = gradients(made.student)
-    made._actor_gradient(replace(experience, reference=references), CHOSEN)
+    made.updater._actor_gradient(replace(experience, reference=references), CHOSEN)
     guided = gradients(made.student)
     terms, count = [], 0
     for i in CHOSEN:

@@ -1,0 +1,227 @@
+"""DeepSpeed's ZeRO as a training engine: the only file that imports deepspeed.
+
+bfloat16 weights with float32 masters, or float32; AdamW is torch's, so nothing is compiled. Of a checkpoint
+every parameter and its moments are gathered whole: what is saved does not depend on how it was split.
+"""
+
+import copy
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import PreTrainedModel
+
+from dgpo_core.config.training import ComputeConfig
+from dgpo_core.training.batches import Sequence, backbone_of, collate, head_of
+from dgpo_core.training.engines import Optimization
+from dgpo_core.training.optimizer import adamw
+from dgpo_core.training.parallel import leads, processes, rank
+
+# on a CPU DeepSpeed would compile a collective of its own (40 s); gloo has one
+deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+ZERO_STAGE = 2  # where compute.zero_stage is null
+MOMENTS = ("exp_avg", "exp_avg_sq")
+PERSISTENT = 10_000  # elements up to which stage 3 keeps a weight whole: norms and biases
+
+
+class ZeroEngine:
+    """Optimiser state, gradients and, with stage 3, weights are split over the processes.
+
+    Stages 1 and 2 train `module` in place. Stage 3 trains a copy where the module is to be `published`: then
+    its weights are gathered into `module` once, before thousands of tokens are generated.
+    """
+
+    lockstep = True
+
+    def __init__(
+        self, module: torch.nn.Module, how: Optimization, compute: ComputeConfig, published: bool
+    ) -> None:
+        self._stage = compute.zero_stage or ZERO_STAGE
+        self._module = module
+        self._trained = copy.deepcopy(module) if published and self._stage == 3 else module
+        exact = [p.detach().float().cpu() for p in module.parameters() if p.requires_grad]
+        optimizer = adamw(
+            [p for p in self._trained.parameters() if p.requires_grad], how.learning_rate, how.weight_decay
+        )
+        self._schedule = LambdaLR(optimizer, how.schedule)
+        self._optimizer = optimizer
+        config = _config(compute, self._stage) | {"gradient_clipping": how.max_grad_norm}
+        self._engine, *_ = deepspeed.initialize(model=self._trained, optimizer=optimizer, config=config)
+        if compute.precision == "bfloat16":
+            for parameter, value in zip(self._parameters(), exact, strict=True):
+                self._set(parameter, value)  # DeepSpeed makes its masters of rounded weights
+            if self._trained is not module:
+                _to(module, torch.bfloat16)
+        self.publish()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device(self._engine.device)
+
+    @property
+    def learning_rate(self) -> float:
+        return float(self._schedule.get_last_lr()[0])
+
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        # DeepSpeed averages over processes, whose passes are shares of one sum
+        self._engine.backward(loss * processes(), scale_wrt_gas=False)
+
+    def step(self) -> float:
+        self._engine.step()
+        self._schedule.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def publish(self) -> None:
+        if self._trained is self._module:
+            return
+        pairs = zip(self._trained.parameters(), self._module.parameters(), strict=True)
+        for source, whole in pairs:
+            if whole.requires_grad:
+                with deepspeed.zero.GatheredParameters([source]):
+                    whole.data.copy_(source.data)
+
+    def finish(self) -> None:
+        exact = [self._whole(parameter) for parameter in self._parameters()]
+        self._engine.destroy()
+        self._module.to("cpu", torch.float32)
+        for parameter, value in zip(_trainable(self._module), exact, strict=True):
+            parameter.data.copy_(value)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Only the first process, which saves it, has the tensors."""
+        steps = self._steps()
+        state: dict[str, Any] = {"schedule": self._schedule.state_dict(), "steps": steps, "parameters": {}}
+        self._link_moments()
+        names = [name for name, p in self._trained.named_parameters() if p.requires_grad]
+        for name, parameter in zip(names, self._parameters(), strict=True):
+            moments = MOMENTS if steps else ()
+            kept = [self._whole(parameter, key) for key in (None, *moments)]
+            if leads():
+                state["parameters"][name] = kept
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if state["steps"]:
+            self._make_moments()
+        for parameter, kept in zip(self._parameters(), state["parameters"].values(), strict=True):
+            for key, value in zip((None, *MOMENTS), kept, strict=False):
+                self._set(parameter, value, key)
+        for moments in self._optimizer_states():
+            moments["step"].fill_(state["steps"])
+        self._schedule.load_state_dict(state["schedule"])
+        for group, rate in zip(self._optimizer.param_groups, self._schedule.get_last_lr(), strict=True):
+            group["lr"] = rate
+        self.publish()
+
+    def _make_moments(self) -> None:
+        """AdamW has no state before its first step: take one, of gradient 0; all that it does is replaced."""
+        result = self(collate([Sequence([0, 0], [1])], self.device))
+        self.backward(0 * result.sum())
+        self._engine.step()
+        self._link_moments()
+
+    def _link_moments(self) -> None:
+        """Stages 1 and 2 of DeepSpeed 0.19 look for moments after they have stepped the first of our two
+        parameter groups, and so never find those of the second: look again."""
+        if self._stage < 3 and self._optimizer_states():
+            zero = self._engine.optimizer
+            zero._hp_optimizer_states_linked = False
+            zero._lazy_init_hp_params_optimizer_state()
+
+    def _parameters(self) -> list[torch.nn.Parameter]:
+        return _trainable(self._trained)
+
+    def _optimizer_states(self) -> list[dict[str, torch.Tensor]]:
+        return list(self._optimizer.state.values())
+
+    def _steps(self) -> int:
+        """Updates so far."""
+        return int(next((moments["step"] for moments in self._optimizer_states()), torch.tensor(0)))
+
+    def _whole(self, parameter: torch.nn.Parameter, moment: str | None = None) -> torch.Tensor:
+        """The float32 master of a parameter, or one of its moments, on the CPU."""
+        whole: torch.Tensor
+        if moment is None:
+            whole = safe_get_full_fp32_param(parameter)
+        else:
+            whole = safe_get_full_optimizer_state(parameter, moment)
+        return whole.cpu()
+
+    def _set(self, parameter: torch.nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
+        """Put this process's part of a whole master or moment in its place, and the weight that follows."""
+        value = value.to(self.device)
+        if self._stage == 3:
+            part = _part(parameter, value)
+            if moment is not None:
+                safe_set_local_optimizer_state(parameter, part, moment)
+                return
+            safe_set_local_fp32_param(parameter, part)
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                parameter.data.copy_(value)
+        elif moment is not None:
+            safe_set_full_optimizer_state(parameter, value, moment)
+        else:
+            safe_set_full_fp32_param(parameter, value)
+            parameter.data.copy_(value)
+
+
+def held_frozen(model: PreTrainedModel, compute: ComputeConfig) -> tuple[Any, torch.Tensor]:
+    """Backbone and output embedding of a model that is not trained, in the precision of compute.
+
+    With `split_teacher` the backbone's weights are split. The output embedding stays whole: the student's
+    backward pass uses it too.
+    """
+    _to(model, torch.bfloat16 if compute.precision == "bfloat16" else torch.float32)
+    backbone, head = backbone_of(model), head_of(model).detach()
+    if not compute.split_teacher:
+        return backbone, head
+    head = head.clone()
+    engine, *_ = deepspeed.initialize(model=backbone, config=_config(compute, 3))
+    return engine, head
+
+
+def _to(module: torch.nn.Module, dtype: torch.dtype) -> None:
+    """Parameters only: rotary frequencies stay float32."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _config(compute: ComputeConfig, stage: int) -> dict[str, Any]:
+    zero: dict[str, Any] = {"stage": stage, "stage3_param_persistence_threshold": PERSISTENT}
+    zero["overlap_comm"] = False
+    if compute.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": compute.device == "cuda"}
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # a name only: passes are cut by tokens
+        "managed_gradient_accumulation": False,  # as many passes a step as there are
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": compute.precision == "bfloat16"},
+        "data_types": {"grad_accum_dtype": "fp32"},
+    }
+
+
+def _trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
+    """This process's part of a weight that stage 3 has cut into equal ones, the last padded with zeros."""
+    size = parameter.ds_tensor.numel()
+    flat = value.flatten()
+    flat = torch.nn.functional.pad(flat, (0, size * processes() - flat.numel()))
+    return flat[rank() * size : (rank() + 1) * size]

@@ -1,0 +1,140 @@
+"""Two processes under DeepSpeed against one with plain torch."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from dgpo_core.config.training import LoraConfig
+from tests.conftest import ROOT
+from tests.dgpo_core.making import tiny_model
+from tests.dgpo_core.training.zero_cases import FIRST, compute, distilled, reinforced
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (`make test-deepspeed`)"
+)
+TRAININGS = {"distill": distilled, "reinforce": reinforced}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the two processes have left results (rank.pt) and checkpoints."""
+    made = tmp_path_factory.mktemp("zero")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    command = [sys.executable, "-m", "tests.dgpo_core.training.zero_cases", str(made)]
+    subprocess.run(command, check=True, cwd=made, env=environment)
+    return made
+
+
+@pytest.fixture(scope="module")
+def both(folder: Path) -> list[dict[str, Any]]:
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.fixture(scope="module")
+def alone(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What one process with plain torch makes of the trainings."""
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: train(tokenizer, folder / name, compute()) for name, train in TRAININGS.items()}
+
+
+def same(found: dict[str, Any], expected: dict[str, Any], tolerance: float = 1e-3) -> None:
+    """Losses and weights, to rounding."""
+    assert len(found["rows"]) == len(expected["rows"])
+    for row, other in zip(found["rows"], expected["rows"], strict=True):
+        assert row == pytest.approx(other, rel=tolerance, abs=1e-5)
+    for name, value in expected["weights"].items():
+        assert found["weights"][name].dtype == torch.float32
+        torch.testing.assert_close(found["weights"][name], value, rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", TRAININGS)
+@pytest.mark.parametrize("stage", FIRST)
+def test_split_training_is_that_of_one_process(
+    both: list[Any], alone: dict[str, Any], stage: str, training: str
+) -> None:
+    first, second = (results[f"{training}-{stage}"] for results in both)
+    assert first["rows"] == second["rows"]
+    assert all(torch.equal(second["weights"][name], value) for name, value in first["weights"].items())
+    same(first, alone[training])
+
+
+def test_training_moved_the_weights(alone: dict[str, Any], tokenizer: PreTrainedTokenizerFast) -> None:
+    before = tiny_model(tokenizer, 1).state_dict()
+    for name in TRAININGS:
+        weights = alone[name]["weights"]
+        assert any(not torch.allclose(value, weights[key], atol=1e-3) for key, value in before.items())
+
+
+@pytest.mark.parametrize("stage", FIRST)
+def test_rollouts_see_the_trained_weights(both: list[Any], alone: dict[str, Any], stage: str) -> None:
+    looks = both[0][f"distill-{stage}"]["seen"]
+    assert len(looks) == 2
+    for look, expected in zip(looks, alone["distill"]["seen"], strict=True):
+        torch.testing.assert_close(look, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("stage", FIRST)
+def test_resumed_training_is_bit_identical(both: list[Any], stage: str) -> None:
+    for results in both:
+        whole, again = results[f"reinforce-{stage}"], results[f"resumed-{stage}"]
+        assert again["rows"] == whole["rows"]
+        assert all(torch.equal(again["weights"][name], value) for name, value in whole["weights"].items())
+
+
+def test_other_number_of_processes_goes_on(folder: Path, both: list[Any]) -> None:
+    """The checkpoint of two processes, continued by one under another stage."""
+    code = (
+        "import sys; from pathlib import Path; import torch\n"
+        "from tests.dgpo_core.training import zero_cases as z\n"
+        "with z.parallel.group('cpu'):\n"
+        "    made = z.reinforced(z.build_tokenizer(), Path('two'), z.FIRST['zero1'])\n"
+        "torch.save(made, 'one.pt')\n"
+    )
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    environment |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1"}
+    environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=folder, env=environment)
+    found = torch.load(folder / "one.pt", weights_only=False)
+    whole = both[0]["reinforce-zero3"]
+    assert found["rows"][:2] == whole["rows"][:2]
+    same(found, whole)
+
+
+def test_optimiser_state_in_the_hosts_memory(both: list[Any], alone: dict[str, Any]) -> None:
+    same(both[0]["distill-offload"], alone["distill"])
+
+
+@pytest.mark.parametrize("stage", FIRST)
+def test_bfloat16_has_float32_masters(both: list[Any], alone: dict[str, Any], stage: str) -> None:
+    """Losses are those of autocast over float32 weights to bfloat16's rounding, weights nearly."""
+    found, torchs = both[0][f"distill-bfloat16-{stage}"], both[0]["distill-bfloat16"]
+    for row, other in zip(found["rows"], torchs["rows"], strict=True):
+        assert row["loss"] == pytest.approx(other["loss"], rel=0.02)
+    start = alone["distill"]["weights"]
+    for name, value in found["weights"].items():
+        assert value.dtype == torch.float32
+        assert not torch.equal(value, value.bfloat16().float()) or value.ndim < 2
+        assert (value - torchs["weights"][name]).abs().mean() < 0.2 * 6e-3  # six steps of 1e-3
+        assert value.shape == start[name].shape
+
+
+def test_adapters(both: list[Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    """Split over two processes or in one, adapters end in the same ordinary model."""
+    alone = distilled(tokenizer, tmp_path, compute(lora=LoraConfig(rank=4)))
+    for name in ("lora", "lora-zero3"):
+        same(both[0][f"distill-{name}"], alone)
+    before = tiny_model(tokenizer, 1).state_dict()
+    moved = {k for k, v in alone["weights"].items() if not torch.equal(v, before[k])}
+    assert alone["weights"].keys() == before.keys()
+    assert moved and all(".layers." in name and name.endswith("proj.weight") for name in moved)

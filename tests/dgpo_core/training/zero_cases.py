@@ -1,0 +1,136 @@
+"""What two processes under DeepSpeed make of two trainings, kept for the tests: importing it takes seconds,
+so one program runs all cases. `python -m tests.dgpo_core.training.zero_cases <folder>`."""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch
+import torch.multiprocessing as mp
+from transformers import PreTrainedTokenizerFast
+
+from dgpo_core.config.recipes import Distillation, Reinforcement
+from dgpo_core.config.training import ComputeConfig, DistillConfig, LoraConfig, ReinforceConfig
+from dgpo_core.datasets.world.tokenizer import build_tokenizer
+from dgpo_core.protocol.episode import Episode
+from dgpo_core.training import parallel
+from dgpo_core.training.adapters import add_adapters, merged
+from dgpo_core.training.checkpoint import Checkpoint
+from dgpo_core.training.distill import Distiller
+from dgpo_core.training.episode_sources import TeacherEpisodes
+from dgpo_core.training.reinforce import Reinforcer
+from tests.dgpo_core.making import random_episode, tiny_model
+
+EPISODES = [random_episode(seed) for seed in range(14)]
+IDS = torch.tensor([[5, 6, 7, 8]])
+
+
+def compute(**changes: Any) -> ComputeConfig:
+    # small passes: several for each process, and an uneven number of them
+    return ComputeConfig.model_validate(
+        {"device": "cpu", "precision": "float32", "micro_batch_tokens": 60} | changes
+    )
+
+
+FIRST = {f"zero{stage}": compute(engine="deepspeed", zero_stage=stage) for stage in (1, 2, 3)}
+FIRST["zero3"] = FIRST["zero3"].model_copy(update={"split_teacher": True, "gradient_checkpointing": True})
+OFFLOADED = compute(engine="deepspeed", zero_stage=2, offload=True)
+NARROW = {f"bfloat16-{n}": c.model_copy(update={"precision": "bfloat16"}) for n, c in FIRST.items()}
+NARROW["bfloat16"] = compute(precision="bfloat16")
+ADAPTED = {"lora": compute(lora=LoraConfig(rank=4))}
+ADAPTED["lora-zero3"] = FIRST["zero3"].model_copy(update={"lora": LoraConfig(rank=4)})
+
+
+def distilled(
+    tokenizer: PreTrainedTokenizerFast, folder: Path, config: ComputeConfig, kill_at: int | None = None
+) -> dict[str, Any]:
+    """Six steps on the teacher's live distributions; `seen` is what the student's rollouts would see."""
+    student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
+    if config.lora:
+        add_adapters(student, config.lora, 0)
+    if config.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    settings = DistillConfig(epochs=2, batch_size=5, learning_rate=1e-3)
+    recipe = Distillation(start="student", objective="kd")
+    source = TeacherEpisodes(EPISODES, settings, 3)
+    seen: list[torch.Tensor] = []
+
+    def look() -> float:
+        with torch.inference_mode():
+            seen.append(student(IDS).logits.float())
+        return 0.5
+
+    made = Distiller(student, teacher, recipe, settings, config, source)
+    rows = made.train(Checkpoint(folder), look, lambda _, rows: interrupt(len(rows) == kill_at))
+    return {"rows": rows, "seen": seen, "weights": merged(student).state_dict()}
+
+
+def reinforced(
+    tokenizer: PreTrainedTokenizerFast, folder: Path, config: ComputeConfig, kill_at: int | None = None
+) -> dict[str, Any]:
+    """Four steps of PPO with the KL of wrong episodes over the full vocabulary."""
+    settings = ReinforceConfig(
+        steps=4, batch_size=8, mini_batch_size=4, actor_learning_rate=1e-3, critic_learning_rate=1e-3,
+        entropy_weight=0.01, kl_estimator="full", checkpoint_every=2,
+    )  # fmt: skip
+    recipe = Reinforcement(start="student", guidance="selective", reference="teacher")
+    student = tiny_model(tokenizer, 1)
+    trainer = Reinforcer(student, tiny_model(tokenizer, 2), recipe, settings, config, 3)
+
+    def rollout(chosen: list[int], step: int) -> list[Episode]:
+        own = parallel.share(range(len(chosen)))
+        return parallel.joined([random_episode(100 * step + place) for place in own])
+
+    rows = trainer.train(
+        20, rollout, Checkpoint(folder), lambda: 0.5, lambda _, rows: interrupt(len(rows) == kill_at)
+    )
+    return {"rows": rows, "weights": student.state_dict()}
+
+
+def interrupt(now: bool) -> None:
+    if now:
+        raise KeyboardInterrupt
+
+
+def resumed(train: Any, tokenizer: Any, folder: Path, config: ComputeConfig, then: ComputeConfig) -> Any:
+    """Killed at step 3 under `config`, continued under `then`."""
+    with contextlib.suppress(KeyboardInterrupt):
+        train(tokenizer, folder, config, kill_at=3)
+    return train(tokenizer, folder, then)
+
+
+def run(rank: int, folder: Path) -> None:
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    tokenizer, results = build_tokenizer(), {}
+    with parallel.group("cpu"):
+        for name, config in FIRST.items():
+            print(name, flush=True)
+            results[f"distill-{name}"] = distilled(tokenizer, folder / f"distill-{name}", config)
+            results[f"reinforce-{name}"] = reinforced(tokenizer, folder / f"reinforce-{name}", config)
+            results[f"resumed-{name}"] = resumed(
+                reinforced, tokenizer, folder / f"resumed-{name}", config, config
+            )
+        results["distill-offload"] = distilled(tokenizer, folder / "offload", OFFLOADED)
+        for name, config in (NARROW | ADAPTED).items():
+            results[f"distill-{name}"] = distilled(tokenizer, folder / name, config)
+        with contextlib.suppress(KeyboardInterrupt):  # one process goes on from where two were
+            reinforced(tokenizer, folder / "two", FIRST["zero3"], kill_at=3)
+    torch.save(results, folder / f"{rank}.pt")
+
+
+if __name__ == "__main__":
+    import dgpo_core.training.deepspeed_engine  # noqa: F401  before the fork: once for both
+
+    torch.set_num_threads(1)
+    workers = [
+        mp.get_context("fork").Process(target=run, args=(rank, Path(sys.argv[1]))) for rank in range(2)
+    ]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    sys.exit(any(worker.exitcode for worker in workers))
