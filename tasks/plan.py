@@ -134,9 +134,9 @@ def show(made: Plan, params: Params) -> None:
             row.append(f"{hours * machine.price * max(1, machine.gpus):.0f}")
         table.add_row(*row)
     console.print(table)
-    hours = "unknown: name a GPU of the table" if made.hours is None else f"{made.hours:.1f}"
+    total = "unknown: name a GPU of the table" if made.hours is None else f"{made.hours:.1f}"
     cost = f"   cost {made.cost:.0f}" if made.cost is not None else ""
-    console.print(f"\nhours, one stage after another: {hours}{cost}   disk: {gigabytes(made.disk)}")
+    console.print(f"\nhours, one stage after another: {total}{cost}   disk: {gigabytes(made.disk)}")
     largest = max((s for s in made.stages if s.memory), key=lambda s: s.device_memory, default=None)
     if largest:
         parts = ", ".join(f"{name} {gib(size)}" for name, size in largest.memory.items() if size >= GIB / 20)

@@ -21,6 +21,7 @@ from rich.console import Console
 
 from dgpo_core.config.params import Params, load_params, resolve_profile
 from dgpo_core.config.recipes import STUDENT, Recipes
+from dgpo_core.planning.architectures import config_of
 from dgpo_core.protocol import prompts
 from dgpo_core.rehearsal import files
 from dgpo_core.rehearsal.settings import scaled_down
@@ -74,7 +75,7 @@ def prepare(folder: Path, resolved: dict[str, Any]) -> list[str]:
     params, notes = scaled_down(resolved, torch.cuda.is_available())
     texts = [passage.contents for passage in files.passages()]
     texts += [question.question for question in files.questions("nq", "train")]
-    family = models.config_of(sources["student"])["model_type"]
+    family = config_of(sources["student"])["model_type"]
     tokenizer = build_tokenizer(family, [*texts, *lines()])
     models.save_random_student(sources["student"], tokenizer, folder / params["models"]["student"])
     episodes = [scripted(tokenizer, params, number) for number in range(4)]

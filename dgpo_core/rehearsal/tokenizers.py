@@ -40,7 +40,7 @@ def build_tokenizer(family: str, texts: list[str]) -> Any:
     if family == "qwen2":
         tokenizer: Any = Qwen2Tokenizer(
             vocab=vocabulary,
-            merges=merges,
+            merges=merges,  # type: ignore[arg-type]
             unk_token=special[0],
             pad_token=special[0],
             eos_token=special[2],

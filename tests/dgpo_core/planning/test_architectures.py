@@ -26,7 +26,7 @@ def built(config: dict[str, Any]) -> Any:
     """The model without memory for its weights."""
     values = {key: value for key, value in config.items() if key != "model_type"}
     with torch.device("meta"):
-        kind = AutoModel if config["model_type"] == "bert" else AutoModelForCausalLM
+        kind: Any = AutoModel if config["model_type"] == "bert" else AutoModelForCausalLM
         return kind.from_config(AutoConfig.for_model(config["model_type"], **values))
 
 
