@@ -98,7 +98,7 @@ def build(folder: str, data: Data, kind: str) -> Any:
 
 def point(data: Data, row: int, kind: str) -> Any:
     terms = data.terms[row]
-    vector = (
+    vector: dict[str, Any] = (
         {"bm25": edge.SparseVector(terms.indices, terms.values)}
         if kind == "bm25"
         else {"text": data.vectors[row].tolist()}

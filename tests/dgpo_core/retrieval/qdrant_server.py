@@ -50,6 +50,7 @@ def _answer(result: Any) -> Response:
 def make_app(server: QdrantServer) -> FastAPI:
     app = FastAPI()
     engine, lock = server.engine, threading.Lock()
+    stored: dict[str, Any] = engine._client.collections  # type: ignore[attr-defined]
 
     def record(request: Request, body: Any = None) -> None:
         server.requests.append((f"{request.method} {request.url.path}", body))
@@ -94,12 +95,13 @@ def make_app(server: QdrantServer) -> FastAPI:
     @app.put("/collections/{name}")
     def create(name: str, body: models.CreateCollection, request: Request) -> Response:
         record(request, body)
-        given = {
-            "vectors_config": body.vectors,
-            "sparse_vectors_config": body.sparse_vectors,
-            "metadata": body.metadata,
-        }
-        return _answer(engine.create_collection(name, **given))
+        made = engine.create_collection(
+            name,
+            vectors_config=body.vectors,
+            sparse_vectors_config=body.sparse_vectors,
+            metadata=body.metadata,
+        )
+        return _answer(made)
 
     @app.patch("/collections/{name}")
     def update(name: str, body: models.UpdateCollection, request: Request) -> Response:
@@ -151,13 +153,13 @@ def make_app(server: QdrantServer) -> FastAPI:
     def snapshot(name: str, request: Request) -> Response:
         record(request)
         found = f"{name}-1.snapshot"
-        server.snapshots[found] = copy.deepcopy(engine._client.collections[name])
+        server.snapshots[found] = copy.deepcopy(stored[name])
         return _answer(models.SnapshotDescription(name=found, size=1234))
 
     @app.put("/collections/{name}/snapshots/recover")
     def recover(name: str, body: models.SnapshotRecover, request: Request) -> Response:
         record(request, body)
-        engine._client.collections[name] = server.snapshots[body.location.rsplit("/", 1)[1]]
+        stored[name] = server.snapshots[body.location.rsplit("/", 1)[1]]
         return _answer(True)
 
     return app

@@ -32,6 +32,12 @@ def filled(
     return client, told
 
 
+def creation(server: QdrantServer) -> Any:
+    """How the one collection was created."""
+    (body,) = [b for b in server.bodies("PUT /collections") if isinstance(b, models.CreateCollection)]
+    return body
+
+
 def test_the_order_of_things(qdrant: QdrantServer, passages: list[Passage]) -> None:
     made, matrix = dense_content(passages[:60])
     name, accepted = collection_name(made.name, CONFIG), list[str]()
@@ -59,7 +65,7 @@ def test_a_dense_collection(qdrant: QdrantServer, passages: list[Passage], quant
     made, matrix = dense_content(passages[:10])
     config = QdrantConfig(shards=6, replicas=2, quantization=quantization, hnsw_m=24, hnsw_ef=77)
     client, _ = filled(qdrant, made, config)
-    (created,) = [b for b in qdrant.bodies("PUT /collections") if isinstance(b, models.CreateCollection)]
+    created = creation(qdrant)
     vector = created.vectors["text"]
     assert (vector.size, vector.distance) == (8, models.Distance.DOT)
     assert (vector.datatype, vector.memory) == (models.Datatype.FLOAT16, models.Memory.COLD)
@@ -94,7 +100,7 @@ def test_a_dense_collection(qdrant: QdrantServer, passages: list[Passage], quant
 def test_a_sparse_collection(qdrant: QdrantServer, passages: list[Passage]) -> None:
     vectors = Bm25Encoder(30.0).encode_passages([p.contents for p in passages[:10]])
     filled(qdrant, content(passages[:10], vectors, None))
-    (created,) = [b for b in qdrant.bodies("PUT /collections") if isinstance(b, models.CreateCollection)]
+    created = creation(qdrant)
     assert not created.vectors
     assert created.sparse_vectors["text"].modifier is models.Modifier.IDF
 

@@ -15,7 +15,7 @@ from dgpo_core.retrieval.backends.server import QdrantBackend, connect
 from dgpo_core.retrieval.encoders import SparseVector
 
 
-class Points(PointsServicer):  # type: ignore[misc]
+class Points(PointsServicer):
     """Answers each query with the point 7, and keeps what it was asked."""
 
     def __init__(self) -> None:
@@ -37,7 +37,7 @@ class Points(PointsServicer):  # type: ignore[misc]
 def grpc_server() -> Iterator[tuple[Points, int]]:
     points = Points()
     server = grpc.server(futures.ThreadPoolExecutor(2))
-    add_PointsServicer_to_server(points, server)
+    add_PointsServicer_to_server(points, server)  # type: ignore[no-untyped-call]
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
     yield points, port
