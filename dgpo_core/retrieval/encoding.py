@@ -73,8 +73,8 @@ def encode_shards(
     try:
         for worker in workers.values():
             worker.start()
-        for job in chain(jobs, repeat(None, len(devices))):
-            _hand_over(job, todo, lambda: _listen(workers, told, tell))
+        for task in chain(jobs, repeat(None, len(devices))):
+            _hand_over(task, todo, lambda: _listen(workers, told, tell))
         for worker in workers.values():
             while worker.is_alive():
                 worker.join(WAIT)
@@ -94,7 +94,8 @@ def _hand_over(job: Job | None, todo: Any, listen: Callable[[], None]) -> None:
     while True:
         listen()
         try:
-            return todo.put(job, timeout=WAIT)
+            todo.put(job, timeout=WAIT)
+            return
         except queue.Full:
             continue
 

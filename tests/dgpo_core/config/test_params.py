@@ -218,7 +218,9 @@ def test_every_profile_resolves(path: Path) -> None:
 
 
 def test_profile_lies_over_the_one_that_it_extends(tmp_path: Path) -> None:
-    (tmp_path / "a.yaml").write_text("distill: {epochs: 7, batch_size: 3}\nquestions: {train: [x]}\n")
+    (tmp_path / "a.yaml").write_text(
+        "data: {source: world}\ndistill: {epochs: 7, batch_size: 3}\nquestions: {train: [x]}\n"
+    )
     (tmp_path / "b.yaml").write_text("extends: a\ndistill: {epochs: 8}\nquestions: {train: [y, z]}\n")
     resolved = resolve_profile(tmp_path / "b.yaml")
     assert (resolved["distill"]["epochs"], resolved["distill"]["batch_size"]) == (8, 3)
