@@ -182,7 +182,7 @@ def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, 
 
     def report(steps: int, rows: list[dict[str, float]]) -> None:
         step, row = len(rows), rows[-1]
-        values = {key: row[key] for key in shown if key in row}
+        values: dict[str, Any] = {key: row[key] for key in shown if key in row}
         if looks := [row["dev_em"] for row in rows if "dev_em" in row]:
             values["dev_em"] = looks[-1]
         run.progress(step, steps, **values)

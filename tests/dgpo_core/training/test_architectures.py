@@ -11,8 +11,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.config.protocol import ProtocolConfig, RolloutConfig, Sampling
+from dgpo_core.config.protocol import ProtocolConfig, Sampling
 from dgpo_core.config.recipes import Distillation, Reinforcement
+from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.config.training import ComputeConfig, DistillConfig, ReinforceConfig
 from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.retrieval.index import Index

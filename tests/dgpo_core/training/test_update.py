@@ -106,8 +106,8 @@ def test_importance_weighs_each_token_of_the_policy_loss(
     made, experience = updater(tokenizer, tokens), made_up()
     sampled = [old + 0.8 * torch.linspace(-1, 1, len(old)) for old in experience.old_logprobs]
     experience = replace(experience, sampled_logprobs=sampled)
-    made.config = made.config.model_copy(update={"importance_cap": 1.5, "clip": 1e6})
-    metrics = made._actor_gradient(experience, CHOSEN)
+    made.updater.config = made.updater.config.model_copy(update={"importance_cap": 1.5, "clip": 1e6})
+    metrics = made.updater._actor_gradient(experience, CHOSEN)
     found = gradients(made.student)
     terms, entropies = [], []
     for i in CHOSEN:
