@@ -33,10 +33,9 @@ def plan_for(params: Params, machine: Machine, setup: Setup | None = None) -> Pl
 
 def setup_of(params: Params) -> Setup:
     """How the parameters spread training and generation over GPUs."""
-    compute, rollout = params.compute.model_dump(), params.rollout.model_dump()
-    deepspeed = compute.get("engine", "torch") == "deepspeed"
-    zero = (compute.get("zero_stage") or 2) if deepspeed else None
-    return Setup(compute.get("processes", 1), zero, rollout.get("engine", "transformers"))
+    compute = params.compute
+    zero = (compute.zero_stage or 2) if compute.engine == "deepspeed" else None
+    return Setup(compute.processes, zero, params.rollout.engine)
 
 
 def workload(params: Params) -> Workload:
@@ -144,7 +143,7 @@ def show(made: Plan, params: Params) -> None:
     for name, text in made.assumptions.items():
         console.print(f"{name}: {text}")
     for problem in made.problems:
-        needed, there = gib(problem.needed), gib(problem.available)
+        needed, there = problem.amount(problem.needed), problem.amount(problem.available)
         console.print(
             f"\n[bold]does not fit[/]: {problem.stage} needs {needed} of {problem.what}, there are {there}"
             f"\n  what helps: {problem.advice}"

@@ -85,9 +85,13 @@ def prepare(folder: Path, resolved: dict[str, Any]) -> list[str]:
     notes.append(f"the teacher has random weights and learned one episode by heart ({loss:.3f} nats a token)")
     if params["retrieval"]["encoder"]["kind"] == "dense":
         models.save_encoder(texts, folder / "models/encoder")
-    files.write_corpus(folder / CORPUS)
-    sets = [*params["questions"]["train"], *params["questions"]["test"]]
-    files.write_question_sets(folder / QUESTIONS, sets)
+    train, test = params["questions"]["train"], params["questions"]["test"]
+    if params["data"]["source"] == "published":
+        files.write_published(folder / "published", train, test)
+    else:  # the teacher knows nothing of the embedded world
+        files.write_corpus(folder / CORPUS)
+        files.write_question_sets(folder / QUESTIONS, [*train, *test])
+        notes.append("data: a handful of passages and questions stand in for the embedded world")
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
     return notes
 
@@ -120,7 +124,8 @@ def scripted(tokenizer: Any, params: dict[str, Any], number: int) -> Any:
 
 def programs(params: Params) -> list[tuple[str, list[str]]]:
     """(stage as DVC names it, arguments of `python -m`), in an order in which they can run."""
-    simple = ["index", "teach", "filter", "distributions"]
+    published = ["data"] if params.data.source == "published" else []
+    simple = [*published, "index", "teach", "filter", "distributions"]
     made = [(name, [f"tasks.{name}"]) for name in simple]
     for name in in_order(params.recipes):
         kind = "distill" if name in params.recipes.distill else "reinforce"

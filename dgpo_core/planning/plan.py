@@ -5,21 +5,25 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from dgpo_core.planning.machine import Machine
-from dgpo_core.planning.stages import PROCESS, Estimate, Planner
+from dgpo_core.planning.machine import GIB, Machine
+from dgpo_core.planning.stages import PROCESS, Estimate, Planner, in_process
 
 ENVIRONMENT_DISK = 12e9  # bytes of the Python environment with CUDA
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that does not fit: bytes needed and there, and what to do about it."""
+    """Something that does not fit: how much is needed and there (bytes, or GPUs), and what to do about it."""
 
     stage: str
     what: str
     needed: float
     available: float
     advice: str
+
+    def amount(self, value: float) -> str:
+        """`needed` or `available` for people."""
+        return f"{value:.0f}" if self.what == "GPUs" else f"{value / GIB:.1f} GiB"
 
 
 @dataclass(frozen=True)
@@ -60,6 +64,7 @@ def make_plan(planner: Planner) -> Plan:
     stages = planner.stages()
     machine, work = planner.machine, planner.work
     problems = [problem for stage in stages for problem in _problems(planner, stage)]
+    problems += _too_few(planner)
     disk = ENVIRONMENT_DISK + planner.models_disk() + sum(stage.disk for stage in stages)
     if machine.disk is not None and disk > machine.disk:
         problems.append(Problem("all", "disk", disk, machine.disk, _disk_advice(planner, stages)))
@@ -73,6 +78,21 @@ def make_plan(planner: Planner) -> Plan:
         "spread": f"{setup.processes} training process(es), {engine}; episodes by {setup.engine}",
     }
     return Plan(stages, problems, machine, disk, assumptions)
+
+
+def _too_few(planner: Planner) -> Iterator[Problem]:
+    """Training and the student's servers hold their GPUs at the same time."""
+    setup, gpus = planner.setup, planner.machine.gpus
+    servers = len(planner.params.rollout.server.student) if setup.engine == "vllm-server" else 0
+    if gpus and servers and setup.processes + servers > gpus:
+        yield Problem(
+            "training",
+            "GPUs",
+            setup.processes + servers,
+            gpus,
+            f"compute.processes and URLs of rollout.server.student: together at most {gpus}, unless the "
+            "servers are other machines'",
+        )
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -98,7 +118,7 @@ def _problems(planner: Planner, stage: Estimate) -> Iterator[Problem]:
     if machine.memory is not None and on_host > machine.memory:
         advice = (
             "retrieval.location: the URL of a Qdrant server (a cluster, or quantised vectors)"
-            if stage.stage == "index" and planner.params.retrieval.location == "embedded"
+            if stage.stage == "index" and in_process(planner.params.retrieval)
             else "a smaller retrieval.shard_size"
             if stage.stage == "index"
             else "more memory, or a GPU"

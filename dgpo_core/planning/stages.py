@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field, replace
 
 from dgpo_core.config.params import Params
-from dgpo_core.config.recipes import TEACHER, Distillation, Reinforcement
+from dgpo_core.config.recipes import STUDENT, TEACHER, Distillation, Reinforcement
+from dgpo_core.config.retrieval import RetrievalConfig, parse_location
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture
 from dgpo_core.planning.generation import Generation, Generator, Parts, added, shared
@@ -13,6 +14,11 @@ from dgpo_core.planning.workload import PASSAGE_BYTES, TOKENS_A_WORD, Workload
 PROCESS = 0.7e9  # bytes of a stage's program with its libraries, and of a CUDA context
 FRAGMENTATION = 1.1  # of what is allocated and freed, over what is in use
 EPISODE_BYTES = 6.0  # a token in a table of episodes: id and log-probability, compressed
+
+
+def in_process(retrieval: RetrievalConfig) -> bool:
+    """Whether a stage's own memory holds the index."""
+    return parse_location(retrieval.location).kind in ("memory", "embedded", "folder")
 
 
 @dataclass(frozen=True)
@@ -89,7 +95,7 @@ class Planner:
         return Estimate("data", disk=2 * self.work.passages * PASSAGE_BYTES)
 
     def _index(self) -> Estimate:
-        """Vectors in float32, twice on disk (DVC's cache), and in memory where Qdrant runs in the process."""
+        """Vectors in float16, twice on disk (DVC's cache), and in memory where Qdrant runs in the process."""
         passages, words = self.work.passages, self.work.words
         text = PASSAGE_BYTES * passages
         if self.encoder is None:
@@ -97,26 +103,27 @@ class Planner:
             tokens = flops = 0.0
             seconds: float | None = 0.0
         else:
-            vectors = 4.0 * self.encoder.hidden * passages
+            vectors = 2.0 * self.encoder.hidden * passages  # float16
             each = min(words * TOKENS_A_WORD, self.params.retrieval.encoder.max_tokens)
             tokens = each * passages
             flops = passes.forward_flops(self.encoder, tokens, each**2 * passages)
-            seconds = self._compute(flops, 1)
+            seconds = self._compute(flops, max(1, self.machine.gpus))  # each encodes shards of its own
         shard = min(self.params.retrieval.shard_size, passages)
-        # a shard's vectors pass through lists of Python numbers: a pointer and an object each
-        host = PROCESS + 32 * (vectors / passages / 4) * shard + 2 * PASSAGE_BYTES * shard
-        if self.params.retrieval.location == "embedded":
+        # a shard's vectors in float32 and as they are stored; each GPU has a process with a shard of its own
+        processes = max(1, self.machine.gpus) if self.encoder else 1
+        host = processes * (PROCESS + (3 * vectors / passages + 2 * PASSAGE_BYTES) * shard)
+        if in_process(self.params.retrieval):
             host += vectors + text
         disk = 2 * (vectors + 0.4 * text)
         return Estimate(
-            "index", min(1, self.machine.gpus) if self.encoder else 0, {}, host, disk, tokens, flops, seconds
+            "index", self.machine.gpus if self.encoder else 0, {}, host, disk, tokens, flops, seconds
         )
 
     # --- generation
 
     def _teach(self) -> Estimate:
         made = self._generator.generate(self.teacher, self.work.teach)
-        return self._generating("teach", self.teacher, made, self._episode_bytes(self.work.teach))
+        return self._generating("teach", TEACHER, made, self._episode_bytes(self.work.teach))
 
     def _evaluate(self, model: str) -> Estimate:
         """The test sets, and ARCap's extra episodes: two of one turn for each question of NQ and MuSiQue."""
@@ -136,11 +143,17 @@ class Planner:
             sets.searching,
         )
         episodes = self._episode_bytes(sum(asked.values()) + extra)
-        return self._generating(f"evaluate@{model}", shape, both, episodes)
+        return self._generating(f"evaluate@{model}", model, both, episodes)
 
-    def _generating(self, stage: str, shape: Architecture, made: Generation, episodes: float) -> Estimate:
-        vllm = self._generator.vllm
-        gpus = self.machine.gpus if vllm else min(1, self.machine.gpus)
+    def engine_gpus(self, model: str) -> int:
+        """GPUs that generate a model's episodes at a time, where it is not being trained."""
+        rollout = self.params.rollout
+        servers = rollout.server.teacher if model == TEACHER else rollout.server.student
+        engines = {"transformers": 1, "vllm": rollout.vllm.tensor_parallel, "vllm-server": len(servers)}
+        return min(max(1, engines[self.setup.engine]), self.machine.gpus)
+
+    def _generating(self, stage: str, model: str, made: Generation, episodes: float) -> Estimate:
+        shape, vllm, gpus = self.shape_of(model), self._generator.vllm, self.engine_gpus(model)
         seconds = added(shared(made.seconds, gpus), made.searching)
         weights = {"weights": 2.0 * shape.parameters} if vllm else self._frozen(shape)
         return Estimate(
@@ -229,10 +242,13 @@ class Planner:
         gpus = processes if self.machine.gpus else 0
         weights = self.student.parameters
         disk = 2 * 4.0 * weights + 2 * 12.0 * (weights + critic * self.student.backbone)
-        seconds = added(self._compute(flops, processes), shared(made.seconds, processes))
+        engines = processes if self.setup.engine == "transformers" else self.engine_gpus(STUDENT)
+        seconds = added(self._compute(flops, processes), shared(made.seconds, engines))
         seconds = added(seconds, made.searching)
-        if self._generator.vllm:
-            memory = memory | {"engine's weights": 2.0 * weights}
+        if self.setup.engine == "vllm":  # beside the model in training; servers have GPUs of their own
+            memory = memory | {"engine's weights": 2.0 * weights / engines}
+        if self.setup.engine == "vllm-server":
+            gpus = min(gpus + engines, self.machine.gpus)
         return Estimate(stage, gpus, memory, PROCESS, disk, tokens + made.tokens, flops + made.flops, seconds)
 
     @property

@@ -1,13 +1,17 @@
-"""A handful of passages and questions in the published formats (method.md, section 7), written by us."""
+"""A handful of passages and questions in the published formats (docs/data.md), written by us."""
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
+from dgpo_core.datasets.published.catalogue import TEST_SPLITS
 from dgpo_core.datasets.records import Passage, Question, write_jsonl
 
 ANSWER = "yes"  # of every question: what the rehearsal's teacher has learned by heart
 QUERY = "harbour towns"
 PLACES = ("Aldmoor", "Brenwick", "Carrow", "Dunhaven", "Elmsea", "Farholt", "Grayport", "Hythe Bay")
-SPLITS = {"train": 4, "dev": 4, "test": 4}
+SPLITS = {"train": 8, "dev": 4, "test": 4}
 
 
 def passages() -> list[Passage]:
@@ -41,8 +45,49 @@ def write_corpus(path: Path) -> None:
     write_jsonl(path, passages())
 
 
-def write_question_sets(folder: Path, datasets: list[str]) -> None:
-    """`folder`/<set>/<split>.jsonl."""
+def write_question_sets(folder: Path, datasets: Iterable[str]) -> None:
+    """`folder`/<set>/<split>.jsonl, as the stage `data` leaves them."""
     for dataset in datasets:
         for split in SPLITS:
             write_jsonl(folder / dataset / f"{split}.jsonl", questions(dataset, split))
+
+
+def write_published(folder: Path, train: Iterable[str], test: Iterable[str]) -> None:
+    """What the stage `data` reads: FlashRAG's question sets, wiki-18, MuSiQue's and NQ's own files."""
+    write_corpus(folder / "corpus.jsonl")
+    for dataset in train:
+        write_jsonl(folder / "questions" / dataset / "train.jsonl", questions(dataset, "train"))
+    for dataset in test:
+        file = folder / "questions" / dataset / f"{TEST_SPLITS[dataset]}.jsonl"
+        write_jsonl(file, questions(dataset, "test"))
+    _write_rows(folder / "musique.jsonl", map(_of_musique, questions("musique", "test")))
+    _write_rows(folder / "nq.jsonl", map(_of_nq, questions("nq", "test")))
+
+
+def _of_musique(question: Question) -> dict[str, Any]:
+    (passage,) = question.metadata["golden_passages"]
+    paragraph = {"title": passage["title"], "paragraph_text": passage["text"], "is_supporting": True}
+    return {
+        "question": question.question,
+        "paragraphs": [paragraph],
+        "answer": ANSWER,
+        "answer_aliases": [],
+    }
+
+
+def _of_nq(question: Question) -> dict[str, Any]:
+    """The simplified form: the page's words, of which the last one is the short answer."""
+    (passage,) = question.metadata["golden_passages"]
+    words = passage["text"].split(" ")
+    span = {"start_token": 0, "end_token": len(words)}
+    short = {"start_token": len(words) - 1, "end_token": len(words)}
+    annotation = {"long_answer": span, "short_answers": [short], "yes_no_answer": "NONE"}
+    return {
+        "question_text": question.question,
+        "document_text": passage["text"],
+        "annotations": [annotation],
+    }
+
+
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")

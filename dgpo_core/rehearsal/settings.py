@@ -10,6 +10,18 @@ SMALL: dict[str, dict[str, Any]] = {
     "protocol": {"max_turns": 2, "max_new_tokens": 24, "max_information": 96, "max_context": 1024},
     "rollout": {"batch_tokens": 8192},
     "compute": {"micro_batch_tokens": 2048},
+    "data": {
+        "published": {
+            "questions": "published/questions",
+            "corpus": "published/corpus.jsonl",
+            "musique": ["published/musique.jsonl"],
+            "nq": ["published/nq.jsonl"],
+            "dev_questions": 4,
+            "check_counts": False,
+            "limits": {},
+        }
+    },
+    "retrieval": {"vectors": []},
     "teach": {"questions": 2, "chunk": 4},
     "distributions": {"sample": 2},
     "distill": {

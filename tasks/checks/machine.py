@@ -112,9 +112,7 @@ def _fit(plan: Plan) -> list[Finding]:
     """What the plan says does not fit; disk and memory in figures where they do."""
     there = plan.machine
     findings = [
-        error(
-            p.what, f"{p.stage} needs {p.needed / GIB:.1f} GiB, there are {p.available / GIB:.1f}", p.advice
-        )
+        error(p.what, f"{p.stage} needs {p.amount(p.needed)}, there are {p.amount(p.available)}", p.advice)
         for p in plan.problems
     ]
     wrong = {problem.what for problem in plan.problems}
