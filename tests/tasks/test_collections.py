@@ -7,13 +7,18 @@ from pathlib import Path
 import pytest
 import yaml
 
+from dgpo_core.config.params import load_params
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval.backends import loading
+from dgpo_core.retrieval.index import open_index
+from dgpo_core.retrieval.service import Retrieval, make_app
 from dgpo_core.retrieval.shards import read_manifest
 from tasks import collections
+from tasks.agents import retriever
 from tasks.index import index
 from tests.conftest import make_workplace
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer, running
+from tests.dgpo_core.retrieval.test_service import served
 from tests.tasks.miniature import make_project
 
 
@@ -96,3 +101,24 @@ def test_too_little_recall_ends_the_stage_and_keeps_its_vectors(project: Path, q
     assert (project / "data/index" / vectors.name).stat().st_mtime_ns == written, "not encoded again"
     assert not [name for name, _ in qdrant.requests if name.endswith("/points")], "not uploaded again"
     assert len(qdrant.engine.get_aliases().aliases) == 1
+
+
+def test_with_a_service_nothing_is_encoded(project: Path, indexed_project: Path) -> None:
+    """The stage writes down which index the service has; that one is searched, and no other."""
+    made = read_manifest(indexed_project / "data/index")
+    config = load_params(indexed_project / "params.yaml").retrieval
+    retrieval = Retrieval(top_k=3)
+    retrieval.open(open_index(indexed_project / "data/index", config), made.passages)
+    with served(make_app(retrieval)) as url:
+        change(project, location=f"retriever+{url}")
+        index()
+        manifest = read_manifest(project / "data/index")
+        assert (manifest.digest, manifest.passages, manifest.shards) == (made.digest, made.passages, [])
+        expected = json.loads((indexed_project / "metrics/index.json").read_text())
+        del expected["search_recall"]
+        assert json.loads((project / "metrics/index.json").read_text()) == expected
+        assert retriever(load_params()).digest == made.digest
+        change(project, location="embedded")
+        with pytest.raises(UserError, match=r"make it again \(dvc repro --force index\)"):
+            retriever(load_params())
+    retrieval.close()
