@@ -83,7 +83,11 @@ test-vllm: $(VLLM_VENV)/.installed  ## run the tests of the vLLM engines on the 
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
 		$(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/dgpo_core/rollout tests/tasks/test_vllm_stages.py $(PYTEST_ARGS)
 
-test-deepspeed: $(VENV)/.installed-dev  ## run the tests of DeepSpeed, LoRA and stages in several processes
+$(VENV)/.installed-gpu: $(VENV)/.installed-dev
+	$(PY) -m pip install -c $(CONSTRAINTS) -e '.[gpu]'
+	@touch $@
+
+test-deepspeed: $(VENV)/.installed-gpu  ## run the tests of DeepSpeed, LoRA and stages in several processes
 	$(PYTEST) tests/dgpo_core/training/test_deepspeed_engine.py tests/tasks/test_launch.py \
 		tests/tasks/test_processes.py $(PYTEST_ARGS)
 

@@ -31,6 +31,11 @@ def is_worker() -> bool:
     return "LOCAL_RANK" in os.environ
 
 
+def follows() -> bool:
+    """Whether this is a worker, and not the one that writes."""
+    return is_worker() and os.environ["RANK"] != "0"
+
+
 def die_with_stage(grace: float) -> None:
     """SIGKILL this worker `grace` seconds after its parent's death: inside a collective whose partners are
     gone, Python never gets to the SIGTERM that `die_with_parent` has ordered."""

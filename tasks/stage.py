@@ -26,10 +26,9 @@ from typing import Any, Literal, NoReturn, SupportsFloat
 from rich.console import Console
 
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.training import parallel
 from tasks.files import Outputs, content_hash, remove, write_json
 from tasks.lineage import Origin, origin
-from tasks.process import exit_on_sigterm, is_worker, peak_memory
+from tasks.process import exit_on_sigterm, follows, is_worker, peak_memory
 from tasks.progress import Reporter
 from tasks.provenance import git_commit, labels, stage_labels
 from tasks.registry import WEIGHTS_PATIENCE, registration
@@ -89,7 +88,7 @@ def stage(
     whether the state of an earlier, unfinished run is continued or wiped. Raises UserError for a missing
     input. Of several processes only the first one looks at inputs and outputs, and writes.
     """
-    if not parallel.leads():
+    if follows():
         with _following(name) as run:
             yield run
         return
@@ -101,7 +100,7 @@ def stage(
     except BaseException as error:
         _record_failure(name, error)
         raise
-    parallel.wait()  # the others read the state
+    _wait_for_all()  # the others read the state
     tags = {**stage_labels(name), **labels(), **{f"input.{path}": digest for path, digest in hashes.items()}}
     tracker = StageRun(name, config, tags, state / TRACKING_RUN)
     tracker.submit(lambda client, run_id: log_inputs(client, run_id, name, hashes))
@@ -130,7 +129,7 @@ def stage(
 @contextmanager
 def _following(name: str) -> Iterator[Run]:
     """The stage in a process that writes nothing but why it failed."""
-    parallel.wait()
+    _wait_for_all()
     with Path(os.devnull).open("w") as nowhere:
         try:
             yield Run(name, STATE / name, Reporter(name, Console(file=nowhere)), Untracked(), leads=False)
@@ -139,6 +138,14 @@ def _following(name: str) -> Iterator[Run]:
                 raise SystemExit(2 if isinstance(error, UserError) else 1) from None
             _record_failure(name, error)
             raise
+
+
+def _wait_for_all() -> None:
+    """Where several processes are the stage; only they have torch by now, which is slow to import."""
+    if is_worker():
+        from dgpo_core.training import parallel
+
+        parallel.wait()
 
 
 def _failed_elsewhere(name: str) -> bool:
