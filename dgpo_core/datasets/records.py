@@ -84,9 +84,11 @@ def read_corpus(path: Path) -> Iterator[Passage]:
         yield passage
 
 
-def read_questions(path: Path) -> list[Question]:
+def read_questions(
+    path: Path, parse: Callable[[dict[str, Any]], Question] = Question.from_json
+) -> list[Question]:
     """All questions of a file. Raises UserError with file and line; ids must be unique."""
-    questions = list(read_jsonl(path, Question.from_json))
+    questions = list(read_jsonl(path, parse))
     if not questions:
         raise UserError(f"{path}: no questions in this file")
     seen: dict[str, int] = {}

@@ -83,6 +83,7 @@ def encode_shards(
     finally:
         for worker in workers.values():
             worker.kill()
+            worker.join()
 
 
 def _encode(job: Job, encoder: Encoder, tell: Tell) -> None:

@@ -126,7 +126,7 @@ def test_columns_are_in_half_precision_and_progress_is_told(bert: Path) -> None:
     assert column.type == pa.list_(pa.float16(), 16)
     assert sum(told) == len(column) == len(texts)
     values = column.flatten().to_numpy().reshape(-1, 16).astype(np.float32)
-    np.testing.assert_allclose(np.array(values), np.array(encoder.encode_passages(texts)), atol=1e-3)
+    np.testing.assert_allclose(values, np.array(encoder.encode_passages(texts)), atol=1e-3)
 
 
 def test_texts_of_similar_length_share_a_batch(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
