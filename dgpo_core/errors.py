@@ -1,5 +1,7 @@
 """Errors that are the user's to fix, told apart from bugs."""
 
+import re
+
 
 class UserError(Exception):
     """Bad input: a file, line or key that the user can correct.
@@ -11,3 +13,11 @@ class UserError(Exception):
 
 class InfrastructureError(Exception):
     """A part beside the models failed (retriever, engine): neither a right nor a wrong answer."""
+
+
+def without_credentials(text: str) -> str:
+    """`text` with the user and password of each URL in it (`https://user:password@host`) left out.
+
+    For whatever is printed, logged or shown on a page: addresses come from users, with all that is in them.
+    """
+    return re.sub(r"(\w://)[^/@\s]*@", r"\1", text)

@@ -25,7 +25,7 @@ from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from dgpo_core.config.params import PARAMS, resolve_profile
-from dgpo_core.errors import UserError
+from dgpo_core.errors import UserError, without_credentials
 from flows.dag import Stage, read_dag, select
 from flows.process import end_all
 from flows.promotion import offer
@@ -95,11 +95,13 @@ def _in_workspace(root: Path, name: str, settings: PipelineSettings) -> None:
         if settings.promote and not settings.dry_run:
             get_run_logger().info(offer(workspace.tree))
     finally:
-        if not settings.dry_run:
+        if settings.dry_run:
+            workspace.discard()
+        else:
             commit = workspace.save(f"{workspace.tree.name}: {_title(settings)}")
             get_run_logger().info("results: git checkout %s (%s), dvc checkout", workspace.branch, commit[:8])
             publish(workspace, [])
-    if not settings.keep_worktree:
+    if not settings.dry_run and not settings.keep_worktree:
         workspace.remove()
 
 
@@ -135,7 +137,7 @@ def _open(root: Path, name: str, settings: PipelineSettings) -> Workspace:
             changed["seed"] = settings.seeds[0]
         workspace.write_params(changed, f"Written by the run {name}: {_title(settings)}")
     except (UserError, ValueError) as error:
-        workspace.remove()
+        workspace.discard()
         raise UserError(f"this run's settings: {' '.join(str(error).split())}") from error
     restore_outputs(workspace.tree)
     return workspace
@@ -191,7 +193,7 @@ def _flow_tags() -> dict[str, str]:
 
 def _link(run_id: str, text: str, tab: str = "") -> None:
     """To a page of MLflow's from Prefect's dashboard, where MLflow is a server."""
-    uri = tracking_uri()
+    uri = without_credentials(tracking_uri())
     if not uri.startswith("http"):
         return
     with contextlib.suppress(Exception):  # a link is a convenience, and stops no run

@@ -14,7 +14,6 @@ from dgpo_core.config.params import PARAMS, load_params
 from dgpo_core.errors import UserError
 from flows.execution import environment
 from flows.process import run_group
-from tasks.promote import KEPT, PROMOTED
 from tasks.registry import CHALLENGER, store
 
 PATIENCE = timedelta(days=7)  # for a person's answer; the run fails afterwards and can be retried
@@ -32,6 +31,8 @@ def offer(tree: Path) -> str:
 
     A sentence about how it ended. Raises UserError when nothing can be decided.
     """
+    from tasks.promote import KEPT, PROMOTED  # brings torch: not for runs that offer nothing
+
     with store() as registry:
         version = registry.alias(CHALLENGER)
     if version is None:

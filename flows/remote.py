@@ -19,6 +19,7 @@ from prefect.deployments import run_deployment
 from prefect.logging import get_run_logger
 from prefect.states import Cancelling, Completed, Failed
 
+from dgpo_core.errors import InfrastructureError
 from flows.dag import Stage, read_dag, select
 from flows.execution import StageFailed, execute
 from flows.process import end_all
@@ -77,7 +78,10 @@ def remote_stage(
 
 def run_elsewhere(stage: Stage, workspace: Workspace, *, force: bool, pipeline_run: str | None) -> str:
     """Have the stage's pool run it, and restore its outputs here; how it ended. Raises StageFailed."""
-    publish(workspace, list(stage.upstream))
+    try:
+        publish(workspace, list(stage.upstream))
+    except InfrastructureError as error:
+        raise StageFailed(f"{stage.name}: {error}", retryable=True) from error
     name = workspace.tree.name
     tags = [f"run:{name}", f"stage:{stage.name}"]
     parameters = {"stage": stage.name, "run_name": name, "force": force, "pipeline_run": pipeline_run}

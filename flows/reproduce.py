@@ -16,15 +16,16 @@ from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from dgpo_core.config.params import load_params, resolve_profile
+from dgpo_core.reporting.reproduction.records import Record, keep, pool
 from dgpo_core.reporting.reproduction.sizes import write_sizes
-from dgpo_core.reporting.reproduction.write import write_reproduction
 from flows.pipeline import PipelineFailed, stages
 from flows.settings import PipelineSettings
 from flows.workspace import enter_project, open_workspace
+from flows.workspace import run as run_command
 from tasks.stage import main as run_program
 from tasks.use import profile_path
 
-REPORT = Path("reproduction")
+REPORT, SEEDS = Path("reproduction"), "seeds"
 
 
 @flow(name="reproduce", persist_result=False)
@@ -51,11 +52,23 @@ def reproduce(
             failures.append(f"seed {seed}: {error}")
     if failures:
         raise PipelineFailed("; ".join(failures))
-    compared = load_params(trees[seeds[0]] / "params.yaml")
-    out, mirrors = root / REPORT / profile, dict(compared.questions.test)
-    write_reproduction(trees, out, compared.compare, mirrors, compared.pair, compared.report.first)
+    out = root / REPORT / profile
+    pool([keep(tree, out / SEEDS, _record(tree)) for tree in trees.values()], out)
     write_sizes(root / REPORT)
     create_markdown_artifact((out / "results.md").read_text(encoding="utf-8"), key="reproduction")
+
+
+def _record(tree: Path) -> Record:
+    params = load_params(tree / "params.yaml")
+    return Record(
+        profile=params.profile,
+        seed=params.seed,
+        commit=run_command("git", "rev-parse", "HEAD", cwd=tree),
+        models=params.compare,
+        mirrors=dict(params.questions.test),
+        pair=params.pair,
+        first=dict(params.report.first),
+    )
 
 
 def _worktree(root: Path, profile: str, params: dict[str, Any], seed: int) -> Path:

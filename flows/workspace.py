@@ -19,7 +19,7 @@ from typing import Any
 import yaml
 
 from dgpo_core.config.params import PARAMS, Params
-from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from tasks.services import adopt
 from tasks.tracking import tracking_uri
 
@@ -58,7 +58,7 @@ def run(*command: str | Path, cwd: Path) -> str:
     done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
-        raise UserError(f"{' '.join(map(str, command))}: {said}")
+        raise UserError(without_credentials(f"{' '.join(map(str, command))}: {said}"))
     return done.stdout.strip()
 
 
@@ -92,6 +92,12 @@ class Workspace:
     def remove(self) -> None:
         """The worktree goes; its branch, the DVC cache and MLflow keep what it has made."""
         run("git", "worktree", "remove", "--force", self.tree, cwd=self.root)
+
+    def discard(self) -> None:
+        """The worktree goes, and its branch unless an earlier attempt has committed something on it."""
+        self.remove()
+        if self.branch and run("git", "rev-parse", self.branch, cwd=self.root) == self.commit:
+            run("git", "branch", "-D", self.branch, cwd=self.root)  # with its section in git's configuration
 
 
 def claim_name(root: Path, run_name: str, run_id: str) -> str:

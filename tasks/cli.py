@@ -59,6 +59,19 @@ def ask(
 
 
 @app.command()
+def pool(
+    folder: Annotated[
+        Path, typer.Argument(help="of seeds' records: reproduction/<profile>/seeds, or a copy")
+    ],
+    out: Annotated[Path, typer.Option(help="where the report goes")] = Path("reproduction/pooled"),
+) -> None:
+    """Write one reproduction report of seeds that ran on other machines or days."""
+    from tasks.pool import write
+
+    write(folder, out)
+
+
+@app.command()
 def serve(
     model: Model = None,
     host: Annotated[

@@ -24,7 +24,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from tasks import lineage
 from tasks.dvc_lock import from_cache
 from tasks.files import content_hash
@@ -315,7 +315,8 @@ def store() -> Iterator[Registry]:
         if not isinstance(error, MlflowException | SQLAlchemyError):
             raise
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InfrastructureError(f"MLflow's store {tracking_uri()} failed: {first}") from error
+        failed = without_credentials(f"MLflow's store {tracking_uri()} failed: {first}")
+        raise InfrastructureError(failed) from error
 
 
 def save_mlflow_model(folder: Path, saved: Path) -> None:

@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from dgpo_core.errors import without_credentials
 from tasks.pipeline_summary import summarize
 from tasks.provenance import changed_settings, labels, settings
 
@@ -52,6 +53,9 @@ def connect() -> "MlflowClient":
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it tells of every table it creates
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault(
+        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"
+    )  # with its password, if it has one
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
@@ -284,7 +288,7 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def warn(error: Exception) -> None:
     """Tracking is a convenience: its failure is said in one line and never ends a stage."""
-    first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
+    first_line = without_credentials((str(error).strip() or type(error).__name__).splitlines()[0])
     print(f"warning: MLflow does not record this run: {first_line}", file=sys.stderr, flush=True)
 
 

@@ -39,12 +39,14 @@ def document(number: int, title: str, text: str) -> str:
     return f"Doc {number}(Title: {title}) {text}\n"
 
 
-def prompt_text(question: str, instruction: str, tokenizer: Any) -> str:
-    """The first text of an episode: one user message through the model's chat template, if it has one.
+def message_text(question: str, instruction: str) -> str:
+    """What the user says; `instruction` is a key of INSTRUCTIONS."""
+    return INSTRUCTIONS[instruction].format(question=with_question_mark(question))
 
-    `instruction` is a key of INSTRUCTIONS.
-    """
-    message = INSTRUCTIONS[instruction].format(question=with_question_mark(question))
+
+def prompt_text(question: str, instruction: str, tokenizer: Any) -> str:
+    """The first text of an episode: the user's message through the model's chat template, if it has one."""
+    message = message_text(question, instruction)
     if not tokenizer.chat_template:
         return message
     text: str = tokenizer.apply_chat_template(

@@ -14,6 +14,7 @@ from dgpo_core.datasets.records import Question
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.actions import ActionKind, is_well_formed, last_answer, parse_action
+from dgpo_core.protocol.encoding import encode_prompt, encode_text
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner, Search
 from dgpo_core.retrieval.hits import Hit, Retriever
 from dgpo_core.rollout.engine import Engine, Finish, Generation, Request
@@ -89,8 +90,7 @@ class AgentLoop:
         return turn == self._config.max_turns or episode.task.single_turn
 
     def _start(self, task: Task) -> _Running:
-        text = prompts.prompt_text(task.question.question, self._config.instruction, self._tokenizer)
-        ids = self._encode(text)
+        ids = encode_prompt(task.question.question, self._config.instruction, self._tokenizer)
         episode = _Running(task, ids, [Owner.PROMPT] * len(ids), [0.0] * len(ids))
         if task.opening:
             episode.append(self._encode(task.opening), Owner.ENVIRONMENT)
@@ -183,8 +183,7 @@ class AgentLoop:
         return [*self._encode(prompts.INFORMATION_PREFIX), *ids, *self._encode(prompts.INFORMATION_SUFFIX)]
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer.encode(text, add_special_tokens=False)
-        return ids
+        return encode_text(text, self._tokenizer)
 
     def _record(self, episode: _Running) -> Episode:
         question = episode.task.question

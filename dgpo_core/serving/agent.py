@@ -13,6 +13,7 @@ from dgpo_core.config.protocol import ProtocolConfig, RolloutConfig, Sampling
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
 from dgpo_core.protocol import prompts
+from dgpo_core.protocol.encoding import encode_prompt
 from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.retrieval.hits import Retriever
 from dgpo_core.rollout.loop import AgentLoop, Task
@@ -77,8 +78,7 @@ class Agent:
             raise UserError("the question is not valid Unicode: it has half a surrogate pair")
         if not 0 <= ask.temperature < math.inf:
             raise UserError(f"temperature: a number from 0 upwards, not {ask.temperature}")
-        text = prompts.prompt_text(ask.question, protocol.instruction, self._tokenizer)
-        tokens = len(self._tokenizer.encode(text, add_special_tokens=False))
+        tokens = len(encode_prompt(ask.question, protocol.instruction, self._tokenizer))
         if tokens >= protocol.max_context:
             raise UserError(
                 f"the question is too long: {tokens} tokens with its instruction, "

@@ -241,6 +241,8 @@ def test_bad_settings_are_refused_with_the_key(site: Site) -> None:
     message = flow_run(run).state.message
     assert "reinforce.betta" in message
     assert not (site.folder / "cpu" / ".runs" / run.name).exists()
+    branches = ["git", "branch", "--list", f"runs/{run.name}"]
+    assert not subprocess.run(branches, cwd=site.folder / "cpu", capture_output=True, check=True).stdout
 
 
 def flow_run(run: Any) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from dgpo_core.errors import UserError
+from tests.conftest import ROOT
 
 # Each stage notes when it starts and ends: order and overlap are facts in a file, not guesses from durations.
 STAGE = """
@@ -77,6 +78,13 @@ def log() -> list[str]:
 
 def names(found: dict[str, tuple[str, int]]) -> dict[str, str]:
     return {stage: state for stage, (state, _) in found.items()}
+
+
+def test_a_flow_starts_without_what_only_stages_need() -> None:
+    heavy = ("torch", "transformers", "mlflow", "qdrant_client", "pandas")
+    code = f"import sys, flows.pipeline, flows.deploy; print([n for n in {heavy} if n in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
 
 
 def test_order_then_nothing_to_do_then_only_what_changed(api: str, repository: Path) -> None:

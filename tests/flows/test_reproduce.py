@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from dgpo_core.errors import UserError
+from tasks.pool import write
 from tests.conftest import ROOT
 
 # Evaluations as the stages leave them, by the seed of params.yaml; the log is outside of all worktrees.
@@ -77,6 +78,10 @@ def test_every_seed_once_and_a_report_of_all(api: str, project: Path) -> None:
     assert executed == ["data tiny-seed-0", "train tiny-seed-0", "train tiny-seed-1", "train tiny-seed-0", ""]
     tables = json.loads(Path("reproduction/tiny/tables.json").read_text())
     assert "0.4" in json.dumps(tables) and Path("reproduction/tiny/index.html").is_file()
+    kept = Path("reproduction/tiny/seeds")
+    assert sorted(path.name for path in kept.iterdir()) == ["0", "1"]
+    write(kept, Path("pooled"))  # `dgpo pool`: the same report again
+    assert Path("pooled/results.md").read_bytes() == Path("reproduction/tiny/results.md").read_bytes()
     params = [yaml.safe_load(Path(f".runs/tiny-seed-{seed}/params.yaml").read_text()) for seed in (0, 1)]
     assert [p["seed"] for p in params] == [0, 1]
     assert list(params[0]["recipes"]["distill"]) == ["kd"]

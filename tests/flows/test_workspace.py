@@ -96,6 +96,27 @@ def test_any_name_that_people_type_is_a_branch_and_a_folder(root: Path, given: s
     assert made.tree.parent == root / ".runs" and made.branch == f"runs/{plain}"
 
 
+def test_a_run_that_made_nothing_leaves_nothing(root: Path) -> None:
+    name = claim_name(root, "refused", "11111111-0")
+    made = open_workspace(root, name)
+    made.discard()
+    assert not made.tree.exists() and "refused" not in git("branch", "--list", "runs/*")
+    assert claim_name(root, "refused", "22222222-0") == "refused"  # the name is free again
+
+    kept = open_workspace(root, "kept")
+    (kept.tree / "params.yaml").write_text("changed: true\n")
+    kept.save("of an earlier attempt")
+    kept.discard()
+    assert not kept.tree.exists() and "kept" in git("branch", "--list", "runs/*")
+
+
+def test_messages_name_no_password(root: Path) -> None:
+    git("remote", "add", "origin", "https://me:secret@localhost:1/x.git")
+    with pytest.raises(InfrastructureError) as caught:
+        publish(open_workspace(root, "remote"), [])
+    assert "localhost:1" in str(caught.value) and "secret" not in str(caught.value)
+
+
 def test_nothing_to_commit_commits_nothing(root: Path) -> None:
     made = open_workspace(root, "idle")
     assert made.save("nothing") == made.commit == git("rev-parse", "HEAD")

@@ -184,8 +184,6 @@ def test_commands_exist(name: str) -> None:
         case ["dgpo", command, *_]:
             group = typer.main.get_command(app)
             known = getattr(group, "commands", {})
-            if command == "serve" and command not in known:
-                pytest.skip("dgpo serve is not in this tree")
             assert command in known
         case [program, *_]:
             scripts = {s.name for s in importlib.metadata.entry_points(group="console_scripts")}

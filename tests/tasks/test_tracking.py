@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dgpo_core.errors import InfrastructureError
 from tasks.files import content_hash
+from tasks.registry import store
 from tasks.stage import stage
 from tasks.tracking import PIPELINE_RUN, Pipeline, connect, flatten
 
@@ -175,6 +177,19 @@ def test_broken_store_is_warned_of_once(
         Path("out").touch()
     assert Path("out").exists()
     assert capsys.readouterr().err.count("warning: MLflow does not record") == 1
+
+
+def test_no_message_names_a_password(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    assert Pipeline("pipeline").run_id is None
+    with pytest.raises(InfrastructureError) as caught, store():
+        pass
+    said = capsys.readouterr()
+    assert "127.0.0.1" in said.err and "127.0.0.1:9" in str(caught.value)
+    assert "secret" not in said.err + said.out + str(caught.value)
 
 
 keys = st.text("abc", min_size=1, max_size=3)

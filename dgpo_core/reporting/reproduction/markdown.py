@@ -1,7 +1,7 @@
 """A fragment for docs/results.md: the same tables and verdicts as text."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dgpo_core.reporting import words
@@ -38,8 +38,18 @@ def _opening(tables: Row) -> str:
         f"## Reproduction, {seeds_text(tables['seeds'])}\n\n"
         "A cell: the mean over the seeds, question by question; its 95 % bootstrap interval over questions,\n"
         "stratified by data set; each seed's own mean; the paper's figure. A claim counts as reproduced only "
-        "when\nthe interval lies on its side and so does every seed.\n"
+        f"when\nthe interval lies on its side and so does every seed.\n{_commits(tables['commits'])}"
     )
+
+
+def _commits(commits: Mapping[str, str]) -> str:
+    """Which code the seeds ran, where that is known."""
+    if not commits:
+        return ""
+    if len(set(commits.values())) == 1:
+        return f"\nCode: commit {next(iter(commits.values()))[:8]}.\n"
+    each = ", ".join(f"seed {seed} {commit[:8]}" for seed, commit in sorted(commits.items()))
+    return f"\nCode: commits {each}.\n"
 
 
 def seeds_text(seeds: Sequence[int]) -> str:

@@ -48,7 +48,7 @@ def test_a_watched_episode_is_that_of_the_plain_engine(
     found = [watch(engine, index, task, sampling)[0] for task in tasks]
     for one, other in zip(found, expected, strict=True):
         assert one.token_ids == other.token_ids and one.owners == other.owners
-        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-5)
+        assert one.logprobs == pytest.approx(other.logprobs, abs=1e-4)
         assert one.searches == other.searches
         assert (one.prediction, one.outcome, one.ending) == (other.prediction, other.outcome, other.ending)
     assert sum(len(episode.searches) for episode in found) >= len(tasks)

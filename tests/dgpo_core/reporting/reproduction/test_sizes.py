@@ -20,7 +20,7 @@ def reproduced(tmp_path: Path, profile: str, width: int) -> None:
         folder.mkdir(parents=True)
         save_file({"a": np.zeros((width, 1000), np.float32)}, folder / "model-1.safetensors")
         save_file({"b": np.zeros(1000, np.float32)}, folder / "model-2.safetensors")
-    runs.write(tmp_path / "reproduction" / profile)
+    runs.write(tmp_path / "reproduction" / profile, parameters=parameter_counts(runs.roots[0]))
 
 
 def test_smallest_student_first_with_what_was_run(tmp_path: Path) -> None:

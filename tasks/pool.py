@@ -1,0 +1,12 @@
+"""`dgpo pool`: one report of seeds that ran on other machines or days."""
+
+from pathlib import Path
+
+from dgpo_core.reporting.reproduction.records import RECORD, pool
+
+
+def write(folder: Path, out: Path) -> None:
+    """Report on every seed's record in `folder`. Raises UserError."""
+    records = sorted((path.parent for path in folder.glob(f"*/{RECORD}")), key=lambda path: path.name)
+    first = pool(records, out)
+    print(f"{first.profile}: {len(records)} seeds; report: {out / 'index.html'}")

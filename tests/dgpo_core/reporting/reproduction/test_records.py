@@ -1,0 +1,78 @@
+"""Seeds kept apart and reported together."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+
+from dgpo_core.errors import UserError
+from dgpo_core.reporting.reproduction.records import RECORD, Record, keep, pool
+from tests.dgpo_core.reporting.reproduction.synthetic import MODELS, Runs, coin, curve, make_runs
+from tests.dgpo_core.reporting.synthetic import MIRRORS
+
+LEVELS = {"student": 0.02, "teacher": 0.8, "kd": 0.3, "dgpo": 0.75}
+
+
+def record(seed: int, **other: object) -> Record:
+    fields = {
+        "profile": "tiny",
+        "seed": seed,
+        "commit": f"{seed}" * 40,
+        "models": MODELS,
+        "mirrors": MIRRORS,
+        "pair": "qwen2.5-3b-to-0.5b",
+        "first": {},
+    }
+    return Record.model_validate(fields | other)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    runs = make_runs(tmp_path / "runs", [1, 2], MODELS, coin(LEVELS), coin(LEVELS))
+    for seed in runs.seeds:
+        runs.curves[seed, "distill-kd"] = curve({"loss": [0.3, 0.2], "em": [None, 0.1]})
+    runs.save()
+    (runs.roots[1] / "models/student").mkdir(parents=True)
+    save_file({"a": np.zeros((3, 5))}, runs.roots[1] / "models/student/model.safetensors")
+    return runs
+
+
+def test_seeds_of_two_places_give_the_report_of_one(runs: Runs, tmp_path: Path) -> None:
+    here = keep(runs.roots[2], tmp_path / "here", record(2))
+    there = keep(runs.roots[1], tmp_path / "there", record(1))
+    shutil.rmtree(runs.folder)
+    pool([there, here], tmp_path / "pooled")
+    pooled = tmp_path / "pooled"
+    runs.write(tmp_path / "direct", commits={1: "1" * 40, 2: "2" * 40}, parameters={"student": 15})
+    for name in ("tables.json", "verdicts.json", "results.md", "index.html"):
+        assert (pooled / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
+    assert "commits seed 1 11111111, seed 2 22222222" in (pooled / "results.md").read_text()
+    assert json.loads((pooled / "tables.json").read_text())["parameters"] == {"student": 15}
+
+
+def test_a_seed_that_ran_again_takes_the_place_of_the_old_one(runs: Runs, tmp_path: Path) -> None:
+    old = keep(runs.roots[1], tmp_path, record(1))
+    (old / "left.txt").touch()
+    assert keep(runs.roots[1], tmp_path, record(1, commit="f" * 40)) == old
+    assert "f" * 40 in (old / RECORD).read_text() and not (old / "left.txt").exists()
+
+
+def test_what_cannot_be_pooled_is_refused_by_name(runs: Runs, tmp_path: Path) -> None:
+    first = keep(runs.roots[1], tmp_path / "a", record(1))
+    with pytest.raises(UserError, match="nothing to report"):
+        pool([], tmp_path / "out")
+    other = keep(runs.roots[2], tmp_path / "b", record(2, profile="tiny-llama", first={"nq": 3}))
+    with pytest.raises(UserError, match=r"2/record\.json: not comparable with .*: profile, first"):
+        pool([first, other], tmp_path / "out")
+    again = keep(runs.roots[2], tmp_path / "c", record(1))
+    with pytest.raises(UserError, match=r"seed 1 is in .*a/1 too"):
+        pool([first, again], tmp_path / "out")
+    (again / RECORD).write_text("{}")
+    with pytest.raises(UserError, match=r"c/1/record\.json: "):
+        pool([again], tmp_path / "out")
+    with pytest.raises(UserError, match=r"seed 2: .*ppo/questions\.parquet: No such file"):
+        keep(runs.roots[2], tmp_path / "d", record(2, models=["ppo"]))
+    assert not (tmp_path / "out").exists() and not (tmp_path / "d" / "2").exists()
