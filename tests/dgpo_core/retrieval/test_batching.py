@@ -16,7 +16,7 @@ from tests.dgpo_core.retrieval.conftest import BM25
 def searched(
     index: Index, requests: list[tuple[list[str], int]], largest: int
 ) -> tuple[list[Any], list[int]]:
-    """The answers of requests that come at the same time (exceptions as they are), and the searches' sizes."""
+    """The answers of requests that come at once (exceptions as they are), and the searches' sizes."""
     sizes: list[int] = []
 
     async def run() -> list[Any]:
