@@ -9,6 +9,8 @@ import psutil
 
 from dgpo_core.errors import UserError
 
+TIMEOUT = 30.0  # seconds that nvidia-smi may take
+
 
 @dataclass(frozen=True)
 class Gpu:
@@ -36,7 +38,7 @@ def require_free_memory(share: float, gpus: int) -> None:
 
 
 def _gpus() -> list[Gpu]:
-    rows = _nvidia_smi("--query-gpu=index,uuid,memory.total,memory.free")
+    rows, _ = nvidia_smi("--query-gpu=index,uuid,memory.total,memory.free")
     return [Gpu(index, uuid, float(total), float(free)) for index, uuid, total, free in rows]
 
 
@@ -50,7 +52,7 @@ def _visible(gpus: list[Gpu]) -> list[Gpu]:
 
 
 def _holders(gpu: Gpu) -> str:
-    rows = _nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory")
+    rows, _ = nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory")
     found = [f"{_named(int(pid))} ({used} MiB)" for uuid, pid, used in rows if uuid == gpu.uuid]
     return ", ".join(found) or "processes that nvidia-smi does not show here (outside this container?)"
 
@@ -64,10 +66,17 @@ def _named(pid: int) -> str:
         return f"process {pid}"
 
 
-def _nvidia_smi(query: str) -> list[list[str]]:
-    if not (program := shutil.which("nvidia-smi")):
-        return []
+def nvidia_smi(query: str) -> tuple[list[list[str]], str]:
+    """Rows of nvidia-smi's answer, and why there are none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return [], "nvidia-smi is not installed"
     command = [program, query, "--format=csv,noheader,nounits"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    lines = done.stdout.splitlines() if done.returncode == 0 else []
-    return [[field.strip() for field in line.split(",")] for line in lines if line.strip()]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as why:
+        return [], f"nvidia-smi: {why}"
+    if done.returncode:
+        return [], (done.stdout + done.stderr).strip().split("\n")[0] or "nvidia-smi fails"
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    return [[field.strip() for field in line.split(",")] for line in lines], ""

@@ -1,7 +1,6 @@
 """GPUs and who holds their memory, the host's memory, and free disk space."""
 
 import shutil
-import subprocess
 from pathlib import Path
 
 import psutil
@@ -10,17 +9,17 @@ from dgpo_core.config.params import Params
 from dgpo_core.errors import UserError
 from dgpo_core.planning.machine import GIB, Device, Machine
 from dgpo_core.planning.plan import Plan
+from dgpo_core.rollout.gpu_memory import nvidia_smi
 from tasks.checks.finding import Finding, error, ok, warning
 from tasks.plan import plan_for
 
-TIMEOUT = 10.0
 BUSY = 0.05  # share of a GPU's memory in use from which it is worth telling
 MIB = 2**20
 
 
 def machine(params: Params) -> list[Finding]:
     """GPUs as `params` need them, and memory and disk against the plan for this machine."""
-    rows, trouble = query("--query-gpu=name,memory.total,memory.used,driver_version")
+    rows, trouble = nvidia_smi("--query-gpu=name,memory.total,memory.used,driver_version")
     findings = _devices(rows, trouble, params) + holders()
     try:
         plan = plan_for(params, _machine(rows if params.compute.device != "cpu" else []))
@@ -30,23 +29,6 @@ def machine(params: Params) -> list[Finding]:
             warning("plan", str(why), "without it memory and disk are not compared with the need"),
         ]
     return findings + _fit(plan)
-
-
-def query(*arguments: str) -> tuple[list[list[str]], str]:
-    """Rows of nvidia-smi, and why there are none."""
-    program = shutil.which("nvidia-smi")
-    if program is None:
-        return [], "nvidia-smi is not installed"
-    command = [program, *arguments, "--format=csv,noheader,nounits"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
-    except (OSError, subprocess.TimeoutExpired) as why:
-        return [], f"nvidia-smi: {why}"
-    if done.returncode:
-        return [], (done.stdout + done.stderr).strip().split("\n")[0] or "nvidia-smi fails"
-    return [
-        [cell.strip() for cell in line.split(",")] for line in done.stdout.splitlines() if line.strip()
-    ], ""
 
 
 def _devices(rows: list[list[str]], trouble: str, params: Params) -> list[Finding]:
@@ -70,7 +52,7 @@ def _devices(rows: list[list[str]], trouble: str, params: Params) -> list[Findin
 
 def holders() -> list[Finding]:
     """Processes that hold GPU memory; an engine whose parent has died is left over."""
-    rows, _ = query("--query-compute-apps=pid,used_memory")
+    rows, _ = nvidia_smi("--query-compute-apps=pid,used_memory")
     findings = []
     for pid, used in rows:
         text = f"process {pid} holds {used} MiB: {_described(int(pid))}"
