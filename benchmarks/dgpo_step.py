@@ -16,13 +16,14 @@ import json
 import random
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, cast
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dgpo_core.config.protocol import RolloutConfig, Sampling
+from dgpo_core.config.protocol import Sampling
 from dgpo_core.config.recipes import Reinforcement
+from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture, table
@@ -30,8 +31,10 @@ from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.rollout.engine import Request
 from dgpo_core.rollout.transformers_engine import TransformersEngine
 from dgpo_core.training.critic import Critic
+from dgpo_core.training.engines import FrozenModel, Optimization, TrainingEngine, training_engine
 from dgpo_core.training.experience import Experience, ExperienceMaker
-from dgpo_core.training.optimizer import Stepper, adamw, constant
+from dgpo_core.training.optimizer import constant
+from dgpo_core.training.token_model import TokenModel
 from dgpo_core.training.update import Updater
 
 PROMPT, TURN, INFORMATION = (150, 220), (25, 160), (350, 500)  # tokens: least and most of a part
@@ -104,7 +107,8 @@ def load(name: str, settings: Settings) -> PreTrainedModel:
     torch.manual_seed(settings.seed)
     with torch.device(settings.device):
         model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    return model.eval()
+    model.eval()
+    return model
 
 
 class Clock:
@@ -137,7 +141,7 @@ class TimedMaker(ExperienceMaker):
 
     def __init__(self, clock: Clock, **parts: Any) -> None:
         super().__init__(**parts)
-        self._old_logprobs = clock.time("policy log-probabilities", super()._old_logprobs)  # type: ignore[method-assign]
+        self._logprobs = clock.time("policy log-probabilities", super()._logprobs)  # type: ignore[method-assign]
         self._reference_logprobs = clock.time("teacher", super()._reference_logprobs)  # type: ignore[method-assign]
 
 
@@ -152,13 +156,6 @@ def run(settings: Settings) -> dict[str, Any]:
     """Measure, with as large passes as fit."""
     config = ReinforceConfig(batch_size=settings.episodes, mini_batch_size=settings.mini_batch)
     student, teacher = load(settings.student, settings), load(settings.teacher, settings)
-    critic = Critic(student)
-    steppers = [
-        Stepper(
-            adamw(list(m.parameters()), rate, config.weight_decay), schedule=constant(), max_grad_norm=1.0
-        )
-        for m, rate in ((student, config.actor_learning_rate), (critic, config.critic_learning_rate))
-    ]
     episodes = make_episodes(settings, student.config.vocab_size)
     result: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
@@ -166,23 +163,22 @@ def run(settings: Settings) -> dict[str, Any]:
     }
     if settings.rollout == "transformers":
         result["rollout"] = roll_out(settings, student, episodes)
-    tokens = settings.micro_batch_tokens
+    tokens, precision = settings.micro_batch_tokens, cast(Literal["float32", "bfloat16"], settings.precision)
     while True:
-        compute = ComputeConfig(
-            device=settings.device, precision=settings.precision, micro_batch_tokens=tokens
-        )  # type: ignore[arg-type]
+        compute = ComputeConfig(device=settings.device, precision=precision, micro_batch_tokens=tokens)
         try:
+            parts = trained(student, teacher, config, compute)
             for _ in range(settings.steps):
                 clock = Clock(settings.device)
                 _reset_peak(settings.device)
-                one_step(clock, student, teacher, critic, steppers, config, compute, episodes)
+                one_step(clock, parts, config, compute, episodes)
             break
         except torch.cuda.OutOfMemoryError:
             if tokens // 2 < SMALLEST:
                 raise
             tokens //= 2
-            for module in (student, critic):
-                module.zero_grad(set_to_none=True)
+            del parts
+            student.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
     total = clock.seconds["step"]
     result |= {
@@ -196,36 +192,38 @@ def run(settings: Settings) -> dict[str, Any]:
     return result
 
 
+Parts = tuple[TrainingEngine, FrozenModel, TrainingEngine]  # actor, reference, critic
+
+
+def trained(
+    student: PreTrainedModel, teacher: PreTrainedModel, config: ReinforceConfig, compute: ComputeConfig
+) -> Parts:
+    """What Reinforcer makes of the models, once."""
+
+    def how(rate: float) -> Optimization:
+        return Optimization(rate, config.weight_decay, config.max_grad_norm, constant())
+
+    critic = training_engine(Critic(student), how(config.critic_learning_rate), compute, published=False)
+    actor = training_engine(TokenModel(student), how(config.actor_learning_rate), compute)
+    return actor, FrozenModel(teacher, compute), critic
+
+
 def one_step(
-    clock: Clock,
-    student: PreTrainedModel,
-    teacher: PreTrainedModel,
-    critic: Critic,
-    steppers: list[Stepper],
-    config: ReinforceConfig,
-    compute: ComputeConfig,
-    episodes: list[Episode],
+    clock: Clock, parts: Parts, config: ReinforceConfig, compute: ComputeConfig, episodes: list[Episode]
 ) -> None:
     """What Reinforcer does between two rollouts."""
+    actor, reference, critic = parts
     recipe = Reinforcement(start="student", guidance="selective", reference="teacher")
     maker = TimedMaker(
         clock,
-        student=student,
-        reference=teacher,
+        actor=actor,
+        reference=reference,
         critic=critic,
         recipe=recipe,
         config=config,
         compute=compute,
     )
-    updater = TimedUpdater(
-        clock,
-        student=student,
-        critic=critic,
-        actor=steppers[0],
-        critic_stepper=steppers[1],
-        config=config,
-        compute=compute,
-    )
+    updater = TimedUpdater(clock, actor=actor, critic=critic, config=config, compute=compute)
 
     def step() -> None:
         experience: Experience = clock.time("experience", maker.make)(episodes)

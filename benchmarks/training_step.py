@@ -22,8 +22,10 @@ from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture, table
 from dgpo_core.training.batches import Sequence
 from dgpo_core.training.compute import autocast
+from dgpo_core.training.engines import Optimization, training_engine
 from dgpo_core.training.experience import Experience
-from dgpo_core.training.optimizer import Stepper, adamw, constant
+from dgpo_core.training.optimizer import constant
+from dgpo_core.training.token_model import TokenModel
 from dgpo_core.training.update import Updater
 
 SMALL = {
@@ -45,11 +47,11 @@ Numbers = dict[str, float]
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_flop_count(query, key, value)
+    return int(sdpa_flop_count(query, key, value))
 
 
 def _attention_backward(gradient: Any, query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    return sdpa_backward_flop_count(gradient, query, key, value)
+    return int(sdpa_backward_flop_count(gradient, query, key, value))
 
 
 # torch counts its GPU kernels of attention, and not the one for the CPU
@@ -84,9 +86,10 @@ def measure(config: dict[str, Any], precision: str) -> Numbers:
     torch.ones(8, requires_grad=True).sum().backward()  # what torch itself loads when first used
     before = _peak()
     model = model_of(config)
-    stepper = Stepper(adamw(list(model.parameters()), 1e-4, 0.01), schedule=constant(), max_grad_norm=1.0)
+    how = Optimization(learning_rate=1e-4, weight_decay=0.01, max_grad_norm=1.0, schedule=constant())
     compute = ComputeConfig(device="cpu", precision=precision, micro_batch_tokens=EPISODES * LENGTH)  # type: ignore[arg-type]
-    updater = Updater(model, None, stepper, None, ReinforceConfig(), compute)
+    actor = training_engine(TokenModel(model), how, compute)
+    updater = Updater(actor, None, ReinforceConfig(), compute)
     ids = torch.randint(config["vocab_size"], (EPISODES, LENGTH)).tolist()
     positions = list(range(LENGTH - COUNTED, LENGTH))
     zeros = [torch.zeros(COUNTED) for _ in ids]
