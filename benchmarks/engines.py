@@ -3,8 +3,9 @@
 The default is the embedded teacher on a CPU: whole episodes, each engine with the same questions. With
 `--shape qwen2.5-0.5b` or `qwen2.5-3b` a model of that shape with random weights is built, for a GPU. It
 writes no tags: its turns are of fixed lengths, and random tokens stand for what is retrieved. One line an
-engine: seconds to start, generated tokens, seconds, tokens a second; for vLLM also the seconds of a
-refresh. Fewer episodes: `--episodes 64`; one engine: `--engines vllm`.
+engine: seconds to start, generated tokens, seconds, tokens a second, seconds of this process on the CPU
+(for machines that do other things too; with VLLM_ENABLE_V1_MULTIPROCESSING=0 vLLM is in this process);
+for vLLM also the seconds of a refresh. Fewer episodes: `--episodes 64`; one engine: `--engines vllm`.
 """
 
 import argparse
@@ -134,12 +135,12 @@ def measure(
         refresh = f"   refresh {time.perf_counter() - refreshing:.2f} s"
     else:
         refresh = ""
-    begun = time.perf_counter()
+    begun, used = time.perf_counter(), time.process_time()
     tokens = run(engine)
-    seconds = time.perf_counter() - begun
+    seconds, used = time.perf_counter() - begun, time.process_time() - used
     print(
         f"{name:13s} start {ready - started:6.1f} s   {tokens:7d} tokens in {seconds:7.2f} s   "
-        f"{tokens / seconds:9.0f} tokens/s{refresh}",
+        f"{tokens / seconds:9.0f} tokens/s   CPU {used:7.2f} s{refresh}",
         flush=True,
     )
 
