@@ -12,7 +12,7 @@ class LoraConfig(Section):
     """Low-rank adapters on all linear layers but the output embedding; merged when the model is saved."""
 
     rank: PositiveInt = 32
-    alpha: PositiveFloat = Field(64.0, description="the adapters' product is scaled by alpha / rank")
+    alpha: PositiveInt = Field(64, description="the adapters' product is scaled by alpha / rank")
 
 
 class ComputeConfig(Section):
