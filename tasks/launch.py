@@ -148,6 +148,8 @@ def _elsewhere(
             agents.append(subprocess.Popen(ssh, stdin=subprocess.DEVNULL))
             threading.Thread(target=watch, args=(host, agents[-1]), daemon=True).start()
         yield
+        for agent in agents:
+            agent.wait()
     except SystemExit:
         if failed:
             raise InfrastructureError(
