@@ -83,13 +83,13 @@ def _launch(compute: ComputeConfig, arguments: list[str]) -> None:
 
     hosts = read_hosts(Path(compute.hostfile), compute.processes) if compute.hostfile else ["127.0.0.1"]
     _environment(compute, alone=len(hosts) == 1)
-    endpoint = f"{hosts[0]}:{_free_port()}"
-    with tempfile.TemporaryDirectory() as logs, _elsewhere(hosts, endpoint, compute, arguments):
+    endpoint, run_id = f"{hosts[0]}:{_free_port()}", uuid.uuid4().hex
+    with tempfile.TemporaryDirectory() as logs, _elsewhere(hosts, endpoint, run_id, compute, arguments):
         config = LaunchConfig(
             min_nodes=len(hosts),
             max_nodes=len(hosts),
             nproc_per_node=compute.processes,
-            run_id=uuid.uuid4().hex,
+            run_id=run_id,
             rdzv_backend="static",
             rdzv_endpoint=endpoint,
             rdzv_configs={"rank": 0, "timeout": 900},
@@ -125,7 +125,7 @@ def _environment(compute: ComputeConfig, alone: bool) -> None:
 
 @contextlib.contextmanager
 def _elsewhere(
-    hosts: list[str], endpoint: str, compute: ComputeConfig, arguments: list[str]
+    hosts: list[str], endpoint: str, run_id: str, compute: ComputeConfig, arguments: list[str]
 ) -> Iterator[None]:
     """The other machines' processes, in the same folder there. When one machine fails, all end."""
     agents: list[subprocess.Popen[bytes]] = []
@@ -139,15 +139,17 @@ def _elsewhere(
 
     try:
         for node, host in enumerate(hosts[1:], 1):
-            command = _remote_command(node, len(hosts), endpoint, compute, arguments)
+            torchrun = ["-m", "torch.distributed.run", f"--nnodes={len(hosts)}", f"--node-rank={node}"]
+            torchrun += [f"--nproc-per-node={compute.processes}", f"--rdzv-id={run_id}"]
+            torchrun += [f"--rdzv-endpoint={endpoint}", "--rdzv-backend=static"]
+            command = _remote_command([sys.executable, *torchrun, *arguments])
             # -tt: the other end is hung up, and ends, when this ssh is killed
-            agents.append(
-                subprocess.Popen(
-                    ["ssh", "-tt", "-o", "BatchMode=yes", host, command], stdin=subprocess.DEVNULL
-                )
-            )
+            ssh = ["ssh", "-tt", "-o", "BatchMode=yes", host, command]
+            agents.append(subprocess.Popen(ssh, stdin=subprocess.DEVNULL))
             threading.Thread(target=watch, args=(host, agents[-1]), daemon=True).start()
         yield
+        for agent in agents:
+            agent.wait()
     except SystemExit:
         if failed:
             raise InfrastructureError(
@@ -162,17 +164,10 @@ def _elsewhere(
             agent.wait()
 
 
-def _remote_command(
-    node: int, nodes: int, endpoint: str, compute: ComputeConfig, arguments: list[str]
-) -> str:
-    """A shell's command line that starts a machine's processes."""
-    host, port = endpoint.rsplit(":", 1)
+def _remote_command(program: list[str]) -> str:
+    """A shell's command line that starts a program in this folder and environment on another machine."""
     environment = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
-    agent = [sys.executable, "-m", "torch.distributed.run", f"--nnodes={nodes}", f"--node-rank={node}"]
-    agent += [f"--nproc-per-node={compute.processes}", f"--master-addr={host}", f"--master-port={port}"]
-    return (
-        f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(['env', *environment, *agent, *arguments])}"
-    )
+    return f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(['env', *environment, *program])}"
 
 
 def _free_port() -> int:
