@@ -22,7 +22,7 @@ class PublishedConfig(Section):
     """
 
     questions: str = Field(
-        "hf://datasets/RUC-NLPIR/FlashRAG_datasets@75bdaa3721499234214733eeb7d3da3dd2405250",
+        "hf://datasets/RUC-NLPIR/FlashRAG_datasets",
         description="folder with `<set>/<split>.jsonl`, in FlashRAG's format",
     )
     corpus: str = Field(

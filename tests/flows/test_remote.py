@@ -6,12 +6,15 @@ from pathlib import Path
 import pytest
 
 from flows.dag import Stage
-from flows.execution import StageFailed
-from flows.remote import run_elsewhere
 from flows.workspace import open_workspace
 
 
 def test_a_remote_that_does_not_answer_is_tried_again(dvc_repository: Path) -> None:
+    from flows.execution import (
+        StageFailed,
+    )  # Prefect, which must not be imported before the tests' server runs
+    from flows.remote import run_elsewhere
+
     root = dvc_repository.resolve()
     Path("dvc.yaml").write_text("stages: {}\n")
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
