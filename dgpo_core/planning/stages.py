@@ -113,7 +113,7 @@ class Planner:
         processes = max(1, self.machine.gpus) if self.encoder else 1
         host = processes * (PROCESS + (3 * vectors / passages + 2 * PASSAGE_BYTES) * shard)
         if in_process(self.params.retrieval):
-            host += vectors + text
+            host += (2 if self.encoder else 1) * vectors + text  # dense ones in float32
         disk = 2 * (vectors + 0.4 * text)
         return Estimate(
             "index", self.machine.gpus if self.encoder else 0, {}, host, disk, tokens, flops, seconds

@@ -52,6 +52,11 @@ ENGINES = {
     "compute": {"deepspeed": ("deepspeed", "torch")},
 }
 
+# settings of an engine that do not go with the one that stands in for it
+WITHOUT: dict[str, dict[str, Any]] = {
+    "deepspeed": {"zero_stage": None, "offload": False, "split_teacher": False}
+}
+
 
 def scaled_down(resolved: dict[str, Any], cuda: bool) -> tuple[dict[str, Any], list[str]]:
     """The parameters of a rehearsal, and notes on what stands in for what this machine lacks.
@@ -71,7 +76,7 @@ def scaled_down(resolved: dict[str, Any], cuda: bool) -> tuple[dict[str, Any], l
         asked = params[section].get("engine")
         module, other = engines.get(asked, (None, None))
         if module and (find_spec(module) is None or asked == "vllm-server"):
-            params[section]["engine"] = other
+            params[section] |= {"engine": other, **WITHOUT.get(asked, {})}
             notes.append(f"{section}.engine {asked}: not here, {other} stands in")
     return params, notes
 

@@ -29,19 +29,20 @@ def test_the_papers_profiles_on_eight_gpus(name: str, workplace: Path) -> None:
         "h200",
         "--price",
         "3",
-        "--processes",
-        "8",
     )
     done = dgpo(workplace, *arguments, "--json")
     plan = json.loads(done.stdout)
-    assert done.returncode == bool(plan["problems"]), done.stderr
+    assert done.returncode == 0 and plan["problems"] == [], done.stderr
     stages = {stage["stage"]: stage for stage in plan["stages"]}
-    assert stages["index"]["tokens"] > 2e9 and stages["teach"]["gpus"] == 1
+    assert stages["index"]["tokens"] > 2e9 and stages["index"]["gpus"] == 8
+    assert stages["teach"]["gpus"] == 4 and stages["reinforce@dgpo"]["gpus"] == 8  # with four servers
     assert 1e18 < stages["reinforce@dgpo"]["flops"] < 1e20
     assert plan["cost"] == pytest.approx(plan["hours"] * 24)
     assert "2 searches" in plan["assumptions"]["episodes"]
     text = dgpo(workplace, *arguments).stdout
     assert "reinforce@dgpo" in text and "cost" in text
+    crowded = dgpo(workplace, *arguments, "--processes", "8")
+    assert crowded.returncode == 1 and "training needs 12 of GPUs, there are 8" in crowded.stdout
 
 
 def test_a_small_gpu_does_not_fit(workplace: Path) -> None:
