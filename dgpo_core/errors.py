@@ -16,7 +16,7 @@ class InfrastructureError(Exception):
 
 
 def without_credentials(text: str) -> str:
-    """`text` with the user and password of each URL in it (`https://user:password@host`) left out.
+    """`text` with the user and password of each URL in it (`https://<user>:<password>@host`) left out.
 
     For whatever is printed, logged or shown on a page: addresses come from users, with all that is in them.
     """

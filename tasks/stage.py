@@ -135,6 +135,9 @@ def _following(name: str) -> Iterator[Run]:
             yield Run(name, STATE / name, Reporter(name, Console(file=nowhere)), Untracked(), leads=False)
         except Exception as error:
             if _failed_elsewhere(name):
+                time.sleep(
+                    SAME_FAULT
+                )  # the first process that ends, ends all: let it be the one that says why
                 raise SystemExit(2 if isinstance(error, UserError) else 1) from None
             _record_failure(name, error)
             raise

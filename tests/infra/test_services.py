@@ -119,7 +119,7 @@ def test_a_taken_port_is_said_with_the_setting(folder: Path) -> None:
 
 def test_a_server_that_dies_gives_its_last_words(folder: Path) -> None:
     with pytest.raises(UserError, match=r"mlflow does not start: no such store; see .*mlflow\.log"):
-        up([small(code="print('hello'); raise SystemExit('no such store')")], folder)
+        up([small(code="print('hello', flush=True); raise SystemExit('no such store')")], folder)
     assert read("mlflow", folder) is None
 
 

