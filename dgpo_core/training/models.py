@@ -1,5 +1,6 @@
 """Models as folders in the transformers format: build, load, save."""
 
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,8 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    if not torch.cuda.is_available():  # where DeepSpeed is installed transformers asks it, and it would warn
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     model.save_pretrained(temporary)
     tokenizer.save_pretrained(temporary)
     old = folder.with_name(folder.name + ".old")

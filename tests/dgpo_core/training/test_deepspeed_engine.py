@@ -23,22 +23,30 @@ pytestmark = pytest.mark.skipif(
 TRAININGS = {"distill": distilled, "reinforce": reinforced}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the two processes have left results (rank.pt) and checkpoints."""
-    made = tmp_path_factory.mktemp("zero")
+def two_processes(folder: Path, cases: str) -> list[dict[str, Any]]:
+    """What each of them has left in `folder`, beside checkpoints."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
-    command = [sys.executable, "-m", "tests.dgpo_core.training.zero_cases", str(made)]
-    subprocess.run(command, check=True, cwd=made, env=environment)
-    return made
+    command = [sys.executable, "-m", "tests.dgpo_core.training.zero_cases", str(folder), cases]
+    subprocess.run(command, check=True, cwd=folder, env=environment)
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
 @pytest.fixture(scope="module")
-def both(folder: Path) -> list[dict[str, Any]]:
-    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+def both(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    return two_processes(tmp_path_factory.mktemp("zero"), "first")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("more")
+
+
+@pytest.fixture(scope="module")
+def more(folder: Path) -> list[dict[str, Any]]:
+    return two_processes(folder, "more")
 
 
 @pytest.fixture(scope="module")
@@ -92,6 +100,8 @@ def test_resumed_training_is_bit_identical(both: list[Any], stage: str) -> None:
         assert all(torch.equal(again["weights"][name], value) for name, value in whole["weights"].items())
 
 
+@pytest.mark.slow
+@pytest.mark.usefixtures("more")
 def test_other_number_of_processes_goes_on(folder: Path, both: list[Any]) -> None:
     """The checkpoint of two processes, continued by one under another stage."""
     code = (
@@ -111,14 +121,16 @@ def test_other_number_of_processes_goes_on(folder: Path, both: list[Any]) -> Non
     same(found, whole)
 
 
-def test_optimiser_state_in_the_hosts_memory(both: list[Any], alone: dict[str, Any]) -> None:
-    same(both[0]["distill-offload"], alone["distill"])
+@pytest.mark.slow
+def test_optimiser_state_in_the_hosts_memory(more: list[Any], alone: dict[str, Any]) -> None:
+    same(more[0]["distill-offload"], alone["distill"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", FIRST)
-def test_bfloat16_has_float32_masters(both: list[Any], alone: dict[str, Any], stage: str) -> None:
+def test_bfloat16_has_float32_masters(more: list[Any], alone: dict[str, Any], stage: str) -> None:
     """Losses are those of autocast over float32 weights to bfloat16's rounding, weights nearly."""
-    found, torchs = both[0][f"distill-bfloat16-{stage}"], both[0]["distill-bfloat16"]
+    found, torchs = more[0][f"distill-bfloat16-{stage}"], more[0]["distill-bfloat16"]
     for row, other in zip(found["rows"], torchs["rows"], strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=0.02)
     start = alone["distill"]["weights"]
@@ -129,11 +141,12 @@ def test_bfloat16_has_float32_masters(both: list[Any], alone: dict[str, Any], st
         assert value.shape == start[name].shape
 
 
-def test_adapters(both: list[Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_adapters(more: list[Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     """Split over two processes or in one, adapters end in the same ordinary model."""
     alone = distilled(tokenizer, tmp_path, compute(lora=LoraConfig(rank=4)))
     for name in ("lora", "lora-zero3"):
-        same(both[0][f"distill-{name}"], alone)
+        same(more[0][f"distill-{name}"], alone)
     before = tiny_model(tokenizer, 1).state_dict()
     moved = {k for k, v in alone["weights"].items() if not torch.equal(v, before[k])}
     assert alone["weights"].keys() == before.keys()

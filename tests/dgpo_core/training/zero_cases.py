@@ -1,5 +1,5 @@
 """What two processes under DeepSpeed make of two trainings, kept for the tests: importing it takes seconds,
-so one program runs all cases. `python -m tests.dgpo_core.training.zero_cases <folder>`."""
+so one program runs many cases. `python -m tests.dgpo_core.training.zero_cases <folder> <first or more>`."""
 
 import contextlib
 import os
@@ -96,29 +96,36 @@ def interrupt(now: bool) -> None:
         raise KeyboardInterrupt
 
 
-def resumed(train: Any, tokenizer: Any, folder: Path, config: ComputeConfig, then: ComputeConfig) -> Any:
-    """Killed at step 3 under `config`, continued under `then`."""
+def resumed(tokenizer: PreTrainedTokenizerFast, folder: Path, config: ComputeConfig) -> dict[str, Any]:
+    """Killed at step 3, continued."""
     with contextlib.suppress(KeyboardInterrupt):
-        train(tokenizer, folder, config, kill_at=3)
-    return train(tokenizer, folder, then)
+        reinforced(tokenizer, folder, config, kill_at=3)
+    return reinforced(tokenizer, folder, config)
 
 
-def run(rank: int, folder: Path) -> None:
+def first(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
+    """Every stage of ZeRO in float32: both trainings, and one of them killed and continued."""
+    results = {}
+    for name, config in FIRST.items():
+        results[f"distill-{name}"] = distilled(tokenizer, folder / f"distill-{name}", config)
+        results[f"reinforce-{name}"] = reinforced(tokenizer, folder / f"reinforce-{name}", config)
+        results[f"resumed-{name}"] = resumed(tokenizer, folder / f"resumed-{name}", config)
+    return results
+
+
+def more(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
+    """Other precisions, places and weights; and half a training for another number of processes."""
+    cases = {"offload": OFFLOADED} | NARROW | ADAPTED
+    results = {f"distill-{n}": distilled(tokenizer, folder / n, config) for n, config in cases.items()}
+    with contextlib.suppress(KeyboardInterrupt):
+        reinforced(tokenizer, folder / "two", FIRST["zero3"], kill_at=3)
+    return results
+
+
+def run(rank: int, folder: Path, cases: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    tokenizer, results = build_tokenizer(), {}
     with parallel.group("cpu"):
-        for name, config in FIRST.items():
-            print(name, flush=True)
-            results[f"distill-{name}"] = distilled(tokenizer, folder / f"distill-{name}", config)
-            results[f"reinforce-{name}"] = reinforced(tokenizer, folder / f"reinforce-{name}", config)
-            results[f"resumed-{name}"] = resumed(
-                reinforced, tokenizer, folder / f"resumed-{name}", config, config
-            )
-        results["distill-offload"] = distilled(tokenizer, folder / "offload", OFFLOADED)
-        for name, config in (NARROW | ADAPTED).items():
-            results[f"distill-{name}"] = distilled(tokenizer, folder / name, config)
-        with contextlib.suppress(KeyboardInterrupt):  # one process goes on from where two were
-            reinforced(tokenizer, folder / "two", FIRST["zero3"], kill_at=3)
+        results = {"first": first, "more": more}[cases](build_tokenizer(), folder)
     torch.save(results, folder / f"{rank}.pt")
 
 
@@ -126,9 +133,8 @@ if __name__ == "__main__":
     import dgpo_core.training.deepspeed_engine  # noqa: F401  before the fork: once for both
 
     torch.set_num_threads(1)
-    workers = [
-        mp.get_context("fork").Process(target=run, args=(rank, Path(sys.argv[1]))) for rank in range(2)
-    ]
+    forked, made, which = mp.get_context("fork"), Path(sys.argv[1]), sys.argv[2]
+    workers = [forked.Process(target=run, args=(rank, made, which)) for rank in range(2)]
     for worker in workers:
         worker.start()
     for worker in workers:
