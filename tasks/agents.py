@@ -1,9 +1,6 @@
 """The parts that every rollout of a stage needs: a loop around a model, and tasks for it."""
 
-import json
-import math
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,8 +14,6 @@ from dgpo_core.errors import UserError
 from dgpo_core.protocol.encoding import encode_prompt
 from dgpo_core.protocol.episode import Episode
 from dgpo_core.retrieval.hits import Retriever
-from dgpo_core.retrieval.index import Index, Searcher, open_index
-from dgpo_core.retrieval.recall import require_recall, search_recall
 from dgpo_core.rollout.collect import em_of, stable_seed
 from dgpo_core.rollout.engine import Engine, SeparateEngine
 from dgpo_core.rollout.loop import AgentLoop, EpisodeRunner, Task
@@ -30,39 +25,8 @@ from dgpo_core.training.adapters import add_adapters
 from dgpo_core.training.engine_sync import EngineSync, SharedLoop, SyncedLoop
 from dgpo_core.training.episode_sources import Rollout
 from dgpo_core.training.models import load_model
-from tasks.paths import INDEX, MODELS, questions_file
-from tasks.progress import Reporter
+from tasks.paths import questions_file
 from tasks.stage import Run
-
-
-def retriever(
-    params: Params, folder: Path = INDEX, accept: Callable[[Searcher], None] | None = None
-) -> Index:
-    """The pipeline's index. Where a server lacks its collection, that is made now, and its progress is shown.
-
-    A new collection is given to `accept`, by default to one that raises UserError when its recall is below
-    retrieval.min_recall.
-    """
-    reporter = Reporter("retriever")
-
-    def progress(done: int, total: int, what: str) -> None:
-        reporter.update(done, total, doing=what)
-
-    def by_recall(searcher: Searcher) -> None:
-        require_recall(measured_recall(params, searcher), params.retrieval)
-
-    try:
-        return open_index(folder, params.retrieval, progress, accept or by_recall)
-    finally:
-        reporter.close()
-
-
-def measured_recall(params: Params, searcher: Searcher) -> float:
-    """Of the top k against exact search, on validation questions of all training sets; nan without any."""
-    each = math.ceil(params.retrieval.recall_queries / len(params.questions.train))
-    files = [questions_file(name, "dev") for name in params.questions.train]
-    sample = [question.question for file in files for question in read_questions(file)[:each]]
-    return search_recall(searcher, sample, params.retrieval.top_k)
 
 
 def agent_loop(params: Params, source: str, tokenizer: Any, index: Retriever) -> AgentLoop:
@@ -124,20 +88,6 @@ def fixed_compute(params: Params) -> dict[str, Any]:
     return params.compute.model_dump(exclude=free)
 
 
-def model_source(params: Params, model: str) -> str:
-    """Folder or hub name of `student`, `teacher` or a recipe. Raises UserError for an unknown name."""
-    if model in (STUDENT, TEACHER):
-        return str(getattr(params.models, model))
-    if model not in params.recipes.all:
-        raise UserError(f"{PARAMS}: recipes has no {model!r}, only {sorted(params.recipes.all)}")
-    return str(MODELS / model)
-
-
-def local(source: str) -> list[Path]:
-    """A model given as a folder is an input; one on the hub is pinned by its name."""
-    return [Path(source)] if Path(source).is_dir() else []
-
-
 def training_rollout(runner: EpisodeRunner, tasks: list[Task], sampling: Sampling, seed: int) -> Rollout:
     """Episodes of the student for a step's questions; every place of every step has a seed of its own."""
 
@@ -189,24 +139,3 @@ def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, 
         run.metrics(step, {key: value for key, value in row.items() if key != "step"})
 
     return report
-
-
-def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
-    rounded = {k: None if v != v else v for k, v in rounded.items()}  # JSON has no nan
-    path.write_text(json.dumps(rounded, indent=2) + "\n")
-
-
-def write_curves(path: Path, rows: list[dict[str, float]]) -> None:
-    """Training curves as CSV, for `dvc plots` and the report; a column that a row lacks stays empty."""
-    columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [",".join(columns)]
-    lines += [",".join(f"{row[c]:.6g}" if c in row else "" for c in columns) for row in rows]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
-
-
-def require_episodes(count: int, what: str) -> None:
-    if count == 0:
-        raise UserError(f"there are no {what}: nothing to train on")

@@ -9,8 +9,9 @@ from dgpo_core.errors import UserError
 from dgpo_core.retrieval.shards import read_manifest
 from dgpo_core.serving.agent import Agent
 from dgpo_core.training.models import load_model, load_tokenizer
-from tasks.agents import model_source, retriever
+from tasks.inputs import model_source
 from tasks.paths import INDEX, MODELS
+from tasks.pipeline_index import retriever
 
 CHAMPION = "models:/search-agent@champion"
 REGISTRY = "models:/"

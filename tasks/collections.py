@@ -10,8 +10,8 @@ from dgpo_core.retrieval.backends.loading import collection_name
 from dgpo_core.retrieval.backends.server import connect
 from dgpo_core.retrieval.points import content_name
 from dgpo_core.retrieval.shards import read_manifest
-from tasks.agents import retriever
 from tasks.paths import INDEX
+from tasks.pipeline_index import retriever
 
 
 def show() -> None:

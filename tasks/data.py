@@ -8,8 +8,8 @@ from dgpo_core.datasets.records import Question, write_jsonl
 from dgpo_core.datasets.world.articles import write_articles
 from dgpo_core.datasets.world.generate import generate_world
 from dgpo_core.datasets.world.questions import write_questions
-from tasks.agents import write_metrics
 from tasks.files import remove
+from tasks.measured import write_metrics
 from tasks.paths import CORPUS, METRICS, QUESTIONS, questions_file
 from tasks.stage import Run, main, stage
 

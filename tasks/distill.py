@@ -27,18 +27,14 @@ from tasks.agents import (
     DevEvaluator,
     fixed_compute,
     load_student,
-    local,
-    model_source,
     reporter,
-    require_episodes,
-    retriever,
     split_tasks,
     training_loop,
     training_rollout,
-    write_curves,
-    write_metrics,
 )
+from tasks.inputs import local, model_source, require_episodes
 from tasks.launch import in_processes
+from tasks.measured import write_curves, write_metrics
 from tasks.paths import (
     CORRECT_EPISODES,
     DISTRIBUTIONS,
@@ -49,6 +45,7 @@ from tasks.paths import (
     QUESTIONS,
     TEACHER_EPISODES,
 )
+from tasks.pipeline_index import retriever
 from tasks.stage import main, stage
 
 

@@ -7,7 +7,8 @@ from dgpo_core.protocol.episode import Outcome, read_episodes
 from dgpo_core.training.models import load_model, load_tokenizer
 from dgpo_core.training.teacher_cache import CERTIFICATE, keep_distributions
 from dgpo_core.training.vocabulary import check_same_vocabulary
-from tasks.agents import local, require_episodes, write_metrics
+from tasks.inputs import local, require_episodes
+from tasks.measured import write_metrics
 from tasks.paths import DISTRIBUTIONS, METRICS, TEACHER_EPISODES
 from tasks.stage import main, stage
 

@@ -13,8 +13,11 @@ from dgpo_core.rollout.collect import collect, em_of
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.scoring.table import write_question_table
 from dgpo_core.training.models import load_tokenizer
-from tasks.agents import agent_loop, local, model_source, retriever, tasks_for, write_metrics
+from tasks.agents import agent_loop, tasks_for
+from tasks.inputs import local, model_source
+from tasks.measured import write_metrics
 from tasks.paths import EVALUATION, INDEX, METRICS, QUESTIONS, questions_file
+from tasks.pipeline_index import retriever
 from tasks.stage import Run, main, stage
 from tasks.traces import trace_episodes
 

@@ -17,9 +17,9 @@ from dgpo_core.config.recipes import STUDENT
 from dgpo_core.errors import UserError
 from dgpo_core.promotion.evidence import MADE, TABLES, Made
 from dgpo_core.protocol.episode import read_metadata
-from tasks.agents import model_source
 from tasks.dvc_lock import Lock, dvc_md5, read_lock
 from tasks.files import content_hash
+from tasks.inputs import model_source
 from tasks.lineage import CODE, build, earlier_origin, origin, trained_models
 from tasks.paths import EVALUATION, INDEX, MODELS
 from tasks.registry import AGAIN, DVC, Registry, Version, store

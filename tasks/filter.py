@@ -5,7 +5,8 @@ from pathlib import Path
 
 from dgpo_core.config.params import load_params
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, read_episodes, read_metadata, write_episodes
-from tasks.agents import require_episodes, write_metrics
+from tasks.inputs import require_episodes
+from tasks.measured import write_metrics
 from tasks.paths import CORRECT_EPISODES, METRICS, TEACHER_EPISODES
 from tasks.stage import main, stage
 

@@ -12,9 +12,10 @@ from dgpo_core.retrieval.flat_index import FlatIndex
 from dgpo_core.retrieval.index import Searcher
 from dgpo_core.retrieval.recall import require_recall
 from dgpo_core.retrieval.shards import Manifest, build_shards, write_manifest
-from tasks.agents import measured_recall, retriever, write_metrics
 from tasks.files import remove
+from tasks.measured import write_metrics
 from tasks.paths import CORPUS, INDEX, METRICS, questions_file
+from tasks.pipeline_index import measured_recall, retriever
 from tasks.stage import main, stage
 
 

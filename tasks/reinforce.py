@@ -15,18 +15,16 @@ from tasks.agents import (
     DevEvaluator,
     fixed_compute,
     load_student,
-    local,
-    model_source,
     reporter,
-    retriever,
     split_tasks,
     training_loop,
     training_rollout,
-    write_curves,
-    write_metrics,
 )
+from tasks.inputs import local, model_source
 from tasks.launch import in_processes
+from tasks.measured import write_curves, write_metrics
 from tasks.paths import INDEX, METRICS, MODELS, PLOTS, QUESTIONS
+from tasks.pipeline_index import retriever
 from tasks.stage import main, stage
 from tasks.traces import traced
 

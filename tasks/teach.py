@@ -4,8 +4,11 @@ from dgpo_core.config.params import load_params
 from dgpo_core.protocol.episode import Outcome, write_episodes
 from dgpo_core.rollout.collect import collect, em_of
 from dgpo_core.training.models import load_tokenizer
-from tasks.agents import agent_loop, local, retriever, split_tasks, write_metrics
+from tasks.agents import agent_loop, split_tasks
+from tasks.inputs import local
+from tasks.measured import write_metrics
 from tasks.paths import INDEX, METRICS, QUESTIONS, TEACHER_EPISODES
+from tasks.pipeline_index import retriever
 from tasks.stage import main, stage
 
 

@@ -54,6 +54,14 @@ def test_only_what_has_changed_is_changed(repository: Path) -> None:
     assert {name: stage.changed for name, stage in read_dag(repository).items()} == {"a": False, "b": True}
 
 
+@pytest.mark.parametrize("left", ["", '{"write": {"/pr'])
+def test_a_lock_that_a_killed_dvc_left_half_written_stops_nobody(repository: Path, left: str) -> None:
+    Path(".dvc/tmp/rwlock").write_text(left)
+    broken = subprocess.run([sys.executable, "-m", "dvc", "status"], capture_output=True, text=True)
+    assert "corrupted" in broken.stderr  # what DVC itself makes of it
+    assert set(read_dag(repository)) == {"index", "kd", "report", "distill@1", "distill@2"}
+
+
 def test_targets_bring_what_they_need_and_from_stage_what_needs_it(repository: Path) -> None:
     stages = read_dag(repository)
     assert list(select(stages, ["kd"])) == ["index", "kd"]

@@ -14,8 +14,8 @@ from dgpo_core.retrieval.index import open_index
 from dgpo_core.retrieval.service import Retrieval, make_app
 from dgpo_core.retrieval.shards import read_manifest
 from tasks import collections
-from tasks.agents import retriever
 from tasks.index import index
+from tasks.pipeline_index import retriever
 from tests.conftest import make_workplace
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer, running
 from tests.dgpo_core.retrieval.test_service import served

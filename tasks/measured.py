@@ -1,0 +1,21 @@
+"""What the stages leave for `dvc metrics` and `dvc plots`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+    rounded = {k: None if v != v else v for k, v in rounded.items()}  # JSON has no nan
+    path.write_text(json.dumps(rounded, indent=2) + "\n")
+
+
+def write_curves(path: Path, rows: list[dict[str, float]]) -> None:
+    """Training curves as CSV, for `dvc plots` and the report; a column that a row lacks stays empty."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    lines = [",".join(columns)]
+    lines += [",".join(f"{row[c]:.6g}" if c in row else "" for c in columns) for row in rows]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("\n".join(lines) + "\n")
