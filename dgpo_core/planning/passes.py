@@ -36,7 +36,7 @@ class Kept:
 
 # Counted tensor by tensor from what autograd saves of transformers' Qwen2 and Llama layers: inputs,
 # normalised values and outputs of both norms, queries and keys after rotation, values, attention's output,
-# four vectors of the MLP. Under autocast the residual stream is float32, and each matrix's input is cast anew.
+# four vectors of the MLP. Under autocast the residual stream is float32; each matrix's input is cast.
 KEPT: dict[Numerics, Kept] = {
     "float32": Kept(24, 8, 8, 16, 0, input=4, last=8),
     "autocast": Kept(26, 4, 4, 8, 0, input=4, last=8),
