@@ -34,7 +34,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help use demo test test-all test-vllm test-deepspeed pipeline reproduce deploy worker ui up down status push pull experiments secrets check lint format-check types format base-models clean
+.PHONY: help use demo test test-thorough test-all test-vllm test-deepspeed pipeline reproduce deploy worker ui up down status push pull experiments secrets check lint format-check types format base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -73,8 +73,11 @@ demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), prin
 use: $(VENV)/.installed  ## write params.yaml from a profile: make use PROFILE=tiny [RECIPES="kd taid", or all]
 	$(PY) -m tasks.use $(PROFILE) $(RECIPES)
 
-test: $(VENV)/.installed-dev  ## run the tests, without the slow ones
-	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
+test: $(VENV)/.installed-dev  ## run the fast tests
+	$(PYTEST) -m "not slow and not thorough" $(PYTEST_ARGS)
+
+test-thorough: $(VENV)/.installed-dev  ## run the tests with kills, retries, several processes and servers
+	$(PYTEST) -m "thorough and not slow" $(PYTEST_ARGS)
 
 test-all: $(VENV)/.installed-dev  ## run all tests
 	$(PYTEST) $(PYTEST_ARGS)
@@ -87,9 +90,8 @@ $(VENV)/.installed-gpu: $(VENV)/.installed-dev
 	$(PY) -m pip install -c $(CONSTRAINTS) -e '.[gpu]'
 	@touch $@
 
-test-deepspeed: $(VENV)/.installed-gpu  ## run the tests of DeepSpeed, LoRA and stages in several processes
-	$(PYTEST) tests/dgpo_core/training/test_deepspeed_engine.py tests/tasks/test_launch.py \
-		tests/tasks/test_processes.py $(PYTEST_ARGS)
+test-deepspeed: $(VENV)/.installed-gpu  ## run the tests of DeepSpeed, LoRA and trainings in several processes
+	$(PYTEST) tests/dgpo_core/training/test_deepspeed_engine.py tests/tasks/test_processes.py $(PYTEST_ARGS)
 
 pipeline: $(VENV)/.installed  ## run the pipeline as a Prefect flow (starts a server unless one runs, and stops it)
 	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline run --max-parallel $(MAX_PARALLEL)

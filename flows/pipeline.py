@@ -17,14 +17,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from prefect import flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from dgpo_core.config.params import PARAMS, resolve_profile
+from dgpo_core.config.params import PARAMS, read_yaml, resolve_profile
 from dgpo_core.errors import UserError, without_credentials
 from flows.dag import Stage, read_dag, select
 from flows.process import end_all
@@ -131,7 +130,7 @@ def _open(root: Path, name: str, settings: PipelineSettings) -> Workspace:
         elif settings.recipes:
             raise UserError("recipes: they are laid over a profile; give profile too")
         else:
-            params = yaml.safe_load(path.read_text(encoding="utf-8"))
+            params = read_yaml(path)
         changed = with_overrides(params, settings.overrides)
         if settings.seeds:
             changed["seed"] = settings.seeds[0]

@@ -3,8 +3,9 @@
 import re
 from typing import Annotated, Any
 
-import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
 
 KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 
@@ -44,9 +45,10 @@ DEFAULTS = PipelineSettings()
 
 
 def with_overrides(params: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A copy of params.yaml's content with `key=value` laid over it; values are YAML.
+    """A copy of params.yaml's content with `key=value` laid over it; values are YAML,
+    read as DVC reads params.yaml (version 1.2: 1e-5 is a number).
 
-    Whether a key exists is for the validation of the whole to say.
+    Whether a key exists is for the validation of the whole to say. Raises ValueError.
     """
     changed = _copy(params)
     for text in overrides:
@@ -57,7 +59,10 @@ def with_overrides(params: dict[str, Any], overrides: list[str]) -> dict[str, An
             if not isinstance(section.setdefault(name, {}), dict):
                 raise ValueError(f"overrides: {key}: {name} is a value and has no keys")
             section = section[name]
-        section[last] = yaml.safe_load(value)
+        try:
+            section[last] = YAML(typ="safe", pure=True).load(value)
+        except YAMLError as error:
+            raise ValueError(f"overrides: {text}: not valid YAML: {' '.join(str(error).split())}") from None
     return changed
 
 

@@ -48,12 +48,17 @@ def rehearse(profile: str | None, keep: bool, as_json: bool) -> int:
     resolved = resolve_profile(profile_path(profile)) if profile else load_params().model_dump(mode="json")
     console = Console(highlight=False, soft_wrap=True, stderr=as_json)
     folder = Path(tempfile.mkdtemp(prefix="dgpo-rehearsal-"))
-    started = time.monotonic()
-    notes = prepare(folder, resolved)
-    console.print(f"profile {resolved['profile']}, in {folder} ({time.monotonic() - started:.0f} s)")
-    for note in notes:
-        console.print(f"note: {note}")
-    outcomes = run(folder, console)
+    try:
+        started = time.monotonic()
+        notes = prepare(folder, resolved)
+        console.print(f"profile {resolved['profile']}, in {folder} ({time.monotonic() - started:.0f} s)")
+        for note in notes:
+            console.print(f"note: {note}")
+        outcomes = run(folder, console)
+    except BaseException:  # interrupted, or the profile cannot be scaled down: no log says anything
+        if not keep:
+            shutil.rmtree(folder)
+        raise
     failed = [outcome for outcome in outcomes if outcome.state == "failed"]
     if failed:
         console.print(f"\n{failed[0].stage} failed: {failed[0].message}\nlogs: {folder / LOGS}")

@@ -145,7 +145,7 @@ def _row(rows: dict[str, Row], group: str, name: str) -> Row:
 
 def load_params(path: Path = PARAMS) -> Params:
     """The validated parameters. Raises UserError with file, key and what is wrong, for the first few keys."""
-    return _validated(_read_yaml(path), path)
+    return _validated(read_yaml(path), path)
 
 
 def resolve_profile(path: Path, recipes: list[str] | None = None) -> dict[str, Any]:
@@ -169,7 +169,7 @@ def _extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """A profile with those that it extends. Raises UserError for profiles that extend each other."""
     if path in seen:
         raise UserError(f"{path}: extends itself: {' -> '.join(p.stem for p in (*seen, path))}")
-    own = _read_yaml(path)
+    own = read_yaml(path)
     if not (below := own.pop("extends", None)):
         return own
     return _laid_over(_extended(path.with_name(f"{below}.yaml"), (*seen, path)), own)
@@ -186,14 +186,15 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def paper_recipes(names: list[str]) -> Recipes:
     """Rows of the paper's table and those that they start from. Raises UserError for an unknown name."""
-    table = Recipes.model_validate(_read_yaml(TABLE))
+    table = Recipes.model_validate(read_yaml(TABLE))
     try:
         return table if names == ["all"] else table.only(names)
     except ValueError as error:
         raise UserError(f"recipes: {error}") from None
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A mapping, read as DVC reads params.yaml (YAML 1.2: 1e-5 is a number). Raises UserError."""
     try:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

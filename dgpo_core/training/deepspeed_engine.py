@@ -54,6 +54,8 @@ class ZeroEngine:
         optimizer = adamw(
             [p for p in self._trained.parameters() if p.requires_grad], how.learning_rate, how.weight_decay
         )
+        # DeepSpeed takes no empty group: adapters are matrices only
+        optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         self._schedule = LambdaLR(optimizer, how.schedule)
         self._optimizer = optimizer
         config = _config(compute, self._stage) | {"gradient_clipping": how.max_grad_norm}

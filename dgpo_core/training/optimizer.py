@@ -18,7 +18,6 @@ def adamw(
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
     ]
-    groups = [group for group in groups if group["params"]]  # adapters are matrices only
     return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999))
 
 

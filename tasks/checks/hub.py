@@ -7,6 +7,9 @@ from pathlib import Path
 from huggingface_hub import constants, get_token, try_to_load_from_cache
 
 from dgpo_core.config.params import Params
+from dgpo_core.datasets.published.places import HubFile, hub_file
+from dgpo_core.datasets.published.questions import SETTING, gold_places, split_places
+from dgpo_core.errors import UserError
 from tasks.checks.finding import Finding, error, ok, warning
 
 TIMEOUT = 4.0
@@ -14,30 +17,83 @@ GATED = ("meta-llama/",)  # owners whose models want their licence accepted on t
 
 
 def hub(params: Params) -> list[Finding]:
-    """Every model that `params` name which is no folder here."""
+    """Every model and file of a data set that `params` name: here, in the cache, or on the hub."""
+    models, files = _models(params), _files(params)
+    there = [name for name in models.values() if not Path(name).is_dir()]
+    there += [place for places in files.values() for place in places if place.startswith("hf://")]
+    if not there:
+        nothing = ok("hub", "nothing is needed from it")
+        return [nothing, *_findings(models, files, reachable=False)]
+    reachable = not constants.HF_HUB_OFFLINE and _status(constants.ENDPOINT) is not None
+    findings = _findings(models, files, reachable)
+    place = constants.ENDPOINT.removeprefix("https://")
+    if reachable:
+        return [ok("hub", f"{place} answers"), *findings]
+    why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{place} does not answer"
+    if all(finding.level == "ok" for finding in findings):
+        return [ok("hub", f"{why}; all that is needed is here"), *findings]
+    advice = f"download elsewhere and copy {constants.HF_HUB_CACHE}, or name local folders and files"
+    return [error("hub", why, advice), *findings]
+
+
+def _models(params: Params) -> dict[str, str]:
+    """Setting -> folder or name on the hub."""
     names = {"models.student": params.models.student, "models.teacher": params.models.teacher}
     if params.retrieval.encoder.kind == "dense":
         names["retrieval.encoder.model"] = params.retrieval.encoder.model
-    folders = {key: name for key, name in names.items() if Path(name).is_dir()}
-    findings = [ok(key, f"{name}, a folder") for key, name in folders.items()]
-    wanted = {key: name for key, name in names.items() if key not in folders}
-    if not wanted:
-        return [*findings, ok("hub", "nothing is needed from it")]
-    reachable = _status(constants.ENDPOINT) is not None and not constants.HF_HUB_OFFLINE
-    place = constants.ENDPOINT.removeprefix("https://")
-    cached = {key for key, name in wanted.items() if in_cache(name)}
-    if reachable:
-        findings.append(ok("hub", f"{place} answers"))
-    else:
-        why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{place} does not answer"
-        missing = [wanted[key] for key in wanted if key not in cached]
-        advice = (
-            f"download elsewhere and copy {constants.HF_HUB_CACHE}, or name folders: {', '.join(missing)}"
+    return names
+
+
+def _files(params: Params) -> dict[str, list[str]]:
+    """Setting -> places of the published data sets' files; nothing for the embedded world."""
+    if params.data.source == "world":
+        return {}
+    config, sets = params.data.published, params.questions
+    files = {"questions": list(split_places(config, sets).values()), "corpus": [config.corpus]}
+    return {f"{SETTING}.{name}": places for name, places in (files | gold_places(config, sets)).items()}
+
+
+def _findings(models: dict[str, str], files: dict[str, list[str]], reachable: bool) -> list[Finding]:
+    found = [_model(setting, name, reachable) for setting, name in models.items()]
+    return found + [_data(setting, places, reachable) for setting, places in files.items()]
+
+
+def _data(setting: str, places: list[str], reachable: bool) -> Finding:
+    """The files of a data set; the first that cannot be had speaks for all."""
+    absent = 0
+    for place in places:
+        try:
+            wanted = hub_file(place, setting)
+        except UserError as why:
+            return error(setting, str(why).removeprefix(f"{setting}: "), "correct it in params.yaml")
+        if wanted is None:
+            if not Path(place).is_file():
+                return error(setting, f"{place}: no such file", "see docs/data.md for its format")
+            continue
+        cached = try_to_load_from_cache(
+            wanted.repository, wanted.file, repo_type="dataset", revision=wanted.revision
         )
-        findings.append(
-            error("hub", why, advice) if missing else ok("hub", f"{why}; all models are in the cache")
+        if isinstance(cached, str):
+            continue
+        if not reachable:
+            return error(setting, f"{place} is not in the cache", "make the hub reachable, or name a file")
+        status = _status(_url(wanted), get_token())
+        if status in (401, 403):
+            page = f"{constants.ENDPOINT}/datasets/{wanted.repository}"
+            return error(setting, f"{place}: the hub answers {status}", f"ask for access at {page}")
+        if status != 200:
+            return error(setting, f"{place}: the hub answers {status}", "see whether the name is right")
+        absent += 1
+    if absent:
+        return warning(
+            setting, f"{absent} of {len(places)} files are not here yet", "the stage data downloads them"
         )
-    return findings + [_model(key, name, key in cached, reachable) for key, name in wanted.items()]
+    return ok(setting, f"{len(places)} files are here")
+
+
+def _url(wanted: HubFile) -> str:
+    revision = wanted.revision or "main"
+    return f"{constants.ENDPOINT}/datasets/{wanted.repository}/resolve/{revision}/{wanted.file}"
 
 
 def in_cache(name: str) -> bool:
@@ -48,8 +104,10 @@ def in_cache(name: str) -> bool:
         return False
 
 
-def _model(key: str, name: str, cached: bool, reachable: bool) -> Finding:
-    if cached:
+def _model(key: str, name: str, reachable: bool) -> Finding:
+    if Path(name).is_dir():
+        return ok(key, f"{name}, a folder")
+    if in_cache(name):
         return ok(key, f"{name}, in the cache")
     page = f"{constants.ENDPOINT}/{name}"
     if name.startswith(GATED):

@@ -8,6 +8,7 @@ import pytest
 
 from dgpo_core.errors import UserError
 from flows.dag import Stage, downstream, read_dag, select
+from tests.conftest import ROOT
 
 PIPELINE = """
 stages:
@@ -52,6 +53,12 @@ def test_only_what_has_changed_is_changed(repository: Path) -> None:
     assert not any(stage.changed for stage in read_dag(repository).values())
     Path("b").unlink()
     assert {name: stage.changed for name, stage in read_dag(repository).items()} == {"a": False, "b": True}
+
+
+@pytest.mark.parametrize("model", ["student", "teacher"])
+def test_the_base_models_in_git_are_those_of_the_sources(model: str) -> None:
+    """A change of what they depend on would have everybody's first `make demo` build them for an hour."""
+    assert not read_dag(ROOT)[f"base-model@{model}"].changed
 
 
 @pytest.mark.parametrize("left", ["", '{"write": {"/pr'])

@@ -159,6 +159,7 @@ main(run)
 """
 
 
+@pytest.mark.thorough
 def test_infrastructure_failures_are_retried_and_the_state_is_kept(api: str, repository: Path) -> None:
     Path("flaky.py").write_text(FLAKY.replace("FAILURES", "1"))
     Path("dvc.yaml").write_text("stages:\n  flaky: {cmd: python flaky.py, outs: [flaky.txt]}\n")
@@ -169,6 +170,7 @@ def test_infrastructure_failures_are_retried_and_the_state_is_kept(api: str, rep
     assert "| EM | dgpo |" in artifact() and "| nq | 0.500 |" in artifact()
 
 
+@pytest.mark.thorough
 def test_retries_end(api: str, repository: Path) -> None:
     Path("flaky.py").write_text(FLAKY.replace("FAILURES", "9"))
     Path("dvc.yaml").write_text(
@@ -178,6 +180,7 @@ def test_retries_end(api: str, repository: Path) -> None:
     assert "flaky: infrastructure: the retriever does not answer" in artifact()
 
 
+@pytest.mark.thorough
 def test_timeout_ends_the_stage(api: str, repository: Path) -> None:
     Path("dvc.yaml").write_text(
         "stages:\n  slow: {cmd: python stage.py slow never, outs: [slow.txt], "
@@ -187,6 +190,7 @@ def test_timeout_ends_the_stage(api: str, repository: Path) -> None:
     assert "not done after 0.05 minutes" in artifact()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_flow_leaves_no_stage(api: str, repository: Path, number: signal.Signals) -> None:
     """A stage of the project's kind ends even with SIGKILL to the flow; others end with its cancellation."""
@@ -222,6 +226,7 @@ def test_bad_arguments(api: str, repository: Path) -> None:
     assert result.returncode == 2 and "--max-parallel" in result.stderr
 
 
+@pytest.mark.thorough
 def test_port_that_is_taken(workplace: Path) -> None:
     from flows.server import local_server
 

@@ -63,6 +63,7 @@ def answer_when_paused(name: str, form: dict[str, Any], seen: list[str]) -> thre
     return thread
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("approve", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_person_decides_about_what_passes(project: Path, approve: bool) -> None:
     make_trained(project, BETTER, approval=True)
@@ -79,6 +80,7 @@ def test_a_person_decides_about_what_passes(project: Path, approve: bool) -> Non
     assert approve or said.endswith("looks right")
 
 
+@pytest.mark.thorough
 def test_what_does_not_pass_is_not_asked_about(project: Path) -> None:
     make_trained(project, WORSE, approval=True)
     register_trained()

@@ -62,6 +62,7 @@ def project(dvc_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return log
 
 
+@pytest.mark.thorough
 def test_every_seed_once_and_a_report_of_all(api: str, project: Path) -> None:
     from flows.pipeline import PipelineFailed
     from flows.reproduce import reproduce
@@ -90,6 +91,7 @@ def test_every_seed_once_and_a_report_of_all(api: str, project: Path) -> None:
     assert project.read_text().split("\n") == executed, "something finished was run again"
 
 
+@pytest.mark.thorough
 def test_a_new_commit_is_taken_and_results_are_kept(api: str, project: Path) -> None:
     from flows.reproduce import reproduce
 

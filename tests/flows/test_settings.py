@@ -54,3 +54,13 @@ def test_later_overrides_win_and_values_may_hold_equals_signs() -> None:
 def test_a_value_has_no_keys() -> None:
     with pytest.raises(ValueError, match=r"a\.b\.c: b is a value"):
         with_overrides({"a": {"b": 1}}, ["a.b.c=2"])
+
+
+def test_numbers_are_those_of_params_yaml() -> None:
+    assert with_overrides({}, ["a=1e-5", "b=yes"]) == {"a": 1e-5, "b": "yes"}
+
+
+@pytest.mark.parametrize("value", ["[1", "{a: 1", '"x', "a: b: c", "\t-"])
+def test_a_value_that_is_no_yaml_is_named(value: str) -> None:
+    with pytest.raises(ValueError, match=r"overrides: a\.b=.*: not valid YAML"):
+        with_overrides({}, [f"a.b={value}"])

@@ -80,6 +80,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Iterat
         yield place
 
 
+@pytest.mark.thorough
 def test_a_second_clone_pulls_and_has_nothing_to_do(first: Path) -> None:
     second = first.parent / "second"
     run(first, "git", "clone", "-q", ".", str(second))
@@ -108,6 +109,7 @@ def test_no_remote_is_said_in_one_line(first: Path) -> None:
     assert "no remote specified" in message and message.count("\n") == 1
 
 
+@pytest.mark.thorough
 def test_experiments_compare_in_few_columns(first: Path) -> None:
     """As README says, also in a workspace of DVC's own, with the columns of `make experiments`."""
     dvc(first, "exp", "run", "--temp", "-n", "low", "-S", "reinforce.beta=0.125")

@@ -66,6 +66,7 @@ def gone(pids: list[int], seconds: float = 60) -> bool:
     return not alive(pids)
 
 
+@pytest.mark.thorough
 def test_two_processes_and_one_result(project: Path) -> None:
     subprocess.run([*TOY, "well"], cwd=project, check=True, timeout=300)
     assert (project / "out").read_text() == "2"
@@ -73,6 +74,7 @@ def test_two_processes_and_one_result(project: Path) -> None:
     assert json.loads((project / "runs/toy/run.json").read_text())["status"] == "FINISHED"
 
 
+@pytest.mark.thorough
 def test_fault_of_all_is_told_once(project: Path) -> None:
     ended = subprocess.run([*TOY, "wrong"], cwd=project, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 2
@@ -81,6 +83,7 @@ def test_fault_of_all_is_told_once(project: Path) -> None:
     assert not (project / "out").exists()
 
 
+@pytest.mark.thorough
 def test_one_broken_process_ends_the_stage(project: Path) -> None:
     ended = subprocess.run([*TOY, "broken"], cwd=project, capture_output=True, text=True, timeout=300)
     assert ended.returncode != 0
@@ -90,6 +93,7 @@ def test_one_broken_process_ends_the_stage(project: Path) -> None:
     assert not (project / "out").exists()
 
 
+@pytest.mark.thorough
 def test_killed_process_is_an_infrastructure_failure(project: Path) -> None:
     ended = subprocess.run([*TOY, "killed"], cwd=project, capture_output=True, text=True, timeout=300)
     assert ended.returncode != 0
@@ -98,6 +102,7 @@ def test_killed_process_is_an_infrastructure_failure(project: Path) -> None:
     assert not (project / "out").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
 def test_no_process_outlives_its_stage(project: Path, how: signal.Signals) -> None:
     running, pids = waiting(project)
@@ -110,6 +115,7 @@ def test_no_process_outlives_its_stage(project: Path, how: signal.Signals) -> No
         assert failure(project)["kind"] == "infrastructure"
 
 
+@pytest.mark.thorough
 def test_machines_of_a_hostfile(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two machines with a process each, both of them this one: ssh is played by a shell."""
     (project / "bin").mkdir()

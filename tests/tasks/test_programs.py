@@ -80,6 +80,7 @@ def test_success(workplace: Path) -> None:
     assert not Path(".state/work").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_signals_end_a_stage_cleanly(workplace: Path, number: signal.Signals) -> None:
     program = write_program("time.sleep(600)")
@@ -97,6 +98,7 @@ def test_signals_end_a_stage_cleanly(workplace: Path, number: signal.Signals) ->
     assert failure()["message"] in {"stopped with exit code 143", "KeyboardInterrupt"}
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(sys.platform != "linux", reason="the parent-death signal is Linux's")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killing_dvc_leaves_no_stage(dvc_repository: Path, number: signal.Signals) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -45,3 +46,18 @@ def test_the_papers_profile_in_miniature(
     assert any(episode.correct for episode in episodes) and all(episode.searches for episode in episodes)
     assert (folder / "models/dgpo/model.safetensors").is_file()
     assert (folder / paths.REPORTS / "index.html").is_file()
+
+
+@pytest.mark.parametrize("keep", [True, False])
+def test_ctrl_c_leaves_no_folder_but_on_request(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keep: bool
+) -> None:
+    def interrupted(folder: Path, resolved: dict[str, Any]) -> list[str]:
+        (folder / "models").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr("tasks.rehearse.prepare", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        rehearse("tiny", keep=keep, as_json=False)
+    assert len(list(tmp_path.iterdir())) == keep

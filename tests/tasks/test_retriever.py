@@ -41,6 +41,7 @@ def dgpo_retriever(folder: Path, port: int, scratch: Path) -> Iterator[subproces
         process.communicate(timeout=30)
 
 
+@pytest.mark.thorough
 def test_it_loads_answers_many_at_once_and_finishes_what_it_has_begun(
     indexed_project: Path, tmp_path: Path
 ) -> None:

@@ -58,6 +58,7 @@ def wait_until_ready(process: subprocess.Popen[str], url: str) -> list[int]:
     return seen
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_it_loads_answers_and_ends_cleanly_in_the_middle_of_an_episode(
     indexed_project: Path, tmp_path: Path, number: signal.Signals

@@ -160,6 +160,7 @@ def test_questions_tables_agree_with_episodes(finished: Path) -> None:
     assert [(r["question_id"], r["em"]) for r in table] == [(e.question_id, e.correct) for e in episodes]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("module", "recipe"), [("distill", "kd"), ("reinforce", "dgpo")])
 def test_killed_training_continues_to_the_same_model(
     finished: Path, workplace: Path, module: str, recipe: str
@@ -182,6 +183,7 @@ def test_killed_training_continues_to_the_same_model(
     assert (workplace / curves).read_text() == (finished / curves).read_text()
 
 
+@pytest.mark.thorough
 def test_killed_rollouts_continue_to_the_same_episodes(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace)
     shutil.rmtree(workplace / "data/teacher")
@@ -212,6 +214,7 @@ def test_min_em_stops_a_weak_cold_start(finished: Path, workplace: Path) -> None
     assert not (workplace / "models/kd").exists()
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("recipe", ["seqkd", "taid", "distillm", "kd_gkd"])
 def test_distillations_of_the_papers_table(finished: Path, workplace: Path, recipe: str) -> None:
     copy_inputs(finished, workplace, recipes=[recipe])
@@ -244,6 +247,7 @@ def test_live_teacher_gives_the_same_losses_as_the_kept_one(finished: Path, work
     assert float(live[-1]["loss"]) == pytest.approx(float(cached[-1]["loss"]), rel=0.05)
 
 
+@pytest.mark.thorough
 def test_grpo_stage(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace, recipes=["dgpo_grpo"])
     reinforce("dgpo_grpo")

@@ -6,13 +6,16 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 from tasks.data import generate
 from tasks.index import index
 from tests.tasks.miniature import ROOT, make_project
+from tests.vllm_server import serving
 
 pytestmark = [
     pytest.mark.vllm,
@@ -20,34 +23,62 @@ pytestmark = [
 ]
 
 
-def test_reinforcement_learning_with_vllm(workplace: Path) -> None:
+def project(folder: Path, compute: dict[str, Any], rollout: dict[str, Any]) -> None:
+    """Three steps of DGPO from the raw student on one-hop questions."""
     make_project(
-        workplace,
+        folder,
         ["no_cold_start"],
-        rollout={
-            "engine": "vllm",
-            "vllm": {"gpu_memory_utilization": 0.2, "eager": True},
-            "probe": {"tolerance": 1e-3},
-        },
+        compute=compute,
+        rollout={"probe": {"tolerance": 1e-3}, **rollout},
         reinforce={"steps": 3, "old_logprobs": "trainer", "importance_cap": 2.0},
         questions={"train": ["onehop"]},
     )
     generate()
     index()
+
+
+def trained(folder: Path) -> list[dict[str, float]]:
+    """Run the stage in `folder`; its curves."""
     command = [sys.executable, "-m", "tasks.reinforce", "no_cold_start"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    rows = list(csv.DictReader(Path("plots/reinforce-no_cold_start.csv").read_text().splitlines()))
+    with (folder / "plots/reinforce-no_cold_start.csv").open() as file:
+        return [{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def weights(model: Path) -> torch.Tensor:
+    return load_file(model / "model.safetensors")["model.layers.0.mlp.down_proj.weight"]
+
+
+def test_reinforcement_learning_with_vllm(workplace: Path) -> None:
+    engine = {"engine": "vllm", "vllm": {"gpu_memory_utilization": 0.2, "eager": True}}
+    project(workplace, {}, engine)
+    rows = trained(workplace)
     assert len(rows) == 3
     for row in rows:  # refreshed before each step: after the first the weights are others
-        assert 0 <= float(row["engine_gap_mean"]) <= float(row["engine_gap_max"]) < 1e-3
-        assert float(row["engine_ratio"]) == pytest.approx(1, abs=1e-3)
-        assert float(row["gate_excluded"]) == 0
+        assert 0 <= row["engine_gap_mean"] <= row["engine_gap_max"] < 1e-3
+        assert row["engine_ratio"] == pytest.approx(1, abs=1e-3)
+        assert row["gate_excluded"] == 0
     assert not Path(".state/weights").is_dir() or not list(Path(".state/weights").iterdir())
     assert "dev_em" in json.loads(Path("metrics/reinforce-no_cold_start.json").read_text())
-    start, end = (
-        load_file(folder / "model.safetensors")
-        for folder in (ROOT / "models/student", Path("models/no_cold_start"))
-    )
-    name = "model.layers.0.mlp.down_proj.weight"
-    assert (start[name] - end[name]).abs().max() > 1e-5
+    moved = (weights(ROOT / "models/student") - weights(Path("models/no_cold_start"))).abs().max()
+    assert moved > 1e-5
+
+
+def test_two_processes_ask_a_server_as_one_does(workplace: Path) -> None:
+    found = {}
+    for processes in (1, 2):
+        folder = workplace / str(processes)
+        folder.mkdir()
+        with (
+            pytest.MonkeyPatch.context() as patch,
+            serving(ROOT / "models/student", workplace / f"server-{processes}.log") as url,
+        ):
+            patch.chdir(folder)
+            project(folder, {"processes": processes}, {"engine": "vllm-server", "server": {"student": [url]}})
+            found[processes] = trained(folder)
+    for one, two in zip(found[1], found[2], strict=True):
+        assert two["engine_gap_max"] < 1e-3
+        assert two == pytest.approx(one, rel=1e-3, abs=1e-3, nan_ok=True)
+    difference = weights(workplace / "1/models/no_cold_start") - weights(workplace / "2/models/no_cold_start")
+    assert difference.abs().max() < 1e-4

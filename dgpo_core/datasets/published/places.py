@@ -28,23 +28,43 @@ class Fetched:
     origin: str
 
 
+@dataclass(frozen=True)
+class HubFile:
+    """A file of a data set on the hub; `revision` None is the newest."""
+
+    repository: str
+    file: str
+    revision: str | None
+
+
+def hub_file(place: str, setting: str) -> HubFile | None:
+    """What `hf://datasets/<owner>/<name>[@<revision>]/<path>` names; None for a path on this machine.
+
+    Raises UserError naming `setting` for what is neither.
+    """
+    if not place.startswith(SCHEME):
+        return None
+    if not (match := _HUB.fullmatch(place)):
+        raise UserError(f"{setting}: {place}: must be hf://datasets/<owner>/<name>[@<revision>]/<path>")
+    return HubFile(match["repository"], match["file"], match["revision"])
+
+
 def fetch(place: str, setting: str) -> Fetched:
-    """The file at `place`: a path, or `hf://datasets/<owner>/<name>[@<revision>]/<path>`.
+    """The file at `place`, as `hub_file` reads it.
 
     What is on the hub goes to the hub's own cache (HF_HOME), is there for the next time, and a broken
     download continues. Raises UserError naming `setting` when there is no such file, InfrastructureError
     when the hub cannot be reached.
     """
-    if not place.startswith(SCHEME):
+    wanted = hub_file(place, setting)
+    if wanted is None:
         path = Path(place)
         if not path.is_file():
             raise UserError(f"{setting}: {place}: no such file")
         return Fetched(path, place)
-    if not (match := _HUB.fullmatch(place)):
-        raise UserError(f"{setting}: {place}: must be hf://datasets/<owner>/<name>[@<revision>]/<path>")
-    repository, file = match["repository"], match["file"]
+    repository, file = wanted.repository, wanted.file
     try:
-        path = Path(hf_hub_download(repository, file, repo_type="dataset", revision=match["revision"]))
+        path = Path(hf_hub_download(repository, file, repo_type="dataset", revision=wanted.revision))
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
         raise UserError(f"{setting}: {place}: {_first_line(error)}") from error
     except LocalEntryNotFoundError as error:  # not in the cache, and no answer from the hub

@@ -34,19 +34,27 @@ class QuestionFiles:
         return named
 
 
-def fetch_questions(config: PublishedConfig, sets: QuestionSetsConfig) -> QuestionFiles:
-    """Raises UserError for a file that does not exist, InfrastructureError when the hub cannot be reached."""
+def split_places(config: PublishedConfig, sets: QuestionSetsConfig) -> dict[Split, str]:
+    """Where the file of each split is that is trained or tested on."""
     names = {(name, "train"): f"{name}/train" for name in sets.train}
     names |= {(name, "test"): f"{name}/{TEST_SPLITS[name]}" for name in sets.test}
+    return {split: f"{config.questions.rstrip('/')}/{name}.jsonl" for split, name in names.items()}
+
+
+def gold_places(config: PublishedConfig, sets: QuestionSetsConfig) -> dict[str, list[str]]:
+    """Where the original files are of the sets that are tested on and have any given."""
+    places: dict[str, list[str]] = {name: getattr(config, name) for name in GOLD if name in sets.test}
+    return {name: listed for name, listed in places.items() if listed}
+
+
+def fetch_questions(config: PublishedConfig, sets: QuestionSetsConfig) -> QuestionFiles:
+    """Raises UserError for a file that does not exist, InfrastructureError when the hub cannot be reached."""
     splits = {
-        split: fetch(f"{config.questions.rstrip('/')}/{name}.jsonl", f"{SETTING}.questions")
-        for split, name in names.items()
+        split: fetch(place, f"{SETTING}.questions") for split, place in split_places(config, sets).items()
     }
-    places = {name: getattr(config, name) for name in GOLD if name in sets.test}
     gold = {
         name: [fetch(place, f"{SETTING}.{name}") for place in listed]
-        for name, listed in places.items()
-        if listed
+        for name, listed in gold_places(config, sets).items()
     }
     return QuestionFiles(splits, gold)
 

@@ -155,6 +155,7 @@ def test_long_shards_are_read_in_pieces(tmp_path: Path) -> None:
     assert [vector for _, vector in rows] == vectors.tolist()
 
 
+@pytest.mark.thorough
 def test_two_processes_write_what_one_writes(corpus: Path, tmp_path: Path, dense: RetrievalConfig) -> None:
     seen: list[float] = []
     one = build_shards(corpus, tmp_path / "one", dense, lambda *_: None, devices=["cpu"])
@@ -167,6 +168,7 @@ def test_two_processes_write_what_one_writes(corpus: Path, tmp_path: Path, dense
     assert seen[-1] == 10
 
 
+@pytest.mark.thorough
 def test_a_process_that_dies_or_fails_is_told_of(corpus: Path, tmp_path: Path) -> None:
     jobs = [Job(tmp_path / f"{i}.parquet", i, PASSAGES[:1]) for i in range(40)]
     for broken, message in (
@@ -200,6 +202,7 @@ build_shards(Path(sys.argv[1]), Path(sys.argv[2]), RetrievalConfig.model_validat
 """
 
 
+@pytest.mark.thorough
 def test_sigkill_and_again_gives_the_same_bytes(corpus: Path, tmp_path: Path, dense: RetrievalConfig) -> None:
     build_shards(corpus, tmp_path / "whole", dense, lambda *_: None)
     command = [sys.executable, "-c", BUILD, str(corpus), str(tmp_path / "index"), dense.model_dump_json()]

@@ -4,16 +4,10 @@ Run by `make test-vllm`, in an environment of its own; skipped where vLLM is mis
 """
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
 import torch
 from scipy.stats import chisquare
@@ -37,6 +31,7 @@ from dgpo_core.rollout.transformers_engine import TransformersEngine
 from dgpo_core.rollout.vllm_engine import InProcessClient, Transfer, VllmEngine
 from dgpo_core.training.engine_sync import EngineSync, SyncedLoop
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
+from tests.vllm_server import serving
 
 pytestmark = [
     pytest.mark.vllm,
@@ -49,7 +44,6 @@ COMPUTE = ComputeConfig(device="cpu", precision="float32")
 PROBE = ProbeConfig(prompts=3, tokens=16, tolerance=1e-3)
 WARM = Sampling(temperature=0.7)
 NEVER = ("never written",)
-STARTING = 1800  # seconds for a server on a busy machine
 
 
 def config(folder: Path, **changes: Any) -> RolloutConfig:
@@ -77,37 +71,9 @@ def in_process(words: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPath
 
 @pytest.fixture(scope="module")
 def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A server of the teacher, started as docs/operations.md says."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", TEACHER]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--dtype", "float32", "--max-model-len", "1024"]
-    command += [
-        "--logprobs-mode",
-        "processed_logprobs",
-        "--enable-scale-out",
-        "--no-enable-chunked-prefill",
-        "--gpu-memory-utilization",
-        "0.2",
-        "--enforce-eager",
-    ]
-    log = tmp_path_factory.mktemp("server") / "log"
-    environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}
-    with log.open("w") as out:
-        server = subprocess.Popen(command, env=environment, stdout=out, stderr=out)
-    try:
-        deadline = time.monotonic() + STARTING
-        while True:
-            assert server.poll() is None and time.monotonic() < deadline, log.read_text()[-3000:]
-            try:
-                if httpx.get(f"http://127.0.0.1:{port}/health").is_success:
-                    break
-            except httpx.TransportError:
-                time.sleep(1)
-        yield f"http://127.0.0.1:{port}"
-    finally:
-        server.terminate()
-        server.wait(60)
+    """A server of the teacher."""
+    with serving(TEACHER, tmp_path_factory.mktemp("server") / "log") as address:
+        yield address
 
 
 def connect(url: str, source: str, words: PreTrainedTokenizerFast, folder: Path) -> VllmServerEngine:

@@ -85,6 +85,7 @@ def both(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFa
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one(
     name: str, both: list[Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path

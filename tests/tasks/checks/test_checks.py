@@ -119,6 +119,39 @@ def test_models_on_the_hub(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert wrong["models.student"].level == "error" and "404" in wrong["models.student"].message
 
 
+def with_data(params: Params, **published: object) -> Params:
+    data = params.data.model_copy(update={"published": params.data.published.model_copy(update=published)})
+    return params.model_copy(update={"data": data})
+
+
+def test_data_sets_on_the_hub_and_here(endpoint: str, tmp_path: Path) -> None:
+    params = profile("paper-qwen-3b")
+    found = {f.subject: f for f in hub(params)}
+    assert found["data.published.questions"].message == "9 of 9 files are not here yet"
+    assert found["data.published.musique"].level == found["data.published.corpus"].level == "warning"
+    assert "data.published.nq" not in found  # none is given
+    wrong = with_data(params, corpus="hf://datasets/un/unknown/corpus.jsonl")
+    refused = {f.subject: f for f in hub(wrong)}["data.published.corpus"]
+    assert refused.level == "error" and "404" in refused.message
+    bad = with_data(params, corpus="hf://un/known/corpus.jsonl", nq=[str(tmp_path / "none.jsonl")])
+    local = {f.subject: f for f in hub(bad)}
+    assert "must be hf://datasets" in local["data.published.corpus"].message
+    assert "no such file" in local["data.published.nq"].message
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text("")
+    assert {f.subject: f.level for f in hub(with_data(params, corpus=str(corpus)))}[
+        "data.published.corpus"
+    ] == "ok"
+    assert not any(f.subject.startswith("data.") for f in hub(profile("tiny")))
+
+
+def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    found = {f.subject: f for f in hub(profile("paper-qwen-3b"))}
+    assert found["hub"].level == found["models.student"].level == "error"
+    assert "is not in the cache" in found["data.published.questions"].message
+
+
 def test_no_hubs_name_is_not_in_the_cache() -> None:
     assert not in_cache("a/b/c/d") and not in_cache("somebody/never-downloaded")
 

@@ -95,6 +95,7 @@ def fetched(home: Path, endpoint: str, *places: str) -> list[dict[str, str]]:
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.thorough
 def test_hub(hub: str, tmp_path: Path) -> None:
     """Downloaded once, with the commit; mistakes name the setting; without a hub the cache serves."""
     pinned = f"hf://datasets/samples/wiki@{COMMIT}/wiki-18.jsonl"
