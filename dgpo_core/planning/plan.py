@@ -7,7 +7,6 @@ from functools import cached_property
 from typing import Any
 
 from dgpo_core.config.params import Params
-from dgpo_core.config.training import LoraConfig
 from dgpo_core.planning.holding import zero_stage
 from dgpo_core.planning.machine import GIB, Machine
 from dgpo_core.planning.server import Server
@@ -94,11 +93,8 @@ def make_plan(planner: Planner) -> Plan:
 
 def _too_few(planner: Planner) -> Iterator[Problem]:
     """Training and the student's servers hold their GPUs at the same time."""
-    processes, gpus, servers = (
-        planner.params.compute.processes,
-        planner.machine.gpus,
-        _servers(planner.params),
-    )
+    params, gpus = planner.params, planner.machine.gpus
+    processes, servers = params.compute.processes, _servers(params)
     if gpus and servers and processes + servers > gpus:
         yield Problem(
             "training",
@@ -187,8 +183,6 @@ def _possible(params: Params) -> bool:
 
 def _text(value: Any) -> str:
     """As in params.yaml."""
-    if isinstance(value, LoraConfig):
-        return f"{{rank: {value.rank}, alpha: {value.alpha}}}"
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -205,7 +199,7 @@ def _changes(params: Params, gpus: int) -> Iterator[Sections]:
 
 def _computes(params: Params, gpus: int) -> Iterator[Settings]:
     """As it is; a third slower; shared among the GPUs that no server holds; with weights that travel in every
-    pass; with an optimiser on the host; at last adapters, which train other weights."""
+    pass; with an optimiser on the host. Not adapters: they train other weights, and save less than these."""
     again: Settings = {"gradient_checkpointing": True}
     processes = max(1, gpus - _servers(params))
     zero = {n: {"processes": processes, "engine": "deepspeed", "zero_stage": n} for n in (1, 2, 3)}
@@ -220,11 +214,6 @@ def _computes(params: Params, gpus: int) -> Iterator[Settings]:
         yield zero[2] | {"offload": True} | again
         if processes > 1:
             yield zero[3] | {"split_teacher": True, "offload": True} | again
-    adapters: Settings = {"lora": LoraConfig()}
-    yield adapters
-    yield adapters | again
-    if processes > 1:
-        yield adapters | zero[3] | {"split_teacher": True} | again
 
 
 def _smaller(params: Params) -> Iterator[Sections]:

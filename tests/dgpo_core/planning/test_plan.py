@@ -1,11 +1,13 @@
 """Plans: what must grow with what, what does not fit, and that the advice makes it fit."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -109,7 +111,7 @@ def test_zero_splits_what_deepspeed_splits(zero: int) -> None:
 
 
 def test_offload_moves_states_to_the_host_and_adapters_are_all_that_is_trained() -> None:
-    common = {"engine": "deepspeed", "processes": 8}
+    common: dict[str, Any] = {"engine": "deepspeed", "processes": 8}
     here = stage(planner(**common), "distill@kd")
     there = stage(planner(**common, offload=True), "distill@kd")
     assert "optimizer" in here.memory and "optimizer" not in there.memory
@@ -158,6 +160,31 @@ def test_what_does_not_fit_fits_with_the_advice() -> None:
     assert not make_plan(planner(Device("large", 200 * GIB))).problems
     hopeless = make_plan(planner(Device("tiny", 2 * GIB)))
     assert {p.advice for p in hopeless.problems} == {"no setting here makes it fit: GPUs with more memory"}
+
+
+def with_advice(before: Planner, advice: str) -> Planner:
+    """What params.yaml says after somebody has followed `advice`."""
+    content = before.params.model_dump(mode="json")
+    for line in advice.split(", "):
+        name, value = line.split(": ", 1)
+        section, key = name.split(".")
+        content[section][key] = yaml.safe_load(value)
+    return replace(before, params=Params.model_validate(content))
+
+
+@pytest.mark.parametrize("gpus", [1, 8])
+def test_every_advice_can_be_followed_and_helps(gpus: int) -> None:
+    advised = set()
+    for size in (64, 48, 32, 24, 20, 16, 14, 12, 10, 8, 7, 6, 5):
+        small = planner(Device("small", size * GIB), gpus)
+        for problem in make_plan(small).problems:
+            if problem.advice.startswith("no setting"):
+                continue
+            advised |= set(re.findall(r"\.(\w+): ", problem.advice))
+            mended = stage(with_advice(small, problem.advice), problem.stage)
+            assert mended.device_memory <= size * GIB < problem.needed
+    assert advised >= {"micro_batch_tokens", "gradient_checkpointing", "engine", "offload"}
+    assert gpus == 1 or advised >= {"processes", "zero_stage", "split_teacher"}
 
 
 def test_an_embedded_index_of_all_passages_wants_a_server() -> None:
