@@ -108,6 +108,8 @@ def measure(config: dict[str, Any], compute: ComputeConfig) -> Numbers:
     """The same update done: FLOPs counted, and the growth of the process's peak memory."""
     torch.manual_seed(0)
     torch.ones(8, requires_grad=True).sum().backward()  # what torch itself loads when first used
+    if compute.lora:
+        import peft  # noqa: F401  # likewise
     before = _peak()
     model = model_of(config, compute)
     how = Optimization(learning_rate=1e-4, weight_decay=0.01, max_grad_norm=1.0, schedule=constant())
