@@ -91,7 +91,8 @@ $(VENV)/.installed-gpu: $(VENV)/.installed-dev
 	@touch $@
 
 test-deepspeed: $(VENV)/.installed-gpu  ## run the tests of DeepSpeed, LoRA and trainings in several processes
-	$(PYTEST) tests/dgpo_core/training/test_deepspeed_engine.py tests/tasks/test_processes.py $(PYTEST_ARGS)
+	$(PYTEST) tests/dgpo_core/training/test_deepspeed_engine.py tests/tasks/test_processes.py \
+		tests/benchmarks/test_training_step.py $(PYTEST_ARGS)
 
 pipeline: $(VENV)/.installed  ## run the pipeline as a Prefect flow (starts a server unless one runs, and stops it)
 	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline run --max-parallel $(MAX_PARALLEL)

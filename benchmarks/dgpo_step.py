@@ -279,6 +279,7 @@ def flops(settings: Settings, episodes: list[Episode], config: ReinforceConfig) 
     if settings.layers is not None:
         shapes = [dataclasses.replace(shape, layers=settings.layers) for shape in shapes]
     student, teacher = shapes
+    compute = ComputeConfig()  # all weights, every activation kept
     total = 0.0
     outside = 0
     for episode in episodes:
@@ -286,7 +287,8 @@ def flops(settings: Settings, episodes: list[Episode], config: ReinforceConfig) 
         forward = passes.forward_flops(student, n, n**2)
         head = passes.head_flops(student, own)
         total += 2 * forward + head  # old log-probabilities, values
-        total += 2 * passes.training_flops(student, n, n**2) + passes.head_flops(student, own, training=True)
+        total += 2 * passes.training_flops(student, n, n**2, compute)
+        total += passes.head_training_flops(student, own, compute)
         audited = episode.correct and outside < config.audit_episodes
         outside += audited
         if not episode.correct or audited:

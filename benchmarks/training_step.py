@@ -3,10 +3,12 @@
 First small models, each in a process of its own: one policy update (`training/update.py`) with torch's FLOP
 counter, and what the process's memory grew by. Then the published shapes: parameters and FLOPs of a forward
 and backward pass without any weights (fake tensors), and bytes that autograd keeps in two layers (of real
-tensors: with fake ones attention takes another path).
+tensors: with fake ones attention takes another path). Small models also with checkpointing and adapters.
 """
 
+import itertools
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -17,10 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dgpo_core.config.training import ComputeConfig, ReinforceConfig
+from dgpo_core.config.training import ComputeConfig, LoraConfig, ReinforceConfig
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture, table
-from dgpo_core.training.batches import Sequence
+from dgpo_core.planning.holding import Holding, trained_parameters
+from dgpo_core.training.adapters import add_adapters
+from dgpo_core.training.batches import Sequence, collate, counted_hidden
 from dgpo_core.training.compute import autocast
 from dgpo_core.training.engines import Optimization, training_engine
 from dgpo_core.training.experience import Experience
@@ -43,7 +47,21 @@ PUBLISHED = ("Qwen2.5-0.5B", "Qwen2.5-3B", "Llama-3.2-1B")
 SHORT = {"num_hidden_layers": 2, "vocab_size": 500}  # to which published shapes are cut
 ODD_LENGTH = 500  # there: EPISODES of it have as many tokens as no matrix has rows
 EPISODES, LENGTH, COUNTED = 4, 512, 128  # of a batch: sequences, tokens of each, tokens that count
+LORA = LoraConfig(rank=16)
+SETTINGS: dict[str, dict[str, Any]] = {
+    "": {},
+    "checkpointing": {"gradient_checkpointing": True},
+    "LoRA": {"lora": LORA},
+    "LoRA, checkpointing": {"lora": LORA, "gradient_checkpointing": True},
+}
+RETURNS = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # glibc gives back what is freed: the peak is the tensors'
 Numbers = dict[str, float]
+
+
+def compute_of(precision: str, setting: str = "") -> ComputeConfig:
+    """On the CPU, all of a batch in one pass."""
+    values = {"device": "cpu", "precision": precision, "micro_batch_tokens": EPISODES * LENGTH}
+    return ComputeConfig.model_validate(values | SETTINGS[setting])
 
 
 def _attention(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
@@ -61,33 +79,42 @@ CPU_ATTENTION = {
 }
 
 
-def model_of(config: dict[str, Any]) -> Any:
+def model_of(config: dict[str, Any], compute: ComputeConfig | None = None) -> Any:
+    """With random weights; as `load_student` (tasks/agents.py) prepares it where `compute` is given."""
     values = {key: value for key, value in config.items() if key != "model_type"}
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
+    if compute and compute.lora:
+        if compute.precision == "bfloat16":
+            model = model.to(torch.bfloat16)
+        add_adapters(model, compute.lora, 0)
+    if compute and compute.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model
 
 
-def estimate(shape: Architecture, precision: str) -> Numbers:
+def estimate(shape: Architecture, compute: ComputeConfig) -> Numbers:
     """Of one update of EPISODES sequences in one pass."""
-    tokens, counted = EPISODES * LENGTH, EPISODES * COUNTED
-    memory = 16 * shape.parameters + passes.activation_bytes(shape, tokens, precision)
-    memory += passes.cast_bytes(shape, precision) + passes.passing_bytes(shape, tokens, precision)
-    flops = passes.training_flops(shape, tokens, tokens * LENGTH)
+    tokens, counted, holding = EPISODES * LENGTH, EPISODES * COUNTED, Holding(compute)
+    memory = sum((holding.trained(shape) | holding.cast(shape, compute.precision)).values())
+    memory += passes.update_bytes(shape, tokens, compute) + passes.head_bytes(shape, counted)
+    flops = passes.training_flops(shape, tokens, tokens * LENGTH, compute)
     return {
-        "parameters": shape.parameters,
-        "flops": flops + passes.head_flops(shape, counted, training=True),
-        "memory": memory + passes.head_bytes(shape, counted),
-        "saved": passes.activation_bytes(shape, tokens, precision),
+        "parameters": trained_parameters(shape, compute),
+        "flops": flops + passes.head_training_flops(shape, counted, compute),
+        "memory": memory,
+        "saved": passes.activation_bytes(shape, tokens, compute),
     }
 
 
-def measure(config: dict[str, Any], precision: str) -> Numbers:
+def measure(config: dict[str, Any], compute: ComputeConfig) -> Numbers:
     """The same update done: FLOPs counted, and the growth of the process's peak memory."""
     torch.manual_seed(0)
     torch.ones(8, requires_grad=True).sum().backward()  # what torch itself loads when first used
+    if compute.lora:
+        import peft  # noqa: F401  # likewise
     before = _peak()
-    model = model_of(config)
+    model = model_of(config, compute)
     how = Optimization(learning_rate=1e-4, weight_decay=0.01, max_grad_norm=1.0, schedule=constant())
-    compute = ComputeConfig(device="cpu", precision=precision, micro_batch_tokens=EPISODES * LENGTH)  # type: ignore[arg-type]
     actor = training_engine(TokenModel(model), how, compute)
     updater = Updater(actor, None, ReinforceConfig(), compute)
     ids = torch.randint(config["vocab_size"], (EPISODES, LENGTH)).tolist()
@@ -109,7 +136,7 @@ def measure(config: dict[str, Any], precision: str) -> Numbers:
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         updater.update(experience, list(range(EPISODES)))
     return {
-        "parameters": sum(p.numel() for p in model.parameters()),
+        "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "flops": counter.get_total_flops(),
         "memory": _peak() - before,
         "saved": saved_bytes(model, compute, LENGTH),
@@ -129,14 +156,14 @@ def saved_bytes(model: Any, compute: ComputeConfig, length: int) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(compute):
-        ids = torch.zeros(EPISODES, length, dtype=torch.long)
-        model.base_model(input_ids=ids, use_cache=False)
+        batch = collate([Sequence([0] * length, [length - 1])] * EPISODES, model.device)
+        counted_hidden(model.base_model, batch)
     return float(sum(tensor.untyped_storage().nbytes() for tensor in found.values()))
 
 
 def measure_published(config: dict[str, Any], precision: str) -> Numbers:
     """Parameters and FLOPs of the true shape; what is kept of the one cut to SHORT's layers and few words."""
-    compute = ComputeConfig(device="cpu", precision=precision)  # type: ignore[arg-type]
+    compute = compute_of(precision)
     saved = saved_bytes(model_of(config | SHORT), compute, ODD_LENGTH)
     with FakeTensorMode():
         model = model_of(config)
@@ -156,7 +183,7 @@ def _peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 
-def _row(name: str, precision: str, planned: Numbers, measured: Numbers, keys: tuple[str, ...]) -> str:
+def _row(name: str, compute: str, planned: Numbers, measured: Numbers, keys: tuple[str, ...]) -> str:
     cells = []
     for key in keys:
         unit = {"parameters": 1.0, "flops": 1e12}.get(key, 2**30)
@@ -165,22 +192,24 @@ def _row(name: str, precision: str, planned: Numbers, measured: Numbers, keys: t
         cells.append(
             f"{form.format(planned[key] / unit)} / {form.format(measured[key] / unit)} | {ratio:.3f}"
         )
-    return f"| {name} | {precision} | {' | '.join(cells)} |"
+    return f"| {name} | {compute} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     keys: tuple[str, ...] = ("parameters", "flops", "saved", "memory")
     print(
-        "| model | precision | parameters: plan / measured | ratio | TFLOPs | ratio | kept, GiB | ratio |",
-        end="",
+        "| model | compute | trained: plan / measured | ratio | TFLOPs | ratio | kept, GiB | ratio |", end=""
     )
     print(" memory, GiB | ratio |\n|" + "---|" * 10)
     for name, config in SMALL.items():
-        for precision in ("float32", "bfloat16"):
-            command = [sys.executable, "-m", "benchmarks.training_step", "--one", name, precision]
-            done = subprocess.run(command, check=True, capture_output=True, text=True)
-            planned = estimate(Architecture.from_config(config), precision)
-            print(_row(name, precision, planned, json.loads(done.stdout), keys), flush=True)
+        for setting, precision in itertools.product(SETTINGS, ("float32", "bfloat16")):
+            command = [sys.executable, "-m", "benchmarks.training_step", "--one", name, precision, setting]
+            done = subprocess.run(
+                command, check=True, capture_output=True, text=True, env=os.environ | RETURNS
+            )
+            planned = estimate(Architecture.from_config(config), compute_of(precision, setting))
+            told = ", ".join(filter(None, (precision, setting)))
+            print(_row(name, told, planned, json.loads(done.stdout), keys), flush=True)
     keys = ("parameters", "flops", "saved")
     for name in PUBLISHED:
         config = table()[name]["config"]
@@ -188,8 +217,8 @@ def main() -> None:
         short = Architecture.from_config(config | SHORT)
         planned = {
             "parameters": shape.parameters,
-            "flops": passes.training_flops(shape, tokens, tokens * LENGTH),
-            "saved": passes.activation_bytes(short, EPISODES * ODD_LENGTH, "bfloat16"),
+            "flops": passes.training_flops(shape, tokens, tokens * LENGTH, compute_of("bfloat16")),
+            "saved": passes.activation_bytes(short, EPISODES * ODD_LENGTH, compute_of("bfloat16")),
         }
         measured = measure_published(config, "bfloat16")
         print(_row(name, "bfloat16", planned, measured, keys) + " | |", flush=True)
@@ -197,6 +226,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--one"]:
-        print(json.dumps(measure(SMALL[sys.argv[2]], sys.argv[3])))
+        print(json.dumps(measure(SMALL[sys.argv[2]], compute_of(*sys.argv[3:]))))
     else:
         main()

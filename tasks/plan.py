@@ -14,28 +14,21 @@ from dgpo_core.planning.architectures import architecture_of
 from dgpo_core.planning.episodes import assumed, first_measured
 from dgpo_core.planning.machine import GIB, Machine
 from dgpo_core.planning.plan import Plan, make_plan
-from dgpo_core.planning.stages import Planner, Setup
+from dgpo_core.planning.stages import Planner
 from dgpo_core.planning.workload import PASSAGE_WORDS, Workload, expected_counts
 from dgpo_core.reporting.paper import paper_exact_match
 from tasks.paths import EVALUATION, INDEX, METRICS, TEACHER_EPISODES, questions_file
 from tasks.use import profile_path
 
 
-def plan_for(params: Params, machine: Machine, setup: Setup | None = None) -> Plan:
+def plan_for(params: Params, machine: Machine) -> Plan:
     """With what earlier runs in this working tree have measured, else with the paper's figures."""
     encoder = None
     if params.retrieval.encoder.kind == "dense":
         encoder = architecture_of(params.retrieval.encoder.model)
     student, teacher = architecture_of(params.models.student), architecture_of(params.models.teacher)
     work = workload(params)
-    return make_plan(Planner(params, student, teacher, encoder, work, machine, setup or setup_of(params)))
-
-
-def setup_of(params: Params) -> Setup:
-    """How the parameters spread training and generation over GPUs."""
-    compute = params.compute
-    zero = (compute.zero_stage or 2) if compute.engine == "deepspeed" else None
-    return Setup(compute.processes, zero, params.rollout.engine)
+    return make_plan(Planner(params, student, teacher, encoder, work, machine))
 
 
 def workload(params: Params) -> Workload:
@@ -100,10 +93,10 @@ def chosen_params(profile: str | None, file: Path) -> Params:
 def plan(profile: str | None, file: Path, machine: Machine, processes: int | None, as_json: bool) -> int:
     """Print the plan; 1 when something does not fit."""
     params = chosen_params(profile, file)
-    setup = setup_of(params)
     if processes is not None:
-        setup = Setup(processes, setup.zero, setup.engine)
-    made = plan_for(params, machine, setup)
+        compute = params.compute.model_copy(update={"processes": processes})
+        params = params.model_copy(update={"compute": compute})
+    made = plan_for(params, machine)
     if as_json:
         print(json.dumps(made.to_json(), indent=2))
     else:
@@ -140,6 +133,9 @@ def show(made: Plan, params: Params) -> None:
     if largest:
         parts = ", ".join(f"{name} {gib(size)}" for name, size in largest.memory.items() if size >= GIB / 20)
         console.print(f"most memory: {largest.stage}: {parts}, and a tenth for what lies between")
+    if made.server:
+        needs = f"{gib(made.server.memory)} memory, {gigabytes(made.server.disk)} disk"
+        console.print(f"Qdrant server, beside the stages: {needs} (up to twice as much while it indexes)")
     for name, text in made.assumptions.items():
         console.print(f"{name}: {text}")
     for problem in made.problems:

@@ -79,6 +79,12 @@ class Architecture:
         embeddings = (1 if self.tied else 2) * self.vocabulary * h
         return self.matrices + self.layers * (2 * h + biases) + h + embeddings
 
+    def adapters(self, rank: int) -> int:
+        """Weights of low-rank adapters on all linear layers of a decoder but the output embedding
+        (Hu et al. 2021, arXiv:2106.09685): `rank` times inputs and outputs of each."""
+        widths = 7 * self.hidden + 2 * self.queries + 2 * self.keys + 3 * self.intermediate
+        return self.layers * rank * widths
+
     @property
     def backbone(self) -> int:
         """Weights without the output embedding: what a critic copies of a decoder."""

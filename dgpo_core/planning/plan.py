@@ -1,13 +1,19 @@
 """A whole run on a machine: every stage's needs, what does not fit, and which setting makes it fit."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from typing import Any
 
+from dgpo_core.config.params import Params
+from dgpo_core.planning.holding import zero_stage
 from dgpo_core.planning.machine import GIB, Machine
+from dgpo_core.planning.server import Server
 from dgpo_core.planning.stages import PROCESS, Estimate, Planner, in_process
 
+Settings = dict[str, Any]  # of one section
+Sections = dict[str, Settings]
 ENVIRONMENT_DISK = 12e9  # bytes of the Python environment with CUDA
 
 
@@ -33,6 +39,7 @@ class Plan:
     machine: Machine
     disk: float  # bytes of everything: environment, models, outputs
     assumptions: dict[str, str]
+    server: Server | None = None  # beside the stages, perhaps on another machine
 
     @property
     def hours(self) -> float | None:
@@ -55,6 +62,7 @@ class Plan:
             "stages": [asdict(s) | {"device_memory": s.device_memory} for s in self.stages],
             "problems": [asdict(problem) for problem in self.problems],
             "disk": self.disk,
+            "server": asdict(self.server) if self.server else None,
             "hours": self.hours,
             "cost": self.cost,
         }
@@ -63,36 +71,44 @@ class Plan:
 def make_plan(planner: Planner) -> Plan:
     stages = planner.stages()
     machine, work = planner.machine, planner.work
-    problems = [problem for stage in stages for problem in _problems(planner, stage)]
+    choices = Choices(planner)
+    problems = [problem for stage in stages for problem in _problems(planner, stage, choices)]
     problems += _too_few(planner)
     disk = ENVIRONMENT_DISK + planner.models_disk() + sum(stage.disk for stage in stages)
     if machine.disk is not None and disk > machine.disk:
         problems.append(Problem("all", "disk", disk, machine.disk, _disk_advice(planner, stages)))
-    assumed, setup = machine.assumptions, planner.setup
-    engine = "plain torch" if setup.zero is None else f"ZeRO-{setup.zero}"
+    assumed, compute = machine.assumptions, planner.params.compute
+    zero = zero_stage(compute)
+    engine = "plain torch" if zero is None else f"ZeRO-{zero}"
     assumptions = work.sources | {
         "episodes": f"{work.lengths.source}; {_lengths(planner)}",
         "speed": f"{assumed.efficiency:.0%} of the peak in training and reading, {assumed.decoding:.0%} of "
         f"the memory's bandwidth and {1000 * assumed.launch:g} ms a layer (vLLM: "
         f"{1000 * assumed.scheduling:g} ms) in decoding, {assumed.queries:g} queries a second",
-        "spread": f"{setup.processes} training process(es), {engine}; episodes by {setup.engine}",
+        "spread": f"{compute.processes} training process(es), {engine}; episodes by "
+        f"{planner.params.rollout.engine}",
     }
-    return Plan(stages, problems, machine, disk, assumptions)
+    return Plan(stages, problems, machine, disk, assumptions, planner.server())
 
 
 def _too_few(planner: Planner) -> Iterator[Problem]:
     """Training and the student's servers hold their GPUs at the same time."""
-    setup, gpus = planner.setup, planner.machine.gpus
-    servers = len(planner.params.rollout.server.student) if setup.engine == "vllm-server" else 0
-    if gpus and servers and setup.processes + servers > gpus:
+    params, gpus = planner.params, planner.machine.gpus
+    processes, servers = params.compute.processes, _servers(params)
+    if gpus and servers and processes + servers > gpus:
         yield Problem(
             "training",
             "GPUs",
-            setup.processes + servers,
+            processes + servers,
             gpus,
             f"compute.processes and URLs of rollout.server.student: together at most {gpus}, unless the "
             "servers are other machines'",
         )
+
+
+def _servers(params: Params) -> int:
+    """GPUs that the student's servers hold during training."""
+    return len(params.rollout.server.student) if params.rollout.engine == "vllm-server" else 0
 
 
 def _finite(values: dict[str, Any]) -> dict[str, Any]:
@@ -108,12 +124,12 @@ def _lengths(planner: Planner) -> str:
     )
 
 
-def _problems(planner: Planner, stage: Estimate) -> Iterator[Problem]:
+def _problems(planner: Planner, stage: Estimate, choices: "Choices") -> Iterator[Problem]:
     machine = planner.machine
     # without a GPU the models are in the host's memory too
     on_host = stage.host + (stage.device_memory - PROCESS if not machine.gpus and stage.memory else 0)
     if machine.gpus and stage.device_memory > machine.device.memory:
-        advice = _advice(planner, stage.stage, lambda s: s.device_memory <= machine.device.memory)
+        advice = choices.advice(stage.stage, machine.device.memory)
         yield Problem(stage.stage, "GPU memory", stage.device_memory, machine.device.memory, advice)
     if machine.memory is not None and on_host > machine.memory:
         advice = (
@@ -126,43 +142,94 @@ def _problems(planner: Planner, stage: Estimate) -> Iterator[Problem]:
         yield Problem(stage.stage, "host memory", on_host, machine.memory, advice)
 
 
-def _advice(planner: Planner, stage: str, fits: Callable[[Estimate], bool]) -> str:
-    """The first change, in order of its price, with which the stage fits."""
-    for text, changed in _changes(planner):
-        found = next(s for s in changed.stages() if s.stage == stage)
-        if fits(found):
-            return text
-    return "no setting here makes it fit: GPUs with more memory"
+class Choices:
+    """Changes of the settings, in order of their price; each is estimated once for all stages."""
+
+    def __init__(self, planner: Planner) -> None:
+        self._planner = planner
+
+    @cached_property
+    def _estimates(self) -> list[tuple[Sections, dict[str, Estimate]]]:
+        changes = list(_changes(self._planner.params, self._planner.machine.gpus))
+        changed = [_changed(self._planner, sections) for sections in changes]
+        return [(c, {s.stage: s for s in p.stages()}) for c, p in zip(changes, changed, strict=True)]
+
+    def advice(self, stage: str, memory: float) -> str:
+        """The first change with which the stage fits into `memory` (bytes) of each GPU."""
+        for sections, stages in self._estimates:
+            fits = stages[stage].device_memory <= memory
+            if fits and _possible(_changed(self._planner, sections).params):
+                return ", ".join(
+                    f"{section}.{key}: {_text(value)}"
+                    for section, values in sections.items()
+                    for key, value in values.items()
+                )
+        return "no setting here makes it fit: GPUs with more memory"
 
 
-def _changes(planner: Planner) -> Iterator[tuple[str, Planner]]:
-    """Smaller passes first (slower by little), then sharing the states among the GPUs, then both."""
-    yield from _smaller(planner, "")
-    if planner.machine.gpus > 1:
-        for zero in (1, 2, 3):
-            setup = replace(planner.setup, processes=planner.machine.gpus, zero=zero)
-            text = f"training with DeepSpeed, ZeRO-{zero} on {planner.machine.gpus} GPUs"
-            shared = replace(planner, setup=setup)
-            yield text, shared
-            yield from _smaller(shared, f"{text}, and ")
+def _changed(planner: Planner, sections: Sections) -> Planner:
+    update = {name: getattr(planner.params, name).model_copy(update=v) for name, v in sections.items()}
+    return replace(planner, params=planner.params.model_copy(update=update))
 
 
-def _smaller(planner: Planner, before: str) -> Iterator[tuple[str, Planner]]:
+def _possible(params: Params) -> bool:
+    """Whether the settings go together."""
+    try:
+        Params.model_validate(params.model_dump())
+    except ValueError:
+        return False
+    return True
+
+
+def _text(value: Any) -> str:
+    """As in params.yaml."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _changes(params: Params, gpus: int) -> Iterator[Sections]:
+    """Settings of `compute`, each alone and then with smaller passes."""
+    for number, compute in enumerate(_computes(params, gpus)):
+        base: Sections = {"compute": compute} if compute else {}
+        if number:
+            yield base
+        for smaller in _smaller(params):
+            both = compute | smaller.get("compute", {})
+            yield base | smaller | ({"compute": both} if both else {})
+
+
+def _computes(params: Params, gpus: int) -> Iterator[Settings]:
+    """As it is; a third slower; shared among the GPUs that no server holds; with weights that travel in every
+    pass; with an optimiser on the host. Not adapters: they train other weights, and save less than these."""
+    again: Settings = {"gradient_checkpointing": True}
+    processes = max(1, gpus - _servers(params))
+    zero = {n: {"processes": processes, "engine": "deepspeed", "zero_stage": n} for n in (1, 2, 3)}
+    yield {}
+    yield again
+    if processes > 1:
+        for settings in zero.values():
+            yield settings
+            yield settings | again
+        yield zero[3] | {"split_teacher": True} | again
+    if gpus:
+        yield zero[2] | {"offload": True} | again
+        if processes > 1:
+            yield zero[3] | {"split_teacher": True, "offload": True} | again
+
+
+def _smaller(params: Params) -> Iterator[Sections]:
     """Halved passes, of training and of generation, until one episode is left."""
-    sections = {"compute": "micro_batch_tokens", "rollout": "batch_tokens"}
-    smallest = planner.params.protocol.max_context
-    values = [_halved(getattr(getattr(planner.params, s), key), smallest) for s, key in sections.items()]
+    keys = {"compute": "micro_batch_tokens", "rollout": "batch_tokens"}
+    smallest = params.protocol.max_context
+    values = [_halved(getattr(getattr(params, section), key), smallest) for section, key in keys.items()]
     for steps in sorted(
         itertools.product(*map(range, map(len, values))), key=lambda steps: (sum(steps), steps)
     ):
-        if not any(steps):
-            continue
-        update, texts = {}, []
-        for (section, key), choices, step in zip(sections.items(), values, steps, strict=True):
-            if step:
-                update[section] = getattr(planner.params, section).model_copy(update={key: choices[step]})
-                texts.append(f"{section}.{key}: {choices[step]}")
-        yield before + ", ".join(texts), replace(planner, params=planner.params.model_copy(update=update))
+        if any(steps):
+            yield {
+                section: {key: choices[step]}
+                for (section, key), choices, step in zip(keys.items(), values, steps, strict=True)
+                if step
+            }
 
 
 def _halved(value: int, smallest: int) -> list[int]:

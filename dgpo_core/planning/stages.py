@@ -8,7 +8,9 @@ from dgpo_core.config.retrieval import RetrievalConfig, parse_location
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture
 from dgpo_core.planning.generation import Generation, Generator, Parts, added, shared
+from dgpo_core.planning.holding import Holding, loaded, trained_parameters
 from dgpo_core.planning.machine import Machine, computing
+from dgpo_core.planning.server import Server, qdrant_server
 from dgpo_core.planning.workload import PASSAGE_BYTES, TOKENS_A_WORD, Workload
 
 PROCESS = 0.7e9  # bytes of a stage's program with its libraries, and of a CUDA context
@@ -22,19 +24,10 @@ def in_process(retrieval: RetrievalConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """How training and generation are spread: `zero` None is plain torch, else DeepSpeed's ZeRO stage."""
-
-    processes: int = 1
-    zero: int | None = None
-    engine: str = "transformers"
-
-
-@dataclass(frozen=True)
 class Estimate:
-    """One stage. `memory`: bytes on each GPU at the peak, part by part; `host`: bytes of one process; `disk`:
-    bytes of its outputs, with DVC's copy, and of its checkpoints; `tokens`: through a model, reading and
-    writing; `seconds`: None where the device's speed is unknown."""
+    """One stage. `memory`: bytes on each GPU at the peak, part by part; `host`: bytes of all its
+    processes; `disk`: bytes of its outputs, with DVC's copy, and of its checkpoints; `tokens`: through a
+    model, reading and writing; `seconds`: None where the device's speed is unknown."""
 
     stage: str
     gpus: int = 0
@@ -59,7 +52,6 @@ class Planner:
     encoder: Architecture | None  # None: BM25
     work: Workload
     machine: Machine
-    setup: Setup
 
     def stages(self) -> list[Estimate]:
         """All stages of `dvc repro`, in an order in which they can run."""
@@ -76,9 +68,21 @@ class Planner:
             Estimate("report"),
         ]
 
+    def server(self) -> Server | None:
+        """The Qdrant server of the corpus, None where the location is none."""
+        retrieval, kind = self.params.retrieval, self.params.retrieval.encoder.kind
+        if parse_location(retrieval.location).kind != "server" or (self.encoder is None and kind != "bm25"):
+            return None
+        hidden = self.encoder.hidden if self.encoder else 0
+        return qdrant_server(retrieval, self.work.passages, self.work.words, hidden)
+
     @property
     def _generator(self) -> Generator:
-        return Generator(self.params, self.work.lengths, self.machine, self.setup.engine)
+        return Generator(self.params, self.work.lengths, self.machine, self.params.rollout.engine)
+
+    @property
+    def _holding(self) -> Holding:
+        return Holding(self.params.compute)
 
     def shape_of(self, model: str) -> Architecture:
         """Of `student`, `teacher` or a recipe's model, which is a student."""
@@ -150,12 +154,14 @@ class Planner:
         rollout = self.params.rollout
         servers = rollout.server.teacher if model == TEACHER else rollout.server.student
         engines = {"transformers": 1, "vllm": rollout.vllm.tensor_parallel, "vllm-server": len(servers)}
-        return min(max(1, engines[self.setup.engine]), self.machine.gpus)
+        return min(max(1, engines[self.params.rollout.engine]), self.machine.gpus)
 
     def _generating(self, stage: str, model: str, made: Generation, episodes: float) -> Estimate:
         shape, vllm, gpus = self.shape_of(model), self._generator.vllm, self.engine_gpus(model)
         seconds = added(shared(made.seconds, gpus), made.searching)
-        weights = {"weights": 2.0 * shape.parameters} if vllm else self._frozen(shape)
+        weights = (
+            {"weights": 2.0 * shape.parameters} if vllm else loaded(shape, "", self.params.rollout.precision)
+        )
         return Estimate(
             stage, gpus, weights | made.memory, PROCESS, 2 * episodes, made.tokens, made.flops, seconds
         )
@@ -167,7 +173,8 @@ class Planner:
         episodes, lengths = self.work.teach, self.work.lengths
         flops = episodes * self._reading(self.teacher)
         kept = self.params.distributions.top_k or self.student.vocabulary
-        memory = self._frozen(self.teacher) | self._frozen(self.student, "student ")
+        precision = self.params.compute.precision
+        memory = loaded(self.teacher, "", precision) | loaded(self.student, "student ", precision)
         return Estimate(
             "distributions",
             min(1, self.machine.gpus),
@@ -193,10 +200,10 @@ class Planner:
         made = self._generator.generate(self.student, generated + looks * config.dev_questions)
         live = recipe.objective != "ce" and (config.teacher == "live" or recipe.episodes != "teacher")
         flops = episodes * (self._learning(self.student) + (self._reading(self.teacher) if live else 0))
-        parts = self._training(self.student)
+        parts = self._holding.trained(self.student)
         if live:
-            parts |= self._frozen(self.teacher, "teacher ")
-        peak = _largest(parts | self._update(self.student), parts | made.memory)
+            parts |= self._holding.frozen(self.teacher, "teacher ")
+        peak = _largest(parts | self._update(self.student), parts | self._rollout(made))
         tokens = episodes * lengths.total * (2 if live else 1)
         return self._trained(f"distill@{name}", peak, tokens, flops, made)
 
@@ -212,20 +219,21 @@ class Planner:
         audited = (1 - gated) * min(1.0, config.audit_episodes / config.batch_size)
         again = 1.0 if config.old_logprobs == "trainer" else 0.0
         reference = None if recipe.reference == "none" else self.shape_of(recipe.reference)
-        each = again * self._reading(shape) + self._learning(shape)
+        adapted = passes.rank(self.params.compute)
+        each = again * self._reading(shape, adapted) + self._learning(shape)
         times = again + 1
         if reference:
             each += (gated + audited) * self._reading(reference)
             times += gated + audited
         if ppo:
-            each += self._reading(shape, head=False) + self._learning(shape, head=False)
+            each += self._reading(shape, adapted, head=False) + self._learning(shape, head=False)
             times += 2
-        parts = self._training(shape)
+        parts = self._holding.trained(shape)
         if ppo:
-            parts |= self._training(shape, "critic ", gradients=False)
+            parts |= self._holding.trained(shape, critic=True)
         if reference:
-            parts |= self._frozen(reference, "reference ")
-        phases = [parts | self._update(shape), parts | made.memory]
+            parts |= self._holding.frozen(reference, "reference ")
+        phases = [parts | self._update(shape), parts | self._rollout(made)]
         if reference:
             phases.append(parts | self._pass(reference))
         tokens = episodes * lengths.total * times
@@ -236,69 +244,57 @@ class Planner:
     def _trained(
         self, stage: str, memory: Parts, tokens: float, flops: float, made: Generation, critic: bool = False
     ) -> Estimate:
-        """On disk: the model in float32, and its checkpoint (weights and AdamW's moments), of which two exist
-        while one is replaced."""
-        processes = self._processes
+        """On disk: the model in float32, and its checkpoint (what is trained and AdamW's moments), of which
+        two exist while one is replaced."""
+        processes, compute = self._processes, self.params.compute
         gpus = processes if self.machine.gpus else 0
         weights = self.student.parameters
-        disk = 2 * 4.0 * weights + 2 * 12.0 * (weights + critic * self.student.backbone)
-        engines = processes if self.setup.engine == "transformers" else self.engine_gpus(STUDENT)
+        parts = (False, True) if critic else (False,)
+        disk = 2 * 4.0 * weights
+        disk += 2 * 12.0 * sum(trained_parameters(self.student, compute, part) for part in parts)
+        host = PROCESS * processes + sum(self._holding.offloaded(self.student, part) for part in parts)
+        engines = processes if self.params.rollout.engine == "transformers" else self.engine_gpus(STUDENT)
         seconds = added(self._compute(flops, processes), shared(made.seconds, engines))
         seconds = added(seconds, made.searching)
-        if self.setup.engine == "vllm":  # beside the model in training; servers have GPUs of their own
+        if (
+            self.params.rollout.engine == "vllm"
+        ):  # beside the model in training; servers have GPUs of their own
             memory = memory | {"engine's weights": 2.0 * weights / engines}
-        if self.setup.engine == "vllm-server":
+        if self.params.rollout.engine == "vllm-server":
             gpus = min(gpus + engines, self.machine.gpus)
-        return Estimate(stage, gpus, memory, PROCESS, disk, tokens + made.tokens, flops + made.flops, seconds)
+        return Estimate(stage, gpus, memory, host, disk, tokens + made.tokens, flops + made.flops, seconds)
 
     @property
     def _processes(self) -> int:
-        return max(1, min(self.setup.processes, self.machine.gpus or 1))
+        return max(1, min(self.params.compute.processes, self.machine.gpus or 1))
 
-    def _reading(self, shape: Architecture, head: bool = True) -> float:
+    def _reading(self, shape: Architecture, rank: int = 0, head: bool = True) -> float:
         """FLOPs of one episode forward, with the output embedding on the model's tokens."""
         lengths = self.work.lengths
         own = passes.head_flops(shape, lengths.model) if head else 0.0
-        return passes.forward_flops(shape, lengths.total, lengths.square) + own
+        return passes.forward_flops(shape, lengths.total, lengths.square, rank) + own
 
     def _learning(self, shape: Architecture, head: bool = True) -> float:
-        lengths = self.work.lengths
-        own = passes.head_flops(shape, lengths.model, training=True) if head else 0.0
-        return passes.training_flops(shape, lengths.total, lengths.square) + own
-
-    def _training(self, shape: Architecture, name: str = "", gradients: bool = True) -> Parts:
-        """Weights, gradients and AdamW's two moments: 16 bytes a parameter in float32, and as many with
-        DeepSpeed's bfloat16 weights and float32 copies, shared out by its ZeRO stage (Rajbhandari et al.
-        2020, arXiv:1910.02054, figure 1). Without `gradients`: those of a critic, which exist only in its own
-        update."""
-        n, zero = float(shape.parameters if not name else shape.backbone), self.setup.zero
-        if zero is None:
-            own = {"weights": 4 * n, "gradients": 4 * n if gradients else 0.0, "optimizer": 8 * n}
-        else:
-            shares = max(1, self.setup.processes)
-            own = {
-                "weights": 2 * n / (shares if zero >= 3 else 1),
-                "gradients": 2 * n / (shares if zero >= 2 else 1),
-                "optimizer": 12 * n / (shares if zero >= 1 else 1),
-            }
-        return {name + part: size for part, size in own.items() if size}
-
-    def _frozen(self, shape: Architecture, name: str = "") -> Parts:
-        """A model that is only read: loaded in float32, with autocast's copies (training/models.py)."""
-        cast = passes.cast_bytes(shape, self.params.compute.precision)
-        return {f"{name}weights": 4.0 * shape.parameters, f"{name}cast": cast}
+        lengths, compute = self.work.lengths, self.params.compute
+        own = passes.head_training_flops(shape, lengths.model, compute) if head else 0.0
+        return passes.training_flops(shape, lengths.total, lengths.square, compute) + own
 
     def _update(self, shape: Architecture) -> Parts:
         """Forward and backward pass of one micro-batch; all of its tokens but the prompt's share have
         logits."""
-        tokens, precision = self._micro_batch(), self.params.compute.precision
+        tokens, compute, holding = self._micro_batch(), self.params.compute, self._holding
         counted = tokens * self.work.lengths.model / self.work.lengths.total
-        return {
-            "cast": 0.0 if self.setup.zero is not None else passes.cast_bytes(shape, precision),
-            "activations": passes.activation_bytes(shape, tokens, precision)
-            + passes.passing_bytes(shape, tokens, precision),
+        passing = {
+            "activations": passes.update_bytes(shape, tokens, compute),
             "logits": passes.head_bytes(shape, counted),
         }
+        return holding.cast(shape, compute.precision) | holding.gathered(shape) | passing
+
+    def _rollout(self, made: Generation) -> Parts:
+        """Episodes of the student in training, by itself where no other engine generates."""
+        if self._generator.vllm:
+            return made.memory
+        return made.memory | self._holding.cast(self.student, self.params.rollout.precision)
 
     def _pass(self, shape: Architecture) -> Parts:
         """A micro-batch forward, without gradients."""

@@ -15,16 +15,21 @@ CONFIG = {
 }
 
 
-@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
-@pytest.mark.parametrize(("family", "tied"), [("qwen2", True), ("llama", False)])
+@pytest.mark.parametrize("setting", list(step.SETTINGS))
+@pytest.mark.parametrize(
+    ("family", "tied", "precision"), [("qwen2", True, "bfloat16"), ("llama", False, "float32")]
+)
 def test_parameters_flops_and_activations(
-    family: str, tied: bool, precision: str, monkeypatch: pytest.MonkeyPatch
+    family: str, tied: bool, precision: str, setting: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if "LoRA" in setting:
+        pytest.importorskip("peft", reason="LoRA needs the extra gpu")
     monkeypatch.setattr(step, "LENGTH", 160)
     monkeypatch.setattr(step, "COUNTED", 40)
     config = CONFIG | {"model_type": family, "tie_word_embeddings": tied}
-    planned = step.estimate(Architecture.from_config(config), precision)
-    measured = step.measure(config, precision)
+    compute = step.compute_of(precision, setting)
+    planned = step.estimate(Architecture.from_config(config), compute)
+    measured = step.measure(config, compute)
     assert planned["parameters"] == measured["parameters"]
     assert planned["flops"] == pytest.approx(measured["flops"], rel=1e-3)
     assert planned["saved"] == pytest.approx(measured["saved"], rel=0.03)

@@ -39,7 +39,9 @@ def test_the_papers_profiles_on_eight_gpus(name: str, workplace: Path) -> None:
     assert 1e18 < stages["reinforce@dgpo"]["flops"] < 1e20
     assert plan["cost"] == pytest.approx(plan["hours"] * 24)
     assert "2 searches" in plan["assumptions"]["episodes"]
+    assert 16e9 < plan["server"]["memory"] < 20e9  # wiki-18's vectors in int8, the graph, the ids
     text = dgpo(workplace, *arguments).stdout
+    assert "Qdrant server, beside the stages: " in text
     assert "reinforce@dgpo" in text and "cost" in text
     crowded = dgpo(workplace, *arguments, "--processes", "8")
     assert crowded.returncode == 1 and "training needs 12 of GPUs, there are 8" in crowded.stdout
