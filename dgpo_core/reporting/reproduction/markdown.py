@@ -111,7 +111,8 @@ def _ablations(tables: Row) -> str:
     for row in tables["ablations"]:
         average = row["exact_match"] and row["exact_match"][AVERAGE]
         settings = [row["cold_start"], row["rl"], row["kl_penalty"], row["reported"]]
-        rows.append([row["row"], *settings, _cell(average), _cell(row["minus_dgpo"], signed)])
+        difference = _cell(row["minus_dgpo"], signed) if row["recipe"] != "dgpo" else "–"
+        rows.append([row["row"], *settings, _cell(average), difference])
     heads = ["row", "cold start", "RL", "KL penalty", "in the paper", "average EM", "minus DGPO"]
     return _table(heads, rows)
 
