@@ -30,9 +30,12 @@ def hub(params: Params) -> list[Finding]:
     if reachable:
         return [ok("hub", f"{place} answers"), *findings]
     why = "HF_HUB_OFFLINE is set" if constants.HF_HUB_OFFLINE else f"{place} does not answer"
-    if all(finding.level == "ok" for finding in findings):
+    missing = [finding.subject for finding in findings if finding.level != "ok"]
+    if not missing:
         return [ok("hub", f"{why}; all that is needed is here"), *findings]
-    advice = f"download elsewhere and copy {constants.HF_HUB_CACHE}, or name local folders and files"
+    advice = (
+        f"download elsewhere and copy {constants.HF_HUB_CACHE}, or name what is here: {', '.join(missing)}"
+    )
     return [error("hub", why, advice), *findings]
 
 

@@ -60,7 +60,7 @@ def test_the_papers_profile_without_a_gpu_and_without_a_network(project: Path) -
     code, found = doctor(project, HF_ENDPOINT="http://127.0.0.1:9")
     assert code == 1
     assert found["GPUs"]["level"] == "error" and "dgpo use tiny" in found["GPUs"]["advice"]
-    assert found["hub"]["level"] == "error" and "intfloat/e5-base-v2" in found["hub"]["advice"]
+    assert found["hub"]["level"] == "error" and "retrieval.encoder.model" in found["hub"]["advice"]
     assert "accept the licence" in found["models.student"]["advice"]
     assert "HF_TOKEN" in found["models.teacher"]["advice"]
     assert found["retrieval.location"]["level"] == "error"
