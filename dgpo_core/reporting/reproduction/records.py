@@ -6,6 +6,7 @@ Seeds that ran on other machines or days so come into one report: `dgpo pool <fo
 """
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field, ValidationError
@@ -35,7 +36,17 @@ class Record(Section):
     @property
     def comparable(self) -> dict[str, object]:
         """What seeds of one report must have in common."""
-        return self.model_dump(exclude={"seed", "commit", "parameters"})
+        return self.model_dump(exclude={"seed", "commit", "parameters", "models"})
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """What a report of several seeds is about; `left_out`: models that not every seed has, with the seeds
+    that lack them."""
+
+    profile: str
+    models: list[str]
+    left_out: dict[str, list[int]]
 
 
 def keep(run: Path, folder: Path, record: Record) -> Path:
@@ -63,8 +74,8 @@ def keep(run: Path, folder: Path, record: Record) -> Path:
     return out
 
 
-def pool(records: list[Path], out: Path) -> Record:
-    """Write the report of these seeds' records into `out`; the first one's record.
+def pool(records: list[Path], out: Path) -> Pooled:
+    """Write the report of these seeds' records into `out`, on the models that all of them have.
 
     Raises UserError for none, a broken one, a seed that is there twice, and seeds that cannot be compared.
     """
@@ -80,11 +91,21 @@ def pool(records: list[Path], out: Path) -> Record:
         if record.seed in roots:
             raise UserError(f"{path / RECORD}: seed {record.seed} is in {roots[record.seed]} too")
         roots[record.seed] = path
+    pooled = _pooled(list(read.values()))
+    if not pooled.models:
+        raise UserError(f"{', '.join(map(str, records))}: no model is in all of them")
     commits = {record.seed: record.commit for record in read.values()}
     write_reproduction(
-        roots, out, first.models, first.mirrors, first.pair, first.first, first.parameters, commits
+        roots, out, pooled.models, first.mirrors, first.pair, first.first, first.parameters, commits
     )
-    return first
+    return pooled
+
+
+def _pooled(records: list[Record]) -> Pooled:
+    everything = dict.fromkeys(model for record in records for model in record.models)
+    lacking = {m: [record.seed for record in records if m not in record.models] for m in everything}
+    models = [model for model, seeds in lacking.items() if not seeds]
+    return Pooled(records[0].profile, models, {model: seeds for model, seeds in lacking.items() if seeds})
 
 
 def _read(path: Path) -> Record:

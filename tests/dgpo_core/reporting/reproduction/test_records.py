@@ -53,6 +53,20 @@ def test_seeds_of_two_places_give_the_report_of_one(runs: Runs, tmp_path: Path) 
     assert json.loads((pooled / "tables.json").read_text())["parameters"] == {"student": 15}
 
 
+def test_seeds_that_are_not_finished_are_pooled_on_what_all_have(runs: Runs, tmp_path: Path) -> None:
+    whole = keep(runs.roots[1], tmp_path / "a", record(1))
+    part = keep(runs.roots[2], tmp_path / "a", record(2, models=["dgpo", "kd"]))
+    pooled = pool([whole, part], tmp_path / "pooled")
+    assert pooled.models == ["kd", "dgpo"]
+    assert pooled.left_out == {"student": [2], "teacher": [2]}
+    found = json.loads((tmp_path / "pooled/tables.json").read_text())
+    assert list(found["exact_match"]) == ["kd", "dgpo"]
+    assert set(found["exact_match"]["kd"]["average"]["seeds"]) == {"1", "2"}
+    other = keep(runs.roots[2], tmp_path / "b", record(3, models=["student"]))
+    with pytest.raises(UserError, match="no model is in all of them"):
+        pool([part, other], tmp_path / "none")
+
+
 def test_a_seed_that_ran_again_takes_the_place_of_the_old_one(runs: Runs, tmp_path: Path) -> None:
     old = keep(runs.roots[1], tmp_path, record(1))
     (old / "left.txt").touch()
