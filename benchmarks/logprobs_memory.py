@@ -24,11 +24,10 @@ WHOLE_UP_TO = 2048  # beyond this the whole does not fit into an ordinary machin
 def measure(tokens: int, chunk: int) -> dict[str, float]:
     """GiB above what weights and hidden states take, and seconds, of one forward and backward pass."""
     torch.manual_seed(0)
-    kind = {"dtype": torch.bfloat16}
-    head = torch.randn(VOCABULARY, STUDENT, **kind).mul_(0.02).requires_grad_()
-    teacher_head = torch.randn(VOCABULARY, TEACHER, **kind).mul_(0.02)
-    hidden = torch.randn(tokens, STUDENT, **kind).requires_grad_()
-    teacher_hidden = torch.randn(tokens, TEACHER, **kind)
+    head = torch.randn(VOCABULARY, STUDENT, dtype=torch.bfloat16).mul_(0.02).requires_grad_()
+    teacher_head = torch.randn(VOCABULARY, TEACHER, dtype=torch.bfloat16).mul_(0.02)
+    hidden = torch.randn(tokens, STUDENT, dtype=torch.bfloat16).requires_grad_()
+    teacher_hidden = torch.randn(tokens, TEACHER, dtype=torch.bfloat16)
     targets = torch.randint(VOCABULARY, (tokens,))
     before, start = _peak(), time.perf_counter()
     cross_entropy, kl = distillation_terms(hidden, head, teacher_hidden, teacher_head, targets, chunk=chunk)

@@ -1,4 +1,4 @@
-"""Stage `distill`: one recipe's distillation (eq. 1; method.md, section 5)."""
+"""Stage `distill`: one recipe's distillation (eq. 1; docs/method.md, "Recipes")."""
 
 import sys
 from typing import Any

@@ -1,1 +1,1 @@
-"""ARCap (source referencing, query rewriting, thinking; method.md, section 6), and diagnosis beyond it."""
+"""ARCap (source referencing, query rewriting, thinking; paper, section 5), and diagnosis beyond it."""

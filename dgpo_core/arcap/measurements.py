@@ -1,4 +1,4 @@
-"""The four measurements of ARCap, on any model (paper, section 5; method.md, section 6).
+"""The four measurements of ARCap, on any model (paper, section 5).
 
 Source referencing and query rewriting use the data set that plays NQ's part, thinking both it and the one
 that plays MuSiQue's.

@@ -8,7 +8,7 @@ from dgpo_core.config.base import Section
 
 
 class ProtocolConfig(Section):
-    """Limits in tokens unless said otherwise (method.md, section 1)."""
+    """Limits in tokens unless said otherwise (docs/method.md, "The protocol")."""
 
     instruction: Literal["paper", "short"] = Field("paper", description="key of prompts.INSTRUCTIONS")
     max_turns: NonNegativeInt = Field(4, description="turns in which a search is answered")

@@ -1,4 +1,4 @@
-"""Recipes: how the compared systems are trained, each a line of data (method.md, section 5)."""
+"""Recipes: how the compared systems are trained, each a line of data (docs/method.md, "Recipes")."""
 
 from collections.abc import Iterable
 from pathlib import Path

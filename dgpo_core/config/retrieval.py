@@ -11,7 +11,7 @@ from dgpo_core.config.base import Section
 class EncoderConfig(Section):
     """`bm25`: sparse vectors, scored by Qdrant with its IDF modifier; the other fields are ignored.
 
-    `dense`: a transformers encoder with mean pooling; the defaults are E5's (method.md, section 7).
+    `dense`: a transformers encoder with mean pooling; the defaults are E5's.
     `sentence-transformers`: a model of that library, which knows its own pooling, prompts and normalisation;
     prefixes that are not set are empty then.
     """

@@ -85,7 +85,7 @@ class OnPolicyConfig(Section):
 
 
 class TaidConfig(Section):
-    """TAID's interpolation t between student and teacher (method.md, section 5)."""
+    """TAID's interpolation t between student and teacher (docs/method.md, "Divergences")."""
 
     start: float = Field(0.4, ge=0, le=1)
     end: float = Field(1.0, ge=0, le=1)
@@ -94,7 +94,7 @@ class TaidConfig(Section):
 
 
 class DistillmConfig(Section):
-    """DistiLLM's adaptive use of student episodes (method.md, section 5)."""
+    """DistiLLM's adaptive use of student episodes (docs/method.md, "Divergences")."""
 
     growth: PositiveFloat = Field(0.1, description="of phi, the share of student batches, at each rise")
     tolerance: NonNegativeFloat = Field(0.1, description="nats by which the validation loss must have risen")
@@ -178,7 +178,7 @@ class ReinforceConfig(Section):
 
 
 class EvaluateConfig(Section):
-    """Test sets and ARCap (method.md, sections 2 and 6); the release samples at temperature 1."""
+    """Test sets and ARCap (paper, section 5); the release samples at temperature 1."""
 
     sampling: Sampling = GREEDY
     seed: NonNegativeInt = Field(0, description="of sampling; greedy episodes do not depend on it")

@@ -1,4 +1,4 @@
-"""Divergences between teacher p and student q over a whole vocabulary (method.md, "Divergences").
+"""Divergences between teacher p and student q over a whole vocabulary (docs/method.md, "Divergences").
 
 A `Divergence` takes the teacher's and the student's log-probabilities, [..., V] each (float32 or float64),
 and gives nats, [...]. Gradients reach the student only. A log-probability of -inf is an entry without mass:

@@ -62,7 +62,7 @@ def distillation_terms(
     """Cross-entropy of the targets and full-vocabulary divergence, float32 [N], nats (eq. 1).
 
     The two models may pad their vocabularies differently: both distributions are taken over the shared
-    prefix of ids (method.md, section 3), at `temperature`. Differentiable in `hidden` and `head` only.
+    prefix of ids, at `temperature`. Differentiable in `hidden` and `head` only.
     """
     shared = min(len(head), len(teacher_head))
 

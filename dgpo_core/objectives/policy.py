@@ -1,4 +1,4 @@
-"""PPO and GRPO on model tokens: advantages, clipped surrogate, value loss (eq. 2; method.md, section 4).
+"""PPO and GRPO on model tokens: advantages, clipped surrogate, value loss (eq. 2; paper, section 4.3).
 
 Shapes: E episodes, T model tokens of the longest one, `mask` [E, T] with 1 on real tokens. Losses are
 returned per token, so that the caller sums them with one denominator however the batch is cut.

@@ -1,4 +1,4 @@
-"""Token rewards under a gate: eq. 4 of the paper and its variants (method.md, section 4).
+"""Token rewards under a gate: eq. 4 of the paper and its variants (docs/method.md, "Equations").
 
 Shapes: E episodes, T model tokens of the longest one; `mask` [E, T] is 1 on real tokens, a prefix of a row.
 """

@@ -1,1 +1,1 @@
-"""The search protocol: prompts and tags, actions, and the record of an episode (method.md, section 1)."""
+"""Prompts and tags, actions, the record of an episode (docs/method.md, "The protocol")."""

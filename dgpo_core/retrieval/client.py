@@ -1,4 +1,4 @@
-"""A retriever service as the index: the field's POST /retrieve (method.md, section 7; Search-R1's server).
+"""A retriever service as the index: the field's POST /retrieve (Search-R1's server; docs/operations.md).
 
 What the service does not say is never made up: no answer, a broken one or one of another index is an
 InfrastructureError, never an empty result.
@@ -70,7 +70,7 @@ class ServiceClient:
             return [[_hit(item) for item in result] for result in results]
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise InfrastructureError(
-                f"{self._url}/retrieve does not answer as method.md, section 7, has it: {error!r}"
+                f"{self._url}/retrieve does not answer as a retriever does (docs/operations.md): {error!r}"
             ) from error
 
     def close(self) -> None:

@@ -1,7 +1,7 @@
-"""The agent loop: generate, act, append; it knows token ids, an engine and a retriever (method.md, 1).
+"""The agent loop: generate, act, append (docs/method.md, "The protocol").
 
-Token-in, token-out: sampled ids are kept as they are, and each text of the environment is tokenised once,
-when it is appended.
+It knows token ids, an engine and a retriever. Token-in, token-out: sampled ids are kept as they are, and each
+text of the environment is tokenised once, when it is appended.
 """
 
 from dataclasses import dataclass, field

@@ -1,1 +1,1 @@
-"""Answer metrics and statistics (method.md, section 2)."""
+"""Answer metrics and statistics (docs/method.md, "Equations")."""

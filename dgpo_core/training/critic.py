@@ -1,4 +1,4 @@
-"""The critic: the student's backbone with a fresh scalar head (method.md, section 4)."""
+"""The critic: the student's backbone with a fresh scalar head (paper, section 4.3)."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Distillation: the student learns the teacher's distributions on episodes (eq. 1; method.md, section 5)."""
+"""Distillation: the student learns the teacher's distributions (eq. 1; docs/method.md, "Recipes")."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace

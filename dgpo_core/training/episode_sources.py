@@ -1,4 +1,4 @@
-"""Where a distillation's episodes come from: the teacher, the student, or both (method.md, section 5)."""
+"""Where a distillation's episodes come from: teacher, student, or both (docs/method.md, "Recipes")."""
 
 import random
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""Student and teacher must give each token id the same string (method.md, section 3)."""
+"""Student and teacher must give each token id the same string."""
 
 from typing import Any
 

@@ -35,8 +35,16 @@ def test_vocabularies_do_not_matter_without_the_teachers_distributions(workplace
     make_project(workplace, recipes=["sft_ppo"])
     other_vocabulary(workplace)
     preflight()
+    (workplace / "params.yaml").write_text((ROOT / "params.yaml").read_text())  # with KD and DGPO
+    with pytest.raises(UserError, match="different tokenizers"):
+        preflight()
 
 
 def test_models_on_the_hub_are_left_to_their_stages(workplace: Path) -> None:
     make_project(workplace, models={"teacher": "somebody/some-model"})
+    other_vocabulary(workplace)
     preflight()
+    (workplace / "somebody").mkdir()
+    (workplace / "models/teacher").rename(workplace / "somebody/some-model")
+    with pytest.raises(UserError, match="different tokenizers"):  # a folder of that name is not the hub
+        preflight()

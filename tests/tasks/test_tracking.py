@@ -163,7 +163,7 @@ def test_a_stage_ends_while_the_machine_is_sampled_rarely(
     started = time.monotonic()
     with stage("train", config={}):
         pass
-    assert time.monotonic() - started < 10
+    assert time.monotonic() - started < 300, "not the interval"
     assert connect().get_run(last_run_id()).info.status == "FINISHED"
 
 

@@ -184,7 +184,7 @@ ITEM = {"document": {"id": "1", "contents": '"T"\ntext'}, "score": 1.0}
 def test_a_broken_answer_is_a_failure_and_never_an_empty_result(answer: Any) -> None:
     with served(foreign(answer)) as url:
         client = ServiceClient(url, f"unverified: {url}")
-        with pytest.raises(InfrastructureError, match=r"does not answer as method\.md"):
+        with pytest.raises(InfrastructureError, match=r"does not answer as a retriever does"):
             client.hits(["a"], 3)
 
 
@@ -227,7 +227,7 @@ def test_a_failing_index_is_a_503(url: str, retrieval: Retrieval) -> None:
 
 
 def test_concurrent_requests_share_searches(dense_shards: Path, queries: list[tuple[str, str]]) -> None:
-    """Each gets its own answer, and together they are faster than one by one: one pass encodes many."""
+    """Each gets its own answer, and one pass encodes the queries of many."""
     config = RetrievalConfig(encoder=read_manifest(dense_shards).encoder_config)
     retrieval = Retrieval(top_k=3)
     retrieval.open(open_index(dense_shards, config), 150)
@@ -250,18 +250,13 @@ def test_concurrent_requests_share_searches(dense_shards: Path, queries: list[tu
             name = "dgpo_retriever_batch_queries"
             return values[f"{name}_count"], values[f"{name}_sum"]
 
-        started = time.perf_counter()
         found = [ask(query) for query in one_by_one]
-        alone = time.perf_counter() - started
         assert searches() == (96, 96)
-        started = time.perf_counter()
         with ThreadPoolExecutor(32) as pool:
             found += pool.map(ask, at_once)
-        together = time.perf_counter() - started
         number, total = searches()
     assert found == expected
     assert total == 192
     assert number - 96 < 96 / 3, "several queries in a search"
-    assert alone / together > 1.5
     index.close()
     retrieval.close()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from dgpo_core.errors import UserError
-from dgpo_core.rollout.gpu_memory import require_free_memory
+from dgpo_core.rollout.gpu_memory import nvidia_smi, require_free_memory
 
 GPUS = """\
 0, GPU-aaaa, 81920, 80000
@@ -17,7 +17,7 @@ GPUS = """\
 
 
 @pytest.fixture
-def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     program = tmp_path / "nvidia-smi"
     holders = f"GPU-bbbb, {os.getpid()}, 1000\nGPU-bbbb, {os.getppid()}, 60000\nGPU-aaaa, 1, 5\n"
     program.write_text(
@@ -29,7 +29,7 @@ def nvidia_smi(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
 
 
-@pytest.mark.usefixtures("nvidia_smi")
+@pytest.mark.usefixtures("smi")
 def test_who_holds_the_memory_is_named() -> None:
     require_free_memory(0.9, 1)
     require_free_memory(0.2, 3)
@@ -44,7 +44,7 @@ def test_who_holds_the_memory_is_named() -> None:
     assert "(60000 MiB)" in message
 
 
-@pytest.mark.usefixtures("nvidia_smi")
+@pytest.mark.usefixtures("smi")
 @pytest.mark.parametrize("visible", ["2,0", "GPU-cccc,GPU-aaaa"])
 def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch, visible: str) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
@@ -54,6 +54,10 @@ def test_only_visible_gpus_count(monkeypatch: pytest.MonkeyPatch, visible: str) 
         require_free_memory(0.9, 1)
 
 
-def test_without_nvidia_smi_nothing_is_checked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
-    require_free_memory(1.0, 8)
+@pytest.mark.usefixtures("smi")
+def test_without_nvidia_smi_nothing_is_checked(tmp_path: Path) -> None:
+    with pytest.raises(UserError):
+        require_free_memory(1.0, 3)
+    (tmp_path / "nvidia-smi").unlink()
+    assert nvidia_smi("--query-gpu=index") == ([], "nvidia-smi is not installed")
+    require_free_memory(1.0, 3)

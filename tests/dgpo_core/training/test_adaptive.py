@@ -13,7 +13,7 @@ LOSSES = st.lists(st.floats(0, 1e6), min_size=1, max_size=40)
 
 
 def recurrence(losses: list[float], steps: int) -> list[float]:
-    """method.md, section 5, line by line; the first loss only becomes the previous one."""
+    """docs/method.md, "Divergences", line by line; the first loss only becomes the previous one."""
     t, m, previous, found = 0.4, 0.0, losses[0], [0.4]
     for step, loss in enumerate(losses[1:], 2):
         change = (previous - loss) / (previous + 1e-15)
