@@ -99,25 +99,4 @@ class BaseModelsConfig(Section):
     worlds: PositiveInt = Field(24, description="training worlds; none is the evaluated one")
     first_world_seed: PositiveInt = 1000
     expert_episodes: PositiveInt = Field(9600, description="scripted episodes that teach the protocol")
-    models: dict[str, BaseModelConfig] = Field(
-        {
-            "student": BaseModelConfig(
-                shape=ModelShape(hidden_size=96, layers=4, heads=3, intermediate_size=96),
-                phases=[PhaseConfig(kind="reading", steps=1400, one_passage=0.3, two_passages=0.3)],
-            ),
-            "teacher": BaseModelConfig(
-                shape=ModelShape(hidden_size=160, layers=5, heads=5, intermediate_size=160),
-                phases=[
-                    PhaseConfig(kind="reading", steps=1000, matrix_learning_rate=0.008),
-                    PhaseConfig(
-                        kind="protocol",
-                        steps=350,
-                        batch_size=32,
-                        learning_rate=1e-3,
-                        matrix_learning_rate=3e-3,
-                    ),
-                ],
-            ),
-        },
-        description="built into models/<name>",
-    )
+    models: dict[str, BaseModelConfig] = Field({}, description="built into models/<name>")

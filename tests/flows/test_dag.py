@@ -8,6 +8,7 @@ import pytest
 
 from dgpo_core.errors import UserError
 from flows.dag import Stage, downstream, read_dag, select
+from tasks.use import use
 from tests.conftest import ROOT
 
 PIPELINE = """
@@ -59,6 +60,21 @@ def test_only_what_has_changed_is_changed(repository: Path) -> None:
 def test_the_base_models_in_git_are_those_of_the_sources(model: str) -> None:
     """A change of what they depend on would have everybody's first `make demo` build them for an hour."""
     assert not read_dag(ROOT)[f"base-model@{model}"].changed
+
+
+@pytest.mark.parametrize("profile", ["paper-qwen-3b", "paper-qwen-7b", "paper-llama-8b"])
+def test_the_papers_pipeline_builds_no_model_of_the_embedded_world(
+    profile: str, dvc_repository: Path
+) -> None:
+    """It would take hours and delete the built models first, since the paper's protocol is another."""
+    for name in ("dvc.yaml", "dvc.lock", "profiles", "dgpo_core", "tasks", "models"):
+        Path(name).symlink_to(ROOT / name)
+    use("tiny", [])
+    assert "base-model@student" in read_dag(dvc_repository)
+    use(profile, [])
+    stages = read_dag(dvc_repository)
+    assert not [name for name in stages if name.startswith("base-model")]
+    assert {"data", "reinforce@dgpo", "report"} < set(stages)
 
 
 @pytest.mark.parametrize("left", ["", '{"write": {"/pr'])
