@@ -17,8 +17,11 @@ from dgpo_core.planning.plan import Plan, make_plan
 from dgpo_core.planning.stages import Planner
 from dgpo_core.planning.workload import PASSAGE_WORDS, Workload, expected_counts
 from dgpo_core.reporting.paper import paper_exact_match
+from tasks.dvc_lock import Lock, read_lock
 from tasks.paths import EVALUATION, INDEX, METRICS, TEACHER_EPISODES, questions_file
 from tasks.use import profile_path
+
+EPISODES = ("models", "protocol", "questions")  # parameters that an episode's length and success hang on
 
 
 def plan_for(params: Params, machine: Machine) -> Plan:
@@ -32,29 +35,42 @@ def plan_for(params: Params, machine: Machine) -> Plan:
 
 
 def workload(params: Params) -> Workload:
+    """What stages of this experiment have measured in this working tree, else what is expected of them."""
+    lock = read_lock()
     train, test, passages = expected_counts(params)
-    sources = {"questions and passages": "expected"}
-    if found := {name: _lines(name, "train") for name in train if _lines(name, "train")}:
-        train |= found
+    words, sources = PASSAGE_WORDS, {"questions and passages": "expected"}
+    if _ran(lock, "data", params, "data", "world", "questions"):
+        train |= {name: lines for name in train if (lines := _lines(name, "train"))}
         test |= {name: lines for name in test if (lines := _lines(name, "test"))}
-        sources["questions and passages"] = "counted in data/questions"
-    manifest = _json(INDEX / "manifest.json")
-    passages, words = manifest.get("passages", passages), manifest.get("average_words", PASSAGE_WORDS)
+        manifest = _json(INDEX / "manifest.json")
+        passages, words = manifest.get("passages", passages), manifest.get("average_words", words)
+        sources["questions and passages"] = "counted in data/questions and data/index"
     limit = params.teach.questions
     train = {name: min(count, limit or count) for name, count in train.items()}
-    measured = first_measured([TEACHER_EPISODES, *sorted(EVALUATION.glob("*/episodes.parquet"))])
-    lengths = measured or assumed(params.protocol, params.retrieval.top_k)
-    kept, correct = _json(METRICS / "filter.json"), paper_em(params, "teacher", params.questions.train)
-    if kept:
+    taught = _ran(lock, "teach", params, *EPISODES)
+    evaluated = sorted(EVALUATION.glob("*/episodes.parquet"))
+    files = [file for file in evaluated if _ran(lock, f"evaluate@{file.parent.name}", params, *EPISODES)]
+    lengths = first_measured([TEACHER_EPISODES] * taught + files) or assumed(
+        params.protocol, params.retrieval.top_k
+    )
+    correct = paper_em(params, "teacher", params.questions.train)
+    sources["teacher's correct episodes"] = f"{correct:.0%}, the paper's teacher on the test sets"
+    if taught and (kept := _json(METRICS / "filter.json")):
         correct, sources["teacher's correct episodes"] = kept["kept"] / kept["raw"], "metrics/filter.json"
-    else:
-        sources["teacher's correct episodes"] = f"{correct:.0%}, the paper's teacher on the test sets"
     gated = 1 - paper_em(params, "dgpo", params.questions.train)
     sources["episodes with an open gate"] = f"{gated:.0%}, the paper's DGPO on the test sets"
-    for path in sorted(METRICS.glob("reinforce-*.json")):
-        if em := _json(path).get("em"):
-            gated, sources["episodes with an open gate"] = 1 - em, str(path)
+    for recipe in params.recipes.reinforce:
+        path = METRICS / f"reinforce-{recipe}.json"
+        if _ran(lock, f"reinforce@{recipe}", params, *EPISODES) and "em" in (measured := _json(path)):
+            gated, sources["episodes with an open gate"] = 1 - measured["em"], str(path)
     return Workload(train, test, passages, words, lengths, correct, gated, sources)
+
+
+def _ran(lock: Lock, stage: str, params: Params, *keys: str) -> bool:
+    """Whether the stage's last run had these parameters: what another profile left here tells nothing."""
+    wanted = params.model_dump(mode="json")
+    recorded = lock[stage].params if stage in lock else {}
+    return all(key in recorded and recorded[key] == wanted[key] for key in keys)
 
 
 def paper_em(params: Params, recipe: str, sets: list[str]) -> float:

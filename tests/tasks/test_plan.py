@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+import yaml
 
 from dgpo_core.config.params import Params, resolve_profile
 from dgpo_core.protocol.episode import write_episodes
@@ -56,11 +57,10 @@ def test_a_small_gpu_does_not_fit(workplace: Path) -> None:
     assert "neither GiB of memory nor" in dgpo(workplace, "plan", "--gpu", "none").stderr
 
 
-def test_what_was_measured_takes_the_place_of_what_is_assumed(workplace: Path) -> None:
+@pytest.fixture
+def ran(workplace: Path) -> Params:
+    """A working tree in which the profile tiny has run, as far as the plan looks at it."""
     params = Params.model_validate(resolve_profile(ROOT / "profiles/tiny.yaml"))
-    before = workload(params)
-    assert before.train == {"onehop": 500, "twohop": 500} and before.passages == 2000
-    assert before.correct == pytest.approx((0.365 + 0.340) / 2)  # the paper's teacher on NQ and HotpotQA
     write_episodes(paths.TEACHER_EPISODES, [random_episode(seed) for seed in range(9)])
     paths.METRICS.mkdir()
     (paths.METRICS / "filter.json").write_text('{"raw": 1000, "kept": 709}')
@@ -69,7 +69,38 @@ def test_what_was_measured_takes_the_place_of_what_is_assumed(workplace: Path) -
     paths.questions_file("onehop", "train").write_text("{}\n" * 300)
     paths.INDEX.mkdir(parents=True)
     (paths.INDEX / "manifest.json").write_text('{"passages": 2021, "average_words": 43.5}')
-    after = workload(params)
+    recorded = {"cmd": "-", "params": {"params.yaml": params.model_dump(mode="json")}}
+    stages = dict.fromkeys(("data", "teach", "reinforce@dgpo"), recorded)
+    Path("dvc.lock").write_text(yaml.safe_dump({"schema": "2.0", "stages": stages}))
+    return params
+
+
+def test_what_is_assumed_before_anything_has_run(workplace: Path) -> None:
+    before = workload(Params.model_validate(resolve_profile(ROOT / "profiles/tiny.yaml")))
+    assert before.train == {"onehop": 500, "twohop": 500} and before.passages == 2000
+    assert before.correct == pytest.approx((0.365 + 0.340) / 2)  # the paper's teacher on NQ and HotpotQA
+
+
+def test_what_was_measured_takes_the_place_of_what_is_assumed(ran: Params) -> None:
+    after = workload(ran)
     assert after.train == {"onehop": 300, "twohop": 500}
     assert (after.passages, after.words, after.correct, after.gated) == (2021, 43.5, 0.709, 0.5)
     assert "measured: 9 episodes" in after.lengths.source
+
+
+@pytest.mark.parametrize("name", PAIRS)
+def test_what_another_profile_has_measured_here_does_not_count(
+    name: str, ran: Params, monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    params = Params.model_validate(resolve_profile(ROOT / f"profiles/{name}.yaml"))
+    here = workload(params)
+    monkeypatch.chdir(tmp_path_factory.mktemp("empty"))
+    assert here == workload(params)
+
+
+def test_what_was_measured_counts_for_the_stages_that_had_these_settings(ran: Params) -> None:
+    """Other prompts and limits: the questions stay as they are, the episodes do not."""
+    protocol = ran.protocol.model_copy(update={"max_turns": 2})
+    other = workload(ran.model_copy(update={"protocol": protocol}))
+    assert other.passages == 2021
+    assert "assumed" in other.lengths.source and other.correct != 0.709 and other.gated != 0.5
