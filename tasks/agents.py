@@ -82,12 +82,6 @@ def load_student(params: Params, start: str) -> PreTrainedModel:
     return student
 
 
-def fixed_compute(params: Params) -> dict[str, Any]:
-    """What of `compute` a checkpoint belongs to: another number of processes goes on from the same one."""
-    free = {"processes", "hostfile", "zero_stage", "offload", "split_teacher", "gradient_checkpointing"}
-    return params.compute.model_dump(exclude=free)
-
-
 def training_rollout(runner: EpisodeRunner, tasks: list[Task], sampling: Sampling, seed: int) -> Rollout:
     """Episodes of the student for a step's questions; every place of every step has a seed of its own."""
 

@@ -25,7 +25,6 @@ from dgpo_core.training.teacher_cache import TeacherCache
 from dgpo_core.training.vocabulary import check_same_vocabulary
 from tasks.agents import (
     DevEvaluator,
-    fixed_compute,
     load_student,
     reporter,
     split_tasks,
@@ -56,8 +55,6 @@ def distill(name: str) -> None:
     config = params.sections(
         "distill", "compute", "protocol", "rollout", "retrieval", "models", "questions", "seed"
     ) | {"recipe": recipe.model_dump()}
-    del config["distill"]["min_em"]  # judges the trained model: changing it continues, not restarts
-    config["compute"] = fixed_compute(params)
     inputs = [TEACHER_EPISODES, CORRECT_EPISODES, DISTRIBUTIONS, INDEX, QUESTIONS]
     inputs += [*local(start), *local(params.models.teacher)]
     with stage(f"distill@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:

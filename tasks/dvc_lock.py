@@ -9,6 +9,8 @@ import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,14 @@ class LockedStage:
     deps: dict[str, str]
     outs: dict[str, str]
     params: dict[str, Any]
+
+    def param(self, key: str) -> Any:
+        """Of a dotted key, which was recorded itself or with its section. Raises KeyError."""
+        sections = key.split(".")
+        for length in range(len(sections), 0, -1):
+            if (name := ".".join(sections[:length])) in self.params:
+                return reduce(getitem, sections[length:], self.params[name])
+        raise KeyError(key)
 
 
 Lock = Mapping[str, LockedStage]

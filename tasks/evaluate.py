@@ -26,7 +26,6 @@ def evaluate(model: str) -> None:
     params = load_params()
     source, out = model_source(params, model), EVALUATION / model
     config = params.sections("evaluate", "protocol", "rollout", "retrieval", "questions") | {"model": source}
-    del config["evaluate"]["trace_episodes"]  # changes no output: what is done of a killed evaluation counts
     inputs = [INDEX, QUESTIONS, *local(source)]
     with stage(f"evaluate@{model}", config=config, inputs=inputs, outputs=[out]) as run:
         tokenizer = load_tokenizer(source)

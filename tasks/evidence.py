@@ -5,7 +5,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from dgpo_core.config.recipes import STUDENT
 from dgpo_core.errors import UserError
 from dgpo_core.promotion.evidence import MADE, TABLES, Made
 from dgpo_core.protocol.episode import read_metadata
-from tasks.dvc_lock import Lock, dvc_md5, read_lock
+from tasks.dvc_lock import Lock, LockedStage, dvc_md5, read_lock
 from tasks.files import content_hash
 from tasks.inputs import model_source
 from tasks.lineage import CODE, build, earlier_origin, origin, trained_models
@@ -107,9 +106,9 @@ def evaluate_again(reference: str) -> None:
             if code := subprocess.run(command, cwd=project, env=_environment(), check=False).returncode:
                 raise UserError(f"{version.name} was not evaluated: the stage ended with exit code {code}")
             evidence = project / "evidence"
-            settings = params.model_dump(mode="json")
             index = read_metadata(project / EVALUATION / recipe / "episodes.parquet")["index"]
-            made = Made(version.hash, index, _settings(settings), _code())
+            settings = _settings(LockedStage("", {}, {}, params.model_dump(mode="json")))
+            made = Made(version.hash, index, settings, _code())
             _copy(project / EVALUATION / recipe, evidence, made)
             lock = read_lock()
             base = model_source(params, STUDENT)
@@ -129,7 +128,7 @@ def _assemble(model: str, digest: str, lock: Lock, folder: Path) -> bool:
         return False
     code = {path: md5 for path, md5 in stage.deps.items() if path.startswith(CODE)}
     index = read_metadata(source / "episodes.parquet")["index"]
-    _copy(source, folder, Made(digest, index, _settings(stage.params), code))
+    _copy(source, folder, Made(digest, index, _settings(stage), code))
     return True
 
 
@@ -147,16 +146,17 @@ def _average(path: Path) -> float:
     return float(answered.groupby("dataset")["em"].mean().mean())
 
 
-def _settings(params: Mapping[str, Any]) -> dict[str, Any]:
+def _settings(stage: LockedStage) -> dict[str, Any]:
     """What an evaluation's figures depend on, by dotted key."""
-    evaluate = {key: params["evaluate"][key] for key in ("sampling", "seed", "questions")}
-    parts = {
-        "evaluate": evaluate,
-        "protocol": params["protocol"],
-        "retrieval": {"top_k": params["retrieval"]["top_k"]},
-        "questions": {"test": params["questions"]["test"]},
-    }
-    return dict(flatten(parts))
+    keys = (
+        "evaluate.sampling",
+        "evaluate.seed",
+        "evaluate.questions",
+        "protocol",
+        "retrieval.top_k",
+        "questions.test",
+    )
+    return dict(flatten({key: stage.param(key) for key in keys}))
 
 
 def _code() -> dict[str, str]:

@@ -69,8 +69,10 @@ def workload(params: Params) -> Workload:
 def _ran(lock: Lock, stage: str, params: Params, *keys: str) -> bool:
     """Whether the stage's last run had these parameters: what another profile left here tells nothing."""
     wanted = params.model_dump(mode="json")
-    recorded = lock[stage].params if stage in lock else {}
-    return all(key in recorded and recorded[key] == wanted[key] for key in keys)
+    try:
+        return all(lock[stage].param(key) == wanted[key] for key in keys)
+    except KeyError:  # it has not run, or as an earlier version of it
+        return False
 
 
 def paper_em(params: Params, recipe: str, sets: list[str]) -> float:

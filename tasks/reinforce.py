@@ -13,7 +13,6 @@ from dgpo_core.training.reinforce import Reinforcer
 from dgpo_core.training.vocabulary import check_same_vocabulary
 from tasks.agents import (
     DevEvaluator,
-    fixed_compute,
     load_student,
     reporter,
     split_tasks,
@@ -35,7 +34,7 @@ def reinforce(name: str) -> None:
     start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"reinforce-{name}.csv"
     config = params.sections(
         "reinforce", "compute", "protocol", "rollout", "retrieval", "models", "questions", "seed"
-    ) | {"recipe": recipe.model_dump(), "compute": fixed_compute(params)}
+    ) | {"recipe": recipe.model_dump()}
     inputs = [INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
     with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
         tokenizer = load_tokenizer(start)

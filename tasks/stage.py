@@ -34,7 +34,7 @@ from tasks.provenance import git_commit, labels, stage_labels
 from tasks.registry import WEIGHTS_PATIENCE, registration
 from tasks.run_data import describe, log_inputs, log_outputs
 from tasks.services import adopt
-from tasks.tracking import CLOSE_TIMEOUT, StageRun, Untracked, numbers
+from tasks.tracking import CLOSE_TIMEOUT, StageRun, Untracked, flatten, numbers
 
 STATE, RUNS = Path(".state"), Path("runs")
 FINGERPRINT, FAILURE, TRACKING_RUN = "fingerprint.json", "failure.json", "mlflow_run"
@@ -219,11 +219,23 @@ def _open_state(name: str, fingerprint: dict[str, Any]) -> Path:
     text = json.dumps(fingerprint, indent=2, sort_keys=True)
     kept = state / FINGERPRINT
     if not (kept.is_file() and kept.read_text(encoding="utf-8") == text):
+        if kept.is_file():
+            print(f"[{name}] begins again: {_difference(kept, fingerprint)}", flush=True)
         remove(state)
         state.mkdir(parents=True)
         kept.write_text(text, encoding="utf-8")
     remove(state / FAILURE)
     return state
+
+
+def _difference(kept: Path, fingerprint: Mapping[str, Any]) -> str:
+    """Which settings and inputs are not those of the unfinished run."""
+    try:
+        before, now = flatten(json.loads(kept.read_text(encoding="utf-8"))), flatten(fingerprint)
+    except ValueError:
+        return f"{kept} is not readable"
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return ", ".join(key.removeprefix("config.").removeprefix("inputs.") for key in changed) + " changed"
 
 
 def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None:

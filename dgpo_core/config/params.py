@@ -133,8 +133,9 @@ class Params(Section):
         return self.promote.recipe or (trained[-1] if trained else None)
 
     def sections(self, *names: str) -> dict[str, Any]:
-        """Some of the keys as plain values: what a stage's checkpoints belong to."""
-        return self.model_dump(include=set(names))
+        """Some of the keys as plain values, without what is free: what a stage's checkpoints belong to."""
+        free = {name: set(getattr(getattr(self, name), "FREE", ())) for name in names}
+        return self.model_dump(include=set(names), exclude=free)
 
 
 def _row(rows: dict[str, Row], group: str, name: str) -> Row:

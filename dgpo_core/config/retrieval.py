@@ -88,6 +88,11 @@ def parse_location(text: str) -> Location:
 
 
 class RetrievalConfig(Section):
+    # the vectors are the stage index's; how near a server's approximate search comes, `min_recall` decides
+    FREE = frozenset(
+        {"precision", "vectors", "location", "qdrant", "shard_size", "recall_queries", "min_recall"}
+    )
+
     encoder: EncoderConfig = EncoderConfig()
     precision: Literal["float32", "float16", "bfloat16"] = Field(
         "float32", description="in which passages are encoded; their vectors are stored as float16"

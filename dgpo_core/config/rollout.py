@@ -41,6 +41,8 @@ class ProbeConfig(Section):
 class RolloutConfig(Section):
     """How episodes are generated."""
 
+    FREE = frozenset({"batch_tokens", "vllm", "server", "refresh", "weights_folder", "probe"})
+
     engine: Literal["transformers", "vllm", "vllm-server"] = "transformers"
     batch_tokens: PositiveInt = Field(
         65_536, description="padded tokens in one forward pass; of the engine transformers"

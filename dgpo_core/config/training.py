@@ -18,6 +18,11 @@ class LoraConfig(Section):
 class ComputeConfig(Section):
     """How training runs; changes results by rounding only (but for `lora`, which trains other weights)."""
 
+    FREE = frozenset(
+        {"micro_batch_tokens", "processes", "hostfile", "zero_stage", "offload", "split_teacher"}
+        | {"gradient_checkpointing"}
+    )
+
     device: str = "cuda"
     precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of compute; weights are fp32")
     micro_batch_tokens: PositiveInt = Field(32_768, description="padded tokens in one training pass")
@@ -105,6 +110,8 @@ class DistillmConfig(Section):
 class DistillConfig(Section):
     """Distillation: on teacher episodes (eq. 1), on the student's own, or on both."""
 
+    FREE = frozenset({"min_em"})
+
     epochs: PositiveInt = Field(5, description="over the teacher episodes")
     teacher: Literal["live", "cache"] = Field(
         "live", description="runs in training, or has run before (stage distributions)"
@@ -128,6 +135,8 @@ class DistillConfig(Section):
 
 class ReinforceConfig(Section):
     """PPO or GRPO with distillation guidance (eqs. 2-4)."""
+
+    FREE = frozenset({"checkpoint_every"})
 
     steps: PositiveInt = 1000
     batch_size: PositiveInt = Field(512, description="episodes a step")
@@ -179,6 +188,8 @@ class ReinforceConfig(Section):
 
 class EvaluateConfig(Section):
     """Test sets and ARCap (paper, section 5); the release samples at temperature 1."""
+
+    FREE = frozenset({"trace_episodes"})
 
     sampling: Sampling = GREEDY
     seed: NonNegativeInt = Field(0, description="of sampling; greedy episodes do not depend on it")

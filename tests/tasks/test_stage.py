@@ -44,7 +44,8 @@ def test_continues_with_the_same_fingerprint() -> None:
 
 
 @pytest.mark.parametrize("what", ["config", "content", "name of an input"])
-def test_starts_clean_with_another_fingerprint(what: str) -> None:
+def test_starts_clean_with_another_fingerprint(what: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And says why: hours may have gone into the checkpoint."""
     fail(RuntimeError("out of luck"))
     if what == "content":
         Path("input.txt").write_text("b")
@@ -55,6 +56,8 @@ def test_starts_clean_with_another_fingerprint(what: str) -> None:
         Path("other.txt").write_text("a")
         with stage("train", config={"lr": 1}, inputs=[Path("other.txt")]) as run:
             assert not (run.state / "checkpoint.pt").exists()
+    changed = {"content": "input.txt", "config": "lr", "name of an input": "input.txt, other.txt"}[what]
+    assert f"[train] begins again: {changed} changed" in capsys.readouterr().out
 
 
 def test_folder_inputs_count_names_and_contents() -> None:

@@ -1,0 +1,77 @@
+"""What DVC runs a stage again for, and what an unfinished stage begins again for."""
+
+from typing import Any
+
+import pytest
+import yaml
+
+from dgpo_core.config.params import Params, resolve_profile
+from tests.conftest import ROOT
+
+STAGES = ("teach", "distributions", "distill", "reinforce", "evaluate")
+SECTIONS = ("rollout", "retrieval", "compute")
+PARAMS = Params.model_validate(resolve_profile(ROOT / "profiles/tiny.yaml"))
+
+
+def watched(stage: str) -> list[str]:
+    stages: dict[str, Any] = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"]
+    keys: list[str] = stages[stage].get("do", stages[stage])["params"]
+    return keys
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_dvc_watches_what_decides_the_result(stage: str) -> None:
+    """Of a section all that is not free; where nothing is trained, of `compute` no more than is used."""
+    keys = watched(stage)
+    for section in SECTIONS:
+        deciding = {f"{section}.{key}" for key in PARAMS.sections(section)[section]}
+        found = {key for key in keys if key.split(".")[0] == section}
+        if section == "compute" and stage in ("teach", "evaluate", "distributions"):
+            assert "compute.device" in found and found < deciding
+        else:
+            assert found == (set() if stage == "distributions" else deciding)
+
+
+def test_dvc_watches_all_that_an_index_is_made_of() -> None:
+    served = {"location", "qdrant"}
+    wanted = {f"retrieval.{key}" for key in PARAMS.retrieval.model_dump() if key not in served}
+    assert {key for key in watched("index") if key.startswith("retrieval")} == wanted
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rollout": {"server": {"student": ["http://other:8101"]}, "batch_tokens": 1024}},
+        {"rollout": {"vllm": {"gpu_memory_utilization": 0.5}}},
+        {"retrieval": {"location": "http://other:6333", "qdrant": {"shards": 2}}},
+        {"compute": {"micro_batch_tokens": 512, "processes": 2}},
+        {"reinforce": {"checkpoint_every": 1}},
+    ],
+)
+def test_unfinished_work_goes_on_elsewhere(change: dict[str, Any]) -> None:
+    names = ("rollout", "retrieval", "compute", "reinforce", "seed")
+    settings = PARAMS.model_dump()
+    for section, values in change.items():
+        settings[section] |= {
+            key: {**settings[section][key], **value} if isinstance(value, dict) else value
+            for key, value in values.items()
+        }
+    changed = Params.model_validate(settings)
+    assert changed != PARAMS and changed.sections(*names) == PARAMS.sections(*names)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"rollout": {"precision": "bfloat16"}, "compute": {"precision": "bfloat16"}},
+        {"retrieval": {"top_k": 5}},
+        {"compute": {"lora": {"rank": 4}}},
+        {"seed": 1},
+    ],
+)
+def test_what_changes_results_begins_again(change: dict[str, Any]) -> None:
+    names = ("rollout", "retrieval", "compute", "reinforce", "seed")
+    settings = PARAMS.model_dump()
+    for key, value in change.items():
+        settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
+    assert Params.model_validate(settings).sections(*names) != PARAMS.sections(*names)
