@@ -23,7 +23,7 @@ from dgpo_core.rollout.vllm_engine import VllmEngine
 from dgpo_core.training import parallel
 from dgpo_core.training.adapters import add_adapters
 from dgpo_core.training.engine_sync import EngineSync, SharedLoop, SyncedLoop
-from dgpo_core.training.episode_sources import Rollout
+from dgpo_core.training.episode_sources import Rollout, require_answered
 from dgpo_core.training.models import load_model
 from tasks.paths import questions_file
 from tasks.stage import Run
@@ -110,7 +110,10 @@ def split_tasks(params: Params, split: str, seed: int, limit: int | None = None)
 
 
 class DevEvaluator:
-    """Greedy EM on the validation questions, half of them from each of two training sets."""
+    """Greedy EM on the validation questions, half of them from each of two training sets.
+
+    Raises InfrastructureError when all episodes failed: no figure may come of it.
+    """
 
     def __init__(self, params: Params, runner: EpisodeRunner, questions: int) -> None:
         self._runner = runner
@@ -118,7 +121,9 @@ class DevEvaluator:
         self._tasks = split_tasks(params, "dev", params.seed, each)
 
     def __call__(self) -> float:
-        return em_of(self._runner.run(self._tasks, GREEDY))
+        episodes = self._runner.run(self._tasks, GREEDY)
+        require_answered(episodes)
+        return em_of(episodes)
 
 
 def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, float]]], None]:

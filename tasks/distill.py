@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.errors import UserError
-from dgpo_core.protocol.episode import Episode, Outcome, read_episodes
+from dgpo_core.protocol.episode import Episode, read_episodes
 from dgpo_core.rollout.loop import EpisodeRunner
 from dgpo_core.training.adapters import merged
 from dgpo_core.training.checkpoint import Checkpoint
@@ -19,6 +19,7 @@ from dgpo_core.training.episode_sources import (
     MixedEpisodes,
     StudentEpisodes,
     TeacherEpisodes,
+    without_failed,
 )
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
 from dgpo_core.training.teacher_cache import TeacherCache
@@ -113,7 +114,7 @@ def episode_source(params: Params, recipe: Distillation, runner: EpisodeRunner) 
 def teacher_episodes(recipe: Distillation) -> list[Episode]:
     """Raises UserError when there is none."""
     path = CORRECT_EPISODES if recipe.correct_only else TEACHER_EPISODES
-    episodes = [e for e in read_episodes(path) if e.outcome is not Outcome.FAILED]
+    episodes = without_failed(read_episodes(path))
     require_episodes(len(episodes), f"episodes in {path}")
     return episodes
 

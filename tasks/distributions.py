@@ -3,10 +3,12 @@
 import json
 
 from dgpo_core.config.params import load_params
-from dgpo_core.protocol.episode import Outcome, read_episodes
+from dgpo_core.protocol.episode import read_episodes
+from dgpo_core.training.episode_sources import without_failed
 from dgpo_core.training.models import load_model, load_tokenizer
 from dgpo_core.training.teacher_cache import CERTIFICATE, keep_distributions
 from dgpo_core.training.vocabulary import check_same_vocabulary
+from tasks.files import remove
 from tasks.inputs import local, require_episodes
 from tasks.measured import write_metrics
 from tasks.paths import DISTRIBUTIONS, METRICS, TEACHER_EPISODES
@@ -25,20 +27,22 @@ def distributions() -> None:
             return
         tokenizer = load_tokenizer(params.models.teacher)
         check_same_vocabulary(load_tokenizer(params.models.student), tokenizer)
-        episodes = [e for e in read_episodes(TEACHER_EPISODES) if e.outcome is not Outcome.FAILED]
-        episodes = [episode for episode in episodes if episode.model_tokens]
+        episodes = without_failed(read_episodes(TEACHER_EPISODES))
         require_episodes(len(episodes), f"episodes in {TEACHER_EPISODES}")
+        kept = run.state / "distributions"  # a killed run keeps its finished files
         certificate = keep_distributions(
-            DISTRIBUTIONS,
+            kept,
             episodes,
             load_model(params.models.teacher, params.compute.device),
             load_model(params.models.student, params.compute.device),
             tokenizer,
-            params.distributions.top_k,
-            params.distributions.sample,
+            params.distributions,
             params.compute,
             run.progress,
         )
+        remove(DISTRIBUTIONS)
+        DISTRIBUTIONS.parent.mkdir(parents=True, exist_ok=True)
+        kept.rename(DISTRIBUTIONS)
         summary = {key: value for key, value in vars(certificate).items() if key != "tokenizer"}
         write_metrics(METRICS / "distributions.json", summary)
         run.summary(summary)

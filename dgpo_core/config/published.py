@@ -18,7 +18,8 @@ class Limits(Section):
 class PublishedConfig(Section):
     """The paper's data sets (docs/data.md).
 
-    Each place is a local path or `hf://datasets/<owner>/<name>[@<revision>]/<path>`; files may end in .gz.
+    Each place is a local path or `hf://datasets/<owner>/<name>[@<revision>]/<path>`; the corpus
+    and the files of MuSiQue and NQ may end in .gz.
     """
 
     questions: str = Field(

@@ -78,6 +78,7 @@ class DistributionsConfig(Section):
 
     top_k: PositiveInt | None = Field(64, description="likeliest tokens kept at each position; null: all")
     sample: PositiveInt = Field(64, description="episodes on which the certificate measures the KL's error")
+    chunk: PositiveInt = Field(4096, description="episodes between two checkpoints")
 
 
 class OnPolicyConfig(Section):
@@ -92,10 +93,16 @@ class OnPolicyConfig(Section):
 class TaidConfig(Section):
     """TAID's interpolation t between student and teacher (docs/method.md, "Divergences")."""
 
-    start: float = Field(0.4, ge=0, le=1)
-    end: float = Field(1.0, ge=0, le=1)
+    start: float = Field(0.4, gt=0, le=1)
+    end: float = Field(1.0, gt=0, le=1)
     step_size: PositiveFloat = Field(5e-4, description="of the adaptive part of t's growth")
     decay: float = Field(0.99, ge=0, lt=1, description="of the moving average of the loss's relative fall")
+
+    @model_validator(mode="after")
+    def _rising(self) -> Self:
+        if self.start > self.end:
+            raise ValueError("start: t rises from start to end, which must not be below it")
+        return self
 
 
 class DistillmConfig(Section):
@@ -131,6 +138,12 @@ class DistillConfig(Section):
     distillm: DistillmConfig = DistillmConfig()
     dev_questions: PositiveInt = Field(200, description="validation questions after each epoch")
     min_em: float = Field(0.0, ge=0, le=1, description="validation EM that RL may start from")
+
+    @model_validator(mode="after")
+    def _replayable(self) -> Self:
+        if self.distillm.replay < self.batch_size:
+            raise ValueError("distillm.replay: must be at least batch_size, which is drawn from it")
+        return self
 
 
 class ReinforceConfig(Section):

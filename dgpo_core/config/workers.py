@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from dgpo_core.config.base import Section
 
@@ -12,3 +12,6 @@ class WorkersConfig(Section):
 
     pool: Literal["cpu", "gpu"] = Field("gpu", description="pool whose workers run the stages with models")
     gpus: NonNegativeInt = Field(1, description="slots of Prefect's limit `gpu` that such a stage takes")
+    timeout_minutes: PositiveInt = Field(
+        2880, description="after which a flow takes such a stage for hung and ends it; its checkpoint stays"
+    )

@@ -172,15 +172,16 @@ class Planner:
         """One pass of the teacher over its episodes; the likeliest tokens of each of its own."""
         episodes, lengths = self.work.teach, self.work.lengths
         flops = episodes * self._reading(self.teacher)
-        kept = self.params.distributions.top_k or self.student.vocabulary
+        config = self.params.distributions
+        kept = config.top_k or self.student.vocabulary
         precision = self.params.compute.precision
         memory = loaded(self.teacher, "", precision) | loaded(self.student, "student ", precision)
         return Estimate(
             "distributions",
             min(1, self.machine.gpus),
             memory | self._pass(self.teacher),
-            PROCESS + 8.0 * kept * lengths.model * episodes,
-            2 * 0.7 * 8.0 * kept * lengths.model * episodes,
+            PROCESS + 2 * 8.0 * kept * lengths.model * min(config.chunk, episodes),  # a file in the making
+            2 * 8.0 * kept * lengths.model * episodes,
             episodes * lengths.total,
             flops,
             self._compute(flops, 1),

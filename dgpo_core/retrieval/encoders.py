@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 
 from dgpo_core.config.retrieval import EncoderConfig
-from dgpo_core.errors import UserError
+from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.hub import HTTP_ERROR, unreachable
 
 BUFFER = 64  # batches whose texts are sorted by length together
 
@@ -190,9 +191,10 @@ def dense_column(vectors: NDArray[np.floating]) -> pa.Array:
 def _naming(config: EncoderConfig) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, HTTP_ERROR) as error:
         first_line = str(error).strip().split("\n")[0]
-        raise UserError(f"retrieval.encoder.model: cannot load {config.model!r}: {first_line}") from error
+        text = f"retrieval.encoder.model: cannot load {config.model!r}: {first_line}"
+        raise (InfrastructureError(text) if unreachable(error) else UserError(text)) from error
 
 
 def make_encoder(

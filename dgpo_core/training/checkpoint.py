@@ -2,10 +2,12 @@
 
 import os
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
 
+from dgpo_core.errors import UserError
 from dgpo_core.training.parallel import leads
 
 
@@ -23,12 +25,24 @@ class Checkpoint:
         if not leads():
             return
         temporary = self.path.with_suffix(".part")
-        torch.save(state, temporary)
+        with temporary.open("wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())  # else a power failure could leave the new name with no content
         os.replace(temporary, self.path)
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state, or None when there is none."""
+        """The newest state, or None when there is none. Raises UserError for a file that is damaged."""
         if not self.path.is_file():
             return None
-        state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=False, mmap=True)
+        try:
+            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=False, mmap=True)
+        except (RuntimeError, EOFError, UnpicklingError) as error:
+            raise UserError(
+                f"{self.path}: not readable ({_first_line(error)}); delete it, and the stage begins again"
+            ) from error
         return state
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n")[0]

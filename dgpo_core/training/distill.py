@@ -93,7 +93,7 @@ class Distiller:
         return rows
 
     def _step(self, episodes: list[Episode], step: int) -> Metrics:
-        if not episodes:  # the retriever was down for a whole step
+        if not episodes:  # not one with a token of the student
             return {"episodes": 0.0}
         row = self._accumulate([self._sequence(episode) for episode in episodes])
         row["learning_rate"] = self.engine.learning_rate

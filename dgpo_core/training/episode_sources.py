@@ -1,11 +1,13 @@
 """Where a distillation's episodes come from: teacher, student, or both (docs/method.md, "Recipes")."""
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from dgpo_core.config.training import DistillConfig
+from dgpo_core.errors import InfrastructureError
 from dgpo_core.protocol.episode import Episode, Outcome
 from dgpo_core.training.adaptive import OffPolicy, ReplayBuffer, Source
 
@@ -90,10 +92,9 @@ class StudentEpisodes:
         self.held_out = []
 
     def batch(self, step: int) -> list[Episode]:
-        """May be empty: failed episodes teach nothing."""
-        return without_failed(
-            self._rollout(question_order(self._questions, self._batch_size, step, self._seed), step)
-        )
+        """May be empty: an episode without a token of the student teaches nothing."""
+        chosen = question_order(self._questions, self._batch_size, step, self._seed)
+        return usable(self._rollout(chosen, step))
 
     def looked(self, validation_loss: float) -> None:
         """Nothing depends on it here."""
@@ -111,9 +112,11 @@ class MixedEpisodes:
     def __init__(
         self, episodes: list[Episode], rollout: Rollout, questions: int, config: DistillConfig, seed: int
     ) -> None:
-        held_out = min(config.distillm.validation, len(episodes) // 10)
-        self.held_out = episodes[:held_out]
-        self._teacher = TeacherEpisodes(episodes[held_out:], config, seed)
+        drawn = list(episodes)  # they lie data set after data set
+        random.Random(f"held-out-{seed}").shuffle(drawn)
+        held_out = min(config.distillm.validation, math.ceil(len(drawn) / 10), len(drawn) - 1)
+        self.held_out = drawn[:held_out]
+        self._teacher = TeacherEpisodes(drawn[held_out:], config, seed)
         self._rollout, self._questions, self._seed = rollout, questions, seed
         self._batch_size = config.batch_size
         self.steps, self.per_look = self._teacher.steps, self._teacher.per_look
@@ -129,7 +132,7 @@ class MixedEpisodes:
             case Source.REPLAY:
                 return self._buffer.sample(self._batch_size, rng)
         chosen = question_order(self._questions, self._batch_size, step, self._seed)
-        fresh = without_failed(self._rollout(chosen, step))
+        fresh = usable(self._rollout(chosen, step))
         self._buffer.add(fresh)
         return fresh
 
@@ -142,6 +145,22 @@ class MixedEpisodes:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.off_policy.load_state_dict(state["off_policy"])
         self._buffer.load_state_dict(state["buffer"])
+
+
+def usable(episodes: list[Episode]) -> list[Episode]:
+    """Of a step's episodes those to learn from. Raises InfrastructureError when all have failed.
+
+    Something is down then: a step that learns nothing would let the training end as if nothing had happened,
+    and a step that is tried again from the checkpoint is the step that it would have been.
+    """
+    require_answered(episodes)
+    return without_failed(episodes)
+
+
+def require_answered(episodes: list[Episode]) -> None:
+    """Raises InfrastructureError when all episodes have failed."""
+    if episodes and all(episode.outcome is Outcome.FAILED for episode in episodes):
+        raise InfrastructureError(f"all {len(episodes)} episodes of a step failed: {episodes[0].failure}")
 
 
 def without_failed(episodes: list[Episode]) -> list[Episode]:

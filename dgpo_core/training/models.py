@@ -17,7 +17,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dgpo_core.config.data import ModelShape
-from dgpo_core.errors import UserError
+from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.hub import HTTP_ERROR, unreachable
 
 MAX_POSITIONS = 4096
 
@@ -47,23 +48,26 @@ def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> PreTra
 
 
 def load_tokenizer(source: str) -> Any:
-    """Tokenizer of a model folder or hub name. Raises UserError where there is none."""
+    """Tokenizer of a model folder or hub name. Raises UserError where there is none, InfrastructureError."""
     _check_source(source)
     if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
         raise UserError(f"{source}: this model folder has no tokenizer (tokenizer.json is missing)")
     try:
         return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError) as error:
-        raise UserError(f"{source}: cannot load a tokenizer: {_first_line(error)}") from error
+    except (OSError, ValueError, KeyError, HTTP_ERROR) as error:
+        raise _failed(source, "tokenizer", error) from error
 
 
 def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Causal language model of a folder or hub name, in evaluation mode. Raises UserError."""
+    """Causal language model of a folder or hub name, in evaluation mode.
+
+    Raises UserError for what is no model, InfrastructureError when the hub cannot be reached.
+    """
     _check_source(source)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(f"{source}: cannot load a model: {_first_line(error)}") from error
+    except (OSError, ValueError, SafetensorError, HTTP_ERROR) as error:
+        raise _failed(source, "model", error) from error
     model.to(device)  # type: ignore[arg-type]
     model.eval()
     return model
@@ -94,6 +98,11 @@ def _check_source(source: str) -> None:
     )
     if means_folder and not path.is_dir():
         raise UserError(f"{source}: there is no such model folder")
+
+
+def _failed(source: str, what: str, error: Exception) -> Exception:
+    text = f"{source}: cannot load a {what}: {_first_line(error)}"
+    return InfrastructureError(text) if unreachable(error) else UserError(text)
 
 
 def _first_line(error: Exception) -> str:

@@ -16,7 +16,7 @@ from dgpo_core.training import optimizer as optim
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.critic import Critic
 from dgpo_core.training.engines import FrozenModel, Optimization, training_engine
-from dgpo_core.training.episode_sources import Rollout, question_order, without_failed
+from dgpo_core.training.episode_sources import Rollout, question_order, usable
 from dgpo_core.training.experience import Experience, ExperienceMaker, training_metrics
 from dgpo_core.training.token_model import TokenModel
 from dgpo_core.training.update import Updater
@@ -93,15 +93,15 @@ class Reinforcer:
         return [question for question in chosen for _ in range(group)]
 
     def _step(self, episodes: list[Episode], maker: ExperienceMaker, updater: Updater, step: int) -> Metrics:
-        usable = without_failed(episodes)
-        row: Metrics = {"gate_excluded": 1 - len(usable) / len(episodes)}
-        if not usable:  # nothing to learn from: the retriever was down for a whole step
+        learned = usable(episodes)
+        row: Metrics = {"gate_excluded": 1 - len(learned) / len(episodes)}
+        if not learned:  # not one token of the student, where prompts leave it no room
             return row
-        experience: Experience = maker.make(usable)
+        experience: Experience = maker.make(learned)
         row["gate_open"] = sum(experience.gated) / len(episodes)
         row["gate_closed"] = 1 - row["gate_open"] - row["gate_excluded"]
-        row |= training_metrics(usable, experience)
-        order = list(range(len(usable)))
+        row |= training_metrics(learned, experience)
+        order = list(range(len(learned)))
         random.Random(f"mini-{self.seed}-{step}").shuffle(order)
         row |= updater.update(experience, order)
         return row

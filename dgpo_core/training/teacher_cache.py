@@ -6,6 +6,7 @@ costs in KL, measured against the full vocabulary, and which tokenizer and vocab
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,11 +14,10 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from transformers import PreTrainedModel
 
-from dgpo_core.config.training import ComputeConfig
+from dgpo_core.config.training import ComputeConfig, DistributionsConfig
 from dgpo_core.errors import UserError
 from dgpo_core.objectives.logprobs import TopK, cached_terms, distillation_terms, top_distributions
 from dgpo_core.protocol.episode import Episode
@@ -31,7 +31,7 @@ from dgpo_core.training.batches import (
 )
 from dgpo_core.training.compute import autocast
 
-DISTRIBUTIONS, CERTIFICATE = "distributions.parquet", "certificate.json"
+CERTIFICATE = "certificate.json"
 
 
 @dataclass(frozen=True)
@@ -65,49 +65,38 @@ def key_of(episode: Episode) -> str:
     return hashlib.sha256(np.asarray(episode.token_ids, dtype=np.int64).tobytes()).hexdigest()
 
 
-@torch.no_grad()
 def keep_distributions(
     folder: Path,
     episodes: Sequence[Episode],
     teacher: PreTrainedModel,
     student: PreTrainedModel,
     tokenizer: Any,
-    top_k: int | None,
-    sample: int,
+    config: DistributionsConfig,
     compute: ComputeConfig,
     progress: Callable[[int, int], None],
 ) -> Certificate:
-    """Write the distributions of all episodes and their certificate, measured on the first `sample`."""
+    """Write the distributions of all episodes, and their certificate, measured on the first `config.sample`.
+
+    Every `config.chunk` episodes have a file, which appears complete: interrupted, the next call with the
+    same folder goes on behind the last one. No more than one chunk is in memory.
+    """
     vocabulary = min(len(head_of(teacher)), len(head_of(student)))
-    sequences = [model_sequence(episode) for episode in episodes]
-    kept: dict[int, TopK] = {}
-    errors: list[torch.Tensor] = []
-    full: list[torch.Tensor] = []
-    for part in micro_batches([len(s.ids) for s in sequences], compute.micro_batch_tokens):
-        batch = collate([sequences[i] for i in part], teacher.device)
-        with autocast(compute):
-            hidden = counted_hidden(backbone_of(teacher), batch)
-            top = top_distributions(hidden, head_of(teacher), vocabulary, top_k)
-            if any(i < sample for i in part):
-                own = counted_hidden(backbone_of(student), batch)
-                exact = distillation_terms(own, head_of(student), hidden, head_of(teacher), batch.targets)[1]
-                near = cached_terms(own, head_of(student), top, batch.targets)[1]
-                full.append(exact.cpu())
-                errors.append((exact - near).cpu())
-        pieces = zip(part, batch.split(top.ids.cpu()), batch.split(top.logprobs.cpu()), strict=True)
-        kept |= {i: TopK(ids, logprobs, vocabulary) for i, ids, logprobs in pieces}
-        progress(len(kept), len(sequences))
+    k = min(config.top_k or vocabulary, vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / DISTRIBUTIONS, episodes, [kept[i] for i in range(len(episodes))])
-    rest = torch.cat([1 - top.logprobs.exp().sum(-1) for top in kept.values()]).clamp(min=0)
-    error, exact_kl = torch.cat(errors), torch.cat(full)
+    for start in range(0, len(episodes), config.chunk):
+        path, chunk = folder / f"{start:08d}.arrow", episodes[start : start + config.chunk]
+        if not path.exists():
+            _write(path, chunk, _likeliest(chunk, teacher, vocabulary, k, compute))
+        progress(start + len(chunk), len(episodes))
+    full, error = _measured(episodes[: config.sample], teacher, student, vocabulary, k, compute)
+    rest = _rest(folder, k)
     certificate = Certificate(
         tokenizer=fingerprint(tokenizer),
         vocabulary=vocabulary,
-        top_k=kept[0].ids.shape[1],
+        top_k=k,
         episodes=len(episodes),
         sample_tokens=len(error),
-        kl_full_mean=_rounded(exact_kl.mean()),
+        kl_full_mean=_rounded(full.mean()),
         kl_error_mean=_rounded(error.mean()),
         kl_error_max=_rounded(error.max()),
         rest_mean=_rounded(rest.mean()),
@@ -117,6 +106,61 @@ def keep_distributions(
     return certificate
 
 
+@torch.no_grad()
+def _likeliest(
+    episodes: Sequence[Episode],
+    teacher: PreTrainedModel,
+    vocabulary: int,
+    k: int,
+    compute: ComputeConfig,
+) -> list[TopK]:
+    """Of each episode, in order: the likeliest tokens at its model tokens."""
+    sequences = [model_sequence(episode) for episode in episodes]
+    kept: dict[int, TopK] = {}
+    for part in micro_batches([len(s.ids) for s in sequences], compute.micro_batch_tokens):
+        batch = collate([sequences[i] for i in part], teacher.device)
+        with autocast(compute):
+            hidden = counted_hidden(backbone_of(teacher), batch)
+            top = top_distributions(hidden, head_of(teacher), vocabulary, k)
+        pieces = zip(part, batch.split(top.ids.cpu().int()), batch.split(top.logprobs.cpu()), strict=True)
+        kept |= {i: TopK(ids, logprobs, vocabulary) for i, ids, logprobs in pieces}
+    return [kept[i] for i in range(len(episodes))]
+
+
+@torch.no_grad()
+def _measured(
+    episodes: Sequence[Episode],
+    teacher: PreTrainedModel,
+    student: PreTrainedModel,
+    vocabulary: int,
+    k: int,
+    compute: ComputeConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """At each model token KL[teacher || student], and by how much it is more than from the kept tokens."""
+    sequences = [model_sequence(episode) for episode in episodes]
+    full, errors = [], []
+    for part in micro_batches([len(s.ids) for s in sequences], compute.micro_batch_tokens):
+        batch = collate([sequences[i] for i in part], teacher.device)
+        with autocast(compute):
+            hidden = counted_hidden(backbone_of(teacher), batch)
+            top = top_distributions(hidden, head_of(teacher), vocabulary, k)
+            own = counted_hidden(backbone_of(student), batch)
+            exact = distillation_terms(own, head_of(student), hidden, head_of(teacher), batch.targets)[1]
+            near = cached_terms(own, head_of(student), top, batch.targets)[1]
+        full.append(exact.cpu())
+        errors.append((exact - near).cpu())
+    return torch.cat(full), torch.cat(errors)
+
+
+def _rest(folder: Path, k: int) -> torch.Tensor:
+    """The teacher's mass outside of the kept tokens, at each model token of all files."""
+    rests = []
+    for path in _files(folder):
+        flat = _read(path)["logprobs"].combine_chunks().flatten().to_numpy()
+        rests.append(1 - np.exp(flat.reshape(-1, k)).sum(-1))
+    return torch.from_numpy(np.concatenate(rests)).clamp(min=0)
+
+
 class TeacherCache:
     """Kept distributions by episode."""
 
@@ -124,7 +168,7 @@ class TeacherCache:
         """Raises UserError when there are none, or when they belong to another tokenizer."""
         try:
             self.certificate = Certificate(**json.loads((folder / CERTIFICATE).read_text()))
-            table = pq.read_table(folder / DISTRIBUTIONS)
+            table = pa.concat_tables(_read(path) for path in _files(folder))
         except FileNotFoundError as error:
             raise UserError(f"{error.filename}: no such file; run the stage distributions first") from None
         except (ValueError, TypeError, pa.ArrowException) as error:
@@ -147,15 +191,29 @@ class TeacherCache:
         return TopK(ids.long(), logprobs, self.certificate.vocabulary)
 
 
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("*.arrow"))
+
+
+def _read(path: Path) -> pa.Table:
+    """Mapped into memory: processes that train side by side share it, and what is not used is not read."""
+    return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+
+
 def _write(path: Path, episodes: Sequence[Episode], kept: list[TopK]) -> None:
     table = pa.table(
         {
             "key": [key_of(episode) for episode in episodes],
-            "ids": pa.array([top.ids.flatten().numpy() for top in kept], pa.list_(pa.int32())),
-            "logprobs": pa.array([top.logprobs.flatten().numpy() for top in kept], pa.list_(pa.float32())),
+            "ids": pa.array([top.ids.flatten().numpy() for top in kept], pa.large_list(pa.int32())),
+            "logprobs": pa.array(
+                [top.logprobs.flatten().numpy() for top in kept], pa.large_list(pa.float32())
+            ),
         }
     )
-    pq.write_table(table, path, compression="zstd")
+    part = path.with_suffix(".part")
+    with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+        writer.write_table(table)
+    os.replace(part, path)
 
 
 def _rounded(value: torch.Tensor) -> float:

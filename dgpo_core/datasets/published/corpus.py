@@ -11,6 +11,7 @@ from dgpo_core.datasets.published.catalogue import PASSAGES
 from dgpo_core.datasets.published.places import Fetched
 from dgpo_core.datasets.published.questions import check_count
 from dgpo_core.datasets.records import read_corpus
+from dgpo_core.errors import UserError
 
 REPORT_EVERY = 20_000
 
@@ -32,6 +33,8 @@ def write_corpus(
             file.write(json.dumps(passage.to_json(), ensure_ascii=False) + "\n")
             if count % REPORT_EVERY == 0:
                 progress(count, limit or PASSAGES)
+    if not count:
+        raise UserError(f"{source.origin}: no passages in this file")
     if config.check_counts and count != limit:
         check_count("the corpus", count, PASSAGES, source.origin)
     progress(count, count)

@@ -4,7 +4,6 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from httpx import HTTPError
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import (
     EntryNotFoundError,
@@ -15,6 +14,7 @@ from huggingface_hub.errors import (
 )
 
 from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.hub import HTTP_ERROR
 
 SCHEME = "hf://"
 _HUB = re.compile(r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
@@ -73,14 +73,15 @@ def fetch(place: str, setting: str) -> Fetched:
         ) from error
     except EntryNotFoundError as error:
         raise UserError(f"{setting}: {place}: no such file there: {_first_line(error)}") from error
-    except (HTTPError, OSError) as error:
+    except (HTTP_ERROR, OSError, RuntimeError) as error:  # RuntimeError: the hub's storage Xet
         raise InfrastructureError(f"{setting}: {place}: the download failed: {_first_line(error)}") from error
     return Fetched(path, f"{SCHEME}datasets/{repository}@{_commit(path)}/{file}")
 
 
 def _commit(path: Path) -> str:
-    """The hub's cache keeps a file below snapshots/<commit>/."""
-    return path.parts[path.parts.index("snapshots") + 1]
+    """The hub's cache keeps a file below datasets--<owner>--<name>/snapshots/<commit>/."""
+    cached = max(place for place, part in enumerate(path.parts) if part.startswith("datasets--"))
+    return path.parts[cached + 2]
 
 
 def _first_line(error: Exception) -> str:

@@ -62,6 +62,10 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
             rl(x={"start": "y", "guidance": "none"}, y={"start": "x", "guidance": "none"}),
             "recipes: x.start: a cycle: x <- y <- x",
         ),
+        ({"distill": {"distillm": {"replay": 8}}}, "distill: distillm.replay: must be at least batch_size"),
+        ({"distill": {"taid": {"start": 0.9, "end": 0.2}}}, "distill.taid: start: t rises from start to end"),
+        ({"distill": {"taid": {"start": 0.0}}}, "distill.taid.start: Input should be greater than 0"),
+        ({"reinforce": {"beta": float("inf")}}, "reinforce.beta: Input should be a finite number"),
         (rl(teacher={"guidance": "none"}), "recipes: ['teacher'] are names of given models"),
         (rl(x={"guidance": "none", "algorithm": "a2c"}), "recipes.reinforce.x.algorithm: Input should be"),
         (

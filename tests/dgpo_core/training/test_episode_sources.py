@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 
 from dgpo_core.config.training import DistillConfig, DistillmConfig, OnPolicyConfig
+from dgpo_core.errors import InfrastructureError
 from dgpo_core.protocol.episode import Episode, Outcome
 from dgpo_core.training.episode_sources import (
     MixedEpisodes,
@@ -69,9 +70,11 @@ def test_students_episodes_are_fresh_and_failed_ones_are_left_out() -> None:
 
 def test_mixture_starts_with_the_teacher_and_moves_to_the_student() -> None:
     source = MixedEpisodes(TEACHER, rollout, 20, CONFIG, seed=0)
-    assert source.held_out == TEACHER[:4]  # a tenth, where that is less than distillm.validation
+    assert len(source.held_out) == 4  # a tenth, where that is less than distillm.validation
     assert source.steps == 27
-    assert all(e in TEACHER[4:] for step in range(9) for e in source.batch(step))
+    early = [e for step in range(9) for e in source.batch(step)]
+    assert {e.question_id for e in early + source.held_out} == {e.question_id for e in TEACHER}
+    assert not any(e in source.held_out for e in early)
     for loss in (1.0, 1.1, 1.2):  # the first is the untrained student's, then it rises twice
         source.looked(loss)
     assert source.off_policy.phi == 1
@@ -80,6 +83,31 @@ def test_mixture_starts_with_the_teacher_and_moves_to_the_student() -> None:
     assert {len(batch) for batch in late} <= {3, 4}
     seen = Counter(e.question_id for batch in late for e in batch)
     assert max(seen.values()) > 1, "nothing was replayed"
+
+
+def test_held_out_episodes_are_of_all_data_sets() -> None:
+    episodes = [replace(e, dataset="onehop" if i < 20 else "twohop") for i, e in enumerate(TEACHER)]
+    for seed in range(3):
+        held_out = MixedEpisodes(episodes * 3, rollout, 20, CONFIG, seed).held_out
+        assert {e.dataset for e in held_out} == {"onehop", "twohop"}
+    assert len(MixedEpisodes(TEACHER[:5], rollout, 20, CONFIG, 0).held_out) == 1
+    assert MixedEpisodes(TEACHER[:1], rollout, 20, CONFIG, 0).steps == 3
+
+
+def test_a_step_whose_episodes_all_failed_is_an_outage() -> None:
+    def down(chosen: list[int], step: int) -> list[Episode]:
+        return [
+            replace(random_episode(i), outcome=Outcome.FAILED, failure="no answer from the index")
+            for i in chosen
+        ]
+
+    student = StudentEpisodes(down, 20, CONFIG, seed=0)
+    mixed = MixedEpisodes(TEACHER, down, 20, CONFIG, seed=0)
+    for loss in (1.0, 1.1, 1.2):
+        mixed.looked(loss)
+    for source in (student, mixed):
+        with pytest.raises(InfrastructureError, match=r"all . episodes of a step failed: no answer"):
+            source.batch(0)
 
 
 @pytest.mark.parametrize("killed_at", [3, 15, 22])

@@ -11,8 +11,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
+from dgpo_core.errors import InfrastructureError
 from dgpo_core.protocol.episode import Episode, Outcome
 from dgpo_core.training.checkpoint import Checkpoint
+from dgpo_core.training.episode_sources import Rollout
 from dgpo_core.training.reinforce import Metrics, Reinforcer
 from tests.dgpo_core.making import random_episode, tiny_model
 
@@ -104,6 +106,35 @@ def test_step_without_usable_episodes_changes_nothing(
     assert rows == [{"step": 1, "gate_excluded": 1.0, "dev_em": 0.0}]
     start = tiny_model(tokenizer, 1).state_dict()
     assert all(torch.equal(student.state_dict()[n], v) for n, v in start.items())
+
+
+def test_an_outage_stops_training_which_then_goes_on_exactly(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A step that learns nothing would end as if nothing had happened, and with another model."""
+    config = CONFIG.model_copy(update={"steps": 4, "checkpoint_every": 1})
+    recipe = Reinforcement(start="student", guidance="none")
+
+    def rollout(chosen: list[int], step: int) -> list[Episode]:
+        return [random_episode(100 * step + i) for i in range(len(chosen))]
+
+    def broken(chosen: list[int], step: int) -> list[Episode]:
+        made = rollout(chosen, step)
+        if step == 2:
+            made = [replace(e, outcome=Outcome.FAILED, failure="the index is gone") for e in made]
+        return made
+
+    def train(folder: str, source: Rollout) -> dict[str, torch.Tensor]:
+        student = tiny_model(tokenizer, 1)
+        trainer = Reinforcer(student, None, recipe, config, COMPUTE, 3)
+        trainer.train(20, source, Checkpoint(tmp_path / folder), lambda: 0.0, lambda *_: None)
+        return student.state_dict()
+
+    whole = train("whole", rollout)
+    with pytest.raises(InfrastructureError, match="episodes of a step failed: the index is gone"):
+        train("broken", broken)
+    again = train("broken", rollout)
+    assert all(torch.equal(again[name], value) for name, value in whole.items())
 
 
 def test_grpo_asks_each_question_as_often_as_its_group_is_large(tokenizer: PreTrainedTokenizerFast) -> None:

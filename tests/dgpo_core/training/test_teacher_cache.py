@@ -8,14 +8,13 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.config.recipes import Distillation
-from dgpo_core.config.training import ComputeConfig, DistillConfig
+from dgpo_core.config.training import ComputeConfig, DistillConfig, DistributionsConfig
 from dgpo_core.errors import UserError
 from dgpo_core.training.batches import model_sequence
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
 from dgpo_core.training.teacher_cache import (
     CERTIFICATE,
-    DISTRIBUTIONS,
     Certificate,
     TeacherCache,
     keep_distributions,
@@ -40,11 +39,12 @@ def keep(
     models: tuple[PreTrainedModel, PreTrainedModel],
     tokenizer: PreTrainedTokenizerFast,
     top_k: int | None,
+    sample: int = 100,
+    compute: ComputeConfig = COMPUTE,
 ) -> Certificate:
     student, teacher = models
-    return keep_distributions(
-        folder, EPISODES, teacher, student, tokenizer, top_k, 100, COMPUTE, lambda *_: None
-    )
+    config = DistributionsConfig(top_k=top_k, sample=sample)
+    return keep_distributions(folder, EPISODES, teacher, student, tokenizer, config, compute, lambda *_: None)
 
 
 def distiller(
@@ -86,9 +86,9 @@ def test_few_tokens_are_off_by_what_the_certificate_says(
     live = result(distiller(models, None))[0]
     errors = []
     for k in (4, 64, 256):
-        certificate = keep(tmp_path, models, tokenizer, k)
+        certificate = keep(tmp_path / str(k), models, tokenizer, k)
         assert certificate.top_k == k and certificate.sample_tokens == sum(e.model_tokens for e in EPISODES)
-        cached = result(distiller(models, TeacherCache(tmp_path, tokenizer)))[0]
+        cached = result(distiller(models, TeacherCache(tmp_path / str(k), tokenizer)))[0]
         assert live - cached == pytest.approx(certificate.kl_error_mean, rel=1e-2, abs=1e-6)
         assert certificate.kl_full_mean == pytest.approx(live, rel=1e-4)
         assert 0 < certificate.kl_error_mean <= certificate.kl_error_max
@@ -111,6 +111,51 @@ def test_kept_are_the_likeliest(
         torch.testing.assert_close(top.logprobs[row], values, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("tokens", [1, 60, 10_000])
+def test_the_certificate_is_measured_on_the_sample_however_batches_are_cut(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    tokens: int,
+) -> None:
+    compute = COMPUTE.model_copy(update={"micro_batch_tokens": tokens})
+    certificate = keep(tmp_path, models, tokenizer, 5, sample=2, compute=compute)
+    assert certificate.sample_tokens == sum(episode.model_tokens for episode in EPISODES[:2])
+    assert certificate.episodes == len(EPISODES)
+
+
+def test_an_interrupted_run_goes_on_behind_its_last_file(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+) -> None:
+    """And the files of several chunks are what one file is."""
+    whole = keep(tmp_path / "whole", models, tokenizer, 5)
+    done: list[int] = []
+
+    def kill(so_far: int, _: int) -> None:
+        done.append(so_far)
+        if so_far == 6:
+            raise KeyboardInterrupt
+
+    student, teacher = models
+    config = DistributionsConfig(top_k=5, sample=100, chunk=3)
+    arguments = (EPISODES, teacher, student, tokenizer, config, COMPUTE)
+    with pytest.raises(KeyboardInterrupt):
+        keep_distributions(tmp_path / "cut", *arguments, kill)
+    first = (tmp_path / "cut/00000000.arrow").stat().st_mtime_ns
+    (tmp_path / "cut/00000006.part").write_text("half")
+    certificate = keep_distributions(tmp_path / "cut", *arguments, lambda *_: None)
+    assert (tmp_path / "cut/00000000.arrow").stat().st_mtime_ns == first
+    figures, expected = ({**vars(made), "tokenizer": 0} for made in (certificate, whole))
+    assert figures == pytest.approx(expected, rel=1e-4)
+    cut, one = (TeacherCache(tmp_path / name, tokenizer) for name in ("cut", "whole"))
+    for episode in EPISODES:
+        here, there = cut.get(episode), one.get(episode)
+        assert here is not None and there is not None and torch.equal(here.ids, there.ids)
+        torch.testing.assert_close(here.logprobs, there.logprobs, rtol=1e-4, atol=1e-5)
+
+
 def test_what_does_not_belong_together_is_refused(
     models: tuple[PreTrainedModel, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
@@ -130,6 +175,6 @@ def test_what_does_not_belong_together_is_refused(
     with pytest.raises(UserError, match="no kept distributions"):
         TeacherCache(tmp_path, tokenizer)
     keep(tmp_path, models, tokenizer, 4)
-    (tmp_path / DISTRIBUTIONS).write_text("broken")
+    (tmp_path / "00000000.arrow").write_text("broken")
     with pytest.raises(UserError, match="no kept distributions"):
         TeacherCache(tmp_path, tokenizer)

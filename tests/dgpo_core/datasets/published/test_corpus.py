@@ -35,6 +35,13 @@ def test_both_forms_give_the_same_file(tmp_path: Path, packed: bool) -> None:
     assert next(read_corpus(target)).title == "Marrowick"
 
 
+def test_an_empty_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").touch()
+    with pytest.raises(UserError, match=r"empty\.jsonl: no passages"):
+        write_corpus(CONFIG, fetched(tmp_path / "empty.jsonl"), tmp_path / "out.jsonl", lambda *_: None)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
 def test_limit_and_count(tmp_path: Path) -> None:
     target = tmp_path / "corpus.jsonl"
     limited = sample_config(limits={"passages": 5}, check_counts=True)

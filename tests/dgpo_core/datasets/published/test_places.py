@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo_core.datasets.published.places import Fetched, fetch
+from dgpo_core.datasets.published.places import Fetched, _commit, fetch
 from dgpo_core.errors import UserError
 from tests.samples import SAMPLES
 
@@ -34,6 +34,7 @@ class Hub(BaseHTTPRequestHandler):
     """The repository samples/wiki with wiki-18.jsonl at COMMIT, which is also main."""
 
     downloads = 0
+    cut = False  # half of the body, and an end to the connection
 
     def do_HEAD(self) -> None:
         self.answer(body=False)
@@ -61,7 +62,7 @@ class Hub(BaseHTTPRequestHandler):
         self.end_headers()
         if body:
             type(self).downloads += 1
-            self.wfile.write(content)
+            self.wfile.write(content[: len(content) // 2] if self.cut else content)
 
     def refuse(self, code: str) -> None:
         self.send_response(404)
@@ -76,7 +77,7 @@ class Hub(BaseHTTPRequestHandler):
 
 @pytest.fixture
 def hub() -> Iterator[str]:
-    Hub.downloads = 0
+    Hub.downloads, Hub.cut = 0, False
     with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}"
@@ -120,6 +121,23 @@ def test_hub(hub: str, tmp_path: Path) -> None:
     assert offline[0]["origin"] == pinned
     assert offline[1]["error"] == "InfrastructureError"
     assert "cannot reach the hub" in offline[1]["message"]
+
+
+@pytest.mark.thorough
+def test_a_broken_download_is_nobodys_fault_and_can_be_tried_again(hub: str, tmp_path: Path) -> None:
+    place = "hf://datasets/samples/wiki/wiki-18.jsonl"
+    Hub.cut = True
+    (broken,) = fetched(tmp_path, hub, place)
+    assert broken["error"] == "InfrastructureError" and "the download failed" in broken["message"]
+    Hub.cut = False
+    (again,) = fetched(tmp_path, hub, place)
+    assert again["text"] == (SAMPLES / "wiki-18.jsonl").read_text()
+
+
+def test_the_commit_is_read_below_the_hubs_own_folder() -> None:
+    """The cache may lie anywhere."""
+    cached = f"/mnt/snapshots/datasets--x/hub/datasets--a--b/snapshots/{COMMIT}/nq/test.jsonl"
+    assert _commit(Path(cached)) == COMMIT
 
 
 def test_local_files(tmp_path: Path) -> None:

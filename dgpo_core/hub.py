@@ -1,0 +1,20 @@
+"""Failures on the way to the Hugging Face hub, told apart from what is not there or not allowed."""
+
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+# of the HTTP library that this version of huggingface_hub uses
+HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+def unreachable(error: BaseException) -> bool:
+    """Whether `error`, or what it came of, is a connection that failed or a fault of the hub's own."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, LocalEntryNotFoundError | ConnectionError):
+            return True
+        if isinstance(cause, HfHubHTTPError):  # the hub has answered
+            return cause.response is not None and cause.response.status_code >= 500
+        if isinstance(cause, HTTP_ERROR):
+            return True
+        cause = cause.__cause__ or cause.__context__
+    return False
