@@ -57,7 +57,7 @@ class Rolled:
     """A step's episodes with what both algorithms need of them.
 
     `old` are the log-probabilities of the model tokens under the policy that acted, `sampled` the engine's
-    where those are the trainer's; `correct` and `open_gate` are boolean [episodes]; `inside` the episodes
+    where those are the trainer's; `correct` is boolean, `open_gate` 0 or 1 [episodes]; `inside` the episodes
     whose gate is open, `outside` those of the others on which the KL is measured without being trained on.
     """
 

@@ -23,7 +23,7 @@ from typing import Any
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.datasets.world import relations as r
 from dgpo_core.datasets.world.articles import Article
-from dgpo_core.datasets.world.generate import Entity, Fact, World
+from dgpo_core.datasets.world.generate import Fact, World
 from dgpo_core.errors import UserError
 
 TRAIN_SHARE, DEV_SHARE = 0.38, 0.17  # of the facts; the others are tested
@@ -184,6 +184,3 @@ def _attempts(draft: Callable[[], Draft | None], limit: int) -> Iterator[Draft]:
 def ask_about(fact: Fact, subject: str, rng: random.Random) -> str:
     """The ordinary question for one fact."""
     return rng.choice(fact.relation.questions).format(s=subject)
-
-
-__all__ = ["MIRRORS", "TEST_SETS", "TRAINED_SETS", "Draft", "Entity", "QuestionWriter", "write_questions"]

@@ -39,12 +39,13 @@ class ReadingDrill:
     """Endless examples from many generated worlds; `example(seed)` depends on nothing but its argument."""
 
     def __init__(self, config: WorldConfig, world_seeds: range, tokenizer: Any) -> None:
-        # The same sentences come back in many examples.
-        self._encode = lru_cache(maxsize=None)(
-            lambda text: tuple(tokenizer.encode(text, add_special_tokens=False))
-        )
+        self._tokenizer = tokenizer
+        self._encode = lru_cache(maxsize=None)(self._ids)  # cues and values come back in many examples
         self._worlds = [_passages_with_facts(config, seed) for seed in world_seeds]
         self._group = lru_cache(maxsize=1)(self._draw)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def batch(self, seed: int, step: int, size: int, passages: int) -> list[Example]:
         """The examples of one step, with `passages` passages each.
@@ -64,7 +65,7 @@ class ReadingDrill:
         articles, by_name = rng.choice(self._worlds)
         chosen = _choose_passages(articles, by_name, passages, rng)
         text = "".join(document(i, p.title, p.text) for i, (p, _) in enumerate(chosen, 1))
-        ids = list(self._encode(text))
+        ids = list(self._ids(text))
         weights = [TEXT_WEIGHT] * len(ids)
         facts = [fact for _, facts in chosen for fact in facts]
         rng.shuffle(facts)

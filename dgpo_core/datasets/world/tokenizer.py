@@ -7,7 +7,6 @@ left. No chain can begin inside a name, so a name always has the same tokens whe
 
 import re
 from collections.abc import Iterable
-from pathlib import Path
 
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
@@ -53,10 +52,6 @@ def build_tokenizer() -> Qwen2Tokenizer:
     tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in prompts.TAGS])
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
-
-
-def save_tokenizer(folder: Path) -> None:
-    build_tokenizer().save_pretrained(folder)
 
 
 def _chain(word: str, merges: dict[tuple[str, str], None]) -> None:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from dgpo_core.datasets.world.articles import Article
 from dgpo_core.datasets.world.generate import World
 from dgpo_core.datasets.world.questions import write_questions
-from dgpo_core.datasets.world.tokenizer import build_tokenizer, save_tokenizer
+from dgpo_core.datasets.world.tokenizer import build_tokenizer
 from dgpo_core.protocol.prompts import INVALID_ACTION, TAGS
 
 PRINTABLE = string.ascii_letters + string.digits + string.punctuation + " \n"
@@ -64,7 +64,7 @@ def test_tags_are_single_tokens_and_not_special(tokenizer: PreTrainedTokenizerFa
 
 
 def test_saved_tokenizer_is_the_same(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    save_tokenizer(tmp_path)
+    build_tokenizer().save_pretrained(tmp_path)
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert loaded.get_vocab() == tokenizer.get_vocab()
     assert loaded.chat_template == tokenizer.chat_template
