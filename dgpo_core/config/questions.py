@@ -13,13 +13,17 @@ TRAINING_SETS = ("nq", "hotpotqa")  # those that the paper trains on
 class QuestionSetsConfig(Section):
     train: list[str] = Field(["nq", "hotpotqa"], min_length=1)
     test: dict[str, str] = Field(
-        {name: name for name in PAPER_SETS}, description="set -> the paper's data set whose part it plays"
+        {name: name for name in PAPER_SETS},
+        min_length=1,
+        description="set -> the paper's data set whose part it plays",
     )
 
     @model_validator(mode="after")
     def _known(self) -> Self:
         if unknown := set(self.test.values()) - set(PAPER_SETS):
             raise ValueError(f"{sorted(unknown)} are none of the paper's data sets {list(PAPER_SETS)}")
+        if len(set(self.train)) < len(self.train):
+            raise ValueError("train: a set stands there twice")
         return self
 
     def playing(self, role: str) -> str | None:

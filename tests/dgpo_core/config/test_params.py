@@ -102,6 +102,8 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
             {"retrieval": {"encoder": {"kind": "bm25"}, "vectors": ["a.index"]}},
             "retrieval: vectors: a faiss index has dense vectors",
         ),
+        ({"questions": {"test": {}}}, "questions.test: Dictionary should have at least 1 item"),
+        ({"questions": {"train": ["nq", "nq"]}}, "questions: train: a set stands there twice"),
         ({"questions": {"test": {"a": "squad"}}}, "questions: ['squad'] are none of the paper's data sets"),
         (
             {
