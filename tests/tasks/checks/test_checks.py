@@ -66,6 +66,16 @@ def test_a_profile_that_does_not_fit_says_which_setting_helps(
     assert any("compute.micro_batch_tokens: " in f.advice for f in wrong)
 
 
+def test_an_encoder_of_unknown_shape_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "NVIDIA H200, 143771, 20, 580.1\\n" * 8)
+    found = {f.subject: f for f in machine(profile("paper-qwen-3b"))}
+    assert "plan" not in found
+    encoder = {"kind": "sentence-transformers", "model": "somebody/an-encoder"}
+    found = {f.subject: f for f in machine(with_retrieval(profile("paper-qwen-3b"), encoder=encoder))}
+    assert found["plan"].level == "warning" and "planned as if it were" in found["plan"].message
+    assert "disk" in found
+
+
 def test_a_left_over_engine_is_named_by_its_pid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = (
         "import subprocess, sys\n"
@@ -152,6 +162,29 @@ def test_data_sets_on_the_hub_and_here(endpoint: str, tmp_path: Path) -> None:
     assert not any(f.subject.startswith("data.") for f in hub(profile("tiny")))
 
 
+def with_retrieval(params: Params, **retrieval: object) -> Params:
+    content = params.model_dump(mode="json")
+    content["retrieval"] |= retrieval
+    return Params.model_validate(content)
+
+
+def test_encoders_and_published_indexes_on_the_hub(endpoint: str) -> None:
+    params, tiny = profile("paper-qwen-3b"), profile("tiny")
+    encoder = {"kind": "sentence-transformers", "model": "somebody/an-encoder"}
+    parts = [f"hf://datasets/PeterJinGo/wiki-18-e5-index/part_{name}" for name in ("aa", "ab")]
+    found = {f.subject: f for f in hub(with_retrieval(params, encoder=encoder, vectors=parts))}
+    assert "somebody/an-encoder is not here yet" in found["retrieval.encoder.model"].message
+    assert found["retrieval.vectors"].message == "2 of 2 files are not here yet"
+    unknown = {
+        f.subject: f
+        for f in hub(with_retrieval(tiny, encoder=encoder, vectors=["hf://datasets/un/unknown/x"]))
+    }
+    assert unknown["retrieval.vectors"].level == "error" and "404" in unknown["retrieval.vectors"].message
+    for without in ({"encoder": {"kind": "bm25"}}, {"location": "retriever+http://retriever:8000"}):
+        subjects = {f.subject for f in hub(with_retrieval(params, **without))}
+        assert "retrieval.encoder.model" not in subjects and "retrieval.vectors" not in subjects
+
+
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     found = {f.subject: f for f in hub(profile("paper-qwen-3b"))}
@@ -203,9 +236,7 @@ def with_servers(**rollout: object) -> Params:
 
 
 def with_location(location: str) -> Params:
-    params = profile("tiny")
-    retrieval = params.retrieval.model_copy(update={"location": location})
-    return params.model_copy(update={"retrieval": retrieval})
+    return with_retrieval(profile("tiny"), location=location)
 
 
 @pytest.fixture
