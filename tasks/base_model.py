@@ -14,8 +14,12 @@ def build(name: str) -> None:
     base = params.base_models
     if name not in base.models:
         raise UserError(f"{PARAMS}: base_models.models has no {name!r}, only {sorted(base.models)}")
-    config = {"base_models": base.model_dump(exclude={"models"}), "model": base.models[name].model_dump()}
-    config["protocol"] = params.protocol.model_dump()
+    config = {
+        "base_models": base.model_dump(exclude={"models"}),
+        "model": base.models[name].model_dump(),
+        "protocol": params.protocol.model_dump(),
+        "top_k": params.retrieval.top_k,
+    }
     out = MODELS / name
     with stage(f"base-model@{name}", config=config, inputs=[], outputs=[out]) as run:
         total, done = sum(phase.steps for phase in base.models[name].phases), dict[str, int]()

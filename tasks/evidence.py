@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ import yaml
 
 from dgpo_core.config.params import PARAMS, Params, load_params
 from dgpo_core.config.recipes import STUDENT
+from dgpo_core.config.retrieval import parse_location
 from dgpo_core.errors import UserError
 from dgpo_core.promotion.evidence import MADE, TABLES, Made
 from dgpo_core.protocol.episode import read_metadata
@@ -20,7 +22,7 @@ from tasks.dvc_lock import Lock, LockedStage, dvc_md5, read_lock
 from tasks.files import content_hash
 from tasks.inputs import model_source
 from tasks.lineage import CODE, build, earlier_origin, origin, trained_models
-from tasks.paths import EVALUATION, INDEX, MODELS
+from tasks.paths import EVALUATION, INDEX, MODELS, QUESTIONS
 from tasks.registry import AGAIN, DVC, Registry, Version, store
 from tasks.tracking import flatten
 
@@ -167,14 +169,33 @@ def _code() -> dict[str, str]:
 
 
 def _project(project: Path, params: Params, recipe: str, folder: Path) -> None:
-    """A working directory for the stage `evaluate`, in which the version is the model of its recipe."""
+    """A working directory for the stage `evaluate`, in which the version is the model of its recipe.
+
+    Folders that we name relative to ours are named absolutely there.
+    """
     content = params.model_dump(mode="json")
     content["recipes"] = {"distill": {recipe: {"start": STUDENT, "objective": "ce"}}}  # a row only names it
     content |= {"compare": [recipe], "promote": {}}
+    location = parse_location(params.retrieval.location)
+    if location.kind == "folder":  # filled already
+        content["retrieval"]["location"] = f"embedded:{Path(location.place).resolve()}"
     (project / PARAMS).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
-    (project / "data").symlink_to(INDEX.parent.resolve())
+    _lend_index(project / INDEX)
+    (project / QUESTIONS).symlink_to(QUESTIONS.resolve())
     (project / MODELS).mkdir()
     (project / MODELS / recipe).symlink_to(folder)
+
+
+def _lend_index(folder: Path) -> None:
+    """Our shards, and a manifest of them by which the encoder is found from any working directory."""
+    from dgpo_core.retrieval.shards import read_manifest, write_manifest  # imports torch
+
+    manifest = read_manifest(INDEX)
+    if (model := Path(str(manifest.encoder.get("model")))).is_dir():
+        manifest = replace(manifest, encoder=manifest.encoder | {"model": str(model.resolve())})
+    write_manifest(folder, manifest)
+    for shard in manifest.shards:
+        (folder / shard).symlink_to((INDEX / shard).resolve())
 
 
 def _environment() -> dict[str, str]:

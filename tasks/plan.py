@@ -2,6 +2,7 @@
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from rich.table import Table
 
 from dgpo_core.config.params import Params, load_params, resolve_profile
 from dgpo_core.errors import UserError
-from dgpo_core.planning.architectures import architecture_of
+from dgpo_core.planning.architectures import Architecture, architecture_of
 from dgpo_core.planning.episodes import assumed, first_measured
 from dgpo_core.planning.machine import GIB, Machine
 from dgpo_core.planning.plan import Plan, make_plan
@@ -21,17 +22,27 @@ from tasks.dvc_lock import Lock, read_lock
 from tasks.paths import EVALUATION, INDEX, METRICS, TEACHER_EPISODES, questions_file
 from tasks.use import profile_path
 
+ENCODER = "retrieval.encoder.model"
+USUAL = "intfloat/e5-base-v2"
 EPISODES = ("models", "protocol", "questions")  # parameters that an episode's length and success hang on
 
 
 def plan_for(params: Params, machine: Machine) -> Plan:
     """With what earlier runs in this working tree have measured, else with the paper's figures."""
-    encoder = None
-    if params.retrieval.encoder.kind == "dense":
-        encoder = architecture_of(params.retrieval.encoder.model)
     student, teacher = architecture_of(params.models.student), architecture_of(params.models.teacher)
-    work = workload(params)
+    encoder, work = None, workload(params)
+    if params.retrieval.has_encoder:
+        encoder, note = _encoder(params.retrieval.encoder.model)
+        work = replace(work, sources=work.sources | note)
     return make_plan(Planner(params, student, teacher, encoder, work, machine))
+
+
+def _encoder(model: str) -> tuple[Architecture, dict[str, str]]:
+    """Its shape, or a usual one and a note of that: there are more encoders than shapes that are known."""
+    try:
+        return architecture_of(model), {}
+    except UserError as why:
+        return architecture_of(USUAL), {ENCODER: f"{why}; planned as if it were {USUAL}"}
 
 
 def workload(params: Params) -> Workload:

@@ -13,7 +13,6 @@ Aliases: `challenger` (the last evaluated model of `promote.recipe`), `champion`
 """
 
 import json
-import logging
 import re
 import shutil
 import tempfile
@@ -28,6 +27,7 @@ from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from tasks import lineage
 from tasks.dvc_lock import from_cache
 from tasks.files import content_hash
+from tasks.mlflow_model import save_mlflow_model
 from tasks.tracking import connect, start_run, tracking_uri
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ class Registry:
     def _log_weights(self, version: Version, folder: Path) -> None:
         with tempfile.TemporaryDirectory(prefix="dgpo-model-") as temporary:
             saved = Path(temporary) / "saved"
-            save_mlflow_model(folder, saved)
+            save_mlflow_model(folder, saved, NAME)
             self._client.log_artifacts(version.run_id, str(saved), MODEL)
         self.tag(version, weights="artifact")  # last: only what has arrived counts
 
@@ -317,34 +317,6 @@ def store() -> Iterator[Registry]:
         first = (str(error).strip() or type(error).__name__).splitlines()[0]
         failed = without_credentials(f"MLflow's store {tracking_uri()} failed: {first}")
         raise InfrastructureError(failed) from error
-
-
-def save_mlflow_model(folder: Path, saved: Path) -> None:
-    """An MLflow model of the transformers flavour; `saved/model` is the folder byte for byte."""
-    import mlflow.transformers
-    import torch
-    import transformers
-    from huggingface_hub import ModelCard
-
-    from dgpo_core.training.models import load_model, load_tokenizer
-
-    source = str(folder.resolve())
-    pipeline = transformers.pipeline(
-        "text-generation", model=load_model(source), tokenizer=load_tokenizer(source)
-    )
-    logging.getLogger("mlflow.transformers").setLevel(logging.ERROR)  # it misses a licence on the hub
-    mlflow.transformers.save_model(
-        pipeline,
-        saved,
-        # given, because they would be looked for on the hub, and by importing everything in a new process
-        model_card=ModelCard(f"---\nlibrary_name: transformers\n---\n\n# {NAME}\n"),
-        pip_requirements=[
-            f"torch=={torch.__version__.partition('+')[0]}",
-            f"transformers=={transformers.__version__}",
-        ],
-    )
-    shutil.rmtree(saved / "model")
-    shutil.copytree(folder, saved / "model")
 
 
 def _version(found: "ModelVersion") -> Version:

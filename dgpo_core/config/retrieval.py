@@ -116,6 +116,11 @@ class RetrievalConfig(Section):
         0.95, ge=0.0, le=1.0, description="share of the exact top_k that the index must find"
     )
 
+    @property
+    def has_encoder(self) -> bool:
+        """Whether a model encodes queries here; BM25 is none, and a retriever service has its own."""
+        return self.encoder.kind != "bm25" and parse_location(self.location).kind != "service"
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         location = parse_location(self.location)

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from dgpo_core.config.params import Params
 from dgpo_core.config.recipes import STUDENT, TEACHER, Distillation, Reinforcement
 from dgpo_core.config.retrieval import RetrievalConfig, parse_location
+from dgpo_core.datasets.published.places import SCHEME
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture
 from dgpo_core.planning.generation import Generation, Generator, Parts, added, shared
@@ -26,8 +27,9 @@ def in_process(retrieval: RetrievalConfig) -> bool:
 @dataclass(frozen=True)
 class Estimate:
     """One stage. `memory`: bytes on each GPU at the peak, part by part; `host`: bytes of all its
-    processes; `disk`: bytes of its outputs, with DVC's copy, and of its checkpoints; `tokens`: through a
-    model, reading and writing; `seconds`: None where the device's speed is unknown."""
+    processes; `disk`: bytes of its outputs, with DVC's copy, of its checkpoints, and of an index that it
+    downloads; `tokens`: through a model, reading and writing; `seconds`: None where the device's speed is
+    unknown."""
 
     stage: str
     gpus: int = 0
@@ -49,7 +51,7 @@ class Planner:
     params: Params
     student: Architecture
     teacher: Architecture
-    encoder: Architecture | None  # None: BM25
+    encoder: Architecture | None  # None: BM25, or a retriever service's
     work: Workload
     machine: Machine
 
@@ -70,8 +72,8 @@ class Planner:
 
     def server(self) -> Server | None:
         """The Qdrant server of the corpus, None where the location is none."""
-        retrieval, kind = self.params.retrieval, self.params.retrieval.encoder.kind
-        if parse_location(retrieval.location).kind != "server" or (self.encoder is None and kind != "bm25"):
+        retrieval = self.params.retrieval
+        if parse_location(retrieval.location).kind != "server":
             return None
         hidden = self.encoder.hidden if self.encoder else 0
         return qdrant_server(retrieval, self.work.passages, self.work.words, hidden)
@@ -100,28 +102,35 @@ class Planner:
 
     def _index(self) -> Estimate:
         """Vectors in float16, twice on disk (DVC's cache), and in memory where Qdrant runs in the process."""
-        passages, words = self.work.passages, self.work.words
+        retrieval, passages = self.params.retrieval, self.work.passages
+        if parse_location(retrieval.location).kind == "service":
+            return Estimate("index")  # nothing is made: the service has it
         text = PASSAGE_BYTES * passages
-        if self.encoder is None:
-            vectors = 8.0 * 0.7 * words * passages  # an index and a weight for each different word
-            tokens = flops = 0.0
-            seconds: float | None = 0.0
-        else:
+        if self.encoder:
             vectors = 2.0 * self.encoder.hidden * passages  # float16
-            each = min(words * TOKENS_A_WORD, self.params.retrieval.encoder.max_tokens)
-            tokens = each * passages
-            flops = passes.forward_flops(self.encoder, tokens, each**2 * passages)
-            seconds = self._compute(flops, max(1, self.machine.gpus))  # each encodes shards of its own
-        shard = min(self.params.retrieval.shard_size, passages)
+        else:
+            vectors = 8.0 * 0.7 * self.work.words * passages  # an index and a weight for each different word
+        gpus = self.machine.gpus if self.encoder and not retrieval.vectors else 0
+        shard = min(retrieval.shard_size, passages)
         # a shard's vectors in float32 and as they are stored; each GPU has a process with a shard of its own
-        processes = max(1, self.machine.gpus) if self.encoder else 1
-        host = processes * (PROCESS + (3 * vectors / passages + 2 * PASSAGE_BYTES) * shard)
-        if in_process(self.params.retrieval):
+        host = max(1, gpus) * (PROCESS + (3 * vectors / passages + 2 * PASSAGE_BYTES) * shard)
+        if in_process(retrieval):
             host += (2 if self.encoder else 1) * vectors + text  # dense ones in float32
-        disk = 2 * (vectors + 0.4 * text)
-        return Estimate(
-            "index", self.machine.gpus if self.encoder else 0, {}, host, disk, tokens, flops, seconds
-        )
+        # a published index has float32, and stays in the hub's cache
+        downloaded = 2 * vectors if any(place.startswith(SCHEME) for place in retrieval.vectors) else 0.0
+        disk = 2 * (vectors + 0.4 * text) + downloaded
+        return Estimate("index", gpus, {}, host, disk, *self._encoding())
+
+    def _encoding(self) -> tuple[float, float, float | None]:
+        """Tokens, FLOPs and seconds of the passages through the encoder, which each GPU does for shards of
+        its own; nothing where none is asked: BM25, or vectors that are there."""
+        retrieval = self.params.retrieval
+        if self.encoder is None or retrieval.vectors:
+            return 0.0, 0.0, 0.0
+        each = min(self.work.words * TOKENS_A_WORD, retrieval.encoder.max_tokens)
+        tokens = each * self.work.passages
+        flops = passes.forward_flops(self.encoder, tokens, each**2 * self.work.passages)
+        return tokens, flops, self._compute(flops, max(1, self.machine.gpus))
 
     # --- generation
 

@@ -42,18 +42,20 @@ def hub(params: Params) -> list[Finding]:
 def _models(params: Params) -> dict[str, str]:
     """Setting -> folder or name on the hub."""
     names = {"models.student": params.models.student, "models.teacher": params.models.teacher}
-    if params.retrieval.encoder.kind == "dense":
+    if params.retrieval.has_encoder:
         names["retrieval.encoder.model"] = params.retrieval.encoder.model
     return names
 
 
 def _files(params: Params) -> dict[str, list[str]]:
-    """Setting -> places of the published data sets' files; nothing for the embedded world."""
+    """Setting -> places of a published index, and of the published data sets unless the world is embedded."""
+    files = {"retrieval.vectors": params.retrieval.vectors} if params.retrieval.vectors else {}
     if params.data.source == "world":
-        return {}
+        return files
     config, sets = params.data.published, params.questions
-    files = {"questions": list(split_places(config, sets).values()), "corpus": [config.corpus]}
-    return {f"{SETTING}.{name}": places for name, places in (files | gold_places(config, sets)).items()}
+    named = {"questions": list(split_places(config, sets).values()), "corpus": [config.corpus]}
+    named |= gold_places(config, sets)
+    return files | {f"{SETTING}.{name}": places for name, places in named.items()}
 
 
 def _findings(models: dict[str, str], files: dict[str, list[str]], reachable: bool) -> list[Finding]:
@@ -89,7 +91,7 @@ def _data(setting: str, places: list[str], reachable: bool) -> Finding:
         absent += 1
     if absent:
         return warning(
-            setting, f"{absent} of {len(places)} files are not here yet", "the stage data downloads them"
+            setting, f"{absent} of {len(places)} files are not here yet", "its stage downloads them"
         )
     return ok(setting, f"{len(places)} files are here")
 

@@ -11,7 +11,7 @@ from dgpo_core.planning.machine import GIB, Device, Machine
 from dgpo_core.planning.plan import Plan
 from dgpo_core.rollout.gpu_memory import nvidia_smi
 from tasks.checks.finding import Finding, error, ok, warning
-from tasks.plan import plan_for
+from tasks.plan import ENCODER, plan_for
 
 BUSY = 0.05  # share of a GPU's memory in use from which it is worth telling
 MIB = 2**20
@@ -28,6 +28,9 @@ def machine(params: Params) -> list[Finding]:
             *findings,
             warning("plan", str(why), "without it memory and disk are not compared with the need"),
         ]
+    if assumed := plan.assumptions.get(ENCODER):
+        advice = "without its shape memory and disk of the index are a guess"
+        findings.append(warning("plan", f"{ENCODER}: {assumed}", advice))
     return findings + _fit(plan)
 
 

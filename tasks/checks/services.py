@@ -2,12 +2,16 @@
 
 import os
 import socket
-import urllib.request
-from urllib.parse import urlsplit
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
+import httpx
 import psutil
 
 from dgpo_core.config.params import Params
+from dgpo_core.config.retrieval import parse_location
+from dgpo_core.config.rollout import RolloutConfig
+from dgpo_core.errors import without_credentials
 from tasks import services as records
 from tasks.checks.finding import Finding, error, ok, warning
 
@@ -54,28 +58,67 @@ def _owner(number: int) -> str:
 
 
 def named(params: Params) -> list[Finding]:
-    """Servers that params.yaml or the environment name must answer."""
-    addresses = {"PREFECT_API_URL": ("/health", "make up"), "MLFLOW_TRACKING_URI": ("", "make up")}
+    """Servers of the environment, which every stage uses and must answer; and those of params.yaml, which may
+    be started later, before the stages that need them."""
     findings = []
-    for variable, (path, start) in addresses.items():
+    for variable in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         url = os.environ.get(variable) or ""
         if url.startswith("http"):
-            findings.append(
-                _answers(variable, url, url.rstrip("/") + path, f"start it (`{start}`), or unset {variable}")
-            )
-    location = params.retrieval.location
-    if location.startswith("http"):
-        advice = "start Qdrant there (docs/paper-scale.md), or set retrieval.location"
-        findings.append(_answers("retrieval.location", location, location.rstrip("/") + "/healthz", advice))
+            advice = f"start it (`make up`), or unset {variable}"
+            findings.append(_answer(variable, [url], "/health", error, advice))
+    return [*findings, *_retrieval(params.retrieval.location), *_rollout(params.rollout)]
+
+
+def _retrieval(location: str) -> list[Finding]:
+    kind, url = parse_location(location)
+    subject = "retrieval.location"
+    if kind == "server":
+        advice = "start Qdrant there before the stage index (docs/paper-scale.md, 4), or set " + subject
+        return [_answer(subject, [url], "/healthz", warning, advice)]
+    if kind == "service":
+        advice = f"start the service there (`dgpo retriever`, docs/operations.md), or set {subject}"
+        known = (200, 404)  # Search-R1's server has no /health
+        return [_answer(subject, [url], "/health", warning, advice, known)]
+    return []
+
+
+def _rollout(rollout: RolloutConfig) -> list[Finding]:
+    """vLLM's servers: a finding for all copies of the student, and one for the teacher's."""
+    if rollout.engine != "vllm-server":
+        return []
+    findings = []
+    for model, urls in (("student", rollout.server.student), ("teacher", rollout.server.teacher)):
+        subject = f"rollout.server.{model}"
+        advice = "start vLLM there before the stages that generate (docs/paper-scale.md, 6)"
+        if urls:
+            findings.append(_answer(subject, urls, "/health", warning, f"{advice}, or set rollout.engine"))
+        else:
+            findings.append(error(subject, "names no server", f"name its URLs, and {advice}"))
     return findings
 
 
-def _answers(subject: str, url: str, health: str, advice: str) -> Finding:
-    shown = urlsplit(url)._replace(query="").geturl()
-    shown = shown.replace(f"{urlsplit(url).netloc.rpartition('@')[0]}@", "")  # no password in a report
+def _answer(
+    subject: str,
+    urls: list[str],
+    path: str,
+    otherwise: Callable[[str, str, str], Finding],
+    advice: str,
+    known: tuple[int, ...] = (200,),
+) -> Finding:
+    """Ok when each of `urls` answers GET `path` with a status that is `known`; else `otherwise` is found."""
+    # neither a password nor a token in a report
+    shown = [without_credentials(url.partition("?")[0]).rstrip("/") for url in urls]
+    with ThreadPoolExecutor(len(shown)) as at_once:  # who does not answer is waited for together
+        troubles = list(at_once.map(lambda url: _trouble(url, path, known), shown))
+    wrong = [f"{url} {trouble}" for url, trouble in zip(shown, troubles, strict=True) if trouble]
+    if wrong:
+        return otherwise(subject, "; ".join(wrong), advice)
+    return ok(subject, f"{', '.join(shown)} {'answers' if len(shown) == 1 else 'answer'}")
+
+
+def _trouble(url: str, path: str, known: tuple[int, ...]) -> str | None:
     try:
-        with urllib.request.urlopen(health, timeout=TIMEOUT):
-            return ok(subject, f"{shown} answers")
-    except OSError as why:
-        reason = getattr(why, "reason", why)
-        return error(subject, f"{shown} does not answer ({reason})", advice)
+        status = httpx.get(url + path, timeout=TIMEOUT, follow_redirects=True).status_code
+    except (httpx.HTTPError, httpx.InvalidURL) as why:
+        return f"does not answer ({str(why) or type(why).__name__})"
+    return None if status in known else f"answers {status} to GET {path}"

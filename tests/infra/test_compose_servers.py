@@ -16,7 +16,9 @@ from typing import Any
 
 import pytest
 
+from dgpo_core.config.params import Params, resolve_profile
 from flows.process import end_group
+from tasks.checks.services import named
 from tests.conftest import ROOT
 from tests.infra.composition import load, secrets
 from tests.infra.test_services import free_port
@@ -192,6 +194,12 @@ class TestMlflow:
         assert status(search, admin) == 200
         assert status(search, admin, host=url.replace("http://127.0.0.1", "mlflow")) == 200
         assert status(search, admin, host="evil.example") == 403
+
+    def test_the_doctor_finds_it_healthy(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("PREFECT_API_URL", raising=False)
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        tiny = Params.model_validate(resolve_profile(ROOT / "profiles/tiny.yaml"))
+        assert [(f.subject, f.level) for f in named(tiny)] == [("MLFLOW_TRACKING_URI", "ok")]
 
     def test_no_secret_is_on_its_command_line_or_in_its_log(self, place: Place, url: str) -> None:
         command = " ".join(place.services["mlflow"]["command"] + place.services["prefect"]["command"])

@@ -7,9 +7,13 @@ import pytest
 import yaml
 
 from dgpo_core.config.params import Params, resolve_profile
+from dgpo_core.planning.machine import Machine, device_of
+from dgpo_core.planning.plan import Plan
+from dgpo_core.planning.stages import Estimate
+from dgpo_core.planning.workload import WIKI_18
 from dgpo_core.protocol.episode import write_episodes
 from tasks import paths
-from tasks.plan import workload
+from tasks.plan import ENCODER, plan_for, workload
 from tests.dgpo_core.making import random_episode
 from tests.tasks.miniature import ROOT
 from tests.tasks.test_cli import dgpo
@@ -46,6 +50,57 @@ def test_the_papers_profiles_on_eight_gpus(name: str, workplace: Path) -> None:
     assert "reinforce@dgpo" in text and "cost" in text
     crowded = dgpo(workplace, *arguments, "--processes", "8")
     assert crowded.returncode == 1 and "training needs 12 of GPUs, there are 8" in crowded.stdout
+
+
+def planned(**retrieval: object) -> Plan:
+    """The paper's experiment on eight GPUs, with other settings of `retrieval`."""
+    resolved = resolve_profile(ROOT / "profiles/paper-qwen-3b.yaml")
+    resolved["retrieval"] |= retrieval
+    return plan_for(Params.model_validate(resolved), Machine(8, device_of("h200")))
+
+
+def index_of(plan: Plan) -> Estimate:
+    return next(stage for stage in plan.stages if stage.stage == "index")
+
+
+def sentence_transformers(model: object) -> dict[str, str]:
+    return {"kind": "sentence-transformers", "model": str(model)}
+
+
+def test_any_encoder_of_known_shape_is_planned_as_one(workplace: Path, minilm: Path) -> None:
+    e5, small = planned(), planned(encoder=sentence_transformers(minilm))
+    assert index_of(small).gpus == 8 and 0 < index_of(small).flops < index_of(e5).flops
+    assert e5.server and small.server and 2e9 < small.server.memory < e5.server.memory
+    assert ENCODER not in small.assumptions
+    lexical = planned(encoder={"kind": "bm25"})
+    assert index_of(lexical).gpus == index_of(lexical).flops == 0
+
+
+def test_an_encoder_of_unknown_shape_is_planned_as_the_usual_one_and_said(workplace: Path) -> None:
+    unknown = planned(encoder=sentence_transformers("somebody/an-encoder"))
+    assert "somebody/an-encoder: neither a model folder" in unknown.assumptions[ENCODER]
+    assert unknown.assumptions[ENCODER].endswith("planned as if it were intfloat/e5-base-v2")
+    assert (index_of(unknown), unknown.server) == (index_of(planned()), planned().server)
+    (workplace / "profiles").symlink_to(ROOT / "profiles")
+    resolved = resolve_profile(ROOT / "profiles/paper-qwen-3b.yaml")
+    resolved["retrieval"]["encoder"] = sentence_transformers("somebody/an-encoder")
+    (workplace / "params.yaml").write_text(yaml.safe_dump(resolved))
+    assert f"{ENCODER}: somebody/an-encoder: " in dgpo(workplace, "plan", "--gpus", "8").stdout
+
+
+def test_a_published_index_is_downloaded_and_not_encoded(workplace: Path) -> None:
+    encoded, there = index_of(planned()), index_of(planned(vectors=["part_aa", "part_ab"]))
+    assert encoded.flops > 0 and (there.tokens, there.flops, there.seconds, there.gpus) == (0, 0, 0, 0)
+    assert there.disk == encoded.disk
+    parts = [f"hf://datasets/PeterJinGo/wiki-18-e5-index/part_{name}" for name in ("aa", "ab")]
+    assert index_of(planned(vectors=parts)).disk - encoded.disk == 4 * 768 * WIKI_18
+
+
+def test_a_retriever_service_leaves_nothing_to_make(workplace: Path) -> None:
+    served = planned(location="retriever+http://retriever:8000")
+    assert index_of(served) == Estimate("index") and served.server is None
+    unknown = sentence_transformers("somebody/an-encoder")
+    assert planned(location="retriever+http://retriever:8000", encoder=unknown) == served
 
 
 def test_a_small_gpu_does_not_fit(workplace: Path) -> None:

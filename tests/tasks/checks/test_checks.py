@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -12,11 +13,17 @@ import pytest
 from huggingface_hub import constants
 
 from dgpo_core.config.params import Params, resolve_profile
+from dgpo_core.config.retrieval import EncoderConfig
+from dgpo_core.datasets.records import Passage
+from dgpo_core.retrieval.index import index_passages
+from dgpo_core.retrieval.service import Retrieval, make_app
 from tasks.checks.environment import packages
+from tasks.checks.finding import ok
 from tasks.checks.hub import hub, in_cache
 from tasks.checks.machine import holders, machine
 from tasks.checks.repository import default_remote, repository
 from tasks.checks.services import named, port
+from tests.dgpo_core.retrieval.test_service import served
 from tests.tasks.miniature import ROOT
 
 
@@ -57,6 +64,16 @@ def test_a_profile_that_does_not_fit_says_which_setting_helps(
     wrong = [f for f in machine(profile("paper-qwen-3b")) if f.level == "error" and f.subject == "GPU memory"]
     assert any("reinforce@dgpo needs" in f.message for f in wrong)
     assert any("compute.micro_batch_tokens: " in f.advice for f in wrong)
+
+
+def test_an_encoder_of_unknown_shape_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nvidia_smi(tmp_path, monkeypatch, "NVIDIA H200, 143771, 20, 580.1\\n" * 8)
+    found = {f.subject: f for f in machine(profile("paper-qwen-3b"))}
+    assert "plan" not in found
+    encoder = {"kind": "sentence-transformers", "model": "somebody/an-encoder"}
+    found = {f.subject: f for f in machine(with_retrieval(profile("paper-qwen-3b"), encoder=encoder))}
+    assert found["plan"].level == "warning" and "planned as if it were" in found["plan"].message
+    assert "disk" in found
 
 
 def test_a_left_over_engine_is_named_by_its_pid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -145,6 +162,29 @@ def test_data_sets_on_the_hub_and_here(endpoint: str, tmp_path: Path) -> None:
     assert not any(f.subject.startswith("data.") for f in hub(profile("tiny")))
 
 
+def with_retrieval(params: Params, **retrieval: object) -> Params:
+    content = params.model_dump(mode="json")
+    content["retrieval"] |= retrieval
+    return Params.model_validate(content)
+
+
+def test_encoders_and_published_indexes_on_the_hub(endpoint: str) -> None:
+    params, tiny = profile("paper-qwen-3b"), profile("tiny")
+    encoder = {"kind": "sentence-transformers", "model": "somebody/an-encoder"}
+    parts = [f"hf://datasets/PeterJinGo/wiki-18-e5-index/part_{name}" for name in ("aa", "ab")]
+    found = {f.subject: f for f in hub(with_retrieval(params, encoder=encoder, vectors=parts))}
+    assert "somebody/an-encoder is not here yet" in found["retrieval.encoder.model"].message
+    assert found["retrieval.vectors"].message == "2 of 2 files are not here yet"
+    unknown = {
+        f.subject: f
+        for f in hub(with_retrieval(tiny, encoder=encoder, vectors=["hf://datasets/un/unknown/x"]))
+    }
+    assert unknown["retrieval.vectors"].level == "error" and "404" in unknown["retrieval.vectors"].message
+    for without in ({"encoder": {"kind": "bm25"}}, {"location": "retriever+http://retriever:8000"}):
+        subjects = {f.subject for f in hub(with_retrieval(params, **without))}
+        assert "retrieval.encoder.model" not in subjects and "retrieval.vectors" not in subjects
+
+
 def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     found = {f.subject: f for f in hub(profile("paper-qwen-3b"))}
@@ -165,14 +205,93 @@ def test_ports(monkeypatch: pytest.MonkeyPatch) -> None:
     assert port("Qdrant", "QDRANT_PORT", 6333).level == "ok"
 
 
-def test_named_servers_must_answer_and_passwords_are_not_shown(
-    endpoint: str, monkeypatch: pytest.MonkeyPatch
+@contextmanager
+def answering(statuses: dict[str, int]) -> Iterator[str]:
+    """A server that answers GET of each path with its status, and of every other one with 401."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(statuses.get(self.path, 401))
+            self.end_headers()
+
+        def log_message(self, *_: object) -> None:
+            """Silent."""
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+
+
+NOWHERE = "http://127.0.0.1:9"
+
+
+def with_servers(**rollout: object) -> Params:
+    params = profile("paper-qwen-3b").model_dump(mode="json")
+    params["rollout"]["server"] = rollout
+    params["retrieval"]["location"] = "embedded"
+    return Params.model_validate(params)
+
+
+def with_location(location: str) -> Params:
+    return with_retrieval(profile("tiny"), location=location)
+
+
+@pytest.fixture
+def no_variables(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_environments_servers_must_answer_and_passwords_are_not_shown(
+    no_variables: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:" + "secret@127.0.0.1:9")
-    monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    found = {f.subject: f for f in named(profile("tiny"))}
-    assert list(found) == ["MLFLOW_TRACKING_URI"] and found["MLFLOW_TRACKING_URI"].level == "error"
-    assert "secret" not in found["MLFLOW_TRACKING_URI"].message
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:" + "secret@127.0.0.1:9/?token=secret")
+    (found,) = named(profile("tiny"))
+    assert found.subject == "MLFLOW_TRACKING_URI" and found.level == "error"
+    assert "http://127.0.0.1:9 does not answer" in found.message and "secret" not in found.message
+    with answering({"/health": 200}) as url:  # everything else wants a password, as a team's MLflow does
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url.replace("//", "//me:" + "secret@"))
+        assert named(profile("tiny"))[0] == ok("MLFLOW_TRACKING_URI", f"{url} answers")
+
+
+def test_a_retriever_service_is_asked_for_its_health(no_variables: None) -> None:
+    loading = Retrieval(top_k=3)
+    with served(make_app(loading)) as url:
+        (early,) = named(with_location(f"retriever+{url}"))
+        assert early.level == "warning" and "answers 503 to GET /health" in early.message
+        loading.open(index_passages([Passage("1", "A", "text")], EncoderConfig(kind="bm25")), 1)
+        (ready,) = named(with_location(f"retriever+{url}/"))
+        assert ready == ok("retrieval.location", f"{url} answers")
+        loading.close()
+    with answering({"/health": 404}) as url:  # Search-R1's
+        assert named(with_location(f"retriever+{url}"))[0].level == "ok"
+    (absent,) = named(with_location(f"retriever+{NOWHERE}"))
+    assert absent.level == "warning" and "dgpo retriever" in absent.advice
+
+
+def test_a_qdrant_server_may_be_started_after_this_command(no_variables: None) -> None:
+    (absent,) = named(with_location(NOWHERE))
+    assert absent.level == "warning" and "paper-scale.md" in absent.advice
+    with answering({"/healthz": 200}) as url:
+        assert named(with_location(url))[0].level == "ok"
+    assert named(with_location("embedded")) == []
+
+
+def test_every_server_of_vllm_is_looked_at(no_variables: None) -> None:
+    with answering({"/health": 200}) as one, answering({"/health": 200}) as two:
+        student, teacher = named(with_servers(student=[one, two], teacher=[one, NOWHERE]))
+        assert student == ok("rollout.server.student", f"{one}, {two} answer")
+        assert teacher.subject == "rollout.server.teacher" and teacher.level == "warning"
+        assert NOWHERE in teacher.message and one not in teacher.message
+        assert "start vLLM there" in teacher.advice
+    none, _ = named(with_servers(teacher=[NOWHERE]))
+    assert none.level == "error" and none.message == "names no server"
+    unused = with_servers(student=[NOWHERE], teacher=[NOWHERE])
+    rollout = unused.rollout.model_copy(update={"engine": "transformers"})
+    assert named(unused.model_copy(update={"rollout": rollout})) == []
 
 
 def test_repository(dvc_repository: Path) -> None:
