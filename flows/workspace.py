@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -154,10 +154,23 @@ def one_at_a_time(root: Path, name: str) -> Iterator[None]:
     """
     path = root / RUNS / f"{name}.lock"
     path.parent.mkdir(exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    path.unlink(missing_ok=True)
+    while True:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(path, file):
+                continue  # who had it has removed it: a lock that nobody else will look for
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)  # while it is held
+            return
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether the open file is still the one of that name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False
 
 
 def share_cache(root: Path, tree: Path) -> None:
