@@ -190,6 +190,26 @@ def test_timeout_ends_the_stage(api: str, repository: Path) -> None:
     assert "not done after 0.05 minutes" in artifact()
 
 
+def test_a_stage_that_wants_more_gpus_than_there_are_says_what_to_do(api: str, repository: Path) -> None:
+    from prefect import get_client
+
+    from flows.execution import GPU_LIMIT
+
+    Path("dvc.yaml").write_text(
+        "stages:\n  big: {cmd: python stage.py big, outs: [big.txt], meta: {gpus: 2}}\n"
+    )
+    with get_client(sync_client=True) as client:
+        client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 1)
+        try:
+            assert run_flow() == {"big": ("Failed", 1), "flow": ("Failed", 1)}
+            assert "big: wants 2 slots of the limit `gpu`" in artifact()
+            assert "`make deploy GPUS=2`" in artifact() and not Path("log.txt").exists()
+            client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 2)
+            assert names(run_flow()) == {"big": "Completed", "flow": "Completed"}
+        finally:
+            client.delete_global_concurrency_limit_by_name(GPU_LIMIT)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_flow_leaves_no_stage(api: str, repository: Path, number: signal.Signals) -> None:
