@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,9 @@ import pytest
 
 from dgpo_core.errors import UserError
 from tests.conftest import ROOT
+from tests.flows.restarts import restarted
+
+GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
 
 # Each stage notes when it starts and ends: order and overlap are facts in a file, not guesses from durations.
 STAGE = """
@@ -244,6 +248,18 @@ def test_bad_arguments(api: str, repository: Path) -> None:
         [*command[:4], "--max-parallel", "0"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 2 and "--max-parallel" in result.stderr
+
+
+@pytest.mark.parametrize(("restarts", "outcome"), [(5, "Completed"), (6, "Failed")])
+def test_five_restarts_and_no_more(api: str, repository: Path, restarts: int, outcome: str) -> None:
+    from flows.pipeline import pipeline
+
+    shutil.copyfile(ROOT / "params.yaml", "params.yaml")
+    subprocess.run([*GIT, "add", "-A"], check=True)
+    subprocess.run([*GIT, "commit", "-qm", "project"], check=True)
+    state = restarted(pipeline, restarts, {"settings": {"dry_run": True}})
+    assert state.name == outcome
+    assert outcome == "Completed" or "was started 6 times" in str(state.message)
 
 
 @pytest.mark.thorough
