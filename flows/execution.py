@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import cast
 from uuid import UUID
 
+from prefect import get_client
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 from prefect.concurrency.sync import concurrency
+from prefect.exceptions import ObjectNotFound
 
 import tasks
 from flows.dag import Stage
@@ -50,7 +52,7 @@ def execute(stage: Stage, tree: Path, log: Callable[[str], None], *, force: bool
     command = [sys.executable, "-m", "tasks.pipeline", "--single-item"]
     command += [flag for flag, wanted in (("--force", force), ("--pull", pull)) if wanted]
     seconds = stage.timeout_minutes and stage.timeout_minutes * 60
-    with _slots(stage.gpus), _progress(stage.name) as show:
+    with _slots(stage), _progress(stage.name) as show:
 
         def on_line(line: str) -> None:
             log(line)
@@ -74,9 +76,20 @@ def environment() -> dict[str, str]:
     return {**os.environ, **ours, "PYTHONUNBUFFERED": "1"}
 
 
-def _slots(gpus: int) -> contextlib.AbstractContextManager[None]:
-    """Without such a limit on the server nothing is waited for."""
-    return concurrency(GPU_LIMIT, occupy=gpus) if gpus else contextlib.nullcontext()
+def _slots(stage: Stage) -> contextlib.AbstractContextManager[None]:
+    """Without such a limit on the server nothing is waited for. Raises StageFailed for more than it has."""
+    if not stage.gpus:
+        return contextlib.nullcontext()
+    with contextlib.suppress(ObjectNotFound), get_client(sync_client=True) as client:
+        limit = client.read_global_concurrency_limit_by_name(GPU_LIMIT)
+        if limit.active and limit.limit < stage.gpus:  # Prefect refuses: no waiting would help
+            raise StageFailed(
+                f"{stage.name}: wants {stage.gpus} slots of the limit `{GPU_LIMIT}`, which has "
+                f"{limit.limit}: run `make deploy GPUS={stage.gpus}` if there are so many GPUs, "
+                "or lower workers.gpus",
+                retryable=False,
+            )
+    return concurrency(GPU_LIMIT, occupy=stage.gpus)
 
 
 @contextlib.contextmanager

@@ -75,16 +75,31 @@ def pipeline(settings: PipelineSettings = DEFAULTS) -> None:
     settings and PipelineFailed when a stage failed.
     """
     root = enter_project()
-    if flow_run.run_count > MAX_RESTARTS:
-        raise UserError(
-            f"this run was started {flow_run.run_count - 1} times and ended each time: see its log"
-        )
+    refuse_endless_restarts()
     if len(settings.seeds) > 1:
         _each_seed(settings)
         return
     name = claim_name(root, str(flow_run.name), str(flow_run.id))
     with one_at_a_time(root, name):
         _in_workspace(root, name, settings)
+
+
+def refuse_endless_restarts() -> None:
+    """Raises UserError in a run that automations have started again MAX_RESTARTS times, all in vain."""
+    before = flow_run.run_count - 1
+    if before > MAX_RESTARTS:
+        raise UserError(
+            f"this run was started {before} times and ended each time: see its log; a new run finds what "
+            "this one has finished in DVC's cache"
+        )
+
+
+def warn_of_changes(root: Path, revision: str = "HEAD") -> None:
+    """Runs work on commits: say so where the checkout has something else."""
+    if is_dirty(root):
+        get_run_logger().warning(
+            "%s has uncommitted changes, which this run does not see: it runs %s", root, revision
+        )
 
 
 def _in_workspace(root: Path, name: str, settings: PipelineSettings) -> None:
@@ -118,10 +133,7 @@ def _each_seed(settings: PipelineSettings) -> None:
 
 def _open(root: Path, name: str, settings: PipelineSettings) -> Workspace:
     """The run's worktree with the parameters that the settings ask for."""
-    if is_dirty(root):
-        get_run_logger().warning(
-            "%s has uncommitted changes, which this run does not see: it runs %s", root, settings.revision
-        )
+    warn_of_changes(root, settings.revision)
     workspace = open_workspace(root, name, settings.revision)
     path = workspace.tree / PARAMS
     try:

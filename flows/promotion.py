@@ -14,7 +14,8 @@ from dgpo_core.config.params import PARAMS, load_params
 from dgpo_core.errors import UserError
 from flows.execution import environment
 from flows.process import run_group
-from tasks.registry import CHALLENGER, store
+from tasks.dvc_lock import read_lock
+from tasks.registry import Version, store
 
 PATIENCE = timedelta(days=7)  # for a person's answer; the run fails afterwards and can be retried
 
@@ -27,16 +28,13 @@ class Approval(RunInput):
 
 
 def offer(tree: Path) -> str:
-    """Decide about the challenger with the settings of `tree`, ask if asked for, and promote what passes.
+    """Decide about the model of `tree` with its settings, ask if asked for, and promote what passes.
 
     A sentence about how it ended. Raises UserError when nothing can be decided.
     """
     from tasks.promote import KEPT, PROMOTED  # brings torch: not for runs that offer nothing
 
-    with store() as registry:
-        version = registry.alias(CHALLENGER)
-    if version is None:
-        raise UserError("promote: no version is the challenger; see the log of the stage report")
+    version = _own_challenger(tree)
     code, table = _decide(tree, version.number, "--dry-run")
     create_markdown_artifact(f"```\n{table}\n```", key="promotion", description=f"Gate: {version.name}")
     if code == KEPT:
@@ -55,6 +53,23 @@ def offer(tree: Path) -> str:
     if code != PROMOTED:
         return f"{version.name} was not promoted: {table.splitlines()[-1] if table else code}"
     return f"{version.name} is the champion"
+
+
+def _own_challenger(tree: Path) -> Version:
+    """The version of this run's model, now with the alias, which an unchanged `report` does not set and the
+    report of another run may have moved."""
+    from tasks.evidence import own_challenger
+
+    params = load_params(tree / PARAMS)
+    with store() as registry:
+        version = own_challenger(registry, params, read_lock(tree), tree)
+        if version is None:
+            raise UserError(
+                f"promote: no version is this run's model of {params.challenger or 'a compared recipe'}: "
+                "if it has one, run `dvc checkout`, `dgpo register` and `dgpo promote` on its branch"
+            )
+        registry.make_challenger(version)
+    return version
 
 
 def _decide(tree: Path, version: str, flag: str) -> tuple[int, str]:

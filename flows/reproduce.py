@@ -6,21 +6,23 @@ Each seed runs in a git worktree of its own at the current commit (`.runs/<profi
 project's DVC cache: what no seed changes is made once, and a killed run continues where it was.
 """
 
+import contextlib
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from dgpo_core.config.params import load_params, resolve_profile
+from dgpo_core.config.params import PARAMS, load_params, resolve_profile
+from dgpo_core.errors import UserError
 from dgpo_core.reporting.reproduction.records import Record, keep, pool
 from dgpo_core.reporting.reproduction.sizes import write_sizes
-from flows.pipeline import PipelineFailed, stages
+from flows.pipeline import PipelineFailed, refuse_endless_restarts, stages, warn_of_changes
 from flows.settings import PipelineSettings
-from flows.workspace import enter_project, open_workspace
+from flows.workspace import RUNS, enter_project, one_at_a_time, open_workspace, plain_name
 from flows.workspace import run as run_command
 from tasks.stage import main as run_program
 from tasks.use import profile_path
@@ -41,9 +43,21 @@ def reproduce(
     others; the report is written when all have succeeded. Raises UserError and PipelineFailed.
     """
     root = enter_project()
-    seeds = sorted(set(seeds or [0, 1, 2]))
-    params = resolve_profile(profile_path(profile, root), recipes or ["all"])
-    trees = {seed: _worktree(root, profile, params, seed) for seed in seeds}
+    refuse_endless_restarts()
+    warn_of_changes(root)
+    names = {seed: plain_name(f"{profile}-seed-{seed}") for seed in sorted(set(seeds or [0, 1, 2]))}
+    with contextlib.ExitStack() as locks:
+        for name in names.values():  # in this order, so that no two runs wait for each other
+            locks.enter_context(one_at_a_time(root, name))
+        trees = {seed: _worktree(root, name, profile, recipes, seed) for seed, name in names.items()}
+        _run_all(trees, max_parallel)
+        out = root / REPORT / profile
+        pool([keep(tree, out / SEEDS, _record(tree)) for tree in trees.values()], out)
+    write_sizes(root / REPORT)
+    create_markdown_artifact((out / "results.md").read_text(encoding="utf-8"), key="reproduction")
+
+
+def _run_all(trees: dict[int, Path], max_parallel: int) -> None:
     failures: list[str] = []
     for seed, tree in trees.items():
         try:
@@ -52,14 +66,10 @@ def reproduce(
             failures.append(f"seed {seed}: {error}")
     if failures:
         raise PipelineFailed("; ".join(failures))
-    out = root / REPORT / profile
-    pool([keep(tree, out / SEEDS, _record(tree)) for tree in trees.values()], out)
-    write_sizes(root / REPORT)
-    create_markdown_artifact((out / "results.md").read_text(encoding="utf-8"), key="reproduction")
 
 
 def _record(tree: Path) -> Record:
-    params = load_params(tree / "params.yaml")
+    params = load_params(tree / PARAMS)
     return Record(
         profile=params.profile,
         seed=params.seed,
@@ -71,11 +81,19 @@ def _record(tree: Path) -> Record:
     )
 
 
-def _worktree(root: Path, profile: str, params: dict[str, Any], seed: int) -> Path:
-    """A seed's worktree at the current commit, with what it has already made."""
-    workspace = open_workspace(root, f"{profile}-seed-{seed}", keep_lock=True)
-    comment = f"Written by `python -m flows.reproduce`: seed {seed}."
-    workspace.write_params({**params, "seed": seed}, comment)
+def _worktree(root: Path, name: str, profile: str, recipes: list[str] | None, seed: int) -> Path:
+    """A seed's worktree at the current commit, whose profile counts, with what it has already made."""
+    is_new = not (root / RUNS / name).exists()
+    workspace = open_workspace(root, name, keep_lock=True)
+    try:
+        params = resolve_profile(profile_path(profile, workspace.tree), recipes or ["all"])
+        comment = f"Written by `python -m flows.reproduce`: seed {seed}."
+        workspace.write_params({**params, "seed": seed}, comment)
+    except (UserError, ValueError) as error:
+        if is_new:
+            workspace.remove()
+        said = " ".join(str(error).split())
+        raise UserError(f"commit {workspace.commit[:8]}, which is what runs: {said}") from error
     return workspace.tree
 
 

@@ -14,7 +14,7 @@ import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import yaml
 
@@ -100,14 +100,19 @@ class Workspace:
             run("git", "branch", "-D", self.branch, cwd=self.root)  # with its section in git's configuration
 
 
+def plain_name(name: str) -> str:
+    """A name for a worktree and its branch, as git and file systems take it."""
+    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".-") or "run"
+    return plain.replace("..", ".").removesuffix(".lock")
+
+
 def claim_name(root: Path, run_name: str, run_id: str) -> str:
-    """The name of a run's worktree and branch: the run's own, as git and file systems take it.
+    """The name of a run's worktree and branch: the run's own, made plain.
 
     People may give two runs the same name; the second one gets a part of its id too. The same run has the
     same name whenever it starts again.
     """
-    plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", run_name).strip(".-") or "run"
-    plain = plain.replace("..", ".").removesuffix(".lock")
+    plain = plain_name(run_name)
     for name in (plain, f"{plain}-{run_id[:8]}"):
         key = f"branch.{BRANCHES}/{name}.dgpo-run"
         found = subprocess.run(["git", "config", "--get", key], cwd=root, capture_output=True, text=True)
@@ -154,10 +159,23 @@ def one_at_a_time(root: Path, name: str) -> Iterator[None]:
     """
     path = root / RUNS / f"{name}.lock"
     path.parent.mkdir(exist_ok=True)
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-    path.unlink(missing_ok=True)
+    while True:
+        with path.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _is_at(path, file):
+                continue  # who had it has removed it: a lock that nobody else will look for
+            try:
+                yield
+            finally:
+                path.unlink(missing_ok=True)  # while it is held
+            return
+
+
+def _is_at(path: Path, file: IO[str]) -> bool:
+    """Whether the open file is still the one of that name."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    return False
 
 
 def share_cache(root: Path, tree: Path) -> None:

@@ -56,16 +56,21 @@ def record_evaluations(registry: Registry, params: Params, lock: Lock) -> dict[s
     return problems
 
 
+def own_challenger(registry: Registry, params: Params, lock: Lock, root: Path = Path()) -> Version | None:
+    """The version of the model of `promote.recipe` that is in the working tree `root`."""
+    recipe = params.challenger
+    if recipe is None or (stage := trained_models(params, lock, root).get(recipe)) is None:
+        return None
+    return registry.with_tag("dvc_md5", lock[stage].outs[(MODELS / recipe).as_posix()])
+
+
 def challenge(registry: Registry, params: Params, lock: Lock) -> Version | None:
     """The model of `promote.recipe`, once it is evaluated, becomes the challenger."""
     problems = record_evaluations(registry, params, lock)
-    recipe = params.challenger
-    if recipe is None or recipe in problems or recipe not in trained_models(params, lock):
+    version = own_challenger(registry, params, lock)
+    if version is None or params.challenger in problems:
         return None
-    path = (MODELS / recipe).as_posix()
-    version = registry.with_tag("dvc_md5", lock[trained_models(params, lock)[recipe]].outs[path])
-    if version:
-        registry.make_challenger(version)
+    registry.make_challenger(version)
     return version
 
 

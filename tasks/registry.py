@@ -9,7 +9,8 @@ this file. Every trained model is a version; what belongs to it are artifacts of
     promotion/<digest>/         an evaluation (and the student's, in `student/`), see dgpo_core/promotion
     promotion/decisions/        every decision about the version
 
-Aliases: `challenger` (the last evaluated model of `promote.recipe`), `champion`, `previous`.
+Aliases: `challenger` (the model of `promote.recipe` that was reported or offered last), `champion`,
+`previous`.
 """
 
 import json

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,6 +15,9 @@ import pytest
 
 from dgpo_core.errors import UserError
 from tests.conftest import ROOT
+from tests.flows.restarts import restarted
+
+GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
 
 # Each stage notes when it starts and ends: order and overlap are facts in a file, not guesses from durations.
 STAGE = """
@@ -190,6 +194,26 @@ def test_timeout_ends_the_stage(api: str, repository: Path) -> None:
     assert "not done after 0.05 minutes" in artifact()
 
 
+def test_a_stage_that_wants_more_gpus_than_there_are_says_what_to_do(api: str, repository: Path) -> None:
+    from prefect import get_client
+
+    from flows.execution import GPU_LIMIT
+
+    Path("dvc.yaml").write_text(
+        "stages:\n  big: {cmd: python stage.py big, outs: [big.txt], meta: {gpus: 2}}\n"
+    )
+    with get_client(sync_client=True) as client:
+        client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 1)
+        try:
+            assert run_flow() == {"big": ("Failed", 1), "flow": ("Failed", 1)}
+            assert "big: wants 2 slots of the limit `gpu`" in artifact()
+            assert "`make deploy GPUS=2`" in artifact() and not Path("log.txt").exists()
+            client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 2)
+            assert names(run_flow()) == {"big": "Completed", "flow": "Completed"}
+        finally:
+            client.delete_global_concurrency_limit_by_name(GPU_LIMIT)
+
+
 @pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_flow_leaves_no_stage(api: str, repository: Path, number: signal.Signals) -> None:
@@ -224,6 +248,18 @@ def test_bad_arguments(api: str, repository: Path) -> None:
         [*command[:4], "--max-parallel", "0"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 2 and "--max-parallel" in result.stderr
+
+
+@pytest.mark.parametrize(("restarts", "outcome"), [(5, "Completed"), (6, "Failed")])
+def test_five_restarts_and_no_more(api: str, repository: Path, restarts: int, outcome: str) -> None:
+    from flows.pipeline import pipeline
+
+    shutil.copyfile(ROOT / "params.yaml", "params.yaml")
+    subprocess.run([*GIT, "add", "-A"], check=True)
+    subprocess.run([*GIT, "commit", "-qm", "project"], check=True)
+    state = restarted(pipeline, restarts, {"settings": {"dry_run": True}})
+    assert state.name == outcome
+    assert outcome == "Completed" or "was started 6 times" in str(state.message)
 
 
 @pytest.mark.thorough

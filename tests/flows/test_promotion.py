@@ -11,17 +11,21 @@ import yaml
 from dgpo_core.errors import UserError
 from tasks.evidence import register_trained
 from tasks.promote import promote
-from tasks.registry import CHAMPION, store
+from tasks.registry import CHALLENGER, CHAMPION, store
 from tests.tasks.conftest import empty_store, own_store  # noqa: F401  fixtures
-from tests.tasks.trained import BETTER, WORSE, make_trained
+from tests.tasks.trained import BETTER, WORSE, make_trained, train
 
 FORM = {"approve": True, "comment": "looks right"}
 
 
-def champion() -> str | None:
+def holder(alias: str) -> str | None:
     with store() as registry:
-        version = registry.alias(CHAMPION)
+        version = registry.alias(alias)
     return version.number if version else None
+
+
+def champion() -> str | None:
+    return holder(CHAMPION)
 
 
 @pytest.fixture
@@ -97,10 +101,26 @@ def test_nobody_is_asked_where_the_settings_want_nobody(project: Path) -> None:
     assert champion() == "2"
 
 
-def test_no_challenger_is_said(project: Path) -> None:
-    make_trained(project)
-    with pytest.raises(UserError, match="no version is the challenger"):
+@pytest.mark.thorough
+def test_a_run_offers_its_own_model_whoever_reported_last(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_trained(project, BETTER, approval=False)
+    register_trained()
+    with store() as registry:
+        registry.make_challenger(registry.version("1"))
+    monkeypatch.chdir(project.parent)  # a flow works in the project, its stages in the run's worktree
+    assert offered(project, "own") == "version 2 (dgpo) is the champion"
+    assert (champion(), holder(CHALLENGER)) == ("2", "2")
+
+
+def test_a_model_that_is_not_registered_is_said_and_no_other_is_offered(project: Path) -> None:
+    make_trained(project, BETTER, approval=False)
+    register_trained()
+    train(project, "dgpo", "weights that MLflow has not seen", BETTER)
+    with pytest.raises(UserError, match=r"no version is this run's model of dgpo: .*`dgpo register`"):
         offered(project, "nobody")
+    assert (champion(), holder(CHALLENGER)) == (None, "2")
 
 
 def test_a_broken_gate_promotes_nobody(project: Path) -> None:

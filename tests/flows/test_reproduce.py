@@ -1,17 +1,23 @@
 """Recipes x seeds: worktrees, the shared cache, going on where it was, the report (made-up evaluations)."""
 
+import contextlib
+import fcntl
 import json
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import IO
 
 import pytest
 import yaml
 
 from dgpo_core.errors import UserError
+from flows.workspace import one_at_a_time, open_workspace
 from tasks.pool import write
 from tests.conftest import ROOT
+from tests.flows.restarts import restarted
 
 # Evaluations as the stages leave them, by the seed of params.yaml; the log is outside of all worktrees.
 MAKE = """
@@ -97,11 +103,14 @@ def test_a_new_commit_is_taken_and_results_are_kept(api: str, project: Path) -> 
 
     reproduce(recipes=["kd"], seeds=[0])
     Path("new.txt").write_text("a file of the next commit")
+    profile = Path("profiles/tiny.yaml")  # changed, but not in a commit
+    profile.write_text(profile.read_text().replace("gpus: 0", "gpus: 3"))
     git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
     subprocess.run([*git, "add", "new.txt"], check=True)
     subprocess.run([*git, "commit", "-qm", "next"], check=True)
     reproduce(recipes=["kd"], seeds=[0])
     assert Path(".runs/tiny-seed-0/new.txt").is_file()
+    assert yaml.safe_load(Path(".runs/tiny-seed-0/params.yaml").read_text())["workers"]["gpus"] == 0
     assert len(project.read_text().splitlines()) == 2
 
 
@@ -112,8 +121,51 @@ def test_bad_arguments(api: str, project: Path) -> None:
         reproduce(recipes=["dpo"], seeds=[0])
     with pytest.raises(UserError, match="no such profile"):
         reproduce(profile="huge", seeds=[0])
+    shutil.copyfile("profiles/tiny.yaml", "profiles/mine.yaml")
+    with pytest.raises(UserError, match=r"commit \w{8}, .*no such profile"):
+        reproduce(profile="mine", seeds=[0])
+    assert not list(Path(".runs").iterdir())
     result = subprocess.run(
         [sys.executable, "-m", "flows.reproduce", "--seed", "x"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 2 and "--seed" in result.stderr
     assert not project.exists()
+
+
+def test_a_run_that_always_crashes_is_not_started_for_ever(api: str, project: Path) -> None:
+    from flows.reproduce import reproduce
+
+    state = restarted(reproduce, 6, {"recipes": ["kd"], "seeds": [0]})
+    assert state.is_failed() and "was started 6 times" in str(state.message)
+    assert not project.exists()
+
+
+def test_a_twin_of_a_living_run_waits_before_it_touches_anything(
+    api: str, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from flows.reproduce import reproduce
+
+    root = Path().resolve()
+    of_the_living = open_workspace(root, "tiny-seed-1", keep_lock=True).tree / "params.yaml"
+    of_the_living.write_text("written: by the living\n")
+    waits, refused = threading.Event(), threading.Event()
+    flock = fcntl.flock
+
+    def announced(file: IO[str], operation: int) -> None:
+        if file.name.endswith("tiny-seed-1.lock"):
+            waits.set()
+        flock(file, operation)
+
+    def twin() -> None:
+        with contextlib.suppress(UserError):  # which ends it without any stage
+            reproduce(recipes=["dpo"], seeds=[1])
+        refused.set()
+
+    with one_at_a_time(root, "tiny-seed-1"):
+        monkeypatch.setattr(fcntl, "flock", announced)
+        threading.Thread(target=twin, daemon=True).start()
+        assert waits.wait(60)
+        assert not refused.wait(0.5)
+        assert of_the_living.read_text() == "written: by the living\n"
+    assert refused.wait(60)
+    assert of_the_living.exists()  # what an earlier run has made is nothing to remove

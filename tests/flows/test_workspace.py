@@ -1,10 +1,12 @@
 """Worktrees of a real git and DVC repository."""
 
+import fcntl
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+from typing import IO
 
 import pytest
 import yaml
@@ -192,3 +194,62 @@ def test_two_processes_of_a_run_take_turns(root: Path) -> None:
     with one_at_a_time(root, "other"):
         assert (root / workspace.RUNS / "other.lock").exists()
     assert not (root / workspace.RUNS / "other.lock").exists()
+
+
+def test_who_waited_and_who_comes_later_take_turns(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one who waits has opened the file that the first one removes; the third finds none."""
+    about_to_lock, inside, leave, third = (threading.Event() for _ in range(4))
+    flock = fcntl.flock
+
+    def announced(file: IO[str], operation: int) -> None:
+        about_to_lock.set()
+        flock(file, operation)
+
+    def wait_and_stay() -> None:
+        with one_at_a_time(root, "thrice"):
+            inside.set()
+            leave.wait(10)
+
+    def come_later() -> None:
+        with one_at_a_time(root, "thrice"):
+            third.set()
+
+    threads = [threading.Thread(target=work, daemon=True) for work in (wait_and_stay, come_later)]
+    with one_at_a_time(root, "thrice"):
+        monkeypatch.setattr(fcntl, "flock", announced)
+        threads[0].start()
+        assert about_to_lock.wait(10)
+    assert inside.wait(10)
+    threads[1].start()
+    assert not third.wait(0.3), "two were inside"
+    leave.set()
+    assert third.wait(10)
+    for thread in threads:
+        thread.join(10)
+    assert not list((root / workspace.RUNS).iterdir())
+
+
+def test_a_crowd_takes_turns(root: Path) -> None:
+    counts: list[int] = []
+    within: set[int] = set()
+
+    def come_and_go() -> None:
+        for _ in range(50):
+            with one_at_a_time(root, "crowd"):
+                within.add(threading.get_ident())
+                time.sleep(0)  # lets others run
+                counts.append(len(within))
+                within.remove(threading.get_ident())
+
+    threads = [threading.Thread(target=come_and_go, daemon=True) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert counts == [1] * 300
+
+
+def test_a_failed_run_leaves_no_lock(root: Path) -> None:
+    with pytest.raises(ZeroDivisionError), one_at_a_time(root, "failing"):
+        print(1 / 0)
+    assert not list((root / workspace.RUNS).iterdir())
