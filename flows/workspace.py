@@ -161,7 +161,11 @@ def one_at_a_time(root: Path, name: str) -> Iterator[None]:
     path.parent.mkdir(exist_ok=True)
     while True:
         with path.open("w") as file:
-            fcntl.flock(file, fcntl.LOCK_EX)
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                print(f"another process works in {RUNS / name}: waiting until it ends", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
             if not _is_at(path, file):
                 continue  # who had it has removed it: a lock that nobody else will look for
             try:

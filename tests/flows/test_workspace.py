@@ -196,7 +196,9 @@ def test_two_processes_of_a_run_take_turns(root: Path) -> None:
     assert not (root / workspace.RUNS / "other.lock").exists()
 
 
-def test_who_waited_and_who_comes_later_take_turns(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_waited_and_who_comes_later_take_turns(
+    root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """The one who waits has opened the file that the first one removes; the third finds none."""
     about_to_lock, inside, leave, third = (threading.Event() for _ in range(4))
     flock = fcntl.flock
@@ -227,6 +229,7 @@ def test_who_waited_and_who_comes_later_take_turns(root: Path, monkeypatch: pyte
     for thread in threads:
         thread.join(10)
     assert not list((root / workspace.RUNS).iterdir())
+    assert "another process works in .runs/thrice: waiting" in capsys.readouterr().out
 
 
 def test_a_crowd_takes_turns(root: Path) -> None:
