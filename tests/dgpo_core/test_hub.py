@@ -68,6 +68,7 @@ def test_what_the_hub_refuses_stays_refused(
     assert isinstance(error, HfHubHTTPError) and not unreachable(error)
 
 
+@pytest.mark.thorough
 def test_nobody_there(tmp_path: Path) -> None:
     error = failure("http://127.0.0.1:9", tmp_path)
     assert isinstance(error, LocalEntryNotFoundError) and unreachable(error)
@@ -84,6 +85,7 @@ def test_wrapped_errors_and_others() -> None:
             raise error
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(("endpoint", "expected"), [("none", "InfrastructureError"), ("hub", "UserError")])
 def test_models_on_the_hub(hub: str, tmp_path: Path, endpoint: str, expected: str) -> None:
     """In a process of its own: the hub's client reads its environment when it is imported."""

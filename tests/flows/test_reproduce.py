@@ -140,6 +140,7 @@ def test_a_run_that_always_crashes_is_not_started_for_ever(api: str, project: Pa
     assert not project.exists()
 
 
+@pytest.mark.thorough
 def test_a_twin_of_a_living_run_waits_before_it_touches_anything(
     api: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -24,6 +24,7 @@ def question(indexed_project: Path) -> Question:
     return read_questions(indexed_project / "data/questions/onehop/test.jsonl")[0]
 
 
+@pytest.mark.thorough
 def test_the_command_prints_plain_text_without_a_terminal(indexed_project: Path, question: Question) -> None:
     command = [sys.executable, "-m", "tasks.cli", "ask", question.question, "--model", "teacher"]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -96,6 +96,7 @@ def test_a_lineage_is_read_from_the_registry_and_made_again(
     assert "epochs: 2" in printed and "epochs: 9" not in printed
 
 
+@pytest.mark.thorough
 def test_verification_finds_the_same_bytes(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train("cat data/index/manifest.json > models/kd/weights")
     assert show(CHAMPION, as_json=False, params=False, verify=True) == SAME
@@ -103,6 +104,7 @@ def test_verification_finds_the_same_bytes(repository: Path, capsys: pytest.Capt
     assert git("worktree", "list").count("\n") == 0, "nothing is left behind"
 
 
+@pytest.mark.thorough
 def test_verification_finds_other_bytes(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train("date +%s%N > models/kd/weights")
     assert show(CHAMPION, as_json=False, params=False, verify=True) == OTHER
@@ -112,6 +114,7 @@ def test_verification_finds_other_bytes(repository: Path, capsys: pytest.Capture
     assert "data/index" not in said.split("made again with", 1)[1]
 
 
+@pytest.mark.thorough
 def test_other_bytes_on_the_way_are_told(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
     copy = "cp manifest.json data/index/"
     template = PIPELINE.replace(copy, f"{copy} && date +%N > data/index/t")

@@ -61,6 +61,7 @@ def project(own_store: Path, model: Path) -> Path:
     return own_store
 
 
+@pytest.mark.thorough
 def test_a_trained_model_becomes_a_version_that_anybody_can_load(project: Path) -> None:
     """By its alias, in a fresh process that knows nothing of us."""
     run_id = train(project)

@@ -229,6 +229,7 @@ def test_distillations_of_the_papers_table(finished: Path, workplace: Path, reci
     assert ("em" in rows[0]) == ("searches" in rows[0]) == (recipe == "kd_gkd")
 
 
+@pytest.mark.thorough
 def test_live_teacher_gives_the_same_losses_as_the_kept_one(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace)
     certificate = json.loads((workplace / "data/distributions/certificate.json").read_text())
@@ -257,6 +258,7 @@ def test_grpo_stage(finished: Path, workplace: Path) -> None:
     assert sum(shares) == pytest.approx(4, abs=1e-4)
 
 
+@pytest.mark.thorough
 def test_a_new_recipe_is_lines_in_params_yaml(finished: Path, workplace: Path) -> None:
     """A row that the paper does not have: trained, evaluated, reported, and in DVC's graph."""
     copy_inputs(finished, workplace)
