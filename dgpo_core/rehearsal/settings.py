@@ -67,11 +67,7 @@ def scaled_down(resolved: dict[str, Any], cuda: bool) -> tuple[dict[str, Any], l
     if params["compute"]["device"] != "cpu" and not cuda:
         params["compute"]["device"] = "cpu"
         notes.append("no GPU: everything runs on the processor")
-    if params["retrieval"]["encoder"]["kind"] == "dense":
-        params["retrieval"]["encoder"] |= {"model": "models/encoder", "revision": None}
-    if params["retrieval"]["location"] != "embedded":
-        notes.append(f"Qdrant at {params['retrieval']['location']}: the embedded engine stands in")
-        params["retrieval"]["location"] = "embedded"
+    notes += _local_retrieval(params["retrieval"])
     for section, engines in ENGINES.items():
         asked = params[section].get("engine")
         module, other = engines.get(asked, (None, None))
@@ -79,6 +75,19 @@ def scaled_down(resolved: dict[str, Any], cuda: bool) -> tuple[dict[str, Any], l
             params[section] |= {"engine": other, **WITHOUT.get(asked, {})}
             notes.append(f"{section}.engine {asked}: not here, {other} stands in")
     return params, notes
+
+
+def _local_retrieval(retrieval: dict[str, Any]) -> list[str]:
+    """Nothing is asked of the hub or of servers, and no collection of anybody's is touched."""
+    notes, encoder, location = [], retrieval["encoder"], retrieval["location"]
+    if encoder["kind"] != "bm25":
+        if encoder["kind"] == "sentence-transformers":
+            notes.append(f"encoder {encoder['model']}: a random one of E5's kind stands in")
+        encoder |= {"kind": "dense", "model": "models/encoder", "revision": None}
+    if location not in ("embedded", "memory"):
+        notes.append(f"the index at {location}: the embedded engine stands in")
+        retrieval["location"] = "embedded"
+    return notes
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
