@@ -19,6 +19,8 @@ from tasks.pool import write
 from tests.conftest import ROOT
 from tests.flows.restarts import restarted
 
+pytestmark = pytest.mark.thorough
+
 # Evaluations as the stages leave them, by the seed of params.yaml; the log is outside of all worktrees.
 MAKE = """
 import shutil, sys
@@ -68,7 +70,6 @@ def project(dvc_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     return log
 
 
-@pytest.mark.thorough
 def test_every_seed_once_and_a_report_of_all(api: str, project: Path) -> None:
     from flows.pipeline import PipelineFailed
     from flows.reproduce import reproduce
@@ -97,7 +98,6 @@ def test_every_seed_once_and_a_report_of_all(api: str, project: Path) -> None:
     assert project.read_text().split("\n") == executed, "something finished was run again"
 
 
-@pytest.mark.thorough
 def test_a_new_commit_is_taken_and_results_are_kept(api: str, project: Path) -> None:
     from flows.reproduce import reproduce
 
@@ -140,7 +140,6 @@ def test_a_run_that_always_crashes_is_not_started_for_ever(api: str, project: Pa
     assert not project.exists()
 
 
-@pytest.mark.thorough
 def test_a_twin_of_a_living_run_waits_before_it_touches_anything(
     api: str, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

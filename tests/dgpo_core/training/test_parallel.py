@@ -19,6 +19,8 @@ from dgpo_core.training.episode_sources import TeacherEpisodes
 from dgpo_core.training.reinforce import Reinforcer
 from tests.dgpo_core.making import random_episode, tiny_model
 
+pytestmark = pytest.mark.thorough
+
 # small passes: several for each process, and an uneven number of them
 COMPUTE = ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=60)
 EPISODES = [random_episode(seed) for seed in range(14)]
@@ -85,7 +87,6 @@ def both(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFa
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("name", CASES)
 def test_two_processes_train_as_one(
     name: str, both: list[Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
