@@ -15,6 +15,11 @@ class InfrastructureError(Exception):
     """A part beside the models failed (retriever, engine): neither a right nor a wrong answer."""
 
 
+def first_line(error: Exception) -> str:
+    """What libraries explain in paragraphs, for a message of one line."""
+    return str(error).strip().split("\n")[0]
+
+
 def without_credentials(text: str) -> str:
     """`text` with the user and password of each URL in it (`https://<user>:<password>@host`) left out.
 

@@ -16,5 +16,5 @@ def unreachable(error: BaseException) -> bool:
             return cause.response is not None and cause.response.status_code >= 500
         if isinstance(cause, HTTP_ERROR):
             return True
-        cause = cause.__cause__ or cause.__context__
+        cause = cause.__cause__ or (None if cause.__suppress_context__ else cause.__context__)
     return False

@@ -61,7 +61,7 @@ def workload(params: Params) -> Workload:
     taught = _ran(lock, "teach", params, *EPISODES)
     evaluated = sorted(EVALUATION.glob("*/episodes.parquet"))
     files = [file for file in evaluated if _ran(lock, f"evaluate@{file.parent.name}", params, *EPISODES)]
-    lengths = first_measured([TEACHER_EPISODES] * taught + files) or assumed(
+    lengths = first_measured([TEACHER_EPISODES, *files] if taught else files) or assumed(
         params.protocol, params.retrieval.top_k
     )
     correct = paper_em(params, "teacher", params.questions.train)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer
 
 from dgpo_core.config.retrieval import EncoderConfig
-from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.errors import InfrastructureError, UserError, first_line
 from dgpo_core.hub import HTTP_ERROR, unreachable
 
 BUFFER = 64  # batches whose texts are sorted by length together
@@ -192,8 +192,7 @@ def _naming(config: EncoderConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, HTTP_ERROR) as error:
-        first_line = str(error).strip().split("\n")[0]
-        text = f"retrieval.encoder.model: cannot load {config.model!r}: {first_line}"
+        text = f"retrieval.encoder.model: cannot load {config.model!r}: {first_line(error)}"
         raise (InfrastructureError(text) if unreachable(error) else UserError(text)) from error
 
 

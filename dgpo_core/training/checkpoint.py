@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dgpo_core.errors import UserError
+from dgpo_core.errors import UserError, first_line
 from dgpo_core.training.parallel import leads
 
 
@@ -39,10 +39,6 @@ class Checkpoint:
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=False, mmap=True)
         except (RuntimeError, EOFError, UnpicklingError) as error:
             raise UserError(
-                f"{self.path}: not readable ({_first_line(error)}); delete it, and the stage begins again"
+                f"{self.path}: not readable ({first_line(error)}); delete it, and the stage begins again"
             ) from error
         return state
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

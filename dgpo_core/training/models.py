@@ -17,7 +17,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dgpo_core.config.data import ModelShape
-from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.errors import InfrastructureError, UserError, first_line
 from dgpo_core.hub import HTTP_ERROR, unreachable
 
 MAX_POSITIONS = 4096
@@ -101,9 +101,5 @@ def _check_source(source: str) -> None:
 
 
 def _failed(source: str, what: str, error: Exception) -> Exception:
-    text = f"{source}: cannot load a {what}: {_first_line(error)}"
+    text = f"{source}: cannot load a {what}: {first_line(error)}"
     return InfrastructureError(text) if unreachable(error) else UserError(text)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]

@@ -7,7 +7,7 @@ costs in KL, measured against the full vocabulary, and which tokenizer and vocab
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -86,7 +86,11 @@ def keep_distributions(
     for start in range(0, len(episodes), config.chunk):
         path, chunk = folder / f"{start:08d}.arrow", episodes[start : start + config.chunk]
         if not path.exists():
-            _write(path, chunk, _likeliest(chunk, teacher, vocabulary, k, compute))
+            kept: dict[int, TopK] = {}
+            for some in _likeliest(chunk, teacher, vocabulary, k, compute):
+                kept |= some
+                progress(start + len(kept), len(episodes))
+            _write(path, chunk, [kept[i] for i in range(len(chunk))])
         progress(start + len(chunk), len(episodes))
     full, error = _measured(episodes[: config.sample], teacher, student, vocabulary, k, compute)
     rest = _rest(folder, k)
@@ -113,18 +117,16 @@ def _likeliest(
     vocabulary: int,
     k: int,
     compute: ComputeConfig,
-) -> list[TopK]:
-    """Of each episode, in order: the likeliest tokens at its model tokens."""
+) -> Iterator[dict[int, TopK]]:
+    """One micro-batch after the other: the likeliest tokens at the model tokens of `episodes[i]`, by i."""
     sequences = [model_sequence(episode) for episode in episodes]
-    kept: dict[int, TopK] = {}
     for part in micro_batches([len(s.ids) for s in sequences], compute.micro_batch_tokens):
         batch = collate([sequences[i] for i in part], teacher.device)
         with autocast(compute):
             hidden = counted_hidden(backbone_of(teacher), batch)
             top = top_distributions(hidden, head_of(teacher), vocabulary, k)
         pieces = zip(part, batch.split(top.ids.cpu().int()), batch.split(top.logprobs.cpu()), strict=True)
-        kept |= {i: TopK(ids, logprobs, vocabulary) for i, ids, logprobs in pieces}
-    return [kept[i] for i in range(len(episodes))]
+        yield {i: TopK(ids, logprobs, vocabulary) for i, ids, logprobs in pieces}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.errors import InfrastructureError, UserError, first_line
 from dgpo_core.hub import HTTP_ERROR
 
 SCHEME = "hf://"
@@ -66,15 +66,13 @@ def fetch(place: str, setting: str) -> Fetched:
     try:
         path = Path(hf_hub_download(repository, file, repo_type="dataset", revision=wanted.revision))
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise UserError(f"{setting}: {place}: {_first_line(error)}") from error
+        raise UserError(f"{setting}: {place}: {first_line(error)}") from error
     except LocalEntryNotFoundError as error:  # not in the cache, and no answer from the hub
-        raise InfrastructureError(
-            f"{setting}: {place}: cannot reach the hub: {_first_line(error)}"
-        ) from error
+        raise InfrastructureError(f"{setting}: {place}: cannot reach the hub: {first_line(error)}") from error
     except EntryNotFoundError as error:
-        raise UserError(f"{setting}: {place}: no such file there: {_first_line(error)}") from error
+        raise UserError(f"{setting}: {place}: no such file there: {first_line(error)}") from error
     except (HTTP_ERROR, OSError, RuntimeError) as error:  # RuntimeError: the hub's storage Xet
-        raise InfrastructureError(f"{setting}: {place}: the download failed: {_first_line(error)}") from error
+        raise InfrastructureError(f"{setting}: {place}: the download failed: {first_line(error)}") from error
     return Fetched(path, f"{SCHEME}datasets/{repository}@{_commit(path)}/{file}")
 
 
@@ -82,7 +80,3 @@ def _commit(path: Path) -> str:
     """The hub's cache keeps a file below datasets--<owner>--<name>/snapshots/<commit>/."""
     cached = max(place for place, part in enumerate(path.parts) if part.startswith("datasets--"))
     return path.parts[cached + 2]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n")[0]
