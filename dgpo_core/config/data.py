@@ -86,6 +86,10 @@ class BaseModelConfig(Section):
     """One model to build."""
 
     shape: ModelShape
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32",
+        description="of compute; weights are fp32. bfloat16 is slow on processors without instructions for it",
+    )
     phases: list[PhaseConfig] = Field(min_length=1)
 
 

@@ -58,7 +58,9 @@ class BaseModelBuilder:
                 reads, label = phase.kind == "reading", f"{number}-{phase.kind}"
                 batch = self._reading(drill, phase, seed) if reads else self._protocol_batches(phase, seed)
                 checkpoint, report = Checkpoint(self._state / label), partial(self._report, label)
-                train_on_examples(model, phase, batch, checkpoint, report, AT_A_TIME[phase.kind])
+                train_on_examples(
+                    model, phase, batch, checkpoint, report, AT_A_TIME[phase.kind], plan.precision
+                )
             save_model(model, self._tokenizer, folder)
         finally:
             torch.set_num_threads(threads)

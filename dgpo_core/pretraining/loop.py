@@ -21,11 +21,13 @@ def train_on_examples(
     checkpoint: Checkpoint,
     report: Callable[[int, dict[str, float]], None],
     rows: int,
+    precision: str,
 ) -> None:
     """`config.steps` updates of `model` in place; `batch(step)` gives the examples of a step.
 
-    `rows` examples at a time go through the model: the same gradient as all at once, in less memory. When it
-    continues from a checkpoint, the last finished step is reported again.
+    `rows` examples at a time go through the model: the same gradient as all at once, in less memory. Compute is
+    in `precision`, "float32" or "bfloat16" (autocast); the weights are float32. When it continues from a
+    checkpoint, the last finished step is reported again.
     """
     stepper = optim.Stepper(
         *_optimizers(model, config),
@@ -40,7 +42,7 @@ def train_on_examples(
         report(first, state["metrics"])
     model.train()
     for step in range(first, config.steps):
-        metrics = {"loss": _backward(model, batch(step), rows), "grad_norm": stepper.step()}
+        metrics = {"loss": _backward(model, batch(step), rows, precision), "grad_norm": stepper.step()}
         report(step + 1, metrics)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
             checkpoint.save(
@@ -70,11 +72,11 @@ def _optimizers(model: PreTrainedModel, config: PhaseConfig) -> list[torch.optim
     ]
 
 
-def _backward(model: PreTrainedModel, examples: list[Example], rows: int) -> float:
+def _backward(model: PreTrainedModel, examples: list[Example], rows: int, precision: str) -> float:
     """Add the gradient of the weighted loss of all `examples`, and return that loss."""
     total, loss = sum(_weight(examples)), 0.0
     for part in (examples[i : i + rows] for i in range(0, len(examples), rows)):
-        share = weighted_loss(model, part) * (sum(_weight(part)) / total)
+        share = weighted_loss(model, part, precision) * (sum(_weight(part)) / total)
         share.backward()
         loss += share.item()
     return loss
@@ -85,7 +87,7 @@ def _weight(examples: list[Example]) -> list[float]:
     return [sum(example.weights[1:]) for example in examples]
 
 
-def weighted_loss(model: PreTrainedModel, examples: list[Example]) -> torch.Tensor:
+def weighted_loss(model: PreTrainedModel, examples: list[Example], precision: str) -> torch.Tensor:
     """Cross-entropy of each next token, averaged with the examples' weights; scalar, nats."""
     width = max(len(example.ids) for example in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
@@ -95,7 +97,7 @@ def weighted_loss(model: PreTrainedModel, examples: list[Example]) -> torch.Tens
         weights[row, : len(example.ids)] = torch.tensor(example.weights)
     device = model.device
     ids, weights = ids.to(device), weights.to(device)[:, 1:]
-    with torch.autocast(device.type, dtype=torch.bfloat16):
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
         hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
         counted = weights > 0
         logits = model.get_output_embeddings()(hidden[counted])
