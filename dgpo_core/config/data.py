@@ -88,7 +88,7 @@ class BaseModelConfig(Section):
     shape: ModelShape
     precision: Literal["float32", "bfloat16"] = Field(
         "float32",
-        description="of compute; weights are fp32. bfloat16 is slow on processors without instructions for it",
+        description="of compute; weights are fp32. bfloat16 is slow where the processor has no instructions",
     )
     phases: list[PhaseConfig] = Field(min_length=1)
 

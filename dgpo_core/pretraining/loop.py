@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.data import PhaseConfig
 from dgpo_core.datasets.world.reading import Example
+from dgpo_core.pretraining.muon import Muon
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.checkpoint import Checkpoint
 
@@ -25,12 +26,12 @@ def train_on_examples(
 ) -> None:
     """`config.steps` updates of `model` in place; `batch(step)` gives the examples of a step.
 
-    `rows` examples at a time go through the model: the same gradient as all at once, in less memory. Compute is
-    in `precision`, "float32" or "bfloat16" (autocast); the weights are float32. When it continues from a
+    `rows` examples at a time go through the model: the same gradient as all at once, in less memory.
+    Compute is in `precision`, "float32" or "bfloat16"; the weights are float32. When it continues from a
     checkpoint, the last finished step is reported again.
     """
     stepper = optim.Stepper(
-        *_optimizers(model, config),
+        *_optimizers(model, config, precision),
         schedule=optim.trapezoid(config.steps, config.warmup_steps),
         max_grad_norm=1.0,
     )
@@ -56,7 +57,7 @@ def train_on_examples(
     model.eval()
 
 
-def _optimizers(model: PreTrainedModel, config: PhaseConfig) -> list[torch.optim.Optimizer]:
+def _optimizers(model: PreTrainedModel, config: PhaseConfig, precision: str) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, AdamW for the embeddings and vectors.
 
     With AdamW alone, copying a value out of a passage takes several times as many steps to learn.
@@ -65,8 +66,11 @@ def _optimizers(model: PreTrainedModel, config: PhaseConfig) -> list[torch.optim
     matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in named if p.ndim != 2 or "embed" in name]
     return [
-        torch.optim.Muon(
-            matrices, lr=config.matrix_learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+        Muon(
+            matrices,
+            config.matrix_learning_rate,
+            weight_decay=0.01,
+            dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32,
         ),
         torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=0.0),
     ]
