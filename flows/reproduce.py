@@ -53,7 +53,7 @@ def reproduce(
         _run_all(trees, max_parallel)
         out = root / REPORT / profile
         pool([keep(tree, out / SEEDS, _record(tree)) for tree in trees.values()], out)
-    write_sizes(root / REPORT)
+    write_sizes(root / REPORT, root / REPORT)
     create_markdown_artifact((out / "results.md").read_text(encoding="utf-8"), key="reproduction")
 
 
@@ -115,7 +115,7 @@ def run(
     except PipelineFailed as error:
         print(f"error: {error}", file=sys.stderr)
         raise typer.Exit(1) from None
-    print(f"report: {REPORT / profile / 'index.html'}")
+    print(f"report: {REPORT / profile / 'index.html'}; all profiles: {REPORT / 'sizes.html'}")
 
 
 if __name__ == "__main__":

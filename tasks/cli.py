@@ -72,6 +72,17 @@ def pool(
 
 
 @app.command()
+def sizes(
+    folder: Annotated[Path, typer.Argument(help="below which seeds' records of several profiles are")],
+    out: Annotated[Path, typer.Option(help="where the report goes")] = Path("reproduction"),
+) -> None:
+    """Compare models of several sizes and families: the records of `make reproduce` with several profiles."""
+    from tasks.pool import compare_sizes
+
+    compare_sizes(folder, out)
+
+
+@app.command()
 def serve(
     model: Model = None,
     host: Annotated[

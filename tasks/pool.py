@@ -1,8 +1,9 @@
-"""`dgpo pool`: one report of seeds that ran on other machines or days."""
+"""`dgpo pool` and `dgpo sizes`: reports of seeds that ran on other machines or days."""
 
 from pathlib import Path
 
 from dgpo_core.reporting.reproduction.records import RECORD, pool
+from dgpo_core.reporting.reproduction.sizes import write_sizes
 
 
 def write(folder: Path, out: Path) -> None:
@@ -12,3 +13,9 @@ def write(folder: Path, out: Path) -> None:
     for model, seeds in pooled.left_out.items():
         print(f"left out: {model}, which seed {', '.join(map(str, seeds))} lacks")
     print(f"{pooled.profile}: {len(records)} seeds; report: {out / 'index.html'}")
+
+
+def compare_sizes(folder: Path, out: Path) -> None:
+    """Compare the profiles of all seeds' records below `folder`. Raises UserError."""
+    profiles = write_sizes(folder, out)
+    print(f"{', '.join(profiles)}; report: {out / 'sizes.html'}")

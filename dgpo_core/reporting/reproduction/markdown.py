@@ -58,6 +58,32 @@ def seeds_text(seeds: Sequence[int]) -> str:
     return f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
 
 
+def sizes_markdown(found: Row) -> str:
+    """The table and the claims of `sizes`."""
+    measured = [f"EM, {words.model_label(model)}" for model in found["models"]]
+    heads = ["profile", "student", "teacher", *measured, "paper's pair"]
+    rows = [
+        [
+            pair["profile"],
+            *(given_text(pair, role) for role in words.GIVEN),
+            *(_cell(pair["exact_match"].get(model)) for model in found["models"]),
+            pair["pair"],
+        ]
+        for pair in found["pairs"]
+    ]
+    compared = f"On the seeds that all of them ran ({', '.join(map(str, found['seeds'])) or 'none'}):\n"
+    verdicts = _table(["claim", "paper", "verdict", "evidence"], [_claim(row) for row in found["verdicts"]])
+    return "\n".join(
+        ["### Sizes and families (figure 3, table 3)\n", _table(heads, rows), compared, verdicts]
+    )
+
+
+def given_text(pair: Row, role: str) -> str:
+    """Family and size of the pair's student or teacher."""
+    family, count = pair["families"].get(role, ""), pair["parameters"].get(role)
+    return f"{family} {'size not known' if count is None else f'{count / 1e6:,.2f} M'}".strip()
+
+
 def _summary(verdicts: Sequence[Row]) -> str:
     counts = Counter(row["verdict"] for row in verdicts)
     return f"{', '.join(f'{counts[name]} {name}' for name in VERDICTS)}, of {len(verdicts)} claims.\n"

@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
@@ -16,7 +16,7 @@ from dgpo_core.reporting.parts import DASH
 from dgpo_core.reporting.reproduction.charts import difference_track, level_track, panels, top_of
 from dgpo_core.reporting.reproduction.claims import GROUPS, PROFILED
 from dgpo_core.reporting.reproduction.labels import BEFORE_COLLAPSE, MEASUREMENT_LABELS, signed
-from dgpo_core.reporting.reproduction.markdown import seeds_text, stability_text
+from dgpo_core.reporting.reproduction.markdown import given_text, seeds_text, stability_text
 from dgpo_core.reporting.reproduction.stability import INVALID_RISE, LENGTH_DRIFT, NEAR_ZERO
 from dgpo_core.reporting.reproduction.verdicts import REPRODUCED, VERDICTS, numbers_text
 from dgpo_core.reporting.results import AVERAGE
@@ -30,9 +30,6 @@ Row = dict[str, Any]
 
 def render(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]]) -> str:
     """The page's HTML: one file, no network, the same bytes for the same tables."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
     drawn = panels(curves)
     recipes = list(dict.fromkeys(trace["model"] for panel in drawn for trace in panel["traces"]))
     counts = Counter(row["verdict"] for row in verdicts)
@@ -42,7 +39,7 @@ def render(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]])
         "charts": {f"curve-{index}": {"traces": panel["traces"]} for index, panel in enumerate(drawn)},
         "radars": {},
     }
-    return environment.get_template("reproduction.html.j2").render(
+    return _template("reproduction.html.j2").render(
         title=f"{counts[REPRODUCED]} of {len(verdicts)} claims reproduced at our scale",
         seeds=seeds_text(tables["seeds"]),
         counts=[(name, CLASSES[name], counts[name]) for name in VERDICTS],
@@ -65,6 +62,47 @@ def render(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]])
         css=Markup(_text("page.css") + _text("reproduction.css")),
         scripts=[Markup(get_plotlyjs()), Markup(_text("charts.js")), Markup(_text("reproduction.js"))],
     )
+
+
+def render_sizes(found: Row) -> str:
+    """The page of `sizes`: a card for each recipe, a bar for each pair of models."""
+    top = top_of(entry for pair in found["pairs"] for entry in pair["exact_match"].values())
+    seeds = ", ".join(map(str, found["seeds"])) or "none"
+    return _template("sizes.html.j2").render(
+        pairs=[_pair(pair, found["models"]) for pair in found["pairs"]],
+        models=[words.model_label(model) for model in found["models"]],
+        cards=[_size_card(model, found["pairs"], top) for model in found["models"]],
+        claims=[_claim(row) for row in found["verdicts"]],
+        compared=f"On the seeds that all pairs ran: {seeds}.",
+        css=Markup(_text("page.css") + _text("reproduction.css")),
+    )
+
+
+def _template(name: str) -> Template:
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(name)
+
+
+def _pair(pair: Row, models: Sequence[str]) -> Row:
+    given = {role: given_text(pair, role) for role in words.GIVEN}
+    return pair | given | {"cells": [_cell(pair["exact_match"].get(model)) for model in models]}
+
+
+def _size_card(model: str, pairs: Sequence[Row], top: float) -> Row:
+    measured = [(pair, pair["exact_match"][model]) for pair in pairs if model in pair["exact_match"]]
+    role = "teacher" if model == "teacher" else "student"
+    bars = [
+        {
+            "label": f"{pair['profile']} · {given_text(pair, role)}",
+            "colour": COLOURS[model],
+            "track": level_track(entry, top, f"m{COLOURS[model]}"),
+            "cell": _cell(entry),
+        }
+        for pair, entry in measured
+    ]
+    return {"title": words.model_label(model), "bars": bars}
 
 
 def _text(name: str) -> str:

@@ -5,17 +5,20 @@
 Seeds that ran on other machines or days so come into one report: `dgpo pool <folder>`.
 """
 
+import json
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import Field, ValidationError
+from safetensors import SafetensorError, safe_open
 
 from dgpo_core.config.base import Section
 from dgpo_core.errors import UserError
 from dgpo_core.reporting.files import as_json, write_texts
-from dgpo_core.reporting.reproduction.sizes import parameter_counts
 from dgpo_core.reporting.reproduction.write import write_reproduction
+from dgpo_core.reporting.words import GIVEN
 
 RECORD = "record.json"
 TABLES = ("questions.parquet", "arcap.parquet")
@@ -32,11 +35,12 @@ class Record(Section):
     pair: str
     first: dict[str, int]  # questions that count, where not all of a set do
     parameters: dict[str, int] = Field({}, description="of the given models")
+    families: dict[str, str] = Field({}, description="of the given models: transformers' model_type")
 
     @property
     def comparable(self) -> dict[str, object]:
         """What seeds of one report must have in common."""
-        return self.model_dump(exclude={"seed", "commit", "parameters", "models"})
+        return self.model_dump(exclude={"seed", "commit", "parameters", "families", "models"})
 
 
 @dataclass(frozen=True)
@@ -67,7 +71,7 @@ def keep(run: Path, folder: Path, record: Record) -> Path:
     (temporary / "plots").mkdir()
     for curve in sorted((run / "plots").glob("*.csv")):
         shutil.copyfile(curve, temporary / "plots" / curve.name)
-    counted = record.model_copy(update={"parameters": parameter_counts(run)})
+    counted = record.model_copy(update={"parameters": parameter_counts(run), "families": families(run)})
     write_texts(temporary, {RECORD: as_json(counted.model_dump())})
     shutil.rmtree(out, ignore_errors=True)
     temporary.rename(out)
@@ -81,13 +85,10 @@ def pool(records: list[Path], out: Path) -> Pooled:
     """
     if not records:
         raise UserError(f"no {RECORD} of a seed: nothing to report")
-    read = {path: _read(path) for path in records}
-    first = next(iter(read.values()))
+    read = {path: read_record(path) for path in records}
+    first = comparable(list(read.items()))
     roots: dict[int, Path] = {}
     for path, record in read.items():
-        if record.comparable != first.comparable:
-            keys = [k for k, v in record.comparable.items() if v != first.comparable[k]]
-            raise UserError(f"{path / RECORD}: not comparable with {records[0]}: {', '.join(keys)}")
         if record.seed in roots:
             raise UserError(f"{path / RECORD}: seed {record.seed} is in {roots[record.seed]} too")
         roots[record.seed] = path
@@ -101,6 +102,16 @@ def pool(records: list[Path], out: Path) -> Pooled:
     return pooled
 
 
+def comparable(records: list[tuple[Path, Record]]) -> Record:
+    """The first of the records; raises UserError naming the one that is not comparable with it."""
+    start, first = records[0]
+    for path, record in records[1:]:
+        if record.comparable != first.comparable:
+            keys = [k for k, v in record.comparable.items() if v != first.comparable[k]]
+            raise UserError(f"{path / RECORD}: not comparable with {start}: {', '.join(keys)}")
+    return first
+
+
 def _pooled(records: list[Record]) -> Pooled:
     everything = dict.fromkeys(model for record in records for model in record.models)
     lacking = {m: [record.seed for record in records if m not in record.models] for m in everything}
@@ -108,9 +119,42 @@ def _pooled(records: list[Record]) -> Pooled:
     return Pooled(records[0].profile, models, {model: seeds for model, seeds in lacking.items() if seeds})
 
 
-def _read(path: Path) -> Record:
+def read_record(path: Path) -> Record:
+    """The record in the folder `path`; raises UserError."""
     try:
         return Record.model_validate_json((path / RECORD).read_text(encoding="utf-8"))
     except (OSError, ValidationError) as error:
         said = error.strerror if isinstance(error, OSError) else str(error).splitlines()[0]
         raise UserError(f"{path / RECORD}: {said}") from error
+
+
+def parameter_counts(root: Path) -> dict[str, int]:
+    """Parameters of the given models whose folders a run has (`models/<name>/*.safetensors`)."""
+    counts = {}
+    for name in GIVEN:
+        files = sorted((root / "models" / name).glob("*.safetensors"))
+        if files:
+            counts[name] = sum(_parameters(file) for file in files)
+    return counts
+
+
+def _parameters(file: Path) -> int:
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            names: list[str] = tensors.keys()
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a safetensors file: {error}") from error
+
+
+def families(root: Path) -> dict[str, str]:
+    """`model_type` of the given models whose folders a run has."""
+    found = {}
+    for name in GIVEN:
+        file = root / "models" / name / "config.json"
+        if file.exists():
+            try:
+                found[name] = str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{file}: no model_type of transformers: {error}") from error
+    return found

@@ -1,80 +1,202 @@
-"""Several pairs of models side by side (the paper's figure 3 and table 3): EM by size and family."""
+"""Several pairs of models side by side (the paper's figure 3 and table 3): EM by size and family.
 
-import json
-import math
-from collections.abc import Mapping
+Built from the seeds' records of several profiles. A cell pools the seeds that ran the model with this
+profile; the claims compare pairs of models, on the seeds that all of them ran.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
+import numpy as np
 
 from dgpo_core.errors import UserError
-from dgpo_core.reporting.files import write_texts
+from dgpo_core.reporting.files import as_json, write_texts
+from dgpo_core.reporting.reproduction.claims import Claim
+from dgpo_core.reporting.reproduction.conditions import Condition, Untested, beats, both
+from dgpo_core.reporting.reproduction.inputs import Measured, Samples, read_runs
+from dgpo_core.reporting.reproduction.markdown import sizes_markdown
+from dgpo_core.reporting.reproduction.page import render_sizes
+from dgpo_core.reporting.reproduction.pooling import entry, pool
+from dgpo_core.reporting.reproduction.records import RECORD, Record, comparable, read_record
+from dgpo_core.reporting.reproduction.verdicts import Judge, judge, published
 from dgpo_core.reporting.results import AVERAGE
 from dgpo_core.reporting.words import GIVEN, model_label
 
 COMPARED = (*GIVEN, "ppo", "kd", "dgpo")
-SIZES, TABLES = "sizes.md", "tables.json"
+Row = dict[str, Any]
 
 
-def parameter_counts(root: Path) -> dict[str, int]:
-    """Parameters of the given models whose folders a run has (`models/<name>/*.safetensors`)."""
-    counts = {}
-    for name in GIVEN:
-        files = sorted((root / "models" / name).glob("*.safetensors"))
-        if files:
-            counts[name] = sum(_parameters(file) for file in files)
-    return counts
+@dataclass(frozen=True)
+class Pair:
+    """A profile's student and teacher, and what its seeds measured: model -> seed -> EM of every question."""
+
+    name: str
+    record: Record
+    em: dict[str, dict[int, Samples]]
+
+    def given(self, role: str) -> tuple[str, float]:
+        """(family, parameters) of the student or the teacher; the paper's name of it where not counted."""
+        if role in self.record.parameters:
+            return self.record.families.get(role, ""), self.record.parameters[role]
+        large, _, small = self.record.pair.partition("-to-")
+        return (f"{self.record.pair.partition('-')[0]} {small if role == 'student' else large}", 0)
+
+    def label(self, model: str) -> str:
+        return f"{model_label(model)} ({self.name})"
 
 
-def _parameters(file: Path) -> int:
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            names: list[str] = tensors.keys()
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a safetensors file: {error}") from error
+def write_sizes(folder: Path, out: Path) -> list[str]:
+    """Write sizes.json, sizes.md and sizes.html from every record below `folder`; returns the profiles.
+
+    Raises UserError for none, a broken one, and seeds of a profile that cannot be compared.
+    """
+    pairs = sorted(
+        _read(folder), key=lambda pair: (*pair.given("student")[::-1], *pair.given("teacher")[::-1])
+    )
+    rows = [_row(pair) for pair in pairs]
+    seeds = _common_seeds(pairs)
+    bench = Judge(_merged(pairs, seeds), _paper(pairs), {})
+    verdicts = [judge(bench, claim, "") for claim in claims(pairs if seeds else [])]
+    found = {"models": list(COMPARED), "seeds": seeds, "pairs": rows, "verdicts": verdicts}
+    texts = {
+        "sizes.json": as_json(found),
+        "sizes.md": sizes_markdown(found),
+        "sizes.html": render_sizes(found),
+    }
+    write_texts(out, texts)
+    return [pair.name for pair in pairs]
 
 
-def write_sizes(folder: Path) -> None:
-    """Write `sizes.md` from every `<profile>/tables.json` in `folder`, smallest student first."""
-    found = {path.parent.name: _read(path) for path in sorted(folder.glob(f"*/{TABLES}"))}
-    write_texts(folder, {SIZES: markdown(found)})
+def claims(pairs: list[Pair]) -> list[Claim]:
+    """What the paper says across its pairs of models, as conditions on these pairs."""
+    students = list({pair.given("student"): pair for pair in pairs if "ppo" in pair.em}.values())
+    return [
+        Claim(
+            "dgpo_best_everywhere",
+            "DGPO beats PPO and KD with every pair of models.",
+            "section 5.2, table 3",
+            _all_of(
+                (beats(pair.label("dgpo"), pair.label(other)) for pair in pairs for other in ("ppo", "kd")),
+                "needs several pairs of models that ran the same seed",
+            ),
+        ),
+        Claim(
+            "rl_lifts_every_size",
+            "RL alone lifts students of every size.",
+            "section 3.3, figure 3",
+            _all_of(
+                (beats(pair.label("ppo"), pair.label("student")) for pair in students),
+                "needs PPO with students of several sizes",
+            ),
+        ),
+        Claim(
+            "rl_small_behind_large",
+            "After RL alone, small students stay behind larger ones of their family.",
+            "section 3.3, figure 3",
+            _all_of(
+                (beats(large.label("ppo"), small.label("ppo")) for small, large in _of_one_family(students)),
+                "needs PPO with students of several sizes",
+            ),
+        ),
+        Claim(
+            "smaller_gap_better",
+            "A smaller teacher, nearer to the student, makes a better DGPO.",
+            "section 5.2, table 3 (0.329, 0.323)",
+            _all_of(
+                (beats(near.label("dgpo"), far.label("dgpo")) for near, far in _of_one_student(pairs)),
+                "needs two teachers for one student",
+            ),
+        ),
+    ]
 
 
-def markdown(profiles: Mapping[str, Mapping[str, Any]]) -> str:
-    """One row a pair of models: sizes, seeds, average EM with its interval, and the paper's pair."""
-    rows = sorted(profiles.items(), key=lambda item: item[1].get("parameters", {}).get("student", 0))
-    head = ["profile", "student", "teacher", "seeds", *(model_label(model) for model in COMPARED), "paper"]
-    lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-    for name, tables in rows:
-        sizes = tables.get("parameters", {})
-        cells = [name, *(_size(sizes.get(model)) for model in GIVEN)]
-        cells.append(", ".join(map(str, tables["seeds"])))
-        cells += [_cell(tables["exact_match"].get(model)) for model in COMPARED]
-        cells.append(tables["pair"])
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+def _all_of(conditions: Iterable[Condition], otherwise: str) -> Condition:
+    parts = tuple(conditions)
+    return both(*parts) if parts else Untested(otherwise)
 
 
-def _size(count: int | None) -> str:
-    return "not known" if count is None else f"{count / 1e6:,.2f} M"
+def _of_one_family(students: list[Pair]) -> list[tuple[Pair, Pair]]:
+    """(smaller, next larger)"""
+    families: dict[str, list[Pair]] = {}
+    for pair in students:
+        families.setdefault(pair.given("student")[0], []).append(pair)
+    return [two for own in families.values() for two in pairwise(own)]
 
 
-def _cell(own: Mapping[str, Any] | None) -> str:
-    if own is None or own[AVERAGE]["mean"] is None:
-        return "not run"
-    entry = own[AVERAGE]
-    low, high = entry["ci95"]
-    published = "" if entry["paper"] is None else f"; paper {entry['paper']:.3f}"
-    return f"**{entry['mean']:.3f}** [{low:.3f}, {high:.3f}]{published}"
+def _of_one_student(pairs: list[Pair]) -> list[tuple[Pair, Pair]]:
+    """(with the smaller teacher, with the larger one)"""
+    return [
+        (first, second)
+        for first, second in combinations(pairs, 2)
+        if first.given("student") == second.given("student")
+        and first.given("teacher")[1] < second.given("teacher")[1]
+    ]
 
 
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        tables: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        if not {"seeds", "pair", "exact_match"} <= tables.keys():
-            raise ValueError("these are not the tables of a reproduction")
-    except ValueError as error:
-        raise UserError(f"{path}: {error}") from error
-    return tables
+def _read(folder: Path) -> list[Pair]:
+    records: dict[str, dict[int, tuple[Path, Record]]] = {}
+    for path in sorted(file.parent for file in folder.rglob(RECORD)):
+        record = read_record(path)
+        own = records.setdefault(record.profile, {})
+        if record.seed in own:
+            raise UserError(
+                f"{path / RECORD}: {own[record.seed][0]} is seed {record.seed} of this profile too"
+            )
+        own[record.seed] = path, record
+    if not records:
+        raise UserError(f"{folder}: no {RECORD} of a seed below it: nothing to compare")
+    return [_pair(name, own) for name, own in records.items()]
+
+
+def _pair(name: str, records: dict[int, tuple[Path, Record]]) -> Pair:
+    first = comparable(list(records.values()))
+    em: dict[str, dict[int, Samples]] = {}
+    for model in COMPARED:
+        roots = {seed: path for seed, (path, record) in records.items() if model in record.models}
+        if roots:
+            measured = read_runs(roots, [model], first.mirrors, first.first)
+            values = measured.em[model]
+            em[model] = {
+                seed: Samples(values.keys, values.values[[row]]) for row, seed in enumerate(measured.seeds)
+            }
+    return Pair(name, first, em)
+
+
+def _row(pair: Pair) -> Row:
+    paper_of = published(pair.record.pair)
+    return {
+        "profile": pair.name,
+        "pair": pair.record.pair,
+        "families": pair.record.families,
+        "parameters": pair.record.parameters,
+        "exact_match": {
+            model: entry(pool(_stacked(own, sorted(own))), sorted(own), paper_of(model, AVERAGE))
+            for model, own in pair.em.items()
+        },
+    }
+
+
+def _stacked(samples: Mapping[int, Samples], seeds: list[int]) -> Samples:
+    return Samples(samples[seeds[0]].keys, np.concatenate([samples[seed].values for seed in seeds]))
+
+
+def _common_seeds(pairs: list[Pair]) -> list[int]:
+    every = [set(own) for pair in pairs for own in pair.em.values()]
+    return sorted(set.intersection(*every)) if len(pairs) > 1 else []
+
+
+def _merged(pairs: list[Pair], seeds: list[int]) -> Measured:
+    em = {
+        pair.label(model): _stacked(own, seeds) for pair in pairs for model, own in pair.em.items() if seeds
+    }
+    return Measured(seeds, list(em), pairs[0].record.mirrors, em, {}, {})
+
+
+def _paper(pairs: list[Pair]) -> Any:
+    figures = {
+        pair.label(model): published(pair.record.pair)(model, AVERAGE) for pair in pairs for model in COMPARED
+    }
+    return lambda model, _: figures[model]

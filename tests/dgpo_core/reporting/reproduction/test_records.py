@@ -9,7 +9,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from dgpo_core.errors import UserError
-from dgpo_core.reporting.reproduction.records import RECORD, Record, keep, pool
+from dgpo_core.reporting.reproduction.records import RECORD, Record, families, keep, parameter_counts, pool
 from tests.dgpo_core.reporting.reproduction.synthetic import MODELS, Runs, coin, curve, make_runs
 from tests.dgpo_core.reporting.synthetic import MIRRORS
 
@@ -90,3 +90,20 @@ def test_what_cannot_be_pooled_is_refused_by_name(runs: Runs, tmp_path: Path) ->
     with pytest.raises(UserError, match=r"seed 2: .*ppo/questions\.parquet: No such file"):
         keep(runs.roots[2], tmp_path / "d", record(2, models=["ppo"]))
     assert not (tmp_path / "out").exists() and not (tmp_path / "d" / "2").exists()
+
+
+def test_given_models_are_described_by_their_files(tmp_path: Path) -> None:
+    assert not parameter_counts(tmp_path) and not families(tmp_path)
+    folder = tmp_path / "models/teacher"
+    folder.mkdir(parents=True)
+    save_file({"a": np.zeros((3, 5)), "b": np.zeros(2)}, folder / "model-1.safetensors")
+    save_file({"c": np.zeros(4)}, folder / "model-2.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    assert parameter_counts(tmp_path) == {"teacher": 21}
+    assert families(tmp_path) == {"teacher": "llama"}
+    (folder / "model-2.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"teacher/model-2\.safetensors: not a safetensors file"):
+        parameter_counts(tmp_path)
+    (folder / "config.json").write_text("{}")
+    with pytest.raises(UserError, match=r"teacher/config\.json: no model_type"):
+        families(tmp_path)

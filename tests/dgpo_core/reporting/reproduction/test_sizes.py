@@ -1,53 +1,134 @@
-"""Pairs of models of several sizes in one table."""
+"""Pairs of models of several sizes and families side by side."""
 
+import json
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
-from safetensors.numpy import save_file
 
 from dgpo_core.errors import UserError
-from dgpo_core.reporting.reproduction.sizes import parameter_counts, write_sizes
+from dgpo_core.reporting.reproduction.records import RECORD, Record, keep
+from dgpo_core.reporting.reproduction.sizes import COMPARED, write_sizes
 from tests.dgpo_core.reporting.reproduction.synthetic import coin, make_runs
+from tests.dgpo_core.reporting.synthetic import MIRRORS
 
-LEVELS = {"student": 0.0, "teacher": 0.9, "kd": 0.4}
-
-
-def reproduced(tmp_path: Path, profile: str, width: int) -> None:
-    runs = make_runs(tmp_path / f"runs-{profile}", [0, 1], list(LEVELS), coin(LEVELS), coin(LEVELS))
-    for root in runs.roots.values():
-        folder = root / "models" / "student"
-        folder.mkdir(parents=True)
-        save_file({"a": np.zeros((width, 1000), np.float32)}, folder / "model-1.safetensors")
-        save_file({"b": np.zeros(1000, np.float32)}, folder / "model-2.safetensors")
-    runs.write(tmp_path / "reproduction" / profile, parameters=parameter_counts(runs.roots[0]))
+GROWS = {"student": 0.0, "teacher": 0.9, "ppo": 0.2, "kd": 0.4, "dgpo": 0.7}
+SMALL = {"student": 0.0, "teacher": 0.9, "ppo": 0.0, "kd": 0.4, "dgpo": 0.6}
+NEAR = {"student": 0.0, "teacher": 0.9, "ppo": 0.2, "kd": 0.5, "dgpo": 0.95}
+QWEN = "qwen2.5-3b-to-0.5b"
 
 
-def test_smallest_student_first_with_what_was_run(tmp_path: Path) -> None:
-    reproduced(tmp_path, "large", 3999)
-    reproduced(tmp_path, "small", 999)
-    write_sizes(tmp_path / "reproduction")
-    header, rule, *rows = (tmp_path / "reproduction/sizes.md").read_text().splitlines()
+def reproduced(
+    folder: Path,
+    profile: str,
+    sizes: tuple[int, int],
+    levels: dict[str, float],
+    seeds: tuple[int, ...] = (0, 1),
+    **other: Any,
+) -> None:
+    """What `make reproduce` keeps of a profile."""
+    models = [model for model in COMPARED if model in levels]
+    runs = make_runs(folder.parent / f"runs-{profile}", list(seeds), models, coin(levels), coin(levels), 40)
+    runs.save()
+    for seed, root in runs.roots.items():
+        fields = {"profile": profile, "seed": seed, "commit": "c" * 40, "models": models, "mirrors": MIRRORS}
+        record = Record.model_validate(fields | {"pair": QWEN, "first": {}} | other)
+        path = keep(root, folder / profile / "seeds", record) / RECORD
+        counts = {"student": sizes[0], "teacher": sizes[1]}
+        known = {"parameters": counts, "families": dict.fromkeys(counts, "qwen2")}
+        path.write_text(record.model_copy(update=known | other).model_dump_json())
+
+
+def verdicts(folder: Path) -> dict[str, str]:
+    return {
+        row["claim"]: row["verdict"] for row in json.loads((folder / "sizes.json").read_text())["verdicts"]
+    }
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return tmp_path / "reproduction"
+
+
+def test_smallest_student_first_with_what_was_run(folder: Path) -> None:
+    reproduced(folder, "large", (4_000_000, 9_000_000), GROWS, (0, 1, 2))
+    reproduced(folder, "small", (1_000_000, 9_000_000), {"student": 0.0, "kd": 0.4}, (1,))
+    assert write_sizes(folder, folder) == ["small", "large"]
+    header, rule, *rows = (folder / "sizes.md").read_text().splitlines()[2:6]
     assert header.count("|") == rule.count("|") == rows[0].count("|")
-    assert [row.split(" | ")[0] for row in rows] == ["| small", "| large"]
-    assert "| 1.00 M | not known | 0, 1 | **0.000** [0.000, " in rows[0] and "| 4.00 M |" in rows[1]
-    assert "not run" in rows[0] and "paper 0.298" in rows[0]  # PPO; KD
+    assert rows[0].startswith("| small | qwen2 1.00 M | qwen2 9.00 M | **0.000** [0.000, ")
+    assert "not run" in rows[0] and "; seeds 0.000; paper 0.006" in rows[0]
+    assert rows[1].startswith("| large | qwen2 4.00 M |") and "; paper 0.298" in rows[1]
+    page = (folder / "sizes.html").read_text()
+    assert page.index("small · qwen2 1.00 M") < page.index("large · qwen2 4.00 M")
+    assert "On the seeds that all pairs ran: 1." in page
 
 
-def test_parameters_are_those_of_the_files(tmp_path: Path) -> None:
-    assert parameter_counts(tmp_path) == {}
-    folder = tmp_path / "models/teacher"
-    folder.mkdir(parents=True)
-    save_file({"a": np.zeros((3, 5)), "b": np.zeros(2)}, folder / "model.safetensors")
-    assert parameter_counts(tmp_path) == {"teacher": 17}
-    (folder / "model.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match=r"teacher/model\.safetensors: not a safetensors file"):
-        parameter_counts(tmp_path)
+def test_claims_across_pairs(folder: Path) -> None:
+    reproduced(folder, "small", (1, 9), SMALL)
+    reproduced(folder, "large", (4, 9), GROWS)
+    reproduced(folder, "near", (4, 6), NEAR)
+    write_sizes(folder, folder)
+    assert verdicts(folder) == {
+        "dgpo_best_everywhere": "reproduced at our scale",
+        "rl_lifts_every_size": "not reproduced",  # not the small one
+        "rl_small_behind_large": "reproduced at our scale",
+        "smaller_gap_better": "reproduced at our scale",
+    }
+    row = json.loads((folder / "sizes.json").read_text())["verdicts"][3]
+    assert row["tests"][0]["label"] == "DGPO (near) − DGPO (large) · average EM"
+    assert row["tests"][0]["numbers"]["mean"] == pytest.approx(0.25, abs=0.06)
 
 
-@pytest.mark.parametrize("text", ["{", "{}"])
-def test_tables_of_something_else(tmp_path: Path, text: str) -> None:
-    (tmp_path / "x").mkdir()
-    (tmp_path / "x/tables.json").write_text(text)
-    with pytest.raises(UserError, match=r"x/tables\.json"):
-        write_sizes(tmp_path)
+def test_the_smaller_teacher_must_be_the_better_one(folder: Path) -> None:
+    reproduced(folder, "near", (4, 9), NEAR)
+    reproduced(folder, "large", (4, 6), GROWS)
+    write_sizes(folder, folder)
+    assert verdicts(folder)["smaller_gap_better"] == "not reproduced"
+    assert verdicts(folder)["rl_small_behind_large"] == "not tested"  # one student
+
+
+def test_other_families_are_not_compared_by_size(folder: Path) -> None:
+    reproduced(folder, "small", (1, 9), SMALL)
+    llama = {"student": "llama", "teacher": "llama"}
+    reproduced(folder, "large", (4_000_000, 9_000_000), GROWS, families=llama, pair="llama3-8b-to-1b")
+    write_sizes(folder, folder)
+    assert verdicts(folder)["rl_small_behind_large"] == "not tested"
+    assert "| llama 4.00 M |" in (folder / "sizes.md").read_text()
+
+
+def test_sizes_that_no_record_has_are_the_papers(folder: Path) -> None:
+    unknown: dict[str, Any] = {"parameters": {}, "families": {}}
+    reproduced(folder, "far", (0, 0), GROWS, pair="qwen2.5-7b-to-0.5b", **unknown)
+    reproduced(folder, "near", (0, 0), NEAR, pair=QWEN, **unknown)
+    write_sizes(folder, folder)
+    assert "| near | size not known |" in (folder / "sizes.md").read_text()
+    assert verdicts(folder)["rl_small_behind_large"] == "not tested"  # both are the 0.5B
+
+
+def test_pairs_without_a_seed_in_common_are_shown_and_not_compared(folder: Path) -> None:
+    reproduced(folder, "small", (1, 9), SMALL, (0,))
+    reproduced(folder, "large", (4, 9), GROWS, (1,))
+    assert write_sizes(folder, folder) == ["small", "large"]
+    assert set(verdicts(folder).values()) == {"not tested"}
+    assert "ran (none)" in (folder / "sizes.md").read_text()
+
+
+def test_one_profile_is_a_table(folder: Path) -> None:
+    reproduced(folder, "large", (4, 9), GROWS)
+    assert write_sizes(folder, folder) == ["large"]
+    assert set(verdicts(folder).values()) == {"not tested"}
+
+
+def test_what_cannot_be_compared_is_refused(folder: Path) -> None:
+    with pytest.raises(UserError, match=r"no record\.json"):
+        write_sizes(folder, folder)
+    reproduced(folder, "large", (4, 9), GROWS)
+    path = folder / "large/seeds/1/record.json"
+    path.write_text(path.read_text().replace('"seed":1', '"seed":0'))
+    with pytest.raises(UserError, match="seed 0 of this profile too"):
+        write_sizes(folder, folder)
+    path.write_text("{")
+    with pytest.raises(UserError, match=r"seeds/1/record\.json"):
+        write_sizes(folder, folder)
+    assert not (folder / "sizes.md").exists()
