@@ -18,7 +18,8 @@ class Stage:
     """One stage; `meta:` in dvc.yaml carries the hints to the orchestrator, which DVC does not hash.
 
     `changed`: DVC would execute it, going by its own inputs and outputs. `pool`: whose worker is to run it.
-    `gpus`: how many slots of the limit `gpu` it takes.
+    `gpus`: how many slots of the limit `gpu` it takes. `forgotten`: DVC's run cache leaves out its runs, as
+    of every stage with an output that DVC does not cache.
     """
 
     name: str
@@ -28,6 +29,7 @@ class Stage:
     pool: str = "cpu"
     gpus: int = 0
     changed: bool = True
+    forgotten: bool = False
 
 
 def read_dag(root: Path) -> dict[str, Stage]:
@@ -142,7 +144,8 @@ def _stage(root: Path, node: Any, upstream: Iterable[Any]) -> Stage:
             raise UserError(f"{where}.{key} must be a whole number, 0 or more")
     names = tuple(sorted(_address(root, other) for other in upstream if other.cmd))
     retries, gpus = int(numbers["retries"]), int(numbers["gpus"])
-    return Stage(name, names, timeout, retries, pool, gpus, changed=bool(node.status()))
+    forgotten = any(not (out.use_cache or out.is_metric or out.is_plot) for out in node.outs)
+    return Stage(name, names, timeout, retries, pool, gpus, bool(node.status()), forgotten)
 
 
 def _is_number(value: Any) -> bool:

@@ -65,7 +65,12 @@ def execute(stage: Stage, tree: Path, log: Callable[[str], None], *, force: bool
             raise StageFailed(f"{stage.name}: not done after {minutes}", retryable=False) from None
     if code:
         raise _explain(stage.name, code, tail, failure)
-    return next((state for text, state in SKIP_MESSAGES.items() if text in tail), "Completed")
+    state = next((state for text, state in SKIP_MESSAGES.items() if text in tail), "Completed")
+    if state == "Completed" and stage.forgotten:
+        # a commit writes to the run cache what a run does not: other worktrees get the output from there
+        command = [sys.executable, "-m", "dvc", "commit", "--quiet", "--force", stage.name]
+        run_group(command, tree, environment(), log)
+    return state
 
 
 def environment() -> dict[str, str]:
