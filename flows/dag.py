@@ -18,8 +18,8 @@ class Stage:
     """One stage; `meta:` in dvc.yaml carries the hints to the orchestrator, which DVC does not hash.
 
     `changed`: DVC would execute it, going by its own inputs and outputs. `pool`: whose worker is to run it.
-    `gpus`: how many slots of the limit `gpu` it takes. `forgotten`: DVC's run cache leaves out its runs, as
-    of every stage with an output that DVC does not cache.
+    `gpus`: how many slots of the limit `gpu` it takes. `run_cached`: DVC's run cache keeps its runs,
+    which it does not where DVC leaves an output to git.
     """
 
     name: str
@@ -29,7 +29,7 @@ class Stage:
     pool: str = "cpu"
     gpus: int = 0
     changed: bool = True
-    forgotten: bool = False
+    run_cached: bool = True
 
 
 def read_dag(root: Path) -> dict[str, Stage]:
@@ -144,8 +144,8 @@ def _stage(root: Path, node: Any, upstream: Iterable[Any]) -> Stage:
             raise UserError(f"{where}.{key} must be a whole number, 0 or more")
     names = tuple(sorted(_address(root, other) for other in upstream if other.cmd))
     retries, gpus = int(numbers["retries"]), int(numbers["gpus"])
-    forgotten = any(not (out.use_cache or out.is_metric or out.is_plot) for out in node.outs)
-    return Stage(name, names, timeout, retries, pool, gpus, bool(node.status()), forgotten)
+    run_cached = all(out.use_cache or out.is_metric or out.is_plot for out in node.outs)
+    return Stage(name, names, timeout, retries, pool, gpus, bool(node.status()), run_cached)
 
 
 def _is_number(value: Any) -> bool:

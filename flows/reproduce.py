@@ -53,8 +53,8 @@ def reproduce(
         _run_all(trees, max_parallel)
         out = root / REPORT / profile
         pool([keep(tree, out / SEEDS, _record(tree)) for tree in trees.values()], out)
-    write_sizes(root / REPORT, root / REPORT)
     create_markdown_artifact((out / "results.md").read_text(encoding="utf-8"), key="reproduction")
+    write_sizes(root / REPORT, root / REPORT)
 
 
 def _run_all(trees: dict[int, Path], max_parallel: int) -> None:

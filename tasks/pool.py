@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from dgpo_core.reporting.reproduction.records import RECORD, pool
+from dgpo_core.reporting.reproduction.records import find_records, pool
 from dgpo_core.reporting.reproduction.sizes import write_sizes
 
 
 def write(folder: Path, out: Path) -> None:
     """Report on every seed's record in `folder`. Raises UserError."""
-    records = sorted((path.parent for path in folder.glob(f"*/{RECORD}")), key=lambda path: path.name)
+    records = find_records(folder)
     pooled = pool(records, out)
     for model, seeds in pooled.left_out.items():
         print(f"left out: {model}, which seed {', '.join(map(str, seeds))} lacks")

@@ -46,10 +46,15 @@ def _commits(commits: Mapping[str, str]) -> str:
     """Which code the seeds ran, where that is known."""
     if not commits:
         return ""
+    several = len(set(commits.values())) > 1
+    return f"\nCode: commit{'s' * several} {commits_text(commits)}.\n"
+
+
+def commits_text(commits: Mapping[str, str]) -> str:
+    """One commit, or each seed's."""
     if len(set(commits.values())) == 1:
-        return f"\nCode: commit {next(iter(commits.values()))[:8]}.\n"
-    each = ", ".join(f"seed {seed} {commit[:8]}" for seed, commit in sorted(commits.items()))
-    return f"\nCode: commits {each}.\n"
+        return next(iter(commits.values()))[:8]
+    return ", ".join(f"seed {seed} {commit[:8]}" for seed, commit in sorted(commits.items()))
 
 
 def seeds_text(seeds: Sequence[int]) -> str:
@@ -61,13 +66,14 @@ def seeds_text(seeds: Sequence[int]) -> str:
 def sizes_markdown(found: Row) -> str:
     """The table and the claims of `sizes`."""
     measured = [f"EM, {words.model_label(model)}" for model in found["models"]]
-    heads = ["profile", "student", "teacher", *measured, "paper's pair"]
+    heads = ["profile", "student", "teacher", *measured, "paper's pair", "code"]
     rows = [
         [
             pair["profile"],
             *(given_text(pair, role) for role in words.GIVEN),
             *(_cell(pair["exact_match"].get(model)) for model in found["models"]),
             pair["pair"],
+            commits_text(pair["commits"]),
         ]
         for pair in found["pairs"]
     ]

@@ -16,7 +16,7 @@ from dgpo_core.reporting.parts import DASH
 from dgpo_core.reporting.reproduction.charts import difference_track, level_track, panels, top_of
 from dgpo_core.reporting.reproduction.claims import GROUPS, PROFILED
 from dgpo_core.reporting.reproduction.labels import BEFORE_COLLAPSE, MEASUREMENT_LABELS, signed
-from dgpo_core.reporting.reproduction.markdown import given_text, seeds_text, stability_text
+from dgpo_core.reporting.reproduction.markdown import commits_text, given_text, seeds_text, stability_text
 from dgpo_core.reporting.reproduction.stability import INVALID_RISE, LENGTH_DRIFT, NEAR_ZERO
 from dgpo_core.reporting.reproduction.verdicts import REPRODUCED, VERDICTS, numbers_text
 from dgpo_core.reporting.results import AVERAGE
@@ -87,7 +87,8 @@ def _template(name: str) -> Template:
 
 def _pair(pair: Row, models: Sequence[str]) -> Row:
     given = {role: given_text(pair, role) for role in words.GIVEN}
-    return pair | given | {"cells": [_cell(pair["exact_match"].get(model)) for model in models]}
+    cells = [_cell(pair["exact_match"].get(model)) for model in models]
+    return pair | given | {"cells": cells, "code": commits_text(pair["commits"])}
 
 
 def _size_card(model: str, pairs: Sequence[Row], top: float) -> Row:

@@ -78,6 +78,12 @@ def keep(run: Path, folder: Path, record: Record) -> Path:
     return out
 
 
+def find_records(folder: Path) -> list[Path]:
+    """The folders below `folder` that have a seed's record, but for what a killed or running `keep` left."""
+    found = (file.parent for file in folder.rglob(RECORD))
+    return sorted(path for path in found if path.suffix != ".part")
+
+
 def pool(records: list[Path], out: Path) -> Pooled:
     """Write the report of these seeds' records into `out`, on the models that all of them have.
 
@@ -86,7 +92,7 @@ def pool(records: list[Path], out: Path) -> Pooled:
     if not records:
         raise UserError(f"no {RECORD} of a seed: nothing to report")
     read = {path: read_record(path) for path in records}
-    first = comparable(list(read.items()))
+    first = require_comparable(list(read.items()))
     roots: dict[int, Path] = {}
     for path, record in read.items():
         if record.seed in roots:
@@ -102,7 +108,7 @@ def pool(records: list[Path], out: Path) -> Pooled:
     return pooled
 
 
-def comparable(records: list[tuple[Path, Record]]) -> Record:
+def require_comparable(records: list[tuple[Path, Record]]) -> Record:
     """The first of the records; raises UserError naming the one that is not comparable with it."""
     start, first = records[0]
     for path, record in records[1:]:

@@ -4,7 +4,7 @@ Built from the seeds' records of several profiles. A cell pools the seeds that r
 profile; the claims compare pairs of models, on the seeds that all of them ran.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -20,7 +20,13 @@ from dgpo_core.reporting.reproduction.inputs import Measured, Samples, read_runs
 from dgpo_core.reporting.reproduction.markdown import sizes_markdown
 from dgpo_core.reporting.reproduction.page import render_sizes
 from dgpo_core.reporting.reproduction.pooling import entry, pool
-from dgpo_core.reporting.reproduction.records import RECORD, Record, comparable, read_record
+from dgpo_core.reporting.reproduction.records import (
+    RECORD,
+    Record,
+    find_records,
+    read_record,
+    require_comparable,
+)
 from dgpo_core.reporting.reproduction.verdicts import Judge, judge, published
 from dgpo_core.reporting.results import AVERAGE
 from dgpo_core.reporting.words import GIVEN, model_label
@@ -35,6 +41,7 @@ class Pair:
 
     name: str
     record: Record
+    commits: dict[str, str]  # seed -> of the code that it ran
     em: dict[str, dict[int, Samples]]
 
     def given(self, role: str) -> tuple[str, float]:
@@ -138,7 +145,7 @@ def _of_one_student(pairs: list[Pair]) -> list[tuple[Pair, Pair]]:
 
 def _read(folder: Path) -> list[Pair]:
     records: dict[str, dict[int, tuple[Path, Record]]] = {}
-    for path in sorted(file.parent for file in folder.rglob(RECORD)):
+    for path in find_records(folder):
         record = read_record(path)
         own = records.setdefault(record.profile, {})
         if record.seed in own:
@@ -152,7 +159,7 @@ def _read(folder: Path) -> list[Pair]:
 
 
 def _pair(name: str, records: dict[int, tuple[Path, Record]]) -> Pair:
-    first = comparable(list(records.values()))
+    first = require_comparable(list(records.values()))
     em: dict[str, dict[int, Samples]] = {}
     for model in COMPARED:
         roots = {seed: path for seed, (path, record) in records.items() if model in record.models}
@@ -162,7 +169,8 @@ def _pair(name: str, records: dict[int, tuple[Path, Record]]) -> Pair:
             em[model] = {
                 seed: Samples(values.keys, values.values[[row]]) for row, seed in enumerate(measured.seeds)
             }
-    return Pair(name, first, em)
+    commits = {str(seed): record.commit for seed, (_, record) in sorted(records.items())}
+    return Pair(name, first, commits, em)
 
 
 def _row(pair: Pair) -> Row:
@@ -172,6 +180,7 @@ def _row(pair: Pair) -> Row:
         "pair": pair.record.pair,
         "families": pair.record.families,
         "parameters": pair.record.parameters,
+        "commits": pair.commits,
         "exact_match": {
             model: entry(pool(_stacked(own, sorted(own))), sorted(own), paper_of(model, AVERAGE))
             for model, own in pair.em.items()
@@ -195,8 +204,9 @@ def _merged(pairs: list[Pair], seeds: list[int]) -> Measured:
     return Measured(seeds, list(em), pairs[0].record.mirrors, em, {}, {})
 
 
-def _paper(pairs: list[Pair]) -> Any:
+def _paper(pairs: list[Pair]) -> Callable[[str, str], float | None]:
+    """(label, quantity) -> the figure of the paper's pair that the label's profile stands for."""
     figures = {
         pair.label(model): published(pair.record.pair)(model, AVERAGE) for pair in pairs for model in COMPARED
     }
-    return lambda model, _: figures[model]
+    return lambda label, _: figures[label]

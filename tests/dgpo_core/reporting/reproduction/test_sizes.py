@@ -1,6 +1,7 @@
 """Pairs of models of several sizes and families side by side."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,7 @@ def test_smallest_student_first_with_what_was_run(folder: Path) -> None:
     assert rows[0].startswith("| small | qwen2 1.00 M | qwen2 9.00 M | **0.000** [0.000, ")
     assert "not run" in rows[0] and "; seeds 0.000; paper 0.006" in rows[0]
     assert rows[1].startswith("| large | qwen2 4.00 M |") and "; paper 0.298" in rows[1]
+    assert rows[1].endswith(f"| {QWEN} | {'c' * 8} |")
     page = (folder / "sizes.html").read_text()
     assert page.index("small · qwen2 1.00 M") < page.index("large · qwen2 4.00 M")
     assert "On the seeds that all pairs ran: 1." in page
@@ -132,3 +134,10 @@ def test_what_cannot_be_compared_is_refused(folder: Path) -> None:
     with pytest.raises(UserError, match=r"seeds/1/record\.json"):
         write_sizes(folder, folder)
     assert not (folder / "sizes.md").exists()
+
+
+def test_a_record_that_is_being_copied_is_none(folder: Path) -> None:
+    """Of a run side by side, or of one that was killed: the finished record is beside it."""
+    reproduced(folder, "large", (4, 9), GROWS)
+    shutil.copytree(folder / "large/seeds/1", folder / "large/seeds/1.part")
+    assert write_sizes(folder, folder) == ["large"]
