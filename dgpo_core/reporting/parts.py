@@ -7,7 +7,7 @@ from typing import Any
 from dgpo_core.reporting import words
 from dgpo_core.reporting.curves import Curve
 
-COLOURS = {"student": 0, "teacher": 1, "kd": 2, "dgpo": 3}  # of the style sheet; other models: 4 to 7
+COLOURS = {name: index for index, name in enumerate(words.MODEL_LABELS)}  # of the style sheet
 DASH = "\N{EN DASH}"
 Row = dict[str, Any]
 
@@ -33,8 +33,8 @@ class Report:
 
 def model_head(name: str, models: Sequence[str]) -> Row:
     """A model's name, label, colour and note."""
-    others = [model for model in models if model not in COLOURS]
-    colour = COLOURS[name] if name in COLOURS else 4 + others.index(name) % 4
+    others = [model for model in models if model not in COLOURS]  # colours of the paper's recipes
+    colour = COLOURS[name] if name in COLOURS else 4 + others.index(name) % (len(COLOURS) - 4)
     return {
         "name": name,
         "label": words.model_label(name),

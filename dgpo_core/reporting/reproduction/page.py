@@ -12,7 +12,7 @@ from dgpo_core.reporting import words
 from dgpo_core.reporting.curves import Curve
 from dgpo_core.reporting.episodes import compact_json
 from dgpo_core.reporting.page import TEMPLATES
-from dgpo_core.reporting.parts import DASH
+from dgpo_core.reporting.parts import COLOURS, DASH
 from dgpo_core.reporting.reproduction.charts import difference_track, level_track, panels, top_of
 from dgpo_core.reporting.reproduction.claims import GROUPS, PROFILED
 from dgpo_core.reporting.reproduction.labels import BEFORE_COLLAPSE, MEASUREMENT_LABELS, signed
@@ -21,7 +21,6 @@ from dgpo_core.reporting.reproduction.stability import INVALID_RISE, LENGTH_DRIF
 from dgpo_core.reporting.reproduction.verdicts import REPRODUCED, VERDICTS, numbers_text
 from dgpo_core.reporting.results import AVERAGE
 
-COLOURS = {name: index for index, name in enumerate(words.MODEL_LABELS)}  # of the style sheets
 HOLDS = {True: "correct", False: "wrong", None: "failed"}  # classes of the style sheet
 CLASSES = dict(zip(VERDICTS, HOLDS.values(), strict=True))
 FIGURES = ("ppo", "dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")  # the curves of figures 4 and 6

@@ -46,10 +46,12 @@ const HIDDEN = new Set();  // models whose traces are switched off; dispatch "mo
     }));
     const axis = { gridcolor: colour("--line"), zeroline: false, automargin: true, nticks: 5, exponentformat: "none", linecolor: colour("--line") };
     const names = new Set(chart.traces.map((trace) => trace.name));
+    const negative = traces.some((trace) => trace.y.some((value) => value < 0));
     return [traces, layout({
       margin: { l: 38, r: 8, t: 10, b: 26 }, hovermode: "x unified",
       xaxis: { ...axis, showgrid: false },
-      yaxis: { ...axis, rangemode: chart.traces[0].model ? "tozero" : "normal" },  // models are compared on one scale
+      // models are compared on one scale; what is never negative, such as a share that stays 0, gets no negative axis
+      yaxis: { ...axis, rangemode: chart.traces[0].model ? "tozero" : negative ? "normal" : "nonnegative" },
       showlegend: names.size > 1 && !chart.traces[0].model, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
     })];
   }
