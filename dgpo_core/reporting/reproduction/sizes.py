@@ -15,7 +15,7 @@ import numpy as np
 from dgpo_core.errors import UserError
 from dgpo_core.reporting.files import as_json, write_texts
 from dgpo_core.reporting.reproduction.claims import Claim
-from dgpo_core.reporting.reproduction.conditions import Condition, Untested, beats, both
+from dgpo_core.reporting.reproduction.conditions import Condition, Contrast, Untested, beats, both
 from dgpo_core.reporting.reproduction.inputs import Measured, Samples, read_runs
 from dgpo_core.reporting.reproduction.markdown import sizes_markdown
 from dgpo_core.reporting.reproduction.page import render_sizes
@@ -27,7 +27,7 @@ from dgpo_core.reporting.reproduction.records import (
     read_record,
     require_comparable,
 )
-from dgpo_core.reporting.reproduction.verdicts import Judge, judge, published
+from dgpo_core.reporting.reproduction.verdicts import Judge, judge, of_contrasts, published
 from dgpo_core.reporting.results import AVERAGE
 from dgpo_core.reporting.words import GIVEN, model_label
 
@@ -204,9 +204,14 @@ def _merged(pairs: list[Pair], seeds: list[int]) -> Measured:
     return Measured(seeds, list(em), pairs[0].record.mirrors, em, {}, {})
 
 
-def _paper(pairs: list[Pair]) -> Callable[[str, str], float | None]:
-    """(label, quantity) -> the figure of the paper's pair that the label's profile stands for."""
-    figures = {
-        pair.label(model): published(pair.record.pair)(model, AVERAGE) for pair in pairs for model in COMPARED
-    }
-    return lambda label, _: figures[label]
+def _paper(pairs: list[Pair]) -> Callable[[Contrast], float | None]:
+    """(contrast of labels) -> the paper's figure of the pairs that the labels' profiles stand for."""
+    cells = {pair.label(model): (pair.record.pair, model) for pair in pairs for model in COMPARED}
+    of_cells = of_contrasts(lambda label, quantity: published(cells[label][0])(cells[label][1], quantity))
+
+    def figure(test: Contrast) -> float | None:
+        own = [cells[label] for _, label, _ in test.terms]
+        # two profiles that stand for one pair are not two of the paper's models
+        return of_cells(test) if len(set(own)) == len(own) else None
+
+    return figure

@@ -45,10 +45,10 @@ class Finding:
 
 @dataclass(frozen=True)
 class Judge:
-    """Tests against what was measured; `paper_of` gives the paper's figure of (model, quantity)."""
+    """Tests against what was measured; `paper_of` gives the paper's figure of a contrast."""
 
     measured: Measured
-    paper_of: Callable[[str, str], float | None]
+    paper_of: Callable[[Contrast], float | None]
     trainings: dict[str, list[Training]]
     done: dict[tuple[Condition, float], Finding] = field(default_factory=dict)  # claims share contrasts
 
@@ -78,14 +78,11 @@ class Judge:
             return Finding(label, None, f"not run: {', '.join(dict.fromkeys(_needs(t) for t in missing))}")
         weighted = [(term[0], own) for term, own in zip(test.terms, samples, strict=True) if own is not None]
         pooled = pool(combined(weighted), confidence, signed=len(weighted) > 1)
-        numbers = entry(pooled, self.measured.seeds, self._paper(test)) | {"confidence": round(confidence, 6)}
+        numbers = entry(pooled, self.measured.seeds, self.paper_of(test)) | {
+            "confidence": round(confidence, 6)
+        }
         holds, remark = _within(test, pooled)
         return Finding(label, holds, _joined(remark, numbers_text(numbers)), remark, numbers)
-
-    def _paper(self, test: Contrast) -> float | None:
-        figures = [self.paper_of(model, quantity) for _, model, quantity in test.terms]
-        known = [weight * f for (weight, _, _), f in zip(test.terms, figures, strict=True) if f is not None]
-        return sum(known) if len(known) == len(figures) else None
 
     def _trains(self, test: Trains) -> Finding:
         label = f"{model_label(test.model)}: training {' or '.join(test.states)}"
@@ -215,6 +212,17 @@ def published(pair: str) -> Callable[[str, str], float | None]:
         if quantity in MEASUREMENTS:
             return arcap.get(model, {}).get(quantity)
         return exact_match.get(model, {}).get("avg" if quantity == AVERAGE else quantity)
+
+    return figure
+
+
+def of_contrasts(paper_of: Callable[[str, str], float | None]) -> Callable[[Contrast], float | None]:
+    """(contrast) -> the paper's figure, where it gives one of each term: (model, quantity)."""
+
+    def figure(test: Contrast) -> float | None:
+        figures = [paper_of(model, quantity) for _, model, quantity in test.terms]
+        known = [weight * f for (weight, _, _), f in zip(test.terms, figures, strict=True) if f is not None]
+        return sum(known) if len(known) == len(figures) else None
 
     return figure
 

@@ -11,7 +11,7 @@ from dgpo_core.reporting.reproduction.inputs import read_runs
 from dgpo_core.reporting.reproduction.markdown import markdown
 from dgpo_core.reporting.reproduction.page import render
 from dgpo_core.reporting.reproduction.tables import tables
-from dgpo_core.reporting.reproduction.verdicts import Judge, judge, published, trainings
+from dgpo_core.reporting.reproduction.verdicts import Judge, judge, of_contrasts, published, trainings
 
 
 def write_reproduction(
@@ -39,7 +39,7 @@ def write_reproduction(
     trained = trainings(measured)
     found = tables(measured, paper_of, trained, pair)
     found |= {"parameters": dict(parameters), "commits": {str(s): c for s, c in (commits or {}).items()}}
-    bench = Judge(measured, paper_of, trained)
+    bench = Judge(measured, of_contrasts(paper_of), trained)
     verdicts = [judge(bench, claim, pair) for claim in CLAIMS]
     texts = {
         "tables.json": as_json(found),

@@ -80,6 +80,15 @@ def test_claims_across_pairs(folder: Path) -> None:
     row = json.loads((folder / "sizes.json").read_text())["verdicts"][3]
     assert row["tests"][0]["label"] == "DGPO (near) − DGPO (large) · average EM"
     assert row["tests"][0]["numbers"]["mean"] == pytest.approx(0.25, abs=0.06)
+    assert row["tests"][0]["numbers"]["paper"] is None  # both stand for one pair of the paper's
+
+
+def test_paper_compares_profiles_that_stand_for_two_of_its_pairs(folder: Path) -> None:
+    reproduced(folder, "near", (4, 6), NEAR)
+    reproduced(folder, "far", (4, 9), GROWS, pair="qwen2.5-7b-to-0.5b")
+    write_sizes(folder, folder)
+    row = json.loads((folder / "sizes.json").read_text())["verdicts"][3]
+    assert row["tests"][0]["numbers"]["paper"] == pytest.approx(0.329 - 0.323)
 
 
 def test_the_smaller_teacher_must_be_the_better_one(folder: Path) -> None:

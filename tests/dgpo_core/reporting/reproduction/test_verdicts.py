@@ -22,7 +22,14 @@ from dgpo_core.reporting.reproduction.conditions import (
 )
 from dgpo_core.reporting.reproduction.inputs import Measured, Samples
 from dgpo_core.reporting.reproduction.stability import State, Training
-from dgpo_core.reporting.reproduction.verdicts import Finding, Judge, judge, published, trainings
+from dgpo_core.reporting.reproduction.verdicts import (
+    Finding,
+    Judge,
+    judge,
+    of_contrasts,
+    published,
+    trainings,
+)
 
 SETS = {"onehop": "nq", "twohop": "hotpotqa"}
 QUESTIONS = 50
@@ -42,7 +49,7 @@ def measured(**levels: list[float]) -> Measured:
 
 
 def find(condition: Condition, source: Measured, **states: list[Training]) -> Finding:
-    return Judge(source, published(DEFAULT_PAIR), states).find(condition)
+    return Judge(source, of_contrasts(published(DEFAULT_PAIR)), states).find(condition)
 
 
 def ended(*states: State, step: int = 60) -> list[Training]:
@@ -192,7 +199,7 @@ def test_claim_about_other_models_is_not_tested_unless_they_were_run() -> None:
     source = measured(dgpo=[0.9], kd=[0.1], ppo=[0.1])
     claim = next(claim for claim in CLAIMS if claim.pair == "llama3-8b-to-1b")
     for pair, verdict in ((DEFAULT_PAIR, "not tested"), (claim.pair or "", "reproduced at our scale")):
-        row = judge(Judge(source, published(pair), {}), claim, pair)
+        row = judge(Judge(source, of_contrasts(published(pair)), {}), claim, pair)
         assert row["verdict"] == verdict
 
 
