@@ -33,7 +33,8 @@ class Report:
 
 def model_head(name: str, models: Sequence[str]) -> Row:
     """A model's name, label, colour and note."""
-    others = [model for model in models if model not in COLOURS]  # colours of the paper's recipes
+    # a recipe of the user's takes the colour of one of the paper's, which is seldom beside it
+    others = [model for model in models if model not in COLOURS]
     colour = COLOURS[name] if name in COLOURS else 4 + others.index(name) % (len(COLOURS) - 4)
     return {
         "name": name,

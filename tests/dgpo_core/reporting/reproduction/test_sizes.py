@@ -10,6 +10,7 @@ import pytest
 from dgpo_core.errors import UserError
 from dgpo_core.reporting.reproduction.records import RECORD, Record, keep
 from dgpo_core.reporting.reproduction.sizes import COMPARED, write_sizes
+from tests.browser import CHROMIUM, browse
 from tests.dgpo_core.reporting.reproduction.synthetic import coin, make_runs
 from tests.dgpo_core.reporting.synthetic import MIRRORS
 
@@ -150,3 +151,21 @@ def test_a_record_that_is_being_copied_is_none(folder: Path) -> None:
     reproduced(folder, "large", (4, 9), GROWS)
     shutil.copytree(folder / "large/seeds/1", folder / "large/seeds/1.part")
     assert write_sizes(folder, folder) == ["large"]
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+@pytest.mark.parametrize("width", [1280, 420])
+def test_bars_stay_in_their_cards(folder: Path, tmp_path: Path, width: int) -> None:
+    """With labels as long as those of the profiles that there are."""
+    reproduced(folder, "tiny-student-small", (1, 9), SMALL)
+    reproduced(folder, "tiny-student-large", (4, 9), GROWS)
+    write_sizes(folder, folder)
+    profile = tmp_path / "chromium"
+    profile.mkdir()
+    with browse(profile) as page:
+        page.resize(width, 900)
+        page.open((folder / "sizes.html").resolve().as_uri())
+        cards = "[...document.querySelectorAll('.cards .card')]"
+        beyond = page.evaluate(f"{cards}.map((card) => card.scrollWidth - card.clientWidth)")
+        assert beyond == [0] * len(COMPARED)
+        assert page.errors == []
