@@ -1,18 +1,27 @@
-"""Time of a decoding step with our cache and with transformers' own: `python -m benchmarks.rollout`.
+"""What generation gains by our cache, with the model in `models/student`: `python -m benchmarks.rollout`.
 
-One line a setting: batch, tokens in the cache, milliseconds a step with each cache, and their ratio.
+First a decoding step with our cache and with transformers' own: batch, tokens in the cache, milliseconds with
+each, and their ratio. Then episodes of several turns, whose keys and values are kept from turn to turn or
+computed again (`rollout.kept_tokens: 0`): tokens that the environment appends to a turn, seconds, ratio.
 """
 
+import random
 import time
 
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
+from dgpo_core.config.protocol import Sampling
+from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.rollout.cache import preallocated_cache
-from dgpo_core.training.models import load_model
+from dgpo_core.rollout.engine import Memory, Request
+from dgpo_core.rollout.transformers_engine import TransformersEngine
+from dgpo_core.training.models import load_model, load_tokenizer
 from tasks.paths import MODELS
 
 STEPS = 20
+EPISODES, TURNS, PROMPT, WRITTEN = 128, 5, 32, 64  # as the untrained student's of `tiny`, who never answers
+ROUNDS = 3
 
 
 @torch.inference_mode()
@@ -26,13 +35,40 @@ def step_time(model: PreTrainedModel, cache: Cache, batch: int, tokens: int) -> 
     return (time.perf_counter() - started) / STEPS * 1000
 
 
+def episodes_time(engine: TransformersEngine, appended: int) -> float:
+    """Seconds of a batch of episodes whose turns all have the same number of tokens."""
+    rng = random.Random(0)
+
+    def words(count: int) -> list[int]:
+        return [rng.randrange(20, 700) for _ in range(count)]
+
+    histories, memories = [words(PROMPT) for _ in range(EPISODES)], [Memory() for _ in range(EPISODES)]
+    started = time.perf_counter()
+    for turn in range(TURNS):
+        asked = [
+            Request(list(history), WRITTEN, (place, turn), memory)
+            for place, (history, memory) in enumerate(zip(histories, memories, strict=True))
+        ]
+        for history, answer in zip(histories, engine.generate(asked, Sampling(), ()), strict=True):
+            history += answer.token_ids + words(appended)
+    return time.perf_counter() - started
+
+
 def main() -> None:
-    model = load_model(str(MODELS / "student"))
+    source = str(MODELS / "student")
+    model, tokenizer = load_model(source), load_tokenizer(source)
     print("batch tokens  preallocated  dynamic  ratio")
     for batch, tokens in ((32, 100), (96, 300), (96, 600)):
         ours = step_time(model, preallocated_cache(model.config, tokens + STEPS), batch, tokens)
         theirs = step_time(model, DynamicCache(config=model.config), batch, tokens)
         print(f"{batch:5d} {tokens:6d} {ours:10.1f} ms {theirs:5.1f} ms {theirs / ours:5.1f}x")
+    configs = [RolloutConfig(precision="float32", kept_tokens=tokens) for tokens in (262_144, 0)]
+    kept, again = (TransformersEngine(model, tokenizer, config) for config in configs)
+    print("appended   kept  again  ratio")
+    for appended in (52, 160):
+        rounds = [(episodes_time(kept, appended), episodes_time(again, appended)) for _ in range(ROUNDS)]
+        ours, theirs = (min(times) for times in zip(*rounds, strict=True))
+        print(f"{appended:8d} {ours:5.1f} s {theirs:4.1f} s {theirs / ours:5.1f}x")
 
 
 if __name__ == "__main__":

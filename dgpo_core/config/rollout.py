@@ -2,7 +2,7 @@
 
 from typing import Literal
 
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dgpo_core.config.base import Section
 
@@ -41,11 +41,15 @@ class ProbeConfig(Section):
 class RolloutConfig(Section):
     """How episodes are generated."""
 
-    FREE = frozenset({"batch_tokens", "vllm", "server", "refresh", "weights_folder", "probe"})
+    FREE = frozenset({"batch_tokens", "kept_tokens", "vllm", "server", "refresh", "weights_folder", "probe"})
 
     engine: Literal["transformers", "vllm", "vllm-server"] = "transformers"
     batch_tokens: PositiveInt = Field(
         65_536, description="padded tokens in one forward pass; of the engine transformers"
+    )
+    kept_tokens: NonNegativeInt = Field(
+        65_536,
+        description="tokens whose keys and values stay in memory for their episodes' next turns; of the same",
     )
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     vllm: VllmConfig = VllmConfig()

@@ -44,19 +44,25 @@ class Generator:
         episodes: float,
         lengths: EpisodeLengths | None = None,
         together: float = float("inf"),
+        chunk: int | None = None,
     ) -> Generation:
-        """Episodes through the engine: prefill of each turn's history, then a decoding step a token.
+        """Episodes through the engine: prefill of what is new in each turn, then a decoding step a token.
 
         `together`: episodes that are under way at a time on one device, as in a step of reinforcement
         learning, whose end waits for the longest. vLLM keeps the prefixes of earlier turns, and its batches
-        stay full while there is more to do.
+        stay full while there is more to do. transformers keeps those of `rollout.kept_tokens`, out of `chunk`
+        episodes (None: as many as are evaluated at a time), and reads the history of others again.
         """
         lengths = lengths or self.lengths
         vllm, precision = self.vllm, self.params.rollout.precision
         width = 4 if vllm else passes.CACHE_WIDTH[precision]
-        prefill = lengths.total - lengths.model if vllm else lengths.prefill
-        written = lengths.model
-        pairs = lengths.square * (1 if vllm else max(1.0, lengths.turns / 2))
+        chunk = chunk or self.params.evaluate.chunk
+        under_way = max(1.0, min(episodes, together, float(chunk))) * lengths.total
+        kept = 0.0 if vllm else min(float(self.params.rollout.kept_tokens), under_way)
+        again = 0.0 if vllm else 1 - kept / under_way  # share of the history that is read again
+        new, written = lengths.total - lengths.model, lengths.model
+        prefill = new + again * max(0.0, lengths.prefill - new)
+        pairs = lengths.square * (1 + again * max(0.0, lengths.turns / 2 - 1))
         reading = passes.forward_flops(shape, prefill, pairs)
         writing = passes.forward_flops(shape, written, 0) + passes.head_flops(shape, written)
         room = lengths.total + (0 if vllm else self.params.protocol.max_new_tokens)
@@ -64,7 +70,7 @@ class Generator:
         rows = min(fitting, max(1.0, together))
         at_once = VLLM_TOKENS if vllm else rows * room
         memory = {
-            "key-value cache": passes.cache_bytes(shape, rows * room, width),
+            "key-value cache": passes.cache_bytes(shape, rows * room + kept, width),
             "activations of generation": passes.passing_bytes(shape, at_once, precision),
             # of sampling: float32 and float64, twice each
             "logits of generation": 24.0 * rows * shape.vocabulary,

@@ -217,19 +217,20 @@ def _computes(params: Params, gpus: int) -> Iterator[Settings]:
 
 
 def _smaller(params: Params) -> Iterator[Sections]:
-    """Halved passes, of training and of generation, until one episode is left."""
-    keys = {"compute": "micro_batch_tokens", "rollout": "batch_tokens"}
-    smallest = params.protocol.max_context
-    values = [_halved(getattr(getattr(params, section), key), smallest) for section, key in keys.items()]
-    for steps in sorted(
-        itertools.product(*map(range, map(len, values))), key=lambda steps: (sum(steps), steps)
-    ):
-        if any(steps):
-            yield {
-                section: {key: choices[step]}
-                for (section, key), choices, step in zip(keys.items(), values, steps, strict=True)
-                if step
-            }
+    """Halved passes, of training and of generation with what it keeps, until one episode is left."""
+    smallest, kept = params.protocol.max_context, params.rollout.kept_tokens
+    training = _halved(params.compute.micro_batch_tokens, smallest)
+    generation = _halved(params.rollout.batch_tokens, smallest)
+    steps = itertools.product(range(len(training)), range(len(generation)))
+    for first, second in sorted(steps, key=lambda steps: (sum(steps), steps)):
+        sections: Sections = {}
+        if first:
+            sections["compute"] = {"micro_batch_tokens": training[first]}
+        if second:
+            tokens = generation[second]
+            sections["rollout"] = {"batch_tokens": tokens, "kept_tokens": min(kept, tokens)}
+        if sections:
+            yield sections
 
 
 def _halved(value: int, smallest: int) -> list[int]:

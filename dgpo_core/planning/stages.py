@@ -135,7 +135,7 @@ class Planner:
     # --- generation
 
     def _teach(self) -> Estimate:
-        made = self._generator.generate(self.teacher, self.work.teach)
+        made = self._generator.generate(self.teacher, self.work.teach, chunk=self.params.teach.chunk)
         return self._generating("teach", TEACHER, made, self._episode_bytes(self.work.teach))
 
     def _evaluate(self, model: str) -> Estimate:

@@ -1,9 +1,9 @@
 """What the agent loop asks of an engine: token ids in, token ids out."""
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -16,13 +16,30 @@ class Finish(StrEnum):
     LENGTH = "length"
 
 
+@dataclass(eq=False)
+class Memory:
+    """What an engine keeps of an episode between its turns; `kept` is the engine's own business.
+
+    It belongs to one run of one policy: an engine whose weights change is never shown an older one.
+    """
+
+    kept: Any = None
+
+    def forget(self) -> None:
+        self.kept = None
+
+
 @dataclass(frozen=True)
 class Request:
-    """One continuation. The same request with the same seed samples the same tokens, up to rounding."""
+    """One continuation. The same request with the same seed samples the same tokens, up to rounding.
+
+    With `memory` an engine may keep there what it computed, and use what it finds.
+    """
 
     token_ids: list[int]
     max_new_tokens: int
     seed: tuple[int, ...]
+    memory: Memory | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)

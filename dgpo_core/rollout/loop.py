@@ -17,7 +17,7 @@ from dgpo_core.protocol.actions import ActionKind, is_well_formed, last_answer, 
 from dgpo_core.protocol.encoding import encode_prompt, encode_text
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner, Search
 from dgpo_core.retrieval.hits import Hit, Retriever
-from dgpo_core.rollout.engine import Engine, Finish, Generation, Request
+from dgpo_core.rollout.engine import Engine, Finish, Generation, Memory, Request
 from dgpo_core.scoring.answers import contains_answer, exact_match
 
 STOP = (prompts.SEARCH_END, prompts.ANSWER_END)
@@ -55,6 +55,7 @@ class _Running:
     answer: bool = False
     ending: Ending | None = None
     failure: str | None = None
+    memory: Memory = field(default_factory=Memory)
 
     def append(self, ids: list[int], owner: Owner, logprobs: list[float] | None = None) -> None:
         self.ids += ids
@@ -84,6 +85,9 @@ class AgentLoop:
             active = self._with_room(running)
             if not active:
                 break
+            for episode in running:
+                if episode.ending is not None:
+                    episode.memory.forget()
             self._generate(active, turn, sampling)
             for episode in active:
                 if episode.ending is None and self._is_last(episode, turn):
@@ -115,6 +119,7 @@ class AgentLoop:
                 list(episode.ids),
                 min(self._config.max_new_tokens, self._config.max_context - len(episode.ids)),
                 (*episode.task.seed, turn),
+                episode.memory,
             )
             for episode in active
         ]

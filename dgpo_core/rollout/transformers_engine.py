@@ -5,11 +5,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from dgpo_core.config.protocol import Sampling
 from dgpo_core.config.rollout import RolloutConfig
-from dgpo_core.rollout.cache import preallocated_cache
+from dgpo_core.rollout.cache import Kept, copied, preallocated_cache
 from dgpo_core.rollout.endings import Endings, end_tokens
 from dgpo_core.rollout.engine import Finish, Generation, Request
 
@@ -20,7 +20,8 @@ class TransformersEngine:
     """Left-padded batches of requests of similar length, cut by padded tokens.
 
     Sampling draws one uniform number a token from a stream that belongs to the request, so what an episode
-    samples does not depend on which other episodes share its batch.
+    samples does not depend on which other episodes share its batch. A request with a memory leaves its keys
+    and values there, as long as there is room, and its episode's next turn reads only what is new.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: RolloutConfig) -> None:
@@ -32,40 +33,34 @@ class TransformersEngine:
     def generate(
         self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
     ) -> list[Generation]:
-        order = sorted(range(len(requests)), key=lambda i: len(requests[i].token_ids))
-        answers: dict[int, Generation] = {}
+        rows = [_Row(request, sampling) for request in requests]
+        self._room = self._config.kept_tokens
         with self._precision():
-            for batch in self._batches(requests, order):
-                batch_requests = [requests[i] for i in batch]
-                answers.update(zip(batch, self._run(batch_requests, sampling, stop), strict=True))
-        return [answers[i] for i in range(len(requests))]
+            for batch in self._batches(rows):
+                self._run(batch, sampling, stop)
+        return [Generation(row.ids, row.logprobs, row.finish or Finish.LENGTH) for row in rows]
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
         if self._config.precision == "float32":
             return contextlib.nullcontext()
         return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
 
-    def _batches(self, requests: list[Request], order: list[int]) -> list[list[int]]:
+    def _batches(self, rows: list["_Row"]) -> list[list["_Row"]]:
         """Groups of similar length whose padded tokens, with what may be generated, stay in the limit."""
-        batches: list[list[int]] = []
-        longest = 0
-        for i in order:
-            longest = max(longest, len(requests[i].token_ids) + requests[i].max_new_tokens)
-            if not batches or longest * (len(batches[-1]) + 1) > self._config.batch_tokens:
+        batches: list[list[_Row]] = []
+        widths = [0, 0, 0]
+        for row in sorted(rows, key=lambda row: row.widths):
+            widths = [max(pair) for pair in zip(widths, row.widths, strict=True)]
+            if not batches or sum(widths) * (len(batches[-1]) + 1) > self._config.batch_tokens:
                 batches.append([])
-                longest = len(requests[i].token_ids) + requests[i].max_new_tokens
-            batches[-1].append(i)
+                widths = list(row.widths)
+            batches[-1].append(row)
         return batches
 
-    def _run(self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]) -> list[Generation]:
+    def _run(self, rows: list["_Row"], sampling: Sampling, stop: tuple[str, ...]) -> None:
         """Prefill, then one token a step; rows that are finished leave the batch many at a time."""
-        device = self.model.device
-        rows = [_Row(request, sampling) for request in requests]
-        ids, mask = _left_pad([row.request.token_ids for row in rows], device)
-        capacity = ids.shape[1] + max(request.max_new_tokens for request in requests)
-        cache = preallocated_cache(self.model.config, capacity)
-        batch = rows  # the rows in the cache
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
+        cache, ids, mask, positions = self._begin(rows)
+        batch = rows  # those in the cache
         while True:
             hidden = self.model.base_model(
                 input_ids=ids,
@@ -78,15 +73,41 @@ class TransformersEngine:
             tokens, logprobs = _sample(logits, batch, sampling)
             self._append(batch, tokens.tolist(), logprobs.tolist(), stop)
             going = [place for place, row in enumerate(batch) if row.finish is None]
-            if not going:
-                return [Generation(row.ids, row.logprobs, row.finish or Finish.LENGTH) for row in rows]
+            if len(going) <= COMPACT * len(batch):
+                self._keep(batch, cache, mask)
+                if not going:
+                    return
+                batch = [batch[place] for place in going]
+                chosen = torch.tensor(going, device=ids.device)
+                cache.batch_select_indices(chosen)
+                tokens, mask, positions = tokens[chosen], mask[chosen], positions[chosen]
             ids, positions = tokens[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
-            if len(going) <= COMPACT * len(batch):
-                batch = [batch[place] for place in going]
-                chosen = torch.tensor(going, device=device)
-                cache.batch_select_indices(chosen)
-                ids, mask, positions = ids[chosen], mask[chosen], positions[chosen]
+
+    def _begin(self, rows: list["_Row"]) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The cache with what was kept; ids to read, the mask of both, and the positions of the ids."""
+        device = self.model.device
+        capacity = sum(max(column) for column in zip(*(row.widths for row in rows), strict=True))
+        cache = preallocated_cache(self.model.config, capacity, [row.kept for row in rows])
+        past = _left_pad([row.kept.ids if row.kept else [] for row in rows], device)[1]
+        ids, new = _left_pad([row.unread for row in rows], device)
+        mask = torch.cat([past, new], dim=1)
+        for row in rows:
+            row.forget()  # the cache has a copy
+        return cache, ids, mask, (mask.cumsum(1) - 1).clamp(min=0)[:, past.shape[1] :]
+
+    def _keep(self, batch: list["_Row"], cache: DynamicCache, mask: torch.Tensor) -> None:
+        """Finished rows' keys and values go into their memories; `mask` [rows, tokens in the cache]."""
+        for place, row in enumerate(batch):
+            memory = row.request.memory
+            if row.finish is None or memory is None:
+                continue
+            # the last token was not read, and what follows it is not the row's
+            ids = [*row.request.token_ids, *row.ids[:-1]]
+            if len(ids) <= self._room:
+                self._room -= len(ids)
+                columns = mask[place].nonzero()[: len(ids), 0]
+                memory.kept = Kept(ids, copied(cache, place, columns))
 
     def _append(
         self, batch: list["_Row"], tokens: list[int], logprobs: list[float], stop: tuple[str, ...]
@@ -101,7 +122,7 @@ class TransformersEngine:
 
 
 class _Row:
-    """One request under way."""
+    """One request under way; `kept` is what its episode's last turn left of it."""
 
     def __init__(self, request: Request, sampling: Sampling) -> None:
         self.request = request
@@ -110,6 +131,26 @@ class _Row:
         self.finish: Finish | None = None
         count = request.max_new_tokens if sampling.temperature > 0 else 0
         self.uniforms = np.random.default_rng(request.seed).random(count)
+        kept: Kept | None = request.memory.kept if request.memory else None
+        past = len(kept.ids) if kept else 0
+        fits = kept is not None and kept.ids == request.token_ids[:past] and past < len(request.token_ids)
+        self.kept = kept if fits else None
+
+    @property
+    def unread(self) -> list[int]:
+        """The request's tokens that the model has to read."""
+        return self.request.token_ids[len(self.kept.ids) if self.kept else 0 :]
+
+    @property
+    def widths(self) -> tuple[int, int, int]:
+        """Tokens that were read, that are to be read and that may be generated."""
+        past = len(self.kept.ids) if self.kept else 0
+        return past, len(self.request.token_ids) - past, self.request.max_new_tokens
+
+    def forget(self) -> None:
+        self.kept = None
+        if self.request.memory is not None:
+            self.request.memory.forget()
 
 
 def _left_pad(sequences: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -58,7 +58,9 @@ def failure(stage: str = "work") -> dict[str, object]:
 def test_users_fault_is_one_line_and_exit_code_2(workplace: Path) -> None:
     result = execute('raise UserError("questions.jsonl:3: no\\n id")')
     assert result.returncode == 2
-    assert result.stderr == "error: questions.jsonl:3: no id\n"
+    # a machine with too much to do may keep MLflow's store from answering in time, which is told too
+    lines = [line for line in result.stderr.splitlines() if not line.startswith("warning: MLflow ")]
+    assert lines == ["error: questions.jsonl:3: no id"]
     assert "[work] 1/2 em=0.5" in result.stdout
     assert not Path("out.txt").exists()
     assert failure()["kind"] == "user"

@@ -214,3 +214,24 @@ def test_devices_are_named_or_sized() -> None:
     for wrong in ("gtx", "0", "-1", "nan", "inf"):
         with pytest.raises(UserError, match="neither GiB of memory nor one of h200, h100"):
             device_of(wrong)
+
+
+def test_what_is_kept_between_turns_is_not_read_again() -> None:
+    """With more room there is less to read and compute, and more to hold, up to all episodes of a chunk."""
+    made = planner()
+
+    def teach(kept: int) -> Estimate:
+        rollout = made.params.rollout.model_copy(update={"kept_tokens": kept})
+        return stage(replace(made, params=made.params.model_copy(update={"rollout": rollout})), "teach")
+
+    under_way = int(made.params.teach.chunk * made.work.lengths.total)
+    none, half, whole, more = (teach(kept) for kept in (0, under_way // 2, under_way + 1, 10 * under_way))
+    lengths, episodes = made.work.lengths, made.work.teach
+    assert none.tokens == pytest.approx(episodes * (lengths.prefill + lengths.model))
+    assert whole.tokens == pytest.approx(episodes * lengths.total)
+    assert half.tokens == pytest.approx((none.tokens + whole.tokens) / 2, rel=1e-3)
+    assert none.flops > half.flops > whole.flops
+    assert none.seconds and half.seconds and whole.seconds and none.seconds > half.seconds > whole.seconds
+    caches = [each.memory["key-value cache"] for each in (none, half, whole)]
+    assert caches == sorted(set(caches))
+    assert more == whole

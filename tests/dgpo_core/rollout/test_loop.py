@@ -6,13 +6,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from dgpo_core.config.protocol import GREEDY, ProtocolConfig
+from dgpo_core.config.protocol import GREEDY, ProtocolConfig, Sampling
 from dgpo_core.datasets.records import Passage
 from dgpo_core.datasets.world.tokenizer import build_tokenizer
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.retrieval.hits import Retriever
 from dgpo_core.retrieval.index import Index
+from dgpo_core.rollout.engine import Generation, Memory, Request
 from dgpo_core.rollout.loop import AgentLoop, Task
 from tests.dgpo_core.making import question
 from tests.dgpo_core.rollout.scripted import Answering, ScriptedEngine
@@ -284,3 +285,27 @@ def test_question_mark_and_instruction(tokenizer: PreTrainedTokenizerFast) -> No
     episode, _ = run(ANSWER, config=ProtocolConfig(instruction="short"))
     assert "Search if you need to. Question: Where was Ada born?\n" in pieces(episode)[0][1]
     assert tokenizer.decode(episode.token_ids).count("?") == 1
+
+
+def test_an_ended_episode_holds_no_memory() -> None:
+    """Of two episodes one answers in its first turn: what the engine kept of it is gone in the second."""
+    memories: list[Memory] = []
+    held: list[list[bool]] = []
+
+    class Keeping(ScriptedEngine):
+        def generate(
+            self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+        ) -> list[Generation]:
+            memories.extend(r.memory for r in requests if r.memory and r.memory not in memories)
+            held.append([memory.kept is not None for memory in memories])
+            for memory in (r.memory for r in requests if r.memory):
+                memory.kept = "something"
+            return super().generate(requests, sampling, stop)
+
+    engine = Keeping(TOKENIZER, lambda seed, turn: ANSWER if seed == (0,) or turn == 2 else SEARCH)
+    loop = AgentLoop(engine, TOKENIZER, Answering(), ProtocolConfig(), 3)
+    tasks = [Task(question(), "onehop", seed=(i,)) for i in range(2)]
+    loop.run(tasks, GREEDY)
+    assert held == [[False, False], [False, True], [False, True]]
+    loop.run(tasks, GREEDY)
+    assert len(memories) == 4  # a run of its own, with memories of its own

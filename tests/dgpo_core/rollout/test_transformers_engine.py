@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dgpo_core.config.protocol import GREEDY, Sampling
 from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.rollout.engine import Finish, Request
-from dgpo_core.rollout.transformers_engine import TransformersEngine
+from dgpo_core.rollout.transformers_engine import TransformersEngine, _Row
 from dgpo_core.training.models import build_model
 from tests.dgpo_core.making import SHAPE
 
@@ -101,12 +101,13 @@ def test_seeds_differ(engine: TransformersEngine) -> None:
 def test_batches_stay_in_the_limit(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     engine = TransformersEngine(model, tokenizer, RolloutConfig(batch_tokens=100))
     requests = prompts(30)
-    order = sorted(range(30), key=lambda i: len(requests[i].token_ids))
-    batches = engine._batches(requests, order)
-    assert [i for batch in batches for i in batch] == order
+    batches = engine._batches([_Row(request, GREEDY) for request in requests])
+    lengths = [len(row.request.token_ids) for batch in batches for row in batch]
+    assert lengths == sorted(len(request.token_ids) for request in requests)
     assert max(map(len, batches)) > 1
     for batch in batches:
-        longest = max(len(requests[i].token_ids) + requests[i].max_new_tokens for i in batch)
+        asked = [row.request for row in batch]
+        longest = max(len(r.token_ids) for r in asked) + max(r.max_new_tokens for r in asked)
         assert len(batch) == 1 or longest * len(batch) <= 100
 
 
