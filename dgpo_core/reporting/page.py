@@ -16,6 +16,7 @@ from dgpo_core.reporting.parts import Report, Row, cell, digits, model_head
 from dgpo_core.reporting.results import AVERAGE
 
 TEMPLATES = Path(__file__).parent / "templates"
+SCRIPTS = ("theme.js", "charts.js", "reader.js")
 PIPELINE = ("data", "index", "teach", "filter", "distributions", "distill", "reinforce", "evaluate")
 
 
@@ -64,7 +65,7 @@ def render(report: Report) -> str:
         # trusted text of our own, or JSON that compact_json made safe: everything else is escaped
         data=Markup(compact_json(_browser_data(report))),
         css=Markup(_text("page.css")),
-        scripts=[Markup(get_plotlyjs()), Markup(_text("charts.js")), Markup(_text("reader.js"))],
+        scripts=[Markup(get_plotlyjs()), *(Markup(_text(name)) for name in SCRIPTS)],
     )
 
 

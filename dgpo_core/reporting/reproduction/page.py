@@ -23,6 +23,7 @@ from dgpo_core.reporting.results import AVERAGE
 
 HOLDS = {True: "correct", False: "wrong", None: "failed"}  # classes of the style sheet
 CLASSES = dict(zip(VERDICTS, HOLDS.values(), strict=True))
+SCRIPTS = ("theme.js", "charts.js", "reproduction.js")
 FIGURES = ("ppo", "dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")  # the curves of figures 4 and 6
 Row = dict[str, Any]
 
@@ -59,7 +60,7 @@ def render(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]])
         before_collapse=BEFORE_COLLAPSE,
         data=Markup(compact_json(data)),
         css=Markup(_text("page.css") + _text("reproduction.css")),
-        scripts=[Markup(get_plotlyjs()), Markup(_text("charts.js")), Markup(_text("reproduction.js"))],
+        scripts=[Markup(get_plotlyjs()), *(Markup(_text(name)) for name in SCRIPTS)],
     )
 
 
@@ -74,6 +75,7 @@ def render_sizes(found: Row) -> str:
         claims=[_claim(row) for row in found["verdicts"]],
         compared=f"On the seeds that all pairs ran: {seeds}.",
         css=Markup(_text("page.css") + _text("reproduction.css")),
+        theme=Markup(_text("theme.js")),
     )
 
 

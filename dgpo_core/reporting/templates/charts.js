@@ -1,28 +1,16 @@
 "use strict";
-// The page's data, theme and charts. Colours live in the style sheet; charts read them and are redrawn on a change.
+// The page's data and charts. Colours live in the style sheet; charts read them and are redrawn on a change.
 const DATA = JSON.parse(document.getElementById("data").textContent);
 const MODELS = new Map(DATA.models.map((model) => [model.name, model]));
 const HIDDEN = new Set();  // models whose traces are switched off; dispatch "models" on the document after a change
 
 (() => {
   const root = document.documentElement;
-  const button = document.getElementById("theme");
-  const system = matchMedia("(prefers-color-scheme: dark)");
-  const themes = ["auto", "light", "dark"];
   const drawn = new Set();
-  let theme = "auto";
-  try { theme = localStorage.getItem("dgpo-theme") || "auto"; } catch { /* storage may be forbidden */ }
 
   const colour = (name) => getComputedStyle(root).getPropertyValue(name).trim();
   const modelColour = (name) => colour(`--m${MODELS.has(name) ? MODELS.get(name).colour : 2}`);
   const faint = (hex, alpha) => `rgba(${[1, 3, 5].map((at) => parseInt(hex.slice(at, at + 2), 16)).join(",")},${alpha})`;
-
-  function applyTheme() {
-    root.dataset.theme = theme;
-    root.classList.toggle("dark", theme === "dark" || (theme === "auto" && system.matches));
-    button.textContent = `Theme: ${theme}`;
-    for (const id of drawn) draw(id);
-  }
 
   function layout(extra) {
     return {
@@ -90,14 +78,7 @@ const HIDDEN = new Set();  // models whose traces are switched off; dispatch "mo
     }
   }, { rootMargin: "600px" });
   const charts = [...document.querySelectorAll(".chart")];
-  button.addEventListener("click", () => {
-    theme = themes[(themes.indexOf(theme) + 1) % themes.length];
-    try { localStorage.setItem("dgpo-theme", theme); } catch { /* then it is not remembered */ }
-    applyTheme();
-  });
-  system.addEventListener("change", applyTheme);
-  document.addEventListener("models", () => { for (const id of drawn) draw(id); });
+  for (const change of ["models", "theme"]) document.addEventListener(change, () => drawn.forEach(draw));
   addEventListener("beforeprint", () => charts.forEach((chart) => draw(chart.id)));
-  applyTheme();
   charts.forEach((chart) => watch.observe(chart));
 })();

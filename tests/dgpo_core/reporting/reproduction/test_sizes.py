@@ -168,4 +168,10 @@ def test_bars_stay_in_their_cards(folder: Path, tmp_path: Path, width: int) -> N
         cards = "[...document.querySelectorAll('.cards .card')]"
         beyond = page.evaluate(f"{cards}.map((card) => card.scrollWidth - card.clientWidth)")
         assert beyond == [0] * len(COMPARED)
+        grounds = []
+        for theme in ("light", "dark"):
+            page.evaluate("document.getElementById('theme').click()")
+            assert page.evaluate("document.getElementById('theme').textContent") == f"Theme: {theme}"
+            grounds.append(page.evaluate("getComputedStyle(document.body).backgroundColor"))
+        assert grounds == ["rgb(246, 247, 249)", "rgb(17, 21, 27)"]
         assert page.errors == []
