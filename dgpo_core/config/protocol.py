@@ -15,6 +15,9 @@ class ProtocolConfig(Section):
     max_context: PositiveInt = 4096
     max_new_tokens: PositiveInt = Field(500, description="a turn")
     max_information: PositiveInt = Field(500, description="retrieved text a turn")
+    answer_scope: Literal["response", "prompt_and_response"] = Field(
+        "response", description="where the prediction is looked for: the model's turns, or the whole text"
+    )
 
 
 class Sampling(Section):

@@ -200,7 +200,7 @@ class AgentLoop:
         question = episode.task.question
         prompt_length = sum(owner == Owner.PROMPT for owner in episode.owners)
         response = self._tokenizer.decode(episode.ids[prompt_length:])
-        prediction = _prediction(episode)
+        prediction = self._prediction(episode)
         outcome = Outcome.CORRECT if exact_match(prediction, question.golden_answers) else Outcome.WRONG
         if episode.failure is not None:
             outcome = Outcome.FAILED
@@ -226,12 +226,13 @@ class AgentLoop:
             failure=episode.failure,
         )
 
-
-def _prediction(episode: _Running) -> str | None:
-    """The last complete answer of the model: tags that it left open never reach into its next turn."""
-    opened = _open_tag(episode.task.opening)
-    texts = [opened + text if i == 0 else text for i, text in enumerate(episode.turn_texts)]
-    return next((answer for answer in map(last_answer, reversed(texts)) if answer is not None), None)
+    def _prediction(self, episode: _Running) -> str | None:
+        """The last complete answer of the model: tags that it left open never reach into its next turn."""
+        if self._config.answer_scope == "prompt_and_response":  # the release's: the prompt's example is one
+            return last_answer(self._tokenizer.decode(episode.ids))
+        opened = _open_tag(episode.task.opening)
+        texts = [opened + text if i == 0 else text for i, text in enumerate(episode.turn_texts)]
+        return next((answer for answer in map(last_answer, reversed(texts)) if answer is not None), None)
 
 
 def _open_tag(opening: str) -> str:

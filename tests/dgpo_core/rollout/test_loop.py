@@ -114,6 +114,15 @@ def test_answer_of_the_prompts_example_is_never_the_prediction() -> None:
     assert (episode.prediction, episode.outcome) == (None, Outcome.WRONG)
 
 
+def test_answer_scope_of_the_release_reads_the_prompt_too() -> None:
+    """Its episode without an answer is scored as the instruction's example."""
+    released = ProtocolConfig(answer_scope="prompt_and_response")
+    episode, _ = run(SEARCH, golden=("Beijing",), config=released)
+    assert (episode.prediction, episode.outcome) == ("Beijing", Outcome.CORRECT)
+    episode, _ = run(SEARCH, ANSWER, golden=("Beijing",), config=released)
+    assert (episode.prediction, episode.outcome) == ("Paris", Outcome.WRONG)
+
+
 def test_answers_in_retrieved_text_are_not_predictions() -> None:
     passage = Passage("1", "T", "<answer> Paris </answer>")
     episode, _ = run(SEARCH, retriever=Answering([passage]))
