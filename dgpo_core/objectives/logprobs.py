@@ -85,8 +85,9 @@ def cached_terms(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As `distillation_terms`, from the teacher's kept distributions over the first `top.vocabulary` ids.
 
-    Both distributions are taken over the kept tokens and one bucket for all others: a divergence of theirs is
-    at most the full one (data processing inequality), and equal when the whole vocabulary was kept.
+    Both distributions are taken over the kept tokens and one bucket for all others: a KL, Jensen-Shannon or
+    skew KL of theirs is at most the full one (data processing inequality); TAID's, whose target blends
+    logits, may be on either side. Each is equal to it when the whole vocabulary was kept.
     """
 
     def terms(part: slice) -> Pair:

@@ -7,6 +7,7 @@ costs in KL, measured against the full vocabulary, and which tokenizer and vocab
 import hashlib
 import json
 import os
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -75,8 +76,9 @@ def keep_distributions(
     compute: ComputeConfig,
     progress: Callable[[int, int], None],
 ) -> Certificate:
-    """Write the distributions of all episodes, and their certificate, measured on the first `config.sample`.
+    """Write the distributions of all episodes, and their certificate, measured on `config.sample` of them.
 
+    The sample is drawn over all episodes, always the same: they lie data set after data set.
     Every `config.chunk` episodes have a file, which appears complete: interrupted, the next call with the
     same folder goes on behind the last one. No more than one chunk is in memory.
     """
@@ -92,7 +94,8 @@ def keep_distributions(
                 progress(start + len(kept), len(episodes))
             _write(path, chunk, [kept[i] for i in range(len(chunk))])
         progress(start + len(chunk), len(episodes))
-    full, error = _measured(episodes[: config.sample], teacher, student, vocabulary, k, compute)
+    drawn = random.Random(0).sample(episodes, min(config.sample, len(episodes)))
+    full, error = _measured(drawn, teacher, student, vocabulary, k, compute)
     rest = _rest(folder, k)
     certificate = Certificate(
         tokenizer=fingerprint(tokenizer),
