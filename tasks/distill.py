@@ -89,13 +89,13 @@ def _teacher(
     params: Params, recipe: Distillation, tokenizer: Any
 ) -> tuple[PreTrainedModel | None, TeacherCache | None]:
     """Where the recipe has the teacher's distributions from: the model, what was kept of it, or both."""
+    check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))  # `ce` imitates its token ids
     if recipe.objective == "ce":
         return None, None
     cached = params.distill.teacher == "cache" and recipe.episodes != "student"
     cache = TeacherCache(DISTRIBUTIONS, tokenizer) if cached else None
     if recipe.episodes == "teacher" and cache:
         return None, cache
-    check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))
     return load_model(params.models.teacher, params.compute.device), cache
 
 

@@ -2,24 +2,30 @@
 
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
-from dgpo_core.config.params import PARAMS, Params, load_params
+from dgpo_core.config.params import PARAMS, load_params
 from dgpo_core.training.vocabulary import check_same_vocabulary
 
 VOCABULARY = "tokenizer.json"
 
 
 def preflight(root: Path = Path()) -> None:
-    """Raises UserError for parameters that no run can have; models on the hub are checked by their stages."""
+    """Raises UserError for parameters that no run can have.
+
+    Nothing is downloaded: of models that are still on the hub alone, `teach` compares the vocabularies.
+    """
     if not (root / PARAMS).is_file():
         return  # the stage that needs it will say so
     params = load_params(root / PARAMS)
-    files = [root / source / VOCABULARY for source in (params.models.student, params.models.teacher)]
-    if _compares_distributions(params) and all(file.is_file() for file in files):
+    files = [_vocabulary(root, source) for source in (params.models.student, params.models.teacher)]
+    if params.recipes.imitate_teacher and None not in files:
         check_same_vocabulary(*(Tokenizer.from_file(str(file)) for file in files))
 
 
-def _compares_distributions(params: Params) -> bool:
-    distilled = any(recipe.objective != "ce" for recipe in params.recipes.distill.values())
-    return distilled or any(recipe.reference == "teacher" for recipe in params.recipes.reinforce.values())
+def _vocabulary(root: Path, source: str) -> Path | None:
+    """The file of a model in a folder, or of one in the hub's cache."""
+    file = root / source / VOCABULARY
+    cached = file if (root / source).is_dir() else try_to_load_from_cache(source, VOCABULARY)
+    return Path(cached) if isinstance(cached, (str, Path)) and Path(cached).is_file() else None

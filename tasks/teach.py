@@ -1,13 +1,16 @@
 """Stage `teach`: the teacher runs the whole protocol on the training questions; raw episodes."""
 
+from pathlib import Path
+
 from dgpo_core.config.params import load_params
 from dgpo_core.protocol.episode import Outcome, write_episodes
 from dgpo_core.rollout.collect import collect, em_of
 from dgpo_core.training.models import load_tokenizer
+from dgpo_core.training.vocabulary import check_same_vocabulary
 from tasks.agents import agent_loop, split_tasks
 from tasks.inputs import local
 from tasks.measured import write_metrics
-from tasks.paths import INDEX, METRICS, QUESTIONS, TEACHER_EPISODES
+from tasks.paths import INDEX, METRICS, MODELS, QUESTIONS, TEACHER_EPISODES
 from tasks.pipeline_index import retriever
 from tasks.stage import main, stage
 
@@ -18,6 +21,9 @@ def teach() -> None:
     inputs = [INDEX, QUESTIONS, *local(params.models.teacher)]
     with stage("teach", config=config, inputs=inputs, outputs=[TEACHER_EPISODES]) as run:
         tokenizer = load_tokenizer(params.models.teacher)
+        if params.recipes.imitate_teacher and MODELS not in Path(params.models.student).parents:
+            # before the long work; a model of ours, which may not have been built yet, has our tokenizer
+            check_same_vocabulary(load_tokenizer(params.models.student), tokenizer)
         index = retriever(params)
         loop = agent_loop(params, params.models.teacher, tokenizer, index)
         tasks = split_tasks(params, "train", params.teach.seed, params.teach.questions)

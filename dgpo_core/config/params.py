@@ -88,6 +88,8 @@ class Params(Section):
         known = [STUDENT, TEACHER, *self.recipes.all]
         if unknown := [model for model in self.compare if model not in known]:
             raise ValueError(f"compare: there is no {unknown[0]!r}, only {known}")
+        if twice := [model for model in self.compare if self.compare.count(model) > 1]:
+            raise ValueError(f"compare: {twice[0]!r} stands there twice")
         grpo = [name for name, recipe in self.recipes.reinforce.items() if recipe.algorithm == "grpo"]
         if grpo and self.reinforce.batch_size < 2 * self.reinforce.group_size:
             raise ValueError(f"reinforce.batch_size: {grpo[0]} needs at least two groups of group_size")

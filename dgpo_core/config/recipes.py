@@ -1,5 +1,6 @@
 """Recipes: how the compared systems are trained, each a line of data (docs/method.md, "Recipes")."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal, Self
@@ -8,6 +9,9 @@ from pydantic import Field, model_validator
 
 from dgpo_core.config.base import Section
 
+NAME = re.compile(
+    r"[A-Za-z0-9][A-Za-z0-9_-]*"
+)  # of a recipe: of its folders, DVC's stages and MLflow's models too
 TABLE = Path(__file__).with_name("recipes.yaml")  # the paper's rows
 STUDENT, TEACHER = "student", "teacher"  # the given models
 
@@ -68,9 +72,16 @@ class Recipes(Section):
     def all(self) -> dict[str, Recipe]:
         return {**self.distill, **self.reinforce}
 
+    @property
+    def imitate_teacher(self) -> bool:
+        """Whether any trains on the teacher's tokens or distributions: student and it need one vocabulary."""
+        return bool(self.distill) or any(row.reference == "teacher" for row in self.reinforce.values())
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         rows = self.all
+        if odd := [name for name in rows if not NAME.fullmatch(name)]:
+            raise ValueError(f"{odd[0]!r} is no name of a recipe: letters, digits, - and _ only")
         if twice := self.distill.keys() & self.reinforce.keys():
             raise ValueError(f"{sorted(twice)} stand under both distill and reinforce")
         if taken := {STUDENT, TEACHER} & rows.keys():

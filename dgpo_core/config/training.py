@@ -77,7 +77,9 @@ class DistributionsConfig(Section):
     """The teacher's distributions on its own episodes, kept for all epochs and recipes."""
 
     top_k: PositiveInt | None = Field(64, description="likeliest tokens kept at each position; null: all")
-    sample: PositiveInt = Field(64, description="episodes on which the certificate measures the KL's error")
+    sample: PositiveInt = Field(
+        64, description="episodes, drawn from all, that the certificate is measured on"
+    )
     chunk: PositiveInt = Field(4096, description="episodes between two checkpoints")
 
 
@@ -140,7 +142,9 @@ class DistillConfig(Section):
     min_em: float = Field(0.0, ge=0, le=1, description="validation EM that RL may start from")
 
     @model_validator(mode="after")
-    def _replayable(self) -> Self:
+    def _possible(self) -> Self:
+        if self.ce_weight == self.kl_weight == 0:
+            raise ValueError("ce_weight and kl_weight are both 0: kd would have no loss")
         if self.distillm.replay < self.batch_size:
             raise ValueError("distillm.replay: must be at least batch_size, which is drawn from it")
         return self

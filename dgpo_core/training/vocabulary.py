@@ -12,6 +12,6 @@ def check_same_vocabulary(student: Any, teacher: Any) -> None:
     if wrong is not None:
         raise UserError(
             "models: student and teacher have different tokenizers, "
-            "so their distributions cannot be compared; "
+            "so the teacher's tokens and distributions mean nothing to the student; "
             f"the first difference is id {wrong}: {first[wrong]!r} against {second[wrong]!r}"
         )

@@ -2,12 +2,18 @@
 
 import json
 import shutil
+from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
+from dgpo_core.config.params import resolve_profile
 from dgpo_core.errors import UserError
+from tasks.distill import distill
+from tasks.paths import CORRECT_EPISODES, DISTRIBUTIONS, INDEX, QUESTIONS, TEACHER_EPISODES
 from tasks.preflight import preflight
+from tasks.teach import teach
 from tests.tasks.miniature import ROOT, make_project
 
 
@@ -31,13 +37,31 @@ def test_incompatible_vocabularies(workplace: Path) -> None:
         preflight()
 
 
-def test_vocabularies_do_not_matter_without_the_teachers_distributions(workplace: Path) -> None:
-    make_project(workplace, recipes=["sft_ppo"])
+def test_vocabularies_matter_to_whoever_imitates_the_teacher(workplace: Path) -> None:
+    """Be it by its token ids alone (SeqKD); not to PPO, which has nothing of the teacher."""
+    make_project(workplace, recipes=["ppo"])
     other_vocabulary(workplace)
     preflight()
-    (workplace / "params.yaml").write_text((ROOT / "params.yaml").read_text())  # with KD and DGPO
+    params = resolve_profile(ROOT / "profiles/tiny.yaml", ["sft_ppo"])
+    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    for name in (TEACHER_EPISODES, CORRECT_EPISODES, DISTRIBUTIONS, INDEX, QUESTIONS):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.touch()
+    for check in (preflight, partial(distill, "seqkd")):
+        with pytest.raises(UserError, match="different tokenizers"):
+            check()
+
+
+def test_the_teacher_does_not_begin_with_another_vocabulary(workplace: Path) -> None:
+    """Of a model from elsewhere; whether one of ours has been built by then is open."""
+    make_project(workplace, models={"student": "elsewhere/student"})
+    other_vocabulary(workplace)
+    shutil.copytree(ROOT / "models/student", workplace / "elsewhere/student")
+    for name in (INDEX, QUESTIONS):
+        name.parent.mkdir(parents=True, exist_ok=True)
+        name.touch()
     with pytest.raises(UserError, match="different tokenizers"):
-        preflight()
+        teach()
 
 
 def test_models_on_the_hub_are_left_to_their_stages(workplace: Path) -> None:

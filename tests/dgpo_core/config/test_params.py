@@ -123,6 +123,15 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
             },
             "base_models.models.student.shape: hidden_size must be divisible by twice the number of heads",
         ),
+        *(
+            (
+                {"recipes": {"distill": {name: {"start": "student", "objective": "kd"}}}},
+                "is no name of a recipe",
+            )
+            for name in ("", "..", "a b", "c.d", "a@b", "-x", "x/y", "x\n")
+        ),
+        ({"compare": ["student", "student"]}, "compare: 'student' stands there twice"),
+        ({"distill": {"ce_weight": 0, "kl_weight": 0}}, "distill: ce_weight and kl_weight are both 0"),
         ({"compute": {"offload": True}}, "compute: offload is DeepSpeed's: set engine: deepspeed"),
         ({"compute": {"zero_stage": 3}}, "compute: zero_stage is DeepSpeed's: set engine: deepspeed"),
         ({"compute": {"split_teacher": True}}, "compute: split_teacher is DeepSpeed's"),
