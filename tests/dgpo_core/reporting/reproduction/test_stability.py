@@ -30,6 +30,7 @@ def test_stable_up_to_its_last_step() -> None:
     assert found is not None
     assert (found.state, found.step, found.steps, found.drift) == ("stable", None, 40, "")
     assert found.best == pytest.approx(0.485)  # the last of a moving average
+    assert found.converged == 35  # 0.44, the first value of at least 0.9 of it
 
 
 @pytest.mark.parametrize(
@@ -82,7 +83,7 @@ def test_dip_that_recovers_is_no_collapse() -> None:
 def test_what_never_rose_cannot_collapse() -> None:
     found = assess(made([0.02, 0.04, 0.0] * 10, invalid_actions=[3.0] * 30))
     assert found is not None
-    assert (found.state, found.step) == ("never learned", None)
+    assert (found.state, found.step, found.converged) == ("never learned", None, None)
 
 
 def test_held_out_em_where_the_sampled_is_missing_and_nothing_without_any() -> None:
