@@ -16,7 +16,7 @@ import typer
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
-from dgpo_core.config.params import PARAMS, load_params, resolve_profile
+from dgpo_core.config.params import NO_RECIPES, PARAMS, load_params, resolve_profile
 from dgpo_core.errors import UserError
 from dgpo_core.reporting.reproduction.records import Record, keep, pool
 from dgpo_core.reporting.reproduction.sizes import write_sizes
@@ -39,8 +39,9 @@ def reproduce(
 ) -> None:
     """Run the stages for every seed, then write the report of all of them.
 
-    `recipes` are rows of the paper's table, or `["all"]` (the default). A seed that fails does not stop the
-    others; the report is written when all have succeeded. Raises UserError and PipelineFailed.
+    `recipes` are rows of the paper's table (`all`, the default: every one) or of the commit's params.yaml. A
+    seed that fails does not stop the others; the report is written when all have succeeded. Raises UserError
+    and PipelineFailed.
     """
     root = enter_project()
     refuse_endless_restarts()
@@ -86,7 +87,9 @@ def _worktree(root: Path, name: str, profile: str, recipes: list[str] | None, se
     is_new = not (root / RUNS / name).exists()
     workspace = open_workspace(root, name, keep_lock=True)
     try:
-        params = resolve_profile(profile_path(profile, workspace.tree), recipes or ["all"])
+        path = workspace.tree / PARAMS  # the commit's
+        own = load_params(path).recipes if path.is_file() else NO_RECIPES
+        params = resolve_profile(profile_path(profile, workspace.tree), recipes or ["all"], own)
         comment = f"Written by `python -m flows.reproduce`: seed {seed}."
         workspace.write_params({**params, "seed": seed}, comment)
     except (UserError, ValueError) as error:
@@ -103,7 +106,9 @@ app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__d
 @app.command()
 def run(
     profile: Annotated[str, typer.Option(help="a profile of profiles/")] = "tiny",
-    recipe: Annotated[list[str] | None, typer.Option(help="row of the paper's table; repeatable")] = None,
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="row of the paper's table or of params.yaml; repeatable")
+    ] = None,
     seed: Annotated[list[int] | None, typer.Option(help="repeatable; 0, 1 and 2 unless given")] = None,
     max_parallel: Annotated[int, typer.Option(help="stages side by side")] = 1,
 ) -> None:

@@ -30,6 +30,7 @@ from dgpo_core.errors import UserError
 
 PARAMS = Path("params.yaml")
 DATA_HINT = "the embedded world's sets need data.source: world"
+NO_RECIPES = Recipes()
 Row = TypeVar("Row", Distillation, Reinforcement)
 
 
@@ -151,16 +152,18 @@ def load_params(path: Path = PARAMS) -> Params:
     return _validated(read_yaml(path), path)
 
 
-def resolve_profile(path: Path, recipes: list[str] | None = None) -> dict[str, Any]:
+def resolve_profile(
+    path: Path, recipes: list[str] | None = None, own: Recipes = NO_RECIPES
+) -> dict[str, Any]:
     """A profile's differences laid over the defaults: what params.yaml holds, in full.
 
-    `recipes` names rows of the paper's table to take in place of the profile's (`["all"]`: every one).
+    `recipes` names rows of the paper's table (`all`: every one) or of `own`, in place of the profile's.
     Unless the profile says who is evaluated, it is the two given models and all recipes. A profile may name
     another one of its folder in `extends`, whose differences lie below its own.
     """
     overrides = _extended(path)
     named = recipes or overrides.pop("recipes", [])
-    overrides["recipes"] = paper_recipes(named).model_dump()
+    overrides["recipes"] = paper_recipes(named, own).model_dump()
     params = _validated({"profile": path.stem, **overrides}, path)
     resolved = params.model_dump(mode="json")
     if "compare" not in overrides:
@@ -187,11 +190,15 @@ def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def paper_recipes(names: list[str]) -> Recipes:
-    """Rows of the paper's table and those that they start from. Raises UserError for an unknown name."""
+def paper_recipes(names: list[str], own: Recipes = NO_RECIPES) -> Recipes:
+    """Rows of the paper's table (`all`: every one) and those that they start from. Raises UserError.
+
+    Rows of `own` can be named too; where the table has the name, its row counts.
+    """
     table = Recipes.model_validate(read_yaml(TABLE))
     try:
-        return table if names == ["all"] else table.only(names)
+        rows = table.with_others(own)
+        return rows.only(row for name in names for row in (table.all if name == "all" else [name]))
     except ValueError as error:
         raise UserError(f"recipes: {error}") from None
 

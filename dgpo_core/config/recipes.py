@@ -98,6 +98,14 @@ class Recipes(Section):
                 path.append(start)
         return self
 
+    def with_others(self, others: "Recipes") -> "Recipes":
+        """These rows, and those of `others` whose names are not among them."""
+        taken = self.all.keys()
+        return Recipes(
+            distill=self.distill | {name: row for name, row in others.distill.items() if name not in taken},
+            reinforce=self.reinforce | {n: row for n, row in others.reinforce.items() if n not in taken},
+        )
+
     def only(self, names: Iterable[str]) -> "Recipes":
         """The named rows and those that they start from. Raises ValueError for a name that there is not."""
         rows, wanted = self.all, set()

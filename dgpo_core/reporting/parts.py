@@ -1,6 +1,6 @@
 """What every section of the page is made of: the report's tables, and heads and cells of its rows."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,15 +31,20 @@ class Report:
     pair: str  # of the paper's models
 
 
+def colour_of(name: str, models: Iterable[str]) -> int:
+    """A recipe of the user's takes the colour of one of the paper's, which is seldom beside it."""
+    if name in COLOURS:
+        return COLOURS[name]
+    others = [model for model in models if model not in COLOURS]
+    return 4 + others.index(name) % (len(COLOURS) - 4)
+
+
 def model_head(name: str, models: Sequence[str]) -> Row:
     """A model's name, label, colour and note."""
-    # a recipe of the user's takes the colour of one of the paper's, which is seldom beside it
-    others = [model for model in models if model not in COLOURS]
-    colour = COLOURS[name] if name in COLOURS else 4 + others.index(name) % (len(COLOURS) - 4)
     return {
         "name": name,
         "label": words.model_label(name),
-        "colour": colour,
+        "colour": colour_of(name, models),
         "note": {"student": "before training", "teacher": "the model to learn from"}.get(name, "trained"),
     }
 

@@ -20,6 +20,7 @@ MODEL_LABELS = {
     "uniform_kl": "DGPO with uniform KL",
     "no_teacher": "DGPO without teacher",
     "ppo_kd": "PPO → KD",
+    "grpo": "GRPO",
 }
 PAPER_DATASETS = {
     "nq": "NQ",

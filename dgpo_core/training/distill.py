@@ -19,6 +19,7 @@ from dgpo_core.training.adaptive import Interpolation
 from dgpo_core.training.batches import Sequence, TokenBatch, collate, micro_batches, model_sequence
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.engines import FrozenModel, Optimization, training_engine
+from dgpo_core.training.episode_metrics import episode_metrics, sampled_entropy
 from dgpo_core.training.episode_sources import EpisodeSource
 from dgpo_core.training.parallel import added, passes
 from dgpo_core.training.teacher_cache import TeacherCache
@@ -102,8 +103,8 @@ class Distiller:
             row["taid_t"] = self.taid.t
             self.taid.update(row["loss"], step + 1)
         if self.recipe.episodes == "student":  # of a mixture it would be the teacher's EM too
-            row["em"] = sum(episode.correct for episode in episodes) / len(episodes)
-            row["searches"] = sum(len(episode.searches) for episode in episodes) / len(episodes)
+            row |= episode_metrics(episodes)
+            row["entropy"] = sampled_entropy(episodes)
         return row
 
     @torch.no_grad()

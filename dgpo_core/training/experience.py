@@ -11,7 +11,7 @@ from dgpo_core.objectives import rewards as reward_functions
 from dgpo_core.objectives.divergences import reverse_kl
 from dgpo_core.objectives.logprobs import distillation_terms, engine_gap
 from dgpo_core.objectives.policy import explained_variance, gae, group_advantages, whiten
-from dgpo_core.protocol.episode import Ending, Episode, Owner
+from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.training.batches import (
     Sequence,
     TokenBatch,
@@ -21,6 +21,7 @@ from dgpo_core.training.batches import (
     response_sequence,
 )
 from dgpo_core.training.engines import FrozenModel, TrainingEngine
+from dgpo_core.training.episode_metrics import episode_metrics
 from dgpo_core.training.parallel import joined, passes
 from dgpo_core.training.token_model import Pair, Terms, policy_terms
 
@@ -239,19 +240,10 @@ def k3(logprobs: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
 
 
 def training_metrics(episodes: list[Episode], experience: Experience) -> dict[str, float]:
-    """What shows collapse: EM, length, invalid actions, searches, KL inside and outside the gate, ..."""
-    n = len(episodes)
+    """What shows collapse: the episodes' own metrics, reward, KL inside and outside the gate, ..."""
     inside = [k for k, is_gated in zip(experience.kl, experience.gated, strict=True) if is_gated]
-    metrics = {
-        "em": sum(e.correct for e in episodes) / n,
-        "reward": sum(float(r.sum()) for r in experience.rewards) / n,
-        "response_tokens": sum(e.model_tokens for e in episodes) / n,
-        "searches": sum(len(e.searches) for e in episodes) / n,
-        "hit": sum(e.hit for e in episodes) / n,
-        "invalid_actions": sum(e.invalid_actions for e in episodes) / n,
-        "well_formed": sum(e.well_formed for e in episodes) / n,
-        "no_answer": sum(e.ending is not Ending.ANSWERED for e in episodes) / n,
-    }
+    metrics = episode_metrics(episodes)
+    metrics["reward"] = sum(float(r.sum()) for r in experience.rewards) / len(episodes)
     for name, estimates in (("kl_inside", inside), ("kl_outside", experience.kl_outside)):
         if estimates:
             metrics[name] = float(torch.cat(estimates).mean())

@@ -13,7 +13,9 @@ from typing import IO
 import pytest
 import yaml
 
+from dgpo_core.config.params import resolve_profile
 from dgpo_core.errors import UserError
+from dgpo_core.reporting.reproduction.claims import RAW_GRPO
 from flows.workspace import one_at_a_time, open_workspace
 from tasks.pool import write
 from tests.conftest import ROOT
@@ -35,7 +37,7 @@ params = yaml.safe_load(Path("params.yaml").read_text())
 if name == "train":
     if (log.parent / f"fail-{params['seed']}").exists():
         sys.exit("no luck")
-    levels = {"student": 0.0, "teacher": 0.8, "kd": 0.4}
+    levels = {"student": 0.0, "teacher": 0.8, "kd": 0.4, "grpo": 0.1}
     level = coin(levels)
     runs = make_runs(Path("made"), [params["seed"]], params["compare"], level, level, questions=3)
     runs.save()
@@ -112,6 +114,22 @@ def test_a_new_commit_is_taken_and_results_are_kept(api: str, project: Path) -> 
     assert Path(".runs/tiny-seed-0/new.txt").is_file()
     assert yaml.safe_load(Path(".runs/tiny-seed-0/params.yaml").read_text())["workers"]["gpus"] == 0
     assert len(project.read_text().splitlines()) == 2
+
+
+def test_a_recipe_of_params_yaml_can_be_named_beside_the_papers(api: str, project: Path) -> None:
+    from flows.reproduce import reproduce
+
+    params = resolve_profile(Path("profiles/tiny.yaml"))
+    params["recipes"]["reinforce"] |= yaml.safe_load(RAW_GRPO)
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run([*git, "add", "params.yaml"], check=True)
+    subprocess.run([*git, "commit", "-qm", "a recipe of our own"], check=True)
+    reproduce(recipes=["kd", "grpo"], seeds=[0])
+    recipes = yaml.safe_load(Path(".runs/tiny-seed-0/params.yaml").read_text())["recipes"]
+    assert (list(recipes["distill"]), list(recipes["reinforce"])) == (["kd"], ["grpo"])
+    tables = json.loads(Path("reproduction/tiny/tables.json").read_text())
+    assert list(tables["exact_match"]) == ["student", "teacher", "kd", "grpo"]
 
 
 def test_bad_arguments(api: str, project: Path) -> None:

@@ -149,6 +149,37 @@ def test_episodes_are_traced_in_the_stages_run(
                 assert span.outputs[0]["page_content"] and span.outputs[0]["metadata"]["title"]
 
 
+def test_gate_is_in_mlflow_step_by_step(
+    finished: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The shares of every step, and the KL inside the gate."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
+    for name in ("gate_open", "gate_closed", "gate_excluded"):
+        assert len(history(finished, "dgpo", name)) == 4
+    assert history(finished, "dgpo", "kl_inside")
+
+
+@pytest.mark.thorough
+def test_kl_outside_the_gate_is_in_mlflow(finished: Path, workplace: Path) -> None:
+    copy_inputs(finished, workplace, recipes=["no_cold_start"])
+    params = yaml.safe_load((workplace / "params.yaml").read_text())
+    params["models"]["student"] = params["models"]["teacher"]  # which answers: the miniature's student cannot
+    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    reinforce("no_cold_start")
+    for name in ("kl_inside", "kl_outside"):
+        assert len(history(workplace, "no_cold_start", name)) == 4
+
+
+def history(folder: Path, recipe: str, name: str) -> dict[int, float]:
+    """MLflow's values of a metric by step, which must be those of the curve."""
+    run = json.loads((folder / "runs" / f"reinforce@{recipe}" / "run.json").read_text())["mlflow_run"]
+    points = connect().get_metric_history(run, name)
+    found = {point.step: point.value for point in points if point.step}  # 0 has the stage's result
+    rows = csv.DictReader((folder / f"plots/reinforce-{recipe}.csv").open())
+    assert found == pytest.approx({int(r["step"]): float(r[name]) for r in rows if r[name]}, rel=1e-4)
+    return found
+
+
 def test_nothing_is_left_of_finished_stages(finished: Path) -> None:
     assert not any((finished / ".state").iterdir())
     assert not list(finished.rglob("*.part"))
@@ -226,7 +257,8 @@ def test_distillations_of_the_papers_table(finished: Path, workplace: Path, reci
     assert ("divergence" in rows[0]) == (recipe != "seqkd")
     assert ("taid_t" in rows[0]) == (recipe == "taid")
     assert ("validation_loss" in rows[-1]) == (recipe == "distillm")
-    assert ("em" in rows[0]) == ("searches" in rows[0]) == (recipe == "kd_gkd")
+    for column in ("em", "searches", "invalid_actions", "response_tokens", "entropy"):
+        assert (column in rows[0]) == (recipe == "kd_gkd")
 
 
 @pytest.mark.thorough

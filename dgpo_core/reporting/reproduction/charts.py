@@ -16,7 +16,10 @@ PANELS = (
     ("response_tokens", "Response length", "model tokens"),
     ("searches", "Searches", "an episode"),
     ("entropy", "Entropy of the policy", "nats a token"),
-    ("kl", "KL to the reference", "nats a token"),
+    ("divergence", "Divergence from the teacher", "on-policy distillation, nats a token"),
+    ("gate_open", "Gate open", "share of episodes"),
+    ("gate_closed", "Gate closed", "share of episodes"),
+    ("gate_excluded", "Excluded from the gate", "share of episodes, failed"),
     ("kl_inside", "KL inside the gate", "nats a token"),
     ("kl_outside", "KL outside the gate", "nats a token"),
     ("clip_fraction", "Clipped ratios", "share of tokens"),
@@ -24,8 +27,8 @@ PANELS = (
     ("reward", "Reward", "mean of an episode"),
     ("actor_grad_norm", "Actor: gradient norm", "before clipping"),
 )
-# a distillation's columns of the same names mean something else (its KL is on the teacher's episodes)
-SIGN_OF_RL = ("em", "reward")
+# who learns from the teacher's episodes is left out: the same columns mean something else there
+SIGN_OF_SAMPLING = ("em", "reward")
 Row = dict[str, Any]
 
 
@@ -76,7 +79,7 @@ def panels(curves: dict[str, list[Curve]]) -> list[Row]:
     trained = {
         recipe: own
         for recipe, own in curves.items()
-        if any(name in curve.columns for curve in own for name in SIGN_OF_RL)
+        if any(name in curve.columns for curve in own for name in SIGN_OF_SAMPLING)
     }
     found = []
     for column, title, unit in PANELS:

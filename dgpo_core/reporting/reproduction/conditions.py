@@ -34,6 +34,14 @@ class Outlasts:
 
 
 @dataclass(frozen=True)
+class ConvergesFaster:
+    """Both recipes learn, and the first one's EM comes near its maximum in fewer steps."""
+
+    first: str
+    second: str
+
+
+@dataclass(frozen=True)
 class AtLeast:
     count: int
     parts: "tuple[Condition, ...]"
@@ -44,7 +52,7 @@ class Untested:
     why: str
 
 
-Condition = Contrast | Trains | Outlasts | AtLeast | Untested
+Condition = Contrast | Trains | Outlasts | ConvergesFaster | AtLeast | Untested
 
 
 def both(*parts: Condition) -> AtLeast:

@@ -12,7 +12,6 @@ from dgpo_core.reporting import inputs
 from dgpo_core.reporting.curves import Curve, read_curves
 from dgpo_core.reporting.inputs import MEASUREMENTS, read_arcap, read_scores
 from dgpo_core.reporting.results import AVERAGE
-from dgpo_core.reporting.words import MODEL_LABELS
 
 Key = tuple[str, str]  # (data set, question id); ARCap's questions have no data set
 
@@ -69,8 +68,6 @@ def read_runs(
         raise UserError("a reproduction needs at least one seed, one model and one data set")
     if AVERAGE in mirrors:
         raise UserError(f"no data set may be called {AVERAGE!r}: the results have that row already")
-    if unknown := [model for model in models if model not in MODEL_LABELS]:
-        raise UserError(f"models that the paper does not have: {', '.join(unknown)}")
     if len(set(models)) < len(models):
         raise UserError(f"a model is named twice: {', '.join(models)}")
     seeds = sorted(runs)

@@ -1,7 +1,7 @@
 """The page of a reproduction: the run's page's style and chart code, around several seeds and the paper."""
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
@@ -12,7 +12,7 @@ from dgpo_core.reporting import words
 from dgpo_core.reporting.curves import Curve
 from dgpo_core.reporting.episodes import compact_json
 from dgpo_core.reporting.page import TEMPLATES
-from dgpo_core.reporting.parts import COLOURS, DASH
+from dgpo_core.reporting.parts import COLOURS, DASH, colour_of
 from dgpo_core.reporting.reproduction.charts import difference_track, level_track, panels, top_of
 from dgpo_core.reporting.reproduction.claims import GROUPS, PROFILED
 from dgpo_core.reporting.reproduction.labels import BEFORE_COLLAPSE, MEASUREMENT_LABELS, signed
@@ -24,7 +24,8 @@ from dgpo_core.reporting.results import AVERAGE
 HOLDS = {True: "correct", False: "wrong", None: "failed"}  # classes of the style sheet
 CLASSES = dict(zip(VERDICTS, HOLDS.values(), strict=True))
 SCRIPTS = ("theme.js", "charts.js", "reproduction.js")
-FIGURES = ("ppo", "dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")  # the curves of figures 4 and 6
+# the curves of figures 4 and 6
+FIGURES = ("ppo", "grpo", "dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")
 Row = dict[str, Any]
 
 
@@ -34,7 +35,7 @@ def render(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]])
     recipes = list(dict.fromkeys(trace["model"] for panel in drawn for trace in panel["traces"]))
     counts = Counter(row["verdict"] for row in verdicts)
     data = {
-        "models": [_model(name) for name in tables["exact_match"]],
+        "models": [_model(name, tables["exact_match"]) for name in tables["exact_match"]],
         "figures": [name for name in recipes if name in FIGURES],
         "charts": {f"curve-{index}": {"traces": panel["traces"]} for index, panel in enumerate(drawn)},
         "radars": {},
@@ -52,7 +53,7 @@ def render(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]])
         arcap=_arcap(tables),
         ablations=_ablations(tables),
         panels=drawn,
-        recipes=[_model(name) for name in recipes],
+        recipes=[_model(name, tables["exact_match"]) for name in recipes],
         stability=_stability(tables),
         invalid_rise=INVALID_RISE,
         length_drift=LENGTH_DRIFT,
@@ -71,7 +72,7 @@ def render_sizes(found: Row) -> str:
     return _template("sizes.html.j2").render(
         pairs=[_pair(pair, found["models"]) for pair in found["pairs"]],
         models=[words.model_label(model) for model in found["models"]],
-        cards=[_size_card(model, found["pairs"], top) for model in found["models"]],
+        cards=[_size_card(_model(name, found["models"]), found["pairs"], top) for name in found["models"]],
         claims=[_claim(row) for row in found["verdicts"]],
         compared=f"On the seeds that all pairs ran: {seeds}.",
         css=Markup(_text("page.css") + _text("reproduction.css")),
@@ -92,27 +93,29 @@ def _pair(pair: Row, models: Sequence[str]) -> Row:
     return pair | given | {"cells": cells, "code": commits_text(pair["commits"])}
 
 
-def _size_card(model: str, pairs: Sequence[Row], top: float) -> Row:
-    measured = [(pair, pair["exact_match"][model]) for pair in pairs if model in pair["exact_match"]]
-    role = "teacher" if model == "teacher" else "student"
+def _size_card(model: Row, pairs: Sequence[Row], top: float) -> Row:
+    name = model["name"]
+    measured = [(pair, pair["exact_match"][name]) for pair in pairs if name in pair["exact_match"]]
+    role = "teacher" if name == "teacher" else "student"
     bars = [
         {
             "label": f"{pair['profile']} · {given_text(pair, role)}",
-            "colour": COLOURS[model],
-            "track": level_track(entry, top, f"m{COLOURS[model]}"),
+            "colour": model["colour"],
+            "track": level_track(entry, top, f"m{model['colour']}"),
             "cell": _cell(entry),
         }
         for pair, entry in measured
     ]
-    return {"title": words.model_label(model), "bars": bars}
+    return {"title": model["label"], "bars": bars}
 
 
 def _text(name: str) -> str:
     return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
-def _model(name: str) -> Row:
-    return {"name": name, "label": words.model_label(name), "colour": COLOURS[name]}
+def _model(name: str, models: Iterable[str] = ()) -> Row:
+    """`models` are those of the report, where recipes that the paper does not have may be among them."""
+    return {"name": name, "label": words.model_label(name), "colour": colour_of(name, models)}
 
 
 def _groups(verdicts: Sequence[Row]) -> list[Row]:
@@ -148,8 +151,9 @@ def _test(test: Row) -> Row:
 def _bars(entries: dict[str, Row]) -> list[Row]:
     top = top_of(entries.values())
     return [
-        _model(model) | {"track": level_track(entry, top, f"m{COLOURS[model]}"), "cell": _cell(entry)}
+        own | {"track": level_track(entry, top, f"m{own['colour']}"), "cell": _cell(entry)}
         for model, entry in entries.items()
+        for own in [_model(model, entries)]
     ]
 
 
@@ -172,7 +176,7 @@ def _cell(entry: Row | None, digits: int = 3, sign: bool = False) -> Row:
 def _exact_match(tables: Row) -> Row:
     names = [*tables["mirrors"], AVERAGE]
     rows = [
-        _model(model) | {"cells": [_cell(own[name]) for name in names]}
+        _model(model, tables["exact_match"]) | {"cells": [_cell(own[name]) for name in names]}
         for model, own in tables["exact_match"].items()
     ]
     for index, name in enumerate(names):
@@ -220,7 +224,8 @@ def _arcap(tables: Row) -> Row:
         for name in names
     ]
     rows = [
-        _model(model) | {"cells": [_cell(own[name], 2 if "searches" in name else 3) for name in names]}
+        _model(model, tables["arcap"])
+        | {"cells": [_cell(own[name], 2 if "searches" in name else 3) for name in names]}
         for model, own in tables["arcap"].items()
     ]
     return {"cards": cards, "heads": [MEASUREMENT_LABELS[name] for name in names], "rows": rows}
@@ -241,7 +246,7 @@ def _ablations(tables: Row) -> list[Row]:
 
 def _stability(tables: Row) -> list[Row]:
     return [
-        _model(recipe)
+        _model(recipe, tables["exact_match"])
         | {
             "seeds": [stability_text({seed: state}) for seed, state in (own["seeds"] or {}).items()],
             "states": [state["state"] for state in (own["seeds"] or {}).values()],

@@ -9,7 +9,8 @@ where a curve lacks it), as a moving average:
 - fell: the same loss without such a drift;
 - stable: anything else. It says so of the steps that were run, not of more.
 
-The step is the first from which the EM stays under half of its earlier maximum.
+The step is the first from which the EM stays under half of its earlier maximum. A training has converged at
+the first step whose EM is at least CONVERGED of its maximum.
 """
 
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from dgpo_core.reporting.curves import Curve, Points, smoothed
 
 NEAR_ZERO = 0.05  # EM
 LOST = 0.5  # of the earlier maximum
+CONVERGED = 0.9  # of the maximum
 INVALID_RISE = 0.25  # invalid actions an episode
 LENGTH_DRIFT = 2.0
 State = Literal["collapsed", "fell", "never learned", "stable"]
@@ -26,7 +28,10 @@ State = Literal["collapsed", "fell", "never learned", "stable"]
 
 @dataclass(frozen=True)
 class Training:
-    """How one training went; `step` is where it was lost, `drift` what went with it."""
+    """How one training went; `step` is where it was lost, `drift` what went with it.
+
+    `converged` is the step at which it came near its maximum, None where it never learned.
+    """
 
     state: State
     step: int | None
@@ -34,6 +39,7 @@ class Training:
     last: float
     steps: int
     drift: str
+    converged: int | None
 
 
 def assess(curve: Curve) -> Training | None:
@@ -45,12 +51,13 @@ def assess(curve: Curve) -> Training | None:
     values = [value for _, value in em]
     best, last, steps = max(values), values[-1], int(em[-1][0])
     if best < NEAR_ZERO:
-        return Training("never learned", None, best, last, steps, "")
+        return Training("never learned", None, best, last, steps, "", None)
+    converged = next(int(step) for step, value in em if value >= CONVERGED * best)
     if (lost := _lost_from(values)) is None:
-        return Training("stable", None, best, last, steps, "")
+        return Training("stable", None, best, last, steps, "", converged)
     peak = values.index(max(values[:lost]))
     drift = _drift(curve, em[peak][0], em[lost][0])
-    return Training("collapsed" if drift else "fell", int(em[lost][0]), best, last, steps, drift)
+    return Training("collapsed" if drift else "fell", int(em[lost][0]), best, last, steps, drift, converged)
 
 
 def _lost_from(values: list[float]) -> int | None:

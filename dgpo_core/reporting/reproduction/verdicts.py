@@ -11,6 +11,7 @@ from dgpo_core.reporting.reproduction.conditions import (
     AtLeast,
     Condition,
     Contrast,
+    ConvergesFaster,
     Outlasts,
     Trains,
     Untested,
@@ -64,7 +65,9 @@ class Judge:
             case Trains():
                 return self._trains(test)
             case Outlasts():
-                return self._outlasts(test)
+                return self._both_trained(test, "outlasts", _outlasts, training_text)
+            case ConvergesFaster():
+                return self._both_trained(test, "converges faster than", _faster, _convergence_text)
             case AtLeast():
                 return self._at_least(test, confidence)
             case Untested():
@@ -94,18 +97,22 @@ class Judge:
         remark = _disagreement(agree)
         return Finding(label, all(agree), _joined(remark, states), remark)
 
-    def _outlasts(self, test: Outlasts) -> Finding:
-        label = f"{model_label(test.first)} outlasts {model_label(test.second)}"
+    def _both_trained(
+        self,
+        test: Outlasts | ConvergesFaster,
+        verb: str,
+        holds: Callable[[Training, Training], bool],
+        text: Callable[[Training], str],
+    ) -> Finding:
+        """Does it hold of the two recipes' trainings, with every seed?"""
+        label = f"{model_label(test.first)} {verb} {model_label(test.second)}"
         first, second = (self.trainings.get(model) for model in (test.first, test.second))
         if not first or not second:
             lacking = test.first if not first else test.second
             return Finding(label, None, f"no training curve of {model_label(lacking)}")
         pairs = list(zip(first, second, strict=True))
-        agree = [
-            theirs.state == "collapsed" and ours.state != "never learned" and _step(ours) > _step(theirs)
-            for ours, theirs in pairs
-        ]
-        texts = [f"{training_text(ours)} against {training_text(theirs)}" for ours, theirs in pairs]
+        agree = [holds(ours, theirs) for ours, theirs in pairs]
+        texts = [f"{text(ours)} against {text(theirs)}" for ours, theirs in pairs]
         remark = _disagreement(agree)
         return Finding(label, all(agree), _joined(remark, self._by_seed(texts)), remark)
 
@@ -158,8 +165,18 @@ def _needs(term: tuple[float, str, str]) -> str:
     return model_label(model) if quantity == AVERAGE else f"{model_label(model)} ({quantity})"
 
 
+def _outlasts(ours: Training, theirs: Training) -> bool:
+    return theirs.state == "collapsed" and ours.state != "never learned" and _step(ours) > _step(theirs)
+
+
 def _step(training: Training) -> float:
     return training.step if training.state == "collapsed" and training.step is not None else float("inf")
+
+
+def _faster(ours: Training, theirs: Training) -> bool:
+    if ours.converged is None or theirs.converged is None:
+        return False
+    return ours.converged < theirs.converged
 
 
 def _within(test: Contrast, pooled: Pooled) -> tuple[bool | None, str]:
@@ -191,6 +208,10 @@ def training_text(training: Training) -> str:
     where = f" over {training.steps} steps" if training.step is None else f" at step {training.step}"
     drift = f" ({training.drift})" if training.drift else ""
     return f"{training.state}{where}{drift}"
+
+
+def _convergence_text(training: Training) -> str:
+    return training.state if training.converged is None else f"converged at step {training.converged}"
 
 
 def trainings(measured: Measured) -> dict[str, list[Training]]:
@@ -232,6 +253,8 @@ def judge(judge_: Judge, claim: Claim, pair: str) -> Row:
     test: Condition = claim.condition
     if claim.pair and claim.pair != pair:
         test = Untested(f"not run: these runs stand for {pair}")
+    if claim.needs and claim.needs.partition(":")[0] not in judge_.measured.models:
+        test = Untested(f"not run: needs the line `{claim.needs}` under recipes.reinforce in params.yaml")
     finding = judge_.find(test)
     verdict = {True: REPRODUCED, False: NOT_REPRODUCED, None: NOT_TESTED}[finding.holds]
     return {

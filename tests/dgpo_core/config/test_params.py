@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from dgpo_core.config.params import Params, load_params, paper_recipes, resolve_profile
+from dgpo_core.config.recipes import Recipes
 from dgpo_core.errors import UserError
 
 ROOT = Path(__file__).parents[3]
@@ -202,6 +203,19 @@ def test_rows_of_the_papers_table() -> None:
     assert (list(chosen.distill), list(chosen.reinforce)) == (["kd", "ppo_kd"], ["dgpo", "ppo"])
     with pytest.raises(UserError, match=r"recipes: there is no recipe 'dpo'; there are: kd, seqkd"):
         paper_recipes(["dpo"])
+
+
+def test_rows_of_ones_own_beside_the_papers() -> None:
+    grpo = {"start": "student", "algorithm": "grpo", "guidance": "uniform", "reference": "initial"}
+    ppo = {"start": "student", "guidance": "none"}
+    own = Recipes.model_validate({"reinforce": {"grpo": grpo, "ppo": ppo}})
+    table = paper_recipes(["all"])
+    both = paper_recipes(["all", "grpo"], own)
+    assert list(both.all) == [*table.all, "grpo"]
+    assert both.reinforce["grpo"] == own.reinforce["grpo"]
+    assert both.reinforce["ppo"] == table.reinforce["ppo"], "the paper's row counts"
+    resolved = resolve_profile(ROOT / "profiles" / "tiny.yaml", ["kd", "grpo"], own)
+    assert resolved["compare"] == ["student", "teacher", "kd", "grpo"]
 
 
 def test_profile_takes_rows_by_name() -> None:

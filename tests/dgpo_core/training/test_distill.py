@@ -1,4 +1,4 @@
-"""The cold start: gradients against a loop over single tokens' losses, resuming, vocabularies."""
+"""Distillation: gradients against a loop over single tokens' losses, resuming, what is logged."""
 
 import random
 from collections.abc import Callable
@@ -13,10 +13,13 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.config.training import ComputeConfig, DistillConfig
 from dgpo_core.protocol.episode import Episode, Owner
+from dgpo_core.reporting.curves import read_curves
+from dgpo_core.reporting.reproduction.stability import assess
 from dgpo_core.training.batches import model_sequence
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller, Metrics
-from dgpo_core.training.episode_sources import TeacherEpisodes
+from dgpo_core.training.episode_sources import StudentEpisodes, TeacherEpisodes
+from tasks.measured import write_curves
 from tests.dgpo_core.making import random_episode, tiny_model
 
 CONFIG = DistillConfig(epochs=3, batch_size=3, learning_rate=1e-2, ce_weight=0.7, kl_weight=0.4)
@@ -185,3 +188,58 @@ def test_validation_loss_steers_the_mixture(tokenizer: PreTrainedTokenizerFast, 
     assert heard[0] == pytest.approx(untrained)
     assert heard[1:] == [row["validation_loss"] for row in rows if "validation_loss" in row]
     assert len(heard) == 4 and heard[-1] == pytest.approx(made.loss(EPISODES[:1]))
+
+
+ON_POLICY = DistillConfig.model_validate({"on_policy": {"steps": 4, "batch_size": 3, "dev_every": 2}})
+SAMPLED = set("em response_tokens searches hit invalid_actions well_formed no_answer entropy".split())
+
+
+def on_policy(tokenizer: PreTrainedTokenizerFast, folder: Path, kill_at: int | None = None) -> list[Metrics]:
+    def rollout(chosen: list[int], step: int) -> list[Episode]:
+        return [replace(random_episode(100 * step + i), invalid_actions=step) for i in chosen]
+
+    def report(steps: int, rows: list[Metrics]) -> None:
+        if len(rows) == kill_at:
+            raise KeyboardInterrupt
+
+    recipe = Distillation(start="student", objective="reverse_kl", episodes="student")
+    source = StudentEpisodes(rollout, 3, ON_POLICY, seed=0)  # every step has the questions 0, 1 and 2
+    student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
+    made = Distiller(student, teacher, recipe, ON_POLICY, compute(), source)
+    return made.train(Checkpoint(folder), lambda: 0.0, report)
+
+
+def test_on_policy_distillation_logs_what_its_episodes_say(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    rows = on_policy(tokenizer, tmp_path)
+    for step, row in enumerate(rows):
+        episodes = [random_episode(100 * step + i) for i in range(3)]
+        assert row["invalid_actions"] == step
+        assert row["response_tokens"] == pytest.approx(sum(e.model_tokens for e in episodes) / 3)
+        sampled = [p for e in episodes for p, owner in zip(e.logprobs, e.owners, strict=True) if owner == 1]
+        assert row["entropy"] == pytest.approx(-sum(sampled) / len(sampled))
+        assert set(row) > SAMPLED
+
+
+def test_training_goes_on_from_rows_with_fewer_columns(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A checkpoint of an earlier version, which logged EM and searches alone."""
+    whole = on_policy(tokenizer, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        on_policy(tokenizer, tmp_path / "killed", kill_at=3)
+    checkpoint = Checkpoint(tmp_path / "killed")
+    state = checkpoint.load()
+    assert state and len(state["rows"]) == 2
+    for row in state["rows"]:
+        for name in SAMPLED - {"em", "searches"}:
+            del row[name]
+    checkpoint.save(state)
+    rows = on_policy(tokenizer, tmp_path / "killed")
+    assert rows[2:] == whole[2:]
+    write_curves(tmp_path / "distill-gkd.csv", rows)
+    (curve,) = read_curves(tmp_path)
+    assert [step for step, _ in curve.columns["em"]] == [1, 2, 3, 4]
+    assert [step for step, _ in curve.columns["invalid_actions"]] == [3, 4]
+    assert assess(curve) is not None

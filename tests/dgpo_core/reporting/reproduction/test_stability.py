@@ -1,9 +1,16 @@
 """What counts as a collapse."""
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from dgpo_core.reporting.curves import Curve
+from dgpo_core.protocol.episode import Episode
+from dgpo_core.reporting.curves import Curve, read_curves
 from dgpo_core.reporting.reproduction.stability import assess
+from dgpo_core.training.episode_metrics import episode_metrics
+from tasks.measured import write_curves
+from tests.dgpo_core.making import random_episode
 
 RISE = [0.1 + 0.01 * step for step in range(40)]  # to 0.49
 LOSS = [0.4 - 0.05 * step for step in range(8)] + [0.02] * 12
@@ -23,6 +30,7 @@ def test_stable_up_to_its_last_step() -> None:
     assert found is not None
     assert (found.state, found.step, found.steps, found.drift) == ("stable", None, 40, "")
     assert found.best == pytest.approx(0.485)  # the last of a moving average
+    assert found.converged == 35  # 0.44, the first value of at least 0.9 of it
 
 
 @pytest.mark.parametrize(
@@ -43,6 +51,29 @@ def test_collapse_is_a_loss_with_a_drift(columns: dict[str, list[float]], state:
     assert bool(found.drift) == (state == "collapsed")
 
 
+def test_on_policy_distillation_can_collapse(tmp_path: Path) -> None:
+    """With the columns that its trainer writes: those of its episodes, the losses and the looks."""
+    rows = [
+        {"step": step, "loss": 0.1, "ce": 0.5, "divergence": 0.1, "learning_rate": 1e-4, "grad_norm": 1.0}
+        | episode_metrics(sampled(em, 0 if step <= len(RISE) else 2))
+        | {"entropy": 0.5}
+        for step, em in enumerate(RISE + LOSS, 1)
+    ]
+    write_curves(tmp_path / "distill-gkd.csv", [*rows[:-1], rows[-1] | {"dev_em": 0.0}])
+    (curve,) = read_curves(tmp_path)
+    found = assess(curve)
+    assert found is not None
+    assert (found.state, curve.recipe) == ("collapsed", "gkd")
+    assert "invalid actions 0.00 → 2.00" in found.drift
+
+
+def sampled(em: float, invalid_actions: int) -> list[Episode]:
+    return [
+        replace(random_episode(i, correct=i < round(100 * em)), invalid_actions=invalid_actions)
+        for i in range(100)
+    ]
+
+
 def test_dip_that_recovers_is_no_collapse() -> None:
     found = assess(made(RISE + [0.05] * 6 + [0.45] * 10, invalid_actions=[0.1] * 40 + [2.0] * 16))
     assert found is not None
@@ -52,7 +83,7 @@ def test_dip_that_recovers_is_no_collapse() -> None:
 def test_what_never_rose_cannot_collapse() -> None:
     found = assess(made([0.02, 0.04, 0.0] * 10, invalid_actions=[3.0] * 30))
     assert found is not None
-    assert (found.state, found.step) == ("never learned", None)
+    assert (found.state, found.step, found.converged) == ("never learned", None, None)
 
 
 def test_held_out_em_where_the_sampled_is_missing_and_nothing_without_any() -> None:

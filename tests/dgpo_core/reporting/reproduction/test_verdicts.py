@@ -4,7 +4,10 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+import yaml
 
+from dgpo_core.config.params import paper_recipes
+from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.reporting.curves import Curve
 from dgpo_core.reporting.paper import DEFAULT_PAIR, paper_pairs
 from dgpo_core.reporting.reproduction.claims import CLAIMS, Claim
@@ -13,6 +16,7 @@ from dgpo_core.reporting.reproduction.conditions import (
     AtLeast,
     Condition,
     Contrast,
+    ConvergesFaster,
     Outlasts,
     Trains,
     Untested,
@@ -53,7 +57,19 @@ def find(condition: Condition, source: Measured, **states: list[Training]) -> Fi
 
 
 def ended(*states: State, step: int = 60) -> list[Training]:
-    return [Training(s, step if s == "collapsed" else None, 0.4, 0.1, 100, "") for s in states]
+    """Of 100 steps; converged halfway to `step`."""
+    return [
+        Training(
+            s,
+            step if s == "collapsed" else None,
+            0.4,
+            0.1,
+            100,
+            "",
+            None if s == "never learned" else step // 2,
+        )
+        for s in states
+    ]
 
 
 @pytest.mark.parametrize(
@@ -186,6 +202,41 @@ def test_outlasting() -> None:
     assert holds(ended("never learned"), early) is False
     assert holds(late, ended("stable")) is False
     assert find(both_run, source, ppo=early).holds is None
+
+
+def test_converging_faster() -> None:
+    source, test = measured(grpo=[0.1]), ConvergesFaster("grpo", "ppo")
+    early, late = ended("collapsed", step=20), ended("stable", step=80)
+
+    def holds(first: list[Training], second: list[Training]) -> bool | None:
+        return find(test, source, grpo=first, ppo=second).holds
+
+    assert holds(early, late) is True
+    assert holds(late, early) is False
+    assert holds(early, early) is False
+    assert holds(early, ended("never learned")) is False
+    assert find(test, source, grpo=early, ppo=late).evidence == (
+        "seed 0 converged at step 10 against converged at step 40"
+    )
+    assert find(test, source, grpo=early).holds is None
+
+
+def test_grpo_from_the_raw_student_needs_a_line_of_the_user() -> None:
+    claim = next(claim for claim in CLAIMS if claim.name == "grpo_less_stable_than_ppo")
+    name, row = yaml.safe_load(claim.needs or "").popitem()
+    recipe = Reinforcement.model_validate(row)
+    assert name not in paper_recipes(["all"]).all
+    assert recipe == paper_recipes(["ppo"]).reinforce["ppo"].model_copy(update={"algorithm": "grpo"})
+
+    runs = {"grpo": ended("collapsed", step=20), "ppo": ended("collapsed", step=80)}
+    paper_of = of_contrasts(published(DEFAULT_PAIR))
+    without = judge(Judge(measured(ppo=[0.1]), paper_of, {"ppo": runs["ppo"]}), claim, DEFAULT_PAIR)
+    assert without["verdict"] == "not tested" and f"`{claim.needs}`" in without["evidence"]
+    given = judge(Judge(measured(ppo=[0.1], grpo=[0.1]), paper_of, runs), claim, DEFAULT_PAIR)
+    assert given["verdict"] == "reproduced at our scale"
+    swapped = {"grpo": runs["ppo"], "ppo": runs["grpo"]}
+    other = judge(Judge(measured(ppo=[0.1], grpo=[0.1]), paper_of, swapped), claim, DEFAULT_PAIR)
+    assert other["verdict"] == "not reproduced"
 
 
 def test_recipe_counts_as_trained_only_with_a_curve_of_em_for_every_seed() -> None:
