@@ -71,7 +71,7 @@ def test_page_is_below_8_mb(reported: Reported) -> None:
 
 
 def test_hostile_text_stays_text(page: Page, reported: Reported) -> None:
-    assert len(page.scripts) == 4  # data, plotly, charts, reader: nothing of the models became one
+    assert len(page.scripts) == 5  # data, plotly, theme, charts, reader: nothing of the models became one
     assert HOSTILE in page.text  # a metric, escaped
     predictions = [
         episode["prediction"]
