@@ -24,12 +24,12 @@ def compare(
     datasets: Sequence[str],
     asked: Mapping[str, int] = EVERY,
 ) -> dict[str, Any]:
-    """{models, em, f1, arcap}: em and f1 {datasets: {name: row}, average: row, pooled: row}, arcap {name: row}.
+    """{models, em and f1: {datasets: {name: row}, average: row, pooled: row}, arcap: {name: row}}.
 
-    A row is {first, second, difference, ci95, n, excludes_zero}: means over the `n` questions that failed for
-    neither, first - second with its paired 95 % interval, and whether that leaves 0 out. `average` is the mean
-    over the data sets, as in results.json; `pooled` is over all questions, as in comparisons.json. Of the data
-    sets in `asked` only so many questions count; of ARCap's measurements those that both models have.
+    A row is {first, second, difference, ci95, n, excludes_zero}: means over the `n` questions that failed
+    for neither, first - second with its paired 95 % interval, and whether that leaves 0 out. `average` is
+    the mean over the data sets, as in results.json; `pooled` is over all questions, as in comparisons.json.
+    Of the data sets in `asked` only so many questions count; of ARCap's measurements those of both models.
 
     Raises UserError for a model that was not evaluated, and for models that were asked different questions.
     """
