@@ -30,6 +30,18 @@ def show(results: Annotated[Path, typer.Argument()] = Path("reports/results.json
     print_results(results)
 
 
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="an evaluated model: a recipe, student or teacher")],
+    second: Annotated[str, typer.Argument(help="another one; differences are first - second")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Compare two evaluated models question by question: EM, F1 and ARCap with paired intervals."""
+    from tasks.compare import compare as print_comparison
+
+    print_comparison(first, second, as_json)
+
+
 Model = Annotated[
     str | None,
     typer.Option(

@@ -17,6 +17,7 @@ from dgpo_core.errors import UserError
 from dgpo_core.protocol.episode import read_episodes
 from flows.dag import read_dag
 from tasks import paths
+from tasks.compare import compare
 from tasks.data import generate
 from tasks.distill import distill
 from tasks.distributions import distributions
@@ -291,8 +292,10 @@ def test_grpo_stage(finished: Path, workplace: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_a_new_recipe_is_lines_in_params_yaml(finished: Path, workplace: Path) -> None:
-    """A row that the paper does not have: trained, evaluated, reported, and in DVC's graph."""
+def test_a_new_recipe_is_lines_in_params_yaml(
+    finished: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A row that the paper does not have: trained, evaluated, reported, compared, and in DVC's graph."""
     copy_inputs(finished, workplace)
     params = yaml.safe_load((workplace / "params.yaml").read_text())
     row = {"start": "kd", "algorithm": "grpo", "guidance": "uniform", "reference": "initial"}
@@ -305,6 +308,11 @@ def test_a_new_recipe_is_lines_in_params_yaml(finished: Path, workplace: Path) -
     report()
     results = json.loads((workplace / "reports/results.json").read_text())
     assert list(results) == ["kd", "mine"]
+    capsys.readouterr()
+    compare("mine", "kd", as_json=True)
+    average = json.loads(capsys.readouterr().out)["em"]["average"]
+    assert average["first"] == pytest.approx(results["mine"]["average"]["em"], abs=1e-5)
+    assert average["difference"] == pytest.approx(average["first"] - average["second"], abs=2e-6)
 
     shutil.copy(ROOT / "dvc.yaml", workplace)
     subprocess.run(["git", "init", "-q"], check=True)

@@ -18,7 +18,13 @@ from dgpo_core.objectives.divergences import (
     skew_reverse_kl,
     taid,
 )
-from dgpo_core.objectives.logprobs import distillation_terms, token_logprobs, with_rest
+from dgpo_core.objectives.logprobs import (
+    cached_terms,
+    distillation_terms,
+    token_logprobs,
+    top_distributions,
+    with_rest,
+)
 
 N, H, V = 11, 6, 17
 DIVERGENCES = [forward_kl, reverse_kl, generalized_jsd(0.3), skew_kl(0.1), skew_reverse_kl(0.1), taid(0.4)]
@@ -85,6 +91,31 @@ def test_gradients_do_not_depend_on_the_chunk(parts: Parts, chunk: int) -> None:
         def terms(h: torch.Tensor, w: torch.Tensor, size: int, kind: Divergence = divergence) -> Pair:
             return distillation_terms(h, w, teacher_hidden, teacher_head, targets, kind, 0.8, size)
 
+        torch.testing.assert_close(
+            gradients(lambda h, w, of=terms: of(h, w, chunk), hidden, head),
+            gradients(lambda h, w, of=terms: of(h, w, 100), hidden, head),
+        )
+
+
+@pytest.mark.parametrize("k", [5, None])
+@pytest.mark.parametrize("chunk", [1, 4])
+def test_kept_distributions_do_not_depend_on_the_chunk(parts: Parts, chunk: int, k: int | None) -> None:
+    """Neither the teacher's, while they are made, nor what the student learns from them."""
+    hidden, head, teacher_hidden, teacher_head, targets = parts
+    whole = top_distributions(teacher_hidden, teacher_head, V, k, chunk=100)
+    cut = top_distributions(teacher_hidden, teacher_head, V, k, chunk)
+    assert whole.ids.shape == (N, k or V)
+    assert torch.equal(cut.ids, whole.ids)
+    torch.testing.assert_close(cut.logprobs, whole.logprobs)
+    for divergence in DIVERGENCES:
+
+        def terms(h: torch.Tensor, w: torch.Tensor, size: int, kind: Divergence = divergence) -> Pair:
+            return cached_terms(h, w, whole, targets, kind, size)
+
+        torch.testing.assert_close(terms(hidden, head, chunk), terms(hidden, head, 100))
+        if k is None:
+            live = distillation_terms(*parts, divergence, chunk=100)
+            torch.testing.assert_close(terms(hidden, head, chunk), live)
         torch.testing.assert_close(
             gradients(lambda h, w, of=terms: of(h, w, chunk), hidden, head),
             gradients(lambda h, w, of=terms: of(h, w, 100), hidden, head),

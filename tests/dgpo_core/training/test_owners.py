@@ -6,6 +6,9 @@ be nan too; they are those of the untouched models.
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, Literal
 
 import pytest
@@ -15,13 +18,13 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.config.recipes import Distillation, Reinforcement
-from dgpo_core.config.training import ComputeConfig, DistillConfig, ReinforceConfig
+from dgpo_core.config.training import ComputeConfig, DistillConfig, DistributionsConfig, ReinforceConfig
 from dgpo_core.protocol.episode import Episode, Owner
-from dgpo_core.training.batches import model_sequence
 from dgpo_core.training.critic import Critic
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
 from dgpo_core.training.experience import Experience, ExperienceMaker
+from dgpo_core.training.teacher_cache import TeacherCache, keep_distributions
 from dgpo_core.training.update import Updater
 from tests.dgpo_core.making import engines, random_episode, student_teacher_critic
 
@@ -78,12 +81,25 @@ def close(first: object, second: object) -> None:
 
 
 Estimator = Literal["k1", "k2", "k3", "abs", "full"]
+Algorithm = Literal["ppo", "grpo"]
 
 
-def experience_of(parts: Parts, episodes: list[Episode], estimator: Estimator, tokens: int) -> Experience:
-    recipe = Reinforcement(start="student", guidance="uniform", reference="teacher")
+def pairs_of_episodes(seeds: list[int]) -> list[Episode]:
+    """Two a question, one of them correct: GRPO compares within a question."""
+    return [
+        replace(random_episode(seed, correct=place % 2 == 0), question_id=f"q{place // 2}")
+        for place, seed in enumerate(seeds)
+    ]
+
+
+def experience_of(
+    parts: Parts, episodes: list[Episode], estimator: Estimator, tokens: int, algorithm: Algorithm = "ppo"
+) -> Experience:
+    recipe = Reinforcement(start="student", algorithm=algorithm, guidance="uniform", reference="teacher")
     config = ReinforceConfig(beta=0.1, kl_estimator=estimator)
-    return ExperienceMaker(*engines(parts, compute(tokens)), recipe, config, compute(tokens)).make(episodes)
+    actor, reference, critic = engines(parts, compute(tokens))
+    valued = critic if algorithm == "ppo" else None
+    return ExperienceMaker(actor, reference, valued, recipe, config, compute(tokens)).make(episodes)
 
 
 @settings(max_examples=15)
@@ -94,6 +110,20 @@ def test_experience(parts: Parts, seeds: list[int], estimator: Estimator, tokens
     with poisoned(episodes, parts):
         found = experience_of(parts, episodes, estimator, tokens)
     for name in ("old_logprobs", "advantages", "values", "returns", "kl", "rewards"):
+        close(getattr(found, name), getattr(clean, name))
+        assert [len(x) for x in getattr(found, name)] == [e.model_tokens for e in episodes]
+
+
+@settings(max_examples=10)
+@given(SEEDS, TOKENS)
+def test_experience_of_grpo(parts: Parts, seeds: list[int], tokens: int) -> None:
+    episodes = pairs_of_episodes(seeds)
+    clean = experience_of(parts, episodes, "k3", 10_000, "grpo")
+    with poisoned(episodes, parts):
+        found = experience_of(parts, episodes, "k3", tokens, "grpo")
+    assert any(advantages.any() for advantages in found.advantages)
+    close(found.rewards, clean.rewards)
+    for name in ("old_logprobs", "advantages", "kl", "reference"):
         close(getattr(found, name), getattr(clean, name))
         assert [len(x) for x in getattr(found, name)] == [e.model_tokens for e in episodes]
 
@@ -113,41 +143,74 @@ def test_rewards_of_the_whole_response(parts: Parts, seeds: list[int], estimator
         assert len(found.kl[i]) == len(found.advantages[i]) == episode.model_tokens
 
 
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 @settings(max_examples=10)
 @given(SEEDS, TOKENS)
-def test_updates(parts: Parts, seeds: list[int], tokens: int) -> None:
-    episodes = [random_episode(seed) for seed in seeds]
+def test_updates(parts: Parts, algorithm: Algorithm, seeds: list[int], tokens: int) -> None:
+    episodes = pairs_of_episodes(seeds)
     student, _, critic = parts
-    experience = experience_of(parts, episodes, "k1", 10_000)
-    config, everyone = ReinforceConfig(entropy_weight=0.05), list(range(len(episodes)))
+    experience = experience_of(parts, episodes, "k1", 10_000, algorithm)
+    config, everyone = ReinforceConfig(beta=0.1, entropy_weight=0.05), list(range(len(episodes)))
 
     def results(budget: int) -> list[object]:
-        trained, _, valued = engines(parts, compute(budget))
+        trained, _, engine = engines(parts, compute(budget))
+        valued = engine if algorithm == "ppo" else None
         updater = Updater(trained, valued, config, compute(budget))
-        metrics = updater._actor_gradient(experience, everyone)
+        metrics = list(updater._actor_gradient(experience, everyone).values())
         actor = gradients(student)
-        loss = updater._critic_gradient(valued, experience, everyone)
-        return [list(metrics.values()), actor, loss, gradients(critic)]
+        if valued is None:
+            return [metrics, actor]
+        return [metrics, actor, updater._critic_gradient(valued, experience, everyone), gradients(critic)]
 
     clean = results(10_000)
     with poisoned(episodes, parts):
         close(results(tokens), clean)
 
 
-@settings(max_examples=10)
-@given(SEEDS, TOKENS)
-def test_distillation(parts: Parts, seeds: list[int], tokens: int) -> None:
-    episodes = [random_episode(seed) for seed in seeds]
+def distillation(
+    parts: Parts, episodes: list[Episode], objective: str, tokens: int, cache: TeacherCache | None = None
+) -> list[object]:
+    """Losses and gradients of one batch, from the teacher itself or from its kept distributions."""
     student, teacher, _ = parts
+    recipe = Distillation.model_validate({"start": "student", "objective": objective})
+    config = DistillConfig()
+    source = TeacherEpisodes(episodes, config, seed=0)
+    live = None if cache else teacher
+    distiller = Distiller(student, live, recipe, config, compute(tokens), source, cache)
+    row = distiller._accumulate([distiller._sequence(episode) for episode in episodes])
+    return [list(row.values()), gradients(student)]
+
+
+@pytest.mark.parametrize("objective", ["kd", "ce", "taid", "skew_kl", "reverse_kl"])
+@settings(max_examples=8)
+@given(SEEDS, TOKENS)
+def test_distillation(parts: Parts, objective: str, seeds: list[int], tokens: int) -> None:
+    episodes = [random_episode(seed) for seed in seeds]
+    clean = distillation(parts, episodes, objective, 10_000)
+    with poisoned(episodes, parts):
+        close(distillation(parts, episodes, objective, tokens), clean)
+    assert all(parameter.grad is None for parameter in parts[1].parameters())
+
+
+@pytest.mark.parametrize("objective", ["kd", "taid", "skew_kl", "reverse_kl"])
+@settings(max_examples=8)
+@given(SEEDS, TOKENS)
+def test_distillation_from_kept_distributions(
+    parts: Parts, tokenizer: PreTrainedTokenizerFast, objective: str, seeds: list[int], tokens: int
+) -> None:
+    """They are made from the poisoned teacher, too."""
+    episodes = [random_episode(seed) for seed in seeds]
 
     def results(budget: int) -> list[object]:
-        source = TeacherEpisodes(episodes, DistillConfig(), seed=0)
-        recipe = Distillation(start="student", objective="kd")
-        distiller = Distiller(student, teacher, recipe, DistillConfig(), compute(budget), source)
-        row = distiller._accumulate([model_sequence(episode) for episode in episodes])
-        return [list(row.values()), gradients(student)]
+        student, teacher, _ = parts
+        config = DistributionsConfig(top_k=5, sample=2)
+        with TemporaryDirectory() as folder:
+            keep_distributions(
+                Path(folder), episodes, teacher, student, tokenizer, config, compute(budget), lambda *_: None
+            )
+            cache = TeacherCache(Path(folder), tokenizer)
+            return distillation(parts, episodes, objective, budget, cache)
 
     clean = results(10_000)
     with poisoned(episodes, parts):
         close(results(tokens), clean)
-    assert all(parameter.grad is None for parameter in teacher.parameters())
