@@ -9,9 +9,8 @@ from pydantic import Field, model_validator
 
 from dgpo_core.config.base import Section
 
-NAME = re.compile(
-    r"[A-Za-z0-9][A-Za-z0-9_-]*"
-)  # of a recipe: of its folders, DVC's stages and MLflow's models too
+# of a recipe, and so of folders, of DVC's stages and, two of them joined by -, of the reports' pairs
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*")
 TABLE = Path(__file__).with_name("recipes.yaml")  # the paper's rows
 STUDENT, TEACHER = "student", "teacher"  # the given models
 
@@ -81,7 +80,7 @@ class Recipes(Section):
     def _consistent(self) -> Self:
         rows = self.all
         if odd := [name for name in rows if not NAME.fullmatch(name)]:
-            raise ValueError(f"{odd[0]!r} is no name of a recipe: letters, digits, - and _ only")
+            raise ValueError(f"{odd[0]!r} is no name of a recipe: letters, digits and _ only")
         if twice := self.distill.keys() & self.reinforce.keys():
             raise ValueError(f"{sorted(twice)} stand under both distill and reinforce")
         if taken := {STUDENT, TEACHER} & rows.keys():

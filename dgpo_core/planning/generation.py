@@ -44,20 +44,19 @@ class Generator:
         episodes: float,
         lengths: EpisodeLengths | None = None,
         together: float = float("inf"),
-        chunk: int | None = None,
+        chunk: float = float("inf"),
     ) -> Generation:
         """Episodes through the engine: prefill of what is new in each turn, then a decoding step a token.
 
         `together`: episodes that are under way at a time on one device, as in a step of reinforcement
         learning, whose end waits for the longest. vLLM keeps the prefixes of earlier turns, and its batches
         stay full while there is more to do. transformers keeps those of `rollout.kept_tokens`, out of `chunk`
-        episodes (None: as many as are evaluated at a time), and reads the history of others again.
+        episodes that it is asked for at a time, and reads the history of others again.
         """
         lengths = lengths or self.lengths
         vllm, precision = self.vllm, self.params.rollout.precision
         width = 4 if vllm else passes.CACHE_WIDTH[precision]
-        chunk = chunk or self.params.evaluate.chunk
-        under_way = max(1.0, min(episodes, together, float(chunk))) * lengths.total
+        under_way = max(1.0, min(episodes, together, chunk)) * lengths.total
         kept = 0.0 if vllm else min(float(self.params.rollout.kept_tokens), under_way)
         again = 0.0 if vllm else 1 - kept / under_way  # share of the history that is read again
         new, written = lengths.total - lengths.model, lengths.model

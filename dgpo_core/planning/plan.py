@@ -217,18 +217,21 @@ def _computes(params: Params, gpus: int) -> Iterator[Settings]:
 
 
 def _smaller(params: Params) -> Iterator[Sections]:
-    """Halved passes, of training and of generation with what it keeps, until one episode is left."""
-    smallest, kept = params.protocol.max_context, params.rollout.kept_tokens
+    """Halved passes of training, until one episode is left; of generation less that is kept between turns,
+    then nothing, and then halved passes too."""
+    smallest, rollout = params.protocol.max_context, params.rollout
     training = _halved(params.compute.micro_batch_tokens, smallest)
-    generation = _halved(params.rollout.batch_tokens, smallest)
+    batches = _halved(rollout.batch_tokens, smallest)
+    keeping = [*_halved(rollout.kept_tokens, smallest), 0] if rollout.kept_tokens else [0]
+    generation: list[Settings] = [{"kept_tokens": tokens} for tokens in keeping]
+    generation += [{"kept_tokens": 0, "batch_tokens": tokens} for tokens in batches[1:]]
     steps = itertools.product(range(len(training)), range(len(generation)))
     for first, second in sorted(steps, key=lambda steps: (sum(steps), steps)):
         sections: Sections = {}
         if first:
             sections["compute"] = {"micro_batch_tokens": training[first]}
-        if second:
-            tokens = generation[second]
-            sections["rollout"] = {"batch_tokens": tokens, "kept_tokens": min(kept, tokens)}
+        if changed := {k: v for k, v in generation[second].items() if v != getattr(rollout, k)}:
+            sections["rollout"] = changed
         if sections:
             yield sections
 

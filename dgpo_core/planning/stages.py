@@ -1,6 +1,7 @@
 """What each stage of a run needs on a machine (see `passes` for the formulas and their sources)."""
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 from dgpo_core.config.params import Params
 from dgpo_core.config.recipes import STUDENT, TEACHER, Distillation, Reinforcement
@@ -145,9 +146,10 @@ class Planner:
         asked = {name: min(count, limit or count) for name, count in test.items()}
         given = [self.params.questions.playing(role) for role in ("nq", "musique")]
         extra = 2 * sum(asked[name] for name in given if name)
-        lengths, generator = self.work.lengths, self._generator
+        lengths = self.work.lengths
+        generate = partial(self._generator.generate, shape, chunk=self.params.evaluate.chunk)
         single = replace(lengths, model=lengths.model / lengths.turns, turns=1.0, histories=None)
-        sets, arcap = generator.generate(shape, sum(asked.values())), generator.generate(shape, extra, single)
+        sets, arcap = generate(sum(asked.values())), generate(extra, single)
         both = Generation(
             sets.tokens + arcap.tokens,
             sets.flops + arcap.flops,
@@ -207,7 +209,8 @@ class Planner:
             episodes = config.epochs * kept
             generated = 0.5 * episodes if recipe.episodes == "mixed" else 0.0
         looks = config.on_policy.steps // config.on_policy.dev_every if on_policy else config.epochs
-        made = self._generator.generate(self.student, generated + looks * config.dev_questions)
+        chunk = config.on_policy.batch_size / self._processes if on_policy else config.dev_questions
+        made = self._generator.generate(self.student, generated + looks * config.dev_questions, chunk=chunk)
         live = recipe.objective != "ce" and (config.teacher == "live" or recipe.episodes != "teacher")
         flops = episodes * (self._learning(self.student) + (self._reading(self.teacher) if live else 0))
         parts = self._holding.trained(self.student)

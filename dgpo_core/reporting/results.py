@@ -1,7 +1,8 @@
 """Tables of a run as plain dictionaries, ready for JSON."""
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -56,7 +57,8 @@ def behaviour(scores: Mapping[str, Scores], datasets: Sequence[str]) -> dict[str
 def comparisons(scores: Mapping[str, Scores]) -> dict[str, Table]:
     """{"dgpo-kd": {mean, ci95, n}, ...}: paired EM differences on the pooled questions.
 
-    Only pairs of PAIRS whose models both exist; only questions that failed for neither.
+    The pairs of PAIRS whose models both exist, or neighbours where no such pair does; only questions that
+    failed for neither. Any other pair: `comparison.compare`.
     """
     em = {model: own.values["em"] for model, own in scores.items()}
     return {name: _paired(em[first], em[second]) for name, first, second in _pairs(em)}
@@ -125,13 +127,12 @@ def _model_diagnosis(rows: list[Row], datasets: Sequence[str]) -> Table:
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
 
 
-def _pairs(models: Container[str]) -> list[tuple[str, str, str]]:
-    """(name, first, second) of the pairs of which there are both."""
-    return [
-        (f"{first}-{second}", first, second)
-        for first, second in PAIRS
-        if first in models and second in models
-    ]
+def _pairs(models: Iterable[str]) -> list[tuple[str, str, str]]:
+    """(name, first, second) of those of PAIRS that there are, else of each model and the one before it."""
+    there = list(models)
+    pairs = [(first, second) for first, second in PAIRS if first in there and second in there]
+    pairs = pairs or [(second, first) for first, second in pairwise(there)]
+    return [(f"{first}-{second}", first, second) for first, second in pairs]
 
 
 def _paired(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Table:

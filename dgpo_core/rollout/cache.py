@@ -41,9 +41,9 @@ class PreallocatedLayer(DynamicLayer):
 
     def begin(self, rows: list[Pair | None]) -> None:
         """The rows' earlier tokens, right-aligned; zeros, to be masked, where a row has fewer or none."""
-        first = next(keys for keys, _ in filter(None, rows))
-        nothing = first.new_empty(len(rows), first.shape[0], 0, first.shape[2])
-        self.lazy_initialization(nothing, nothing)
+        first = next(filter(None, rows))  # under autocast keys and values are of two types
+        keys, values = (part.new_empty(len(rows), part.shape[0], 0, part.shape[2]) for part in first)
+        self.lazy_initialization(keys, values)
         self._length = max(keys.shape[1] for keys, _ in filter(None, rows))
         keys, values = self._show()
         keys.zero_()

@@ -20,10 +20,12 @@ class Finish(StrEnum):
 class Memory:
     """What an engine keeps of an episode between its turns; `kept` is the engine's own business.
 
-    It belongs to one run of one policy: an engine whose weights change is never shown an older one.
+    It belongs to one run of one policy: an engine whose weights change is never shown an older one. After the
+    episode's last turn nothing is `wanted`: what is there may be used, and need not be renewed.
     """
 
     kept: Any = None
+    wanted: bool = True
 
     def forget(self) -> None:
         self.kept = None

@@ -114,6 +114,8 @@ class AgentLoop:
         return [episode for episode in active if episode.ending is None]
 
     def _generate(self, active: list[_Running], turn: int, sampling: Sampling) -> None:
+        for episode in active:
+            episode.memory.wanted = not self._is_last(episode, turn)
         requests = [
             Request(
                 list(episode.ids),

@@ -34,7 +34,7 @@ class TransformersEngine:
         self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
     ) -> list[Generation]:
         rows = [_Row(request, sampling) for request in requests]
-        self._room = self._config.kept_tokens
+        self._room = self._config.kept_tokens - sum(row.past for row in rows)
         with self._precision():
             for batch in self._batches(rows):
                 self._run(batch, sampling, stop)
@@ -92,15 +92,16 @@ class TransformersEngine:
         past = _left_pad([row.kept.ids if row.kept else [] for row in rows], device)[1]
         ids, new = _left_pad([row.unread for row in rows], device)
         mask = torch.cat([past, new], dim=1)
-        for row in rows:
-            row.forget()  # the cache has a copy
+        for row in rows:  # the cache has a copy
+            self._room += row.past
+            row.forget()
         return cache, ids, mask, (mask.cumsum(1) - 1).clamp(min=0)[:, past.shape[1] :]
 
     def _keep(self, batch: list["_Row"], cache: DynamicCache, mask: torch.Tensor) -> None:
         """Finished rows' keys and values go into their memories; `mask` [rows, tokens in the cache]."""
         for place, row in enumerate(batch):
             memory = row.request.memory
-            if row.finish is None or memory is None:
+            if row.finish is None or memory is None or not memory.wanted:
                 continue
             # the last token was not read, and what follows it is not the row's
             ids = [*row.request.token_ids, *row.ids[:-1]]
@@ -133,19 +134,24 @@ class _Row:
         self.uniforms = np.random.default_rng(request.seed).random(count)
         kept: Kept | None = request.memory.kept if request.memory else None
         past = len(kept.ids) if kept else 0
-        fits = kept is not None and kept.ids == request.token_ids[:past] and past < len(request.token_ids)
-        self.kept = kept if fits else None
+        self.kept = kept
+        if kept is None or kept.ids != request.token_ids[:past] or past >= len(request.token_ids):
+            self.forget()
+
+    @property
+    def past(self) -> int:
+        """The request's tokens whose keys and values were kept."""
+        return len(self.kept.ids) if self.kept else 0
 
     @property
     def unread(self) -> list[int]:
         """The request's tokens that the model has to read."""
-        return self.request.token_ids[len(self.kept.ids) if self.kept else 0 :]
+        return self.request.token_ids[self.past :]
 
     @property
     def widths(self) -> tuple[int, int, int]:
         """Tokens that were read, that are to be read and that may be generated."""
-        past = len(self.kept.ids) if self.kept else 0
-        return past, len(self.request.token_ids) - past, self.request.max_new_tokens
+        return self.past, len(self.request.token_ids) - self.past, self.request.max_new_tokens
 
     def forget(self) -> None:
         self.kept = None

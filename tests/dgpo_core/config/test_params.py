@@ -129,7 +129,7 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
                 {"recipes": {"distill": {name: {"start": "student", "objective": "kd"}}}},
                 "is no name of a recipe",
             )
-            for name in ("", "..", "a b", "c.d", "a@b", "-x", "x/y", "x\n")
+            for name in ("", "..", "a b", "c.d", "a@b", "x-y", "x/y", "x\n")
         ),
         ({"compare": ["student", "student"]}, "compare: 'student' stands there twice"),
         ({"distill": {"ce_weight": 0, "kl_weight": 0}}, "distill: ce_weight and kl_weight are both 0"),

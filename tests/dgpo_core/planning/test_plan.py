@@ -235,3 +235,27 @@ def test_what_is_kept_between_turns_is_not_read_again() -> None:
     caches = [each.memory["key-value cache"] for each in (none, half, whole)]
     assert caches == sorted(set(caches))
     assert more == whole
+
+
+def test_of_trainings_a_step_is_under_way_not_a_chunk_of_evaluation() -> None:
+    made = planner()
+    evaluate = made.params.evaluate.model_copy(update={"chunk": 1})
+    alone = replace(made, params=made.params.model_copy(update={"evaluate": evaluate}))
+    for name, same in (
+        ("teach", True),
+        ("distill@kd", True),
+        ("reinforce@dgpo", True),
+        ("evaluate@kd", False),
+    ):
+        assert (stage(alone, name).tokens == stage(made, name).tokens) == same
+
+
+def test_keeping_less_is_advised_where_passes_cannot_be_smaller() -> None:
+    made = planner(Device("small", 29.6 * GIB))
+    smallest = made.params.protocol.max_context
+    rollout = made.params.rollout.model_copy(update={"batch_tokens": smallest, "kept_tokens": 10**7})
+    narrow = replace(made, params=made.params.model_copy(update={"rollout": rollout}))
+    problems = {problem.stage: problem for problem in make_plan(narrow).problems}
+    advice = problems["teach"].advice
+    assert "kept_tokens" in advice and "batch_tokens" not in advice
+    assert stage(with_advice(narrow, advice), "teach").device_memory <= 29.6 * GIB < problems["teach"].needed

@@ -9,7 +9,8 @@ import pytest
 from scipy import stats
 
 from dgpo_core.arcap.diagnosis import Failure
-from dgpo_core.reporting.inputs import MEASUREMENTS
+from dgpo_core.reporting.inputs import MEASUREMENTS, read_scores
+from dgpo_core.reporting.results import comparisons
 from dgpo_core.scoring.statistics import RESAMPLES, SEED, mean_of_means, mean_with_interval
 from tests.dgpo_core.reporting.synthetic import MIRRORS, MODELS, Run
 
@@ -113,6 +114,14 @@ def test_comparisons_pair_the_questions_that_failed_for_neither(reported: Report
         assert entry["mean"] == pytest.approx(np.mean(differences), abs=1e-6)
         assert entry["ci95"][0] <= entry["mean"] <= entry["ci95"][1]
     assert found["dgpo-kd"]["n"] == 10 * len(MIRRORS)
+
+
+def test_models_of_no_named_pair_are_compared_with_their_neighbours(reported: Reported) -> None:
+    run, _ = reported
+    scores = read_scores(run.folder / "evaluation", MODELS, list(MIRRORS))
+    mine = {"kd": scores["kd"], "mine": scores["dgpo"], "other": scores["teacher"]}
+    assert list(comparisons(mine)) == ["mine-kd", "other-mine"]
+    assert comparisons(mine)["mine-kd"] == comparisons(scores)["dgpo-kd"]
 
 
 def test_paired_difference_by_hand(run: Run) -> None:

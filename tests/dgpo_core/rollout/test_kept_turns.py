@@ -13,7 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dgpo_core.config.protocol import GREEDY, ProtocolConfig, Sampling
 from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.protocol.episode import Episode
-from dgpo_core.rollout.engine import Generation, Memory, Request
+from dgpo_core.rollout.engine import Engine, Generation, Memory, Request
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.rollout.transformers_engine import TransformersEngine
 from tests.dgpo_core.making import question, tiny_model
@@ -112,13 +112,31 @@ def test_what_belongs_to_another_history_is_not_used(
         memory.kept = kept
 
 
+@pytest.mark.parametrize("batch_tokens", [100, 65_536])
 @pytest.mark.parametrize(("limit", "counts"), [(0, {0}), (100, {1, 2, 3}), (10_000, {EPISODES})])
 def test_no_more_is_kept_than_allowed(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, limit: int, counts: set[int]
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    limit: int,
+    counts: set[int],
+    batch_tokens: int,
 ) -> None:
-    engine = TransformersEngine(model, tokenizer, rollout_config(kept_tokens=limit))
+    """At no moment: a turn's first batches are done while later ones still have what the last turn left."""
+    engine = TransformersEngine(
+        model, tokenizer, rollout_config(kept_tokens=limit, batch_tokens=batch_tokens)
+    )
     memories = [Memory() for _ in range(EPISODES)]
-    conversation(engine, [*memories])
+    held: list[int] = []
+
+    def note(*_: Any) -> None:
+        held.append(sum(len(memory.kept.ids) for memory in memories if memory.kept))
+
+    hook = model.base_model.register_forward_hook(note)
+    try:
+        conversation(engine, [*memories])
+    finally:
+        hook.remove()
+    assert max(held) <= limit
     kept = [memory.kept for memory in memories if memory.kept]
     assert len(kept) in counts
     assert sum(len(one.ids) for one in kept) <= limit
@@ -126,7 +144,25 @@ def test_no_more_is_kept_than_allowed(
         assert {keys.shape[1] for keys, _ in one.states} == {len(one.ids)}
 
 
-def episodes(engine: TransformersEngine, tokenizer: PreTrainedTokenizerFast) -> list[Episode]:
+class Remembering:
+    """An engine; `memories` are those that it was given, in the order of the requests."""
+
+    def __init__(self, engine: TransformersEngine) -> None:
+        self._engine = engine
+        self.memories: list[Memory] = []
+        self.kept: list[bool] = []
+
+    def generate(
+        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+    ) -> list[Generation]:
+        answers = self._engine.generate(requests, sampling, stop)
+        given = [request.memory for request in requests if request.memory]
+        self.memories += given
+        self.kept += [memory.kept is not None for memory in given]
+        return answers
+
+
+def episodes(engine: Engine, tokenizer: PreTrainedTokenizerFast) -> list[Episode]:
     config = ProtocolConfig(max_new_tokens=12, instruction="short")
     loop = AgentLoop(engine, tokenizer, Answering(), config, 3)
     return loop.run([Task(question(), "onehop", seed=(i,)) for i in range(5)], Sampling())
@@ -135,15 +171,30 @@ def episodes(engine: TransformersEngine, tokenizer: PreTrainedTokenizerFast) -> 
 def test_a_run_with_new_weights_uses_nothing_of_an_older_one(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_model(tokenizer)
     engine = TransformersEngine(model, tokenizer, rollout_config())
-    before = episodes(engine, tokenizer)
+    first, second = Remembering(engine), Remembering(engine)
+    before = episodes(first, tokenizer)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    after = episodes(engine, tokenizer)
+    after = episodes(second, tokenizer)
+    assert not {*map(id, first.memories)} & {*map(id, second.memories)}
     fresh = episodes(TransformersEngine(model, tokenizer, rollout_config(kept_tokens=0)), tokenizer)
     assert [e.token_ids for e in after] == [e.token_ids for e in fresh]
     assert [e.token_ids for e in after] != [e.token_ids for e in before]
     assert max(e.generations for e in after) > 1
+
+
+def test_nothing_is_kept_for_a_turn_that_will_not_come(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+) -> None:
+    engine = Remembering(TransformersEngine(model, tokenizer, rollout_config()))
+    config = ProtocolConfig(max_new_tokens=12, instruction="short", max_turns=2)
+    loop = AgentLoop(engine, tokenizer, Answering(), config, 3)
+    single = Task(question(), "onehop", seed=(0,), opening="<answer>", single_turn=True)
+    loop.run([single], GREEDY)
+    assert engine.kept == [False]
+    (episode,) = loop.run([Task(question(), "onehop", seed=(1,))], GREEDY)
+    assert episode.generations == 3 and engine.kept[1:] == [True, True, False]
 
 
 def test_an_episode_reads_each_token_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -167,4 +218,6 @@ def test_bfloat16_keeps_too(model: PreTrainedModel, tokenizer: PreTrainedTokeniz
         expected = logits.float().log_softmax(-1)[torch.arange(len(answer.token_ids)), answer.token_ids]
         assert answer.logprobs == pytest.approx(expected.tolist(), abs=0.3)
         history += [*answer.token_ids, 9, 10]
+        keys, values = memory.kept.states[0]
+        assert (keys.dtype, values.dtype) == (torch.float32, torch.bfloat16)  # the planner counts 6 bytes
     assert memory.kept.ids == history[:-3]
