@@ -66,9 +66,9 @@ def run_flow(**arguments: Any) -> dict[str, tuple[str, int]]:
     flow_run = state.state_details.flow_run_id
     with get_client(sync_client=True) as client:
         runs_filter = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[flow_run]))
-        for _ in range(100):  # the server learns of task runs by events, a little later
+        for _ in range(300):  # the server learns of task runs by events, a little later
             runs = client.read_task_runs(task_run_filter=runs_filter)
-            if runs and all(run.state_name != "Running" for run in runs):
+            if runs and all(run.state and run.state.is_final() for run in runs):
                 break
             time.sleep(0.1)
         found = {run.name: (run.state_name or "", run.run_count) for run in runs}

@@ -1,4 +1,4 @@
-"""Stage programs as processes: exit codes, signals, and what `dvc repro` leaves when it is killed."""
+"""Stage programs as processes: exit codes, signals, bad parameters, and what a killed `dvc repro` leaves."""
 
 import json
 import os
@@ -10,6 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
+
+from tests.tasks.miniature import make_project
 
 PROGRAM = """
 import sys, time
@@ -133,3 +136,21 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"distil": {}}, "distil: unknown key"),
+        ({"seed": "one"}, "seed:"),
+        ({"reinforce": {"batch_size": 100, "mini_batch_size": 33}}, "multiple of mini_batch_size"),
+    ],
+)
+def test_broken_params_are_one_clear_line(workplace: Path, change: dict[str, object], message: str) -> None:
+    make_project(workplace)
+    params = yaml.safe_load((workplace / "params.yaml").read_text())
+    (workplace / "params.yaml").write_text(yaml.safe_dump(params | change))
+    result = subprocess.run([sys.executable, "-m", "tasks.data"], capture_output=True, text=True)
+    assert result.returncode == 2
+    assert result.stderr.count("\n") == 1 and "params.yaml" in result.stderr and message in result.stderr
+    assert not (workplace / "data").exists()

@@ -323,24 +323,6 @@ def test_a_new_recipe_is_lines_in_params_yaml(
     assert {"evaluate@kd", "evaluate@mine", "reinforce@mine"} <= set(stages["report"].upstream)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"distil": {}}, "distil: unknown key"),
-        ({"seed": "one"}, "seed:"),
-        ({"reinforce": {"batch_size": 100, "mini_batch_size": 33}}, "multiple of mini_batch_size"),
-    ],
-)
-def test_broken_params_are_one_clear_line(workplace: Path, change: dict[str, object], message: str) -> None:
-    make_project(workplace)
-    params = yaml.safe_load((workplace / "params.yaml").read_text())
-    (workplace / "params.yaml").write_text(yaml.safe_dump(params | change))
-    result = subprocess.run([sys.executable, "-m", "tasks.data"], capture_output=True, text=True)
-    assert result.returncode == 2
-    assert result.stderr.count("\n") == 1 and "params.yaml" in result.stderr and message in result.stderr
-    assert not (workplace / "data").exists()
-
-
 def test_malformed_lines_are_named(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace)
     shutil.rmtree(workplace / "data/index")
