@@ -206,15 +206,9 @@ def test_outlasting() -> None:
 
 def test_converging_faster() -> None:
     source, test = measured(grpo=[0.1]), ConvergesFaster("grpo", "ppo")
-    early, late = ended("collapsed", step=20), ended("stable", step=80)
-
-    def holds(first: list[Training], second: list[Training]) -> bool | None:
-        return find(test, source, grpo=first, ppo=second).holds
-
-    assert holds(early, late) is True
-    assert holds(late, early) is False
-    assert holds(early, early) is False
-    assert holds(early, ended("never learned")) is False
+    early, late, never = ended("collapsed", step=20), ended("stable", step=80), ended("never learned")
+    for first, second in ((early, late), (late, early), (early, early), (early, never)):
+        assert find(test, source, grpo=first, ppo=second).holds is (second is late)
     assert find(test, source, grpo=early, ppo=late).evidence == (
         "seed 0 converged at step 10 against converged at step 40"
     )
