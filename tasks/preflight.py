@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
 from dgpo_core.config.params import PARAMS, load_params
 from dgpo_core.training.vocabulary import check_same_vocabulary
+from tasks.checks.hub import cached_file
 
 VOCABULARY = "tokenizer.json"
 
@@ -20,12 +20,13 @@ def preflight(root: Path = Path()) -> None:
         return  # the stage that needs it will say so
     params = load_params(root / PARAMS)
     files = [_vocabulary(root, source) for source in (params.models.student, params.models.teacher)]
-    if params.recipes.imitate_teacher and None not in files:
+    if params.recipes.need_one_vocabulary and None not in files:
         check_same_vocabulary(*(Tokenizer.from_file(str(file)) for file in files))
 
 
 def _vocabulary(root: Path, source: str) -> Path | None:
     """The file of a model in a folder, or of one in the hub's cache."""
+    if not (root / source).is_dir():
+        return cached_file(source, VOCABULARY)
     file = root / source / VOCABULARY
-    cached = file if (root / source).is_dir() else try_to_load_from_cache(source, VOCABULARY)
-    return Path(cached) if isinstance(cached, (str, Path)) and Path(cached).is_file() else None
+    return file if file.is_file() else None

@@ -21,7 +21,7 @@ def teach() -> None:
     inputs = [INDEX, QUESTIONS, *local(params.models.teacher)]
     with stage("teach", config=config, inputs=inputs, outputs=[TEACHER_EPISODES]) as run:
         tokenizer = load_tokenizer(params.models.teacher)
-        if params.recipes.imitate_teacher and MODELS not in Path(params.models.student).parents:
+        if params.recipes.need_one_vocabulary and MODELS not in Path(params.models.student).parents:
             # before the long work; a model of ours, which may not have been built yet, has our tokenizer
             check_same_vocabulary(load_tokenizer(params.models.student), tokenizer)
         index = retriever(params)

@@ -72,8 +72,8 @@ class Recipes(Section):
         return {**self.distill, **self.reinforce}
 
     @property
-    def imitate_teacher(self) -> bool:
-        """Whether any trains on the teacher's tokens or distributions: student and it need one vocabulary."""
+    def need_one_vocabulary(self) -> bool:
+        """Of student and teacher: whether any recipe trains on the teacher's tokens or distributions."""
         return bool(self.distill) or any(row.reference == "teacher" for row in self.reinforce.values())
 
     @model_validator(mode="after")

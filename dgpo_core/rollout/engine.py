@@ -20,8 +20,8 @@ class Finish(StrEnum):
 class Memory:
     """What an engine keeps of an episode between its turns; `kept` is the engine's own business.
 
-    It belongs to one run of one policy: an engine whose weights change is never shown an older one. After the
-    episode's last turn nothing is `wanted`: what is there may be used, and need not be renewed.
+    It belongs to one run of one policy: an engine whose weights change is never shown an older one. In the
+    episode's last turn nothing new is `wanted`: what is there may be used, and need not be renewed.
     """
 
     kept: Any = None

@@ -101,12 +101,18 @@ def _url(wanted: HubFile) -> str:
     return f"{constants.ENDPOINT}/datasets/{wanted.repository}/resolve/{revision}/{wanted.file}"
 
 
+def cached_file(name: str, file: str) -> Path | None:
+    """Of a model, where it was downloaded."""
+    try:
+        found = try_to_load_from_cache(name, file)
+    except ValueError:  # not a name of the hub
+        return None
+    return Path(found) if isinstance(found, str) else None  # else: not there, or known not to exist
+
+
 def in_cache(name: str) -> bool:
     """Whether the model's configuration was downloaded (its weights come with it)."""
-    try:
-        return isinstance(try_to_load_from_cache(name, "config.json"), str)
-    except ValueError:  # not a name of the hub
-        return False
+    return cached_file(name, "config.json") is not None
 
 
 def _model(key: str, name: str, reachable: bool) -> Finding:

@@ -64,6 +64,26 @@ def test_the_teacher_does_not_begin_with_another_vocabulary(workplace: Path) -> 
         teach()
 
 
+def test_models_of_the_hubs_cache_are_compared(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_project(workplace, models={"teacher": "somebody/some-model"})
+    other_vocabulary(workplace)
+    cache = workplace / "cache"
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
+    repository = cache / "models--somebody--some-model"
+    shutil.copytree(workplace / "models/teacher", repository / "snapshots/123")
+    (repository / "refs").mkdir()
+    (repository / "refs/main").write_text("123")
+    with pytest.raises(UserError, match="different tokenizers"):
+        preflight()
+
+
+@pytest.mark.parametrize("name", ["no/such/folder", "/no/such/folder", "./nothing"])
+def test_what_is_no_model_is_left_to_its_stage(workplace: Path, name: str) -> None:
+    """Its error names the setting; these are no names of the hub."""
+    make_project(workplace, models={"teacher": name})
+    preflight()
+
+
 def test_models_on_the_hub_are_left_to_their_stages(workplace: Path) -> None:
     make_project(workplace, models={"teacher": "somebody/some-model"})
     other_vocabulary(workplace)
