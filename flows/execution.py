@@ -21,12 +21,11 @@ from prefect.exceptions import ObjectNotFound
 import tasks
 from flows.dag import Stage
 from flows.process import run_group
+from flows.workspace import LOCK_MESSAGES
 from tasks.stage import FAILURE, STATE
 from tasks.tracking import tracking_uri
 
 GPU_LIMIT = "gpu"  # Prefect's global concurrency limit; `make deploy` creates it
-# What DVC says when another process holds one of its locks; trying again is the cure.
-LOCK_MESSAGES = ("Unable to acquire lock", "it is being blocked by", "RWLock-file")
 # What DVC says when it did not execute the stage, and the state's name for it on the dashboard.
 SKIP_MESSAGES = {"didn't change, skipping": "Unchanged", "is cached - skipping run": "Restored"}
 PROGRESS = re.compile(r"^\[[^\]]+\] (?P<done>[\d.]+)/(?P<total>[\d.]+) ")

@@ -25,18 +25,20 @@ from flows.execution import StageFailed, execute
 from flows.process import end_all
 from flows.workspace import (
     BRANCHES,
-    DVC,
     REMOTE,
     RUNS,
     Workspace,
+    add_worktree,
+    dvc,
     enter_project,
     has_remote,
     has_storage,
     one_at_a_time,
     publish,
-    run,
+    remove_worktree,
     share_cache,
 )
+from tasks.git import alone, git
 from tasks.tracking import PIPELINE_RUN
 
 POOL_VARIABLE = "DGPO_POOL"  # set where a worker starts: `cpu` or `gpu`
@@ -71,8 +73,8 @@ def remote_stage(
         finally:
             end_all()
         if has_storage(tree):
-            run(*DVC, "push", "--quiet", "--run-cache", stage, cwd=tree)
-        run("git", "worktree", "remove", "--force", tree, cwd=root)
+            dvc("push", "--quiet", "--run-cache", stage, cwd=tree)
+        remove_worktree(root, tree)
     return Completed(name=name, message=f"{stage}: {name.lower()}")
 
 
@@ -113,14 +115,15 @@ def _checkout(root: Path, branch: str, folder: str) -> Path:
     """A worktree of this clone at the run's branch; an earlier attempt's, with its progress, if there."""
     commit = branch
     if has_remote(root):
-        run("git", "fetch", "--quiet", REMOTE, branch, cwd=root)
-        commit = run("git", "rev-parse", "FETCH_HEAD", cwd=root)
+        # By name and not as FETCH_HEAD, which the stage of another run may overwrite meanwhile.
+        commit = f"refs/remotes/{REMOTE}/{branch}"
+        git("fetch", "--quiet", "--no-write-fetch-head", REMOTE, f"+refs/heads/{branch}:{commit}", cwd=root)
     tree = root / RUNS / folder
-    run("git", "worktree", "prune", cwd=root)
     if tree.exists():
-        run("git", "checkout", "--force", "--detach", commit, cwd=tree)
+        with alone(root):
+            git("checkout", "--force", "--detach", commit, cwd=tree)
     else:
-        run("git", "worktree", "add", "--detach", tree, commit, cwd=root)
+        add_worktree(root, tree, commit)
     share_cache(root, tree)
     return tree
 
