@@ -18,7 +18,7 @@ class Stage:
     """One stage; `meta:` in dvc.yaml carries the hints to the orchestrator, which DVC does not hash.
 
     `changed`: DVC would execute it, going by its own inputs and outputs. `pool`: whose worker is to run it.
-    `gpus`: how many slots of the limit `gpu` it takes. `run_cached`: DVC's run cache keeps its runs,
+    `gpus`: how many slots of the limit `dgpo-gpu` it takes. `run_cached`: DVC's run cache keeps its runs,
     which it does not where DVC leaves an output to git.
     """
 

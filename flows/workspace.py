@@ -17,7 +17,7 @@ from typing import IO, Any
 
 import yaml
 
-from dgpo_core.config.params import PARAMS, Params
+from dgpo_core.config.params import PARAMS, validated
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from tasks.git import alone, ask, git
 from tasks.services import adopt
@@ -27,6 +27,7 @@ RUNS = Path(".runs")
 BRANCHES = "runs"
 REMOTE = "origin"  # git's, for workers with clones of their own
 ROOT_VARIABLE = "DGPO_ROOT"
+PUSH_VARIABLE = "DGPO_PUSH"  # 1: branches of runs are pushed; `make worker PUSH=1`
 DVC = (sys.executable, "-m", "dvc")
 # What DVC says when another process holds one of its locks; trying again is the cure.
 LOCK_MESSAGES = ("Unable to acquire lock", "it is being blocked by", "RWLock-file")
@@ -77,8 +78,8 @@ class Workspace:
     branch: str | None
 
     def write_params(self, params: Mapping[str, Any], comment: str) -> None:
-        """Replace params.yaml. Raises pydantic's ValidationError."""
-        Params.model_validate(dict(params))
+        """Replace params.yaml. Raises UserError for parameters that there are not."""
+        validated(dict(params))
         text = yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True)
         if not (self.tree / PARAMS).is_file() or yaml.safe_load((self.tree / PARAMS).read_text()) != params:
             (self.tree / PARAMS).write_text(f"# {comment}\n{text}")
@@ -130,9 +131,11 @@ def claim_name(root: Path, run_name: str, run_id: str) -> str:
     raise UserError(f"{run_name}: two runs of this name with the same id: {run_id}")
 
 
-def is_dirty(root: Path) -> bool:
-    """Whether tracked files have changes that no commit has."""
-    return bool(git("--no-optional-locks", "status", "--porcelain", "--untracked-files=no", cwd=root))
+def changed_files(root: Path) -> list[str]:
+    """Tracked files with changes that no commit has, but dvc.lock: it says what this checkout has made."""
+    return git(
+        "--no-optional-locks", "diff", "--name-only", "HEAD", "--", ".", ":(exclude)dvc.lock", cwd=root
+    ).splitlines()
 
 
 def open_workspace(root: Path, name: str, revision: str = "HEAD", *, keep_lock: bool = False) -> Workspace:
@@ -237,14 +240,19 @@ def has_storage(root: Path) -> bool:
     return False
 
 
+def may_push() -> bool:
+    """Whether whoever started the worker lets runs push to git's remote."""
+    return os.environ.get(PUSH_VARIABLE, "").lower() in ("1", "true", "yes", "on")
+
+
 def publish(workspace: Workspace, stages: list[str]) -> None:
-    """Make the branch and these stages' outputs available to other clones, if there are ways to do so.
+    """Make the branch, if it may be pushed, and these stages' outputs available to other clones.
 
     Raises InfrastructureError: a remote that does not answer now may answer later.
     """
     assert workspace.branch
     try:
-        if has_remote(workspace.root):
+        if may_push() and has_remote(workspace.root):
             git("push", "--force", REMOTE, workspace.branch, cwd=workspace.tree)
         if stages and has_storage(workspace.tree):
             dvc("push", "--quiet", *stages, cwd=workspace.tree)
