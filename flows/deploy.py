@@ -221,9 +221,10 @@ def _replace(client: SyncPrefectClient, automation: Automation) -> None:
     """
     existing = client.read_automations_by_name(automation.name)
     if not existing:
-        client.create_automation(automation)
+        automation.create()
         return
-    client.update_automation(existing[0].id, automation.model_copy(update={"enabled": existing[0].enabled}))
+    automation.id, automation.enabled = existing[0].id, existing[0].enabled
+    automation.update()
     for double in existing[1:]:  # of two `make deploy` at once
         client.delete_automation(double.id)
 

@@ -106,11 +106,8 @@ def warn_of_changes(root: Path, revision: str = "HEAD") -> None:
     Of dvc.lock, which `make demo` writes, nothing is said: what it names comes from DVC's cache in any case.
     """
     if changed := changed_files(root):
-        get_run_logger().warning(
-            "%s: changed and not committed, which this run does not see: it runs %s",
-            ", ".join(changed),
-            revision,
-        )
+        names = ", ".join(changed)
+        get_run_logger().warning("%s: not committed, so not part of this run of %s", names, revision)
 
 
 def _in_workspace(root: Path, name: str, settings: PipelineSettings) -> None:

@@ -30,8 +30,8 @@ def run_group(
 ) -> tuple[int, str]:
     """Run `command`, give each line of its output to `on_line`; returns (exit code, last lines).
 
-    Raises subprocess.TimeoutExpired after `timeout` seconds and Ended after `end_all`. However it ends, its whole
-    group is ended.
+    Raises subprocess.TimeoutExpired after `timeout` seconds and Ended after `end_all`. However it ends, its
+    whole group is ended.
     """
     process = subprocess.Popen(
         command,

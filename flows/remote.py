@@ -57,17 +57,17 @@ def is_elsewhere(stage: Stage) -> bool:
 
 
 def refuse_without_push(stages: Iterable[Stage], root: Path) -> None:
-    """Raises UserError where other clones must run one of these stages and nobody has said how they get the branch.
+    """Raises UserError where another pool has one of these stages and nobody has said how it gets the branch.
 
-    PUSH_VARIABLE says it: 1 pushes it to git's remote, 0 is for workers that share one clone.
+    PUSH_VARIABLE says it: 1 pushes the branch to git's remote, 0 is for workers that share one clone.
     """
     elsewhere = [stage for stage in stages if is_elsewhere(stage)]
     if elsewhere and PUSH_VARIABLE not in os.environ and has_remote(root):
         first = elsewhere[0]
         raise UserError(
-            f"{first.name} belongs to the pool {first.pool}, whose worker gets this run's branch through git's "
-            f"{REMOTE}: start this worker with `make worker PUSH=1`, which pushes the branches of runs (or with "
-            f"PUSH=0, if the worker of {first.pool} works in this same clone)"
+            f"{first.name} belongs to the pool {first.pool}, whose worker gets this run's branch through "
+            f"git's {REMOTE}: start this worker with `make worker PUSH=1`, which pushes the branches of runs "
+            f"(or with PUSH=0, if the worker of {first.pool} works in this same clone)"
         )
 
 
@@ -75,7 +75,7 @@ def refuse_without_push(stages: Iterable[Stage], root: Path) -> None:
 def remote_stage(
     stage: str, run_name: str, commit: str, force: bool = False, pipeline_run: str | None = None
 ) -> State[None]:
-    """Run one stage of the pipeline run `run_name`, as `commit` of its branch has it, and push what it has made."""
+    """Run one stage of the pipeline run `run_name`, at `commit` of its branch, and push what it has made."""
     root = enter_project()
     if pipeline_run:
         os.environ[PIPELINE_RUN] = pipeline_run
@@ -104,8 +104,13 @@ def run_elsewhere(stage: Stage, workspace: Workspace, *, force: bool, pipeline_r
     name = workspace.tree.name
     tags = [f"run:{name}", f"stage:{stage.name}"]
     commit = git("rev-parse", "HEAD", cwd=workspace.tree)
-    parameters = {"stage": stage.name, "run_name": name, "commit": commit}
-    parameters |= {"force": force, "pipeline_run": pipeline_run}
+    parameters = {
+        "stage": stage.name,
+        "run_name": name,
+        "commit": commit,
+        "force": force,
+        "pipeline_run": pipeline_run,
+    }
     child = _unfinished(tags) or cast(
         FlowRun, run_deployment(f"stage/{stage.pool}", parameters=parameters, timeout=0, tags=tags)
     )

@@ -9,7 +9,9 @@ from flows.dag import Stage
 from flows.workspace import open_workspace
 
 
-def test_a_remote_that_does_not_answer_is_tried_again(dvc_repository: Path) -> None:
+def test_a_remote_that_does_not_answer_is_tried_again(
+    dvc_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from flows.execution import (
         StageFailed,
     )  # Prefect, which must not be imported before the tests' server runs
