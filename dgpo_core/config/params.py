@@ -229,10 +229,9 @@ def validated(content: dict[str, Any], path: Path = PARAMS) -> Params:
             message = detail["msg"].removeprefix("Value error, ")
             if detail["type"] == "extra_forbidden":
                 message = "unknown key"
-                if near := nearest_key([str(part) for part in detail["loc"]]):
-                    message += f", did you mean {near}?"
             found = "" if isinstance(detail["input"], dict) else f" (found {detail['input']!r})"
-            problems.append(f"{key}: {message}{found}")
+            near = nearest_key([str(part) for part in detail["loc"]]) if message == "unknown key" else None
+            problems.append(f"{key}: {message}{found}" + (f", did you mean {near}?" if near else ""))
         raise UserError(f"{path}: {'; '.join(problems)}") from error
 
 

@@ -1,10 +1,12 @@
 """Worktrees of a real git and DVC repository."""
 
+import contextlib
 import fcntl
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
@@ -153,7 +155,7 @@ def test_unchanged_params_keep_their_comments(root: Path) -> None:
     text = (made.tree / "params.yaml").read_text()
     made.write_params(yaml.safe_load(text), "other words")
     assert (made.tree / "params.yaml").read_text() == text
-    with pytest.raises(UserError, match=r"reinforce\.betta: unknown key, did you mean reinforce\.beta\?"):
+    with pytest.raises(UserError, match=r"reinforce\.betta: unknown key .*, did you mean reinforce\.beta\?"):
         made.write_params({"profile": "x", "reinforce": {"betta": 1}}, "wrong")
 
 
@@ -281,3 +283,31 @@ def test_a_failed_run_leaves_no_lock(root: Path) -> None:
     with pytest.raises(ZeroDivisionError), one_at_a_time(root, "failing"):
         print(1 / 0)
     assert not list((root / workspace.RUNS).iterdir())
+
+
+def test_runs_that_start_together_all_start(root: Path) -> None:
+    """Another git, such as an editor's, has its locks now and then; the runs' own take turns."""
+    lock, stop = root / ".git" / "config.lock", threading.Event()
+
+    def disturb() -> None:
+        while not stop.wait(0.05):
+            with contextlib.suppress(FileExistsError):
+                lock.touch(exist_ok=False)
+                stop.wait(0.05)
+                lock.unlink()
+
+    def start(number: int) -> str:
+        name = claim_name(root, "together", f"{number:08}-0")
+        open_workspace(root, name)
+        return name
+
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            names = list(pool.map(start, range(4)))
+    finally:
+        stop.set()
+        disturber.join()
+    assert len(set(names)) == 4
+    assert len(git("worktree", "list").splitlines()) == 5
