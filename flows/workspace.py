@@ -19,6 +19,7 @@ import yaml
 
 from dgpo_core.config.params import PARAMS, validated
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
+from tasks.busy import BUSY
 from tasks.git import alone, ask, git
 from tasks.services import adopt
 from tasks.tracking import tracking_uri
@@ -30,7 +31,7 @@ ROOT_VARIABLE = "DGPO_ROOT"
 PUSH_VARIABLE = "DGPO_PUSH"  # 1: branches of runs are pushed; `make worker PUSH=1`
 DVC = (sys.executable, "-m", "dvc")
 # What DVC says when another process holds one of its locks; trying again is the cure.
-LOCK_MESSAGES = ("Unable to acquire lock", "it is being blocked by", "RWLock-file")
+LOCK_MESSAGES = (BUSY, "Unable to acquire lock", "it is being blocked by", "RWLock-file")
 # for commits of machines whose git has no identity
 IDENTITY = {"name": "dgpo pipeline", "email": "pipeline@localhost"}
 

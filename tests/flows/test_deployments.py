@@ -85,6 +85,7 @@ class Site:
             **self.environment,
             "DGPO_ROOT": str(self.folder / pool),
             "DGPO_POOL": pool,
+            "DGPO_PUSH": "1",
             "PREFECT_WORKER_QUERY_SECONDS": "1",
         }
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", f"{pool}-pool"]
@@ -238,8 +239,9 @@ def test_cancelling_ends_stages_on_all_workers_and_leaves_what_can_go_on(site: S
 def test_bad_settings_are_refused_with_the_key(site: Site) -> None:
     run = start(overrides=["reinforce.betta=0.5"])
     assert wait_for(run, *FINAL) == "Failed"
-    message = flow_run(run).state.message
-    assert "reinforce.betta" in message
+    found = "params.yaml: reinforce.betta: unknown key (found 0.5), did you mean reinforce.beta?"
+    assert flow_run(run).state.message == f"this run's settings: {found}"
+    assert "pydantic" not in (site.folder / "worker-cpu.log").read_text()
     assert not (site.folder / "cpu" / ".runs" / run.name).exists()
     branches = ["git", "branch", "--list", f"runs/{run.name}"]
     assert not subprocess.run(branches, cwd=site.folder / "cpu", capture_output=True, check=True).stdout

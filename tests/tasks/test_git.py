@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from dgpo_core.errors import InfrastructureError, UserError
@@ -58,7 +59,7 @@ def test_a_lock_of_the_dead_and_one_of_the_living_are_told_apart(
     repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "LOCK_PATIENCE", 0.0)
-    monkeypatch.setattr(module.psutil, "process_iter", lambda _names: [])
+    monkeypatch.setattr(psutil, "process_iter", lambda _names: [])
     (repository / ".git" / "index.lock").touch()
     with pytest.raises(InfrastructureError, match="one that was killed has left it; delete it"):
         git("add", "--update", cwd=repository)
@@ -111,7 +112,7 @@ def test_threads_and_processes_take_turns_and_may_enter_twice(repository: Path) 
         with alone(repository):
             order.append("thread")
 
-    code = "import sys; from pathlib import Path; from tasks.git import alone\nwith alone(Path('.')): print('in')"
+    code = "from pathlib import Path; from tasks.git import alone\nwith alone(Path()): print('in')"
     thread = threading.Thread(target=second)
     with alone(repository), alone(repository):
         thread.start()

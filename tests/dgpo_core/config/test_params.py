@@ -49,8 +49,8 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
         ({"reinforc": {}}, "reinforc: unknown key, did you mean reinforce?"),
         ({"beta": 0.1}, "beta: unknown key (found 0.1), did you mean reinforce.beta?"),
         (
-            rl(x={"guidance": "none", "algoritm": "ppo"}),
-            "recipes.reinforce.x.algoritm: unknown key (found 'ppo'), did you mean recipes.reinforce.x.algorithm?",
+            rl(x={"guidance": "none", "algoritm": 1}),
+            "x.algoritm: unknown key (found 1), did you mean recipes.reinforce.x.algorithm?",
         ),
         # rules over several keys
         ({"reinforce": {"batch_size": 100}}, "reinforce: batch_size must be a multiple of mini_batch_size"),
