@@ -72,7 +72,7 @@ demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), prin
 	@$(PY) -m tasks.show
 	@echo "report       reports/index.html"
 	@echo "metrics      dvc metrics show, or mlflow.db by \`make ui\`"
-	@echo "dashboards   make ui: MLflow http://127.0.0.1:$(MLFLOW_PORT), Prefect http://127.0.0.1:$(PREFECT_PORT)"
+	@$(PY) -m infra.services where --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
 
 use: $(VENV)/.installed  ## write params.yaml from a profile: make use PROFILE=tiny [RECIPES="kd taid", or all]
 	$(PY) -m tasks.use $(PROFILE) $(RECIPES)
