@@ -18,7 +18,11 @@ _ended: set[subprocess.Popen[str]] = set()  # by end_all
 
 
 class Ended(Exception):
-    """The command has not failed: it was ended with the flow that it was part of."""
+    """What was done has not failed: it was ended, with the flow that it was part of or by being `cancelled`."""
+
+    def __init__(self, cancelled: bool = False) -> None:
+        super().__init__("cancelled" if cancelled else "ended")
+        self.cancelled = cancelled
 
 
 def run_group(

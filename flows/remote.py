@@ -23,7 +23,7 @@ from prefect.states import Cancelling, Completed, Failed
 from dgpo_core.errors import InfrastructureError, UserError
 from flows.dag import Stage, read_dag, select
 from flows.execution import StageFailed, execute
-from flows.process import end_all
+from flows.process import Ended, end_all
 from flows.workspace import (
     BRANCHES,
     PUSH_VARIABLE,
@@ -118,6 +118,8 @@ def run_elsewhere(stage: Stage, workspace: Workspace, *, force: bool, pipeline_r
     get_run_logger().info("%s runs on the pool %s as %r", stage.name, stage.pool, child.name)
     state = _wait(child.id)
     _waited_for.discard(child.id)
+    if state.is_cancelled():
+        raise Ended(cancelled=True)
     if not state.is_completed():
         retryable = state.name == RETRYABLE or state.is_crashed()
         raise StageFailed(state.message or f"{stage.name}: {state.name}", retryable)

@@ -66,8 +66,8 @@ def run_stage(stage: Stage, plan: Plan, stale: bool) -> State[None]:
             name = run_elsewhere(stage, plan.workspace, force=plan.force, pipeline_run=plan.pipeline_run)
         elif stale:
             name = execute(stage, plan.tree, get_run_logger().info, force=plan.force, pull=False)
-    except Ended:
-        how = Cancelled if is_cancelled(str(flow_run.id)) else Crashed
+    except Ended as end:
+        how = Cancelled if end.cancelled or is_cancelled(str(flow_run.id)) else Crashed
         return how(
             message=f"{stage.name}: ended with its run; a stage that keeps progress goes on from there"
         )

@@ -71,11 +71,19 @@ class TestSharedServer:
     """In this order: what others have under our names, an earlier version's objects, then ours, twice."""
 
     @pytest.fixture(scope="class")
-    def client(self, api: str) -> Iterator[Any]:
-        from prefect import get_client
+    def client(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+        """Of a server that no other test has used."""
+        from flows.server import local_server
 
-        with get_client(sync_client=True) as client:
-            yield client
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+            with local_server(free_port()) as url:
+                patch.setenv("PREFECT_API_URL", url)
+                from prefect import get_client
+                from prefect.settings import PREFECT_API_URL, temporary_settings
+
+                with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+                    yield client
 
     def test_a_pool_of_somebody_else_is_named_and_left(self, client: Any) -> None:
         from prefect.client.schemas.actions import WorkPoolCreate
