@@ -42,6 +42,7 @@ from flows.workspace import (
     publish,
     restore_outputs,
 )
+from tasks.busy import refuse_second
 from tasks.preflight import preflight
 from tasks.progress import duration
 from tasks.show import RESULTS, load_results, markdown
@@ -276,6 +277,8 @@ def run(
     max_parallel: Annotated[int, typer.Option(help="stages side by side", min=1)] = 1,
 ) -> None:
     """Run the stages now, in this checkout."""
+    if not target:
+        refuse_second()
     chosen: dict[str, Any] = {"targets": target or [], "from_stage": from_stage, "force": force}
     try:
         stages(settings=PipelineSettings(**chosen, dry_run=dry_run, max_parallel=max_parallel))

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import psutil
 
+from dgpo_core.errors import UserError
+
 BUSY = "another run is at work here"  # how the sentence begins
 DVC_TMP = Path(".dvc", "tmp")
 
@@ -31,6 +33,12 @@ class LockFilter(logging.Filter):
         return error is None
 
 
+def refuse_second(root: Path = Path()) -> None:
+    """Raises UserError where another process executes a stage of the checkout `root`."""
+    if _holders(root / DVC_TMP, reading=False):
+        raise UserError(at_work(root))
+
+
 def at_work(root: Path = Path()) -> str:
     """Say which other process works in the checkout `root`, at which stage and since when, if known."""
     for pid in _holders(root / DVC_TMP):
@@ -45,15 +53,17 @@ def at_work(root: Path = Path()) -> str:
     return f"{BUSY}, or was a moment ago: try again"
 
 
-def _holders(folder: Path) -> list[int]:
-    """Processes that live and hold a lock: of paths that a stage reads or writes, or of all of DVC."""
+def _holders(folder: Path, reading: bool = True) -> list[int]:
+    """Processes that live and hold a lock to write some paths; with `reading`, any of DVC's locks."""
     found: list[int] = []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
         record = json.loads((folder / "rwlock").read_bytes())
         found += [holder["pid"] for holder in record.get("write", {}).values()]
-        found += [holder["pid"] for holders in record.get("read", {}).values() for holder in holders]
+        if reading:
+            found += [holder["pid"] for holders in record.get("read", {}).values() for holder in holders]
     with contextlib.suppress(OSError):
-        found += [int(number) for number in re.findall(r"\d+", (folder / "lock").read_text())[:1]]
+        if reading:
+            found += [int(number) for number in re.findall(r"\d+", (folder / "lock").read_text())[:1]]
     return [pid for pid in dict.fromkeys(found) if pid != os.getpid() and psutil.pid_exists(pid)]
 
 

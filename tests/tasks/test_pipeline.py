@@ -10,6 +10,7 @@ import pytest
 
 from dgpo_core.errors import UserError
 from flows.dag import read_dag
+from tasks.busy import refuse_second
 from tasks.pipeline import planned
 from tasks.tracking import connect
 
@@ -65,8 +66,9 @@ def test_who_comes_second_is_told_who_is_at_work_and_where(repository: Path) -> 
                 assert first.poll() is None
                 time.sleep(0.05)
             second = subprocess.run(command, capture_output=True, text=True, timeout=120)
-            with pytest.raises(UserError, match="at hold since"):
-                read_dag(repository)
+            for refused in (read_dag, refuse_second):
+                with pytest.raises(UserError, match="at hold since"):
+                    refused(repository)
         finally:
             Path("off").touch()
     said = f"error: another run is at work here, at hold since {time.strftime('%H:')}"
@@ -74,6 +76,7 @@ def test_who_comes_second_is_told_who_is_at_work_and_where(repository: Path) -> 
     assert said in second.stderr and f"(process {first.pid})" in second.stderr
     assert "rwlock" not in second.stdout + second.stderr
     assert first.returncode == 0
+    refuse_second(repository)  # it has ended
 
 
 @pytest.mark.slow
