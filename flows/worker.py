@@ -17,6 +17,7 @@ from dgpo_core.errors import UserError
 from flows.remote import POOL_VARIABLE
 from flows.server import API_URL, answers_of, running_server
 from flows.workspace import PUSH_VARIABLE, ROOT_VARIABLE, project_root
+from tasks import services
 from tasks.stage import main as run_program
 
 
@@ -40,9 +41,14 @@ def work(
             raise UserError(f"{url} has no work pool {name}: run make deploy first") from None
     given = {API_URL: url, ROOT_VARIABLE: str(root), POOL_VARIABLE: pool}
     given |= {} if push is None else {PUSH_VARIABLE: str(int(push))}
-    # make's and Python's own environment come first in PATH, also when this is started by its path
+    # DVC starts the `python` that comes first
     given["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     os.environ.update(given)
+    mlflow = services.read("mlflow")
+    if mlflow and os.environ.get(mlflow.variable) == mlflow.address:
+        del os.environ[
+            mlflow.variable
+        ]  # each run finds it itself when it starts: it may be elsewhere by then
     os.execv(
         sys.executable,
         [sys.executable, "-m", "prefect", "worker", "start", "--pool", name, "--limit", str(runs)],
