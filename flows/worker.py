@@ -48,7 +48,7 @@ def work(
     if mlflow and os.environ.get(mlflow.variable) == mlflow.address:
         del os.environ[
             mlflow.variable
-        ]  # each run finds it itself when it starts: it may be elsewhere by then
+        ]  # each run finds it when it starts: it may have moved
     os.execv(
         sys.executable,
         [sys.executable, "-m", "prefect", "worker", "start", "--pool", name, "--limit", str(runs)],
