@@ -46,9 +46,7 @@ def work(
     os.environ.update(given)
     mlflow = services.read("mlflow")
     if mlflow and os.environ.get(mlflow.variable) == mlflow.address:
-        del os.environ[
-            mlflow.variable
-        ]  # each run finds it when it starts: it may have moved
+        del os.environ[mlflow.variable]  # each run finds it when it starts: it may have moved
     os.execv(
         sys.executable,
         [sys.executable, "-m", "prefect", "worker", "start", "--pool", name, "--limit", str(runs)],
