@@ -1,6 +1,9 @@
 """Stage `data`: corpus and questions, of the embedded world or of the published data sets."""
 
+from collections.abc import Mapping
+
 from dgpo_core.config.params import Params, load_params
+from dgpo_core.datasets.audit import AnswerSearch, audit
 from dgpo_core.datasets.published.corpus import write_corpus
 from dgpo_core.datasets.published.places import fetch
 from dgpo_core.datasets.published.questions import SETTING, fetch_questions, load_questions
@@ -42,12 +45,20 @@ def write_published(params: Params) -> None:
     inputs = [file.path for file in files.values()]
     with stage("data", config=settings, inputs=inputs, outputs=[CORPUS, QUESTIONS]) as run:
         questions, joins = load_questions(config, asked)  # first: it takes seconds, the corpus minutes
+        answers = AnswerSearch(questions)
         passages = write_corpus(
-            config, corpus, CORPUS, lambda done, total: run.progress(done, total, unit="passages")
+            config,
+            corpus,
+            CORPUS,
+            lambda done, total: run.progress(done, total, unit="passages"),
+            answers.read,
         )
         write_splits(run, questions)
         sources = {f"source {name}": file.origin for name, file in files.items()}
-        summarize(run, {"passages": passages, **joins}, questions, sources)
+        found = audit(questions, answers)
+        for remark in found.remarks:
+            print(remark, flush=True)
+        summarize(run, {"passages": passages, **joins, **found.counts}, questions, sources)
 
 
 def write_splits(run: Run, questions: Splits) -> None:
@@ -57,9 +68,9 @@ def write_splits(run: Run, questions: Splits) -> None:
         run.progress(number, len(questions))
 
 
-def summarize(run: Run, counts: dict[str, int], questions: Splits, sources: dict[str, str]) -> None:
+def summarize(run: Run, counts: Mapping[str, float], questions: Splits, sources: dict[str, str]) -> None:
     """The stage's metrics: `counts`, the questions of each split, and where everything comes from."""
-    summary = counts | {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
+    summary = {**counts} | {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
     write_metrics(METRICS / "data.json", {**summary, **sources})
     run.summary(summary)
 

@@ -74,7 +74,12 @@ class Evaluator:
                 continue
             own = [episode for episode in episodes if episode.dataset == dataset]
             rows += arcap.source_referencing(
-                role, dataset, self.questions(dataset), self._params.evaluate.seed, self._collect
+                role,
+                dataset,
+                self.questions(dataset),
+                self._params.evaluate.seed,
+                self._collect,
+                self._params.protocol.documents,
             )
             if role == "nq":
                 rows += arcap.query_rewriting(role, own)

@@ -6,7 +6,7 @@ from pathlib import Path
 from dgpo_core.config.params import load_params
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, read_episodes, read_metadata, write_episodes
 from tasks.inputs import require_episodes
-from tasks.measured import write_metrics
+from tasks.measured import write_csv, write_metrics
 from tasks.paths import CORRECT_EPISODES, METRICS, TEACHER_EPISODES
 from tasks.stage import main, stage
 
@@ -39,8 +39,8 @@ def filter_episodes() -> None:
         require_episodes(len(kept), f"correct teacher episodes in {TEACHER_EPISODES}")
         write_episodes(CORRECT_EPISODES, kept, read_metadata(TEACHER_EPISODES))
         counts = audit(episodes)
-        lines = [f"{dataset},{why},{count}" for (dataset, why), count in sorted(counts.items())]
-        AUDIT.write_text("\n".join(["data set,reason,episodes", *lines]) + "\n")
+        table = [[dataset, why, count] for (dataset, why), count in sorted(counts.items())]
+        write_csv(AUDIT, [["data set", "reason", "episodes"], *table])
         summary: dict[str, float] = {"raw": len(episodes), "kept": len(kept)}
         for (_, why), count in counts.items():
             if why != "kept":

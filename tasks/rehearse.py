@@ -116,7 +116,8 @@ def scripted(tokenizer: Any, params: dict[str, Any], number: int) -> Any:
 
     question = files.questions("nq", "train")[number]
     found = files.passages()[number : number + params["retrieval"]["top_k"]]
-    documents = "".join(prompts.document(i, p.title, p.text) for i, p in enumerate(found, 1))
+    form = params["protocol"]["documents"]
+    documents = "".join(prompts.document(i, p.title, p.text, form) for i, p in enumerate(found, 1))
     room = params["protocol"]["max_information"]
     search, answer = (encode(line) for line in lines())
     ids = encode(prompts.prompt_text(question.question, params["protocol"]["instruction"], tokenizer))

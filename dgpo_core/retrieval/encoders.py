@@ -17,6 +17,7 @@ from transformers import AutoModel, AutoTokenizer
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import InfrastructureError, UserError, first_line
 from dgpo_core.hub import HTTP_ERROR, unreachable
+from dgpo_core.text import canonical
 
 BUFFER = 64  # batches whose texts are sorted by length together
 
@@ -51,7 +52,10 @@ class Encoder(Protocol):
 
 
 class Bm25Encoder:
-    """Qdrant's own BM25: term weights here (stemmed English words), IDF in the index."""
+    """Qdrant's own BM25: term weights here (stemmed English words), IDF in the index.
+
+    Texts go in in one Unicode spelling, so that a word finds itself however it was written.
+    """
 
     size: int | None = None
 
@@ -59,14 +63,14 @@ class Bm25Encoder:
         self._bm25 = qdrant_edge.Bm25(qdrant_edge.Bm25Config(avg_len=average_words, language="english"))
 
     def encode_passages(self, texts: list[str]) -> list[Vector]:
-        return [_sparse(self._bm25.embed_document(text)) for text in texts]
+        return [_sparse(self._bm25.embed_document(canonical(text))) for text in texts]
 
     def encode_queries(self, texts: list[str]) -> list[Vector]:
-        return [_sparse(self._bm25.embed_query(text)) for text in texts]
+        return [_sparse(self._bm25.embed_query(canonical(text))) for text in texts]
 
     def passage_column(self, texts: list[str], tell: Tell) -> pa.Array:
         fields = [("indices", pa.list_(pa.uint32())), ("values", pa.list_(pa.float32()))]
-        vectors = [asdict(_sparse(self._bm25.embed_document(text))) for text in texts]
+        vectors = [asdict(_sparse(self._bm25.embed_document(canonical(text)))) for text in texts]
         tell(len(texts))
         return pa.array(vectors, type=pa.struct(fields))
 

@@ -181,6 +181,8 @@ class AgentLoop:
 
     def _information(self, hits: list[Hit]) -> list[int]:
         """Retrieved passages as ids; cut inside a passage's text, so the closing tag always stays."""
+        if self._config.documents == "release":
+            return self._release_information(hits)
         ids: list[int] = []
         room = self._config.max_information
         for number, hit in enumerate(hits, 1):
@@ -194,6 +196,14 @@ class AgentLoop:
             ids += document
             room -= len(document)
         return [*self._encode(prompts.INFORMATION_PREFIX), *ids, *self._encode(prompts.INFORMATION_SUFFIX)]
+
+    def _release_information(self, hits: list[Hit]) -> list[int]:
+        """The same as the release has it: one text, tokenised whole, cut anywhere; the closing tag stays."""
+        passages = [(hit.passage.title, hit.passage.text) for hit in hits]
+        ids = self._encode(prompts.information(passages, "release"))
+        closing = self._encode(prompts.INFORMATION_SUFFIX)
+        room = len(self._encode(prompts.INFORMATION_PREFIX)) + self._config.max_information
+        return ids if len(ids) <= room + len(closing) else [*ids[:room], *closing]
 
     def _encode(self, text: str) -> list[int]:
         return encode_text(text, self._tokenizer)

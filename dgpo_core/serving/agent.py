@@ -22,6 +22,7 @@ from dgpo_core.scoring.answers import normalize
 from dgpo_core.serving.events import Event, Information, Record, Source, Step
 from dgpo_core.serving.streaming import Narrator, ReportingRetriever, StreamingEngine
 from dgpo_core.serving.tags import TagSplitter
+from dgpo_core.text import stands_in, trimmed
 
 
 @dataclass(frozen=True)
@@ -73,7 +74,7 @@ class Agent:
 
     def _limited(self, ask: Ask) -> ProtocolConfig:
         protocol = self._protocol
-        if not ask.question.strip():
+        if not trimmed(ask.question):
             raise UserError("the question is empty")
         if any(unicodedata.category(character) == "Cs" for character in ask.question):
             raise UserError("the question is not valid Unicode: it has half a surrogate pair")
@@ -117,14 +118,14 @@ class Agent:
 def sources(answer: str | None, searches: list[Information]) -> list[Source]:
     """The retrieved passages in which the answer stands, each once, in the order in which they were found.
 
-    Whole words after SQuAD's normalisation: "Ann" does not stand in "annual".
+    Whole words after SQuAD's normalisation: "Ann" does not stand in "annual" (text.py, `stands_in`).
     """
     wanted = normalize(answer or "")
     found = {passage.id: passage for search in searches for passage in search.passages}
     holding = [
         passage
         for passage in found.values()
-        if wanted and f" {wanted} " in f" {normalize(f'{passage.title} {passage.text}')} "
+        if wanted and stands_in(wanted, normalize(f"{passage.title} {passage.text}"))
     ]
     return [Source(number=n, id=passage.id, title=passage.title) for n, passage in enumerate(holding, 1)]
 

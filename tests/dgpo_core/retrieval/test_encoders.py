@@ -21,6 +21,7 @@ from dgpo_core.retrieval.encoders import (
     SentenceTransformersEncoder,
     SparseVector,
     make_encoder,
+    silent,
 )
 from tests.dgpo_core.retrieval.words import WORDS
 
@@ -72,6 +73,14 @@ def test_bm25_weights() -> None:
     norm = 1.2 * (1 - 0.75 + 0.75 * 3 / 4)
     assert weights.pop(query.indices[0]) == pytest.approx(2 * 2.2 / (2 + norm), rel=1e-5)
     assert list(weights.values()) == pytest.approx([2.2 / (1 + norm)], rel=1e-5)
+
+
+@pytest.mark.parametrize("text", ["Jose\u0301 Ibáñez", "José\u200b Ib\u00adáñez", "\u200fJosé Ibáñez"])
+def test_bm25_finds_a_word_in_every_spelling(text: str) -> None:
+    encoder = Bm25Encoder(average_words=4.0)
+    assert encoder.encode_passages([text]) == encoder.encode_passages(["José Ibáñez"])
+    assert encoder.encode_queries([text]) == encoder.encode_queries(["José Ibáñez"])
+    assert encoder.passage_column([text], silent) == encoder.passage_column(["José Ibáñez"], silent)
 
 
 def test_make_encoder(bert: Path) -> None:

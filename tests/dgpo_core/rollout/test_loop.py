@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -201,6 +202,49 @@ def test_information_is_cut_but_never_its_tags(texts: list[tuple[str, str]], lim
         assert whole.startswith(text[:-1])
     assert episode.outcome is Outcome.CORRECT
     assert episode.searches[0].passage_ids == [p.id for p in passages]
+
+
+RELEASE = ProtocolConfig(documents="release")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3), st.integers(1, 120))
+def test_information_of_the_release_is_one_text(texts: list[tuple[str, str]], limit: int) -> None:
+    """Tokenised whole, as there; cut anywhere, but never its closing tag."""
+    passages = [Passage(str(i), title, text) for i, (title, text) in enumerate(texts)]
+    config = RELEASE.model_copy(update={"max_information": limit})
+    episode, _ = run(SEARCH, ANSWER, retriever=Answering(passages), config=config)
+    ids = [
+        t for t, owner in zip(episode.token_ids, episode.owners, strict=True) if owner == Owner.ENVIRONMENT
+    ]
+    whole = TOKENIZER.encode(prompts.information([(p.title, p.text) for p in passages], "release"))
+    before, after = TOKENIZER.encode("\n\n<information>"), TOKENIZER.encode("</information>\n\n")
+    if len(whole) <= len(before) + limit + len(after):
+        assert ids == whole
+    else:
+        assert ids == whole[: len(before) + limit] + after
+    assert episode.outcome is Outcome.CORRECT
+
+
+def test_titles_keep_their_quotes_in_the_releases_text() -> None:
+    episode, _ = run(SEARCH, ANSWER, config=RELEASE)
+    assert pieces(episode)[2][1] == (
+        '\n\n<information>Doc 1(Title: "Ada") Ada was born in Paris.</information>\n\n'
+    )
+
+
+@pytest.mark.parametrize("golden", ["A", "", "?", "Paris"])
+@pytest.mark.parametrize("nothing", ["", " ", "\n\t", "\u200b"])
+def test_an_answer_of_white_space_is_an_invalid_action_and_never_correct(golden: str, nothing: str) -> None:
+    episode, _ = run(f"<answer>{nothing}</answer>", golden=(golden,))
+    assert (episode.invalid_actions, episode.prediction, episode.outcome) == (5, None, Outcome.WRONG)
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome"), [("A", Outcome.CORRECT), ("the", Outcome.WRONG), (".", Outcome.WRONG)]
+)
+def test_an_answer_that_normalises_to_nothing_earns_no_other(text: str, outcome: Outcome) -> None:
+    assert run(f"<answer> {text} </answer>", golden=("A",))[0].outcome is outcome
 
 
 TURNS = st.lists(

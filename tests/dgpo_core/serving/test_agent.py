@@ -62,10 +62,13 @@ def found(*texts: str) -> list[Information]:
         ("Bea", []),
         ("the", []),  # nothing is left of it
         (None, []),
+        ("Jose\u0301", ["2"]),
+        ("Jo\u200bsé", ["2"]),
+        ("東京", ["3"]),
     ],
 )
 def test_sources_hold_the_answer_as_whole_words(answer: str | None, ids: list[str]) -> None:
-    searches = found("The annual report.", "It was Ann's, or so said Ann.")
+    searches = found("The annual report.", "It was Ann's, or so said Ann.", "By José.", "首都は東京です")
     assert [source.id for source in sources(answer, searches)] == ids
 
 
