@@ -57,3 +57,8 @@ def stands_in(words: str, text: str) -> bool:
     Both must be normalised (scoring/answers.py): "ann" does not stand in "annual".
     """
     return f" {words} " in f" {text} " or (words in text and bool(_UNSPACED.search(words)))
+
+
+def markdown_cell(text: str) -> str:
+    """Return `text` for a cell of a Markdown table: names are somebody's, none may end it or become HTML."""
+    return " ".join(text.replace("|", "\\|").replace("<", "&lt;").split("\n"))

@@ -25,6 +25,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from dgpo_core.config.params import PARAMS, read_yaml, resolve_profile
 from dgpo_core.errors import UserError, without_credentials
+from dgpo_core.text import markdown_cell
 from flows.dag import Stage, read_dag, select
 from flows.process import end_all
 from flows.promotion import offer
@@ -241,8 +242,8 @@ def _publish_markdown(key: str, text: str) -> None:
 def _summary(outcomes: Sequence[Outcome], tree: Path) -> str:
     lines = ["| stage | state | time | |", "| --- | --- | --- | --- |"]
     for outcome in outcomes:
-        message = outcome.message.replace("|", "\\|")
-        lines.append(f"| {outcome.stage} | {outcome.state} | {duration(outcome.seconds)} | {message} |")
+        cells = [outcome.stage, outcome.state, duration(outcome.seconds), outcome.message]
+        lines.append(f"| {' | '.join(map(markdown_cell, cells))} |")
     with contextlib.suppress(UserError):  # no results: not every pipeline or target has them
         lines += ["", markdown(load_results(tree / RESULTS))]
     return "\n".join(lines)

@@ -46,7 +46,7 @@ class Outcome:
 def rehearse(profile: str | None, keep: bool, as_json: bool) -> int:
     """Run the rehearsal and print how each stage went; 1 when one failed (its folder then stays)."""
     resolved = resolve_profile(profile_path(profile)) if profile else load_params().model_dump(mode="json")
-    console = Console(highlight=False, soft_wrap=True, stderr=as_json)
+    console = Console(highlight=False, soft_wrap=True, stderr=as_json, markup=False)
     folder = Path(tempfile.mkdtemp(prefix="dgpo-rehearsal-"))
     try:
         started = time.monotonic()

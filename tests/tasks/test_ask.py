@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from dgpo_core.datasets.records import Question, read_questions
@@ -129,3 +130,11 @@ def test_control_sequences_of_models_and_documents_do_not_reach_the_terminal() -
     assert not set("\x1b\x9b\u202e\r") & set(text)
     assert all(len(line) <= 40 for line in text.splitlines() if "long" in line)
     assert printable("one\n\ttwo é 東") == "one\n\ttwo é 東"
+
+
+def test_markup_stays_text_and_wide_letters_stay_on_their_line() -> None:
+    passages = [Found(id="1", title="[red]x[/red] :smile:", text="東京" * 40, score=1.0)]
+    found = Information(turn=0, query="q", passages=passages)
+    text = shown(found, end=record("[bold]Rome"), terminal=True)
+    assert "[red]x[/red] :smile:" in text and "[bold]Rome" in text
+    assert [cell_len(line) for line in text.splitlines() if "東" in line] == [40]
