@@ -4,11 +4,32 @@ from typing import Any
 
 from dgpo_core.protocol.prompts import message_text, prompt_text
 
+READ = 8  # characters for a token that is wanted; of most texts one has 3 to 5
+MARGIN = 200  # tokens, and characters, beyond those that count
+ELSEWHERE = 13  # characters between two ends of a text: groups of 2, 3, 4 or 6 characters end differently there
+
 
 def encode_text(text: str, tokenizer: Any) -> list[int]:
     """Ids of a text of the environment; `<|im_end|>` in a passage is ordinary characters."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return ids
+
+
+def encode_start(text: str, tokenizer: Any, count: int) -> list[int]:
+    """Return the first `count` ids of `encode_text(text)`; of a long text no more is tokenised than they need.
+
+    What follows a place can change the tokens before it, but not far before it. So more than `count` tokens are
+    made, twice, with ends at different places. Where that makes a difference the whole text is tokenised.
+    """
+    length = READ * count + MARGIN
+    while length + MARGIN < len(text):
+        ids = encode_text(text[:length], tokenizer)
+        if len(ids) >= count + MARGIN:
+            if encode_text(text[: length - ELSEWHERE], tokenizer)[:count] == ids[:count]:
+                return ids[:count]
+            break
+        length *= 4  # long tokens, as of white space
+    return encode_text(text, tokenizer)[:count]
 
 
 def encode_prompt(question: str, instruction: str, tokenizer: Any) -> list[int]:

@@ -15,10 +15,10 @@ from dgpo_core.retrieval.backends.embedded import EmbeddedBackend
 from dgpo_core.retrieval.backends.loading import Progress, ensure
 from dgpo_core.retrieval.backends.server import MEMORY, QdrantBackend, connect
 from dgpo_core.retrieval.client import ServiceClient
-from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, make_encoder
+from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, Vector, make_encoder
 from dgpo_core.retrieval.hits import Hit
 from dgpo_core.retrieval.points import ENCODED, LEXICAL, encoded_content, index_digest, stored_content
-from dgpo_core.retrieval.ranking import RRF_DEPTH, Scored, fuse, rank
+from dgpo_core.retrieval.ranking import RRF_DEPTH, Scored, Window, fuse, rank
 from dgpo_core.retrieval.shards import read_manifest
 
 REMEMBERED = 100_000  # queries whose hits are kept (about 2 kB each)
@@ -41,7 +41,11 @@ class Searcher:
 
     def _rank(self, name: str, queries: list[str], top_k: int, exact: bool) -> list[list[Scored]]:
         vectors = self._encoders[name].encode_queries(queries)
-        return rank(lambda some, limit: self._backend.query(name, some, limit, exact), vectors, top_k)
+
+        def query(some: list[Vector], limit: int, window: Window | None = None) -> list[list[Scored]]:
+            return self._backend.query(name, some, limit, exact, window)
+
+        return rank(query, vectors, top_k)
 
     def hits(self, queries: list[str], top_k: int) -> list[list[Hit]]:
         found = self.search(queries, top_k)

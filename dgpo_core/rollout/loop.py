@@ -14,7 +14,7 @@ from dgpo_core.datasets.records import Question
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.actions import ActionKind, is_well_formed, last_answer, parse_action
-from dgpo_core.protocol.encoding import encode_prompt, encode_text
+from dgpo_core.protocol.encoding import encode_prompt, encode_start, encode_text
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner, Search
 from dgpo_core.retrieval.hits import Hit, Retriever
 from dgpo_core.rollout.engine import Engine, Finish, Generation, Memory, Request
@@ -184,9 +184,11 @@ class AgentLoop:
         ids: list[int] = []
         room = self._config.max_information
         for number, hit in enumerate(hits, 1):
-            document = self._encode(prompts.document(number, hit.passage.title, hit.passage.text))
+            text = prompts.document(number, hit.passage.title, hit.passage.text)
+            document = encode_start(text, self._tokenizer, room + 1)
             if len(document) > room:
-                head = self._encode(prompts.document(number, hit.passage.title, "").rstrip("\n"))
+                text = prompts.document(number, hit.passage.title, "").rstrip("\n")
+                head = encode_start(text, self._tokenizer, room)
                 newline = self._encode("\n")
                 if room > len(head) + len(newline):
                     ids += document[: room - len(newline)] + newline

@@ -8,7 +8,7 @@ from qdrant_client import QdrantClient, models
 from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.retrieval.backends import scored
 from dgpo_core.retrieval.encoders import SparseVector, Vector
-from dgpo_core.retrieval.ranking import Scored
+from dgpo_core.retrieval.ranking import Scored, Window
 
 TIMEOUT = 60  # seconds for a request
 EXACT_TIMEOUT = 600  # an exact search may have to read all original vectors from disk
@@ -39,7 +39,15 @@ class QdrantBackend:
     def __init__(self, client: QdrantClient, collection: str, config: QdrantConfig) -> None:
         self._client, self._collection, self._config = client, collection, config
 
-    def query(self, name: str, vectors: list[Vector], limit: int, exact: bool = False) -> list[list[Scored]]:
+    def query(
+        self,
+        name: str,
+        vectors: list[Vector],
+        limit: int,
+        exact: bool = False,
+        window: Window | None = None,
+    ) -> list[list[Scored]]:
+        within = models.Filter(must=[models.HasIdCondition(has_id=list(window.numbers))]) if window else None
         requests = [
             models.QueryRequest(
                 query=to_qdrant(vector),
@@ -47,6 +55,8 @@ class QdrantBackend:
                 limit=limit,
                 with_payload=True,
                 params=self._params(vector, exact),
+                filter=within,
+                score_threshold=window.score if window else None,
             )
             for vector in vectors
         ]
