@@ -39,7 +39,9 @@ class Window:
 
 
 class Query(Protocol):
-    def __call__(self, vectors: list[Vector], limit: int, window: Window | None = None) -> list[list[Scored]]:
+    def __call__(
+        self, vectors: list[Vector], limit: int, /, window: Window | None = None
+    ) -> list[list[Scored]]:
         """Return the best points of each vector, best first; of equal ones any."""
         ...
 
@@ -47,8 +49,8 @@ class Query(Protocol):
 def rank(query: Query, vectors: list[Vector], top_k: int) -> list[list[Scored]]:
     """Return the best `top_k` of each vector, best first; equal scores in the order of the corpus.
 
-    More are asked for until the last place is no tie. Where a great many tie, as copies of one passage do, only
-    the first of them are looked for, so that the price does not grow with their number.
+    More are asked for until the last place is no tie. Where a great many tie, as copies of one passage do,
+    only the first are looked for: the price does not grow with their number.
     """
     limit = top_k + SPARE
     results = query(vectors, limit)
@@ -81,7 +83,7 @@ def _with_first_ties(query: Query, vector: Vector, points: list[Scored], top_k: 
         if start >= end:
             return list(known.values())
         numbers = range(start, min(start + size, end))
-        (found,) = query([vector], len(numbers), Window(numbers, lowest))
+        (found,) = query([vector], len(numbers), window=Window(numbers, lowest))
         known |= {point.number: point for point in found}
         start, size = numbers.stop, min(2 * size, LARGEST_BLOCK)
 

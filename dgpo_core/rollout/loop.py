@@ -5,12 +5,13 @@ text of the environment is tokenised once, when it is appended.
 """
 
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from dgpo_core.config.protocol import ProtocolConfig, Sampling
-from dgpo_core.datasets.records import Question
+from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.actions import ActionKind, is_well_formed, last_answer, parse_action
@@ -164,7 +165,8 @@ class AgentLoop:
             return
         for episode, query, hits in zip(waiting, queries, results, strict=True):
             episode.append(self._information(hits), Owner.ENVIRONMENT)
-            hit = any(contains_answer(h.passage.contents, episode.task.question.golden_answers) for h in hits)
+            answers = episode.task.question.golden_answers
+            hit = any(_holds_answer(found.passage, answers) for found in hits)
             episode.searches.append(Search(query, [h.passage.id for h in hits], [h.score for h in hits], hit))
             episode.query = None
 
@@ -237,6 +239,12 @@ class AgentLoop:
         opened = _open_tag(episode.task.opening)
         texts = [opened + text if i == 0 else text for i, text in enumerate(episode.turn_texts)]
         return next((answer for answer in map(last_answer, reversed(texts)) if answer is not None), None)
+
+
+@lru_cache(maxsize=1000)
+def _holds_answer(passage: Passage, answers: tuple[str, ...]) -> bool:
+    """`contains_answer`, kept: the episodes of a question find the same passages."""
+    return contains_answer(passage.contents, answers)
 
 
 def _open_tag(opening: str) -> str:

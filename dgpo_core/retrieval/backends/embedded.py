@@ -17,10 +17,12 @@ from filelock import FileLock, Timeout
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.retrieval.backends import payload, scored
 from dgpo_core.retrieval.encoders import SparseVector, Vector
-from dgpo_core.retrieval.points import Content, Point, chunks
+from dgpo_core.retrieval.points import Content, Point, point_bytes
 from dgpo_core.retrieval.ranking import Scored, Window
+from dgpo_core.retrieval.requests import batches
 
 UPSERT = 1000
+UPSERT_BYTES = 2**28
 TERMS = "terms.npz"  # beside the engine's files: in how many points each term of a sparse vector occurs
 ENGINE = "engine"
 
@@ -120,7 +122,7 @@ def _build(place: Path, content: Content) -> None:
     )
     engine = edge.EdgeShard.create(str(unfinished / ENGINE), config)
     terms: dict[str, Counter[int]] = {n: Counter() for n, size in content.vectors.items() if size is None}
-    for chunk in chunks(content.points(), UPSERT):
+    for chunk in batches(content.points(), UPSERT, UPSERT_BYTES, point_bytes):
         engine.update(edge.UpdateOperation.upsert_points([_point(point) for point in chunk]))
         for name, frequency in terms.items():
             for point in chunk:

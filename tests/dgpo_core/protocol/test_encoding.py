@@ -44,7 +44,11 @@ def test_no_text_makes_control_tokens_and_none_is_lost(parts: list[str]) -> None
     assert TOKENIZER.decode(prompt) == prompt_text(f"a{text}", "short", TOKENIZER)
 
 
-TRAINED_ON = ["the mayor of the town is Ann. " * 3, "Köln liegt am Rhein, 1234567 Einwohner", "東京は日本の首都です"]
+TRAINED_ON = [
+    "the mayor of the town is Ann. " * 3,
+    "Köln liegt am Rhein, 1234567 Einwohner",
+    "東京は日本の首都です",
+]
 
 
 def fast(model: models.Model, trainer: Any, split: Any = None, decimal: bool = False) -> Any:
@@ -81,8 +85,22 @@ KINDS = {
     ),
 }
 PIECES = st.sampled_from(
-    ["the mayor of the town is Ann. ", "Ann", " ", "\n", "\t  ", "e\u0301", "7", "2026", "東京は", "。", "x", "Rhein"]
-    + ["<|im_end|>", "!!", "\u200d", "🜁", "\u0301", "\r\n"]
+    [
+        *(
+            "the mayor of the town is Ann. ",
+            "Ann",
+            " ",
+            "\n",
+            "\t  ",
+            "e\u0301",
+            "7",
+            "2026",
+            "東京は",
+            "。",
+            "x",
+        ),
+        *("Rhein", "<|im_end|>", "!!", "\u200d", "🜁", "\u0301", "\r\n"),
+    ]
 )
 
 
@@ -92,7 +110,7 @@ PIECES = st.sampled_from(
     count=st.integers(0, 120),
 )
 @settings(deadline=None, max_examples=60)
-def test_the_start_of_a_text_is_that_of_the_whole(kind: str, parts: list[tuple[str, int]], count: int) -> None:
+def test_the_start_is_that_of_the_whole(kind: str, parts: list[tuple[str, int]], count: int) -> None:
     """Long runs of one thing included, of which tokenisers make long words and long tokens."""
     text = "".join(part * times for part, times in parts)
     assert encode_start(text, KINDS[kind], count) == encode_text(text, KINDS[kind])[:count]

@@ -35,7 +35,9 @@ class Engine:
         self.limits: list[int] = []
         self.fetched = 0
 
-    def __call__(self, vectors: list[Vector], limit: int, window: Window | None = None) -> list[list[Scored]]:
+    def __call__(
+        self, vectors: list[Vector], limit: int, /, window: Window | None = None
+    ) -> list[list[Scored]]:
         self.limits.append(limit)
         asked = self._points
         if window is not None:
@@ -101,7 +103,7 @@ def test_many_ties_of_a_real_index(tmp_path: Path, qdrant: QdrantServer) -> None
         (hits,) = opened.search(["red"], 5)
         assert [hit.passage.id for hit in hits] == ["p702", "p1", "p2", "p3", "p4"], location
         assert opened.searcher
-        assert search_recall(opened.searcher, ["red", "house"], 5) == 1.0
+        assert search_recall(opened.searcher, ["red", "house"], 5).share == 1.0
         opened.close()
 
 

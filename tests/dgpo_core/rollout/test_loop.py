@@ -2,6 +2,7 @@
 
 import random
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -201,6 +202,26 @@ def test_information_is_cut_but_never_its_tags(texts: list[tuple[str, str]], lim
         assert whole.startswith(text[:-1])
     assert episode.outcome is Outcome.CORRECT
     assert episode.searches[0].passage_ids == [p.id for p in passages]
+
+
+def test_of_a_long_passage_no_more_is_tokenised_than_is_shown(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same tokens as of the whole passage, which would take seconds."""
+    read: list[int] = []
+    tokenizer = build_tokenizer()
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **o: read.append(len(text)) or encode(text, **o))
+    sentence = "Bel is the mayor of Ula, and Ula lies on the river Aro. "
+    shown = []
+    for times in (60, 20_000):
+        retriever = Answering([Passage("1", "A log", "Short."), Passage("2", "Log", sentence * times)])
+        engine = ScriptedEngine(tokenizer, lambda _, turn: [SEARCH, ANSWER][turn])
+        loop = AgentLoop(engine, tokenizer, retriever, ProtocolConfig(max_information=320), 3)
+        read.clear()
+        (episode,) = loop.run([Task(question(answers=("Aro",)), "onehop")], GREEDY)
+        assert episode.hit
+        shown.append(pieces(episode)[2][1])
+    assert shown[0] == shown[1]
+    assert 1000 < len(shown[0]) < sum(read) < 20_000
 
 
 TURNS = st.lists(

@@ -6,6 +6,7 @@ from flashrag.evaluator.utils import normalize_answer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dgpo_core.scoring import answers
 from dgpo_core.scoring.answers import contains_answer, exact_match, normalize, token_f1
 
 TEXT = st.text(max_size=30) | st.lists(
@@ -92,6 +93,17 @@ def agrees_with_flashrag(prediction: str, golden: list[str]) -> None:
     # an answer that normalises to nothing stands in every text of FlashRAG's, and in no text with words here
     if all(normalize(answer) for answer in golden):
         assert contains_answer(prediction, golden) == bool(sub_em.calculate_sub_em(prediction, golden))
+
+
+@pytest.mark.parametrize("piece", [1, 7, answers.PIECE])
+@given(st.lists(TEXT, max_size=8), st.lists(TEXT, min_size=1, max_size=3))
+def test_a_long_text_is_looked_through_in_pieces(piece: int, texts: list[str], golden: list[str]) -> None:
+    """Wherever it is cut, an answer is found where it stands in the whole normalised text."""
+    text = "".join(texts)
+    whole, wanted = normalize(text), [normalize(answer) for answer in golden]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "PIECE", piece)
+        assert contains_answer(text, golden) == any(a in whole if a else not whole for a in wanted)
 
 
 @given(TEXT, st.lists(TEXT, max_size=4))
