@@ -5,7 +5,6 @@ from functools import partial
 from pathlib import Path
 
 from qdrant_client import QdrantClient
-from qdrant_client.http.exceptions import UnexpectedResponse
 
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig, parse_location
 from dgpo_core.datasets.records import Passage
@@ -13,13 +12,14 @@ from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval.backends import Backend
 from dgpo_core.retrieval.backends.embedded import EmbeddedBackend
 from dgpo_core.retrieval.backends.loading import Progress, ensure
-from dgpo_core.retrieval.backends.server import MEMORY, QdrantBackend, connect
+from dgpo_core.retrieval.backends.server import MEMORY, QdrantBackend, connect, refusal
 from dgpo_core.retrieval.client import ServiceClient
-from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, make_encoder
+from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, Vector, make_encoder
 from dgpo_core.retrieval.hits import Hit
 from dgpo_core.retrieval.points import ENCODED, LEXICAL, encoded_content, index_digest, stored_content
-from dgpo_core.retrieval.ranking import RRF_DEPTH, Scored, fuse, rank
+from dgpo_core.retrieval.ranking import RRF_DEPTH, Scored, Window, fuse, rank
 from dgpo_core.retrieval.shards import read_manifest
+from dgpo_core.retrieval.unspaced import spaced
 
 REMEMBERED = 100_000  # queries whose hits are kept (about 2 kB each)
 DIGITS = 4  # of a score
@@ -41,7 +41,11 @@ class Searcher:
 
     def _rank(self, name: str, queries: list[str], top_k: int, exact: bool) -> list[list[Scored]]:
         vectors = self._encoders[name].encode_queries(queries)
-        return rank(lambda some, limit: self._backend.query(name, some, limit, exact), vectors, top_k)
+
+        def query(some: list[Vector], limit: int, window: Window | None = None) -> list[list[Scored]]:
+            return self._backend.query(name, some, limit, exact, window)
+
+        return rank(query, vectors, top_k)
 
     def hits(self, queries: list[str], top_k: int) -> list[list[Hit]]:
         found = self.search(queries, top_k)
@@ -60,7 +64,11 @@ class Index:
         self._known: dict[tuple[str, int], list[Hit]] = {}  # the most recently used ones last
 
     def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
-        """Best passages of each query, best first. Raises InfrastructureError when the search fails."""
+        """Return the best passages of each query, best first.
+
+        Raise InfrastructureError when the search fails, and UserError when it is refused: the query, or the
+        settings, are at fault.
+        """
         found = {query: self._known.pop((query, top_k), None) for query in queries}
         new = [query for query, hits in found.items() if hits is None]
         try:
@@ -68,7 +76,13 @@ class Index:
                 found |= zip(new, self._source.hits(new, top_k), strict=True)
         except (InfrastructureError, UserError):
             raise
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"query {error.object[:100]!r}: not valid Unicode: half a surrogate pair"
+            ) from error
         except Exception as error:
+            if reason := refusal(error):
+                raise UserError(f"retrieval.location: {reason}") from error
             raise InfrastructureError(f"the index failed: {error}") from error
         known = {query: hits for query, hits in found.items() if hits is not None}
         self._known |= {(query, top_k): hits for query, hits in known.items()}
@@ -135,7 +149,7 @@ def open_index(
 
 def index_passages(passages: list[Passage], config: EncoderConfig) -> Index:
     """An embedded index of passages that are in memory, without shards on disk."""
-    average_words = sum(len(passage.contents.split()) for passage in passages) / len(passages)
+    average_words = sum(len(spaced(passage.contents).split()) for passage in passages) / len(passages)
     encoder = make_encoder(config, average_words)
     content = encoded_content(passages, encoder)
     try:
@@ -145,8 +159,6 @@ def index_passages(passages: list[Passage], config: EncoderConfig) -> Index:
 
 
 def _explained(location: str, error: Exception) -> Exception:
-    if isinstance(error, UnexpectedResponse) and error.status_code in (401, 403):
-        return UserError(
-            f"retrieval.location: {location} refuses the key of QDRANT_API_KEY (HTTP {error.status_code})"
-        )
+    if reason := refusal(error):
+        return UserError(f"retrieval.location: {location}: {reason}")
     return InfrastructureError(f"cannot fill the Qdrant collection at {location}: {error}")

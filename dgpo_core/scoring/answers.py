@@ -7,19 +7,19 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from dgpo_core.text import canonical, remover
 
 _without_punctuation = remover(re.escape(string.punctuation))
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
+_SPACE = re.compile(r"\s")
+PIECE = 10_000  # characters of a long text that are looked at together
 
 
 def normalize(text: str) -> str:
     """Return `text` in lower case, without punctuation and articles, with single spaces, in one spelling."""
-    words = _without_punctuation(canonical(text).lower())
-    words = unicodedata.normalize("NFC", words)  # what stood apart may stand together now
-    return " ".join(_ARTICLES.sub(" ", words).split())
+    return _words(_bare(text))
 
 
 def comparable(text: str) -> str:
@@ -28,6 +28,16 @@ def comparable(text: str) -> str:
     Empty for a text of white space only: that is no answer.
     """
     return normalize(text) or " ".join(canonical(text).lower().split())
+
+
+def _bare(text: str) -> str:
+    """Return `text` in lower case, without punctuation, in one spelling."""
+    bare = _without_punctuation(canonical(text).lower())
+    return unicodedata.normalize("NFC", bare)  # what stood apart may stand together now
+
+
+def _words(bare: str) -> str:
+    return " ".join(_ARTICLES.sub(" ", bare).split())
 
 
 def exact_match(prediction: str | None, golden_answers: Iterable[str]) -> bool:
@@ -46,10 +56,32 @@ def contains_answer(text: str | None, golden_answers: Iterable[str]) -> bool:
     """
     if text is None:
         return False
-    normalized = normalize(text)
-    if not normalized:
+    bare = _bare(text)
+    if not any(map(_words, _pieces(bare))):
         return exact_match(text, golden_answers)
-    return any(answer in normalized for answer in map(normalize, golden_answers) if answer)
+    answers = filter(None, map(normalize, golden_answers))
+    # most of the work is articles and spaces: a long text is spared it as far as the answer is found without
+    likely = [answer for answer in answers if all(word in bare for word in answer.split())]
+    return bool(likely) and any(answer in part for part in _parts(bare, likely) for answer in likely)
+
+
+def _parts(bare: str, answers: list[str]) -> Iterator[str]:
+    """Yield the words of a text in parts that overlap so far that no answer is cut in two."""
+    overlap = max(map(len, answers))
+    part = ""
+    for piece in _pieces(bare):
+        part = " ".join(filter(None, (part[-overlap:], _words(piece))))
+        yield part
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """Yield the text cut before white space."""
+    start = 0
+    while start < len(text):
+        space = _SPACE.search(text, start + PIECE)
+        end = space.start() if space else len(text)
+        yield text[start:end]
+        start = end
 
 
 def token_f1(prediction: str | None, golden_answers: Iterable[str]) -> float:

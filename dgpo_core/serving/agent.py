@@ -14,7 +14,7 @@ from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
 from dgpo_core.protocol import prompts
-from dgpo_core.protocol.encoding import encode_prompt
+from dgpo_core.protocol.encoding import encode_prompt, encode_start
 from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.retrieval.hits import Retriever
 from dgpo_core.rollout.loop import AgentLoop, Task
@@ -80,6 +80,11 @@ class Agent:
             raise UserError("the question is not valid Unicode: it has half a surrogate pair")
         if not 0 <= ask.temperature < math.inf:
             raise UserError(f"temperature: a number from 0 upwards, not {ask.temperature}")
+        if len(encode_start(ask.question, self._tokenizer, protocol.max_context)) == protocol.max_context:
+            raise UserError(
+                "the question is too long: it has more tokens than protocol.max_context allows, "
+                f"{protocol.max_context}"
+            )
         tokens = len(encode_prompt(ask.question, protocol.instruction, self._tokenizer))
         if tokens >= protocol.max_context:
             raise UserError(

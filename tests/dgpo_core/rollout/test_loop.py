@@ -1,6 +1,7 @@
 """The agent loop with an engine that writes given texts."""
 
 import random
+from typing import Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -245,6 +246,30 @@ def test_an_answer_of_white_space_is_an_invalid_action_and_never_correct(golden:
 )
 def test_an_answer_that_normalises_to_nothing_earns_no_other(text: str, outcome: Outcome) -> None:
     assert run(f"<answer> {text} </answer>", golden=("A",))[0].outcome is outcome
+
+
+@pytest.mark.parametrize("documents", ["plain", "release"])
+def test_of_a_long_passage_no_more_is_tokenised_than_is_shown(
+    documents: Literal["plain", "release"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens as of the whole passage, which would take seconds."""
+    read: list[int] = []
+    tokenizer = build_tokenizer()
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **o: read.append(len(text)) or encode(text, **o))
+    sentence = "Bel is the mayor of Ula, and Ula lies on the river Aro. "
+    config = ProtocolConfig(max_information=320, documents=documents)
+    shown = []
+    for times in (60, 20_000):
+        retriever = Answering([Passage("1", "A log", "Short."), Passage("2", "Log", sentence * times)])
+        engine = ScriptedEngine(tokenizer, lambda _, turn: [SEARCH, ANSWER][turn])
+        loop = AgentLoop(engine, tokenizer, retriever, config, 3)
+        read.clear()
+        (episode,) = loop.run([Task(question(answers=("Aro",)), "onehop")], GREEDY)
+        assert episode.hit
+        shown.append(pieces(episode)[2][1])
+    assert shown[0] == shown[1]
+    assert 1000 < len(shown[0]) < sum(read) < 20_000
 
 
 TURNS = st.lists(

@@ -8,6 +8,7 @@ from flashrag.evaluator.utils import normalize_answer
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dgpo_core.scoring import answers
 from dgpo_core.scoring.answers import contains_answer, exact_match, normalize, token_f1
 from dgpo_core.text import canonical
 
@@ -121,6 +122,18 @@ def agrees_with_flashrag(prediction: str, golden: list[str]) -> None:
             scores = f1.token_level_scores(prediction, golden)
             assert token_f1(prediction, golden) == pytest.approx(scores["f1"])
             assert contains_answer(prediction, golden) == bool(sub_em.calculate_sub_em(prediction, golden))
+
+
+@pytest.mark.parametrize("piece", [1, 7, answers.PIECE])
+@given(st.lists(TEXT, max_size=8), st.lists(TEXT, min_size=1, max_size=3))
+def test_a_long_text_is_looked_through_in_pieces(piece: int, texts: list[str], golden: list[str]) -> None:
+    """Wherever it is cut, an answer is found where it stands in the whole normalised text."""
+    text = "".join(texts)
+    whole, wanted = normalize(text), [normalize(answer) for answer in golden]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(answers, "PIECE", piece)
+        stands = any(a in whole for a in wanted if a) if whole else exact_match(text, golden)
+        assert contains_answer(text, golden) == stands
 
 
 @given(TEXT, st.lists(TEXT, max_size=4))
