@@ -5,6 +5,14 @@ from typing import Any
 from dgpo_core.protocol.prompts import message_text, prompt_text
 
 
+def known_ids(tokenizer: Any) -> int:
+    """Return one more than the largest id that has a token.
+
+    A model's output may have more rows, for the sake of even sizes (Qwen2.5: 151,936 for 151,665 tokens).
+    """
+    return 1 + max(tokenizer.get_vocab().values())
+
+
 def encode_text(text: str, tokenizer: Any) -> list[int]:
     """Ids of a text of the environment; `<|im_end|>` in a passage is ordinary characters."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
