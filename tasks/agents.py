@@ -143,8 +143,8 @@ def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, 
         if row.get("unrewarded") and not told:
             told = True
             run.note(
-                f"step {step}: no episode was rewarded. Such a step learns nothing but the KL to the reference, "
-                "where there is one (metric unrewarded)"
+                f"step {step}: no episode was rewarded. Such a step learns nothing but the KL to the "
+                "reference, where there is one (metric unrewarded)"
             )
         run.metrics(step, {key: value for key, value in row.items() if key != "step"})
 

@@ -40,8 +40,8 @@ def reinforce(name: str) -> None:
     with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
         if recipe.guidance != "none" and recipe.algorithm == "ppo" and params.reinforce.kl_estimator != "k1":
             run.note(
-                f"reinforce.kl_estimator: {params.reinforce.kl_estimator} as a reward does not pull towards the "
-                "reference as eq. 4 does; only k1 has the gradient of the KL (docs/method.md, Estimators)"
+                f"reinforce.kl_estimator: {params.reinforce.kl_estimator} as a reward does not pull towards "
+                "the reference as eq. 4 does; only k1 has the KL's gradient (docs/method.md, Estimators)"
             )
         tokenizer = load_tokenizer(start)
         student = load_student(params, start)

@@ -10,7 +10,8 @@ def known_ids(tokenizer: Any) -> int:
 
     A model's output may have more rows, for the sake of even sizes (Qwen2.5: 151,936 for 151,665 tokens).
     """
-    return 1 + max(tokenizer.get_vocab().values())
+    ids: dict[str, int] = tokenizer.get_vocab()
+    return 1 + max(ids.values())
 
 
 def encode_text(text: str, tokenizer: Any) -> list[int]:

@@ -131,7 +131,7 @@ def check_ids(episodes: Iterable[Episode], vocabulary: int) -> None:
     for episode in episodes:
         if (largest := max(episode.token_ids)) >= vocabulary:
             raise UserError(
-                f"the episode of {episode.dataset} {episode.question_id} has the token {largest}, but student, "
-                f"teacher and tokenizer share only {vocabulary}: collect the episodes again, or set models to two "
-                "with one tokenizer"
+                f"the episode of {episode.dataset} {episode.question_id} has the token {largest}, but models "
+                f"and tokenizer share the first {vocabulary} ids only: collect the episodes again, or set models "
+                "to two with one tokenizer"
             )

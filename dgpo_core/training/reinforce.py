@@ -25,17 +25,17 @@ from dgpo_core.training.update import Updater
 
 Metrics = dict[str, float]
 
-# Training stops when one of these is no number. Causes first: what of them is wrong says what to lower.
-WATCHED = ("kl_inside", "kl_outside", "reward", "value_loss", "critic_grad_norm", "policy_loss", "entropy")
-WATCHED += ("approx_kl", "actor_grad_norm")
+# Training stops when one of these is no number; causes first, as the first one says what to lower.
+WATCHED = ["kl_inside", "kl_outside", "reward", "value_loss", "critic_grad_norm", "policy_loss", "entropy"]
+WATCHED += ["approx_kl", "actor_grad_norm"]
 
 
 @dataclass
 class Reinforcer:
     """Trains `student` in place. `reference` is the model that the recipe names, frozen.
 
-    Distributions are over the ids that the tokenizer knows, the first `known`, as far as both models have rows
-    for them; None: all of these rows.
+    Distributions are over the ids that the tokenizer knows, the first `known`, as far as both models have
+    rows for them; None: all of these rows.
     """
 
     student: PreTrainedModel
@@ -59,8 +59,8 @@ class Reinforcer:
     ) -> list[Metrics]:
         """Rows of metrics, one a step. Resumes from the checkpoint exactly.
 
-        `report` is given the number of steps and the rows so far. Raises NotFinite at the first step that gives
-        no numbers; the checkpoint is then the last one before it.
+        `report` is given the number of steps and the rows so far. Raises NotFinite at the first step that
+        gives no numbers; the checkpoint is then the last one before it.
         """
         config = self.config
         torch.manual_seed(self.seed)

@@ -39,6 +39,7 @@ from dgpo_core.training.compute import autocast
 from dgpo_core.training.finite import require_finite
 
 CERTIFICATE = "certificate.json"
+TAID = TaidConfig()
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def keep_distributions(
     config: DistributionsConfig,
     compute: ComputeConfig,
     progress: Callable[[int, int], None],
-    taid: TaidConfig = TaidConfig(),
+    taid: TaidConfig = TAID,
 ) -> Certificate:
     """Write the distributions of all episodes, and their certificate, measured on `config.sample` of them.
 
