@@ -132,6 +132,6 @@ def check_ids(episodes: Iterable[Episode], vocabulary: int) -> None:
         if (largest := max(episode.token_ids)) >= vocabulary:
             raise UserError(
                 f"the episode of {episode.dataset} {episode.question_id} has the token {largest}, but models "
-                f"and tokenizer share the first {vocabulary} ids only: collect the episodes again, or set models "
-                "to two with one tokenizer"
+                f"and tokenizer share the first {vocabulary} ids only: collect the episodes again, or set "
+                "models to two with one tokenizer"
             )

@@ -1,7 +1,10 @@
 """The agent loop with an engine that writes given texts."""
 
+import math
 import random
+from dataclasses import replace
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -9,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 from dgpo_core.config.protocol import GREEDY, ProtocolConfig, Sampling
 from dgpo_core.datasets.records import Passage
 from dgpo_core.datasets.world.tokenizer import build_tokenizer
+from dgpo_core.errors import NotFinite
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.retrieval.hits import Retriever
@@ -318,3 +322,17 @@ def test_an_ended_episode_holds_no_memory() -> None:
     assert held == [[False, False], [False, True], [False, True]]
     loop.run(tasks, GREEDY)
     assert len(memories) == 4  # a run of its own, with memories of its own
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_model_that_gives_no_numbers_is_no_wrong_answer(value: float) -> None:
+    """Whichever engine samples for it: evaluated, it would have EM 0."""
+
+    class Broken(ScriptedEngine):
+        def _one(self, request: Request, stop: tuple[str, ...]) -> Generation:
+            made = super()._one(request, stop)
+            return replace(made, logprobs=[*made.logprobs[:-1], value])
+
+    loop = AgentLoop(Broken(TOKENIZER, lambda *_: ANSWER), TOKENIZER, Answering(), ProtocolConfig(), 3)
+    with pytest.raises(NotFinite, match="the log-probability of a sampled token is"):
+        loop.run([Task(question(), "onehop")], GREEDY)
