@@ -148,7 +148,7 @@ def test_what_every_program_imports_is_light() -> None:
 
 def test_a_number_that_is_none_is_said_with_the_stage() -> None:
     with (
-        pytest.raises(UserError, match="^toy: the loss of step 2 is infinite; lower the rate$"),
+        pytest.raises(UserError, match=r"^toy: the loss of step 2 is infinite; lower the rate$"),
         stage("toy", config={}, outputs=[]),
     ):
         raise NotFinite("loss", float("inf"), "lower the rate", 2)

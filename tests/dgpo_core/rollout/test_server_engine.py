@@ -210,7 +210,7 @@ def test_no_server(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
 def test_rows_without_a_token_are_asked_not_to_be_sampled(
     server: tuple[Pretender, str], words: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    """The embedded student has none; of a wider model each is named, and of others the request says nothing."""
+    """The embedded student has none; of a wider model each is named."""
     pretender, url = server
     ask(connect(url, words, tmp_path))
     assert all(body["sampling_params"].get("logit_bias") is None for _, body in generations(pretender))
