@@ -128,6 +128,12 @@ class Reinforcer:
         row["unrewarded"] = float(not any(episode.correct for episode in learned))
         order = list(range(len(learned)))
         random.Random(f"mini-{self.seed}-{step}").shuffle(order)
+        _require_numbers(row)  # before weights are changed by it
         row |= updater.update(experience, order)
-        require_finite({name: row[name] for name in WATCHED if name in row})
+        _require_numbers(row)
         return row
+
+
+def _require_numbers(row: Metrics) -> None:
+    """Raise NotFinite for a watched metric that is nan or infinite."""
+    require_finite({name: row[name] for name in WATCHED if name in row})

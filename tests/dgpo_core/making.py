@@ -29,13 +29,13 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedM
 
 
 def padded(model: PreTrainedModel, rows: int) -> PreTrainedModel:
-    """A copy whose head has `rows` more rows, the likeliest of all, as if no token had them."""
+    """A copy whose head has `rows` more rows that no token has, the likeliest of all."""
     known = len(model.get_output_embeddings().weight)
     wider = copy.deepcopy(model)
     wider.resize_token_embeddings(known + rows, mean_resizing=False)
     with torch.no_grad():
         weight = wider.get_output_embeddings().weight
-        weight[known:] = 3 * weight[:known].abs().amax(0)
+        weight[known:] = 20 * weight[:rows]
     return wider
 
 

@@ -150,15 +150,18 @@ def test_what_an_estimate_as_a_reward_pulls_towards() -> None:
     torch.testing.assert_close(policy_gradient(full, logits), torch.zeros(4, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("estimator", ["k2", "k3", "abs"])
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
 def test_other_rewards_hardly_pull_to_a_near_reference(estimator: KlEstimator) -> None:
-    """50 outcomes, a reference near the policy: their gradient has little of the KL's direction."""
+    """Their gradient is of second order in the distance, the KL's of first: a tenth as far, a tenth of it."""
     torch.manual_seed(0)
-    logits = torch.randn(50, dtype=torch.float64).requires_grad_()
-    reference = (logits.detach() + 0.3 * torch.randn(50, dtype=torch.float64)).log_softmax(-1)
-    (reverse,) = torch.autograd.grad(reverse_kl(reference, logits.log_softmax(-1)), logits)
-    estimate = kl_estimate(logits.detach().log_softmax(-1), reference, estimator)
-    found = policy_gradient(estimate, logits)
-    assert torch.cosine_similarity(found, reverse, dim=0).abs() < 0.5
-    k1 = policy_gradient(kl_estimate(logits.detach().log_softmax(-1), reference, "k1"), logits)
-    torch.testing.assert_close(k1, reverse)
+    logits, direction = torch.randn(2, 50, dtype=torch.float64)
+    logits.requires_grad_()
+    shares = []
+    for distance in (0.1, 0.01):
+        reference = (logits.detach() + distance * direction).log_softmax(-1)
+        own = logits.log_softmax(-1)
+        (reverse,) = torch.autograd.grad(reverse_kl(reference, own), logits)
+        found = policy_gradient(kl_estimate(own.detach(), reference, estimator), logits)
+        shares.append(float(found.norm() / reverse.norm()))
+    assert shares[0] < 0.1
+    assert shares[1] == pytest.approx(shares[0] / 10, rel=0.1)
