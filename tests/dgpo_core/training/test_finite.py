@@ -28,5 +28,5 @@ def test_one_broken_entry_is_found(value: float, dtype: torch.dtype) -> None:
     module.register_parameter("empty", torch.nn.Parameter(torch.empty(0, 4, dtype=dtype)))
     assert broken_weight(module) is None
     with torch.no_grad():
-        list(module.parameters())[2][1, 3] = value
+        dict(module.named_parameters())["1.weight"][1, 3] = value
     assert broken_weight(module) == "1.weight"
