@@ -1,5 +1,6 @@
 """Errors that are the user's to fix, told apart from bugs."""
 
+import math
 import re
 
 
@@ -9,6 +10,18 @@ class UserError(Exception):
     Stages print the message as one line and exit with code 2, without a traceback. The message names
     the place (file and line, or the key's path) and what to do about it.
     """
+
+
+class NotFinite(UserError):
+    """A quantity that is nan or infinite: nothing can be learned from it, and its model is not to be kept."""
+
+    def __init__(self, quantity: str, value: float, cure: str = "", step: int | None = None) -> None:
+        """`cure` says what to do; `step` is the training step that the quantity belongs to."""
+        place = "" if step is None else f" of step {step}"
+        kind = "infinite" if math.isinf(value) else "not a number"
+        cure = cure or "the model's weights are broken, or the precision is too narrow for it"
+        super().__init__(f"the {quantity}{place} is {kind}; {cure}")
+        self.quantity, self.value = quantity, value
 
 
 class InfrastructureError(Exception):

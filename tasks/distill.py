@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.errors import UserError
+from dgpo_core.protocol.encoding import known_ids
 from dgpo_core.protocol.episode import Episode, read_episodes
 from dgpo_core.rollout.loop import EpisodeRunner
 from dgpo_core.training.adapters import merged
@@ -66,10 +67,20 @@ def distill(name: str) -> None:
         loop = training_loop(params, student, start, tokenizer, retriever(params))
         source = episode_source(params, recipe, loop)
         dev = DevEvaluator(params, loop, params.distill.dev_questions)
-        distiller = Distiller(student, teacher, recipe, params.distill, params.compute, source, cache)
+        distiller = Distiller(
+            student,
+            teacher,
+            recipe,
+            params.distill,
+            params.compute,
+            source,
+            cache,
+            known_ids(tokenizer),
+        )
         rows = distiller.train(Checkpoint(run.state), dev, reporter(run, ("loss", "em")))
         em = rows[-1]["dev_em"]
-        if em < params.distill.min_em:
+        begins_rl = any(row.start == name for row in params.recipes.reinforce.values())
+        if begins_rl and em < params.distill.min_em:
             raise UserError(
                 f"distill@{name}: validation EM {em:.3f} is below distill.min_em {params.distill.min_em}: "
                 "the student is too weak for RL; train longer or lower the threshold"

@@ -17,7 +17,10 @@ from tasks.stage import main, stage
 
 def distributions() -> None:
     params = load_params()
-    config = params.sections("distributions", "compute", "models") | {"teacher": params.distill.teacher}
+    config = params.sections("distributions", "compute", "models") | {
+        "teacher": params.distill.teacher,
+        "taid_start": params.distill.taid.start,
+    }
     inputs = [TEACHER_EPISODES, *local(params.models.teacher), *local(params.models.student)]
     with stage("distributions", config=config, inputs=inputs, outputs=[DISTRIBUTIONS]) as run:
         if params.distill.teacher == "live":
@@ -39,6 +42,7 @@ def distributions() -> None:
             params.distributions,
             params.compute,
             run.progress,
+            params.distill.taid,
         )
         remove(DISTRIBUTIONS)
         DISTRIBUTIONS.parent.mkdir(parents=True, exist_ok=True)

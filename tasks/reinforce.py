@@ -6,6 +6,7 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Reinforcement
+from dgpo_core.protocol.encoding import known_ids
 from dgpo_core.training.adapters import merged
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
@@ -37,6 +38,11 @@ def reinforce(name: str) -> None:
     ) | {"recipe": recipe.model_dump()}
     inputs = [INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
     with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
+        if recipe.guidance != "none" and recipe.algorithm == "ppo" and params.reinforce.kl_estimator != "k1":
+            run.note(
+                f"reinforce.kl_estimator: {params.reinforce.kl_estimator} as a reward does not pull towards "
+                "the reference as eq. 4 does; only k1 has the KL's gradient (docs/method.md, Estimators)"
+            )
         tokenizer = load_tokenizer(start)
         student = load_student(params, start)
         reference = _reference(params, recipe, start, tokenizer)
@@ -47,7 +53,15 @@ def reinforce(name: str) -> None:
         if run.leads:
             rollout = traced(run, rollout, tokenizer.decode, every, limit)
         dev = DevEvaluator(params, loop, params.reinforce.dev_questions)
-        trainer = Reinforcer(student, reference, recipe, params.reinforce, params.compute, params.seed)
+        trainer = Reinforcer(
+            student,
+            reference,
+            recipe,
+            params.reinforce,
+            params.compute,
+            params.seed,
+            known_ids(tokenizer),
+        )
         report = reporter(run, ("em", "kl_inside", "searches"))
         rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)
         if not run.leads:

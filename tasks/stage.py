@@ -25,7 +25,7 @@ from typing import Any, Literal, NoReturn, SupportsFloat
 
 from rich.console import Console
 
-from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.errors import InfrastructureError, NotFinite, UserError
 from tasks.files import Outputs, content_hash, remove, write_json
 from tasks.lineage import Origin, origin
 from tasks.process import exit_on_sigterm, follows, is_worker, peak_memory
@@ -58,6 +58,10 @@ class Run:
     def progress(self, done: float, total: float, unit: str = "", **values: str | int | float) -> None:
         """Tell how far it is: `run.progress(step, steps, em=0.21, loss=1.3)`. Cheap; call it every step."""
         self.reporter.update(done, total, unit, **values)
+
+    def note(self, text: str) -> None:
+        """Tell something that deserves a line of its own."""
+        self.reporter.note(text)
 
     def metrics(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
         """Values of one step for MLflow's curves, such as {"train/em": 0.1}; sent in batches."""
@@ -107,7 +111,8 @@ def stage(
     run = Run(name, state, Reporter(name), tracker, hashes, origin())
     status = "FINISHED"
     try:
-        yield run
+        with _named(name):
+            yield run
         missing = [str(path) for path in outputs if not path.exists()]
         if missing:
             raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
@@ -132,7 +137,8 @@ def _following(name: str) -> Iterator[Run]:
     _wait_for_all()
     with Path(os.devnull).open("w") as nowhere:
         try:
-            yield Run(name, STATE / name, Reporter(name, Console(file=nowhere)), Untracked(), leads=False)
+            with _named(name):
+                yield Run(name, STATE / name, Reporter(name, Console(file=nowhere)), Untracked(), leads=False)
         except Exception as error:
             if _failed_elsewhere(name):
                 time.sleep(
@@ -141,6 +147,15 @@ def _following(name: str) -> Iterator[Run]:
                 raise SystemExit(2 if isinstance(error, UserError) else 1) from None
             _record_failure(name, error)
             raise
+
+
+@contextmanager
+def _named(stage_name: str) -> Iterator[None]:
+    """Say in which stage a number is none: whoever computes it does not know."""
+    try:
+        yield
+    except NotFinite as error:
+        raise UserError(f"{stage_name}: {error}") from error
 
 
 def _wait_for_all() -> None:

@@ -29,6 +29,11 @@ from dgpo_core.config.workers import WorkersConfig
 from dgpo_core.errors import UserError
 
 PARAMS = Path("params.yaml")
+# keys of earlier versions: verl's `critic_warmup` means steps in which the critic alone learns
+RENAMED = {
+    "reinforce.actor_warmup": "reinforce.actor_learning_rate_warmup",
+    "reinforce.critic_warmup": "reinforce.critic_learning_rate_warmup",
+}
 DATA_HINT = "the embedded world's sets need data.source: world"
 NO_RECIPES = Recipes()
 Row = TypeVar("Row", Distillation, Reinforcement)
@@ -225,7 +230,7 @@ def _validated(content: dict[str, Any], path: Path) -> Params:
             key = ".".join(map(str, detail["loc"])) or "(top level)"
             message = detail["msg"].removeprefix("Value error, ")
             if detail["type"] == "extra_forbidden":
-                message = "unknown key"
+                message = f"is now {RENAMED[key]}" if key in RENAMED else "unknown key"
             found = "" if isinstance(detail["input"], dict) else f" (found {detail['input']!r})"
             problems.append(f"{key}: {message}{found}")
         raise UserError(f"{path}: {'; '.join(problems)}") from error

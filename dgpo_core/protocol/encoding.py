@@ -10,6 +10,15 @@ MARGIN = 200  # tokens, and characters, beyond those that count
 ELSEWHERE = 13  # characters between two ends of a text: groups of 2 or 3 characters end differently there
 
 
+def known_ids(tokenizer: Any) -> int:
+    """Return one more than the largest id that has a token.
+
+    A model's output may have more rows, for the sake of even sizes (Qwen2.5: 151,936 for 151,665 tokens).
+    """
+    ids: dict[str, int] = tokenizer.get_vocab()
+    return 1 + max(ids.values())
+
+
 def encode_text(text: str, tokenizer: Any) -> list[int]:
     """Ids of a text of the environment; `<|im_end|>` in a passage is ordinary characters."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)

@@ -4,6 +4,7 @@ It knows token ids, an engine and a retriever. Token-in, token-out: sampled ids 
 text of the environment is tokenised once, when it is appended.
 """
 
+import math
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from dgpo_core.config.protocol import ProtocolConfig, Sampling
 from dgpo_core.datasets.records import Passage, Question
-from dgpo_core.errors import InfrastructureError
+from dgpo_core.errors import InfrastructureError, NotFinite
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.actions import ActionKind, is_well_formed, last_answer, parse_action
 from dgpo_core.protocol.encoding import encode_prompt, encode_start, encode_text
@@ -80,7 +81,10 @@ class AgentLoop:
         self._config, self._top_k = config, top_k
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
-        """One episode a task, in order. A failing retriever makes an episode `failed`, never wrong."""
+        """One episode a task, in order. A failing retriever makes an episode `failed`, never wrong.
+
+        Raises NotFinite for a model that gives no numbers.
+        """
         running = [self._start(task) for task in tasks]
         for turn in range(self._config.max_turns + 1):
             active = self._with_room(running)
@@ -133,6 +137,9 @@ class AgentLoop:
                 episode.ending, episode.failure = Ending.FAILURE, str(error)
             return
         for episode, generation in zip(active, generations, strict=True):
+            for value in generation.logprobs:
+                if not math.isfinite(value):
+                    raise NotFinite("log-probability of a sampled token", value)
             self._act(episode, generation, last=self._is_last(episode, turn))
 
     def _act(self, episode: _Running, generation: Generation, last: bool) -> None:

@@ -60,9 +60,8 @@ class VllmServerEngine:
         def one(request: Request) -> Generation:
             # without the turn, which comes last: the server that has the earlier turns in its cache
             server = self._servers[stable_seed(*request.seed[:-1]) % len(self._servers)]
-            choice = server.generate(
-                request.token_ids, sampling_fields(request, sampling, stop, self.endings.eos)
-            )
+            fields = sampling_fields(request, sampling, stop, self.endings)
+            choice = server.generate(request.token_ids, fields)
             require_version([span["version"] for span in choice["weight_versions"] or ()], self._version)
             logprobs = [step["logprob"] for step in choice["logprobs"]["content"]]
             ids, reason = choice["token_ids"], choice["finish_reason"]

@@ -26,7 +26,7 @@ def endings_of(source: str, tokenizer: Any) -> Endings:
 
 
 def sampling_fields(
-    request: Request, sampling: Sampling, stop: tuple[str, ...], eos: set[int]
+    request: Request, sampling: Sampling, stop: tuple[str, ...], endings: Endings
 ) -> dict[str, Any]:
     """Fields of vLLM's SamplingParams; none is left to defaults that a model's folder may set.
 
@@ -41,7 +41,9 @@ def sampling_fields(
         "max_tokens": request.max_new_tokens,
         "stop": list(stop),
         "include_stop_str_in_output": True,
-        "stop_token_ids": sorted(eos),
+        "stop_token_ids": sorted(endings.eos),
+        # exp(-100) of the others' weight is none in float32; these few are sent faster than all the others
+        "logit_bias": dict.fromkeys(endings.unknown, -100.0) or None,
         "skip_special_tokens": False,  # a tag may be a special token
         "spaces_between_special_tokens": False,
         "logprobs": 0,  # of the sampled token only

@@ -27,7 +27,8 @@ class EngineSync:
     """Gives `engine` the weights of `model`, and checks that both then compute the same.
 
     The probe continues `prompts` (token ids), the same ones each time: what the engine has kept of them from
-    other weights would show, and so would weights that have not arrived.
+    other weights would show, and so would weights that have not arrived. The engine samples from the first
+    `known` ids; None: from all that the model has rows for.
     """
 
     engine: SeparateEngine
@@ -35,6 +36,7 @@ class EngineSync:
     prompts: list[list[int]]
     config: ProbeConfig
     compute: ComputeConfig
+    known: int | None = None
 
     def refresh(self) -> None:
         """Raises UserError when engine and model disagree, and InfrastructureError when the engine fails."""
@@ -59,7 +61,8 @@ class EngineSync:
         batch = collate(sequences, self.model.device)
         with torch.no_grad(), autocast(self.compute):
             hidden = counted_hidden(backbone_of(self.model), batch)
-            own = token_logprobs(hidden, head_of(self.model), batch.targets, PROBED.temperature)[0]
+            head = head_of(self.model)[: self.known]
+            own = token_logprobs(hidden, head, batch.targets, PROBED.temperature)[0]
         return engine_gap(own.cpu(), torch.tensor([value for answer in answers for value in answer.logprobs]))
 
 

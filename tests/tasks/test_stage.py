@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.errors import InfrastructureError, NotFinite, UserError
 from tasks.stage import stage
 
 STATE = Path(".state/train")
@@ -144,3 +144,11 @@ def test_what_every_program_imports_is_light() -> None:
     code = f"import sys, tasks.stage; print([name for name in {heavy} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_number_that_is_none_is_said_with_the_stage() -> None:
+    with (
+        pytest.raises(UserError, match=r"^toy: the loss of step 2 is infinite; lower the rate$"),
+        stage("toy", config={}, outputs=[]),
+    ):
+        raise NotFinite("loss", float("inf"), "lower the rate", 2)

@@ -278,8 +278,8 @@ def test_defaults_are_the_papers() -> None:
     assert (distill.warmup_steps, distill.max_grad_norm) == (0, 1.0)
     assert (distill.ce_weight, distill.kl_weight) == (1.0, 1.0)
     assert (reinforce.steps, reinforce.batch_size, reinforce.mini_batch_size) == (1000, 512, 256)
-    assert (reinforce.actor_learning_rate, reinforce.actor_warmup) == (1e-6, 0.285)
-    assert (reinforce.critic_learning_rate, reinforce.critic_warmup) == (1e-5, 0.015)
+    assert (reinforce.actor_learning_rate, reinforce.actor_learning_rate_warmup) == (1e-6, 0.285)
+    assert (reinforce.critic_learning_rate, reinforce.critic_learning_rate_warmup) == (1e-5, 0.015)
     assert (reinforce.weight_decay, reinforce.max_grad_norm) == (0.01, 1.0)
     assert (reinforce.beta, reinforce.kl_estimator, reinforce.gae_scope) == (0.001, "k1", "model_tokens")
     assert (reinforce.gamma, reinforce.lam) == (1.0, 1.0)
@@ -309,3 +309,12 @@ def test_sentence_transformers_get_no_prefixes_of_e5(tmp_path: Path) -> None:
     assert prefixes() == ("query: ", "passage: ")
     assert prefixes(kind="sentence-transformers") == ("", "")
     assert prefixes(kind="sentence-transformers", query_prefix="Q ") == ("Q ", "")
+
+
+@pytest.mark.parametrize("part", ["actor", "critic"])
+def test_a_renamed_key_says_its_new_name(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"profile: x\nreinforce: {{{part}_warmup: 0.1}}\n")
+    said = rf"reinforce\.{part}_warmup: is now reinforce\.{part}_learning_rate_warmup"
+    with pytest.raises(UserError, match=said):
+        load_params(path)

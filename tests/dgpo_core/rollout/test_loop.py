@@ -1,6 +1,8 @@
 """The agent loop with an engine that writes given texts."""
 
+import math
 import random
+from dataclasses import replace
 from typing import Literal
 
 import pytest
@@ -11,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from dgpo_core.config.protocol import GREEDY, ProtocolConfig, Sampling
 from dgpo_core.datasets.records import Passage
 from dgpo_core.datasets.world.tokenizer import build_tokenizer
+from dgpo_core.errors import NotFinite
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.retrieval.hits import Retriever
@@ -269,7 +272,7 @@ def test_of_a_long_passage_no_more_is_tokenised_than_is_shown(
         assert episode.hit
         shown.append(pieces(episode)[2][1])
     assert shown[0] == shown[1]
-    assert 1000 < len(shown[0]) < sum(read) < 20_000
+    assert 500 < len(shown[0]) < sum(read) < 20_000
 
 
 TURNS = st.lists(
@@ -387,3 +390,17 @@ def test_an_ended_episode_holds_no_memory() -> None:
     assert held == [[False, False], [False, True], [False, True]]
     loop.run(tasks, GREEDY)
     assert len(memories) == 4  # a run of its own, with memories of its own
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_model_that_gives_no_numbers_is_no_wrong_answer(value: float) -> None:
+    """Whichever engine samples for it: evaluated, it would have EM 0."""
+
+    class Broken(ScriptedEngine):
+        def _one(self, request: Request, stop: tuple[str, ...]) -> Generation:
+            made = super()._one(request, stop)
+            return replace(made, logprobs=[*made.logprobs[:-1], value])
+
+    loop = AgentLoop(Broken(TOKENIZER, lambda *_: ANSWER), TOKENIZER, Answering(), ProtocolConfig(), 3)
+    with pytest.raises(NotFinite, match="the log-probability of a sampled token is"):
+        loop.run([Task(question(), "onehop")], GREEDY)
