@@ -24,12 +24,14 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgpo_core.errors import InfrastructureError, UserError, without_credentials
+from dgpo_core.errors import InfrastructureError, UserError
 from tasks import lineage
 from tasks.dvc_lock import from_cache
 from tasks.files import content_hash
+from tasks.mlflow_faults import explained
 from tasks.mlflow_model import save_mlflow_model
-from tasks.tracking import connect, start_run, tracking_uri
+from tasks.mlflow_store import tracking_uri
+from tasks.tracking import connect, start_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -306,18 +308,18 @@ def model_folder(reference: str) -> Path:
 
 @contextmanager
 def store() -> Iterator[Registry]:
-    """The registry; what MLflow raises becomes an InfrastructureError."""
+    """Give the registry. What MLflow raises becomes an InfrastructureError, or a UserError with the cure."""
     try:
         yield Registry(connect())
+    except (UserError, InfrastructureError):
+        raise
     except Exception as error:
         from mlflow.exceptions import MlflowException  # not before connect(), which makes MLflow quiet
         from sqlalchemy.exc import SQLAlchemyError
 
         if not isinstance(error, MlflowException | SQLAlchemyError):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        failed = without_credentials(f"MLflow's store {tracking_uri()} failed: {first}")
-        raise InfrastructureError(failed) from error
+        raise explained(error) from error
 
 
 def _version(found: "ModelVersion") -> Version:

@@ -186,6 +186,9 @@ def _explain(error: BaseException) -> int:
         case UserError():
             print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
             return 2
+        case InfrastructureError():
+            print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+            return 1
         case KeyboardInterrupt():
             return 128 + signal.SIGINT
         case SystemExit():
