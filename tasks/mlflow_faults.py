@@ -50,6 +50,11 @@ def explained(error: Exception) -> UserError | InfrastructureError:
     if found := re.search(r"[Tt]he run (\w+) must be in the 'active' state", text):
         restore = _command(f"mlflow runs restore --run-id {found[1]}")
         return UserError(f"the run {found[1]} was deleted in MLflow: {restore}")
+    if found := re.search(r"Run with id=(\w+) not found", text):
+        return UserError(
+            f"the run {found[1]}, which kept what belongs to a version, is gone from MLflow: delete the version "
+            "on MLflow's page of the model, then `dgpo register`"
+        )
     uri = tracking_uri()
     shown = _without_secrets(uri.partition("?")[0])
     code = getattr(error, "error_code", "")

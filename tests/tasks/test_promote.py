@@ -42,7 +42,7 @@ def artifact(of: Version, name: str) -> str:
 def two(own_store: Path) -> Path:
     """kd (version 1) is champion; dgpo (version 2) is better and challenges."""
     make_trained(own_store)
-    register_trained()
+    register_trained(challenger=True)
     assert promote("1", dry_run=False, yes=True) == PROMOTED
     return own_store
 
@@ -68,13 +68,13 @@ def test_the_first_champion_and_its_successor(two: Path, capsys: pytest.CaptureF
 
 def test_a_worse_model_becomes_champion_through_no_command(own_store: Path) -> None:
     make_trained(own_store, dgpo=WORSE)
-    register_trained()
+    register_trained(challenger=True)
     assert promote("1", dry_run=False, yes=True) == PROMOTED
     for number in (None, "2"):
         for dry_run in (True, False):
             assert promote(number, dry_run, yes=True) == KEPT
             assert holder(CHAMPION) == "kd"
-    register_trained()
+    register_trained(challenger=True)
     with pytest.raises(UserError, match="no previous champion"):
         rollback("try")
     assert (holder(CHAMPION), holder(PREVIOUS)) == ("kd", None)
@@ -115,7 +115,7 @@ def test_of_two_promotions_at_once_one_is_told(two: Path, monkeypatch: pytest.Mo
         decision = decided(registry, *arguments)  # type: ignore[arg-type]
         monkeypatch.setattr(promotion, "judge", decided)
         train(two, "kd", "another kd", Model.of(0.9, arcap=0.9, seed=8))
-        register_trained()
+        register_trained(challenger=True)
         assert promote("3", dry_run=False, yes=True) == PROMOTED
         return decision
 
@@ -171,7 +171,7 @@ def test_a_champion_with_other_questions_must_be_evaluated_again(
     rows = [row | {"question": "a new question"} for row in table.to_pylist()]
     pq.write_table(table.from_pylist(rows), path)
     write_lock(two)
-    register_trained()
+    register_trained(challenger=True)
     assert promote(None, dry_run=False, yes=True) == REFUSED
     said = " ".join(capsys.readouterr().out.split())
     assert "they were asked other questions" in said
@@ -204,12 +204,12 @@ def test_without_weights_there_is_no_promotion(two: Path) -> None:
 
 def test_what_is_missing_is_said(own_store: Path) -> None:
     with pytest.raises(UserError, match="no trained model"):
-        register_trained()
+        register_trained(challenger=True)
     make_trained(own_store)
     with pytest.raises(UserError, match=r"no version is the challenger: models/dgpo is not registered"):
         promote(None, dry_run=False, yes=True)
     (own_store / "evaluation/student").rename(own_store / "elsewhere")
-    register_trained()
+    register_trained(challenger=True)
     with pytest.raises(UserError, match="compared with the student, which was not evaluated"):
         promote(None, dry_run=False, yes=True)
     with pytest.raises(UserError, match="has no version 7; there are: 1, 2"):
