@@ -52,8 +52,8 @@ def explained(error: Exception) -> UserError | InfrastructureError:
         return UserError(f"the run {found[1]} was deleted in MLflow: {restore}")
     if found := re.search(r"Run with id=(\w+) not found", text):
         return UserError(
-            f"the run {found[1]}, which kept what belongs to a version, is gone from MLflow: delete the version "
-            "on MLflow's page of the model, then `dgpo register`"
+            f"the run {found[1]}, which kept what belongs to a version, is gone from MLflow: delete the "
+            "version on MLflow's page of the model, then `dgpo register`"
         )
     uri = tracking_uri()
     shown = _without_secrets(uri.partition("?")[0])

@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -220,7 +220,8 @@ def _settle(path: Path) -> None:
                 update = "UPDATE experiments SET artifact_location = ? WHERE experiment_id = ?"
                 store.execute(update, (new_place, row))
     said = f"note: {path.name} was copied or moved here from {old.parent}: artifacts are now kept in {home}"
-    print(said, file=sys.stderr, flush=True)
+    with suppress(OSError):  # nobody may be reading any more
+        print(said, file=sys.stderr, flush=True)
 
 
 def _tables(store: sqlite3.Connection) -> set[str]:

@@ -28,7 +28,7 @@ from rich.console import Console
 from dgpo_core.errors import InfrastructureError, UserError
 from tasks.files import Outputs, content_hash, remove, write_json
 from tasks.lineage import Origin, origin
-from tasks.process import exit_on_sigterm, follows, is_worker, peak_memory
+from tasks.process import exit_on_signals, follows, is_worker, peak_memory
 from tasks.progress import Reporter
 from tasks.provenance import git_commit, labels, stage_labels
 from tasks.registry import WEIGHTS_PATIENCE, registration
@@ -120,7 +120,7 @@ def stage(
         raise
     finally:
         run.reporter.close()
-        tracker.close(status, CLOSE_TIMEOUT if status == "FINISHED" else QUICK_CLOSE)
+        tracker.close(status, QUICK_CLOSE if status == "KILLED" else CLOSE_TIMEOUT)
         _write_run(run, status, started, time.monotonic() - clock)
         if status == "FINISHED":
             shutil.rmtree(state, ignore_errors=True)
@@ -164,7 +164,7 @@ def main(function: Callable[[], None]) -> NoReturn:
 
     Why it failed is left in `.state/<stage>/failure.json`, because `dvc repro` exits 255 whatever happened.
     """
-    exit_on_sigterm()
+    exit_on_signals()
     dvc_stage = os.environ.get("DVC_STAGE")  # set by DVC; errors before `stage()` belong to it too
     if dvc_stage and not is_worker():
         remove(STATE / dvc_stage / FAILURE)

@@ -354,7 +354,8 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def warn(error: Exception) -> None:
     """Tracking is a convenience: its failure is said in one line and never ends a stage."""
-    print(f"warning: MLflow does not record this run: {explained(error)}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the terminal may be closed by now
+        print(f"warning: MLflow does not record this run: {explained(error)}", file=sys.stderr, flush=True)
 
 
 def _nothing(_client: "MlflowClient", _run_id: str) -> None:
