@@ -46,7 +46,9 @@ def record_evaluations(
     for recipe, stage in trained_models(params, lock, root).items():
         version = registry.with_tag("dvc_md5", lock[stage].outs[(MODELS / recipe).as_posix()])
         if version is None:
-            problems[recipe] = f"{MODELS / recipe} is not registered; run `dgpo register`"
+            problems[recipe] = (
+                f"{MODELS / recipe} is not registered; run `dgpo register` (--challenger offers it, too)"
+            )
             continue
         with tempfile.TemporaryDirectory(prefix="dgpo-evidence-") as temporary:
             folder = Path(temporary)
