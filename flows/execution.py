@@ -21,8 +21,8 @@ from prefect.exceptions import ObjectNotFound
 import tasks
 from flows.dag import Stage
 from flows.process import run_group
+from tasks.mlflow_store import tracking_uri
 from tasks.stage import FAILURE, STATE
-from tasks.tracking import tracking_uri
 
 GPU_LIMIT = "gpu"  # Prefect's global concurrency limit; `make deploy` creates it
 # What DVC says when another process holds one of its locks; trying again is the cure.

@@ -42,11 +42,12 @@ from flows.workspace import (
     publish,
     restore_outputs,
 )
+from tasks.mlflow_store import tracking_uri
 from tasks.preflight import preflight
 from tasks.progress import duration
 from tasks.show import RESULTS, load_results, markdown
 from tasks.stage import main as run_program
-from tasks.tracking import PIPELINE_RUN, Pipeline, experiment_of, tracking_uri
+from tasks.tracking import PIPELINE_RUN, Pipeline, experiment_of
 from tasks.use import profile_path
 
 MAX_RESTARTS = 5  # of one flow run: a machine that kills it every time will not be cured by trying again
@@ -108,6 +109,7 @@ def _in_workspace(root: Path, name: str, settings: PipelineSettings) -> None:
     try:
         _bring_up_to_date(workspace.tree, settings, workspace)
         if settings.promote and not settings.dry_run:
+            workspace.save(f"{workspace.tree.name}: {_title(settings)}")  # what is offered has a commit
             get_run_logger().info(offer(workspace.tree))
     finally:
         if settings.dry_run:

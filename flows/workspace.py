@@ -20,8 +20,8 @@ import yaml
 
 from dgpo_core.config.params import PARAMS, Params
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
+from tasks.mlflow_store import tracking_uri
 from tasks.services import adopt
-from tasks.tracking import tracking_uri
 
 RUNS = Path(".runs")
 BRANCHES = "runs"

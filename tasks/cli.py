@@ -174,11 +174,15 @@ def restore(
 
 
 @app.command()
-def register() -> None:
+def register(
+    challenger: Annotated[
+        bool, typer.Option("--challenger", help="offer the model of promote.recipe as champion, too")
+    ] = False,
+) -> None:
     """Register the trained models of this working tree that MLflow does not know yet."""
     from tasks.evidence import register_trained
 
-    register_trained()
+    register_trained(challenger)
 
 
 @app.command()

@@ -10,7 +10,7 @@ import sys
 
 from dgpo_core.errors import UserError
 from tasks.preflight import preflight
-from tasks.process import exit_on_sigterm
+from tasks.process import exit_on_signals
 from tasks.services import adopt
 from tasks.tracking import PIPELINE_RUN, Pipeline
 
@@ -22,7 +22,7 @@ def main(arguments: list[str]) -> int:
     """
     from dvc.cli import main as dvc
 
-    exit_on_sigterm()
+    exit_on_signals()
     try:
         adopt()
         preflight()

@@ -50,18 +50,22 @@ def die_with_stage(grace: float) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def exit_on_sigterm() -> None:
-    """Turn SIGTERM into SystemExit(143), so that `with` and `finally` blocks clean up.
+def exit_on_signals() -> None:
+    """Turn SIGTERM and SIGHUP (a closed terminal) into SystemExit(143 or 129), so that `with` and `finally`
+    blocks clean up. SIGHUP stays ignored where it is, as under `nohup`.
 
-    Only the first one counts: ending a process group and the death of the parent both send it, and the
-    second must not interrupt the cleaning up.
+    Only the first one counts: a closed terminal, the end of a process group and the death of the parent all
+    send one, and the second must not interrupt the cleaning up.
     """
 
-    def leave(_signal: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise SystemExit(TERMINATED)
+    def leave(number: int, _frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, leave)
 
 
 def peak_memory() -> int:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.reporting.report import write_report
 from tasks.dvc_lock import read_lock
-from tasks.evidence import challenge
+from tasks.evidence import record_evaluations
 from tasks.paths import EVALUATION, METRICS, PLOTS, REPORTS
 from tasks.registry import Registry
 from tasks.stage import main, stage
@@ -24,13 +24,12 @@ def report() -> None:
         write_report(
             EVALUATION, PLOTS, METRICS, REPORTS, models, mirrors, dumped, params.pair, params.report.first
         )
-        # evaluated and reported: the last recipe's model may now challenge the champion
-        run.tracker.submit(lambda client, _: _challenge(client, params))
+        run.tracker.submit(lambda client, _: _record(client, params))
         run.progress(1, 1)
 
 
-def _challenge(client: "MlflowClient", params: Params) -> None:
-    challenge(Registry(client), params, read_lock())
+def _record(client: "MlflowClient", params: Params) -> None:
+    record_evaluations(Registry(client), params, read_lock())
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ class Record:
     page: str  # URL for people
     pid: int = 0  # 0: the record was written, the process was not yet
     created: float = 0.0  # seconds since the epoch
+    place: str = ""  # the folder of records that it was written to, which a copy of it is not
 
 
 def path(name: str, folder: Path = FOLDER) -> Path:
@@ -43,14 +44,18 @@ def path(name: str, folder: Path = FOLDER) -> Path:
 
 
 def write(record: Record, folder: Path = FOLDER) -> None:
-    write_json(path(record.name, folder), asdict(record))
+    write_json(path(record.name, folder), {**asdict(record), "place": _place(folder)})
 
 
 def read(name: str, folder: Path = FOLDER) -> Record | None:
-    """None where there is none. Raises UserError for a file that is no record."""
+    """None where there is none, or a copied one of another checkout, whose server works on that one's store.
+
+    Raises UserError for a file that is no record.
+    """
     file = path(name, folder)
     try:
-        return TypeAdapter(Record).validate_json(file.read_bytes())
+        record = TypeAdapter(Record).validate_json(file.read_bytes())
+        return record if record.place in ("", _place(folder)) else None
     except FileNotFoundError:
         return None
     except ValidationError as error:
@@ -58,19 +63,26 @@ def read(name: str, folder: Path = FOLDER) -> Record | None:
         raise UserError(f"{file}: not a record of a service ({problem}); see `ps`, then delete it") from None
 
 
+def _place(folder: Path) -> str:
+    """What stays the same when the folder is moved, and does not when it is copied."""
+    found = folder.stat()
+    return f"{found.st_dev}:{found.st_ino}"
+
+
+def find(pid: int, created: float) -> psutil.Process | None:
+    """Return the process that began at `created`, if it runs: a later one with its number is another's."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - created) < CLOCK_TOLERANCE
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    return None
+
+
 def leader(record: Record) -> psutil.Process | None:
-    """The process that was started, if it still runs: a later one with its number is another's."""
-    try:
-        process = psutil.Process(record.pid) if record.pid else None
-        if (
-            process
-            and process.status() != psutil.STATUS_ZOMBIE
-            and abs(process.create_time() - record.created) < CLOCK_TOLERANCE
-            and process.cmdline() == record.command
-        ):
-            return process
-    except psutil.Error:
-        pass
+    """The process that was started, if it still runs."""
+    with contextlib.suppress(psutil.Error):
+        process = find(record.pid, record.created) if record.pid else None
+        return process if process and process.cmdline() == record.command else None
     return None
 
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from dgpo_core.errors import InfrastructureError, NotFinite, UserError
 from tasks.files import Outputs, content_hash, remove, write_json
 from tasks.lineage import Origin, origin
-from tasks.process import exit_on_sigterm, follows, is_worker, peak_memory
+from tasks.process import exit_on_signals, follows, is_worker, peak_memory
 from tasks.progress import Reporter
 from tasks.provenance import git_commit, labels, stage_labels
 from tasks.registry import WEIGHTS_PATIENCE, registration
@@ -125,7 +125,7 @@ def stage(
         raise
     finally:
         run.reporter.close()
-        tracker.close(status, CLOSE_TIMEOUT if status == "FINISHED" else QUICK_CLOSE)
+        tracker.close(status, QUICK_CLOSE if status == "KILLED" else CLOSE_TIMEOUT)
         _write_run(run, status, started, time.monotonic() - clock)
         if status == "FINISHED":
             shutil.rmtree(state, ignore_errors=True)
@@ -179,7 +179,7 @@ def main(function: Callable[[], None]) -> NoReturn:
 
     Why it failed is left in `.state/<stage>/failure.json`, because `dvc repro` exits 255 whatever happened.
     """
-    exit_on_sigterm()
+    exit_on_signals()
     dvc_stage = os.environ.get("DVC_STAGE")  # set by DVC; errors before `stage()` belong to it too
     if dvc_stage and not is_worker():
         remove(STATE / dvc_stage / FAILURE)
@@ -201,6 +201,9 @@ def _explain(error: BaseException) -> int:
         case UserError():
             print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
             return 2
+        case InfrastructureError():
+            print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+            return 1
         case KeyboardInterrupt():
             return 128 + signal.SIGINT
         case SystemExit():

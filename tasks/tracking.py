@@ -3,8 +3,9 @@
 Besides this file `registry`, `run_data`, `pipeline_summary` and `traces` import it, with a client from here.
 
 The store is MLFLOW_TRACKING_URI (a server, say) or `mlflow.db` in the working directory, with artifacts in
-`mlruns/`. Everything after the import happens on a thread of its own, in order and in batches: a slow store
-does not slow training down, and a broken one is warned of once and otherwise ignored.
+`mlruns/` beside it. Everything after the import and the making of a new store happens on a thread of its own,
+in order and in batches: a slow store does not slow training down, and a broken one is warned of once and
+otherwise ignored.
 """
 
 import json
@@ -12,23 +13,28 @@ import logging
 import math
 import os
 import queue
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
-from dgpo_core.errors import without_credentials
+import psutil
+
+from tasks.mlflow_faults import deleted_experiment, explained, require_answer
+from tasks.mlflow_store import EXPERIMENT, artifact_root, local_path, prepare, tracking_uri
 from tasks.pipeline_summary import summarize
 from tasks.provenance import changed_settings, labels, settings
+from tasks.services import find
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-EXPERIMENT = "dgpo"
 PIPELINE_RUN = "DGPO_PIPELINE_RUN"  # environment: id of the pipeline's run, the parent of the stages' runs
 FLUSH_INTERVAL = 5.0  # seconds
 CLOSE_TIMEOUT = 30.0  # seconds to wait for the last batches
@@ -38,45 +44,84 @@ MAX_PARAM_LENGTH, MAX_WAITING = 6000, 100_000
 Job = Callable[["MlflowClient", str], object]
 
 
-def tracking_uri() -> str:
-    """Where runs are recorded."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
-
-
 def connect() -> "MlflowClient":
-    """A client of the store, with an experiment of ours in it. Raises what MLflow raises.
+    """Return a client of the store, which has our experiment.
 
-    Call it once before stages start side by side: two processes that both create the sqlite file collide.
+    Raises what MLflow raises; UserError for a store or an experiment that cannot be used, with the cure; and
+    InfrastructureError when a server does not answer, within seconds.
     """
     # A server that is gone would be retried for minutes by default.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it tells of every table it creates
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault(
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"
     )  # with its password, if it has one
+    uri = tracking_uri()
+    prepare(uri)
+    require_answer(uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    client = MlflowClient(tracking_uri())
-    if client.get_experiment_by_name(EXPERIMENT) is None:
-        local = tracking_uri().startswith("sqlite:")
+    client = MlflowClient(uri)
+    if client.get_experiment_by_name(EXPERIMENT) is None:  # of a new server, or renamed by somebody
+        path = local_path(uri)
         try:
-            client.create_experiment(EXPERIMENT, Path("mlruns").resolve().as_uri() if local else None)
+            client.create_experiment(EXPERIMENT, artifact_root(path).as_uri() if path else None)
         except MlflowException:  # somebody else was faster
             if client.get_experiment_by_name(EXPERIMENT) is None:
                 raise
+    _experiment(client)
     return client
 
 
 def start_run(client: "MlflowClient", name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
-    """A new run's id; `parent` makes it a child of that run."""
+    """Start a run and return its id; `parent` makes it a child of that run, in the same experiment."""
+    # where the parent is: somebody may have renamed the experiment since it began
+    experiment = str(client.get_run(parent).info.experiment_id) if parent else _experiment(client)
+    nesting = {"mlflow.parentRunId": parent} if parent else {}
+    run = client.create_run(experiment, tags={**tags, **_process(), **nesting}, run_name=name)
+    return str(run.info.run_id)
+
+
+def _experiment(client: "MlflowClient") -> str:
+    """Return the id of our experiment. Raises UserError when it was deleted."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None, "connect() creates it"
-    nesting = {"mlflow.parentRunId": parent} if parent else {}
-    run = client.create_run(experiment.experiment_id, tags={**tags, **nesting}, run_name=name)
-    return str(run.info.run_id)
+    if experiment.lifecycle_stage != "active":
+        raise deleted_experiment(str(experiment.experiment_id))
+    return str(experiment.experiment_id)
+
+
+def _process() -> dict[str, str]:
+    """Return who writes a run, as tags: by them the next start knows a run whose process is gone."""
+    process = psutil.Process()
+    return {
+        "process.host": _host(),
+        "process.pid": str(process.pid),
+        "process.started": repr(process.create_time()),
+    }
+
+
+def _host() -> str:
+    """Return whose processes can be seen from here: machine, user, and a container's own process numbers."""
+    space = ""
+    with suppress(OSError):
+        space = str(Path("/proc/self/ns/pid").readlink())
+    return f"{socket.gethostname()} {os.getuid()} {space}".strip()
+
+
+def close_left_over(client: "MlflowClient") -> None:
+    """End runs as KILLED whose process on this machine is gone: a closed terminal, SIGKILL, a power cut."""
+    mine = f"attributes.status = 'RUNNING' and tags.`process.host` = '{_host()}'"
+    for run in client.search_runs([_experiment(client)], mine):
+        try:
+            alive = find(int(run.data.tags["process.pid"]), float(run.data.tags["process.started"]))
+        except (KeyError, ValueError):  # somebody's own tags
+            continue
+        if alive is None:
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def experiment_of(run_id: str) -> str:
@@ -92,6 +137,7 @@ class Pipeline:
         self._root = root
         try:
             self._client = connect()
+            close_left_over(self._client)
             params = settings(root)
             described = {"kind": "pipeline", **labels(root), **(tags or {})}
             if params:
@@ -148,6 +194,8 @@ class StageRun:
             # on this thread: imports side by side with torch's may see half of a module
             import mlflow
             import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
+
+            prepare(tracking_uri())  # before the thread starts: a stage may end while it is at work
         except Exception as error:
             self._warn(error)
             return
@@ -182,6 +230,7 @@ class StageRun:
         client: MlflowClient | None = None
         try:
             client = connect()
+            close_left_over(client)
             self.run_id = self._open_run(client)
             self._start_monitor(self.run_id)
         except Exception as error:
@@ -205,7 +254,8 @@ class StageRun:
         run_id = self._earlier_run(client)
         if run_id:
             client.update_run(run_id, status="RUNNING")
-            for name, value in {**self._tags, **({"mlflow.parentRunId": parent} if parent else {})}.items():
+            nesting = {"mlflow.parentRunId": parent} if parent else {}
+            for name, value in {**self._tags, **_process(), **nesting}.items():
                 client.set_tag(run_id, name, value)  # the commit may be another one by now
             return run_id
         run_id = start_run(client, self._stage, {"kind": "stage", "stage": self._stage, **self._tags}, parent)
@@ -304,8 +354,8 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def warn(error: Exception) -> None:
     """Tracking is a convenience: its failure is said in one line and never ends a stage."""
-    first_line = without_credentials((str(error).strip() or type(error).__name__).splitlines()[0])
-    print(f"warning: MLflow does not record this run: {first_line}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the terminal may be closed by now
+        print(f"warning: MLflow does not record this run: {explained(error)}", file=sys.stderr, flush=True)
 
 
 def _nothing(_client: "MlflowClient", _run_id: str) -> None:
