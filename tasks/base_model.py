@@ -29,7 +29,9 @@ def build(name: str) -> None:
             run.progress(sum(done.values()), total, phase=phase, loss=metrics["loss"])
             run.metrics(step, {f"{phase}/{key}": value for key, value in metrics.items()})
 
-        BaseModelBuilder(base, params.protocol, params.retrieval.top_k, run.state, report).build(name, out)
+        BaseModelBuilder(base, params.protocol, params.retrieval.top_k, run.state, report).build(
+            name, run.output(out)
+        )
 
 
 if __name__ == "__main__":

@@ -15,5 +15,5 @@ PLOTS = Path("plots")
 REPORTS = Path("reports")
 
 
-def questions_file(name: str, split: str) -> Path:
-    return QUESTIONS / name / f"{split}.jsonl"
+def questions_file(name: str, split: str, folder: Path = QUESTIONS) -> Path:
+    return folder / name / f"{split}.jsonl"
