@@ -8,6 +8,7 @@ INDEX = Path("data/index")
 TEACHER_EPISODES = Path("data/teacher/episodes.parquet")
 DISTRIBUTIONS = Path("data/distributions")
 CORRECT_EPISODES = Path("data/correct/episodes.parquet")
+GIVEN = Path("models/given")  # links to the two models that a run starts from, wherever they are
 MODELS = Path("models")  # a folder for each: the embedded student and teacher, and every recipe's
 EVALUATION = Path("evaluation")
 METRICS = Path("metrics")
