@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
-from dgpo_core.config.params import PARAMS, Params
+from dgpo_core.config.params import PARAMS, Params, read_yaml
+from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
+from tasks.files import write_text
 from tasks.mlflow_store import tracking_uri
 from tasks.services import adopt
 
@@ -74,9 +74,9 @@ class Workspace:
     def write_params(self, params: Mapping[str, Any], comment: str) -> None:
         """Replace params.yaml. Raises pydantic's ValidationError."""
         Params.model_validate(dict(params))
-        text = yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True)
-        if not (self.tree / PARAMS).is_file() or yaml.safe_load((self.tree / PARAMS).read_text()) != params:
-            (self.tree / PARAMS).write_text(f"# {comment}\n{text}")
+        path = self.tree / PARAMS
+        if not path.is_file() or read_yaml(path) != params:
+            write_text(path, f"# {comment}\n{as_text(dict(params))}")
 
     def save(self, message: str) -> str:
         """Commit what the run has changed (params.yaml, dvc.lock, base models); the commit on the branch."""

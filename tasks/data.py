@@ -11,7 +11,6 @@ from dgpo_core.datasets.records import Question, write_jsonl
 from dgpo_core.datasets.world.articles import write_articles
 from dgpo_core.datasets.world.generate import generate_world
 from dgpo_core.datasets.world.questions import write_questions
-from tasks.files import remove
 from tasks.measured import write_metrics
 from tasks.paths import CORPUS, METRICS, QUESTIONS, questions_file
 from tasks.stage import Run, main, stage
@@ -30,7 +29,7 @@ def write_world(params: Params) -> None:
         articles = write_articles(world)
         questions = write_questions(world, articles)
         passages = [passage for article in articles for passage in article.passages]
-        write_jsonl(CORPUS, passages)
+        write_jsonl(run.output(CORPUS), passages)
         write_splits(run, questions)
         counts = {"passages": len(passages), "articles": len(articles), "facts": len(world.facts)}
         summarize(run, counts, questions, sources={})
@@ -49,7 +48,7 @@ def write_published(params: Params) -> None:
         passages = write_corpus(
             config,
             corpus,
-            CORPUS,
+            run.output(CORPUS),
             lambda done, total: run.progress(done, total, unit="passages"),
             answers.read,
         )
@@ -62,16 +61,16 @@ def write_published(params: Params) -> None:
 
 
 def write_splits(run: Run, questions: Splits) -> None:
-    remove(QUESTIONS)  # of sets that are no longer asked for
+    folder = run.output(QUESTIONS)
     for number, ((name, split), items) in enumerate(questions.items(), 1):
-        write_jsonl(questions_file(name, split), items)
+        write_jsonl(questions_file(name, split, folder), items)
         run.progress(number, len(questions))
 
 
 def summarize(run: Run, counts: Mapping[str, float], questions: Splits, sources: dict[str, str]) -> None:
     """The stage's metrics: `counts`, the questions of each split, and where everything comes from."""
     summary = {**counts} | {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
-    write_metrics(METRICS / "data.json", {**summary, **sources})
+    write_metrics(run.output(METRICS / "data.json"), {**summary, **sources})
     run.summary(summary)
 
 

@@ -87,11 +87,11 @@ def distill(name: str) -> None:
             )
         if not run.leads:
             return
-        save_model(merged(student), tokenizer, out)
-        write_curves(curves, rows)
+        save_model(merged(student), tokenizer, run.output(out))
+        write_curves(run.output(curves), rows)
         kept = ("dev_em", "loss", "divergence", "em", "searches")
         summary: dict[str, float] = {key: rows[-1][key] for key in kept if key in rows[-1]}
-        write_metrics(METRICS / f"distill-{name}.json", summary)
+        write_metrics(run.output(METRICS / f"distill-{name}.json"), summary)
         run.summary(summary)
         run.register_model(name, out)
 

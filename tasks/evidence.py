@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow.parquet as pq
-import yaml
 
 from dgpo_core.config.params import PARAMS, Params, load_params, read_yaml
 from dgpo_core.config.recipes import STUDENT
 from dgpo_core.config.retrieval import parse_location
+from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
 from dgpo_core.promotion.evidence import MADE, TABLES, Made
 from dgpo_core.protocol.episode import read_metadata
@@ -24,7 +24,7 @@ from tasks.dvc_lock import Lock, LockedStage, dvc_md5, read_lock, upstream
 from tasks.files import content_hash
 from tasks.inputs import model_source
 from tasks.lineage import CODE, build, earlier_origin, origin, trained_models
-from tasks.paths import EVALUATION, INDEX, MODELS, QUESTIONS
+from tasks.paths import EVALUATION, GIVEN, INDEX, MODELS, QUESTIONS
 from tasks.provenance import uncommitted
 from tasks.registry import AGAIN, DVC, Registry, Version, store
 from tasks.tracking import flatten
@@ -194,7 +194,8 @@ def _other_parameters(recipe: str, lock: Lock, root: Path) -> list[str]:
 def _assemble(model: str, digest: str, lock: Lock, folder: Path, root: Path) -> bool:
     """Copy DVC's evaluation of `model` to `folder`, with its origin; False unless it is of these bytes."""
     stage = lock.get(f"evaluate@{model}")
-    source, path = EVALUATION / model, (MODELS / model).as_posix()
+    source = EVALUATION / model
+    path = ((GIVEN if model == STUDENT else MODELS) / model).as_posix()
     if stage is None or stage.outs.get(source.as_posix()) != dvc_md5(root / source):
         return False
     if path in stage.deps and stage.deps[path] != dvc_md5(root / path):
@@ -235,7 +236,7 @@ def _settings(stage: LockedStage) -> dict[str, Any]:
 
 def _code() -> dict[str, str]:
     """DVC's hash of the sources that the stage depends on."""
-    stages = yaml.safe_load((SOURCES / "dvc.yaml").read_text(encoding="utf-8"))["stages"]
+    stages = read_yaml(SOURCES / "dvc.yaml")["stages"]
     paths = [path for path in stages["evaluate"]["do"]["deps"] if path.startswith(CODE)]
     return {path: dvc_md5(SOURCES / path) or "" for path in paths}
 
@@ -251,7 +252,7 @@ def _project(project: Path, params: Params, recipe: str, folder: Path) -> None:
     location = parse_location(params.retrieval.location)
     if location.kind == "folder":  # filled already
         content["retrieval"]["location"] = f"embedded:{Path(location.place).resolve()}"
-    (project / PARAMS).write_text(yaml.safe_dump(content, sort_keys=False), encoding="utf-8")
+    (project / PARAMS).write_text(as_text(content), encoding="utf-8")
     _lend_index(project / INDEX)
     (project / QUESTIONS).symlink_to(QUESTIONS.resolve())
     (project / MODELS).mkdir()

@@ -37,16 +37,16 @@ def filter_episodes() -> None:
         episodes = read_episodes(TEACHER_EPISODES)
         kept = [episode for episode in episodes if episode.correct]
         require_episodes(len(kept), f"correct teacher episodes in {TEACHER_EPISODES}")
-        write_episodes(CORRECT_EPISODES, kept, read_metadata(TEACHER_EPISODES))
+        write_episodes(run.output(CORRECT_EPISODES), kept, read_metadata(TEACHER_EPISODES))
         counts = audit(episodes)
         table = [[dataset, why, count] for (dataset, why), count in sorted(counts.items())]
-        write_csv(AUDIT, [["data set", "reason", "episodes"], *table])
+        write_csv(run.output(AUDIT), [["data set", "reason", "episodes"], *table])
         summary: dict[str, float] = {"raw": len(episodes), "kept": len(kept)}
         for (_, why), count in counts.items():
             if why != "kept":
                 key = why.replace(",", "").replace(" ", "_")
                 summary[key] = summary.get(key, 0) + count
-        write_metrics(METRICS / "filter.json", summary)
+        write_metrics(run.output(METRICS / "filter.json"), summary)
         run.summary(summary)
 
 

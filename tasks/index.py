@@ -11,7 +11,6 @@ from dgpo_core.retrieval.client import ServiceClient, describe_service
 from dgpo_core.retrieval.flat_index import FlatIndex
 from dgpo_core.retrieval.index import Searcher
 from dgpo_core.retrieval.shards import Manifest, build_shards, write_manifest
-from tasks.files import remove
 from tasks.measured import write_metrics
 from tasks.paths import CORPUS, INDEX, METRICS, questions_file
 from tasks.pipeline_index import measured_recall, retriever, validation_questions
@@ -35,10 +34,8 @@ def index() -> None:
             imported = FlatIndex(parts, digest) if parts else None
             manifest = build_shards(CORPUS, shards, params.retrieval, run.progress, imported=imported)
         summary = {"passages": manifest.passages} | recall(params, shards)
-        remove(INDEX)
-        INDEX.parent.mkdir(parents=True, exist_ok=True)
-        shards.rename(INDEX)
-        write_metrics(METRICS / "index.json", summary)
+        shards.rename(run.output(INDEX))
+        write_metrics(run.output(METRICS / "index.json"), summary)
         run.summary(summary)
         print(f"index: {json.dumps(summary)}")
 

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from rich.console import Console
 
 from dgpo_core.config.params import Params, load_params, resolve_profile
 from dgpo_core.config.recipes import STUDENT, Recipes
+from dgpo_core.config.yaml_text import as_text
 from dgpo_core.planning.architectures import config_of
 from dgpo_core.protocol import prompts
 from dgpo_core.rehearsal import files
@@ -97,7 +97,7 @@ def prepare(folder: Path, resolved: dict[str, Any]) -> list[str]:
         files.write_corpus(folder / CORPUS)
         files.write_question_sets(folder / QUESTIONS, [*train, *test])
         notes.append("data: a handful of passages and questions stand in for the embedded world")
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    (folder / "params.yaml").write_text(as_text(params), encoding="utf-8")
     return notes
 
 

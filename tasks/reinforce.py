@@ -66,13 +66,13 @@ def reinforce(name: str) -> None:
         rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)
         if not run.leads:
             return
-        save_model(merged(student), tokenizer, out)
-        write_curves(curves, rows)
+        save_model(merged(student), tokenizer, run.output(out))
+        write_curves(run.output(curves), rows)
         last = rows[-1]
         kept = ("dev_em", "em", "searches", "kl_inside", "kl_outside", "entropy")
         summary = {key: last[key] for key in kept if key in last}
         summary["gate_excluded"] = sum(row["gate_excluded"] for row in rows) / len(rows)
-        write_metrics(METRICS / f"reinforce-{name}.json", summary)
+        write_metrics(run.output(METRICS / f"reinforce-{name}.json"), summary)
         run.summary(summary)
         run.register_model(name, out)
 

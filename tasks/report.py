@@ -21,8 +21,9 @@ def report() -> None:
     with stage("report", config={"models": models}, inputs=inputs, outputs=[REPORTS]) as run:
         mirrors = dict(params.questions.test)
         dumped = params.model_dump(mode="json")
+        out = run.output(REPORTS)
         write_report(
-            EVALUATION, PLOTS, METRICS, REPORTS, models, mirrors, dumped, params.pair, params.report.first
+            EVALUATION, PLOTS, METRICS, out, models, mirrors, dumped, params.pair, params.report.first
         )
         run.tracker.submit(lambda client, _: _record(client, params))
         run.progress(1, 1)

@@ -35,7 +35,7 @@ def teach() -> None:
             run.state / "episodes",
             lambda done, total, em: run.progress(done, total, em=em),
         )
-        write_episodes(TEACHER_EPISODES, episodes, {"index": index.digest})
+        write_episodes(run.output(TEACHER_EPISODES), episodes, {"index": index.digest})
         summary = {
             "episodes": len(episodes),
             "failed": sum(e.outcome is Outcome.FAILED for e in episodes),
@@ -43,7 +43,7 @@ def teach() -> None:
             "searches": sum(len(e.searches) for e in episodes) / len(episodes),
             "model_tokens": sum(e.model_tokens for e in episodes) / len(episodes),
         }
-        write_metrics(METRICS / "teach.json", summary)
+        write_metrics(run.output(METRICS / "teach.json"), summary)
         run.summary(summary)
 
 

@@ -4,8 +4,6 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
 from pydantic import Field, NonNegativeInt, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from dgpo_core.config.base import Section
 from dgpo_core.config.data import BaseModelsConfig, WorldConfig
@@ -26,6 +24,7 @@ from dgpo_core.config.training import (
     TeachConfig,
 )
 from dgpo_core.config.workers import WorkersConfig
+from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
 
 PARAMS = Path("params.yaml")
@@ -209,13 +208,15 @@ def paper_recipes(names: list[str], own: Recipes = NO_RECIPES) -> Recipes:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping, read as DVC reads params.yaml (YAML 1.2: 1e-5 is a number). Raises UserError."""
+    """A mapping, read as DVC reads params.yaml. Raises UserError."""
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a mapping of sections, found {type(content).__name__}")
     return content

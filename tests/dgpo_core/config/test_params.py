@@ -27,6 +27,8 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
     ("content", "message"),
     [
         ({"distil": {}}, "distil: unknown key"),
+        ({"seed": 2**63}, "seed: must fit into 64 bits: below 2**63 (found 9223372036854775808)"),
+        ({"retrieval": {"shard_size": 10**30}}, "retrieval.shard_size: must fit into 64 bits"),
         ({"distill": {"epoch": 3}}, "distill.epoch: unknown key (found 3)"),
         ({"retrieval": {"encoder": {"models": "x"}}}, "retrieval.encoder.models: unknown key (found 'x')"),
         ({"distill": {"epochs": "3"}}, "distill.epochs: Input should be a valid integer (found '3')"),
