@@ -5,18 +5,22 @@ MLFLOW_PORT ?= 5000
 PREFECT_PORT ?= 4200
 MAX_PARALLEL ?= 1
 REPRODUCE_PARALLEL ?= 2
-PREFECT_API_URL ?= http://127.0.0.1:$(PREFECT_PORT)/api
 POOL ?= cpu
 RUNS ?= 2
 GPUS ?= 1
 PROFILE ?= tiny
 RECIPES ?=
 SEEDS ?= 0 1 2
+NIGHTLY ?=
+PUSH ?=
 PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 
 PY := $(VENV)/bin/python
 CONSTRAINTS := constraints/main.txt
+# Where nobody has named a port, the servers of `make up` are used, wherever they listen.
+PREFECT_AT = $(if $(filter file,$(origin PREFECT_PORT)),,--port $(PREFECT_PORT))
+NO := 0 no off false
 # A file of tests stays in one process, which makes what its tests share once.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 ORACLES := constraints/oracles.txt
@@ -68,7 +72,7 @@ demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), prin
 	@$(PY) -m tasks.show
 	@echo "report       reports/index.html"
 	@echo "metrics      dvc metrics show, or mlflow.db by \`make ui\`"
-	@echo "dashboards   make ui: MLflow http://127.0.0.1:$(MLFLOW_PORT), Prefect http://127.0.0.1:$(PREFECT_PORT)"
+	@$(PY) -m infra.services where --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
 
 use: $(VENV)/.installed  ## write params.yaml from a profile: make use PROFILE=tiny [RECIPES="kd taid", or all]
 	$(PY) -m tasks.use $(PROFILE) $(RECIPES)
@@ -95,19 +99,18 @@ test-deepspeed: $(VENV)/.installed-gpu  ## run the tests of DeepSpeed, LoRA and 
 		tests/benchmarks/test_training_step.py $(PYTEST_ARGS)
 
 pipeline: $(VENV)/.installed  ## run the pipeline as a Prefect flow (starts a server unless one runs, and stops it)
-	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.pipeline run --max-parallel $(MAX_PARALLEL)
+	$(PY) -m flows.server $(PREFECT_AT) -- $(PY) -m flows.pipeline run --max-parallel $(MAX_PARALLEL)
 	@echo "To look at the run again: make ui"
 
 reproduce: $(VENV)/.installed  ## the paper's whole table: all recipes, SEEDS="0 1 2", report with verdicts (hours)
-	$(PY) -m flows.server --port $(PREFECT_PORT) -- $(PY) -m flows.reproduce --profile $(PROFILE) \
+	$(PY) -m flows.server $(PREFECT_AT) -- $(PY) -m flows.reproduce --profile $(PROFILE) \
 		--max-parallel $(REPRODUCE_PARALLEL) $(RECIPES:%=--recipe %) $(SEEDS:%=--seed %)
 
-deploy: $(VENV)/.installed  ## create work pools, deployments and automations on the Prefect server of `make ui`
-	PREFECT_API_URL=$(PREFECT_API_URL) $(PY) -m flows.deploy --gpus $(GPUS)
+deploy: $(VENV)/.installed  ## create work pools, deployments and automations on the Prefect server (NIGHTLY=1: and run every night)
+	@$(PY) -m flows.deploy $(PREFECT_AT) --gpus $(GPUS) $(if $(NIGHTLY),$(if $(filter $(NO),$(NIGHTLY)),--no-nightly,--nightly))
 
-worker: $(VENV)/.installed  ## run what is started from the Prefect dashboard: make worker [POOL=cpu, or gpu]
-	PREFECT_API_URL=$(PREFECT_API_URL) DGPO_ROOT=$(CURDIR) DGPO_POOL=$(POOL) \
-		PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 $(PY) -m prefect worker start --pool $(POOL)-pool --limit $(RUNS)
+worker: $(VENV)/.installed  ## run what is started from the Prefect dashboard: make worker [POOL=cpu, or gpu] [PUSH=1]
+	@$(PY) -m flows.worker $(POOL) $(PREFECT_AT) --runs $(RUNS) $(if $(PUSH),$(if $(filter $(NO),$(PUSH)),--no-push,--push))
 
 ui: $(VENV)/.installed  ## show both dashboards until Ctrl-C
 	@$(PY) -m infra.services ui --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dgpo_core.errors import UserError
+from tasks.busy import at_work
 
 DEFAULT_RETRIES = 2
 POOLS = ("cpu", "gpu")
@@ -18,7 +19,7 @@ class Stage:
     """One stage; `meta:` in dvc.yaml carries the hints to the orchestrator, which DVC does not hash.
 
     `changed`: DVC would execute it, going by its own inputs and outputs. `pool`: whose worker is to run it.
-    `gpus`: how many slots of the limit `gpu` it takes. `run_cached`: DVC's run cache keeps its runs,
+    `gpus`: how many slots of the limit `dgpo-gpu` it takes. `run_cached`: DVC's run cache keeps its runs,
     which it does not where DVC leaves an output to git.
     """
 
@@ -38,6 +39,7 @@ def read_dag(root: Path) -> dict[str, Stage]:
     Raises UserError for a folder without a valid DVC pipeline or a bad `meta`.
     """
     from dvc.exceptions import DvcException
+    from dvc.lock import LockError
     from dvc.repo import Repo
 
     try:
@@ -45,6 +47,8 @@ def read_dag(root: Path) -> dict[str, Stage]:
             _mend_rwlock(repo)
             graph = repo.index.graph
             found = [_stage(root, node, graph.successors(node)) for node in graph if node.cmd]
+    except LockError:
+        raise UserError(f"{root}: {at_work(root)}") from None
     except DvcException as error:
         raise UserError(f"{root}: cannot read the pipeline: {' '.join(str(error).split())}") from error
     if not found:

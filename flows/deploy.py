@@ -1,33 +1,46 @@
-"""Make a Prefect server ready: `python -m flows.deploy` (PREFECT_API_URL says which server).
+"""Make a Prefect server ready: `python -m flows.deploy`.
 
-Work pools, the limit `gpu`, the deployments of prefect.yaml, and automations that start crashed runs again.
-It can be run as often as one likes: what is there is brought to what this version wants.
+Work pools, the limit on GPUs, the deployments of prefect.yaml, and automations that start crashed runs again.
+It can be run as often as one likes, from any checkout: what is there is brought to what this version wants.
+Others may use the server too: what is not ours stays as it is, and is named where it has one of our names.
 """
 
+import os
+import pydoc
 import subprocess
 import sys
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, Any
+from uuid import UUID
 
 import typer
+import yaml
 from prefect import get_client
 from prefect.automations import Automation
 from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
-from prefect.client.schemas.objects import StateType
+from prefect.client.schemas.objects import StateType, WorkPool
+from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events import EventTrigger, Posture
 from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from dgpo_core.errors import UserError
 from flows.dag import POOLS
 from flows.execution import GPU_LIMIT
+from flows.server import API_URL, answers_of, running_server
 from flows.work_pools import Kind, template
 from tasks.stage import main as run_program
 
 PREFECT_YAML = Path(__file__).resolve().parents[1] / "prefect.yaml"
-# A run says every 30 s that it lives (PREFECT_FLOWS_HEARTBEAT_FREQUENCY of `make worker`).
+TAG = "dgpo"  # of what is ours on a server; pools have no tags: their description begins with it
+NIGHTLY = "pipeline/nightly"
+NIGHTLY_WORDS = {True: "on; NIGHTLY=0 switches it off", False: "off; NIGHTLY=1 switches it on"}
+# A run says every 30 s that it lives (PREFECT_FLOWS_HEARTBEAT_FREQUENCY in prefect.yaml).
 SILENCE = timedelta(seconds=100)
 PATIENCE = timedelta(seconds=20)  # after a crash
 STARTED = ("Scheduled", "AwaitingRetry", "Pending", "Running", "Cancelled")
@@ -35,12 +48,17 @@ ENDED = ("Completed", "Failed", "Cancelled", "Crashed", "Paused", "Suspended", "
 RESTARTED = ("pipeline", "reproduce")  # flows; a stage on another worker is started again by its pipeline
 
 
-def automations() -> list[Automation]:
-    """What the server does about runs whose machine, worker or process has died."""
+def automations(deployments: Mapping[str, UUID]) -> list[Automation]:
+    """What the server does about runs of these `deployments` whose machine, worker or process has died.
+
+    Deployments are told by id: other people's flows, tags and deployments may be called as ours are.
+    """
+    restarted = {name: id_ for name, id_ in deployments.items() if name.split("/")[0] in RESTARTED}
     silent = EventTrigger(
         after={"prefect.flow-run.heartbeat"},
         expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ENDED)},
         match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related=_runs_of(deployments.values()),
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
@@ -51,10 +69,7 @@ def automations() -> list[Automation]:
         after={"prefect.flow-run.Crashed"},
         expect={f"prefect.flow-run.{state}" for state in STARTED},
         match={"prefect.resource.id": "prefect.flow-run.*"},
-        match_related={
-            "prefect.resource.name": [*RESTARTED],
-            "prefect.resource.role": "flow",
-        },
+        match_related=_runs_of(restarted.values()),
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,
@@ -64,12 +79,14 @@ def automations() -> list[Automation]:
         Automation(
             name="dgpo: a run that has fallen silent has crashed",
             description=f"No heartbeat for {SILENCE.total_seconds():.0f} s: its worker or machine is gone",
+            tags=[TAG],
             trigger=silent,
             actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat: its worker is gone")],
         ),
         Automation(
             name="dgpo: a crashed run starts again",
             description="It continues where it was, in its worktree, when a worker of its pool is there",
+            tags=[TAG],
             trigger=crashed,
             actions=[
                 ChangeFlowRunState(
@@ -80,47 +97,136 @@ def automations() -> list[Automation]:
     ]
 
 
-def deploy(gpus: int = 1, kind: Kind = Kind.PROCESS) -> None:
+def _runs_of(deployments: Iterable[UUID]) -> dict[str, str | list[str]]:
+    """Which related resource an event of one of their runs has."""
+    ids = sorted(f"prefect.deployment.{id_}" for id_ in deployments)
+    return {"prefect.resource.id": ids, "prefect.resource.role": "deployment"}
+
+
+def deploy(gpus: int = 1, kind: Kind = Kind.PROCESS, nightly: bool | None = None) -> None:
     """Create or update everything; a run of the GPU pool gets all `gpus`, where the pool can give any.
 
-    Raises UserError when the server or `prefect deploy` refuses.
+    `nightly` switches the nightly run on or off; None leaves it as it is, and off where it is new. Raises
+    UserError when `prefect deploy` refuses, and, before anything is changed, when something of somebody
+    else's has one of our names.
     """
+    entries = {_full_name(entry): entry for entry in _prefect_yaml()["deployments"]}
     with get_client(sync_client=True) as client:
-        for name in POOLS:
-            given = gpus if name == "gpu" and kind is not Kind.PROCESS else 0
-            _pool(client, f"{name}-pool", kind, template(kind, given))
+        before = {name: _deployment(client, name) for name in entries}
+        for name, found in before.items():
+            if found and not _is_ours(found, entries[name]):
+                raise UserError(
+                    f"the deployment {name} of this server is not ours (it runs {found.entrypoint}, has no "
+                    f"tag {TAG}): rename that one, or use a Prefect server of your own (make up)"
+                )
+        used = {found.work_pool_name for found in before.values() if found}
+        pools = [_pool(client, f"{name}-pool", kind, gpus if name == "gpu" else 0, used) for name in POOLS]
+        for pool in pools:
+            pool.write(client)
         client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, gpus)
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     command += ["--prefect-file", str(PREFECT_YAML)]
     done = subprocess.run(command, cwd=PREFECT_YAML.parent, capture_output=True, text=True)
     if done.returncode:
         raise UserError(f"prefect deploy: {' '.join((done.stderr or done.stdout).split())}")
-    for automation in automations():
-        _replace(automation)
-    print(f"work pools: {', '.join(f'{name}-pool' for name in POOLS)}; limit {GPU_LIMIT}: {gpus}")
-    print(f"deployments of {PREFECT_YAML.name}, {len(automations())} automations")
+    with get_client(sync_client=True) as client:
+        after = {name: client.read_deployment_by_name(name) for name in entries}
+        for automation in automations({name: found.id for name, found in after.items()}):
+            _replace(client, automation)
+        if nightly is None:
+            nightly = _is_scheduled(before[NIGHTLY])
+        for schedule in after[NIGHTLY].schedules:
+            client.update_deployment_schedule(after[NIGHTLY].id, schedule.id, active=nightly)
+    print(f"work pools: {', '.join(pool.name for pool in pools)}; limit {GPU_LIMIT}: {gpus}")
+    print(f"deployments of {PREFECT_YAML.name}, 2 automations")
+    print(f"nightly run ({NIGHTLY}): {NIGHTLY_WORDS[nightly]}")
 
 
-def _pool(client: SyncPrefectClient, name: str, kind: Kind, job: dict[str, Any]) -> None:
+def _prefect_yaml() -> dict[str, Any]:
+    loaded: dict[str, Any] = yaml.safe_load(PREFECT_YAML.read_text(encoding="utf-8"))
+    return loaded
+
+
+def _full_name(entry: Mapping[str, Any]) -> str:
+    """The name on the server of an entry of prefect.yaml: that of its flow, a slash, its own."""
+    flow: Any = pydoc.locate(entry["entrypoint"])
+    return f"{flow.name}/{entry['name']}"
+
+
+def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse | None:
     try:
-        existing = client.read_work_pool(name)
+        return client.read_deployment_by_name(name)
     except ObjectNotFound:
-        client.create_work_pool(WorkPoolCreate(name=name, type=kind, base_job_template=job))
-        return
-    if existing.type != kind:
-        raise UserError(f"the work pool {name} has type {existing.type}, not {kind}: delete it first")
-    client.update_work_pool(name, WorkPoolUpdate(base_job_template=job))
+        return None
 
 
-def _replace(automation: Automation) -> None:
-    """One automation of each name, with our content."""
+def _is_ours(found: DeploymentResponse, entry: Mapping[str, Any]) -> bool:
+    """By its tag; by what it runs where somebody has removed the tag."""
+    return TAG in found.tags or found.entrypoint == entry["entrypoint"]
+
+
+def _is_scheduled(found: DeploymentResponse | None) -> bool:
+    return found is not None and any(schedule.active for schedule in found.schedules)
+
+
+@dataclass(frozen=True)
+class _Pool:
+    """A work pool as it shall be; `exists` on the server."""
+
+    name: str
+    kind: Kind
+    job: dict[str, Any]
+    exists: bool
+
+    def write(self, client: SyncPrefectClient) -> None:
+        description = f"{TAG}: runs of the pipeline's deployments"
+        if self.exists:
+            client.update_work_pool(
+                self.name, WorkPoolUpdate(base_job_template=self.job, description=description)
+            )
+            return
+        client.create_work_pool(
+            WorkPoolCreate(
+                name=self.name, type=self.kind, base_job_template=self.job, description=description
+            )
+        )
+
+
+def _pool(client: SyncPrefectClient, name: str, kind: Kind, gpus: int, used: set[str | None]) -> _Pool:
+    """What the pool shall be. Raises UserError for one of another type, or of somebody else's.
+
+    `used`: pools of the deployments that an earlier version, which described none, has left here.
+    """
+    job = template(kind, gpus if kind is not Kind.PROCESS else 0)
     try:
-        existing = cast(Automation, Automation.read(name=automation.name))
-    except ValueError:
+        found: WorkPool = client.read_work_pool(name)
+    except ObjectNotFound:
+        return _Pool(name, kind, job, exists=False)
+    described = (found.description or "").startswith(TAG)
+    # A worker of infra/compose.yaml that comes first makes its pool itself, from our template.
+    if not (described or name in used or found.base_job_template == job):
+        raise UserError(
+            f"the work pool {name} of this server is not ours: use a Prefect server of your own (make up), "
+            f"or, if that pool is meant for this project: prefect work-pool update {name} --description {TAG}"
+        )
+    if found.type != kind:
+        raise UserError(f"the work pool {name} has type {found.type}, not {kind}: delete it first")
+    return _Pool(name, kind, job, exists=True)
+
+
+def _replace(client: SyncPrefectClient, automation: Automation) -> None:
+    """One automation of each name, with our content; switched off if somebody has switched it off.
+
+    By the name: those of earlier versions, which acted on everybody's runs, have no tag.
+    """
+    existing = client.read_automations_by_name(automation.name)
+    if not existing:
         automation.create()
         return
-    automation.id = existing.id
+    automation.id, automation.enabled = existing[0].id, existing[0].enabled
     automation.update()
+    for double in existing[1:]:  # of two `make deploy` at once
+        client.delete_automation(double.id)
 
 
 def command(
@@ -128,9 +234,18 @@ def command(
     pool_type: Annotated[
         Kind, typer.Option(help="what runs are: processes of the worker, containers, pods")
     ] = (Kind.PROCESS),
+    nightly: Annotated[
+        bool | None, typer.Option(help="switch the nightly run on or off; without it: as it is, at first off")
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(help="of a server on 127.0.0.1; without it: PREFECT_API_URL, or `make up`'s")
+    ] = None,
 ) -> None:
     """Create work pools, deployments, the GPU limit and automations on the Prefect server."""
-    deploy(gpus, pool_type)
+    url = running_server(port)
+    os.environ[API_URL] = url  # for `prefect deploy`
+    with temporary_settings({PREFECT_API_URL: url}), answers_of(url):
+        deploy(gpus, pool_type, nightly)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,11 @@ from prefect.exceptions import ObjectNotFound
 import tasks
 from flows.dag import Stage
 from flows.process import run_group
+from flows.workspace import LOCK_MESSAGES
 from tasks.mlflow_store import tracking_uri
 from tasks.stage import FAILURE, STATE
 
-GPU_LIMIT = "gpu"  # Prefect's global concurrency limit; `make deploy` creates it
-# What DVC says when another process holds one of its locks; trying again is the cure.
-LOCK_MESSAGES = ("Unable to acquire lock", "it is being blocked by", "RWLock-file")
+GPU_LIMIT = "dgpo-gpu"  # Prefect's global concurrency limit; `make deploy` creates it
 # What DVC says when it did not execute the stage, and the state's name for it on the dashboard.
 SKIP_MESSAGES = {"didn't change, skipping": "Unchanged", "is cached - skipping run": "Restored"}
 PROGRESS = re.compile(r"^\[[^\]]+\] (?P<done>[\d.]+)/(?P<total>[\d.]+) ")
@@ -44,7 +43,7 @@ class StageFailed(Exception):
 def execute(stage: Stage, tree: Path, log: Callable[[str], None], *, force: bool, pull: bool) -> str:
     """Run `dvc repro --single-item`; how it ended: `Completed`, `Unchanged` or `Restored`.
 
-    `pull` gets what is missing from DVC's remote. Waits for as many slots of the limit `gpu` as the stage
+    `pull` gets what is missing from DVC's remote. Waits for as many slots of the limit GPU_LIMIT as the stage
     has GPUs. Raises StageFailed.
     """
     failure = tree / STATE / stage.name / FAILURE

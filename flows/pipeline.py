@@ -12,31 +12,32 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from prefect import flow
+from prefect import State, flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from dgpo_core.config.params import PARAMS, read_yaml, resolve_profile
-from dgpo_core.errors import UserError, without_credentials
+from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from dgpo_core.text import markdown_cell
 from flows.dag import Stage, read_dag, select
 from flows.process import end_all
 from flows.promotion import offer
-from flows.remote import cancel_all
+from flows.remote import cancel_all, refuse_without_push
 from flows.schedule import Outcome, Plan, is_stale, run_all
 from flows.settings import DEFAULTS, PipelineSettings, with_overrides
 from flows.workspace import (
     Workspace,
+    changed_files,
     claim_name,
     enter_project,
-    is_dirty,
     one_at_a_time,
     open_workspace,
     publish,
@@ -70,20 +71,25 @@ def stages(
 
 
 @flow(name="pipeline", task_runner=ThreadPoolTaskRunner(), persist_result=False)  # type: ignore[arg-type]
-def pipeline(settings: PipelineSettings = DEFAULTS) -> None:
+def pipeline(settings: PipelineSettings = DEFAULTS) -> State[None] | None:
     """Run the pipeline in a worktree of its own and commit the results on the branch runs/<flow-run-name>.
 
-    Started again after a crash, or with Retry, it continues in its worktree. Raises UserError for bad
-    settings and PipelineFailed when a stage failed.
+    Started again after a crash, or with Retry, it continues in its worktree. What is to blame on settings,
+    stages or servers is the message of its failed state, without a traceback.
     """
-    root = enter_project()
-    refuse_endless_restarts()
-    if len(settings.seeds) > 1:
-        _each_seed(settings)
-        return
-    name = claim_name(root, str(flow_run.name), str(flow_run.id))
-    with one_at_a_time(root, name):
-        _in_workspace(root, name, settings)
+    try:
+        root = enter_project()
+        refuse_endless_restarts()
+        if len(settings.seeds) > 1:
+            _each_seed(settings)
+            return None
+        name = claim_name(root, str(flow_run.name), str(flow_run.id))
+        with one_at_a_time(root, name):
+            _in_workspace(root, name, settings)
+    except (UserError, InfrastructureError, PipelineFailed) as error:
+        get_run_logger().error("%s", error)
+        return Failed(message=str(error))
+    return None
 
 
 def refuse_endless_restarts() -> None:
@@ -97,11 +103,13 @@ def refuse_endless_restarts() -> None:
 
 
 def warn_of_changes(root: Path, revision: str = "HEAD") -> None:
-    """Runs work on commits: say so where the checkout has something else."""
-    if is_dirty(root):
-        get_run_logger().warning(
-            "%s has uncommitted changes, which this run does not see: it runs %s", root, revision
-        )
+    """Runs work on commits: say so where the checkout has something else.
+
+    Of dvc.lock, which `make demo` writes, nothing is said: what it names comes from DVC's cache in any case.
+    """
+    if changed := changed_files(root):
+        names = ", ".join(changed)
+        get_run_logger().warning("%s: not committed, so not part of this run of %s", names, revision)
 
 
 def _in_workspace(root: Path, name: str, settings: PipelineSettings) -> None:
@@ -126,10 +134,9 @@ def _each_seed(settings: PipelineSettings) -> None:
     """A run below this one for each seed; one that fails does not stop the others."""
     failures = []
     for seed in settings.seeds:
-        try:
-            pipeline(settings.model_copy(update={"seeds": [seed]}))
-        except PipelineFailed as error:
-            failures.append(f"seed {seed}: {error}")
+        state = pipeline(settings.model_copy(update={"seeds": [seed]}), return_state=True)
+        if not state.is_completed():
+            failures.append(f"seed {seed}: {state.message}")
     if failures:
         raise PipelineFailed("; ".join(failures))
 
@@ -152,7 +159,7 @@ def _open(root: Path, name: str, settings: PipelineSettings) -> Workspace:
         workspace.write_params(changed, f"Written by the run {name}: {_title(settings)}")
     except (UserError, ValueError) as error:
         workspace.discard()
-        raise UserError(f"this run's settings: {' '.join(str(error).split())}") from error
+        raise UserError(f"this run's settings: {' '.join(str(error).split())}") from None
     restore_outputs(workspace.tree)
     return workspace
 
@@ -172,6 +179,9 @@ def _bring_up_to_date(
     if settings.dry_run:
         _publish_markdown("dry-run", _forecast(chosen, settings.force))
         return
+    if workspace:
+        may_run = _may_run(chosen, settings.force)
+        refuse_without_push((stage for stage in chosen.values() if may_run[stage.name]), workspace.root)
     parent = Pipeline(str(flow_run.name), {"flow": "prefect", **_flow_tags()}, tree)
     if parent.run_id:
         os.environ[PIPELINE_RUN] = parent.run_id
@@ -225,15 +235,21 @@ def _link_report(tree: Path) -> None:
 
 def _forecast(chosen: dict[str, Stage], force: bool) -> str:
     """What a run would do, as a table."""
-    outcomes: dict[str, Outcome] = {}
     lines = ["| stage | |", "| --- | --- |"]
-    for name, stage in chosen.items():
-        first = force or stage.changed
-        stale = is_stale(stage, outcomes, force)
-        said = "would run" if first else "may run: it needs one of these" if stale else "unchanged"
-        outcomes[name] = Outcome(name, "Completed" if stale else "Unchanged", 0)
-        lines.append(f"| {name} | {said} |")
+    lines += [f"| {name} | {said or 'unchanged'} |" for name, said in _may_run(chosen, force).items()]
     return "\n".join(lines)
+
+
+def _may_run(chosen: Mapping[str, Stage], force: bool) -> dict[str, str]:
+    """Of each stage whether a run would execute it, in words; empty where it is unchanged for sure."""
+    outcomes: dict[str, Outcome] = {}
+    found = {}
+    for name, stage in chosen.items():
+        stale = is_stale(stage, outcomes, force)
+        outcomes[name] = Outcome(name, "Completed" if stale else "Unchanged", 0)
+        sure = force or stage.changed
+        found[name] = "would run" if sure else "may run: it needs one of these" if stale else ""
+    return found
 
 
 def _publish_markdown(key: str, text: str) -> None:

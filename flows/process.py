@@ -14,6 +14,15 @@ GRACE = 15.0  # seconds between SIGTERM and SIGKILL: a stage removes half-writte
 TAIL = 60  # lines kept for finding out why a command failed
 
 _running: set[subprocess.Popen[str]] = set()
+_ended: set[subprocess.Popen[str]] = set()  # by end_all
+
+
+class Ended(Exception):
+    """What was done has not failed: it was ended, with the flow that it was part of or by being `cancelled`."""
+
+    def __init__(self, cancelled: bool = False) -> None:
+        super().__init__("cancelled" if cancelled else "ended")
+        self.cancelled = cancelled
 
 
 def run_group(
@@ -25,7 +34,8 @@ def run_group(
 ) -> tuple[int, str]:
     """Run `command`, give each line of its output to `on_line`; returns (exit code, last lines).
 
-    Raises subprocess.TimeoutExpired after `timeout` seconds. However it ends, its whole group is ended.
+    Raises subprocess.TimeoutExpired after `timeout` seconds and Ended after `end_all`. However it ends, its
+    whole group is ended.
     """
     process = subprocess.Popen(
         command,
@@ -47,12 +57,16 @@ def run_group(
         end_group(process)
         reader.join(GRACE)
         _running.discard(process)
+    if process in _ended:
+        _ended.discard(process)
+        raise Ended
     return code, "\n".join(tail)
 
 
 def end_all() -> None:
     """End every running group: for the moment when the flow itself is cancelled or killed."""
     for process in list(_running):
+        _ended.add(process)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGTERM)  # all at once, then wait for each
     for process in list(_running):

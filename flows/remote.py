@@ -8,6 +8,7 @@ pushes its outputs and DVC's run cache, with which `dvc repro` in the pipeline's
 import contextlib
 import os
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import cast
 from uuid import UUID
@@ -19,24 +20,27 @@ from prefect.deployments import run_deployment
 from prefect.logging import get_run_logger
 from prefect.states import Cancelling, Completed, Failed
 
-from dgpo_core.errors import InfrastructureError
+from dgpo_core.errors import InfrastructureError, UserError
 from flows.dag import Stage, read_dag, select
 from flows.execution import StageFailed, execute
-from flows.process import end_all
+from flows.process import Ended, end_all
 from flows.workspace import (
     BRANCHES,
-    DVC,
+    PUSH_VARIABLE,
     REMOTE,
     RUNS,
     Workspace,
+    add_worktree,
+    dvc,
     enter_project,
     has_remote,
     has_storage,
     one_at_a_time,
     publish,
-    run,
+    remove_worktree,
     share_cache,
 )
+from tasks.git import alone, ask, git
 from tasks.tracking import PIPELINE_RUN
 
 POOL_VARIABLE = "DGPO_POOL"  # set where a worker starts: `cpu` or `gpu`
@@ -52,17 +56,32 @@ def is_elsewhere(stage: Stage) -> bool:
     return here is not None and stage.pool != here
 
 
+def refuse_without_push(stages: Iterable[Stage], root: Path) -> None:
+    """Raises UserError where another pool has one of these stages and nobody has said how it gets the branch.
+
+    PUSH_VARIABLE says it: 1 pushes the branch to git's remote, 0 is for workers that share one clone.
+    """
+    elsewhere = [stage for stage in stages if is_elsewhere(stage)]
+    if elsewhere and PUSH_VARIABLE not in os.environ and has_remote(root):
+        first = elsewhere[0]
+        raise UserError(
+            f"{first.name} belongs to the pool {first.pool}, whose worker gets this run's branch through "
+            f"git's {REMOTE}: start this worker with `make worker PUSH=1`, which pushes the branches of runs "
+            f"(or with PUSH=0, if the worker of {first.pool} works in this same clone)"
+        )
+
+
 @flow(name="stage", flow_run_name="{run_name}: {stage}", persist_result=False)
 def remote_stage(
-    stage: str, run_name: str, force: bool = False, pipeline_run: str | None = None
+    stage: str, run_name: str, commit: str, force: bool = False, pipeline_run: str | None = None
 ) -> State[None]:
-    """Run one stage of the pipeline run `run_name`, as its branch has it, and push what it has made."""
+    """Run one stage of the pipeline run `run_name`, at `commit` of its branch, and push what it has made."""
     root = enter_project()
     if pipeline_run:
         os.environ[PIPELINE_RUN] = pipeline_run
     folder = f"{run_name}--{stage.replace('@', '-')}"
     with one_at_a_time(root, folder):
-        tree = _checkout(root, f"{BRANCHES}/{run_name}", folder)
+        tree = _checkout(root, f"{BRANCHES}/{run_name}", commit, folder)
         found = select(read_dag(tree), [stage])[stage]
         try:
             name = execute(found, tree, get_run_logger().info, force=force, pull=has_storage(tree))
@@ -71,8 +90,8 @@ def remote_stage(
         finally:
             end_all()
         if has_storage(tree):
-            run(*DVC, "push", "--quiet", "--run-cache", stage, cwd=tree)
-        run("git", "worktree", "remove", "--force", tree, cwd=root)
+            dvc("push", "--quiet", "--run-cache", stage, cwd=tree)
+        remove_worktree(root, tree)
     return Completed(name=name, message=f"{stage}: {name.lower()}")
 
 
@@ -84,7 +103,14 @@ def run_elsewhere(stage: Stage, workspace: Workspace, *, force: bool, pipeline_r
         raise StageFailed(f"{stage.name}: {error}", retryable=True) from error
     name = workspace.tree.name
     tags = [f"run:{name}", f"stage:{stage.name}"]
-    parameters = {"stage": stage.name, "run_name": name, "force": force, "pipeline_run": pipeline_run}
+    commit = git("rev-parse", "HEAD", cwd=workspace.tree)
+    parameters = {
+        "stage": stage.name,
+        "run_name": name,
+        "commit": commit,
+        "force": force,
+        "pipeline_run": pipeline_run,
+    }
     child = _unfinished(tags) or cast(
         FlowRun, run_deployment(f"stage/{stage.pool}", parameters=parameters, timeout=0, tags=tags)
     )
@@ -92,6 +118,8 @@ def run_elsewhere(stage: Stage, workspace: Workspace, *, force: bool, pipeline_r
     get_run_logger().info("%s runs on the pool %s as %r", stage.name, stage.pool, child.name)
     state = _wait(child.id)
     _waited_for.discard(child.id)
+    if state.is_cancelled():
+        raise Ended(cancelled=True)
     if not state.is_completed():
         retryable = state.name == RETRYABLE or state.is_crashed()
         raise StageFailed(state.message or f"{stage.name}: {state.name}", retryable)
@@ -109,18 +137,21 @@ def cancel_all() -> None:
     _waited_for.clear()
 
 
-def _checkout(root: Path, branch: str, folder: str) -> Path:
-    """A worktree of this clone at the run's branch; an earlier attempt's, with its progress, if there."""
-    commit = branch
-    if has_remote(root):
-        run("git", "fetch", "--quiet", REMOTE, branch, cwd=root)
-        commit = run("git", "rev-parse", "FETCH_HEAD", cwd=root)
+def _checkout(root: Path, branch: str, commit: str, folder: str) -> Path:
+    """A worktree of this clone at the run's commit; an earlier attempt's, with its progress, if there.
+
+    Raises UserError where the commit is neither in this clone nor on the branch that the remote has.
+    """
+    if ask("cat-file", "-e", f"{commit}^{{commit}}", root=root) is None:  # the run is another clone's
+        # Not as FETCH_HEAD, which the stage of another run may overwrite meanwhile.
+        kept = f"+refs/heads/{branch}:refs/remotes/{REMOTE}/{branch}"
+        git("fetch", "--quiet", "--no-write-fetch-head", REMOTE, kept, cwd=root)
     tree = root / RUNS / folder
-    run("git", "worktree", "prune", cwd=root)
     if tree.exists():
-        run("git", "checkout", "--force", "--detach", commit, cwd=tree)
+        with alone(root):
+            git("checkout", "--force", "--detach", commit, cwd=tree)
     else:
-        run("git", "worktree", "add", "--detach", tree, commit, cwd=root)
+        add_worktree(root, tree, commit)
     share_cache(root, tree)
     return tree
 

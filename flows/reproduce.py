@@ -23,7 +23,7 @@ from dgpo_core.reporting.reproduction.sizes import write_sizes
 from flows.pipeline import PipelineFailed, refuse_endless_restarts, stages, warn_of_changes
 from flows.settings import PipelineSettings
 from flows.workspace import RUNS, enter_project, one_at_a_time, open_workspace, plain_name
-from flows.workspace import run as run_command
+from tasks.git import git
 from tasks.stage import main as run_program
 from tasks.use import profile_path
 
@@ -74,7 +74,7 @@ def _record(tree: Path) -> Record:
     return Record(
         profile=params.profile,
         seed=params.seed,
-        commit=run_command("git", "rev-parse", "HEAD", cwd=tree),
+        commit=git("rev-parse", "HEAD", cwd=tree),
         models=params.compare,
         mirrors=dict(params.questions.test),
         pair=params.pair,

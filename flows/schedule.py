@@ -1,22 +1,27 @@
 """Which stage runs when: one Prefect task for each stage, in the order of DVC's graph."""
 
+import contextlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-from prefect import Task, task
+from prefect import Task, get_client, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, as_completed
 from prefect.logging import get_run_logger
-from prefect.states import Completed
+from prefect.runtime import flow_run
+from prefect.states import Cancelled, Completed, Crashed
 from prefect.tasks import exponential_backoff
 
+from dgpo_core.errors import InfrastructureError
 from flows.dag import Stage
 from flows.execution import StageFailed, execute
+from flows.process import Ended
 from flows.remote import is_elsewhere, run_elsewhere
 from flows.workspace import Workspace
 
@@ -47,19 +52,34 @@ class Plan:
 
 
 def _is_retryable(_task: Task[..., Any], _run: Any, state: State[Any]) -> bool:
-    return isinstance(state.data, StageFailed) and state.data.retryable
+    error = state.data
+    return isinstance(error, InfrastructureError) or (isinstance(error, StageFailed) and error.retryable)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=_is_retryable)
 def run_stage(stage: Stage, plan: Plan, stale: bool) -> State[None]:
     """Bring one stage up to date; one that is not stale is not even looked at. Raises StageFailed."""
     name = UNCHANGED
-    if stale and is_elsewhere(stage) and plan.workspace:
-        plan.workspace.save(f"{plan.tree.name}: before {stage.name}")
-        name = run_elsewhere(stage, plan.workspace, force=plan.force, pipeline_run=plan.pipeline_run)
-    elif stale:
-        name = execute(stage, plan.tree, get_run_logger().info, force=plan.force, pull=False)
+    try:
+        if stale and is_elsewhere(stage) and plan.workspace:
+            plan.workspace.save(f"{plan.tree.name}: before {stage.name}")
+            name = run_elsewhere(stage, plan.workspace, force=plan.force, pipeline_run=plan.pipeline_run)
+        elif stale:
+            name = execute(stage, plan.tree, get_run_logger().info, force=plan.force, pull=False)
+    except Ended as end:
+        how = Cancelled if end.cancelled or is_cancelled(str(flow_run.id)) else Crashed
+        return how(
+            message=f"{stage.name}: ended with its run; a stage that keeps progress goes on from there"
+        )
     return Completed(name=name, message=f"{stage.name}: {name.lower()}")
+
+
+def is_cancelled(run: str) -> bool:
+    """Whether somebody has cancelled the flow run, going by the server; False where it does not say."""
+    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+        state = client.read_flow_run(UUID(run)).state
+        return state is not None and (state.is_cancelling() or state.is_cancelled())
+    return False
 
 
 def run_all(plan: Plan) -> list[Outcome]:

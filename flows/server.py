@@ -1,7 +1,7 @@
 """A Prefect server around a command: `python -m flows.server --port 4200 -- COMMAND ...`.
 
-PREFECT_API_URL names the server to use (`make up` counts as naming it). Without it, a server that answers on
-the port is used and left alone; otherwise one is started here and ends with the command.
+PREFECT_API_URL, a port or `make up` names the server to use. Where nothing does, it is port 4200. A server
+that answers there is used and left alone; on a port without one, it is started and ends with the command.
 """
 
 import contextlib
@@ -16,13 +16,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
+import httpx
 import typer
 
-from dgpo_core.errors import UserError
+from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from flows.process import end_group
+from tasks import services
 from tasks.stage import main as run_program
 
 API_URL = "PREFECT_API_URL"
+PORT = 4200
 START_TIMEOUT = 120.0  # seconds; 6-8 on an idle machine
 
 
@@ -64,6 +67,42 @@ def server_command(port: int) -> tuple[list[str], dict[str, str]]:
     }
 
 
+def named_server(port: int | None = None) -> str | None:
+    """URL of the API that is to be used, whether it answers or not; None where nothing names one.
+
+    PREFECT_API_URL names it, or `port`, or `make up`. A port that was asked for counts more than `make up`.
+    """
+    kept = services.read("prefect")
+    running = kept.address if kept and services.leader(kept) else None
+    named = os.environ.get(API_URL) or running
+    if port is not None and named == running:  # `adopt` puts the address of `make up` into the environment
+        return f"http://127.0.0.1:{port}/api"
+    return named
+
+
+def running_server(port: int | None = None) -> str:
+    """URL of the API of the server that is to be used. Raises UserError where it does not answer."""
+    url = named_server(port) or f"http://127.0.0.1:{PORT}/api"
+    if not answers(url):
+        hint = "make up" if url.endswith("/api") else "an API's address ends with /api"
+        raise UserError(f"no Prefect server at {without_credentials(url)}: {hint}")
+    return url
+
+
+@contextlib.contextmanager
+def answers_of(url: str) -> Iterator[None]:
+    """Say in a sentence what the server at `url` refuses (UserError) or fails to do (InfrastructureError)."""
+    try:
+        yield
+    except httpx.HTTPStatusError as error:
+        code = error.response.status_code
+        if code in (401, 403):
+            raise UserError(f"{url}: {code}: PREFECT_API_AUTH_STRING is missing or wrong") from None
+        raise InfrastructureError(f"{url}: {code}: {' '.join(error.response.text.split())[:300]}") from error
+    except httpx.HTTPError as error:
+        raise InfrastructureError(f"{url}: {error or type(error).__name__}") from error
+
+
 def answers(url: str) -> bool:
     """Whether a Prefect API answers at `url`."""
     try:
@@ -83,7 +122,10 @@ def _wait(server: subprocess.Popen[str], url: str, log: Path) -> None:
 
 def around(
     command: Annotated[list[str], typer.Argument(help="what to run with the server")],
-    port: Annotated[int, typer.Option(help="port on 127.0.0.1, where no server is named")] = 4200,
+    port: Annotated[
+        int | None,
+        typer.Option(help="on 127.0.0.1; without it: PREFECT_API_URL, `make up`'s server, or 4200"),
+    ] = None,
 ) -> None:
     """Run a command with a Prefect server."""
     with _server(port) as url:
@@ -99,16 +141,16 @@ def around(
 
 
 @contextlib.contextmanager
-def _server(port: int) -> Iterator[str]:
+def _server(port: int | None) -> Iterator[str]:
     """The named server, or a local one. Raises UserError when it does not answer."""
-    named = os.environ.get(API_URL)
-    if not named:
-        with local_server(port) as url:
-            yield url
-    elif answers(named):
+    named = named_server(port)
+    if named and named == os.environ.get(API_URL):
+        if not answers(named):
+            raise UserError(f"{API_URL}={named} does not answer; start that server, or unset the variable")
         yield named
-    else:
-        raise UserError(f"{API_URL}={named} does not answer; start that server, or unset the variable")
+        return
+    with local_server(port or PORT) as url:
+        yield url
 
 
 def _wait_through_interrupts(child: subprocess.Popen[bytes]) -> int:

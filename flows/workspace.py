@@ -10,16 +10,17 @@ import os
 import re
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-from dgpo_core.config.params import PARAMS, Params, read_yaml
+from dgpo_core.config.params import PARAMS, read_yaml, validated
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
+from tasks.busy import BUSY
 from tasks.files import write_text
+from tasks.git import alone, ask, git
 from tasks.mlflow_store import tracking_uri
 from tasks.services import adopt
 
@@ -27,8 +28,10 @@ RUNS = Path(".runs")
 BRANCHES = "runs"
 REMOTE = "origin"  # git's, for workers with clones of their own
 ROOT_VARIABLE = "DGPO_ROOT"
+PUSH_VARIABLE = "DGPO_PUSH"  # 1: branches of runs are pushed; `make worker PUSH=1`
 DVC = (sys.executable, "-m", "dvc")
-_saving = threading.Lock()
+# What DVC says when another process holds one of its locks; trying again is the cure.
+LOCK_MESSAGES = (BUSY, "Unable to acquire lock", "it is being blocked by", "RWLock-file")
 # for commits of machines whose git has no identity
 IDENTITY = {"name": "dgpo pipeline", "email": "pipeline@localhost"}
 
@@ -53,12 +56,16 @@ def enter_project() -> Path:
     return root
 
 
-def run(*command: str | Path, cwd: Path) -> str:
-    """Output of a git or DVC command. Raises UserError with what it said."""
-    done = subprocess.run([str(part) for part in command], cwd=cwd, capture_output=True, text=True)
+def dvc(*arguments: str, cwd: Path) -> str:
+    """Return what DVC prints.
+
+    Raises UserError with what it says, and InfrastructureError where another DVC holds a lock.
+    """
+    done = subprocess.run([*DVC, *arguments], cwd=cwd, capture_output=True, text=True)
     if done.returncode:
         said = " ".join((done.stderr or done.stdout).split())
-        raise UserError(without_credentials(f"{' '.join(map(str, command))}: {said}"))
+        kind = InfrastructureError if any(text in said for text in LOCK_MESSAGES) else UserError
+        raise kind(without_credentials(f"dvc {' '.join(arguments)}: {said}"))
     return done.stdout.strip()
 
 
@@ -72,8 +79,8 @@ class Workspace:
     branch: str | None
 
     def write_params(self, params: Mapping[str, Any], comment: str) -> None:
-        """Replace params.yaml. Raises pydantic's ValidationError."""
-        Params.model_validate(dict(params))
+        """Replace params.yaml. Raises UserError for parameters that there are not."""
+        validated(dict(params))
         path = self.tree / PARAMS
         if not path.is_file() or read_yaml(path) != params:
             write_text(path, f"# {comment}\n{as_text(dict(params))}")
@@ -81,23 +88,24 @@ class Workspace:
     def save(self, message: str) -> str:
         """Commit what the run has changed (params.yaml, dvc.lock, base models); the commit on the branch."""
         assert self.branch, "a workspace without a branch commits nothing"
-        with _saving:  # stages that run side by side both come here
-            run("git", "add", "--update", cwd=self.tree)
+        with alone(self.root):  # stages that run side by side come here too
+            git("add", "--update", cwd=self.tree)
             if (self.tree / "dvc.lock").is_file():
-                run("git", "add", "dvc.lock", cwd=self.tree)
-            if run("git", "diff", "--cached", "--name-only", cwd=self.tree):
-                run("git", *_identity(self.tree), "commit", "--no-verify", "-qm", message, cwd=self.tree)
-            return run("git", "rev-parse", "HEAD", cwd=self.tree)
+                git("add", "dvc.lock", cwd=self.tree)
+            if git("diff", "--cached", "--name-only", cwd=self.tree):
+                git(*_identity(self.tree), "commit", "--no-verify", "-qm", message, cwd=self.tree)
+            return git("rev-parse", "HEAD", cwd=self.tree)
 
     def remove(self) -> None:
         """The worktree goes; its branch, the DVC cache and MLflow keep what it has made."""
-        run("git", "worktree", "remove", "--force", self.tree, cwd=self.root)
+        remove_worktree(self.root, self.tree)
 
     def discard(self) -> None:
         """The worktree goes, and its branch unless an earlier attempt has committed something on it."""
-        self.remove()
-        if self.branch and run("git", "rev-parse", self.branch, cwd=self.root) == self.commit:
-            run("git", "branch", "-D", self.branch, cwd=self.root)  # with its section in git's configuration
+        with alone(self.root):
+            self.remove()
+            if self.branch and git("rev-parse", self.branch, cwd=self.root) == self.commit:
+                git("branch", "-D", self.branch, cwd=self.root)  # with its section in git's configuration
 
 
 def plain_name(name: str) -> str:
@@ -113,20 +121,22 @@ def claim_name(root: Path, run_name: str, run_id: str) -> str:
     same name whenever it starts again.
     """
     plain = plain_name(run_name)
-    for name in (plain, f"{plain}-{run_id[:8]}"):
-        key = f"branch.{BRANCHES}/{name}.dgpo-run"
-        found = subprocess.run(["git", "config", "--get", key], cwd=root, capture_output=True, text=True)
-        owner = found.stdout.strip()
-        if not owner:
-            run("git", "config", key, run_id, cwd=root)
-        if owner in ("", run_id):
-            return name
+    with alone(root):  # or two runs would both find the name free
+        for name in (plain, f"{plain}-{run_id[:8]}"):
+            key = f"branch.{BRANCHES}/{name}.dgpo-run"
+            owner = (ask("config", "--get", key, root=root) or "").strip()
+            if not owner:
+                git("config", key, run_id, cwd=root)
+            if owner in ("", run_id):
+                return name
     raise UserError(f"{run_name}: two runs of this name with the same id: {run_id}")
 
 
-def is_dirty(root: Path) -> bool:
-    """Whether tracked files have changes that no commit has."""
-    return bool(run("git", "status", "--porcelain", "--untracked-files=no", cwd=root))
+def changed_files(root: Path) -> list[str]:
+    """Tracked files with changes that no commit has, but dvc.lock: it says what this checkout has made."""
+    return git(
+        "--no-optional-locks", "diff", "--name-only", "HEAD", "--", ".", ":(exclude)dvc.lock", cwd=root
+    ).splitlines()
 
 
 def open_workspace(root: Path, name: str, revision: str = "HEAD", *, keep_lock: bool = False) -> Workspace:
@@ -137,18 +147,31 @@ def open_workspace(root: Path, name: str, revision: str = "HEAD", *, keep_lock: 
     """
     tree = root / RUNS / name
     branch = None if keep_lock else f"{BRANCHES}/{name}"
-    commit = run("git", "rev-parse", f"{revision}^{{commit}}", cwd=root)
-    run("git", "worktree", "prune", cwd=root)
-    if not tree.exists():
-        how = ("-B", branch) if branch else ("--detach",)
-        run("git", "worktree", "add", *how, tree, commit, cwd=root)
-    elif keep_lock:
+    commit = git("rev-parse", f"{revision}^{{commit}}", cwd=root)
+    if tree.exists() and keep_lock:
         lock = (tree / "dvc.lock").read_text() if (tree / "dvc.lock").is_file() else None
-        run("git", "checkout", "--force", "--detach", commit, cwd=tree)
+        with alone(root):
+            git("checkout", "--force", "--detach", commit, cwd=tree)
         if lock:
             (tree / "dvc.lock").write_text(lock)
+    elif not tree.exists():
+        add_worktree(root, tree, commit, branch)
     share_cache(root, tree)
     return Workspace(root, tree, commit, branch)
+
+
+def add_worktree(root: Path, tree: Path, commit: str, branch: str | None = None) -> None:
+    """Check `commit` out in the new folder `tree`: on `branch`, which is set to it, or on none."""
+    how = ("-B", branch) if branch else ("--detach",)
+    with alone(root):
+        git("worktree", "prune", cwd=root)  # the record of one whose folder somebody has deleted
+        git("worktree", "add", *how, tree, commit, cwd=root)
+
+
+def remove_worktree(root: Path, tree: Path) -> None:
+    """Delete the folder and git's record of it."""
+    with alone(root):
+        git("worktree", "remove", "--force", tree, cwd=root)
 
 
 @contextlib.contextmanager
@@ -203,37 +226,42 @@ def share_cache(root: Path, tree: Path) -> None:
 
 def restore_outputs(tree: Path) -> None:
     """Bring what dvc.lock names into the worktree, as far as the cache has it."""
-    run(*DVC, "checkout", "--force", "--allow-missing", "--quiet", cwd=tree)
+    dvc("checkout", "--force", "--allow-missing", "--quiet", cwd=tree)
 
 
 def has_remote(root: Path) -> bool:
     """Whether other clones can be reached through git."""
-    return REMOTE in run("git", "remote", cwd=root).split()
+    return REMOTE in git("remote", cwd=root).split()
 
 
 def has_storage(root: Path) -> bool:
     """Whether DVC has a default remote."""
-    done = subprocess.run([*DVC, "config", "core.remote"], cwd=root, capture_output=True, text=True)
-    return bool(done.stdout.strip())
+    with contextlib.suppress(UserError):  # DVC's answer where there is none
+        return bool(dvc("config", "core.remote", cwd=root))
+    return False
+
+
+def may_push() -> bool:
+    """Whether whoever started the worker lets runs push to git's remote."""
+    return os.environ.get(PUSH_VARIABLE, "").lower() in ("1", "true", "yes", "on")
 
 
 def publish(workspace: Workspace, stages: list[str]) -> None:
-    """Make the branch and these stages' outputs available to other clones, if there are ways to do so.
+    """Make the branch, if it may be pushed, and these stages' outputs available to other clones.
 
     Raises InfrastructureError: a remote that does not answer now may answer later.
     """
     assert workspace.branch
     try:
-        if has_remote(workspace.root):
-            run("git", "push", "--force", REMOTE, workspace.branch, cwd=workspace.tree)
+        if may_push() and has_remote(workspace.root):
+            git("push", "--force", REMOTE, workspace.branch, cwd=workspace.tree)
         if stages and has_storage(workspace.tree):
-            run(*DVC, "push", "--quiet", *stages, cwd=workspace.tree)
-    except UserError as error:
+            dvc("push", "--quiet", *stages, cwd=workspace.tree)
+    except (UserError, InfrastructureError) as error:
         raise InfrastructureError(f"cannot publish {workspace.branch}: {error}") from error
 
 
 def _identity(tree: Path) -> list[str]:
-    known = subprocess.run(["git", "config", "user.email"], cwd=tree, capture_output=True, text=True)
-    if known.stdout.strip():
+    if (ask("config", "user.email", root=tree) or "").strip():
         return []
     return [part for key, value in IDENTITY.items() for part in ("-c", f"user.{key}={value}")]

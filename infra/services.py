@@ -2,6 +2,7 @@
 
     up       start what does not run yet, and wait until it answers
     status   what runs, where, since when
+    where    where the dashboards are, in one line
     down     end all of it; nothing stays behind
     ui       the same servers in the foreground, until Ctrl-C
 
@@ -29,7 +30,7 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
-from dgpo_core.errors import UserError
+from dgpo_core.errors import UserError, without_credentials
 from flows.server import API_URL, START_TIMEOUT, server_command
 from tasks.mlflow_store import ARTIFACTS, artifact_root, local_path, prepare, tracking_uri
 from tasks.progress import duration
@@ -253,6 +254,27 @@ def status_command() -> None:
         pid = str(process.pid) if process else ""
         table.add_row(name, state(record), pid, age, record.page if record else "")
     console.print(table)
+
+
+@app.command("where")
+def where_command(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None:
+    """Say where the dashboards are, or how to get them: the last line of `make demo`."""
+    found, missing = {}, {}
+    for service in (mlflow(mlflow_port), prefect(prefect_port)):
+        name, record = service.record.name, read(service.record.name)
+        named = os.environ.get(service.record.variable) or ""
+        if record and leader(record):
+            found[name] = record.page
+        elif named.startswith(("http:", "https:")):
+            found[name] = without_credentials(named).removesuffix("/api")
+        else:
+            missing[name] = service.record.page
+    lines = [
+        f"{way}{', '.join(f'{name} {page}' for name, page in pages.items())}"
+        for way, pages in (("", found), ("make ui: ", missing))
+        if pages
+    ]
+    console.print(f"dashboards   {'; '.join(lines)}")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ The lineage is a JSON artifact of the model's version. It is built from what was
 """
 
 import json
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,7 +19,9 @@ from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
 from tasks.dvc_lock import Lock, LockedStage, dvc_md5, read_lock, upstream
 from tasks.files import content_hash
+from tasks.git import ask
 from tasks.paths import CORPUS, INDEX, METRICS, MODELS
+from tasks.provenance import git_commit
 
 SCHEMA = 1
 # What the commit must contain for the model to be made again; the parameters are written down.
@@ -80,8 +81,8 @@ def earlier_origin(stage: str, now: Origin) -> Origin:
 
 def code(root: Path = Path()) -> Code:
     """The checked-out commit."""
-    status = _git(root, "status", "--porcelain", "--", *SOURCES)
-    return Code(_git(root, "rev-parse", "HEAD").strip(), [line[3:] for line in status.splitlines()])
+    status = ask("status", "--porcelain", "--", *SOURCES, root=root) or ""
+    return Code(git_commit(root), [line[3:] for line in status.splitlines()])
 
 
 def build(recipe: str, start: Origin, inputs: Mapping[str, str], folder: Path) -> Lineage:
@@ -273,14 +274,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         nested = isinstance(value, Mapping) and value
         flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
     return flat
-
-
-def _git(root: Path, *arguments: str) -> str:
-    """Git's answer; empty outside git."""
-    with suppress(OSError):
-        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout if done.returncode == 0 else ""
-    return ""
 
 
 def trained_models(params: Params, lock: Lock, root: Path = Path()) -> dict[str, str]:

@@ -5,10 +5,12 @@ The same as `dvc repro`, with a run in MLflow above the runs of the stages.
 
 import contextlib
 import io
+import logging
 import os
 import sys
 
 from dgpo_core.errors import UserError
+from tasks.busy import LockFilter, at_work
 from tasks.preflight import preflight
 from tasks.process import exit_on_signals
 from tasks.services import adopt
@@ -20,8 +22,6 @@ def main(arguments: list[str]) -> int:
 
     Under a flow, which has opened the pipeline's run, it opens none.
     """
-    from dvc.cli import main as dvc
-
     exit_on_signals()
     try:
         adopt()
@@ -30,17 +30,33 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if os.environ.get(PIPELINE_RUN):
-        return int(dvc(["repro", *arguments]))
+        return _repro(arguments)
     pipeline = Pipeline("pipeline", {"arguments": " ".join(arguments)})
     if pipeline.run_id:
         os.environ[PIPELINE_RUN] = pipeline.run_id
     code, stages = 1, list[str]()
     try:
         # In this process and not in a child of it: when it is killed, the stage's parent is gone and it ends.
-        code = int(dvc(["repro", *arguments]))
+        code = _repro(arguments)
         stages = planned(arguments)
     finally:
         pipeline.close(code == 0, stages)
+    return code
+
+
+def _repro(arguments: list[str]) -> int:
+    """`dvc repro`; of another process that has DVC's locks it says who that is."""
+    from dvc.cli import main as dvc
+
+    locked = LockFilter()
+    handlers = logging.getLogger("dvc").handlers
+    for handler in handlers:
+        handler.addFilter(locked)
+    code = int(dvc(["repro", *arguments]))
+    for handler in handlers:
+        handler.removeFilter(locked)
+    if locked.hit:
+        print(f"error: {at_work()}", file=sys.stderr, flush=True)
     return code
 
 

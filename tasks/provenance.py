@@ -1,7 +1,6 @@
 """What a run was made of, in words that can be compared: commit, settings, dvc.lock. Knows no MLflow."""
 
 import hashlib
-import subprocess
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 from dgpo_core.config.params import PARAMS, Params, load_params, paper_recipes, resolve_profile
 from dgpo_core.errors import UserError
 from tasks.dvc_lock import LOCK, read_lock
+from tasks.git import ask
 
 PROFILES = Path("profiles")
 # Recorded in every run anyway, and written while it lasts (`dvc.lock` by DVC, `params.yaml` by `make use`).
@@ -32,13 +32,13 @@ def lock_digest(root: Path = Path()) -> str | None:
 
 def git_commit(root: Path = Path()) -> str:
     """The commit that is checked out; empty outside git."""
-    return (_git(root, "rev-parse", "HEAD") or "").strip()
+    return (ask("rev-parse", "HEAD", root=root) or "").strip()
 
 
 def git_dirty(root: Path = Path()) -> bool | None:
     """Whether a tracked file differs from the commit, RECORDED ones aside; None outside git."""
     others = [f":(exclude){path}" for path in RECORDED]
-    changed = _git(root, "status", "--porcelain", "--untracked-files=no", "--", ".", *others)
+    changed = ask("status", "--porcelain", "--untracked-files=no", "--", ".", *others, root=root)
     return None if changed is None else bool(changed)
 
 
@@ -94,12 +94,3 @@ def _difference(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
         elif value != other:
             changed[key] = value
     return changed
-
-
-def _git(root: Path, *arguments: str) -> str | None:
-    """What git prints; None when it fails. It takes no lock: somebody may be working here."""
-    command = ["git", "--no-optional-locks", *arguments]
-    with suppress(OSError):
-        done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-        return done.stdout if done.returncode == 0 else None
-    return None

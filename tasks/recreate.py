@@ -14,6 +14,7 @@ from dgpo_core.errors import UserError
 from tasks import lineage
 from tasks.dvc_lock import dvc_md5
 from tasks.files import content_hash
+from tasks.git import alone, git
 from tasks.registry import store
 
 SAME, OTHER = 0, 1  # exit codes
@@ -60,7 +61,8 @@ def verified(stored: lineage.Lineage) -> Verification:
         )
     with tempfile.TemporaryDirectory(prefix="dgpo-verify-") as temporary:
         tree = Path(temporary).resolve() / "tree"
-        _run(["git", "worktree", "add", "--quiet", "--detach", str(tree), commit], Path())
+        with alone(Path()):
+            git("worktree", "add", "--quiet", "--detach", tree, commit, cwd=Path())
         try:
             (tree / PARAMS).write_text(lineage.parameters(stored), encoding="utf-8")
             # that folder's own cache: nothing is taken from an earlier run
@@ -71,7 +73,8 @@ def verified(stored: lineage.Lineage) -> Verification:
                     _run([sys.executable, "-m", "dvc", "repro", "--single-item", name], tree, shown=True)
             return _compared(stored, tree)
         finally:
-            _run(["git", "worktree", "remove", "--force", str(tree)], Path())
+            with alone(Path()):
+                git("worktree", "remove", "--force", tree, cwd=Path())
 
 
 def _compared(stored: lineage.Lineage, tree: Path) -> Verification:

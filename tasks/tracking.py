@@ -165,7 +165,11 @@ class Pipeline:
                 self._client.delete_run(self.run_id)  # it would say nothing
                 return
             # first the state: who ends us may not wait for the rest
-            self._client.set_terminated(self.run_id, "FINISHED" if succeeded else "FAILED")
+            killed = f"{children} and attributes.status = 'KILLED'"
+            status = "FINISHED" if succeeded else "FAILED"
+            if not succeeded and self._client.search_runs(experiments, killed, max_results=1):
+                status = "KILLED"  # with the stage that somebody ended, as a cancelled run does
+            self._client.set_terminated(self.run_id, status)
             summarize(self._client, self.run_id, self._root, stages, succeeded)
         except Exception as error:
             warn(error)

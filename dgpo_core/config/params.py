@@ -1,9 +1,11 @@
 """params.yaml as a whole: loading it, resolving a profile into it, and errors with the key's path."""
 
+import difflib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
 
 from dgpo_core.config.base import Section
 from dgpo_core.config.data import BaseModelsConfig, WorldConfig
@@ -153,7 +155,7 @@ def _row(rows: dict[str, Row], group: str, name: str) -> Row:
 
 def load_params(path: Path = PARAMS) -> Params:
     """The validated parameters. Raises UserError with file, key and what is wrong, for the first few keys."""
-    return _validated(read_yaml(path), path)
+    return validated(read_yaml(path), path)
 
 
 def resolve_profile(
@@ -168,7 +170,7 @@ def resolve_profile(
     overrides = _extended(path)
     named = recipes or overrides.pop("recipes", [])
     overrides["recipes"] = paper_recipes(named, own).model_dump()
-    params = _validated({"profile": path.stem, **overrides}, path)
+    params = validated({"profile": path.stem, **overrides}, path)
     resolved = params.model_dump(mode="json")
     if "compare" not in overrides:
         resolved["compare"] = [STUDENT, TEACHER, *params.recipes.all]
@@ -222,7 +224,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return content
 
 
-def _validated(content: dict[str, Any], path: Path) -> Params:
+def validated(content: dict[str, Any], path: Path = PARAMS) -> Params:
+    """The parameters of `path`'s content. Raises UserError with file, key and what is wrong."""
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -233,5 +236,41 @@ def _validated(content: dict[str, Any], path: Path) -> Params:
             if detail["type"] == "extra_forbidden":
                 message = f"is now {RENAMED[key]}" if key in RENAMED else "unknown key"
             found = "" if isinstance(detail["input"], dict) else f" (found {detail['input']!r})"
-            problems.append(f"{key}: {message}{found}")
+            near = nearest_key([str(part) for part in detail["loc"]]) if message == "unknown key" else None
+            problems.append(f"{key}: {message}{found}" + (f", did you mean {near}?" if near else ""))
         raise UserError(f"{path}: {'; '.join(problems)}") from error
+
+
+def nearest_key(unknown: Sequence[str]) -> str | None:
+    """The key that was meant by one that there is not: its neighbour by spelling, or its name elsewhere."""
+    *sections, name = unknown
+    keys = []
+    for key in _keys(Params):
+        parts = key.split(".")
+        # names that users choose, such as a recipe's, are those of the unknown key
+        named = [unknown[i] if part == "*" and i < len(unknown) else part for i, part in enumerate(parts)]
+        keys.append(named)
+    beside = [key[-1] for key in keys if key[:-1] == sections]
+    if near := difflib.get_close_matches(name, beside, n=1, cutoff=0.7):
+        return ".".join([*sections, *near])
+    elsewhere = [".".join(key) for key in keys if key[-1] == name and "*" not in key]
+    return elsewhere[0] if len(elsewhere) == 1 else None
+
+
+def _keys(kind: type[BaseModel], above: str = "") -> Iterator[str]:
+    """Dotted keys of a section and all below it; `*` where users choose the names."""
+    for name, field in kind.model_fields.items():
+        yield f"{above}{name}"
+        for section, between in _sections(field.annotation):
+            yield from _keys(section, f"{above}{name}.{between}")
+
+
+def _sections(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
+    """Sections that a value of this type holds, each with what stands between it and the value's key."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation, ""
+    elif get_origin(annotation) is dict:
+        yield from ((section, f"*.{between}") for section, between in _sections(get_args(annotation)[1]))
+    else:
+        for part in get_args(annotation):
+            yield from _sections(part)

@@ -1,22 +1,22 @@
 """git and DVC: whether a run's results can be committed and shared."""
 
 import configparser
-import subprocess
 from pathlib import Path
 
 from dgpo_core.config.params import Params
 from tasks.checks.finding import Finding, error, ok, warning
+from tasks.git import ask
 
 TIMEOUT = 20.0
 
 
 def repository(params: Params) -> list[Finding]:
     """`params`: stages of another pool go through git's and DVC's remotes."""
-    status = _git("status", "--porcelain", "--untracked-files=no")
+    status = ask("status", "--porcelain", "--untracked-files=no", timeout=TIMEOUT)
     if status is None:
         return [error("git", "this is no git repository", "clone the project; DVC and runs need git")]
     changed = [line for line in status.splitlines() if line.split()[-1] not in ("params.yaml", "dvc.lock")]
-    commit = (_git("rev-parse", "--short", "HEAD") or "").strip() or "no commit yet"
+    commit = (ask("rev-parse", "--short", "HEAD", timeout=TIMEOUT) or "").strip() or "no commit yet"
     if changed:
         text = f"{commit}, {len(changed)} tracked files changed"
         findings = [
@@ -39,7 +39,7 @@ def _dvc(params: Params) -> list[Finding]:
         findings.append(warning("DVC", "no default remote", f"dvc remote add --default ...: {several}"))
     else:
         findings.append(ok("DVC", f"default remote {remote}: {url}"))
-    origin = _git("remote", "get-url", "origin")
+    origin = ask("remote", "get-url", "origin", timeout=TIMEOUT)
     if origin is None and params.workers.pool == "gpu":
         findings.append(warning("git origin", "none", f"git remote add origin ...: {several}"))
     return findings
@@ -57,13 +57,3 @@ def default_remote(folder: Path) -> tuple[str | None, str]:
             (config.get(s, "url", fallback="") for s in config.sections() if s.strip("'") == section), ""
         )
     return name, url
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        done = subprocess.run(
-            ["git", *arguments], capture_output=True, text=True, timeout=TIMEOUT, check=False
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout if done.returncode == 0 else None

@@ -227,7 +227,7 @@ def test_a_stage_that_wants_more_gpus_than_there_are_says_what_to_do(api: str, r
         client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 1)
         try:
             assert run_flow() == {"big": ("Failed", 1), "flow": ("Failed", 1)}
-            assert "big: wants 2 slots of the limit `gpu`" in artifact()
+            assert "big: wants 2 slots of the limit `dgpo-gpu`" in artifact()
             assert "`make deploy GPUS=2`" in artifact() and not Path("log.txt").exists()
             client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 2)
             assert names(run_flow()) == {"big": "Completed", "flow": "Completed"}

@@ -1,22 +1,24 @@
 """Worktrees of a real git and DVC repository."""
 
+import contextlib
 import fcntl
 import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import IO
 
 import pytest
 import yaml
-from pydantic import ValidationError
 
 from dgpo_core.errors import InfrastructureError, UserError
 from flows import workspace
 from flows.workspace import (
+    PUSH_VARIABLE,
+    changed_files,
     claim_name,
-    is_dirty,
     one_at_a_time,
     open_workspace,
     project_root,
@@ -45,6 +47,30 @@ def root(dvc_repository: Path) -> Path:
     return dvc_repository.resolve()
 
 
+@pytest.fixture
+def pushing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worker was started with PUSH=1."""
+    monkeypatch.setenv(PUSH_VARIABLE, "1")
+
+
+def test_a_branch_is_pushed_only_where_that_was_asked_for(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    origin = tmp_path.parent / f"{tmp_path.name}-origin.git"
+    git("init", "-q", "--bare", str(origin))
+    git("remote", "add", "origin", str(origin))
+    made = open_workspace(root, "quiet")
+    branches = ("--git-dir", str(origin), "branch", "--list")
+    for setting in (None, "0"):
+        if setting:
+            monkeypatch.setenv(PUSH_VARIABLE, setting)
+        publish(made, [])
+        assert not git(*branches)
+    monkeypatch.setenv(PUSH_VARIABLE, "1")
+    publish(made, [])
+    assert git(*branches) == "runs/quiet"
+
+
 def test_a_run_has_files_branch_and_the_shared_cache(root: Path) -> None:
     made = open_workspace(root, "calm-otter")
     assert made.tree == root / ".runs" / "calm-otter" and made.branch == "runs/calm-otter"
@@ -59,7 +85,7 @@ def test_a_run_has_files_branch_and_the_shared_cache(root: Path) -> None:
     assert commit == git("rev-parse", "runs/calm-otter") != git("rev-parse", "HEAD")
     assert git("show", "--stat", "--format=%an: %s", commit).startswith("dgpo pipeline: seed 7")
     assert set(git("diff", "--name-only", "HEAD", commit).split()) == {"params.yaml", "dvc.lock"}
-    assert not is_dirty(root)
+    assert not changed_files(root)
     made.remove()
     assert not made.tree.exists()
     # what it made is in the cache of the checkout
@@ -112,7 +138,7 @@ def test_a_run_that_made_nothing_leaves_nothing(root: Path) -> None:
     assert not kept.tree.exists() and "kept" in git("branch", "--list", "runs/*")
 
 
-def test_messages_name_no_password(root: Path) -> None:
+def test_messages_name_no_password(root: Path, pushing: None) -> None:
     git("remote", "add", "origin", "https://me:" + "secret@localhost:1/x.git")
     with pytest.raises(InfrastructureError) as caught:
         publish(open_workspace(root, "remote"), [])
@@ -129,7 +155,7 @@ def test_unchanged_params_keep_their_comments(root: Path) -> None:
     text = (made.tree / "params.yaml").read_text()
     made.write_params(yaml.safe_load(text), "other words")
     assert (made.tree / "params.yaml").read_text() == text
-    with pytest.raises(ValidationError, match="betta"):
+    with pytest.raises(UserError, match=r"reinforce\.betta: unknown key .*, did you mean reinforce\.beta\?"):
         made.write_params({"profile": "x", "reinforce": {"betta": 1}}, "wrong")
 
 
@@ -142,11 +168,12 @@ def test_bad_revision_and_bad_root(root: Path, monkeypatch: pytest.MonkeyPatch) 
         project_root()
 
 
-def test_dirty_means_tracked_files(root: Path) -> None:
+def test_changed_are_tracked_files_but_not_what_every_run_writes(root: Path) -> None:
     (root / "note.txt").write_text("mine")
-    assert not is_dirty(root)
+    (root / "dvc.lock").write_text((root / "dvc.lock").read_text() + "# results of this machine\n")
+    assert changed_files(root) == []
     (root / "params.yaml").write_text("profile: x\n")
-    assert is_dirty(root)
+    assert changed_files(root) == ["params.yaml"]
 
 
 def test_credentials_come_along_and_stay_private(root: Path) -> None:
@@ -169,7 +196,7 @@ def test_a_remote_beside_the_checkout_is_the_same_one(root: Path) -> None:
     assert not (made.tree.parent / "beside").exists()
 
 
-def test_a_remote_that_does_not_answer_may_answer_later(root: Path, tmp_path: Path) -> None:
+def test_a_remote_that_does_not_answer_may_answer_later(root: Path, tmp_path: Path, pushing: None) -> None:
     made = open_workspace(root, "offline")
     publish(made, ["a"])  # neither git nor DVC knows any other place: nothing to do
     git("remote", "add", "origin", str(tmp_path / "nowhere"))
@@ -256,3 +283,31 @@ def test_a_failed_run_leaves_no_lock(root: Path) -> None:
     with pytest.raises(ZeroDivisionError), one_at_a_time(root, "failing"):
         print(1 / 0)
     assert not list((root / workspace.RUNS).iterdir())
+
+
+def test_runs_that_start_together_all_start(root: Path) -> None:
+    """Another git, such as an editor's, has its locks now and then; the runs' own take turns."""
+    lock, stop = root / ".git" / "config.lock", threading.Event()
+
+    def disturb() -> None:
+        while not stop.wait(0.05):
+            with contextlib.suppress(FileExistsError):
+                lock.touch(exist_ok=False)
+                stop.wait(0.05)
+                lock.unlink()
+
+    def start(number: int) -> str:
+        name = claim_name(root, "together", f"{number:08}-0")
+        open_workspace(root, name)
+        return name
+
+    disturber = threading.Thread(target=disturb)
+    disturber.start()
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            names = list(pool.map(start, range(4)))
+    finally:
+        stop.set()
+        disturber.join()
+    assert len(set(names)) == 4
+    assert len(git("worktree", "list").splitlines()) == 5

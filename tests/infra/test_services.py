@@ -257,3 +257,27 @@ main(arrives)
         assert down() == ["prefect", "mlflow"]
         assert not any(process.is_running() for process in processes)
         assert not any(leader(record) for record in records)
+
+
+def test_where_names_what_runs_and_how_to_get_the_rest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The last line of `make demo`."""
+    from infra.services import where_command
+
+    monkeypatch.chdir(tmp_path)
+    for variable in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
+        monkeypatch.delenv(variable, raising=False)
+    where_command(4277, 5077)
+    said = "dashboards   make ui: mlflow http://127.0.0.1:5077, prefect http://127.0.0.1:4277\n"
+    assert capsys.readouterr().out == said
+    service = small()
+    try:
+        up([service])
+        capsys.readouterr()
+        monkeypatch.setenv("PREFECT_API_URL", "https://me:word@team.example/api")
+        where_command()
+        url = service.record.page
+        assert capsys.readouterr().out == f"dashboards   mlflow {url}, prefect https://team.example\n"
+    finally:
+        down()

@@ -3,10 +3,13 @@
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
+from dgpo_core.errors import UserError
+from flows.dag import read_dag
 from tasks.pipeline import planned
 from tasks.tracking import connect
 
@@ -47,6 +50,30 @@ def test_plan_is_what_dvc_looks_at(repository: Path) -> None:
     assert planned(["--single-item", "--force", "pipe_last"]) == ["pipe_last"]
     assert planned(["--downstream", "pipe_first"]) == ["pipe_first", "pipe_last"]
     assert planned(["nothing"]) == planned(["--nonsense"]) == []
+
+
+def test_who_comes_second_is_told_who_is_at_work_and_where(repository: Path) -> None:
+    Path("hold.py").write_text(
+        "import time\nfrom pathlib import Path\nPath('on').touch()\n"
+        "while not Path('off').exists(): time.sleep(0.05)\nPath('hold.txt').touch()\n"
+    )
+    Path("dvc.yaml").write_text("stages:\n  hold: {cmd: exec python hold.py, outs: [hold.txt]}\n")
+    command = [sys.executable, "-m", "tasks.pipeline"]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as first:
+        try:
+            while not Path("on").exists():
+                assert first.poll() is None
+                time.sleep(0.05)
+            second = subprocess.run(command, capture_output=True, text=True, timeout=120)
+            with pytest.raises(UserError, match="at hold since"):
+                read_dag(repository)
+        finally:
+            Path("off").touch()
+    said = f"error: another run is at work here, at hold since {time.strftime('%H:')}"
+    assert second.returncode == 255
+    assert said in second.stderr and f"(process {first.pid})" in second.stderr
+    assert "rwlock" not in second.stdout + second.stderr
+    assert first.returncode == 0
 
 
 @pytest.mark.slow

@@ -52,6 +52,18 @@ def test_stages_are_nested_under_the_pipeline(workplace: Path, monkeypatch: pyte
     assert client.get_run(pipeline.run_id).info.status == "FINISHED"
 
 
+def test_a_pipeline_whose_stage_was_ended_has_not_failed(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline = Pipeline("pipeline")
+    assert pipeline.run_id
+    monkeypatch.setenv(PIPELINE_RUN, pipeline.run_id)
+    with pytest.raises(SystemExit), stage("train", config={}):
+        raise SystemExit(143)  # as SIGTERM does
+    pipeline.close(succeeded=False)
+    assert connect().get_run(pipeline.run_id).info.status == "KILLED"
+
+
 def test_pipeline_that_executed_nothing_leaves_no_run(workplace: Path) -> None:
     pipeline = Pipeline("pipeline")
     assert pipeline.run_id

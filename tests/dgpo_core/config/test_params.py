@@ -43,6 +43,17 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
         ),
         ({"reinforce": {"kl_estimator": "k4"}}, "reinforce.kl_estimator: Input should be 'k1', 'k2', 'k3'"),
         ({"questions": {"train": []}}, "questions.train: List should have at least 1 item"),
+        # a key that is near
+        (
+            {"reinforce": {"betta": 0.1}},
+            "reinforce.betta: unknown key (found 0.1), did you mean reinforce.beta?",
+        ),
+        ({"reinforc": {}}, "reinforc: unknown key, did you mean reinforce?"),
+        ({"beta": 0.1}, "beta: unknown key (found 0.1), did you mean reinforce.beta?"),
+        (
+            rl(x={"guidance": "none", "algoritm": 1}),
+            "x.algoritm: unknown key (found 1), did you mean recipes.reinforce.x.algorithm?",
+        ),
         # rules over several keys
         ({"reinforce": {"batch_size": 100}}, "reinforce: batch_size must be a multiple of mini_batch_size"),
         (

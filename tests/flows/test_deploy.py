@@ -1,0 +1,197 @@
+"""`python -m flows.deploy` and `flows.worker` on a Prefect server that others use too."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT
+from tests.infra.test_services import free_port
+
+OURS = {
+    "pipeline/on-demand",
+    "pipeline/nightly",
+    "pipeline/single-stage",
+    "reproduce/paper",
+    "stage/cpu",
+    "stage/gpu",
+}
+
+
+def program(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+@pytest.mark.parametrize("module", ["flows.deploy", "flows.worker"])
+def test_without_a_server_there_is_one_line(module: str) -> None:
+    port = free_port()
+    done = program(module, PREFECT_API_URL=f"http://127.0.0.1:{port}/api")
+    assert done.returncode == 2
+    assert done.stderr == f"error: no Prefect server at http://127.0.0.1:{port}/api: make up\n"
+    done = program(module, PREFECT_API_URL=f"http://127.0.0.1:{port}")
+    assert "an API's address ends with /api" in done.stderr
+
+
+def test_which_server_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A variable, a port, `make up`, in this order; `adopt` puts `make up`'s address into the variable."""
+    from flows.server import named_server
+    from tasks import services
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    assert named_server() is None
+    assert named_server(4277) == "http://127.0.0.1:4277/api"
+    up = services.Record("prefect", "", [], "PREFECT_API_URL", "http://127.0.0.1:4288/api", "", "")
+    services.write(up)
+    assert named_server() is None  # it has crashed
+    monkeypatch.setattr(services, "leader", lambda record: record)
+    for _ in ("before adopt", "after"):
+        assert named_server() == up.address
+        assert named_server(4277) == "http://127.0.0.1:4277/api"
+        services.adopt()
+    monkeypatch.setenv("PREFECT_API_URL", "https://team/api")
+    assert named_server() == named_server(4277) == "https://team/api"
+
+
+@pytest.mark.thorough
+class TestSharedServer:
+    """In this order: what others have under our names, an earlier version's objects, then ours, twice."""
+
+    @pytest.fixture(scope="class")
+    def client(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+        """Of a server that no other test has used."""
+        from flows.server import local_server
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+            with local_server(free_port()) as url:
+                patch.setenv("PREFECT_API_URL", url)
+                from prefect import get_client
+                from prefect.settings import PREFECT_API_URL, temporary_settings
+
+                with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+                    yield client
+
+    def test_a_pool_of_somebody_else_is_named_and_left(self, client: Any) -> None:
+        from prefect.client.schemas.actions import WorkPoolCreate
+
+        theirs = WorkPoolCreate(name="cpu-pool", type="docker", description="of the data team")
+        client.create_work_pool(theirs)
+        done = program("flows.deploy")
+        assert done.returncode == 2
+        assert "the work pool cpu-pool of this server is not ours" in done.stderr
+        assert client.read_work_pool("cpu-pool").description == "of the data team"
+        client.delete_work_pool("cpu-pool")
+
+    def test_a_deployment_of_somebody_else_is_named_and_left(self, client: Any) -> None:
+        from prefect import flow
+
+        @flow(name="pipeline")
+        def other() -> None: ...
+
+        flow_id = client.create_flow(other)
+        theirs = client.create_deployment(flow_id, name="nightly", entrypoint="etl.py:main", tags=["etl"])
+        done = program("flows.deploy")
+        assert done.returncode == 2
+        assert (
+            "the deployment pipeline/nightly of this server is not ours (it runs etl.py:main" in done.stderr
+        )
+        assert client.read_deployment(theirs).entrypoint == "etl.py:main"
+        assert client.read_work_pools() == []  # nothing was changed before that was found
+        client.delete_deployment(theirs)
+
+    def test_what_an_earlier_version_has_left_is_replaced(self, client: Any) -> None:
+        from prefect.automations import Automation
+        from prefect.client.schemas.actions import WorkPoolCreate
+        from prefect.client.schemas.objects import StateType
+        from prefect.events import EventTrigger, Posture
+        from prefect.events.actions import ChangeFlowRunState
+
+        from flows.work_pools import Kind, template
+
+        everybodys = EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={"prefect.flow-run.heartbeat"},
+            match={"prefect.resource.id": "prefect.flow-run.*"},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=100),
+        )
+        old = Automation(
+            name="dgpo: a run that has fallen silent has crashed",
+            trigger=everybodys,
+            actions=[ChangeFlowRunState(state=StateType.CRASHED)],
+        )
+        old.create()
+        mine = old.model_copy(update={"name": "mine", "id": None})
+        mine.create()
+        # as a worker of infra/compose.yaml makes it that comes before the deployment
+        client.create_work_pool(
+            WorkPoolCreate(name="cpu-pool", type="process", base_job_template=template(Kind.PROCESS))
+        )
+        client.upsert_global_concurrency_limit_by_name("gpu", 7)
+
+        done = program("flows.deploy", "--gpus", "2")
+        assert done.returncode == 0, done.stderr
+        assert "nightly run (pipeline/nightly): off; NIGHTLY=1 switches it on" in done.stdout
+        found = {automation.name: automation for automation in client.read_automations()}
+        ids = {name: f"prefect.deployment.{client.read_deployment_by_name(name).id}" for name in OURS}
+        assert found["mine"].trigger.match_related.root == {}
+        silent, again = sorted((a for a in found.values() if "dgpo" in a.tags), key=lambda a: str(a.name))[
+            ::-1
+        ]
+        assert len(found) == 3 and silent.name == old.name and silent.id == old.id
+        assert set(silent.trigger.match_related.root["prefect.resource.id"]) == set(ids.values())
+        restarted = {id_ for name, id_ in ids.items() if not name.startswith("stage/")}
+        assert set(again.trigger.match_related.root["prefect.resource.id"]) == restarted
+        assert client.read_global_concurrency_limit_by_name("gpu").limit == 7
+        assert client.read_global_concurrency_limit_by_name("dgpo-gpu").limit == 2
+
+    def test_the_second_time_keeps_what_people_have_switched(self, client: Any) -> None:
+        from prefect.automations import Automation
+
+        before = {name: client.read_deployment_by_name(name).id for name in OURS}
+        (schedule,) = client.read_deployment_by_name("pipeline/nightly").schedules
+        assert not schedule.active
+        off = Automation.read(name="dgpo: a crashed run starts again")
+        assert isinstance(off, Automation)
+        off.disable()
+        for arguments, active in ((["--nightly"], True), ([], True), (["--no-nightly"], False), ([], False)):
+            assert program("flows.deploy", *arguments).returncode == 0
+            (schedule,) = client.read_deployment_by_name("pipeline/nightly").schedules
+            assert schedule.active is active
+        assert {name: client.read_deployment_by_name(name).id for name in OURS} == before
+        enabled = {automation.name: automation.enabled for automation in client.read_automations()}
+        assert len(enabled) == 3 and not enabled["dgpo: a crashed run starts again"]
+
+    def test_a_worker_without_its_pool_says_what_to_do(self, client: Any) -> None:
+        client.delete_work_pool("gpu-pool")
+        done = program("flows.worker", "gpu")
+        assert done.returncode == 2 and done.stderr.endswith(
+            "has no work pool gpu-pool: run make deploy first\n"
+        )
+
+
+def test_runs_of_any_worker_say_often_enough_that_they_live() -> None:
+    """Prefect's own interval is longer than the silence after which a run is called crashed."""
+    from flows.deploy import PREFECT_YAML, SILENCE
+
+    for entry in yaml.safe_load(PREFECT_YAML.read_text())["deployments"]:
+        variables = entry["work_pool"]["job_variables"]["env"]
+        assert 3 * int(variables["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]) < SILENCE.total_seconds(), entry[
+            "name"
+        ]
