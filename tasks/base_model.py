@@ -1,14 +1,13 @@
 """Stage `base-model`: build one of the embedded models from a seed (student and teacher are in git).
 
-Under DVC only what the pipeline uses is built, and only when nobody has built it of the same settings and code:
-neither git, nor a run here or in a worktree beside. By hand (`make base-models`) it is always built.
+Under DVC only what the pipeline uses is built, and only when nobody has built it of the same settings and
+code: neither git, nor a run here or in a worktree beside. By hand (`make base-models`) it is always built.
 """
 
 import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from dgpo_core.errors import UserError
 from dgpo_core.pretraining.build import BaseModelBuilder
 from tasks.dvc_lock import LOCK, cache_folder, dvc_md5, parse_lock
 from tasks.files import content_hash, remove
+from tasks.git import ask
 from tasks.paths import MODELS
 from tasks.stage import main, stage
 
@@ -87,10 +87,10 @@ def is_committed(name: str, config: dict[str, Any]) -> bool:
 
     The commit's dvc.lock says what it was built of, unless the pipeline did not use it then.
     """
-    text = subprocess.run(["git", "show", f"HEAD:./{LOCK}"], capture_output=True, text=True, check=False)
-    if text.returncode:
+    lock = ask("show", f"HEAD:./{LOCK}")
+    if lock is None:
         return False
-    entry = parse_lock(text.stdout).get(f"base-model@{name}")
+    entry = parse_lock(lock).get(f"base-model@{name}")
     if entry is None or entry.outs.get((MODELS / name).as_posix()) != dvc_md5(MODELS / name):
         return False
     used = entry.params.get("models")

@@ -44,7 +44,7 @@ def git_dirty(root: Path = Path()) -> bool | None:
 
 def uncommitted(path: Path, root: Path = Path()) -> bool:
     """Return whether a file differs from the commit, or is in none; False outside git, where nothing is."""
-    return bool(_git(root, "status", "--porcelain", "--", str(path)))
+    return bool(ask("status", "--porcelain", "--", str(path), root=root))
 
 
 def labels(root: Path = Path()) -> dict[str, str]:
