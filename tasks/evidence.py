@@ -4,7 +4,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from dgpo_core.config.retrieval import parse_location
 from dgpo_core.errors import UserError
 from dgpo_core.promotion.evidence import MADE, TABLES, Made
 from dgpo_core.protocol.episode import read_metadata
+from dgpo_core.temporary import temporary_folder
 from tasks.dvc_lock import Lock, LockedStage, dvc_md5, read_lock
 from tasks.files import content_hash
 from tasks.inputs import model_source
@@ -42,8 +42,7 @@ def record_evaluations(registry: Registry, params: Params, lock: Lock) -> dict[s
         if version is None:
             problems[recipe] = f"{MODELS / recipe} is not registered; run `dgpo register`"
             continue
-        with tempfile.TemporaryDirectory(prefix="dgpo-evidence-") as temporary:
-            folder = Path(temporary)
+        with temporary_folder("evidence") as folder:
             if _assemble(recipe, version.hash, lock, folder):
                 base = model_source(params, STUDENT)
                 digest = content_hash(Path(base)) if Path(base).is_dir() else base
@@ -106,8 +105,7 @@ def evaluate_again(reference: str) -> None:
     with store() as registry:
         version = registry.named(reference)
         recipe, folder = version.tags["recipe"], registry.folder(version).resolve()
-        with tempfile.TemporaryDirectory(prefix="dgpo-evaluate-") as temporary:
-            project = Path(temporary)
+        with temporary_folder("evaluate") as project:
             _project(project, params, recipe, folder)
             command = [sys.executable, "-m", "tasks.evaluate", recipe]
             if code := subprocess.run(command, cwd=project, env=_environment(), check=False).returncode:

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
+from dgpo_core.temporary import temporary_folder
 from tasks import lineage
 from tasks.dvc_lock import from_cache
 from tasks.files import content_hash
@@ -207,13 +208,13 @@ class Registry:
                 f"{version.name} was never evaluated: run `dvc repro report`, or `dgpo evaluate "
                 f"{version.reference}` if its recipe is not compared"
             )
-        with tempfile.TemporaryDirectory(prefix="dgpo-evidence-") as folder:
-            yield Path(self._client.download_artifacts(version.run_id, place, folder))
+        with temporary_folder("evidence") as folder:
+            yield Path(self._client.download_artifacts(version.run_id, place, str(folder)))
 
     def lineage_of(self, version: Version) -> lineage.Lineage:
         """As it was written when the version was registered."""
-        with tempfile.TemporaryDirectory(prefix="dgpo-lineage-") as folder:
-            path = Path(self._client.download_artifacts(version.run_id, LINEAGE, folder))
+        with temporary_folder("lineage") as folder:
+            path = Path(self._client.download_artifacts(version.run_id, LINEAGE, str(folder)))
             stored: lineage.Lineage = json.loads(path.read_text(encoding="utf-8"))
         return stored
 
@@ -288,8 +289,8 @@ class Registry:
         return _version(self._client.create_model_version(NAME, source, run_id, tags=tags))
 
     def _log_weights(self, version: Version, folder: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="dgpo-model-") as temporary:
-            saved = Path(temporary) / "saved"
+        with temporary_folder("model") as temporary:
+            saved = temporary / "saved"
             save_mlflow_model(folder, saved, NAME)
             self._client.log_artifacts(version.run_id, str(saved), MODEL)
         self.tag(version, weights="artifact")  # last: only what has arrived counts
