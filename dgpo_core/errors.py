@@ -15,6 +15,10 @@ class InfrastructureError(Exception):
     """A part beside the models failed (retriever, engine): neither a right nor a wrong answer."""
 
 
+class ResourceError(InfrastructureError):
+    """The machine lacks something (room, a permission, open files): the same again would fail again."""
+
+
 def first_line(error: Exception) -> str:
     """What libraries explain in paragraphs, for a message of one line."""
     return str(error).strip().split("\n")[0]

@@ -1,4 +1,4 @@
-"""Temporary folders that nobody's end leaves behind: those of a killed process are removed by the next one."""
+"""Temporary folders that no process leaves behind: those of a killed one are removed by the next."""
 
 import os
 import secrets
@@ -15,7 +15,7 @@ OWNER = ".owner"  # suffix of the file beside a folder that its process holds a 
 
 @contextmanager
 def temporary_folder(purpose: str, parent: Path | None = None) -> Iterator[Path]:
-    """Make a folder `dgpo-<purpose>-...` in `parent`, by default the system's place, and remove it at the end.
+    """Make a folder `dgpo-<purpose>-...` in `parent` (by default the system's place); remove it at the end.
 
     First remove what killed processes have left there. The lock is the kernel's, so it ends with its process,
     however that ended, and no living process's folder is taken for one of those.

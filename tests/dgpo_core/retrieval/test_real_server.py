@@ -10,6 +10,8 @@ import os
 from dataclasses import replace
 from typing import Any
 
+from functools import partial
+
 import numpy as np
 import pytest
 
