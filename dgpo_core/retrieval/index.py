@@ -170,8 +170,8 @@ def _explained(location: str, error: Exception) -> Exception:
         free = shutil.disk_usage(next(p for p in (place, *place.absolute().parents) if p.exists())).free
         return ResourceError(
             f"cannot build the index in {place}, where {free / 2**20:,.0f} MiB are free: "
-            f"{os.strerror(number).lower()}: {error}; make room, raise the limit (ulimit -a), or name another "
-            "place: TMPDIR, or a folder that stays (retrieval.location: embedded:<folder>)"
+            f"{os.strerror(number).lower()}: {error}; make room, raise the limit (ulimit -a), or name "
+            "another place: TMPDIR, or a folder that stays (retrieval.location: embedded:<folder>)"
         )
     return InfrastructureError(f"cannot fill the Qdrant collection at {location}: {error}")
 

@@ -105,7 +105,7 @@ class VllmServerEngine:
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Tell of an answer in which something is missing, or that is not of its kind, as a failure of the server."""
+    """Tell of an answer that lacks something, or has something else there, as a failure of the server."""
     try:
         yield
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:

@@ -8,9 +8,8 @@ Collections of its own are made and removed. With a server that wants a key: QDR
 
 import os
 from dataclasses import replace
-from typing import Any
-
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest

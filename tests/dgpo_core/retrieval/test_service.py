@@ -260,8 +260,9 @@ def test_a_passage_without_an_id_is_known_by_its_contents() -> None:
 
 
 def test_the_first_question_shows_whether_it_is_a_retriever(quick: None) -> None:
-    cases = [
-        ({"result": [[{"document": {"id": "1"}}], []]}, 200, r"a document without .*contents.*; its keys are 'id'"),
+    textless = {"result": [[{"document": {"id": "1"}}], []]}
+    cases: list[tuple[Any, int, str]] = [
+        (textless, 200, r"a document without .*contents.*; its keys are 'id'"),
         ({"result": [[], []]}, 200, r"finds nothing for any of 2 questions, as for 'q'"),
         ({"detail": "Not Found"}, 404, r"refuses the request: Not Found"),
         ("<html>", 200, r"does not answer as a retriever does"),

@@ -126,7 +126,7 @@ def test_half_a_character_is_refused(client: httpx.Client) -> None:
         CHAT, content=json.dumps(body("Who?", **{"\udc00": 1})), headers={"Content-Type": "application/json"}
     )
     assert unknown.status_code == 400
-    assert unknown.json()["error"]["message"] == "\\udc00: this agent does not support this parameter"
+    assert "retry-after" not in unknown.headers
 
 
 @pytest.mark.parametrize(
