@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +19,7 @@ from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
 from dgpo_core.promotion.evidence import MADE, TABLES, Made
 from dgpo_core.protocol.episode import read_metadata
+from dgpo_core.temporary import temporary_folder
 from tasks.dvc_lock import Lock, LockedStage, dvc_md5, read_lock, upstream
 from tasks.files import content_hash
 from tasks.inputs import model_source
@@ -50,8 +50,7 @@ def record_evaluations(
                 f"{MODELS / recipe} is not registered; run `dgpo register` (--challenger offers it, too)"
             )
             continue
-        with tempfile.TemporaryDirectory(prefix="dgpo-evidence-") as temporary:
-            folder = Path(temporary)
+        with temporary_folder("evidence") as folder:
             if not _assemble(recipe, version.hash, lock, folder, root):
                 problems[recipe] = (
                     f"{EVALUATION / recipe} is not of this model; run `dvc repro evaluate@{recipe}`"
@@ -139,8 +138,7 @@ def evaluate_again(reference: str) -> None:
     with store() as registry:
         version = registry.named(reference)
         recipe, folder = version.tags["recipe"], registry.folder(version).resolve()
-        with tempfile.TemporaryDirectory(prefix="dgpo-evaluate-") as temporary:
-            project = Path(temporary)
+        with temporary_folder("evaluate") as project:
             _project(project, params, recipe, folder)
             command = [sys.executable, "-m", "tasks.evaluate", recipe]
             if code := subprocess.run(command, cwd=project, env=_environment(), check=False).returncode:

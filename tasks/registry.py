@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
+from dgpo_core.temporary import temporary_folder
 from tasks import lineage
 from tasks.dvc_lock import from_cache
 from tasks.files import content_hash
@@ -208,12 +209,12 @@ class Registry:
                 f"{version.name} was never evaluated: run `dvc repro report`, or `dgpo evaluate "
                 f"{version.reference}` if its recipe is not compared"
             )
-        with tempfile.TemporaryDirectory(prefix="dgpo-evidence-") as folder:
+        with temporary_folder("evidence") as folder:
             yield self._download(version, place, folder, f"`dgpo evaluate {version.reference}`")
 
     def lineage_of(self, version: Version) -> lineage.Lineage:
         """As it was written when the version was registered."""
-        with tempfile.TemporaryDirectory(prefix="dgpo-lineage-") as folder:
+        with temporary_folder("lineage") as folder:
             cure = "delete the version on MLflow's page of the model, then `dgpo register`"
             path = self._download(version, LINEAGE, folder, cure)
             stored: lineage.Lineage = json.loads(path.read_text(encoding="utf-8"))
@@ -245,13 +246,13 @@ class Registry:
         self._client.set_terminated(run_id)
         return run_id
 
-    def _download(self, version: Version, place: str, folder: str, cure: str) -> Path:
+    def _download(self, version: Version, place: str, folder: Path, cure: str) -> Path:
         """An artifact of the version's run in `folder`. Raises UserError with the cure when it is gone."""
         from mlflow.exceptions import MlflowException
 
         where = self._client.get_run(version.run_id).info.artifact_uri
         try:
-            return Path(self._client.download_artifacts(version.run_id, place, folder))
+            return Path(self._client.download_artifacts(version.run_id, place, str(folder)))
         except (MlflowException, OSError) as error:
             if isinstance(error, MlflowException) and error.error_code == "PERMISSION_DENIED":
                 raise
@@ -303,8 +304,8 @@ class Registry:
         return _version(self._client.create_model_version(NAME, source, run_id, tags=tags))
 
     def _log_weights(self, version: Version, folder: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="dgpo-model-") as temporary:
-            saved = Path(temporary) / "saved"
+        with temporary_folder("model") as temporary:
+            saved = temporary / "saved"
             save_mlflow_model(folder, saved, NAME)
             self._client.log_artifacts(version.run_id, str(saved), MODEL)
         self.tag(version, weights="artifact")  # last: only what has arrived counts

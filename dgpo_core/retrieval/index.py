@@ -1,14 +1,19 @@
 """The index that agents search: one class, whatever `retrieval.location` names."""
 
+import os
+import re
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from qdrant_client import QdrantClient
+from qdrant_client.http.exceptions import ResponseHandlingException
 
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig, parse_location
 from dgpo_core.datasets.records import Passage
-from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.errors import InfrastructureError, ResourceError, UserError
 from dgpo_core.retrieval.backends import Backend
 from dgpo_core.retrieval.backends.embedded import EmbeddedBackend
 from dgpo_core.retrieval.backends.loading import Progress, ensure
@@ -123,7 +128,6 @@ def open_index(
     encoder = make_encoder(manifest.encoder_config, manifest.average_words)
     lexical = Bm25Encoder(manifest.average_words) if config.hybrid else None
     content = stored_content(folder, manifest, lexical)
-
     shared = location.kind == "server"
     qdrant = config.qdrant if shared else config.qdrant.model_copy(update={"upload_parallel": 1})
 
@@ -161,4 +165,20 @@ def index_passages(passages: list[Passage], config: EncoderConfig) -> Index:
 def _explained(location: str, error: Exception) -> Exception:
     if reason := refusal(error):
         return UserError(f"retrieval.location: {location}: {reason}")
+    if number := _system_error(error):
+        place = Path(parse_location(location).place or tempfile.gettempdir())
+        free = shutil.disk_usage(next(p for p in (place, *place.absolute().parents) if p.exists())).free
+        return ResourceError(
+            f"cannot build the index in {place}, where {free / 2**20:,.0f} MiB are free: "
+            f"{os.strerror(number).lower()}: {error}; make room, raise the limit (ulimit -a), or name "
+            "another place: TMPDIR, or a folder that stays (retrieval.location: embedded:<folder>)"
+        )
     return InfrastructureError(f"cannot fill the Qdrant collection at {location}: {error}")
+
+
+def _system_error(error: Exception) -> int | None:
+    """The system's number of an error on disk; the embedded engine has it in its text alone."""
+    if isinstance(error, ResponseHandlingException):  # of the way to a server
+        return None
+    found = re.search(r"os error (\d+)", str(error))
+    return error.errno if isinstance(error, OSError) else int(found[1]) if found else None

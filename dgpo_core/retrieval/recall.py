@@ -44,6 +44,7 @@ def require_recall(measured: Recall, config: RetrievalConfig) -> None:
         stronger = {"binary": ", or retrieval.qdrant.quantization: int8", "int8": ", or none", "none": ""}
         raise UserError(
             f"retrieval.min_recall: recall@{config.top_k} against exact search is {measured.share:.4f}, "
-            f"below {config.min_recall}; raise retrieval.qdrant.hnsw_ef or .oversampling (searches take longer), "
-            f"then .hnsw_m and .hnsw_ef_construct (builds anew){stronger[config.qdrant.quantization]}"
+            f"below {config.min_recall}; raise retrieval.qdrant.hnsw_ef or .oversampling (searches take "
+            "longer), then .hnsw_m and .hnsw_ef_construct (builds anew)"
+            f"{stronger[config.qdrant.quantization]}"
         )

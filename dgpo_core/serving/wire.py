@@ -127,9 +127,7 @@ def usage(record: Record) -> dict[str, int]:
 
 
 def error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
-    """Half surrogate pairs of a request, which no answer can hold, are written out."""
-    said, named = (text and text.encode("utf-8", "backslashreplace").decode() for text in (message, param))
-    return {"error": {"message": said, "type": kind, "param": named, "code": code}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
 def _finish(record: Record) -> str:

@@ -6,7 +6,6 @@ import shutil
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import finalize
 
@@ -20,6 +19,7 @@ from dgpo_core.retrieval.encoders import SparseVector, Vector
 from dgpo_core.retrieval.points import Content, Point, point_bytes
 from dgpo_core.retrieval.ranking import Scored, Window
 from dgpo_core.retrieval.requests import batches
+from dgpo_core.temporary import temporary_folder
 
 UPSERT = 1000
 UPSERT_BYTES = 2**28
@@ -40,9 +40,7 @@ class EmbeddedBackend:
         held = ExitStack()
         self._release = finalize(self, held.close)  # at the latest when the process ends
         if folder is None:
-            folder = Path(
-                held.enter_context(TemporaryDirectory(prefix="dgpo-qdrant-", ignore_cleanup_errors=True))
-            )
+            folder = held.enter_context(temporary_folder("qdrant"))
         else:
             held.callback(_lock(folder / f"{content.name}.lock").release)
         place = folder / content.name

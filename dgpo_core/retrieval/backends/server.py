@@ -105,6 +105,8 @@ def refusal(error: Exception) -> str | None:
                 return f"the server refuses the key of QDRANT_API_KEY (HTTP {status})"
             if 400 <= status < 500 and status not in (408, 425, 429):
                 return f"the server refuses a request (HTTP {status}): {_said(error)}; is it a Qdrant server?"
+        case json.JSONDecodeError():
+            return "what it answers is not a Qdrant server's answer: no JSON"
         case ResponseHandlingException() if not isinstance(error.source, httpx.HTTPError | OSError):
             return f"what it answers is not a Qdrant server's answer: {first_line(error)}"
         case grpc.RpcError() if isinstance(error, grpc.Call):

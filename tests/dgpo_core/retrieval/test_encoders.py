@@ -14,6 +14,8 @@ from transformers import BertModel
 
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import UserError
+from dgpo_core.protocol.encoding import start_of
+from dgpo_core.retrieval import encoders
 from dgpo_core.retrieval.encoders import (
     BUFFER,
     Bm25Encoder,
@@ -55,6 +57,39 @@ def test_dense_encoder_cuts_long_texts(bert: Path) -> None:
     encoder = DenseEncoder(EncoderConfig(model=str(bert), max_tokens=6, query_prefix=""))
     (vector,) = encoder.encode_queries(["red green blue house tree tree"])
     np.testing.assert_allclose(np.array(vector), pooled(bert, "red green blue house tree tree", 6), atol=1e-5)
+
+
+def test_of_a_long_text_the_start_alone_is_read(
+    bert: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same vectors as of the whole, which takes seconds to tokenise."""
+    text = "red house green tree " * 20_000
+    read: list[int] = []
+
+    def measured(text: str, encode: Any, count: int) -> str:
+        read.append(len(start_of(text, encode, count)))
+        return text
+
+    for config in (
+        EncoderConfig(model=str(bert), max_tokens=20, passage_prefix=""),
+        EncoderConfig(kind="sentence-transformers", model=str(minilm), max_tokens=20),
+    ):
+        encoder = make_encoder(config, 10.0)
+        whole, start = (np.array(encoder.encode_passages([t])) for t in (text, text[:400]))
+        np.testing.assert_allclose(whole, start, atol=1e-5)
+        with monkeypatch.context() as patch:
+            patch.setattr(encoders, "start_of", measured)
+            encoder.encode_passages([text])
+        assert read.pop() < 1000
+
+
+def test_vectors_that_are_no_numbers_are_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = DenseEncoder(EncoderConfig(model=str(bert)))
+    weights = encoder._model.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        weights.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"makes vectors that are not numbers.*retrieval\.precision"):
+        encoder.encode_passages(["red house"])
 
 
 def test_folder_without_a_model(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ Collections of its own are made and removed. With a server that wants a key: QDR
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np

@@ -272,7 +272,7 @@ def test_of_a_long_passage_no_more_is_tokenised_than_is_shown(
         assert episode.hit
         shown.append(pieces(episode)[2][1])
     assert shown[0] == shown[1]
-    assert 500 < len(shown[0]) < sum(read) < 20_000
+    assert 700 < len(shown[0]) < sum(read) < 20_000
 
 
 TURNS = st.lists(

@@ -162,6 +162,41 @@ def test_failures_are_tried_again_and_are_no_answers(
     pretender.answers["/inference/v1/generate"] = lambda _: (200, {"choices": [aborted]})
     with pytest.raises(InfrastructureError, match="ended a request with 'abort'"):
         ask(engine)
+    overloaded = iter([429, 408])
+    pretender.answers["/inference/v1/generate"] = lambda _: (
+        next(overloaded, 200),
+        {"choices": [pretender.choice([7], -0.5)]},
+    )
+    assert [answer.token_ids for answer in ask(engine)] == [[7], [7]]
+
+
+def test_broken_answers_are_failures(
+    server: tuple[Pretender, str], words: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pretender, url = server
+    engine = connect(url, words, tmp_path)
+    whole = pretender.choice([7], -0.5)
+    broken: list[dict[str, Any]] = [
+        {},
+        {"choices": []},
+        {"choices": None},
+        {"choices": [{}]},
+        {"choices": [{**whole, "logprobs": None}]},
+        {"choices": [{**whole, "logprobs": {"content": [{"logprob": None}]}}]},
+        {"choices": [{**whole, "token_ids": ["a"]}]},
+        {"choices": [{**whole, "weight_versions": [{}]}]},
+    ]
+    for answer in broken:
+        pretender.answers["/inference/v1/generate"] = lambda _, answer=answer: (200, answer)  # type: ignore[misc]
+        with pytest.raises(InfrastructureError, match="does not answer as vLLM does"):
+            ask(engine)
+    nan = {"choices": [pretender.choice([7], float("nan"))]}
+    pretender.answers["/inference/v1/generate"] = lambda _: (200, nan)
+    with pytest.raises(InfrastructureError, match="a log-probability that is no number"):
+        ask(engine)
+    pretender.answers["/v1/models"] = lambda _: (200, {"data": []})
+    with pytest.raises(InfrastructureError, match="/v1/models does not answer as vLLM does"):
+        connect(url, words, tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -122,6 +122,22 @@ def test_half_a_character_is_refused(client: httpx.Client) -> None:
         CHAT, content=json.dumps(body("\ud800")), headers={"Content-Type": "application/json"}
     )
     assert response.status_code == 400 and "not valid Unicode" in response.json()["error"]["message"]
+    unknown = client.post(
+        CHAT, content=json.dumps(body("Who?", **{"\udc00": 1})), headers={"Content-Type": "application/json"}
+    )
+    assert unknown.status_code == 400
+    assert "retry-after" not in unknown.headers
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 10**40}, {"max_tokens": 10**40}, {"temperature": 1e-320}, {"seed": 2**64, "temperature": 1}],
+)
+def test_numbers_of_any_size_are_answered(
+    client: httpx.Client, questions: list[Question], changes: dict[str, Any]
+) -> None:
+    response = client.post(CHAT, json=body(questions[0].question, **changes))
+    assert response.status_code in (200, 400), response.text
 
 
 def test_parameters_that_ask_for_nothing_are_taken(client: httpx.Client, questions: list[Question]) -> None:

@@ -126,5 +126,5 @@ def test_nothing_stays_of_a_temporary_one(passages: list[Passage], tmp_path: Pat
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("1 a\n", "")
+    assert (done.stdout, done.stderr) == ("2 a\n", ""), "the folder, and the file that says whose it is"
     assert list(tmp_path.iterdir()) == []
