@@ -19,9 +19,9 @@ class NotFinite(UserError):
         """`cure` says what to do; `step` is the training step that the quantity belongs to."""
         place = "" if step is None else f" of step {step}"
         kind = "infinite" if math.isinf(value) else "not a number"
-        cure = cure or "the model's weights are broken, or the precision is too narrow for it"
-        super().__init__(f"the {quantity}{place} is {kind}; {cure}")
+        self.cure = cure or "the model's weights are broken, or the precision is too narrow for it"
         self.quantity, self.value = quantity, value
+        super().__init__(f"the {quantity}{place} is {kind}; {self.cure}")
 
 
 class InfrastructureError(Exception):

@@ -14,6 +14,7 @@ from dgpo_core.rollout.engine import Finish, Generation, Request
 
 # Log-probabilities at the sampling temperature, as the loop records them; vLLM's default is raw ones.
 LOGPROBS_MODE = "processed_logprobs"
+NEVER = -1e9  # added to a logit: no probability, whatever the logit is
 
 
 def endings_of(source: str, tokenizer: Any) -> Endings:
@@ -43,8 +44,8 @@ def sampling_fields(
         "stop": list(stop),
         "include_stop_str_in_output": True,
         "stop_token_ids": sorted(endings.eos),
-        # exp(-100) of the others' weight is none in float32; these few are sent faster than all the others
-        "logit_bias": dict.fromkeys(endings.unknown, -100.0) or None,
+        # vLLM takes at most 1,024 ids here, and no more as allowed ones
+        "logit_bias": dict.fromkeys(endings.unknown, NEVER) or None,
         "skip_special_tokens": False,  # a tag may be a special token
         "spaces_between_special_tokens": False,
         "logprobs": 0,  # of the sampled token only

@@ -18,6 +18,7 @@ from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.training import parallel
 from dgpo_core.training.batches import Sequence, backbone_of, collate, counted_hidden, head_of
 from dgpo_core.training.compute import autocast
+from dgpo_core.training.finite import require_finite
 
 PROBED = Sampling(temperature=1.0)
 
@@ -51,7 +52,10 @@ class EngineSync:
             )
 
     def probe(self) -> dict[str, float]:
-        """Distance of the two on tokens that the engine samples, as `engine_gap` gives it."""
+        """Distance of the two on tokens that the engine samples, as `engine_gap` gives it.
+
+        Raises NotFinite when the model gives no numbers.
+        """
         requests = [Request(ids, self.config.tokens, (i,)) for i, ids in enumerate(self.prompts)]
         answers = self.engine.generate(requests, PROBED, ())
         sequences = [
@@ -63,6 +67,7 @@ class EngineSync:
             hidden = counted_hidden(backbone_of(self.model), batch)
             head = head_of(self.model)[: self.known]
             own = token_logprobs(hidden, head, batch.targets, PROBED.temperature)[0]
+        require_finite({"log-probability of a sampled token": own.sum().item()})
         return engine_gap(own.cpu(), torch.tensor([value for answer in answers for value in answer.logprobs]))
 
 

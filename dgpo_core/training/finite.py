@@ -23,6 +23,8 @@ def training_step(step: int, lower: Callable[[str], str]) -> Iterator[None]:
         yield
     except NotFinite as error:
         cure = f"lower {lower(error.quantity)}"
+        if step == 1:  # it may have come before any update
+            cure += f"; if that does not help, {error.cure}"
         raise NotFinite(error.quantity, error.value, cure, step) from error
 
 

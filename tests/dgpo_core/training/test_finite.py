@@ -21,6 +21,16 @@ def test_the_first_quantity_that_is_none_is_named_with_step_and_setting(value: f
         require_finite({"loss": 0.5, "ce": value, "grad_norm": math.nan})
 
 
+def test_in_the_first_step_no_rate_may_be_to_blame() -> None:
+    with (
+        pytest.raises(
+            NotFinite, match=r"of step 1 is .*lower the rate; if that does not help, the model's weig"
+        ),
+        training_step(1, lambda _: "the rate"),
+    ):
+        require_finite({"loss": math.nan})
+
+
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_one_broken_entry_is_found(value: float, dtype: torch.dtype) -> None:
