@@ -22,13 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
-import psutil
-
 from tasks.mlflow_faults import deleted_experiment, explained, require_answer
 from tasks.mlflow_store import EXPERIMENT, artifact_root, local_path, prepare, tracking_uri
 from tasks.pipeline_summary import summarize
+from tasks.process import began
 from tasks.provenance import changed_settings, labels, settings
-from tasks.services import find
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -96,12 +94,8 @@ def _experiment(client: "MlflowClient") -> str:
 
 def _process() -> dict[str, str]:
     """Return who writes a run, as tags: by them the next start knows a run whose process is gone."""
-    process = psutil.Process()
-    return {
-        "process.host": _host(),
-        "process.pid": str(process.pid),
-        "process.started": repr(process.create_time()),
-    }
+    pid = os.getpid()
+    return {"process.host": _host(), "process.pid": str(pid), "process.began": began(pid) or ""}
 
 
 def _host() -> str:
@@ -116,11 +110,8 @@ def close_left_over(client: "MlflowClient") -> None:
     """End runs as KILLED whose process on this machine is gone: a closed terminal, SIGKILL, a power cut."""
     mine = f"attributes.status = 'RUNNING' and tags.`process.host` = '{_host()}'"
     for run in client.search_runs([_experiment(client)], mine):
-        try:
-            alive = find(int(run.data.tags["process.pid"]), float(run.data.tags["process.started"]))
-        except (KeyError, ValueError):  # somebody's own tags
-            continue
-        if alive is None:
+        pid, then = run.data.tags.get("process.pid", ""), run.data.tags.get("process.began")
+        if then and pid.isdecimal() and began(int(pid)) != then:
             client.set_terminated(run.info.run_id, "KILLED")
 
 

@@ -238,7 +238,7 @@ def test_a_run_whose_process_is_gone_is_closed_by_the_next_start(own_store: Path
     own, elsewhere, reused, unknown = (start_run(client, name, {}) for name in ("own", "far", "new", "old"))
     client.set_tag(elsewhere, "process.host", "another-machine 0 pid:[1]")
     client.set_tag(elsewhere, "process.pid", "999999")
-    client.set_tag(reused, "process.started", "1000000.0")  # the number is another process's by now
+    client.set_tag(reused, "process.began", "an-earlier-boot 1000")  # the number is another process's by now
     client.set_tag(unknown, "process.pid", "no number")
     assert client.get_run(gone).info.status == "RUNNING"
     with stage("train", config={}):
