@@ -76,8 +76,13 @@ def connect() -> "MlflowClient":
 
 def start_run(client: "MlflowClient", name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
     """Start a run and return its id; `parent` makes it a child of that run, in the same experiment."""
-    # where the parent is: somebody may have renamed the experiment since it began
-    experiment = str(client.get_run(parent).info.experiment_id) if parent else _experiment(client)
+    from mlflow.exceptions import MlflowException
+
+    experiment = None
+    if parent:  # stay with it: somebody may have renamed the experiment since it began
+        with suppress(MlflowException):  # of another store
+            experiment = str(client.get_run(parent).info.experiment_id)
+    experiment = experiment or _experiment(client)
     nesting = {"mlflow.parentRunId": parent} if parent else {}
     run = client.create_run(experiment, tags={**tags, **_process(), **nesting}, run_name=name)
     return str(run.info.run_id)
