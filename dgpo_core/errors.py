@@ -42,4 +42,4 @@ def without_credentials(text: str) -> str:
 
     For whatever is printed, logged or shown on a page: addresses come from users, with all that is in them.
     """
-    return re.sub(r"(\w://)[^/@\s]*@", r"\1", text)
+    return re.sub(r"(\w://)[^/\s]*@", r"\1", text)

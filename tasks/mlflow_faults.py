@@ -52,7 +52,7 @@ def explained(error: Exception) -> UserError | InfrastructureError:
         return UserError(f"the run {found[1]} was deleted in MLflow: {restore}")
     if found := re.search(r"Run with id=(\w+) not found", text):
         return UserError(
-            f"the run {found[1]}, which kept what belongs to a version, is gone from MLflow: delete the "
+            f"the run {found[1]} is gone from MLflow: if a version was registered with it, delete that "
             "version on MLflow's page of the model, then `dgpo register`"
         )
     uri = tracking_uri()

@@ -25,6 +25,7 @@ from dgpo_core.errors import InfrastructureError, UserError
 EXPERIMENT = "dgpo"
 STORE, ARTIFACTS = Path("mlflow.db"), "mlruns"
 SQLITE = "sqlite:///"
+PATIENCE = 300.0  # seconds to wait for another process that makes the store
 BUSY = 20.0  # seconds to wait for another process that writes, as MLflow does
 # Where MLflow keeps places of artifacts: table, its key, column.
 PLACES = (
@@ -71,7 +72,7 @@ def prepare(uri: str) -> None:
         if moved_from(path):
             with _alone(path):
                 _settle(path)
-    except (OSError, sqlite3.Error) as error:
+    except (OSError, sqlite3.Error, NotImplementedError) as error:  # the last: a disk without locks
         raise InfrastructureError(f"{path}: MLflow's store cannot be used here: {error}") from error
 
 
@@ -131,7 +132,7 @@ def moved_from(path: Path) -> str | None:
     with closing(_reading(path)) as store:
         place = _first(store, "SELECT artifact_location FROM experiments WHERE name = ?", True, EXPERIMENT)
         old = local_folder(place)
-        if place is None or old is None or old == home:
+        if place is None or old is None or old.resolve() == home.resolve():  # it may be a link
             return None
         runs = [run for run, _ in _within(store, "runs", "run_uuid", "artifact_uri", place)]
     anothers = (old.parent / STORE.name).is_file() or not old.exists()
@@ -253,7 +254,7 @@ def _alone(path: Path) -> Iterator[None]:
     """Only one process makes or moves the store; the kernel frees the lock of one that is killed."""
     from filelock import FileLock
 
-    with FileLock(path.with_name(f"{path.name}.lock")):
+    with FileLock(path.with_name(f"{path.name}.lock"), timeout=PATIENCE):
         yield
 
 

@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
@@ -66,6 +67,26 @@ def exit_on_signals() -> None:
     signal.signal(signal.SIGTERM, leave)
     if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
         signal.signal(signal.SIGHUP, leave)
+
+
+def began(pid: int) -> str | None:
+    """Return when a process of this machine began, in words that no correction of the clock changes.
+
+    None when it is gone. A later process with the same number began at another time.
+    """
+    if sys.platform != "linux":
+        import psutil  # every program imports this file
+
+        try:
+            return repr(psutil.Process(pid).create_time())
+        except psutil.Error:
+            return None
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return None if state == "Z" else f"{boot} {fields[18]}"  # in clock ticks after it
 
 
 def peak_memory() -> int:

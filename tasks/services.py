@@ -69,20 +69,19 @@ def _place(folder: Path) -> str:
     return f"{found.st_dev}:{found.st_ino}"
 
 
-def find(pid: int, created: float) -> psutil.Process | None:
-    """Return the process that began at `created`, if it runs: a later one with its number is another's."""
-    with contextlib.suppress(psutil.Error):
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - created) < CLOCK_TOLERANCE
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    return None
-
-
 def leader(record: Record) -> psutil.Process | None:
-    """The process that was started, if it still runs."""
-    with contextlib.suppress(psutil.Error):
-        process = find(record.pid, record.created) if record.pid else None
-        return process if process and process.cmdline() == record.command else None
+    """The process that was started, if it still runs: a later one with its number is another's."""
+    try:
+        process = psutil.Process(record.pid) if record.pid else None
+        if (
+            process
+            and process.status() != psutil.STATUS_ZOMBIE
+            and abs(process.create_time() - record.created) < CLOCK_TOLERANCE
+            and process.cmdline() == record.command
+        ):
+            return process
+    except psutil.Error:
+        pass
     return None
 
 

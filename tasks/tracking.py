@@ -22,13 +22,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
-import psutil
-
 from tasks.mlflow_faults import deleted_experiment, explained, require_answer
 from tasks.mlflow_store import EXPERIMENT, artifact_root, local_path, prepare, tracking_uri
 from tasks.pipeline_summary import summarize
+from tasks.process import began
 from tasks.provenance import changed_settings, labels, settings
-from tasks.services import find
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -78,8 +76,13 @@ def connect() -> "MlflowClient":
 
 def start_run(client: "MlflowClient", name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
     """Start a run and return its id; `parent` makes it a child of that run, in the same experiment."""
-    # where the parent is: somebody may have renamed the experiment since it began
-    experiment = str(client.get_run(parent).info.experiment_id) if parent else _experiment(client)
+    from mlflow.exceptions import MlflowException
+
+    experiment = None
+    if parent:  # stay with it: somebody may have renamed the experiment since it began
+        with suppress(MlflowException):  # of another store
+            experiment = str(client.get_run(parent).info.experiment_id)
+    experiment = experiment or _experiment(client)
     nesting = {"mlflow.parentRunId": parent} if parent else {}
     run = client.create_run(experiment, tags={**tags, **_process(), **nesting}, run_name=name)
     return str(run.info.run_id)
@@ -96,12 +99,8 @@ def _experiment(client: "MlflowClient") -> str:
 
 def _process() -> dict[str, str]:
     """Return who writes a run, as tags: by them the next start knows a run whose process is gone."""
-    process = psutil.Process()
-    return {
-        "process.host": _host(),
-        "process.pid": str(process.pid),
-        "process.started": repr(process.create_time()),
-    }
+    pid = os.getpid()
+    return {"process.host": _host(), "process.pid": str(pid), "process.began": began(pid) or ""}
 
 
 def _host() -> str:
@@ -116,11 +115,8 @@ def close_left_over(client: "MlflowClient") -> None:
     """End runs as KILLED whose process on this machine is gone: a closed terminal, SIGKILL, a power cut."""
     mine = f"attributes.status = 'RUNNING' and tags.`process.host` = '{_host()}'"
     for run in client.search_runs([_experiment(client)], mine):
-        try:
-            alive = find(int(run.data.tags["process.pid"]), float(run.data.tags["process.started"]))
-        except (KeyError, ValueError):  # somebody's own tags
-            continue
-        if alive is None:
+        pid, then = run.data.tags.get("process.pid", ""), run.data.tags.get("process.began")
+        if then and pid.isdecimal() and began(int(pid)) != then:
             client.set_terminated(run.info.run_id, "KILLED")
 
 

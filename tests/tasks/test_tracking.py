@@ -239,6 +239,15 @@ def test_stages_stay_with_their_pipeline_when_the_experiment_is_renamed(
     assert (parent.status, parent.lifecycle_stage) == ("FINISHED", "active")
 
 
+def test_a_pipeline_that_this_store_does_not_know_keeps_no_stage_out(
+    own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PIPELINE_RUN, "f" * 32)
+    with stage("train", config={}):
+        pass
+    assert connect().get_run(last_run_id()).info.status == "FINISHED"
+
+
 def test_a_run_whose_process_is_gone_is_closed_by_the_next_start(own_store: Path) -> None:
     code = (
         "import os, signal; from tasks.tracking import connect, start_run;"
@@ -250,7 +259,7 @@ def test_a_run_whose_process_is_gone_is_closed_by_the_next_start(own_store: Path
     own, elsewhere, reused, unknown = (start_run(client, name, {}) for name in ("own", "far", "new", "old"))
     client.set_tag(elsewhere, "process.host", "another-machine 0 pid:[1]")
     client.set_tag(elsewhere, "process.pid", "999999")
-    client.set_tag(reused, "process.started", "1000000.0")  # the number is another process's by now
+    client.set_tag(reused, "process.began", "an-earlier-boot 1000")  # the number is another process's by now
     client.set_tag(unknown, "process.pid", "no number")
     assert client.get_run(gone).info.status == "RUNNING"
     with stage("train", config={}):
