@@ -5,10 +5,12 @@ The same as `dvc repro`, with a run in MLflow above the runs of the stages.
 
 import contextlib
 import io
+import logging
 import os
 import sys
 
 from dgpo_core.errors import UserError
+from tasks.dvc_places import others, require_dvc
 from tasks.preflight import preflight
 from tasks.process import exit_on_sigterm
 from tasks.services import adopt
@@ -16,32 +18,62 @@ from tasks.tracking import PIPELINE_RUN, Pipeline
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of `dvc repro`, or 2 for parameters with which nothing can run.
+    """Exit code of `dvc repro`, or 2 for what keeps every run from starting: parameters, DVC's places.
 
     Under a flow, which has opened the pipeline's run, it opens none.
     """
-    from dvc.cli import main as dvc
-
     exit_on_sigterm()
     try:
         adopt()
+        require_dvc()
         preflight()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if os.environ.get(PIPELINE_RUN):
-        return int(dvc(["repro", *arguments]))
+        return reproduce(arguments)
     pipeline = Pipeline("pipeline", {"arguments": " ".join(arguments)})
     if pipeline.run_id:
         os.environ[PIPELINE_RUN] = pipeline.run_id
     code, stages = 1, list[str]()
     try:
         # In this process and not in a child of it: when it is killed, the stage's parent is gone and it ends.
-        code = int(dvc(["repro", *arguments]))
+        code = reproduce(arguments)
         stages = planned(arguments)
     finally:
         pipeline.close(code == 0, stages)
     return code
+
+
+def reproduce(arguments: list[str]) -> int:
+    """Run `dvc repro`. Return its exit code, or 2 where another run holds what it needs, and say which."""
+    from dvc.cli import main as dvc
+
+    errors = Errors()
+    logging.getLogger("dvc").addHandler(errors)
+    try:
+        code = int(dvc(["repro", *arguments]))
+    finally:
+        logging.getLogger("dvc").removeHandler(errors)
+    if not code or not errors.locked:
+        return code
+    who = ", ".join(others()) or "it has just ended, or begins"
+    print(f"error: another run is at work in this checkout: {who}; wait for it, or end it", file=sys.stderr)
+    return 2
+
+
+class Errors(logging.Handler):
+    """Sees the exceptions that DVC tells of: is one of them that another process holds its lock?"""
+
+    locked = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        from dvc.lock import LockError
+
+        error: BaseException | None = record.exc_info[1] if record.exc_info else None
+        while error is not None:
+            self.locked |= isinstance(error, LockError)
+            error = error.__cause__ or error.__context__
 
 
 def planned(arguments: list[str]) -> list[str]:
@@ -60,7 +92,7 @@ def planned(arguments: list[str]) -> list[str]:
             if not asked.single_item:
                 stages = plan_repro(graph, stages, pipeline=asked.pipeline, downstream=asked.downstream)
             return [stage.addressing for stage in stages if stage.cmd]
-    except (DvcException, DvcParserError):
+    except (DvcException, DvcParserError, OSError):
         return []
 
 
