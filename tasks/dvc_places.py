@@ -58,7 +58,7 @@ def problems(root: Path = Path()) -> list[Problem]:
             "core.site_cache_dir",
             f"set another folder: {local} core.site_cache_dir FOLDER",
         ),
-        tmp: ("its temporary folder", "it must belong to you and be writable"),
+        tmp: ("its temporary folder", "delete what is there, or make it writable"),
         cache(root, config): ("cache.dir", f"set another folder: {local} cache.dir FOLDER"),
     }
     found = [
@@ -144,7 +144,7 @@ def _readable(record: Path) -> bool:
 
     try:
         SCHEMA(json.loads(record.read_bytes()))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return True
     except (OSError, ValueError, Invalid):
         return False
