@@ -1,12 +1,10 @@
 """Stage `base-model`: build one of the embedded models from a seed (student and teacher are in git)."""
 
-import sys
-
 from dgpo_core.config.params import PARAMS, load_params
 from dgpo_core.errors import UserError
 from dgpo_core.pretraining.build import BaseModelBuilder
 from tasks.paths import MODELS
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 
 def build(name: str) -> None:
@@ -33,4 +31,4 @@ def build(name: str) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda: build(sys.argv[1]))
+    stage_main("base-model", build, "model")

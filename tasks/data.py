@@ -11,7 +11,7 @@ from dgpo_core.datasets.world.questions import write_questions
 from tasks.files import remove
 from tasks.measured import write_metrics
 from tasks.paths import CORPUS, METRICS, QUESTIONS, questions_file
-from tasks.stage import Run, main, stage
+from tasks.stage import Run, stage, stage_main
 
 Splits = dict[tuple[str, str], list[Question]]  # (set, split)
 
@@ -65,4 +65,4 @@ def summarize(run: Run, counts: dict[str, int], questions: Splits, sources: dict
 
 
 if __name__ == "__main__":
-    main(generate)
+    stage_main("data", generate)

@@ -16,7 +16,7 @@ from tasks.files import remove
 from tasks.measured import write_metrics
 from tasks.paths import CORPUS, INDEX, METRICS, questions_file
 from tasks.pipeline_index import measured_recall, retriever
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 
 def index() -> None:
@@ -85,4 +85,4 @@ def recall(params: Params, folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(index)
+    stage_main("index", index)

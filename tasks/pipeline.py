@@ -23,6 +23,9 @@ def main(arguments: list[str]) -> int:
     Under a flow, which has opened the pipeline's run, it opens none.
     """
     exit_on_sigterm()
+    if {"-h", "--help"}.intersection(arguments):
+        print(__doc__)
+        return reproduce(["--help"])
     try:
         adopt()
         require_dvc()

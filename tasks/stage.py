@@ -5,15 +5,18 @@ def run() -> None:
         ...
 
 if __name__ == "__main__":
-    main(run)
+    stage_main("distill", run)
 """
 
+import argparse
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,6 +26,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, NoReturn, SupportsFloat
 
+import yaml
 from rich.console import Console
 
 from dgpo_core.errors import InfrastructureError, UserError
@@ -178,6 +182,54 @@ def main(function: Callable[[], None]) -> NoReturn:
         if dvc_stage and code:
             _record_failure(dvc_stage, error)
     sys.exit(code)
+
+
+def stage_main(name: str, function: Callable[..., None], argument: str | None = None) -> NoReturn:
+    """Run the program of a stage of dvc.yaml: `function`, with its one `argument` if it has one. See `main`.
+
+    `--help` says what the stage reads and writes; any other use of the command line ends with 2.
+    """
+
+    def run() -> None:
+        parser = argparse.ArgumentParser(
+            prog=f"python -m tasks.{name.replace('-', '_')}",
+            description=sys.modules["__main__"].__doc__,
+            epilog=_graph(name, argument),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if argument:
+            parser.add_argument(argument, help=f"which one: the stage is {name}@<{argument}>")
+        function(*vars(parser.parse_args()).values())
+
+    main(run)
+
+
+def _graph(name: str, argument: str | None, file: Path = Path("dvc.yaml")) -> str:
+    """Return what dvc.yaml says of the stage: what it reads besides the sources, and what it writes."""
+    if not file.is_file():
+        return ""
+    node = yaml.safe_load(file.read_text(encoding="utf-8"))["stages"][name]
+    node = node.get("do", node)
+
+    def paths(*keys: str) -> list[str]:
+        entries = [entry for key in keys for entry in node.get(key, ())]
+        names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+        filled = [re.sub(r"\$\{(key|item)\}", f"<{argument}>", text) for text in names]
+        return [text.replace("${item.start}", "<its start>") for text in filled]
+
+    parts = {
+        "reads": [path for path in paths("deps") if not path.startswith(("tasks/", "dgpo_core/"))],
+        "parameters": paths("params"),
+        "writes": paths("outs", "metrics", "plots"),
+    }
+    lines = [
+        textwrap.fill(f"{title + ':':12}{', '.join(items)}", 100, subsequent_indent=" " * 12)
+        for title, items in parts.items()
+        if items
+    ]
+    return "\n".join(
+        [*lines, f"`dvc repro {name}{f'@<{argument}>' if argument else ''}` runs it with what it needs."]
+    )
 
 
 def _explain(error: BaseException) -> int:
