@@ -20,8 +20,6 @@ CONSTRAINTS := constraints/main.txt
 # A file of tests stays in one process, which makes what its tests share once.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 ORACLES := constraints/oracles.txt
-# Of DVC's 270 columns, all but validation EM, average EM and parameters.
-UNIMPORTANT := Created|^(?!Experiment|.*(average|dev_em)$$|seed|[a-z_]+\.[a-z_.]+$$)
 
 # Two OpenMP threads that spin at barriers are up to 50 times slower beside any other busy process.
 export OMP_WAIT_POLICY ?= passive
@@ -73,6 +71,8 @@ demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), prin
 	@echo "report       reports/index.html"
 	@echo "metrics      dvc metrics show, or mlflow.db by \`make ui\`"
 	@echo "dashboards   make ui: MLflow http://127.0.0.1:$(MLFLOW_PORT), Prefect http://127.0.0.1:$(PREFECT_PORT)"
+	@git diff --quiet HEAD -- dvc.lock 2>/dev/null; test $$? -ne 1 || \
+		echo "keep it      git commit -m Results dvc.lock params.yaml: comparisons are with what is committed"
 
 use: $(VENV)/.installed  ## write params.yaml from a profile: make use PROFILE=tiny [RECIPES="kd taid", or all]
 	$(PY) -m tasks.use $(PROFILE) $(RECIPES)
@@ -130,8 +130,8 @@ push: $(VENV)/.installed  ## send the outputs to DVC's remote; HISTORY=1: also t
 pull: $(VENV)/.installed  ## get the outputs from DVC's remote
 	@$(PY) -m infra.remote pull
 
-experiments: $(VENV)/.installed  ## compare `dvc exp run`s: EM and the parameters that differ
-	@$(PY) -m dvc exp show --only-changed --no-pager --drop '$(UNIMPORTANT)'
+experiments: $(VENV)/.installed  ## compare `dvc exp run`s: the parameters that differ, and EM
+	@$(PY) -m tasks.cli experiments
 
 secrets:  ## write infra/.env, the passwords of infra/compose.yaml, unless it is there
 	@python3 -m infra.secrets

@@ -31,6 +31,18 @@ def show(results: Annotated[Path, typer.Argument()] = Path("reports/results.json
 
 
 @app.command()
+def experiments(
+    commits: Annotated[
+        bool, typer.Option("--all-commits", help="those of earlier commits too, not of HEAD alone")
+    ] = False,
+) -> None:
+    """Compare what `dvc exp run` has tried: what was changed, and the models' average EM."""
+    from tasks.experiments import show as print_experiments
+
+    print_experiments(commits)
+
+
+@app.command()
 def compare(
     first: Annotated[str, typer.Argument(help="an evaluated model: a recipe, student or teacher")],
     second: Annotated[str, typer.Argument(help="another one; differences are first - second")],
