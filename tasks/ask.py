@@ -12,7 +12,7 @@ from rich.text import Text
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.protocol.episode import Ending
-from dgpo_core.serving.agent import Ask
+from dgpo_core.serving.ask import Ask
 from dgpo_core.serving.events import Delta, Event, Information, Notice, Record
 from tasks.answering import called, open_agent, require_index, resolve_model
 
@@ -37,6 +37,7 @@ def ask(model: str | None, question: Ask, as_json: bool, colour: bool) -> None:
 
     Raises UserError; ends the process with 1 when the retriever fails.
     """
+    question.check()
     params = load_params()
     require_index()
     source = resolve_model(model)

@@ -8,7 +8,6 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from tasks.dvc_lock import LOCK, cache_folder, dvc_md5, parse_lock
 from tasks.files import content_hash, remove
 from tasks.git import ask
 from tasks.paths import MODELS
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 BUILT = "base-models"  # beside DVC's files in its cache: what was built, by the digest of what decides it
 
@@ -128,4 +127,4 @@ def _copy(source: Path, target: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda: (bring_up_to_date if os.environ.get("DVC_STAGE") else build)(sys.argv[1]))
+    stage_main("base-model", bring_up_to_date if os.environ.get("DVC_STAGE") else build, "model")

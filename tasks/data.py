@@ -13,7 +13,7 @@ from dgpo_core.datasets.world.generate import generate_world
 from dgpo_core.datasets.world.questions import write_questions
 from tasks.measured import write_metrics
 from tasks.paths import CORPUS, METRICS, QUESTIONS, questions_file
-from tasks.stage import Run, main, stage
+from tasks.stage import Run, stage, stage_main
 
 Splits = dict[tuple[str, str], list[Question]]  # (set, split)
 
@@ -75,4 +75,4 @@ def summarize(run: Run, counts: Mapping[str, float], questions: Splits, sources:
 
 
 if __name__ == "__main__":
-    main(generate)
+    stage_main("data", generate)

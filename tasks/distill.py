@@ -1,6 +1,5 @@
 """Stage `distill`: one recipe's distillation (eq. 1; docs/method.md, "Recipes")."""
 
-import sys
 from typing import Any
 
 import torch
@@ -47,7 +46,7 @@ from tasks.paths import (
     TEACHER_EPISODES,
 )
 from tasks.pipeline_index import retriever
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 
 def distill(name: str) -> None:
@@ -131,4 +130,4 @@ def teacher_episodes(recipe: Distillation) -> list[Episode]:
 
 
 if __name__ == "__main__":
-    main(lambda: in_processes(lambda: distill(sys.argv[1])))
+    stage_main("distill", lambda name: in_processes(lambda: distill(name)), "recipe")

@@ -11,7 +11,7 @@ from dgpo_core.training.vocabulary import check_same_vocabulary
 from tasks.inputs import local, require_episodes
 from tasks.measured import write_metrics
 from tasks.paths import DISTRIBUTIONS, METRICS, TEACHER_EPISODES
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 
 def distributions() -> None:
@@ -50,4 +50,4 @@ def distributions() -> None:
 
 
 if __name__ == "__main__":
-    main(distributions)
+    stage_main("distributions", distributions)

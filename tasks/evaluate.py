@@ -1,7 +1,5 @@
 """Stage `evaluate`: one model on every test set, its ARCap, and why its wrong answers are wrong."""
 
-import sys
-
 import pyarrow.parquet as pq
 
 from dgpo_core.arcap import diagnosis
@@ -18,7 +16,7 @@ from tasks.inputs import local, model_source
 from tasks.measured import write_metrics
 from tasks.paths import EVALUATION, INDEX, METRICS, QUESTIONS, questions_file
 from tasks.pipeline_index import retriever
-from tasks.stage import Run, main, stage
+from tasks.stage import Run, stage, stage_main
 from tasks.traces import trace_episodes
 
 
@@ -110,4 +108,4 @@ def summarize(params: Params, episodes: list[Episode]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(lambda: evaluate(sys.argv[1]))
+    stage_main("evaluate", evaluate, "model")

@@ -8,7 +8,7 @@ from dgpo_core.protocol.episode import Ending, Episode, Outcome, read_episodes, 
 from tasks.inputs import require_episodes
 from tasks.measured import write_csv, write_metrics
 from tasks.paths import CORRECT_EPISODES, METRICS, TEACHER_EPISODES
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 AUDIT = Path("data/correct/audit.csv")
 
@@ -51,4 +51,4 @@ def filter_episodes() -> None:
 
 
 if __name__ == "__main__":
-    main(filter_episodes)
+    stage_main("filter", filter_episodes)

@@ -1,11 +1,10 @@
 """Stage `given`: link models/given/<student or teacher> to the model that the pipeline starts from.
 
-dvc.yaml cannot name a folder that params.yaml may give or not (a model may be on the hub), so stages depend on
-the link: DVC hashes what is behind it, and sees another model as well as other files of the same one.
+dvc.yaml cannot name a folder that params.yaml may give or not (a model may be on the hub), so stages depend
+on the link: DVC hashes what is behind it, and sees another model as well as other files of the same one.
 """
 
 import os
-import sys
 from pathlib import Path
 
 from dgpo_core.config.params import load_params
@@ -14,7 +13,7 @@ from dgpo_core.errors import UserError
 from tasks.files import remove, write_text
 from tasks.inputs import model_source
 from tasks.paths import GIVEN
-from tasks.stage import main
+from tasks.stage import stage_main
 
 
 def link(model: str) -> None:
@@ -33,4 +32,4 @@ def link(model: str) -> None:
 
 
 if __name__ == "__main__":
-    main(lambda: link(sys.argv[1]))
+    stage_main("given", link, "model")

@@ -14,7 +14,7 @@ from dgpo_core.retrieval.shards import Manifest, build_shards, write_manifest
 from tasks.measured import write_metrics
 from tasks.paths import CORPUS, INDEX, METRICS, questions_file
 from tasks.pipeline_index import measured_recall, retriever, validation_questions
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 
 def index() -> None:
@@ -91,4 +91,4 @@ def recall(params: Params, folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(index)
+    stage_main("index", index)

@@ -1,7 +1,5 @@
 """Stage `reinforce`: one recipe's PPO or GRPO, guided as its gate says (eqs. 2-4)."""
 
-import sys
-
 from transformers import PreTrainedModel
 
 from dgpo_core.config.params import Params, load_params
@@ -25,7 +23,7 @@ from tasks.launch import in_processes
 from tasks.measured import write_curves, write_metrics
 from tasks.paths import INDEX, METRICS, MODELS, PLOTS, QUESTIONS
 from tasks.pipeline_index import retriever
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 from tasks.traces import traced
 
 
@@ -90,4 +88,4 @@ def _reference(
 
 
 if __name__ == "__main__":
-    main(lambda: in_processes(lambda: reinforce(sys.argv[1])))
+    stage_main("reinforce", lambda name: in_processes(lambda: reinforce(name)), "recipe")

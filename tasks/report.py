@@ -8,7 +8,7 @@ from tasks.dvc_lock import read_lock
 from tasks.evidence import record_evaluations
 from tasks.paths import EVALUATION, METRICS, PLOTS, REPORTS
 from tasks.registry import Registry
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -34,4 +34,4 @@ def _record(client: "MlflowClient", params: Params) -> None:
 
 
 if __name__ == "__main__":
-    main(report)
+    stage_main("report", report)

@@ -1,4 +1,4 @@
-"""Print the results: `python -m tasks.show [reports/results.json]`."""
+"""Print the results: `dgpo show [reports/results.json]`."""
 
 import json
 import sys
@@ -73,4 +73,6 @@ def _values(value: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main(lambda: show(*map(Path, sys.argv[1:2])))
+    from tasks.cli import app
+
+    main(lambda: app(["show", *sys.argv[1:]], prog_name="dgpo"))

@@ -5,16 +5,19 @@ def run() -> None:
         save(model, current.output(MODEL))
 
 if __name__ == "__main__":
-    main(run)
+    stage_main("distill", run)
 """
 
+import argparse
 import fcntl
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import sys
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,6 +29,7 @@ from typing import Any, Literal, NoReturn, SupportsFloat
 
 from rich.console import Console
 
+from dgpo_core.config.params import read_yaml
 from dgpo_core.errors import InfrastructureError, NotFinite, ResourceError, UserError
 from tasks.files import Outputs, content_hash, remove, write_json, write_text
 from tasks.lineage import Origin, origin
@@ -86,7 +90,7 @@ class Run:
         self.tracker.metrics(0, numbers(values))
 
     def register_model(self, recipe: str, folder: Path) -> None:
-        """Register the output `folder` as a version of the registered model (registry.py), once it is there."""
+        """Register the output `folder` as a version of the registered model, once it is there."""
         self.models[recipe] = folder
 
     def published(self, outputs: Sequence[Path]) -> None:
@@ -253,6 +257,54 @@ def main(function: Callable[[], None]) -> NoReturn:
         if dvc_stage and code:
             _record_failure(dvc_stage, error)
     sys.exit(code)
+
+
+def stage_main(name: str, function: Callable[..., None], argument: str | None = None) -> NoReturn:
+    """Run the program of a stage of dvc.yaml: `function`, with its one `argument` if it has one. See `main`.
+
+    `--help` says what the stage reads and writes; any other use of the command line ends with 2.
+    """
+
+    def run() -> None:
+        parser = argparse.ArgumentParser(
+            prog=f"python -m tasks.{name.replace('-', '_')}",
+            description=sys.modules["__main__"].__doc__,
+            epilog=_graph(name, argument),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if argument:
+            parser.add_argument(argument, help=f"which one: the stage is {name}@<{argument}>")
+        function(*vars(parser.parse_args()).values())
+
+    main(run)
+
+
+def _graph(name: str, argument: str | None, file: Path = Path("dvc.yaml")) -> str:
+    """Return what dvc.yaml says of the stage: what it reads besides the sources, and what it writes."""
+    if not file.is_file():
+        return ""
+    node = read_yaml(file)["stages"][name]
+    node = node.get("do", node)
+
+    def paths(*keys: str) -> list[str]:
+        entries = [entry for key in keys for entry in node.get(key, ())]
+        names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+        filled = [re.sub(r"\$\{(key|item)\}", f"<{argument}>", text) for text in names]
+        return [text.replace("${item.start}", "<its start>") for text in filled]
+
+    parts = {
+        "reads": [path for path in paths("deps") if not path.startswith(("tasks/", "dgpo_core/"))],
+        "parameters": paths("params"),
+        "writes": paths("outs", "metrics", "plots"),
+    }
+    lines = [
+        textwrap.fill(f"{title + ':':12}{', '.join(items)}", 100, subsequent_indent=" " * 12)
+        for title, items in parts.items()
+        if items
+    ]
+    return "\n".join(
+        [*lines, f"`dvc repro {name}{f'@<{argument}>' if argument else ''}` runs it with what it needs."]
+    )
 
 
 def _explain(error: BaseException) -> int:

@@ -12,7 +12,7 @@ from tasks.inputs import local
 from tasks.measured import write_metrics
 from tasks.paths import INDEX, METRICS, MODELS, QUESTIONS, TEACHER_EPISODES
 from tasks.pipeline_index import retriever
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 
 def teach() -> None:
@@ -48,4 +48,4 @@ def teach() -> None:
 
 
 if __name__ == "__main__":
-    main(teach)
+    stage_main("teach", teach)

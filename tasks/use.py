@@ -1,4 +1,4 @@
-"""Resolve a profile into params.yaml: `python -m tasks.use tiny [recipes of the paper's table, or all]`."""
+"""Resolve a profile into params.yaml: `dgpo use tiny [recipes of the paper's table, or all]`."""
 
 import sys
 from pathlib import Path
@@ -31,4 +31,6 @@ def profile_path(profile: str, root: Path = Path()) -> Path:
 
 
 if __name__ == "__main__":
-    main(lambda: use(sys.argv[1] if len(sys.argv) > 1 else "tiny", sys.argv[2:]))
+    from tasks.cli import app
+
+    main(lambda: app(["use", *sys.argv[1:]], prog_name="dgpo"))

@@ -1,9 +1,6 @@
 """One model with its index, which answers one question at a time through the pipeline's own agent loop."""
 
-import math
-import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -19,24 +16,11 @@ from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.retrieval.hits import Retriever
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.scoring.answers import normalize
+from dgpo_core.serving.ask import Ask
 from dgpo_core.serving.events import Event, Information, Record, Source, Step
 from dgpo_core.serving.streaming import Narrator, ReportingRetriever, StreamingEngine
 from dgpo_core.serving.tags import TagSplitter
-from dgpo_core.text import stands_in, trimmed
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A question and how to answer it; None leaves a limit as the protocol has it.
-
-    `temperature` 0 is greedy. `max_new_tokens` is of a turn; neither limit can be raised.
-    """
-
-    question: str
-    temperature: float = 0.0
-    seed: int = 0
-    max_searches: int | None = None
-    max_new_tokens: int | None = None
+from dgpo_core.text import stands_in
 
 
 class Agent:
@@ -74,12 +58,7 @@ class Agent:
 
     def _limited(self, ask: Ask) -> ProtocolConfig:
         protocol = self._protocol
-        if not trimmed(ask.question):
-            raise UserError("the question is empty")
-        if any(unicodedata.category(character) == "Cs" for character in ask.question):
-            raise UserError("the question is not valid Unicode: it has half a surrogate pair")
-        if not 0 <= ask.temperature < math.inf:
-            raise UserError(f"temperature: a number from 0 upwards, not {ask.temperature}")
+        ask.check()
         if len(encode_start(ask.question, self._tokenizer, protocol.max_context)) == protocol.max_context:
             raise UserError(
                 "the question is too long: it has more tokens than protocol.max_context allows, "

@@ -13,7 +13,7 @@ from rich.console import Console
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
 from dgpo_core.protocol.episode import Ending
-from dgpo_core.serving.agent import Ask
+from dgpo_core.serving.ask import Ask
 from dgpo_core.serving.events import Delta, Found, Information, Notice, Record, Source
 from tasks.ask import Screen, ask, printable
 from tests.conftest import ROOT
@@ -63,7 +63,7 @@ def test_errors_of_the_user(
 ) -> None:
     make_project(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"data/index/manifest.json: no such file; run the index stage first"):
+    with pytest.raises(UserError, match=r"data/index: there is no index yet; run `make demo`"):
         ask("teacher", Ask("Who"), as_json=False, colour=True)
     monkeypatch.chdir(indexed_project)
     with pytest.raises(UserError, match=r"between 0 and protocol.max_turns \(2\), not 3"):

@@ -222,6 +222,8 @@ def test_a_number_that_is_none_is_said_with_the_stage() -> None:
         stage("toy", config={}, outputs=[]),
     ):
         raise NotFinite("loss", float("inf"), "lower the rate", 2)
+
+
 PROGRAM = """
 import errno, resource
 from pathlib import Path

@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import UserError
 from dgpo_core.protocol.episode import Ending
-from dgpo_core.serving.agent import Agent, Ask, sources
+from dgpo_core.serving.agent import Agent, sources
+from dgpo_core.serving.ask import Ask
 from dgpo_core.serving.events import Event, Found, Information
 from dgpo_core.training.models import load_tokenizer
 from tests.dgpo_core.rollout.scripted import Answering
