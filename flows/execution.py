@@ -22,8 +22,8 @@ import tasks
 from flows.dag import Stage
 from flows.process import run_group
 from flows.workspace import LOCK_MESSAGES
+from tasks.mlflow_store import tracking_uri
 from tasks.stage import FAILURE, STATE
-from tasks.tracking import tracking_uri
 
 GPU_LIMIT = "dgpo-gpu"  # Prefect's global concurrency limit; `make deploy` creates it
 # What DVC says when it did not execute the stage, and the state's name for it on the dashboard.

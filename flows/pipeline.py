@@ -26,6 +26,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from dgpo_core.config.params import PARAMS, read_yaml, resolve_profile
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
+from dgpo_core.text import markdown_cell
 from flows.dag import Stage, read_dag, select
 from flows.process import end_all
 from flows.promotion import offer
@@ -43,11 +44,12 @@ from flows.workspace import (
     restore_outputs,
 )
 from tasks.busy import refuse_second
+from tasks.mlflow_store import tracking_uri
 from tasks.preflight import preflight
 from tasks.progress import duration
 from tasks.show import RESULTS, load_results, markdown
 from tasks.stage import main as run_program
-from tasks.tracking import PIPELINE_RUN, Pipeline, experiment_of, tracking_uri
+from tasks.tracking import PIPELINE_RUN, Pipeline, experiment_of
 from tasks.use import profile_path
 
 MAX_RESTARTS = 5  # of one flow run: a machine that kills it every time will not be cured by trying again
@@ -116,6 +118,7 @@ def _in_workspace(root: Path, name: str, settings: PipelineSettings) -> None:
     try:
         _bring_up_to_date(workspace.tree, settings, workspace)
         if settings.promote and not settings.dry_run:
+            workspace.save(f"{workspace.tree.name}: {_title(settings)}")  # what is offered has a commit
             get_run_logger().info(offer(workspace.tree))
     finally:
         if settings.dry_run:
@@ -194,15 +197,18 @@ def _bring_up_to_date(
         parent.run_id,
     )
     outcomes: list[Outcome] = []
-    succeeded = False
+    succeeded = ended = False
     try:
         outcomes = run_all(plan)
         succeeded = all(outcome.message == "" for outcome in outcomes)
+    except BaseException as error:
+        ended = not isinstance(error, Exception)  # cancelled, or Ctrl-C
+        raise
     finally:
         end_all()  # nothing is left, unless the flow was cancelled or killed
         cancel_all()
         os.environ.pop(PIPELINE_RUN, None)
-        parent.close(succeeded, list(chosen))
+        parent.close(succeeded, list(chosen), ended)
     _link_report(tree)
     _publish_markdown("pipeline", _summary(outcomes, tree))
     if not succeeded:
@@ -258,8 +264,8 @@ def _publish_markdown(key: str, text: str) -> None:
 def _summary(outcomes: Sequence[Outcome], tree: Path) -> str:
     lines = ["| stage | state | time | |", "| --- | --- | --- | --- |"]
     for outcome in outcomes:
-        message = outcome.message.replace("|", "\\|")
-        lines.append(f"| {outcome.stage} | {outcome.state} | {duration(outcome.seconds)} | {message} |")
+        cells = [outcome.stage, outcome.state, duration(outcome.seconds), outcome.message]
+        lines.append(f"| {' | '.join(map(markdown_cell, cells))} |")
     with contextlib.suppress(UserError):  # no results: not every pipeline or target has them
         lines += ["", markdown(load_results(tree / RESULTS))]
     return "\n".join(lines)

@@ -18,7 +18,7 @@ _ended: set[subprocess.Popen[str]] = set()  # by end_all
 
 
 class Ended(Exception):
-    """What was done has not failed: it was ended, with the flow that it was part of or was `cancelled`."""
+    """What was done has not failed: it was ended, with its flow or by being `cancelled`."""
 
     def __init__(self, cancelled: bool = False) -> None:
         super().__init__("cancelled" if cancelled else "ended")

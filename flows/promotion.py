@@ -56,20 +56,14 @@ def offer(tree: Path) -> str:
 
 
 def _own_challenger(tree: Path) -> Version:
-    """The version of this run's model, now with the alias, which an unchanged `report` does not set and the
-    report of another run may have moved."""
-    from tasks.evidence import own_challenger
+    """Offer this run's model and return its version. Raises UserError for one that cannot be offered."""
+    from tasks.evidence import offer as make_challenger
 
-    params = load_params(tree / PARAMS)
     with store() as registry:
-        version = own_challenger(registry, params, read_lock(tree), tree)
-        if version is None:
-            raise UserError(
-                f"promote: no version is this run's model of {params.challenger or 'a compared recipe'}: "
-                "if it has one, run `dvc checkout`, `dgpo register` and `dgpo promote` on its branch"
-            )
-        registry.make_challenger(version)
-    return version
+        try:
+            return make_challenger(registry, load_params(tree / PARAMS), read_lock(tree), tree)
+        except UserError as error:
+            raise UserError(f"promote: {error}") from None
 
 
 def _decide(tree: Path, version: str, flag: str) -> tuple[int, str]:

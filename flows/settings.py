@@ -4,8 +4,8 @@ import re
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
+
+from dgpo_core.config.yaml_text import parse
 
 KEY = re.compile(r"[A-Za-z_][\w-]*(\.[\w-]+)*")
 
@@ -60,9 +60,9 @@ def with_overrides(params: dict[str, Any], overrides: list[str]) -> dict[str, An
                 raise ValueError(f"overrides: {key}: {name} is a value and has no keys")
             section = section[name]
         try:
-            section[last] = YAML(typ="safe", pure=True).load(value)
-        except YAMLError as error:
-            raise ValueError(f"overrides: {text}: not valid YAML: {' '.join(str(error).split())}") from None
+            section[last] = parse(value)
+        except ValueError as error:
+            raise ValueError(f"overrides: {text}: {error}") from None
     return changed
 
 

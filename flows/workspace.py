@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
-
-from dgpo_core.config.params import PARAMS, validated
+from dgpo_core.config.params import PARAMS, read_yaml, validated
+from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from tasks.busy import BUSY
+from tasks.files import write_text
 from tasks.git import alone, ask, git
+from tasks.mlflow_store import tracking_uri
 from tasks.services import adopt
-from tasks.tracking import tracking_uri
 
 RUNS = Path(".runs")
 BRANCHES = "runs"
@@ -81,9 +81,9 @@ class Workspace:
     def write_params(self, params: Mapping[str, Any], comment: str) -> None:
         """Replace params.yaml. Raises UserError for parameters that there are not."""
         validated(dict(params))
-        text = yaml.safe_dump(dict(params), sort_keys=False, allow_unicode=True)
-        if not (self.tree / PARAMS).is_file() or yaml.safe_load((self.tree / PARAMS).read_text()) != params:
-            (self.tree / PARAMS).write_text(f"# {comment}\n{text}")
+        path = self.tree / PARAMS
+        if not path.is_file() or read_yaml(path) != params:
+            write_text(path, f"# {comment}\n{as_text(dict(params))}")
 
     def save(self, message: str) -> str:
         """Commit what the run has changed (params.yaml, dvc.lock, base models); the commit on the branch."""

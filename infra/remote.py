@@ -14,6 +14,7 @@ from dvc.exceptions import CollectCacheError, DvcException
 from dvc.repo import Repo
 
 from dgpo_core.errors import UserError
+from tasks.dvc_places import require_dvc
 from tasks.stage import main as run_program
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
@@ -45,6 +46,7 @@ def pull() -> None:
 
 def _remote() -> tuple[str, bool]:
     """(address of the default remote, whether it is a folder that is not there). Raises UserError."""
+    require_dvc()
     try:
         with Repo() as repo:
             remote = repo.cloud.get_remote()

@@ -32,12 +32,13 @@ from rich.table import Table
 
 from dgpo_core.errors import UserError, without_credentials
 from flows.server import API_URL, START_TIMEOUT, server_command
+from tasks.mlflow_store import ARTIFACTS, artifact_root, local_path, prepare, tracking_uri
 from tasks.progress import duration
 from tasks.services import FOLDER, MARK, Record, leader, members, path, read, write
 from tasks.stage import main as run_program
 
 NAMES = ("prefect", "mlflow")
-STORE_URL = "MLFLOW_TRACKING_URI"
+STORE_URL, BACKEND = "MLFLOW_TRACKING_URI", "MLFLOW_BACKEND_STORE_URI"
 GRACE = 15.0  # seconds between SIGTERM and SIGKILL
 LOCK_TIMEOUT = 2.0
 
@@ -63,20 +64,22 @@ def prefect(port: int) -> Service:
 
 def mlflow(port: int) -> Service:
     """On the store that stages use without a server, so that nothing recorded before is out of sight."""
-    store = os.environ.get(STORE_URL) or f"sqlite:///{Path('mlflow.db').resolve()}"
+    store, local = tracking_uri(), local_path(tracking_uri())
     page = f"http://127.0.0.1:{port}"
     listen = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    artifacts = ["--default-artifact-root", Path("mlruns").resolve().as_uri()]
+    root = artifact_root(local) if local else Path(ARTIFACTS).resolve()
+    artifacts = ["--default-artifact-root", root.as_uri()]
     command = [sys.executable, "-m", "mlflow", "server", *listen, *artifacts]
     record = Record("mlflow", "", command, STORE_URL, page, f"{page}/health", page)
     # The store by environment: it may have a password in it, and everybody can read a command line.
-    return Service(record, port, "MLFLOW_PORT", {"MLFLOW_BACKEND_STORE_URI": store, "DO_NOT_TRACK": "1"})
+    return Service(record, port, "MLFLOW_PORT", {BACKEND: store, "DO_NOT_TRACK": "1"})
 
 
 def up(services: Sequence[Service], folder: Path = FOLDER) -> list[str]:
     """Start what does not run and wait until all of it answers; the names of those started now.
 
-    Raises UserError when a port is taken or a server does not start; those that did start stay up.
+    Raises UserError when a port is taken, MLflow's store cannot be used or a server does not start; those
+    that did start stay up.
     """
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     with _alone(folder):
@@ -124,6 +127,7 @@ def _start(service: Service, folder: Path) -> bool:
             f"{new.name}: port {service.port} is taken by another program; choose one: "
             f"{service.port_setting}=..."
         )
+    prepare(service.environment.get(BACKEND, ""))
     # The record comes first: whatever happens next, `down` finds the process by its token.
     record = replace(new, token=secrets.token_hex(16))
     write(record, folder)

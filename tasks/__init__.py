@@ -7,7 +7,10 @@ to MLflow. Nothing here knows Prefect.
 import os
 import sys
 
+from dgpo_core.installed import require_installed
 from tasks.process import die_with_parent
+
+require_installed()
 
 # Before torch is imported: two OpenMP threads that spin at barriers are up to 50 times slower beside any
 # other busy process.

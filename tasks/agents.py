@@ -11,7 +11,7 @@ from dgpo_core.config.protocol import GREEDY, Sampling
 from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
-from dgpo_core.protocol.encoding import encode_prompt
+from dgpo_core.protocol.encoding import encode_prompt, known_ids
 from dgpo_core.protocol.episode import Episode
 from dgpo_core.retrieval.hits import Retriever
 from dgpo_core.rollout.collect import em_of, stable_seed
@@ -52,7 +52,7 @@ def training_loop(
     probed = split_tasks(params, "train", params.seed, probe.prompts)[: probe.prompts]
     instruction = params.protocol.instruction
     prompts = [encode_prompt(task.question.question, instruction, tokenizer) for task in probed]
-    sync = EngineSync(engine, model, prompts, probe, params.compute)
+    sync = EngineSync(engine, model, prompts, probe, params.compute, known_ids(tokenizer))
     return SyncedLoop(sync, tokenizer, index, params.protocol, top_k)
 
 
@@ -127,7 +127,11 @@ class DevEvaluator:
 
 
 def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, float]]], None]:
-    """What a trainer tells of its rows so far goes to the progress bar (the `shown`) and to MLflow."""
+    """What a trainer tells of its rows so far goes to the progress bar (the `shown`) and to MLflow.
+
+    The first step without a reward is said: it is easily taken for one that taught something.
+    """
+    told = False
 
     def report(steps: int, rows: list[dict[str, float]]) -> None:
         step, row = len(rows), rows[-1]
@@ -135,6 +139,13 @@ def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, 
         if looks := [row["dev_em"] for row in rows if "dev_em" in row]:
             values["dev_em"] = looks[-1]
         run.progress(step, steps, **values)
+        nonlocal told
+        if row.get("unrewarded") and not told:
+            told = True
+            run.note(
+                f"step {step}: no episode was rewarded. Such a step learns nothing but the KL to the "
+                "reference, where there is one (metric unrewarded)"
+            )
         run.metrics(step, {key: value for key, value in row.items() if key != "step"})
 
     return report

@@ -2,16 +2,16 @@
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.errors import UserError
-from dgpo_core.retrieval.shards import read_manifest
-from dgpo_core.serving.agent import Agent
-from dgpo_core.training.models import load_model, load_tokenizer
 from tasks.inputs import model_source
 from tasks.paths import INDEX, MODELS
-from tasks.pipeline_index import retriever
+
+if TYPE_CHECKING:
+    from dgpo_core.serving.agent import Agent
 
 CHAMPION = "models:/search-agent@champion"
 REGISTRY = "models:/"
@@ -43,11 +43,16 @@ def resolve_model(reference: str | None) -> str:
     )
 
 
-def open_agent(params: Params, source: str, name: str) -> Agent:
+def open_agent(params: Params, source: str, name: str) -> "Agent":
     """Load model and index; `name` is what people call the model.
 
     Raises UserError, and InfrastructureError when the retriever is down.
     """
+    # torch and transformers take seconds to import: what can be wrong before them has been found by now
+    from dgpo_core.serving.agent import Agent
+    from dgpo_core.training.models import load_model, load_tokenizer
+    from tasks.pipeline_index import retriever
+
     tokenizer = load_tokenizer(source)
     model = load_model(source, params.compute.device)
     index = retriever(params)
@@ -60,8 +65,9 @@ def called(reference: str | None, source: str) -> str:
 
 
 def require_index() -> None:
-    """Raises UserError, before anything is loaded, when there is no index."""
-    read_manifest(INDEX)
+    """Raise UserError, before anything is loaded, when there is no index."""
+    if not INDEX.is_dir():
+        raise UserError(f"{INDEX}: there is no index yet; run `make demo`, or `dvc repro index`")
 
 
 def _registered(reference: str) -> str:

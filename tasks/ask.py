@@ -5,13 +5,14 @@ import unicodedata
 from contextlib import nullcontext
 from typing import NoReturn
 
+from rich.cells import chop_cells
 from rich.console import Console
 from rich.text import Text
 
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.protocol.episode import Ending
-from dgpo_core.serving.agent import Ask
+from dgpo_core.serving.ask import Ask
 from dgpo_core.serving.events import Delta, Event, Information, Notice, Record
 from tasks.answering import called, open_agent, require_index, resolve_model
 
@@ -36,10 +37,11 @@ def ask(model: str | None, question: Ask, as_json: bool, colour: bool) -> None:
 
     Raises UserError; ends the process with 1 when the retriever fails.
     """
+    question.check()
     params = load_params()
     require_index()
     source = resolve_model(model)
-    notes = Console(stderr=True, color_system="auto" if colour else None)
+    notes = Console(stderr=True, color_system="auto" if colour else None, markup=False)
     screen = Screen(Console(color_system="auto" if colour else None, highlight=False))
     try:
         with notes.status(f"loading {source} and the index") if notes.is_terminal else nullcontext():
@@ -97,7 +99,7 @@ class Screen:
         texts = [f"{passage.title}: {passage.text}" for passage in event.passages]
         lines = [" ".join(printable(text).split()) for text in texts] or ["nothing found"]
         room = max(20, self._console.width - WIDTH) if self._console.is_terminal else None
-        return [line[:room] for line in lines]
+        return [chop_cells(line, room)[0] if room else line for line in lines]
 
     def _delta(self, event: Delta) -> None:
         if self._paragraph != (event.kind, event.turn):
@@ -137,5 +139,6 @@ def printable(text: str) -> str:
 
 
 def _fail(error: InfrastructureError | str) -> NoReturn:
-    print(f"error: no answer, because the retriever failed: {' '.join(str(error).split())}", file=sys.stderr)
+    reason = " ".join(printable(str(error)).split())  # a server's words too
+    print(f"error: no answer, because the retriever failed: {reason}", file=sys.stderr)
     raise SystemExit(1)

@@ -31,6 +31,18 @@ def show(results: Annotated[Path, typer.Argument()] = Path("reports/results.json
 
 
 @app.command()
+def experiments(
+    commits: Annotated[
+        bool, typer.Option("--all-commits", help="those of earlier commits too, not of HEAD alone")
+    ] = False,
+) -> None:
+    """Compare what `dvc exp run` has tried: what was changed, and the models' average EM."""
+    from tasks.experiments import show as print_experiments
+
+    print_experiments(commits)
+
+
+@app.command()
 def compare(
     first: Annotated[str, typer.Argument(help="an evaluated model: a recipe, student or teacher")],
     second: Annotated[str, typer.Argument(help="another one; differences are first - second")],
@@ -64,7 +76,7 @@ def ask(
     colour: Annotated[bool, typer.Option("--colour/--no-colour", help="on a terminal")] = True,
 ) -> None:
     """Ask the agent a question, and watch it search."""
-    from dgpo_core.serving.agent import Ask
+    from dgpo_core.serving.ask import Ask
     from tasks.ask import ask as print_episode
 
     print_episode(model, Ask(question, temperature, seed, max_searches), as_json, colour)
@@ -104,11 +116,19 @@ def serve(
     waiting: Annotated[
         int, typer.Option(min=0, help="questions that may wait for the one being answered")
     ] = 8,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="another name by which clients call this machine, such as host.docker.internal"),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="where a web page comes from whose scripts may ask, such as http://localhost:3000"),
+    ] = None,
 ) -> None:
     """Serve the agent over HTTP: a page, and OpenAI's chat completions."""
     from tasks.serve import serve as run_service
 
-    run_service(model, host, port, waiting)
+    run_service(model, host, port, waiting, allow_host or [], allow_origin or [])
 
 
 @app.command()
@@ -174,11 +194,15 @@ def restore(
 
 
 @app.command()
-def register() -> None:
+def register(
+    challenger: Annotated[
+        bool, typer.Option("--challenger", help="offer the model of promote.recipe as champion, too")
+    ] = False,
+) -> None:
     """Register the trained models of this working tree that MLflow does not know yet."""
     from tasks.evidence import register_trained
 
-    register_trained()
+    register_trained(challenger)
 
 
 @app.command()

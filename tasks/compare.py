@@ -5,6 +5,7 @@ import sys
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dgpo_core.config.params import load_params
@@ -39,7 +40,7 @@ def _table(found: Row, first: str, second: str) -> Table:
     for label, quantity in (("EM", found["em"]), ("F1", found["f1"])):
         rows = {**quantity["datasets"], "average": quantity["average"], "pooled": quantity["pooled"]}
         for name, row in rows.items():
-            table.add_row(f"{label} {name}", *_cells(row, 3))
+            table.add_row(escape(f"{label} {name}"), *_cells(row, 3))
         table.add_section()
     for name, row in found["arcap"].items():
         table.add_row(name, *_cells(row, digits(name)))

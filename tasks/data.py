@@ -1,6 +1,9 @@
 """Stage `data`: corpus and questions, of the embedded world or of the published data sets."""
 
+from collections.abc import Mapping
+
 from dgpo_core.config.params import Params, load_params
+from dgpo_core.datasets.audit import AnswerSearch, audit
 from dgpo_core.datasets.published.corpus import write_corpus
 from dgpo_core.datasets.published.places import fetch
 from dgpo_core.datasets.published.questions import SETTING, fetch_questions, load_questions
@@ -8,10 +11,9 @@ from dgpo_core.datasets.records import Question, write_jsonl
 from dgpo_core.datasets.world.articles import write_articles
 from dgpo_core.datasets.world.generate import generate_world
 from dgpo_core.datasets.world.questions import write_questions
-from tasks.files import remove
 from tasks.measured import write_metrics
 from tasks.paths import CORPUS, METRICS, QUESTIONS, questions_file
-from tasks.stage import Run, main, stage
+from tasks.stage import Run, stage, stage_main
 
 Splits = dict[tuple[str, str], list[Question]]  # (set, split)
 
@@ -27,7 +29,7 @@ def write_world(params: Params) -> None:
         articles = write_articles(world)
         questions = write_questions(world, articles)
         passages = [passage for article in articles for passage in article.passages]
-        write_jsonl(CORPUS, passages)
+        write_jsonl(run.output(CORPUS), passages)
         write_splits(run, questions)
         counts = {"passages": len(passages), "articles": len(articles), "facts": len(world.facts)}
         summarize(run, counts, questions, sources={})
@@ -42,27 +44,35 @@ def write_published(params: Params) -> None:
     inputs = [file.path for file in files.values()]
     with stage("data", config=settings, inputs=inputs, outputs=[CORPUS, QUESTIONS]) as run:
         questions, joins = load_questions(config, asked)  # first: it takes seconds, the corpus minutes
+        answers = AnswerSearch(questions)
         passages = write_corpus(
-            config, corpus, CORPUS, lambda done, total: run.progress(done, total, unit="passages")
+            config,
+            corpus,
+            run.output(CORPUS),
+            lambda done, total: run.progress(done, total, unit="passages"),
+            answers.read,
         )
         write_splits(run, questions)
         sources = {f"source {name}": file.origin for name, file in files.items()}
-        summarize(run, {"passages": passages, **joins}, questions, sources)
+        found = audit(questions, answers)
+        for remark in found.remarks:
+            print(remark, flush=True)
+        summarize(run, {"passages": passages, **joins, **found.counts}, questions, sources)
 
 
 def write_splits(run: Run, questions: Splits) -> None:
-    remove(QUESTIONS)  # of sets that are no longer asked for
+    folder = run.output(QUESTIONS)
     for number, ((name, split), items) in enumerate(questions.items(), 1):
-        write_jsonl(questions_file(name, split), items)
+        write_jsonl(questions_file(name, split, folder), items)
         run.progress(number, len(questions))
 
 
-def summarize(run: Run, counts: dict[str, int], questions: Splits, sources: dict[str, str]) -> None:
+def summarize(run: Run, counts: Mapping[str, float], questions: Splits, sources: dict[str, str]) -> None:
     """The stage's metrics: `counts`, the questions of each split, and where everything comes from."""
-    summary = counts | {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
-    write_metrics(METRICS / "data.json", {**summary, **sources})
+    summary = {**counts} | {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
+    write_metrics(run.output(METRICS / "data.json"), {**summary, **sources})
     run.summary(summary)
 
 
 if __name__ == "__main__":
-    main(generate)
+    stage_main("data", generate)

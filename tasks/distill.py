@@ -1,6 +1,5 @@
 """Stage `distill`: one recipe's distillation (eq. 1; docs/method.md, "Recipes")."""
 
-import sys
 from typing import Any
 
 import torch
@@ -9,6 +8,7 @@ from transformers import PreTrainedModel
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.errors import UserError
+from dgpo_core.protocol.encoding import known_ids
 from dgpo_core.protocol.episode import Episode, read_episodes
 from dgpo_core.rollout.loop import EpisodeRunner
 from dgpo_core.training.adapters import merged
@@ -46,7 +46,7 @@ from tasks.paths import (
     TEACHER_EPISODES,
 )
 from tasks.pipeline_index import retriever
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 
 def distill(name: str) -> None:
@@ -66,21 +66,31 @@ def distill(name: str) -> None:
         loop = training_loop(params, student, start, tokenizer, retriever(params))
         source = episode_source(params, recipe, loop)
         dev = DevEvaluator(params, loop, params.distill.dev_questions)
-        distiller = Distiller(student, teacher, recipe, params.distill, params.compute, source, cache)
+        distiller = Distiller(
+            student,
+            teacher,
+            recipe,
+            params.distill,
+            params.compute,
+            source,
+            cache,
+            known_ids(tokenizer),
+        )
         rows = distiller.train(Checkpoint(run.state), dev, reporter(run, ("loss", "em")))
         em = rows[-1]["dev_em"]
-        if em < params.distill.min_em:
+        begins_rl = any(row.start == name for row in params.recipes.reinforce.values())
+        if begins_rl and em < params.distill.min_em:
             raise UserError(
                 f"distill@{name}: validation EM {em:.3f} is below distill.min_em {params.distill.min_em}: "
                 "the student is too weak for RL; train longer or lower the threshold"
             )
         if not run.leads:
             return
-        save_model(merged(student), tokenizer, out)
-        write_curves(curves, rows)
+        save_model(merged(student), tokenizer, run.output(out))
+        write_curves(run.output(curves), rows)
         kept = ("dev_em", "loss", "divergence", "em", "searches")
         summary: dict[str, float] = {key: rows[-1][key] for key in kept if key in rows[-1]}
-        write_metrics(METRICS / f"distill-{name}.json", summary)
+        write_metrics(run.output(METRICS / f"distill-{name}.json"), summary)
         run.summary(summary)
         run.register_model(name, out)
 
@@ -120,4 +130,4 @@ def teacher_episodes(recipe: Distillation) -> list[Episode]:
 
 
 if __name__ == "__main__":
-    main(lambda: in_processes(lambda: distill(sys.argv[1])))
+    stage_main("distill", lambda name: in_processes(lambda: distill(name)), "recipe")

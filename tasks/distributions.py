@@ -8,22 +8,24 @@ from dgpo_core.training.episode_sources import without_failed
 from dgpo_core.training.models import load_model, load_tokenizer
 from dgpo_core.training.teacher_cache import CERTIFICATE, keep_distributions
 from dgpo_core.training.vocabulary import check_same_vocabulary
-from tasks.files import remove
 from tasks.inputs import local, require_episodes
 from tasks.measured import write_metrics
 from tasks.paths import DISTRIBUTIONS, METRICS, TEACHER_EPISODES
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 
 def distributions() -> None:
     params = load_params()
-    config = params.sections("distributions", "compute", "models") | {"teacher": params.distill.teacher}
+    config = params.sections("distributions", "compute", "models") | {
+        "teacher": params.distill.teacher,
+        "taid_start": params.distill.taid.start,
+    }
     inputs = [TEACHER_EPISODES, *local(params.models.teacher), *local(params.models.student)]
     with stage("distributions", config=config, inputs=inputs, outputs=[DISTRIBUTIONS]) as run:
         if params.distill.teacher == "live":
-            DISTRIBUTIONS.mkdir(parents=True)
-            (DISTRIBUTIONS / CERTIFICATE).write_text(json.dumps({"teacher": "live"}) + "\n")
-            write_metrics(METRICS / "distributions.json", {"episodes": 0})
+            (folder := run.output(DISTRIBUTIONS)).mkdir()
+            (folder / CERTIFICATE).write_text(json.dumps({"teacher": "live"}) + "\n")
+            write_metrics(run.output(METRICS / "distributions.json"), {"episodes": 0})
             return
         tokenizer = load_tokenizer(params.models.teacher)
         check_same_vocabulary(load_tokenizer(params.models.student), tokenizer)
@@ -39,14 +41,13 @@ def distributions() -> None:
             params.distributions,
             params.compute,
             run.progress,
+            params.distill.taid,
         )
-        remove(DISTRIBUTIONS)
-        DISTRIBUTIONS.parent.mkdir(parents=True, exist_ok=True)
-        kept.rename(DISTRIBUTIONS)
+        kept.rename(run.output(DISTRIBUTIONS))
         summary = {key: value for key, value in vars(certificate).items() if key != "tokenizer"}
-        write_metrics(METRICS / "distributions.json", summary)
+        write_metrics(run.output(METRICS / "distributions.json"), summary)
         run.summary(summary)
 
 
 if __name__ == "__main__":
-    main(distributions)
+    stage_main("distributions", distributions)

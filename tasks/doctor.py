@@ -16,9 +16,12 @@ from dgpo_core.errors import UserError
 from tasks.checks.environment import environment
 from tasks.checks.finding import Finding, error, ok
 from tasks.checks.hub import hub
+from tasks.checks.index import index
 from tasks.checks.machine import machine
 from tasks.checks.repository import repository
 from tasks.checks.services import services
+from tasks.checks.store import store
+from tasks.checks.vocabulary import vocabulary
 
 COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 
@@ -32,7 +35,15 @@ def examine() -> Iterator[Finding]:
         yield error("settings", str(why), "correct the file, or write a new one (`dgpo use <profile>`)")
         return
     yield ok("settings", f"{PARAMS}, profile {params.profile}")
-    checks: tuple[Callable[[Params], list[Finding]], ...] = (machine, hub, services, repository)
+    checks: tuple[Callable[[Params], list[Finding]], ...] = (
+        machine,
+        hub,
+        vocabulary,
+        services,
+        store,
+        index,
+        repository,
+    )
     for check in checks:
         yield from check(params)
 

@@ -14,8 +14,7 @@ from operator import getitem
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
 from tasks.files import remove
 
@@ -54,11 +53,15 @@ def read_lock(root: Path = Path()) -> dict[str, LockedStage]:
     for attempt in range(ATTEMPTS):
         time.sleep(0.1 * attempt)
         try:
-            content = yaml.load(path.read_text(encoding="utf-8"), Loader=yaml.CSafeLoader)
-            return {name: _stage(entry) for name, entry in content["stages"].items()}
-        except (yaml.YAMLError, KeyError, TypeError, AttributeError) as error:
+            return parse_lock(path.read_text(encoding="utf-8"))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             problem = " ".join(str(error).split())
     raise UserError(f"{path}: not a lock file of DVC: {problem}; restore it with git, or delete it")
+
+
+def parse_lock(text: str) -> dict[str, LockedStage]:
+    """The stages of a lock file's text. Raises ValueError, KeyError, TypeError or AttributeError."""
+    return {name: _stage(entry) for name, entry in parse(text)["stages"].items()}
 
 
 def _stage(entry: Mapping[str, Any]) -> LockedStage:
@@ -101,13 +104,19 @@ def dvc_md5(path: Path) -> str | None:
     return hashlib.md5(listing.encode()).hexdigest() + ".dir"
 
 
-def from_cache(md5: str, folder: Path, root: Path = Path()) -> bool:
-    """Write the folder that DVC keeps under `md5` to `folder`; False when its cache lacks some of it."""
+def cache_folder(root: Path = Path()) -> Path | None:
+    """DVC's cache, which worktrees share; None where there is no project of DVC."""
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    if done.returncode:  # not a project of DVC
+    return None if done.returncode else root / done.stdout.strip()
+
+
+def from_cache(md5: str, folder: Path, root: Path = Path()) -> bool:
+    """Write the folder that DVC keeps under `md5` to `folder`; False when its cache lacks some of it."""
+    cache = cache_folder(root)
+    if cache is None:
         return False
-    files = root / done.stdout.strip() / "files" / "md5"
+    files = cache / "files" / "md5"
     listing = files / md5[:2] / md5[2:]
     if not listing.is_file():
         return False

@@ -1,7 +1,5 @@
 """Stage `evaluate`: one model on every test set, its ARCap, and why its wrong answers are wrong."""
 
-import sys
-
 import pyarrow.parquet as pq
 
 from dgpo_core.arcap import diagnosis
@@ -18,7 +16,7 @@ from tasks.inputs import local, model_source
 from tasks.measured import write_metrics
 from tasks.paths import EVALUATION, INDEX, METRICS, QUESTIONS, questions_file
 from tasks.pipeline_index import retriever
-from tasks.stage import Run, main, stage
+from tasks.stage import Run, stage, stage_main
 from tasks.traces import trace_episodes
 
 
@@ -33,13 +31,14 @@ def evaluate(model: str) -> None:
         evaluator = Evaluator(params, agent_loop(params, source, tokenizer, index), run)
         episodes = evaluator.test_sets()
         rows = evaluator.arcap(episodes)
-        write_question_table(out / "questions.parquet", episodes)
-        write_episodes(out / "episodes.parquet", episodes, {"index": index.digest})
-        pq.write_table(arcap.as_table(rows), out / "arcap.parquet", compression="zstd")
+        folder = run.output(out)
+        write_question_table(folder / "questions.parquet", episodes)
+        write_episodes(folder / "episodes.parquet", episodes, {"index": index.digest})
+        pq.write_table(arcap.as_table(rows), folder / "arcap.parquet", compression="zstd")
         diagnoses = diagnosis.diagnose(episodes, evaluator.asked(), tokenizer.decode)
-        pq.write_table(diagnosis.as_table(diagnoses), out / "diagnosis.parquet", compression="zstd")
+        pq.write_table(diagnosis.as_table(diagnoses), folder / "diagnosis.parquet", compression="zstd")
         summary = summarize(params, episodes)
-        write_metrics(METRICS / f"evaluate-{model}.json", summary)
+        write_metrics(run.output(METRICS / f"evaluate-{model}.json"), summary)
         run.summary(summary)
         trace_episodes(run, episodes, tokenizer.decode, params.evaluate.trace_episodes)
 
@@ -74,7 +73,12 @@ class Evaluator:
                 continue
             own = [episode for episode in episodes if episode.dataset == dataset]
             rows += arcap.source_referencing(
-                role, dataset, self.questions(dataset), self._params.evaluate.seed, self._collect
+                role,
+                dataset,
+                self.questions(dataset),
+                self._params.evaluate.seed,
+                self._collect,
+                self._params.protocol.documents,
             )
             if role == "nq":
                 rows += arcap.query_rewriting(role, own)
@@ -104,4 +108,4 @@ def summarize(params: Params, episodes: list[Episode]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(lambda: evaluate(sys.argv[1]))
+    stage_main("evaluate", evaluate, "model")

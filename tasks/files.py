@@ -1,11 +1,11 @@
-"""Files of a stage: content hashes, half-written outputs, atomic JSON."""
+"""Files of a stage: content hashes, writing by rename, outputs that appear when the stage has succeeded."""
 
-import contextlib
+import errno
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,12 +25,21 @@ def content_hash(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write by atomic rename: a reader sees the old file or the new one, never a part."""
+def write_text(path: Path, text: str) -> None:
+    """Write by atomic rename: a reader sees the old file or the new one, never a part.
+
+    A link is replaced, and what it leads to stays as it is.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".part")
-    temporary.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    temporary.unlink(missing_ok=True)
+    temporary.write_text(text, encoding="utf-8")
     os.replace(temporary, path)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write `value` as write_text does."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
 
 
 def remove(path: Path) -> None:
@@ -42,39 +51,59 @@ def remove(path: Path) -> None:
 
 
 class Outputs:
-    """The outputs of a stage, which exist complete or not at all (unless the stage is killed outright).
+    """What a stage writes: first to places in `folder`, and to where it belongs when all of it is complete.
 
-    Parts that a killed run left are removed at once. What was there before and is untouched when the stage
-    fails is somebody's good result and stays.
+    So a stage that fails leaves an earlier result as it was, nobody reads a part, and nothing is written
+    through a link: outputs may be links into DVC's cache, whose files are named by their content.
     """
 
-    def __init__(self, paths: Iterable[Path]) -> None:
-        self.paths = list(paths)
-        self._remove_parts()
-        self._before = [_newest_change(path) for path in self.paths]
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._places: dict[Path, Path] = {}  # output -> where it is written
 
-    def remove_half_written(self) -> None:
-        self._remove_parts()
-        for path, before in zip(self.paths, self._before, strict=True):
-            if _newest_change(path) != before:
-                remove(path)
+    def place(self, path: Path) -> Path:
+        """Where to write the output `path`; the folder above is there."""
+        if path not in self._places:
+            place = self._folder / str(len(self._places)) / path.name
+            place.parent.mkdir(parents=True)
+            self._places[path] = place
+        return self._places[path]
 
-    def _remove_parts(self) -> None:
-        for path in self.paths:
-            remove(
-                path.with_name(path.name + ".part")
-            )  # the writers' convention: file.json.part, folder.part
-            remove(path.with_suffix(".part"))
+    @property
+    def latest(self) -> Path | None:
+        """The output that was asked for last: most likely the one that is being written."""
+        return next(reversed(self._places), None)
+
+    def has(self, path: Path) -> bool:
+        """Whether the output has been written."""
+        return path in self._places and self._places[path].exists()
+
+    def publish(self) -> None:
+        """Put every output that was written where it belongs, in place of what is there."""
+        for path, place in self._places.items():
+            if place.exists():
+                _put(place, path)
+
+    def discard(self) -> None:
+        """Remove what was written."""
+        remove(self._folder)
 
 
-def _newest_change(path: Path) -> tuple[int, int] | None:
-    """(newest modification in ns, number of entries) of a file or folder; None when there is none."""
-    if not path.exists():
-        return None
-    times = [path.stat().st_mtime_ns]
-    with contextlib.suppress(FileNotFoundError):  # something else removes files at the same time
-        times += [entry.stat().st_mtime_ns for entry in path.rglob("*")]
-    return max(times), len(times)
+def _put(source: Path, target: Path) -> None:
+    """Move a file or folder to `target`, in place of what is there."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    if source.stat().st_dev != target.parent.stat().st_dev:  # data/ may be a link to a larger disk
+        near = target.with_name(target.name + ".part")
+        remove(near)
+        shutil.move(source, near)
+        source = near
+    try:
+        os.replace(source, target)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
+            raise
+        remove(target)  # a folder is not replaced at once
+        os.replace(source, target)
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -6,9 +6,9 @@ from pathlib import Path
 from dgpo_core.config.params import load_params
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, read_episodes, read_metadata, write_episodes
 from tasks.inputs import require_episodes
-from tasks.measured import write_metrics
+from tasks.measured import write_csv, write_metrics
 from tasks.paths import CORRECT_EPISODES, METRICS, TEACHER_EPISODES
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 AUDIT = Path("data/correct/audit.csv")
 
@@ -37,18 +37,18 @@ def filter_episodes() -> None:
         episodes = read_episodes(TEACHER_EPISODES)
         kept = [episode for episode in episodes if episode.correct]
         require_episodes(len(kept), f"correct teacher episodes in {TEACHER_EPISODES}")
-        write_episodes(CORRECT_EPISODES, kept, read_metadata(TEACHER_EPISODES))
+        write_episodes(run.output(CORRECT_EPISODES), kept, read_metadata(TEACHER_EPISODES))
         counts = audit(episodes)
-        lines = [f"{dataset},{why},{count}" for (dataset, why), count in sorted(counts.items())]
-        AUDIT.write_text("\n".join(["data set,reason,episodes", *lines]) + "\n")
+        table = [[dataset, why, count] for (dataset, why), count in sorted(counts.items())]
+        write_csv(run.output(AUDIT), [["data set", "reason", "episodes"], *table])
         summary: dict[str, float] = {"raw": len(episodes), "kept": len(kept)}
         for (_, why), count in counts.items():
             if why != "kept":
                 key = why.replace(",", "").replace(" ", "_")
                 summary[key] = summary.get(key, 0) + count
-        write_metrics(METRICS / "filter.json", summary)
+        write_metrics(run.output(METRICS / "filter.json"), summary)
         run.summary(summary)
 
 
 if __name__ == "__main__":
-    main(filter_episodes)
+    stage_main("filter", filter_episodes)

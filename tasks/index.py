@@ -7,16 +7,14 @@ from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.retrieval import parse_location
 from dgpo_core.datasets.published.places import fetch
 from dgpo_core.datasets.records import read_questions
-from dgpo_core.retrieval.client import describe_service
+from dgpo_core.retrieval.client import ServiceClient, describe_service
 from dgpo_core.retrieval.flat_index import FlatIndex
 from dgpo_core.retrieval.index import Searcher
-from dgpo_core.retrieval.recall import require_recall
 from dgpo_core.retrieval.shards import Manifest, build_shards, write_manifest
-from tasks.files import remove
 from tasks.measured import write_metrics
 from tasks.paths import CORPUS, INDEX, METRICS, questions_file
-from tasks.pipeline_index import measured_recall, retriever
-from tasks.stage import main, stage
+from tasks.pipeline_index import measured_recall, retriever, validation_questions
+from tasks.stage import stage, stage_main
 
 
 def index() -> None:
@@ -36,17 +34,21 @@ def index() -> None:
             imported = FlatIndex(parts, digest) if parts else None
             manifest = build_shards(CORPUS, shards, params.retrieval, run.progress, imported=imported)
         summary = {"passages": manifest.passages} | recall(params, shards)
-        remove(INDEX)
-        INDEX.parent.mkdir(parents=True, exist_ok=True)
-        shards.rename(INDEX)
-        write_metrics(METRICS / "index.json", summary)
+        shards.rename(run.output(INDEX))
+        write_metrics(run.output(METRICS / "index.json"), summary)
         run.summary(summary)
         print(f"index: {json.dumps(summary)}")
 
 
 def _served(url: str, folder: Path, params: Params) -> Manifest:
-    """Nothing to encode: the index is the one that the service has now."""
+    """Nothing to encode: the index is the one that the service has now.
+
+    Raise UserError when it does not answer the validation questions as a retriever does.
+    """
     served = describe_service(url)
+    client = ServiceClient(url, served.digest)
+    client.require(validation_questions(params), params.retrieval.top_k)
+    client.close()
     manifest = Manifest(
         "", served.digest, served.passages, 0.0, None, params.retrieval.encoder.model_dump(), []
     )
@@ -63,9 +65,13 @@ def recall(params: Params, folder: Path) -> dict[str, float]:
     measured: dict[str, float] = {}
 
     def accept(searcher: Searcher) -> None:
-        if params.retrieval.recall_queries:
-            measured["search_recall"] = measured_recall(params, searcher)
-            require_recall(measured["search_recall"], params.retrieval)
+        found = measured_recall(params, searcher)
+        if found is not None and found.share is not None:
+            measured["search_recall"] = found.share
+        if found is not None and found.silent > found.queries / 2:
+            print(
+                f"index: warning: {found.silent} of {found.queries} validation questions find nothing at all"
+            )
 
     collection = retriever(params, folder, accept)
     if collection.searcher and not measured:  # nothing had to be made
@@ -85,4 +91,4 @@ def recall(params: Params, folder: Path) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main(index)
+    stage_main("index", index)

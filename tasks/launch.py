@@ -12,7 +12,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 from dgpo_core.config.params import load_params
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.temporary import temporary_folder
 from dgpo_core.training import parallel
 from tasks.process import die_with_stage, is_worker
 
@@ -84,7 +84,7 @@ def _launch(compute: ComputeConfig, arguments: list[str]) -> None:
     hosts = read_hosts(Path(compute.hostfile), compute.processes) if compute.hostfile else ["127.0.0.1"]
     _environment(compute, alone=len(hosts) == 1)
     endpoint, run_id = f"{hosts[0]}:{_free_port()}", uuid.uuid4().hex
-    with tempfile.TemporaryDirectory() as logs, _elsewhere(hosts, endpoint, run_id, compute, arguments):
+    with temporary_folder("launch") as logs, _elsewhere(hosts, endpoint, run_id, compute, arguments):
         config = LaunchConfig(
             min_nodes=len(hosts),
             max_nodes=len(hosts),
@@ -95,7 +95,7 @@ def _launch(compute: ComputeConfig, arguments: list[str]) -> None:
             rdzv_configs={"rank": 0, "timeout": 900},
             max_restarts=0,
             local_addr=hosts[0],
-            logs_specs=DefaultLogsSpecs(log_dir=logs),
+            logs_specs=DefaultLogsSpecs(log_dir=str(logs)),
         )
         try:
             elastic_launch(config, sys.executable)(*arguments)

@@ -4,17 +4,18 @@ The lineage is a JSON artifact of the model's version. It is built from what was
 (`Origin`) and never from what is checked out when it is read.
 """
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import ValidationError
 
 from dgpo_core.config.params import PARAMS, Params, load_params
 from dgpo_core.config.recipes import Distillation
+from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
 from tasks.dvc_lock import Lock, LockedStage, dvc_md5, read_lock, upstream
 from tasks.files import content_hash
@@ -24,7 +25,7 @@ from tasks.provenance import git_commit
 
 SCHEMA = 1
 # What the commit must contain for the model to be made again; the parameters are written down.
-SOURCES = ("dgpo_core", "tasks", "dvc.yaml", "models")
+SOURCES = ("dgpo_core", "tasks", "dvc.yaml", "models", ":(exclude)models/given")  # links: params say it too
 CODE = ("dgpo_core/", "tasks/")
 Lineage = dict[str, Any]
 
@@ -162,7 +163,7 @@ def commands(lineage: Lineage, reference: str) -> list[str]:
 
 def parameters(lineage: Lineage) -> str:
     """The params.yaml of the training."""
-    return yaml.safe_dump(lineage["params"], sort_keys=False, allow_unicode=True)
+    return as_text(lineage["params"])
 
 
 def text(lineage: Lineage, reference: str, differing: Sequence[str]) -> str:
@@ -247,7 +248,7 @@ def _filter(recipe: str, params: Params, locked: Mapping[str, str]) -> dict[str,
     md5 = locked.get(path.as_posix())
     if not on_teacher or md5 is None or md5 != dvc_md5(path):
         return {"rule": rule, "kept": None, "of": None}
-    counts = yaml.safe_load(path.read_text(encoding="utf-8"))
+    counts = json.loads(path.read_text(encoding="utf-8"))
     return {"rule": rule, "kept": counts["kept"], "of": counts["raw"]}
 
 

@@ -1,6 +1,8 @@
 """What the stages leave for `dvc metrics` and `dvc plots`."""
 
+import csv
 import json
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,11 @@ def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
 def write_curves(path: Path, rows: list[dict[str, float]]) -> None:
     """Training curves as CSV, for `dvc plots` and the report; a column that a row lacks stays empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    lines = [",".join(columns)]
-    lines += [",".join(f"{row[c]:.6g}" if c in row else "" for c in columns) for row in rows]
+    write_csv(path, [columns, *([f"{row[c]:.6g}" if c in row else "" for c in columns] for row in rows)])
+
+
+def write_csv(path: Path, rows: Iterable[Sequence[object]]) -> None:
+    """Write a table, the head first; what has a comma, a quote or a line break is quoted."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("\n".join(lines) + "\n")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        csv.writer(file, lineterminator="\n").writerows(rows)

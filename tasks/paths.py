@@ -8,6 +8,7 @@ INDEX = Path("data/index")
 TEACHER_EPISODES = Path("data/teacher/episodes.parquet")
 DISTRIBUTIONS = Path("data/distributions")
 CORRECT_EPISODES = Path("data/correct/episodes.parquet")
+GIVEN = Path("models/given")  # links to the two models that a run starts from, wherever they are
 MODELS = Path("models")  # a folder for each: the embedded student and teacher, and every recipe's
 EVALUATION = Path("evaluation")
 METRICS = Path("metrics")
@@ -15,5 +16,5 @@ PLOTS = Path("plots")
 REPORTS = Path("reports")
 
 
-def questions_file(name: str, split: str) -> Path:
-    return QUESTIONS / name / f"{split}.jsonl"
+def questions_file(name: str, split: str, folder: Path = QUESTIONS) -> Path:
+    return folder / name / f"{split}.jsonl"

@@ -11,53 +11,61 @@ import sys
 
 from dgpo_core.errors import UserError
 from tasks.busy import LockFilter, at_work
+from tasks.dvc_places import require_dvc
 from tasks.preflight import preflight
-from tasks.process import exit_on_sigterm
+from tasks.process import exit_on_signals
 from tasks.services import adopt
 from tasks.tracking import PIPELINE_RUN, Pipeline
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of `dvc repro`, or 2 for parameters with which nothing can run.
+    """Exit code of `dvc repro`, or 2 for what keeps every run from starting: parameters, DVC's places.
 
     Under a flow, which has opened the pipeline's run, it opens none.
     """
-    exit_on_sigterm()
+    exit_on_signals()
+    if {"-h", "--help"}.intersection(arguments):
+        print(__doc__)
+        return reproduce(["--help"])
     try:
         adopt()
+        require_dvc()
         preflight()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if os.environ.get(PIPELINE_RUN):
-        return _repro(arguments)
+        return reproduce(arguments)
     pipeline = Pipeline("pipeline", {"arguments": " ".join(arguments)})
     if pipeline.run_id:
         os.environ[PIPELINE_RUN] = pipeline.run_id
     code, stages = 1, list[str]()
     try:
         # In this process and not in a child of it: when it is killed, the stage's parent is gone and it ends.
-        code = _repro(arguments)
+        code = reproduce(arguments)
         stages = planned(arguments)
     finally:
         pipeline.close(code == 0, stages)
     return code
 
 
-def _repro(arguments: list[str]) -> int:
-    """`dvc repro`; of another process that has DVC's locks it says who that is."""
+def reproduce(arguments: list[str]) -> int:
+    """Run `dvc repro`. Return its exit code, or 2 where another run holds what it needs, and say which."""
     from dvc.cli import main as dvc
 
     locked = LockFilter()
     handlers = logging.getLogger("dvc").handlers
     for handler in handlers:
         handler.addFilter(locked)
-    code = int(dvc(["repro", *arguments]))
-    for handler in handlers:
-        handler.removeFilter(locked)
-    if locked.hit:
-        print(f"error: {at_work()}", file=sys.stderr, flush=True)
-    return code
+    try:
+        code = int(dvc(["repro", *arguments]))
+    finally:
+        for handler in handlers:
+            handler.removeFilter(locked)
+    if not locked.hit:
+        return code
+    print(f"error: {at_work()}", file=sys.stderr, flush=True)
+    return 2
 
 
 def planned(arguments: list[str]) -> list[str]:
@@ -76,7 +84,7 @@ def planned(arguments: list[str]) -> list[str]:
             if not asked.single_item:
                 stages = plan_repro(graph, stages, pipeline=asked.pipeline, downstream=asked.downstream)
             return [stage.addressing for stage in stages if stage.cmd]
-    except (DvcException, DvcParserError):
+    except (DvcException, DvcParserError, OSError):
         return []
 
 

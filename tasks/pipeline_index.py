@@ -7,7 +7,7 @@ from pathlib import Path
 from dgpo_core.config.params import Params
 from dgpo_core.datasets.records import read_questions
 from dgpo_core.retrieval.index import Index, Searcher, open_index
-from dgpo_core.retrieval.recall import require_recall, search_recall
+from dgpo_core.retrieval.recall import Recall, require_recall, search_recall
 from tasks.paths import INDEX, questions_file
 from tasks.progress import Reporter
 
@@ -26,7 +26,7 @@ def retriever(
         reporter.update(done, total, doing=what)
 
     def by_recall(searcher: Searcher) -> None:
-        require_recall(measured_recall(params, searcher), params.retrieval)
+        measured_recall(params, searcher)
 
     try:
         return open_index(folder, params.retrieval, progress, accept or by_recall)
@@ -34,9 +34,20 @@ def retriever(
         reporter.close()
 
 
-def measured_recall(params: Params, searcher: Searcher) -> float:
-    """Of the top k against exact search, on validation questions of all training sets; nan without any."""
-    each = math.ceil(params.retrieval.recall_queries / len(params.questions.train))
+def measured_recall(params: Params, searcher: Searcher) -> Recall | None:
+    """Measure the recall of the top k against exact search, on validation questions of all training sets.
+
+    Raise UserError when it is too low. None where retrieval.recall_queries is 0.
+    """
+    if not params.retrieval.recall_queries:
+        return None
+    measured = search_recall(searcher, validation_questions(params), params.retrieval.top_k)
+    require_recall(measured, params.retrieval)
+    return measured
+
+
+def validation_questions(params: Params) -> list[str]:
+    """Return the questions that an index is measured by, at least one of each training set."""
+    each = max(1, math.ceil(params.retrieval.recall_queries / len(params.questions.train)))
     files = [questions_file(name, "dev") for name in params.questions.train]
-    sample = [question.question for file in files for question in read_questions(file)[:each]]
-    return search_recall(searcher, sample, params.retrieval.top_k)
+    return [question.question for file in files for question in read_questions(file)[:each]]

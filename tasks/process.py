@@ -7,6 +7,7 @@ import signal
 import sys
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 
 PR_SET_PDEATHSIG = 1
@@ -50,18 +51,42 @@ def die_with_stage(grace: float) -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def exit_on_sigterm() -> None:
-    """Turn SIGTERM into SystemExit(143), so that `with` and `finally` blocks clean up.
+def exit_on_signals() -> None:
+    """Turn SIGTERM and SIGHUP (a closed terminal) into SystemExit(143 or 129), so that `with` and `finally`
+    blocks clean up. SIGHUP stays ignored where it is, as under `nohup`.
 
-    Only the first one counts: ending a process group and the death of the parent both send it, and the
-    second must not interrupt the cleaning up.
+    Only the first one counts: a closed terminal, the end of a process group and the death of the parent all
+    send one, and the second must not interrupt the cleaning up.
     """
 
-    def leave(_signal: int, _frame: FrameType | None) -> None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        raise SystemExit(TERMINATED)
+    def leave(number: int, _frame: FrameType | None) -> None:
+        for each in (signal.SIGTERM, signal.SIGHUP):
+            signal.signal(each, signal.SIG_IGN)
+        raise SystemExit(128 + number)
 
     signal.signal(signal.SIGTERM, leave)
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+        signal.signal(signal.SIGHUP, leave)
+
+
+def began(pid: int) -> str | None:
+    """Return when a process of this machine began, in words that no correction of the clock changes.
+
+    None when it is gone. A later process with the same number began at another time.
+    """
+    if sys.platform != "linux":
+        import psutil  # every program imports this file
+
+        try:
+            return repr(psutil.Process(pid).create_time())
+        except psutil.Error:
+            return None
+    try:
+        state, *fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
+    return None if state == "Z" else f"{boot} {fields[18]}"  # in clock ticks after it
 
 
 def peak_memory() -> int:

@@ -44,6 +44,11 @@ class Reporter:
                 self._last_line = now
                 print(f"[{self.stage}] {done:.8g}/{total:.8g} {text}", file=self.console.file, flush=True)
 
+    def note(self, text: str) -> None:
+        """Print a line that stays, above the bar where there is one."""
+        with contextlib.suppress(OSError, ValueError):
+            self.console.print(f"[{self.stage}] {text}", markup=False, highlight=False, soft_wrap=True)
+
     def close(self) -> None:
         """Leave the last state of the bar on the terminal."""
         if self._bar:

@@ -33,7 +33,7 @@ def promote(number: str | None, dry_run: bool, yes: bool) -> int:
         problems = record_evaluations(registry, params, read_lock())
         version = registry.version(number) if number else registry.alias(CHALLENGER)
         if version is None:
-            why = problems.get(params.challenger or "", "run the pipeline (`dvc repro`), or `dgpo register`")
+            why = problems.get(params.challenger or "") or _how_to_offer(registry, params)
             raise UserError(f"no version is the challenger: {why}")
         champion = registry.alias(CHAMPION)
         if champion and champion.number == version.number:
@@ -54,6 +54,17 @@ def promote(number: str | None, dry_run: bool, yes: bool) -> int:
         registry.make_champion(version, expected=champion, previous=champion)
     print(f"{version.name} is the champion" + (f"; {champion.name} is `{PREVIOUS}`" if champion else ""))
     return PROMOTED
+
+
+def _how_to_offer(registry: Registry, params: Params) -> str:
+    """What to do where nothing was offered yet."""
+    known = ", ".join(version.name for version in registry.versions())
+    if not known:
+        return "no model is registered; run the pipeline (`make demo`), or `dgpo register`"
+    return (
+        f"`dgpo register --challenger` offers this working tree's model of {params.challenger}, and "
+        f"`dgpo promote --version N` judges another one of {known}"
+    )
 
 
 def judge(registry: Registry, params: Params, version: Version, champion: Version | None) -> Decision:

@@ -42,6 +42,11 @@ def git_dirty(root: Path = Path()) -> bool | None:
     return None if changed is None else bool(changed)
 
 
+def uncommitted(path: Path, root: Path = Path()) -> bool:
+    """Return whether a file differs from the commit, or is in none; False outside git, where nothing is."""
+    return bool(ask("status", "--porcelain", "--", str(path), root=root))
+
+
 def labels(root: Path = Path()) -> dict[str, str]:
     """Tags of every run: commit, whether that is all of the code, profile and seed, as far as known."""
     found = {"git.commit": commit} if (commit := git_commit(root)) else {}

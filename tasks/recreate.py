@@ -4,13 +4,13 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from dgpo_core.config.params import PARAMS
 from dgpo_core.errors import UserError
+from dgpo_core.temporary import temporary_folder
 from tasks import lineage
 from tasks.dvc_lock import dvc_md5
 from tasks.files import content_hash
@@ -59,8 +59,8 @@ def verified(stored: lineage.Lineage) -> Verification:
         raise UserError(
             f"it cannot be made again: no commit has its sources ({', '.join(dirty) or 'no git'})"
         )
-    with tempfile.TemporaryDirectory(prefix="dgpo-verify-") as temporary:
-        tree = Path(temporary).resolve() / "tree"
+    with temporary_folder("verify") as temporary:
+        tree = temporary.resolve() / "tree"
         with alone(Path()):
             git("worktree", "add", "--quiet", "--detach", tree, commit, cwd=Path())
         try:

@@ -9,8 +9,7 @@ this file. Every trained model is a version; what belongs to it are artifacts of
     promotion/<digest>/         an evaluation (and the student's, in `student/`), see dgpo_core/promotion
     promotion/decisions/        every decision about the version
 
-Aliases: `challenger` (the model of `promote.recipe` that was reported or offered last), `champion`,
-`previous`.
+Aliases: `challenger` (the model that was offered last), `champion`, `previous`.
 """
 
 import json
@@ -25,11 +24,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
+from dgpo_core.temporary import temporary_folder
 from tasks import lineage
 from tasks.dvc_lock import from_cache
 from tasks.files import content_hash
+from tasks.mlflow_faults import explained
 from tasks.mlflow_model import save_mlflow_model
-from tasks.tracking import connect, start_run, tracking_uri
+from tasks.mlflow_store import tracking_uri
+from tasks.tracking import connect, start_run
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -207,13 +209,14 @@ class Registry:
                 f"{version.name} was never evaluated: run `dvc repro report`, or `dgpo evaluate "
                 f"{version.reference}` if its recipe is not compared"
             )
-        with tempfile.TemporaryDirectory(prefix="dgpo-evidence-") as folder:
-            yield Path(self._client.download_artifacts(version.run_id, place, folder))
+        with temporary_folder("evidence") as folder:
+            yield self._download(version, place, folder, f"`dgpo evaluate {version.reference}`")
 
     def lineage_of(self, version: Version) -> lineage.Lineage:
         """As it was written when the version was registered."""
-        with tempfile.TemporaryDirectory(prefix="dgpo-lineage-") as folder:
-            path = Path(self._client.download_artifacts(version.run_id, LINEAGE, folder))
+        with temporary_folder("lineage") as folder:
+            cure = "delete the version on MLflow's page of the model, then `dgpo register`"
+            path = self._download(version, LINEAGE, folder, cure)
             stored: lineage.Lineage = json.loads(path.read_text(encoding="utf-8"))
         return stored
 
@@ -242,6 +245,19 @@ class Registry:
         run_id = start_run(self._client, name, {"kind": "register"})
         self._client.set_terminated(run_id)
         return run_id
+
+    def _download(self, version: Version, place: str, folder: Path, cure: str) -> Path:
+        """An artifact of the version's run in `folder`. Raises UserError with the cure when it is gone."""
+        from mlflow.exceptions import MlflowException
+
+        where = self._client.get_run(version.run_id).info.artifact_uri
+        try:
+            return Path(self._client.download_artifacts(version.run_id, place, str(folder)))
+        except (MlflowException, OSError) as error:
+            if isinstance(error, MlflowException) and error.error_code == "PERMISSION_DENIED":
+                raise
+            gone = without_credentials(f"{where}/{place}")
+            raise UserError(f"{version.name}: what MLflow kept of it is gone ({gone}): {cure}") from error
 
     def _artifact(self, version: Version, fetched: Path) -> Path | None:
         """The logged folder: where MLflow keeps it if that is this machine, else a copy."""
@@ -288,8 +304,8 @@ class Registry:
         return _version(self._client.create_model_version(NAME, source, run_id, tags=tags))
 
     def _log_weights(self, version: Version, folder: Path) -> None:
-        with tempfile.TemporaryDirectory(prefix="dgpo-model-") as temporary:
-            saved = Path(temporary) / "saved"
+        with temporary_folder("model") as temporary:
+            saved = temporary / "saved"
             save_mlflow_model(folder, saved, NAME)
             self._client.log_artifacts(version.run_id, str(saved), MODEL)
         self.tag(version, weights="artifact")  # last: only what has arrived counts
@@ -306,18 +322,18 @@ def model_folder(reference: str) -> Path:
 
 @contextmanager
 def store() -> Iterator[Registry]:
-    """The registry; what MLflow raises becomes an InfrastructureError."""
+    """Give the registry. What MLflow raises becomes an InfrastructureError, or a UserError with the cure."""
     try:
         yield Registry(connect())
+    except (UserError, InfrastructureError):
+        raise
     except Exception as error:
         from mlflow.exceptions import MlflowException  # not before connect(), which makes MLflow quiet
         from sqlalchemy.exc import SQLAlchemyError
 
         if not isinstance(error, MlflowException | SQLAlchemyError):
             raise
-        first = (str(error).strip() or type(error).__name__).splitlines()[0]
-        failed = without_credentials(f"MLflow's store {tracking_uri()} failed: {first}")
-        raise InfrastructureError(failed) from error
+        raise explained(error) from error
 
 
 def _version(found: "ModelVersion") -> Version:

@@ -16,11 +16,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
 from rich.console import Console
 
 from dgpo_core.config.params import Params, load_params, resolve_profile
 from dgpo_core.config.recipes import STUDENT, Recipes
+from dgpo_core.config.yaml_text import as_text
 from dgpo_core.planning.architectures import config_of
 from dgpo_core.protocol import prompts
 from dgpo_core.rehearsal import files
@@ -46,7 +46,7 @@ class Outcome:
 def rehearse(profile: str | None, keep: bool, as_json: bool) -> int:
     """Run the rehearsal and print how each stage went; 1 when one failed (its folder then stays)."""
     resolved = resolve_profile(profile_path(profile)) if profile else load_params().model_dump(mode="json")
-    console = Console(highlight=False, soft_wrap=True, stderr=as_json)
+    console = Console(highlight=False, soft_wrap=True, stderr=as_json, markup=False)
     folder = Path(tempfile.mkdtemp(prefix="dgpo-rehearsal-"))
     try:
         started = time.monotonic()
@@ -97,7 +97,7 @@ def prepare(folder: Path, resolved: dict[str, Any]) -> list[str]:
         files.write_corpus(folder / CORPUS)
         files.write_question_sets(folder / QUESTIONS, [*train, *test])
         notes.append("data: a handful of passages and questions stand in for the embedded world")
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False), encoding="utf-8")
+    (folder / "params.yaml").write_text(as_text(params), encoding="utf-8")
     return notes
 
 
@@ -116,7 +116,8 @@ def scripted(tokenizer: Any, params: dict[str, Any], number: int) -> Any:
 
     question = files.questions("nq", "train")[number]
     found = files.passages()[number : number + params["retrieval"]["top_k"]]
-    documents = "".join(prompts.document(i, p.title, p.text) for i, p in enumerate(found, 1))
+    form = params["protocol"]["documents"]
+    documents = "".join(prompts.document(i, p.title, p.text, form) for i, p in enumerate(found, 1))
     room = params["protocol"]["max_information"]
     search, answer = (encode(line) for line in lines())
     ids = encode(prompts.prompt_text(question.question, params["protocol"]["instruction"], tokenizer))

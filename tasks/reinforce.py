@@ -1,11 +1,10 @@
 """Stage `reinforce`: one recipe's PPO or GRPO, guided as its gate says (eqs. 2-4)."""
 
-import sys
-
 from transformers import PreTrainedModel
 
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Reinforcement
+from dgpo_core.protocol.encoding import known_ids
 from dgpo_core.training.adapters import merged
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
@@ -24,7 +23,7 @@ from tasks.launch import in_processes
 from tasks.measured import write_curves, write_metrics
 from tasks.paths import INDEX, METRICS, MODELS, PLOTS, QUESTIONS
 from tasks.pipeline_index import retriever
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 from tasks.traces import traced
 
 
@@ -37,6 +36,11 @@ def reinforce(name: str) -> None:
     ) | {"recipe": recipe.model_dump()}
     inputs = [INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
     with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
+        if recipe.guidance != "none" and recipe.algorithm == "ppo" and params.reinforce.kl_estimator != "k1":
+            run.note(
+                f"reinforce.kl_estimator: {params.reinforce.kl_estimator} as a reward does not pull towards "
+                "the reference as eq. 4 does; only k1 has the KL's gradient (docs/method.md, Estimators)"
+            )
         tokenizer = load_tokenizer(start)
         student = load_student(params, start)
         reference = _reference(params, recipe, start, tokenizer)
@@ -47,18 +51,26 @@ def reinforce(name: str) -> None:
         if run.leads:
             rollout = traced(run, rollout, tokenizer.decode, every, limit)
         dev = DevEvaluator(params, loop, params.reinforce.dev_questions)
-        trainer = Reinforcer(student, reference, recipe, params.reinforce, params.compute, params.seed)
+        trainer = Reinforcer(
+            student,
+            reference,
+            recipe,
+            params.reinforce,
+            params.compute,
+            params.seed,
+            known_ids(tokenizer),
+        )
         report = reporter(run, ("em", "kl_inside", "searches"))
         rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)
         if not run.leads:
             return
-        save_model(merged(student), tokenizer, out)
-        write_curves(curves, rows)
+        save_model(merged(student), tokenizer, run.output(out))
+        write_curves(run.output(curves), rows)
         last = rows[-1]
         kept = ("dev_em", "em", "searches", "kl_inside", "kl_outside", "entropy")
         summary = {key: last[key] for key in kept if key in last}
         summary["gate_excluded"] = sum(row["gate_excluded"] for row in rows) / len(rows)
-        write_metrics(METRICS / f"reinforce-{name}.json", summary)
+        write_metrics(run.output(METRICS / f"reinforce-{name}.json"), summary)
         run.summary(summary)
         run.register_model(name, out)
 
@@ -76,4 +88,4 @@ def _reference(
 
 
 if __name__ == "__main__":
-    main(lambda: in_processes(lambda: reinforce(sys.argv[1])))
+    stage_main("reinforce", lambda name: in_processes(lambda: reinforce(name)), "recipe")

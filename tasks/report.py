@@ -5,10 +5,10 @@ from typing import TYPE_CHECKING
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.reporting.report import write_report
 from tasks.dvc_lock import read_lock
-from tasks.evidence import challenge
+from tasks.evidence import record_evaluations
 from tasks.paths import EVALUATION, METRICS, PLOTS, REPORTS
 from tasks.registry import Registry
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -21,17 +21,17 @@ def report() -> None:
     with stage("report", config={"models": models}, inputs=inputs, outputs=[REPORTS]) as run:
         mirrors = dict(params.questions.test)
         dumped = params.model_dump(mode="json")
+        out = run.output(REPORTS)
         write_report(
-            EVALUATION, PLOTS, METRICS, REPORTS, models, mirrors, dumped, params.pair, params.report.first
+            EVALUATION, PLOTS, METRICS, out, models, mirrors, dumped, params.pair, params.report.first
         )
-        # evaluated and reported: the last recipe's model may now challenge the champion
-        run.tracker.submit(lambda client, _: _challenge(client, params))
+        run.tracker.submit(lambda client, _: _record(client, params))
         run.progress(1, 1)
 
 
-def _challenge(client: "MlflowClient", params: Params) -> None:
-    challenge(Registry(client), params, read_lock())
+def _record(client: "MlflowClient", params: Params) -> None:
+    record_evaluations(Registry(client), params, read_lock())
 
 
 if __name__ == "__main__":
-    main(report)
+    stage_main("report", report)

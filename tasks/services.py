@@ -36,6 +36,7 @@ class Record:
     page: str  # URL for people
     pid: int = 0  # 0: the record was written, the process was not yet
     created: float = 0.0  # seconds since the epoch
+    place: str = ""  # the folder of records that it was written to, which a copy of it is not
 
 
 def path(name: str, folder: Path = FOLDER) -> Path:
@@ -43,19 +44,29 @@ def path(name: str, folder: Path = FOLDER) -> Path:
 
 
 def write(record: Record, folder: Path = FOLDER) -> None:
-    write_json(path(record.name, folder), asdict(record))
+    write_json(path(record.name, folder), {**asdict(record), "place": _place(folder)})
 
 
 def read(name: str, folder: Path = FOLDER) -> Record | None:
-    """None where there is none. Raises UserError for a file that is no record."""
+    """None where there is none, or a copied one of another checkout, whose server works on that one's store.
+
+    Raises UserError for a file that is no record.
+    """
     file = path(name, folder)
     try:
-        return TypeAdapter(Record).validate_json(file.read_bytes())
+        record = TypeAdapter(Record).validate_json(file.read_bytes())
+        return record if record.place in ("", _place(folder)) else None
     except FileNotFoundError:
         return None
     except ValidationError as error:
         problem: Any = error.errors()[0]["msg"]
         raise UserError(f"{file}: not a record of a service ({problem}); see `ps`, then delete it") from None
+
+
+def _place(folder: Path) -> str:
+    """What stays the same when the folder is moved, and does not when it is copied."""
+    found = folder.stat()
+    return f"{found.st_dev}:{found.st_ino}"
 
 
 def leader(record: Record) -> psutil.Process | None:

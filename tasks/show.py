@@ -1,4 +1,4 @@
-"""Print the results: `python -m tasks.show [reports/results.json]`."""
+"""Print the results: `dgpo show [reports/results.json]`."""
 
 import json
 import sys
@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from dgpo_core.errors import UserError
+from dgpo_core.text import markdown_cell
 from tasks.stage import main
 
 RESULTS = Path("reports/results.json")
@@ -45,16 +47,17 @@ def rows(results: Results) -> tuple[list[str], list[list[str]]]:
 def markdown(results: Results) -> str:
     """The table as Markdown."""
     header, table = rows(results)
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *table])
+    lines = [header, ["---"] * len(header), *table]
+    return "\n".join(f"| {' | '.join(map(markdown_cell, line))} |" for line in lines)
 
 
 def show(path: Path = RESULTS) -> None:
     header, body = rows(load_results(path))
     table = Table(title="Exact match (95 % confidence interval)")
     for index, name in enumerate(header):
-        table.add_column(name if index else "", justify="right" if index else "left")
+        table.add_column(escape(name) if index else "", justify="right" if index else "left")
     for row in body:
-        table.add_row(*row)
+        table.add_row(*map(escape, row))
     Console().print(table)
 
 
@@ -70,4 +73,6 @@ def _values(value: Any) -> list[Any]:
 
 
 if __name__ == "__main__":
-    main(lambda: show(*map(Path, sys.argv[1:2])))
+    from tasks.cli import app
+
+    main(lambda: app(["show", *sys.argv[1:]], prog_name="dgpo"))

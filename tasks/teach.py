@@ -12,7 +12,7 @@ from tasks.inputs import local
 from tasks.measured import write_metrics
 from tasks.paths import INDEX, METRICS, MODELS, QUESTIONS, TEACHER_EPISODES
 from tasks.pipeline_index import retriever
-from tasks.stage import main, stage
+from tasks.stage import stage, stage_main
 
 
 def teach() -> None:
@@ -35,7 +35,7 @@ def teach() -> None:
             run.state / "episodes",
             lambda done, total, em: run.progress(done, total, em=em),
         )
-        write_episodes(TEACHER_EPISODES, episodes, {"index": index.digest})
+        write_episodes(run.output(TEACHER_EPISODES), episodes, {"index": index.digest})
         summary = {
             "episodes": len(episodes),
             "failed": sum(e.outcome is Outcome.FAILED for e in episodes),
@@ -43,9 +43,9 @@ def teach() -> None:
             "searches": sum(len(e.searches) for e in episodes) / len(episodes),
             "model_tokens": sum(e.model_tokens for e in episodes) / len(episodes),
         }
-        write_metrics(METRICS / "teach.json", summary)
+        write_metrics(run.output(METRICS / "teach.json"), summary)
         run.summary(summary)
 
 
 if __name__ == "__main__":
-    main(teach)
+    stage_main("teach", teach)

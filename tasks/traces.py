@@ -17,9 +17,10 @@ from dgpo_core.protocol.episode import Episode, Outcome
 from dgpo_core.scoring.answers import token_f1
 from dgpo_core.training.episode_sources import Rollout
 from tasks.episode_spans import Decode, Step, sample, steps
+from tasks.mlflow_store import tracking_uri
 from tasks.provenance import stage_labels
 from tasks.stage import Run
-from tasks.tracking import tracking_uri, warn
+from tasks.tracking import warn
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient

@@ -3,8 +3,9 @@
 Besides this file `registry`, `run_data`, `pipeline_summary` and `traces` import it, with a client from here.
 
 The store is MLFLOW_TRACKING_URI (a server, say) or `mlflow.db` in the working directory, with artifacts in
-`mlruns/`. Everything after the import happens on a thread of its own, in order and in batches: a slow store
-does not slow training down, and a broken one is warned of once and otherwise ignored.
+`mlruns/` beside it. Everything after the import and the making of a new store happens on a thread of its own,
+in order and in batches: a slow store does not slow training down, and a broken one is warned of once and
+otherwise ignored.
 """
 
 import json
@@ -12,15 +13,19 @@ import logging
 import math
 import os
 import queue
+import socket
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
-from dgpo_core.errors import without_credentials
+from tasks.mlflow_faults import deleted_experiment, explained, require_answer
+from tasks.mlflow_store import EXPERIMENT, artifact_root, local_path, prepare, tracking_uri
 from tasks.pipeline_summary import summarize
+from tasks.process import began
 from tasks.provenance import changed_settings, labels, settings
 
 if TYPE_CHECKING:
@@ -28,7 +33,6 @@ if TYPE_CHECKING:
     from mlflow.entities import Metric
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
-EXPERIMENT = "dgpo"
 PIPELINE_RUN = "DGPO_PIPELINE_RUN"  # environment: id of the pipeline's run, the parent of the stages' runs
 FLUSH_INTERVAL = 5.0  # seconds
 CLOSE_TIMEOUT = 30.0  # seconds to wait for the last batches
@@ -38,45 +42,82 @@ MAX_PARAM_LENGTH, MAX_WAITING = 6000, 100_000
 Job = Callable[["MlflowClient", str], object]
 
 
-def tracking_uri() -> str:
-    """Where runs are recorded."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path('mlflow.db').resolve()}"
-
-
 def connect() -> "MlflowClient":
-    """A client of the store, with an experiment of ours in it. Raises what MLflow raises.
+    """Return a client of the store, which has our experiment.
 
-    Call it once before stages start side by side: two processes that both create the sqlite file collide.
+    Raises what MLflow raises; UserError for a store or an experiment that cannot be used, with the cure; and
+    InfrastructureError when a server does not answer, within seconds.
     """
     # A server that is gone would be retried for minutes by default.
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
     os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")  # it tells of every table it creates
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault(
         "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"
     )  # with its password, if it has one
+    uri = tracking_uri()
+    prepare(uri)
+    require_answer(uri)
     from mlflow import MlflowClient
     from mlflow.exceptions import MlflowException
 
-    client = MlflowClient(tracking_uri())
-    if client.get_experiment_by_name(EXPERIMENT) is None:
-        local = tracking_uri().startswith("sqlite:")
+    client = MlflowClient(uri)
+    if client.get_experiment_by_name(EXPERIMENT) is None:  # of a new server, or renamed by somebody
+        path = local_path(uri)
         try:
-            client.create_experiment(EXPERIMENT, Path("mlruns").resolve().as_uri() if local else None)
+            client.create_experiment(EXPERIMENT, artifact_root(path).as_uri() if path else None)
         except MlflowException:  # somebody else was faster
             if client.get_experiment_by_name(EXPERIMENT) is None:
                 raise
+    _experiment(client)
     return client
 
 
 def start_run(client: "MlflowClient", name: str, tags: Mapping[str, str], parent: str | None = None) -> str:
-    """A new run's id; `parent` makes it a child of that run."""
+    """Start a run and return its id; `parent` makes it a child of that run, in the same experiment."""
+    from mlflow.exceptions import MlflowException
+
+    experiment = None
+    if parent:  # stay with it: somebody may have renamed the experiment since it began
+        with suppress(MlflowException):  # of another store
+            experiment = str(client.get_run(parent).info.experiment_id)
+    experiment = experiment or _experiment(client)
+    nesting = {"mlflow.parentRunId": parent} if parent else {}
+    run = client.create_run(experiment, tags={**tags, **_process(), **nesting}, run_name=name)
+    return str(run.info.run_id)
+
+
+def _experiment(client: "MlflowClient") -> str:
+    """Return the id of our experiment. Raises UserError when it was deleted."""
     experiment = client.get_experiment_by_name(EXPERIMENT)
     assert experiment is not None, "connect() creates it"
-    nesting = {"mlflow.parentRunId": parent} if parent else {}
-    run = client.create_run(experiment.experiment_id, tags={**tags, **nesting}, run_name=name)
-    return str(run.info.run_id)
+    if experiment.lifecycle_stage != "active":
+        raise deleted_experiment(str(experiment.experiment_id))
+    return str(experiment.experiment_id)
+
+
+def _process() -> dict[str, str]:
+    """Return who writes a run, as tags: by them the next start knows a run whose process is gone."""
+    pid = os.getpid()
+    return {"process.host": _host(), "process.pid": str(pid), "process.began": began(pid) or ""}
+
+
+def _host() -> str:
+    """Return whose processes can be seen from here: machine, user, and a container's own process numbers."""
+    space = ""
+    with suppress(OSError):
+        space = str(Path("/proc/self/ns/pid").readlink())
+    return f"{socket.gethostname()} {os.getuid()} {space}".strip()
+
+
+def close_left_over(client: "MlflowClient") -> None:
+    """End runs as KILLED whose process on this machine is gone: a closed terminal, SIGKILL, a power cut."""
+    mine = f"attributes.status = 'RUNNING' and tags.`process.host` = '{_host()}'"
+    for run in client.search_runs([_experiment(client)], mine):
+        pid, then = run.data.tags.get("process.pid", ""), run.data.tags.get("process.began")
+        if then and pid.isdecimal() and began(int(pid)) != then:
+            client.set_terminated(run.info.run_id, "KILLED")
 
 
 def experiment_of(run_id: str) -> str:
@@ -92,6 +133,7 @@ class Pipeline:
         self._root = root
         try:
             self._client = connect()
+            close_left_over(self._client)
             params = settings(root)
             described = {"kind": "pipeline", **labels(root), **(tags or {})}
             if params:
@@ -105,10 +147,11 @@ class Pipeline:
         except Exception as error:
             warn(error)
 
-    def close(self, succeeded: bool, stages: Iterable[str] | None = None) -> None:
+    def close(self, succeeded: bool, stages: Iterable[str] | None = None, ended: bool = False) -> None:
         """End the run and say where its outputs are from, or delete it when no stage was executed.
 
         `stages` are those that the pipeline brought up to date, executed or not; None: all in dvc.lock.
+        `ended`: it has not failed, somebody has ended it.
         """
         if self.run_id is None:
             return
@@ -121,8 +164,8 @@ class Pipeline:
             # first the state: who ends us may not wait for the rest
             killed = f"{children} and attributes.status = 'KILLED'"
             status = "FINISHED" if succeeded else "FAILED"
-            if not succeeded and self._client.search_runs(experiments, killed, max_results=1):
-                status = "KILLED"  # with the stage that somebody ended, as a cancelled run does
+            if ended or (not succeeded and self._client.search_runs(experiments, killed, max_results=1)):
+                status = "KILLED"  # or a stage was: DVC hides from us that it was Ctrl-C
             self._client.set_terminated(self.run_id, status)
             summarize(self._client, self.run_id, self._root, stages, succeeded)
         except Exception as error:
@@ -152,6 +195,8 @@ class StageRun:
             # on this thread: imports side by side with torch's may see half of a module
             import mlflow
             import mlflow.system_metrics.system_metrics_monitor  # noqa: F401
+
+            prepare(tracking_uri())  # before the thread starts: a stage may end while it is at work
         except Exception as error:
             self._warn(error)
             return
@@ -186,6 +231,7 @@ class StageRun:
         client: MlflowClient | None = None
         try:
             client = connect()
+            close_left_over(client)
             self.run_id = self._open_run(client)
             self._start_monitor(self.run_id)
         except Exception as error:
@@ -209,7 +255,8 @@ class StageRun:
         run_id = self._earlier_run(client)
         if run_id:
             client.update_run(run_id, status="RUNNING")
-            for name, value in {**self._tags, **({"mlflow.parentRunId": parent} if parent else {})}.items():
+            nesting = {"mlflow.parentRunId": parent} if parent else {}
+            for name, value in {**self._tags, **_process(), **nesting}.items():
                 client.set_tag(run_id, name, value)  # the commit may be another one by now
             return run_id
         run_id = start_run(client, self._stage, {"kind": "stage", "stage": self._stage, **self._tags}, parent)
@@ -308,8 +355,8 @@ def numbers(values: Mapping[str, Any]) -> dict[str, float]:
 
 def warn(error: Exception) -> None:
     """Tracking is a convenience: its failure is said in one line and never ends a stage."""
-    first_line = without_credentials((str(error).strip() or type(error).__name__).splitlines()[0])
-    print(f"warning: MLflow does not record this run: {first_line}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # the terminal may be closed by now
+        print(f"warning: MLflow does not record this run: {explained(error)}", file=sys.stderr, flush=True)
 
 
 def _nothing(_client: "MlflowClient", _run_id: str) -> None:

@@ -1,12 +1,12 @@
-"""Resolve a profile into params.yaml: `python -m tasks.use tiny [recipes of the paper's table, or all]`."""
+"""Resolve a profile into params.yaml: `dgpo use tiny [recipes of the paper's table, or all]`."""
 
 import sys
 from pathlib import Path
 
-import yaml
-
 from dgpo_core.config.params import PARAMS, resolve_profile
+from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
+from tasks.files import write_text
 from tasks.stage import main
 
 PROFILES = Path("profiles")
@@ -15,9 +15,9 @@ PROFILES = Path("profiles")
 def use(profile: str, recipes: list[str]) -> None:
     """Write every setting of the profile, resolved; DVC then knows which stages it concerns."""
     path = profile_path(profile)
-    text = yaml.safe_dump(resolve_profile(path, recipes), sort_keys=False, allow_unicode=True)
+    text = as_text(resolve_profile(path, recipes))
     head = f"# Written by `make use PROFILE={profile}`; edit freely, or use `dvc exp run -S`.\n"
-    PARAMS.write_text(head + text)
+    write_text(PARAMS, head + text)
     print(f"{PARAMS}: profile {profile}{', recipes: ' if recipes else ''}{' '.join(recipes)}")
 
 
@@ -31,4 +31,6 @@ def profile_path(profile: str, root: Path = Path()) -> Path:
 
 
 if __name__ == "__main__":
-    main(lambda: use(sys.argv[1] if len(sys.argv) > 1 else "tiny", sys.argv[2:]))
+    from tasks.cli import app
+
+    main(lambda: app(["use", *sys.argv[1:]], prog_name="dgpo"))

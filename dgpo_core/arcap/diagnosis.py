@@ -14,6 +14,7 @@ from dgpo_core.datasets.records import Question
 from dgpo_core.protocol.actions import ActionKind, parse_action
 from dgpo_core.protocol.episode import Ending, Episode, Outcome
 from dgpo_core.scoring.answers import normalize
+from dgpo_core.text import stands_in
 
 
 class Failure(StrEnum):
@@ -78,7 +79,7 @@ def _content_is_right(episode: Episode, turns: list[str]) -> bool:
     """Whether an answer, complete or not, has a golden answer as whole words in it."""
     attempts = [*answer_attempts(turns), episode.prediction or ""]
     golden = [words for answer in episode.golden_answers if (words := normalize(answer))]
-    return any(f" {words} " in f" {normalize(attempt)} " for attempt in attempts for words in golden)
+    return any(stands_in(words, normalize(attempt)) for attempt in attempts for words in golden)
 
 
 def _search_failure(

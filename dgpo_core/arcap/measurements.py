@@ -41,13 +41,10 @@ def gold_context(question: Question, role: str) -> list[tuple[str, str]]:
     return [(passage["title"], passage["text"]) for passage in passages]
 
 
-def information(context: list[tuple[str, str]]) -> str:
-    documents = (prompts.document(i, title, text) for i, (title, text) in enumerate(context, 1))
-    return f"{prompts.INFORMATION_PREFIX}{''.join(documents)}{prompts.INFORMATION_SUFFIX}"
-
-
-def source_referencing(role: str, dataset: str, questions: list[Question], seed: int, run: Run) -> list[Row]:
-    """EM with the gold context given: in a forced answer, and with thinking and searching allowed.
+def source_referencing(
+    role: str, dataset: str, questions: list[Question], seed: int, run: Run, form: prompts.Documents = "plain"
+) -> list[Row]:
+    """EM with the gold context given, in `form`: in a forced answer, and with thinking and searching allowed.
 
     Questions without a known gold context (docs/data.md, the join) are not asked.
     """
@@ -60,7 +57,7 @@ def source_referencing(role: str, dataset: str, questions: list[Question], seed:
                 question,
                 dataset,
                 seed=(stable_seed(seed, name, question.id),),
-                opening=information(context) + forced,
+                opening=prompts.information(context, form) + forced,
                 single_turn=bool(forced),
             )
             for question, context in contexts

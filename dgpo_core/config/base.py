@@ -1,8 +1,8 @@
 """What all configuration sections share."""
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, field_validator
 
 
 class Section(BaseModel):
@@ -15,3 +15,11 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, validate_default=True, allow_inf_nan=False
     )
+
+    @field_validator("*")
+    @classmethod
+    def _within_64_bits(cls, value: Any) -> Any:
+        """Whole numbers are what torch, numpy, Parquet and Qdrant can take, seeds too."""
+        if isinstance(value, int) and not -(2**63) <= value < 2**63:
+            raise ValueError("must fit into 64 bits: below 2**63")
+        return value

@@ -6,8 +6,6 @@ from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from dgpo_core.config.base import Section
 from dgpo_core.config.data import BaseModelsConfig, WorldConfig
@@ -28,9 +26,15 @@ from dgpo_core.config.training import (
     TeachConfig,
 )
 from dgpo_core.config.workers import WorkersConfig
+from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
 
 PARAMS = Path("params.yaml")
+# keys of earlier versions: verl's `critic_warmup` means steps in which the critic alone learns
+RENAMED = {
+    "reinforce.actor_warmup": "reinforce.actor_learning_rate_warmup",
+    "reinforce.critic_warmup": "reinforce.critic_learning_rate_warmup",
+}
 DATA_HINT = "the embedded world's sets need data.source: world"
 NO_RECIPES = Recipes()
 Row = TypeVar("Row", Distillation, Reinforcement)
@@ -206,13 +210,15 @@ def paper_recipes(names: list[str], own: Recipes = NO_RECIPES) -> Recipes:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping, read as DVC reads params.yaml (YAML 1.2: 1e-5 is a number). Raises UserError."""
+    """A mapping, read as DVC reads params.yaml. Raises UserError."""
     try:
-        content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
+        content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from error
     if not isinstance(content, dict):
         raise UserError(f"{path}: must be a mapping of sections, found {type(content).__name__}")
     return content
@@ -228,7 +234,7 @@ def validated(content: dict[str, Any], path: Path = PARAMS) -> Params:
             key = ".".join(map(str, detail["loc"])) or "(top level)"
             message = detail["msg"].removeprefix("Value error, ")
             if detail["type"] == "extra_forbidden":
-                message = "unknown key"
+                message = f"is now {RENAMED[key]}" if key in RENAMED else "unknown key"
             found = "" if isinstance(detail["input"], dict) else f" (found {detail['input']!r})"
             near = nearest_key([str(part) for part in detail["loc"]]) if message == "unknown key" else None
             problems.append(f"{key}: {message}{found}" + (f", did you mean {near}?" if near else ""))

@@ -15,6 +15,11 @@ class ProtocolConfig(Section):
     max_context: PositiveInt = 4096
     max_new_tokens: PositiveInt = Field(500, description="a turn")
     max_information: PositiveInt = Field(500, description="retrieved text a turn")
+    documents: Literal["plain", "release"] = Field(
+        "plain",
+        description="how passages are shown: as Search-R1's release does, on which published models were "
+        "trained (titles in quotes, no line break before </information>), or plain, as embedded ones know",
+    )
     answer_scope: Literal["response", "prompt_and_response"] = Field(
         "response", description="where the prediction is looked for: the model's turns, or the whole text"
     )

@@ -89,6 +89,7 @@ class OnPolicyConfig(Section):
     steps: PositiveInt = 1000
     batch_size: PositiveInt = Field(512, description="the student's episodes a step")
     learning_rate: PositiveFloat = 1e-6
+    warmup_steps: NonNegativeInt = 0
     dev_every: PositiveInt = Field(50, description="steps between two looks at the validation questions")
 
 
@@ -139,7 +140,9 @@ class DistillConfig(Section):
     taid: TaidConfig = TaidConfig()
     distillm: DistillmConfig = DistillmConfig()
     dev_questions: PositiveInt = Field(200, description="validation questions after each epoch")
-    min_em: float = Field(0.0, ge=0, le=1, description="validation EM that RL may start from")
+    min_em: float = Field(
+        0.0, ge=0, le=1, description="validation EM of a model that a recipe of recipes.reinforce starts from"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -159,14 +162,18 @@ class ReinforceConfig(Section):
     batch_size: PositiveInt = Field(512, description="episodes a step")
     mini_batch_size: PositiveInt = Field(256, description="episodes an update")
     actor_learning_rate: PositiveFloat = 1e-6
-    actor_warmup: float = Field(0.285, ge=0, le=1, description="share of the steps")
+    actor_learning_rate_warmup: float = Field(
+        0.285, ge=0, le=1, description="share of the steps in which the rate rises from 0"
+    )
     critic_learning_rate: PositiveFloat = 1e-5
-    critic_warmup: float = Field(0.015, ge=0, le=1, description="share of the steps")
+    critic_learning_rate_warmup: float = Field(
+        0.015, ge=0, le=1, description="likewise; actor and critic learn from the first step on"
+    )
     weight_decay: NonNegativeFloat = 0.01
     max_grad_norm: PositiveFloat = 1.0
     beta: NonNegativeFloat = Field(0.001, description="weight of the KL to the reference (eq. 4)")
     kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = Field(
-        "k1", description="of PPO's reward; GRPO has k3 in its loss"
+        "k1", description="of PPO's reward, where only k1 is eq. 4; GRPO has k3 in its loss"
     )
     group_size: int = Field(5, ge=2, description="GRPO: episodes of one question")
     audit_episodes: NonNegativeInt = Field(

@@ -7,8 +7,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
 
 TABLE = Path(__file__).with_name("architectures.yaml")
@@ -126,5 +125,5 @@ def published(source: str) -> dict[str, Any] | None:
 @cache
 def table() -> dict[str, dict[str, Any]]:
     """Name -> `repositories` on the hub, the `config` they share, and `tokens` of their tokenizer."""
-    content: dict[str, dict[str, Any]] = yaml.safe_load(TABLE.read_text(encoding="utf-8"))
+    content: dict[str, dict[str, Any]] = parse(TABLE.read_text(encoding="utf-8"))
     return content

@@ -11,6 +11,7 @@ from dgpo_core.datasets.world.reading import Example
 from dgpo_core.pretraining.muon import Muon
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.checkpoint import Checkpoint
+from dgpo_core.training.finite import require_finite, training_step
 
 CHECKPOINT_EVERY = 100
 
@@ -28,7 +29,8 @@ def train_on_examples(
 
     `rows` examples at a time go through the model: the same gradient as all at once, in less memory.
     Compute is in `precision`, "float32" or "bfloat16"; the weights are float32. When it continues from a
-    checkpoint, the last finished step is reported again.
+    checkpoint, the last finished step is reported again. Raises NotFinite at the first step whose loss or
+    gradient is no number.
     """
     stepper = optim.Stepper(
         *_optimizers(model, config, precision),
@@ -43,7 +45,9 @@ def train_on_examples(
         report(first, state["metrics"])
     model.train()
     for step in range(first, config.steps):
-        metrics = {"loss": _backward(model, batch(step), rows, precision), "grad_norm": stepper.step()}
+        with training_step(step + 1, lambda _: "learning_rate or matrix_learning_rate of this phase"):
+            metrics = {"loss": _backward(model, batch(step), rows, precision), "grad_norm": stepper.step()}
+            require_finite(metrics)
         report(step + 1, metrics)
         if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
             checkpoint.save(

@@ -3,6 +3,7 @@
 import math
 
 from dgpo_core.promotion.decision import Condition, Decision
+from dgpo_core.text import markdown_cell
 
 HEADS = ("holds", "condition", "value", "95 % interval", "bound", "n", "why")
 NO_CHAMPION = "There is no champion yet: only absolute conditions, and the gain over the student."
@@ -37,13 +38,13 @@ def cells(condition: Condition) -> tuple[str, ...]:
 
 
 def markdown(decision: Decision) -> str:
-    lines = [f"# {_escaped(headline(decision))}", ""]
+    lines = [f"# {markdown_cell(headline(decision))}", ""]
     if not decision.champion:
         lines += [NO_CHAMPION, ""]
-    lines += [f"- {_escaped(reason)}" for reason in decision.reasons]
+    lines += [f"- {markdown_cell(reason)}" for reason in decision.reasons]
     if decision.conditions:
         rows = [HEADS, tuple("---" for _ in HEADS), *map(cells, decision.conditions)]
-        lines += [f"| {' | '.join(map(_escaped, row))} |" for row in rows]
+        lines += [f"| {' | '.join(map(markdown_cell, row))} |" for row in rows]
     if decision.told:
         lines += ["", "Measured, not judged:", ""]
         lines += [
@@ -58,8 +59,3 @@ def _number(value: float, signed: bool) -> str:
     if math.isnan(value):
         return "-"
     return f"{value:+.3f}" if signed else f"{value:.3f}"
-
-
-def _escaped(text: str) -> str:
-    """Names of models and data sets are somebody's; none may end a cell or become HTML."""
-    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")

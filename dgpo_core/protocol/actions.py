@@ -4,6 +4,8 @@ import re
 from dataclasses import dataclass
 from enum import StrEnum
 
+from dgpo_core.text import trimmed
+
 # the content holds no opening tag of its own kind: one that was never closed does not swallow the next
 _ACTION = re.compile(r"<(search|answer)>((?:(?!<\1>).)*?)</\1>", re.DOTALL)
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
@@ -21,7 +23,7 @@ class ActionKind(StrEnum):
 
 @dataclass(frozen=True)
 class Action:
-    """`content` is the stripped query or answer; empty for an invalid action."""
+    """`content` is the query or answer, trimmed; empty for an invalid action."""
 
     kind: ActionKind
     content: str = ""
@@ -30,15 +32,15 @@ class Action:
 def parse_action(turn_text: str) -> Action:
     """The first complete `<search>` or `<answer>` of one turn of the model."""
     match = _ACTION.search(turn_text)
-    if match is None or not match[2].strip():  # an empty query or answer is no action
+    if match is None or not (content := trimmed(match[2])):  # an empty query or answer is no action
         return Action(ActionKind.INVALID)
-    return Action(ActionKind(match[1]), match[2].strip())
+    return Action(ActionKind(match[1]), content)
 
 
 def last_answer(response_text: str) -> str | None:
-    """The prediction: the last complete `<answer>` of the response (never of the prompt)."""
+    """The prediction: the last complete `<answer>` of the response (not of the prompt), unless empty."""
     answers = _ANSWER.findall(response_text)
-    return answers[-1].strip() if answers else None
+    return trimmed(answers[-1]) or None if answers else None
 
 
 def is_well_formed(model_turns: list[str]) -> bool:

@@ -22,14 +22,17 @@ class Panel:
     columns: tuple[str, ...]
 
 
+# not comparable with a distillation's divergence, which is at temperature 1
+KL_UNIT = "nats, to the reference, at the sampling temperature"
 PANELS = (
     Panel("Exact match", "share of episodes", ("em", "dev_em")),
     Panel("Reward", "mean of an episode", ("reward",)),
+    Panel("Step without a reward", "1 where no episode is correct", ("unrewarded",)),
     Panel("Loss", "nats a token", ("loss",)),
     Panel("Cross-entropy", "nats a token", ("ce",)),
     Panel("Divergence from the teacher", "nats a token, as the objective measures it", ("divergence",)),
-    Panel("KL divergence, gated", "nats, to the reference", ("kl_inside",)),
-    Panel("KL divergence, not gated", "nats, to the reference, a sample", ("kl_outside",)),
+    Panel("KL divergence, gated", KL_UNIT, ("kl_inside",)),
+    Panel("KL divergence, not gated", f"{KL_UNIT}, a sample", ("kl_outside",)),
     Panel("Gate open", "share of episodes", ("gate_open",)),
     Panel("Gate closed", "share of episodes", ("gate_closed",)),
     Panel("Excluded from the gate", "share of episodes, failed", ("gate_excluded",)),

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Any
 
 from dgpo_core.errors import UserError
-from dgpo_core.protocol.prompts import INVALID_ACTION
+from dgpo_core.protocol.prompts import INFORMATION_START, INFORMATION_SUFFIX, INVALID_ACTION, SEARCH_END
 from dgpo_core.reporting.inputs import CHECKS, Key, read_rows
 from dgpo_core.reporting.results import rounded
 
 PER_DATASET = 40
 MAX_BYTES = 2_600_000  # of compact JSON: with plotly.js the page stays below 8 MB
 
-# A tag closed before another opens; retrieved text alone may contain anything, tags too.
+# A tag closed before another opens. Retrieved text, which follows a search at once, may contain anything,
+# tags of its own too: its block ends only where the environment ends one.
 _SEGMENT = re.compile(
-    r"<(?P<tag>think|search|answer)>(?P<own>(?:(?!<(?:think|search|information|answer)>).)*?)</(?P=tag)>"
+    rf"(?<={SEARCH_END})\s*{INFORMATION_START}(?P<retrieved>.*?){INFORMATION_SUFFIX}"
+    r"|<(?P<tag>think|search|answer)>(?P<own>(?:(?!<(?:think|search|information|answer)>).)*?)</(?P=tag)>"
     r"|<information>(?P<information>(?:(?!<information>).)*?)</information>"
     rf"|(?P<notice>{re.escape(INVALID_ACTION.strip())})",
     re.DOTALL,
@@ -41,7 +43,9 @@ def segments(response: str) -> list[Segment]:
     for match in _SEGMENT.finditer(response):
         if between := response[end : match.start()].strip():
             found.append(("text", between))
-        if match["notice"]:
+        if match["retrieved"] is not None:
+            found.append(("information", match["retrieved"].strip()))
+        elif match["notice"]:
             found.append(("notice", match["notice"]))
         elif match["tag"]:
             found.append((match["tag"], match["own"].strip()))

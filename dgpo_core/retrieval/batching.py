@@ -6,7 +6,9 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 
+from dgpo_core.errors import UserError
 from dgpo_core.retrieval.hits import Hit, Retriever
 
 
@@ -36,7 +38,7 @@ class Batcher:
         return sum(len(request.queries) for request in self._waiting)
 
     async def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
-        """What the retriever finds; what it raises is raised for every request of the batch."""
+        """Return what the retriever finds. Raise what it raises, but no UserError about others' queries."""
         request = _Request(queries, top_k, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         if self._worker is None or self._worker.done():
@@ -44,26 +46,30 @@ class Batcher:
         return await request.answer
 
     async def _work(self) -> None:
-        loop = asyncio.get_running_loop()
         while self._waiting:
-            batch = self._next()
-            queries = [query for request in batch for query in request.queries]
-            started = time.perf_counter()
-            try:
-                found = await loop.run_in_executor(
-                    self._thread, self._retriever.search, queries, batch[0].top_k
-                )
-            except Exception as error:
+            await self._answer(self._next())
+
+    async def _answer(self, batch: list[_Request]) -> None:
+        queries = [query for request in batch for query in request.queries]
+        search = partial(self._retriever.search, queries, batch[0].top_k)
+        started = time.perf_counter()
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(self._thread, search)
+        except Exception as error:
+            if isinstance(error, UserError) and len(batch) > 1:  # one of them is at fault, not the index
                 for request in batch:
-                    if not request.answer.done():
-                        request.answer.set_exception(error)
-                continue
-            self._observe(len(queries), time.perf_counter() - started)
-            results = iter(found)
+                    await self._answer([request])
+                return
             for request in batch:
-                own = [next(results) for _ in request.queries]
-                if not request.answer.done():  # else: its client has left
-                    request.answer.set_result(own)
+                if not request.answer.done():
+                    request.answer.set_exception(error)
+            return
+        self._observe(len(queries), time.perf_counter() - started)
+        results = iter(found)
+        for request in batch:
+            own = [next(results) for _ in request.queries]
+            if not request.answer.done():  # else: its client has left
+                request.answer.set_result(own)
 
     def _next(self) -> list[_Request]:
         """The oldest request and the others that want as many passages, as far as they fit."""

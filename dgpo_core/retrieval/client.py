@@ -1,9 +1,13 @@
 """A retriever service as the index: the field's POST /retrieve (Search-R1's server; docs/operations.md).
 
-What the service does not say is never made up: no answer, a broken one or one of another index is an
-InfrastructureError, never an empty result.
+No answer, a broken one or one of another index is an InfrastructureError, never an empty result. The services
+of the field answer in more than one way: a passage without an id is known by its contents, one without a
+score by its place, and of more passages than were asked for the first count.
 """
 
+import hashlib
+import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import httpx
@@ -12,13 +16,15 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval.hits import Hit
+from dgpo_core.retrieval.requests import batches, text_bytes
 
 INDEX_HEADER = "X-Index-Digest"
 TIMEOUT = httpx.Timeout(60.0, connect=5.0)  # seconds; a batch of queries may have to be encoded on a CPU
 ATTEMPTS = 3  # of one request
 LONGEST_WAIT = 5.0  # seconds between two of them
 BATCH = 256  # queries in one request
-OVERLOADED = (429, 502, 503, 504)
+BATCH_BYTES = 500_000  # of them: half of what a proxy lets through that nobody has configured
+OVERLOADED = (408, 425, 429)  # beside what begins with 5: asked again later, it may be answered
 
 
 class ServedIndex(NamedTuple):
@@ -26,6 +32,10 @@ class ServedIndex(NamedTuple):
 
     digest: str
     passages: int
+
+
+class Unreadable(InfrastructureError):
+    """An answer that is not as a retriever's."""
 
 
 class ServiceClient:
@@ -43,15 +53,42 @@ class ServiceClient:
         service's reason when it refuses the request.
         """
         found: list[list[Hit]] = []
-        for start in range(0, len(queries), BATCH):
-            part = queries[start : start + BATCH]
-            body = {"queries": part, "topk": top_k, "return_scores": True}
-            response = _request(self._client, "POST", f"{self._url}/retrieve", json=body)
-            if response.is_client_error:
-                raise UserError(f"{self._url}/retrieve refuses the request: {_reason(response)}")
-            self._check(response.headers.get(INDEX_HEADER) or _unverified(self._url))
-            found += self._parsed(response, len(part), top_k)
+        for part in batches(queries, BATCH, BATCH_BYTES, text_bytes):
+            response = self._ask(part, top_k)
+            if response.is_client_error and len(part) > 1:  # which of them is it?
+                for query in part:
+                    found += self._read(self._ask([query], top_k), [query], top_k)
+            else:
+                found += self._read(response, part, top_k)
         return found
+
+    def require(self, queries: list[str], top_k: int) -> None:
+        """Ask for the first time. Raise UserError when no answer is as a retriever's, or all find nothing."""
+        try:
+            found = self.hits(queries, top_k)
+        except Unreadable as error:
+            raise UserError(f"retrieval.location: {error}") from error
+        if not any(found):
+            raise UserError(
+                f"retrieval.location: {self._url}/retrieve finds nothing for any of {len(queries)} "
+                f"questions, as for {queries[0][:100]!r}; does it have the corpus?"
+            )
+
+    def _ask(self, queries: list[str], top_k: int) -> httpx.Response:
+        body = {"queries": queries, "topk": top_k, "return_scores": True}
+        return _request(self._client, "POST", f"{self._url}/retrieve", json=body)
+
+    def _read(self, response: httpx.Response, queries: list[str], top_k: int) -> list[list[Hit]]:
+        if response.is_client_error:
+            asked = f" (query: {queries[0][:100]!r})" if len(queries) == 1 else ""
+            raise UserError(f"{self._url}/retrieve refuses the request: {_reason(response)}{asked}")
+        self._check(response.headers.get(INDEX_HEADER) or _unverified(self._url))
+        try:
+            return list(_results(response, len(queries), top_k))
+        except ValueError as error:
+            raise Unreadable(
+                f"{self._url}/retrieve does not answer as a retriever does (docs/operations.md): {error}"
+            ) from error
 
     def _check(self, digest: str) -> None:
         if digest != self._digest:
@@ -59,19 +96,6 @@ class ServiceClient:
                 f"{self._url} serves the index {digest!r}, not {self._digest!r}, which data/index names; "
                 "serve that one, or make data/index again from this one (dvc repro --force index)"
             )
-
-    def _parsed(self, response: httpx.Response, queries: int, top_k: int) -> list[list[Hit]]:
-        try:
-            results = response.json()["result"]
-            if len(results) != queries:
-                raise ValueError(f"{len(results)} results for {queries} queries")
-            if any(len(result) > top_k for result in results):
-                raise ValueError(f"more than {top_k} passages for a query")
-            return [[_hit(item) for item in result] for result in results]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InfrastructureError(
-                f"{self._url}/retrieve does not answer as a retriever does (docs/operations.md): {error!r}"
-            ) from error
 
     def close(self) -> None:
         self._client.close()
@@ -87,7 +111,7 @@ def describe_service(url: str) -> ServedIndex:
     try:
         said = response.json()
         return ServedIndex(str(said["index"]), int(said["passages"]))
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):
         return ServedIndex(_unverified(url), 0)
 
 
@@ -95,8 +119,62 @@ def _unverified(url: str) -> str:
     return f"unverified: {url}"
 
 
-def _hit(item: dict[str, Any]) -> Hit:
-    return Hit(Passage.from_json(item["document"]), float(item["score"]))
+def _results(response: httpx.Response, queries: int, top_k: int) -> Iterator[list[Hit]]:
+    """Read the passages of each query. Raise ValueError, naming what is missing."""
+    try:
+        answer = response.json()
+    except (ValueError, RecursionError):
+        raise ValueError(f"HTTP {response.status_code}, {response.text[:60]!r} instead of JSON") from None
+    results = answer.get("result") if isinstance(answer, dict) else None
+    if not isinstance(results, list):
+        raise ValueError('it has no list "result"')
+    if len(results) != queries:
+        raise ValueError(f"{len(results)} results for {queries} queries")
+    for result in results:
+        if not isinstance(result, list):
+            raise ValueError(f"the passages of a query are no list, but {str(result)[:60]!r}")
+        yield _hits(result[:top_k])
+
+
+def _hits(items: list[Any]) -> list[Hit]:
+    passages = [_passage(item.get("document", item) if isinstance(item, dict) else item) for item in items]
+    scores = [_score(item.get("score")) for item in items]
+    if None in scores:
+        return [Hit(passage, 1 / place) for place, passage in enumerate(passages, 1)]
+    return [Hit(passage, score) for passage, score in zip(passages, scores, strict=True) if score is not None]
+
+
+def _passage(document: Any) -> Passage:
+    """Read {"id", "contents"}, or "title" and "text" instead of the latter; either may lack its id."""
+    if not isinstance(document, dict):
+        raise ValueError(f'a passage without "document": {str(document)[:60]!r}')
+    contents, title, text = (document.get(key) for key in ("contents", "title", "text"))
+    if isinstance(contents, str):
+        head, separator, rest = contents.partition("\n")
+        title, text = (head, rest) if separator else ("", contents)
+        if len(title) >= 2 and title[0] == title[-1] == '"':
+            title = title[1:-1]
+    if not isinstance(text, str) or not isinstance(title or "", str) or not (title or text).strip():
+        keys = ", ".join(map(repr, list(document)[:10]))
+        raise ValueError(f'a document without "contents", or "title" and "text"; its keys are {keys}')
+    name = document.get("id")
+    if name in (None, "") or isinstance(name, bool | float | list | dict):
+        name = "sha256:" + hashlib.sha256(f"{title}\n{text}".encode("utf-8", "replace")).hexdigest()[:16]
+    return Passage(str(name), *(_valid(part) for part in (title or "", text)))
+
+
+def _valid(text: str) -> str:
+    """Without half surrogate pairs, which JSON can escape and nothing can write."""
+    return text.encode("utf-8", "replace").decode()
+
+
+def _score(value: Any) -> float | None:
+    """A number; None for null, nothing and what is not finite. Raise ValueError for all else."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(f'"score" must be a number, not {str(value)[:60]!r}')
+    return float(value) if math.isfinite(value) else None
 
 
 def _request(client: httpx.Client, method: str, url: str, **content: Any) -> httpx.Response:

@@ -12,11 +12,14 @@ import pyarrow as pa
 import qdrant_edge
 import torch
 from numpy.typing import NDArray
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import InfrastructureError, UserError, first_line
 from dgpo_core.hub import HTTP_ERROR, unreachable
+from dgpo_core.protocol.encoding import start_of
+from dgpo_core.retrieval.unspaced import spaced
+from dgpo_core.text import canonical
 
 BUFFER = 64  # batches whose texts are sorted by length together
 
@@ -51,7 +54,11 @@ class Encoder(Protocol):
 
 
 class Bm25Encoder:
-    """Qdrant's own BM25: term weights here (stemmed English words), IDF in the index."""
+    """Qdrant's own BM25: term weights here (stemmed English words), IDF in the index.
+
+    Texts go in in one Unicode spelling, so that a word finds itself however it was written; scripts without
+    spaces by pairs of characters (unspaced.py).
+    """
 
     size: int | None = None
 
@@ -59,16 +66,21 @@ class Bm25Encoder:
         self._bm25 = qdrant_edge.Bm25(qdrant_edge.Bm25Config(avg_len=average_words, language="english"))
 
     def encode_passages(self, texts: list[str]) -> list[Vector]:
-        return [_sparse(self._bm25.embed_document(text)) for text in texts]
+        return [_sparse(self._bm25.embed_document(_words(text))) for text in texts]
 
     def encode_queries(self, texts: list[str]) -> list[Vector]:
-        return [_sparse(self._bm25.embed_query(text)) for text in texts]
+        return [_sparse(self._bm25.embed_query(_words(text))) for text in texts]
 
     def passage_column(self, texts: list[str], tell: Tell) -> pa.Array:
         fields = [("indices", pa.list_(pa.uint32())), ("values", pa.list_(pa.float32()))]
-        vectors = [asdict(_sparse(self._bm25.embed_document(text))) for text in texts]
+        vectors = [asdict(_sparse(self._bm25.embed_document(_words(text)))) for text in texts]
         tell(len(texts))
         return pa.array(vectors, type=pa.struct(fields))
+
+
+def _words(text: str) -> str:
+    """Return `text` as BM25 takes it apart: in one spelling, words apart in every script."""
+    return spaced(canonical(text))
 
 
 def _sparse(vector: Any) -> SparseVector:
@@ -105,6 +117,11 @@ class _DenseEncoder(ABC):
         for start in range(0, len(texts), step):
             buffer = [prefix + text for text in texts[start : start + step]]
             vectors[start : start + step] = self._encode(buffer, query, tell)
+        if not np.isfinite(vectors).all():
+            raise UserError(
+                f"retrieval.encoder.model: {self._config.model!r} makes vectors that are not numbers; where "
+                "float16 is too small for it, set retrieval.precision to bfloat16 or float32"
+            )
         return vectors
 
 
@@ -144,9 +161,13 @@ class DenseEncoder(_DenseEncoder):
         return vectors
 
     def _tokenize(self, texts: list[str]) -> Any:
+        starts = [start_of(text, self._ids, self._config.max_tokens) for text in texts]
         return self._tokenizer(
-            texts, max_length=self._config.max_tokens, padding=True, truncation=True, return_tensors="pt"
+            starts, max_length=self._config.max_tokens, padding=True, truncation=True, return_tensors="pt"
         )
+
+    def _ids(self, text: str) -> list[int]:
+        return self._tokenizer.encode(text, verbose=False)  # type: ignore[no-any-return]  # of a text too long
 
 
 class SentenceTransformersEncoder(_DenseEncoder):
@@ -176,10 +197,19 @@ class SentenceTransformersEncoder(_DenseEncoder):
     def _encode(self, texts: list[str], query: bool, tell: Tell) -> NDArray[np.float32]:
         encode = self._model.encode_query if query else self._model.encode_document
         vectors = encode(
-            texts, batch_size=self._config.batch_size, show_progress_bar=False, normalize_embeddings=True
+            [self._start(text) for text in texts],
+            batch_size=self._config.batch_size,
+            show_progress_bar=False,
+            normalize_embeddings=True,
         )
         tell(len(texts))
         return np.asarray(vectors, np.float32)
+
+    def _start(self, text: str) -> str:
+        tokenizer, limit = self._model.tokenizer, self._model.max_seq_length
+        if limit is None or not isinstance(tokenizer, PreTrainedTokenizerBase):  # as static word vectors
+            return text
+        return start_of(text, lambda part: tokenizer.encode(part, verbose=False), limit)
 
 
 def dense_column(vectors: NDArray[np.floating]) -> pa.Array:

@@ -8,7 +8,10 @@ from dgpo_core.datasets.records import Passage
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage and its score: BM25, inner product or, of a fused ranking, the sum of reciprocal ranks."""
+    """A passage and its score: BM25, inner product or, of a fused ranking, the sum of reciprocal ranks.
+
+    Of a service that gives no scores, the reciprocal rank.
+    """
 
     passage: Passage
     score: float

@@ -1,25 +1,30 @@
 """The index that agents search: one class, whatever `retrieval.location` names."""
 
+import os
+import re
+import shutil
+import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
 from qdrant_client import QdrantClient
-from qdrant_client.http.exceptions import UnexpectedResponse
+from qdrant_client.http.exceptions import ResponseHandlingException
 
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig, parse_location
 from dgpo_core.datasets.records import Passage
-from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.errors import InfrastructureError, ResourceError, UserError
 from dgpo_core.retrieval.backends import Backend
 from dgpo_core.retrieval.backends.embedded import EmbeddedBackend
 from dgpo_core.retrieval.backends.loading import Progress, ensure
-from dgpo_core.retrieval.backends.server import MEMORY, QdrantBackend, connect
+from dgpo_core.retrieval.backends.server import MEMORY, QdrantBackend, connect, refusal
 from dgpo_core.retrieval.client import ServiceClient
-from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, make_encoder
+from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, Vector, make_encoder
 from dgpo_core.retrieval.hits import Hit
 from dgpo_core.retrieval.points import ENCODED, LEXICAL, encoded_content, index_digest, stored_content
-from dgpo_core.retrieval.ranking import RRF_DEPTH, Scored, fuse, rank
+from dgpo_core.retrieval.ranking import RRF_DEPTH, Scored, Window, fuse, rank
 from dgpo_core.retrieval.shards import read_manifest
+from dgpo_core.retrieval.unspaced import spaced
 
 REMEMBERED = 100_000  # queries whose hits are kept (about 2 kB each)
 DIGITS = 4  # of a score
@@ -41,7 +46,11 @@ class Searcher:
 
     def _rank(self, name: str, queries: list[str], top_k: int, exact: bool) -> list[list[Scored]]:
         vectors = self._encoders[name].encode_queries(queries)
-        return rank(lambda some, limit: self._backend.query(name, some, limit, exact), vectors, top_k)
+
+        def query(some: list[Vector], limit: int, window: Window | None = None) -> list[list[Scored]]:
+            return self._backend.query(name, some, limit, exact, window)
+
+        return rank(query, vectors, top_k)
 
     def hits(self, queries: list[str], top_k: int) -> list[list[Hit]]:
         found = self.search(queries, top_k)
@@ -60,7 +69,11 @@ class Index:
         self._known: dict[tuple[str, int], list[Hit]] = {}  # the most recently used ones last
 
     def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
-        """Best passages of each query, best first. Raises InfrastructureError when the search fails."""
+        """Return the best passages of each query, best first.
+
+        Raise InfrastructureError when the search fails, and UserError when it is refused: the query, or the
+        settings, are at fault.
+        """
         found = {query: self._known.pop((query, top_k), None) for query in queries}
         new = [query for query, hits in found.items() if hits is None]
         try:
@@ -68,7 +81,13 @@ class Index:
                 found |= zip(new, self._source.hits(new, top_k), strict=True)
         except (InfrastructureError, UserError):
             raise
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"query {error.object[:100]!r}: not valid Unicode: half a surrogate pair"
+            ) from error
         except Exception as error:
+            if reason := refusal(error):
+                raise UserError(f"retrieval.location: {reason}") from error
             raise InfrastructureError(f"the index failed: {error}") from error
         known = {query: hits for query, hits in found.items() if hits is not None}
         self._known |= {(query, top_k): hits for query, hits in known.items()}
@@ -109,7 +128,6 @@ def open_index(
     encoder = make_encoder(manifest.encoder_config, manifest.average_words)
     lexical = Bm25Encoder(manifest.average_words) if config.hybrid else None
     content = stored_content(folder, manifest, lexical)
-
     shared = location.kind == "server"
     qdrant = config.qdrant if shared else config.qdrant.model_copy(update={"upload_parallel": 1})
 
@@ -135,7 +153,7 @@ def open_index(
 
 def index_passages(passages: list[Passage], config: EncoderConfig) -> Index:
     """An embedded index of passages that are in memory, without shards on disk."""
-    average_words = sum(len(passage.contents.split()) for passage in passages) / len(passages)
+    average_words = sum(len(spaced(passage.contents).split()) for passage in passages) / len(passages)
     encoder = make_encoder(config, average_words)
     content = encoded_content(passages, encoder)
     try:
@@ -145,8 +163,22 @@ def index_passages(passages: list[Passage], config: EncoderConfig) -> Index:
 
 
 def _explained(location: str, error: Exception) -> Exception:
-    if isinstance(error, UnexpectedResponse) and error.status_code in (401, 403):
-        return UserError(
-            f"retrieval.location: {location} refuses the key of QDRANT_API_KEY (HTTP {error.status_code})"
+    if reason := refusal(error):
+        return UserError(f"retrieval.location: {location}: {reason}")
+    if number := _system_error(error):
+        place = Path(parse_location(location).place or tempfile.gettempdir())
+        free = shutil.disk_usage(next(p for p in (place, *place.absolute().parents) if p.exists())).free
+        return ResourceError(
+            f"cannot build the index in {place}, where {free / 2**20:,.0f} MiB are free: "
+            f"{os.strerror(number).lower()}: {error}; make room, raise the limit (ulimit -a), or name "
+            "another place: TMPDIR, or a folder that stays (retrieval.location: embedded:<folder>)"
         )
     return InfrastructureError(f"cannot fill the Qdrant collection at {location}: {error}")
+
+
+def _system_error(error: Exception) -> int | None:
+    """The system's number of an error on disk; the embedded engine has it in its text alone."""
+    if isinstance(error, ResponseHandlingException):  # of the way to a server
+        return None
+    found = re.search(r"os error (\d+)", str(error))
+    return error.errno if isinstance(error, OSError) else int(found[1]) if found else None

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 
 from dgpo_core.datasets.records import Passage
 from dgpo_core.retrieval.encoders import Encoder, Vector
+from dgpo_core.retrieval.requests import text_bytes, vector_bytes
 from dgpo_core.retrieval.shards import Manifest, read_shard
 
 ENCODED = "text"  # the named vector of the index's encoder
@@ -82,12 +83,14 @@ def encoded_content(passages: list[Passage], encoder: Encoder, lexical: Encoder 
 
 def index_digest(digest: str, hybrid: bool) -> str:
     """A hybrid index finds other passages than the encoder's vectors alone: it is another index."""
-    return hashlib.sha256(f"{digest}, bm25, fused".encode()).hexdigest() if hybrid else digest
+    fused = f"{digest}, bm25 with pairs of characters, fused"
+    return hashlib.sha256(fused.encode()).hexdigest() if hybrid else digest
 
 
-def chunks(points: Iterator[Point], size: int) -> Iterator[list[Point]]:
-    while chunk := list(islice(points, size)):
-        yield chunk
+def point_bytes(point: Point) -> int:
+    """Return how many bytes a point takes in a request, at most."""
+    texts = (point.passage.id, point.passage.title, point.passage.text)
+    return sum(map(text_bytes, texts)) + sum(map(vector_bytes, point.vectors.values()))
 
 
 def _sizes(size: int | None, lexical: Encoder | None) -> dict[str, int | None]:

@@ -6,13 +6,16 @@ next. So ties are resolved here, and rankings are fused here, by the same formul
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 from dgpo_core.datasets.records import Passage
 from dgpo_core.retrieval.encoders import Vector
 
 SPARE = 8  # hits fetched beyond those asked for, to see ties
+WIDEST = 100  # hits; beyond that many ties only the first of them are looked for, passage by passage
+FIRST_BLOCK, LARGEST_BLOCK = 100, 3200  # passages that are looked at together then
 TIE = 1e-5  # relative difference of scores that is rounding: Qdrant adds a score's terms in any order
 RRF_K = 60  # Cormack, Clarke and Büttcher (2009)
 RRF_DEPTH = 50  # places of each ranking that count
@@ -27,22 +30,62 @@ class Scored:
     score: float
 
 
-Query = Callable[[list[Vector], int], list[list[Scored]]]
+@dataclass(frozen=True)
+class Window:
+    """Which points a search is about: those with these numbers, and with this score at least."""
+
+    numbers: range
+    score: float
+
+
+class Query(Protocol):
+    def __call__(
+        self, vectors: list[Vector], limit: int, /, window: Window | None = None
+    ) -> list[list[Scored]]:
+        """Return the best points of each vector, best first; of equal ones any."""
+        ...
 
 
 def rank(query: Query, vectors: list[Vector], top_k: int) -> list[list[Scored]]:
-    """The best `top_k` of each vector, best first; equal scores in the order of the corpus.
+    """Return the best `top_k` of each vector, best first; equal scores in the order of the corpus.
 
-    `query` gives some best points of each vector; more are asked for until the last place is no tie.
+    More are asked for until the last place is no tie. Where a great many tie, as copies of one passage do,
+    only the first are looked for: the price does not grow with their number.
     """
     limit = top_k + SPARE
     results = query(vectors, limit)
     for i, vector in enumerate(vectors):
         wider = limit
-        while len(results[i]) >= wider and _tied(results[i][top_k - 1], results[i][-1]):
+        while (cut := _cuts_a_tie(results[i], wider, top_k)) and wider < WIDEST:
             wider *= 4
             (results[i],) = query([vector], wider)
+        if cut:
+            results[i] = _with_first_ties(query, vector, results[i], top_k)
     return [_ordered(points)[:top_k] for points in results]
+
+
+def _cuts_a_tie(points: list[Scored], limit: int, top_k: int) -> bool:
+    """Whether points that tie with place `top_k` may be missing from the `limit` best ones."""
+    return len(points) >= limit and _tied(points[top_k - 1], points[-1])
+
+
+def _with_first_ties(query: Query, vector: Vector, points: list[Scored], top_k: int) -> list[Scored]:
+    """Return `points` and the first ones of the corpus that tie with place `top_k`.
+
+    `points` has all better ones, and some that tie: the first that tie are not behind those.
+    """
+    known = {point.number: point for point in points}
+    lowest = points[top_k - 1].score - 2 * TIE * abs(points[top_k - 1].score)
+    start, size = 0, FIRST_BLOCK
+    while True:
+        best = _ordered(known.values())[:top_k]
+        end = 1 + max(point.number for point in best if _tied(point, best[-1]))
+        if start >= end:
+            return list(known.values())
+        numbers = range(start, min(start + size, end))
+        (found,) = query([vector], len(numbers), window=Window(numbers, lowest))
+        known |= {point.number: point for point in found}
+        start, size = numbers.stop, min(2 * size, LARGEST_BLOCK)
 
 
 def fuse(rankings: list[list[Scored]], top_k: int) -> list[Scored]:
@@ -57,7 +100,7 @@ def fuse(rankings: list[list[Scored]], top_k: int) -> list[Scored]:
     return [Scored(number, points[number].passage, scores[number]) for number in best]
 
 
-def _ordered(points: list[Scored]) -> list[Scored]:
+def _ordered(points: Iterable[Scored]) -> list[Scored]:
     groups: list[list[Scored]] = []
     for point in sorted(points, key=lambda point: -point.score):
         if groups and _tied(groups[-1][-1], point):

@@ -22,9 +22,9 @@ from prometheus_client import (
     Histogram,
     generate_latest,
 )
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, BeforeValidator, Field
 
-from dgpo_core.errors import InfrastructureError
+from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval.batching import Batcher
 from dgpo_core.retrieval.client import INDEX_HEADER
 from dgpo_core.retrieval.hits import Hit
@@ -32,12 +32,24 @@ from dgpo_core.retrieval.index import Index
 
 MAX_TOP_K = 100
 MAX_QUERIES = 10_000  # in one request
+MAX_QUERY = 100_000  # characters
+MAX_BODY = 64 * 2**20  # bytes of a request
 LARGEST_BATCH = 512  # queries in one search
 log = logging.getLogger("uvicorn.error")
 
 
+def _searchable(query: object) -> object:
+    """Refuse what one client alone must hear of: it would fail a search that others share, or hold it up."""
+    if isinstance(query, str):
+        if any("\ud800" <= character <= "\udfff" for character in query):
+            raise ValueError("not valid Unicode: half a surrogate pair")
+        if len(query) > MAX_QUERY:
+            raise ValueError(f"{len(query):,} characters; at most {MAX_QUERY:,} are searched for")
+    return query
+
+
 class RetrieveRequest(BaseModel):
-    queries: Annotated[list[str], Field(max_length=MAX_QUERIES)]
+    queries: Annotated[list[Annotated[str, BeforeValidator(_searchable)]], Field(max_length=MAX_QUERIES)]
     topk: Annotated[int | None, Field(ge=0, le=MAX_TOP_K)] = None
     return_scores: bool = False
 
@@ -103,6 +115,8 @@ def make_app(retrieval: Retrieval) -> FastAPI:
             return _problem(HTTPStatus.SERVICE_UNAVAILABLE, "the index is being loaded (see /health)")
         try:
             found = await retrieval.batcher.search(body.queries, body.topk or retrieval.top_k)
+        except UserError as error:
+            return _problem(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
         except InfrastructureError as error:
             return _problem(HTTPStatus.SERVICE_UNAVAILABLE, str(error))
         except Exception as error:
@@ -126,7 +140,12 @@ def make_app(retrieval: Retrieval) -> FastAPI:
     @app.middleware("http")
     async def count(request: Request, call: Any) -> Response:
         started = time.perf_counter()
-        response: Response = await call(request)
+        response: Response
+        if (size := int(request.headers.get("content-length", 0))) > MAX_BODY:
+            reason = f"{size:,} bytes; a request has at most {MAX_BODY:,}"
+            response = _problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
+        else:
+            response = await call(request)
         if request.url.path == "/retrieve":
             retrieval.metrics.requests.labels(response.status_code).inc()
             retrieval.metrics.seconds.observe(time.perf_counter() - started)
@@ -136,7 +155,9 @@ def make_app(retrieval: Retrieval) -> FastAPI:
     async def invalid(_request: Request, caught: RequestValidationError) -> Response:
         first = caught.errors()[0]
         place = ".".join(str(part) for part in first["loc"] if part != "body") or "body"
-        return _problem(HTTPStatus.UNPROCESSABLE_ENTITY, f"{place}: {first['msg']}")
+        return _problem(
+            HTTPStatus.UNPROCESSABLE_ENTITY, f"{place}: {first['msg'].removeprefix('Value error, ')}"
+        )
 
     return app
 

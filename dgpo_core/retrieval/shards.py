@@ -19,6 +19,7 @@ from dgpo_core.errors import UserError
 from dgpo_core.retrieval.encoders import Encoder, SparseVector, Tell, Vector, dense_column, make_encoder
 from dgpo_core.retrieval.encoding import Job, encode_shards, visible_devices, write_shard
 from dgpo_core.retrieval.flat_index import FlatIndex
+from dgpo_core.retrieval.unspaced import spaced
 
 MANIFEST = "manifest.json"
 READ_AT_ONCE = 1000  # passages of a shard
@@ -71,7 +72,7 @@ def build_shards(
     vectors that are not those of its passages.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    count, average_words, corpus_digest = _survey(corpus, progress)
+    count, average_words, corpus_digest, unspaced = _survey(corpus, progress)
     make = partial(make_encoder, config.encoder, average_words, precision=config.precision)
     encoder = make_encoder(config.encoder, average_words)
     done = 0
@@ -95,6 +96,8 @@ def build_shards(
         identity.append(imported.digest)
     elif encoder.size is not None:
         identity.append(config.precision)
+    elif unspaced:
+        identity.append("pairs of characters")
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
     manifest = Manifest(
         f"dgpo-{config.encoder.kind}-{digest[:12]}",
@@ -130,13 +133,19 @@ def _vectors(column: pa.Array) -> list[Vector]:
     return numbers.reshape(len(column), -1).tolist()  # type: ignore[no-any-return]
 
 
-def _survey(corpus: Path, progress: Progress) -> tuple[int, float, str]:
-    """Number of passages, mean words a passage, SHA-256; reads every line, so bad ones stop us early."""
+def _survey(corpus: Path, progress: Progress) -> tuple[int, float, str, bool]:
+    """Number of passages, mean words a passage, SHA-256, whether any is in a script without spaces.
+
+    Reads every line, so bad ones stop us early.
+    """
     count = words = size = 0
+    unspaced = False
     digest = hashlib.sha256()
     total = corpus.stat().st_size / 1e6 if corpus.is_file() else 0.0
     for count, passage in enumerate(read_corpus(corpus), 1):
-        words += len(passage.contents.split())
+        separate = spaced(passage.contents)
+        words += len(separate.split())
+        unspaced = unspaced or separate != passage.contents
         line = f"{passage.id}\n{passage.contents}\n".encode()
         size += len(line)
         digest.update(line)
@@ -144,7 +153,7 @@ def _survey(corpus: Path, progress: Progress) -> tuple[int, float, str]:
             progress(size / 1e6, total, "MB checked")
     if count == 0:
         raise UserError(f"{corpus}: no passages in this file")
-    return count, words / count, digest.hexdigest()
+    return count, words / count, digest.hexdigest(), unspaced
 
 
 def _missing(corpus: Path, folder: Path, size: int, tell: Tell) -> Iterator[Job]:
@@ -179,7 +188,7 @@ def _import_shards(jobs: Iterator[Job], imported: FlatIndex, encoder: Encoder, t
     for job in jobs:
         vectors = imported.rows(job.first, job.first + len(job.passages))
         (own,) = encoder.encode_passages([job.passages[0].contents])
-        if (cosine := float(np.dot(vectors[0], own))) < SAME:  # type: ignore[arg-type]
+        if not (cosine := float(np.dot(vectors[0], own))) >= SAME:  # type: ignore[arg-type]  # nan too
             raise UserError(
                 f"retrieval.vectors: vector {job.first} is not that of passage {job.passages[0].id!r} "
                 f"(cosine {cosine:.3f}): another corpus, another order, another encoder, or other prefixes"

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from dgpo_core.protocol.encoding import known_ids
 from dgpo_core.rollout.engine import Finish
 
 TAIL = 16  # tokens decoded to look for a stop string: more than any stop string has
@@ -10,12 +11,15 @@ TAIL = 16  # tokens decoded to look for a stop string: more than any stop string
 class Endings:
     """Reads sampled ids. A stop string may end inside a token, which is then kept whole: it was sampled.
 
-    `eos` are the ids that end a generation, `vocabulary` is the number of the model's output ids.
+    `eos` are the ids that end a generation, `rows` is the number of the model's output ids. The first `known`
+    of them have a token; the `unknown` ones behind them must never be sampled.
     """
 
-    def __init__(self, tokenizer: Any, eos: set[int], vocabulary: int) -> None:
+    def __init__(self, tokenizer: Any, eos: set[int], rows: int) -> None:
         self.eos = eos
-        self._tokenizer, self._vocabulary = tokenizer, vocabulary
+        self.known = min(known_ids(tokenizer), rows)
+        self.unknown = range(self.known, rows)
+        self._tokenizer = tokenizer
         self._may_stop: dict[tuple[str, ...], list[bool]] = {}
 
     def after(self, ids: list[int], limit: int, stop: tuple[str, ...]) -> Finish | None:
@@ -41,11 +45,9 @@ class Endings:
         A table, so that only few sampled tokens need decoding to look for a stop string.
         """
         if stop not in self._may_stop:
-            known = len(self._tokenizer)
             last = {text[-1] for text in stop}
-            texts = self._tokenizer.batch_decode([[i] for i in range(known)])
-            rest = max(0, self._vocabulary - known)
-            self._may_stop[stop] = [bool(last & set(text)) for text in texts] + [False] * rest
+            texts = self._tokenizer.batch_decode([[i] for i in range(self.known)])
+            self._may_stop[stop] = [bool(last & set(text)) for text in texts] + [False] * len(self.unknown)
         return self._may_stop[stop]
 
 

@@ -4,17 +4,19 @@ It knows token ids, an engine and a retriever. Token-in, token-out: sampled ids 
 text of the environment is tokenised once, when it is appended.
 """
 
+import math
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any, Protocol
 
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from dgpo_core.config.protocol import ProtocolConfig, Sampling
-from dgpo_core.datasets.records import Question
-from dgpo_core.errors import InfrastructureError
+from dgpo_core.datasets.records import Passage, Question
+from dgpo_core.errors import InfrastructureError, NotFinite
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.actions import ActionKind, is_well_formed, last_answer, parse_action
-from dgpo_core.protocol.encoding import encode_prompt, encode_text
+from dgpo_core.protocol.encoding import encode_prompt, encode_start, encode_text
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner, Search
 from dgpo_core.retrieval.hits import Hit, Retriever
 from dgpo_core.rollout.engine import Engine, Finish, Generation, Memory, Request
@@ -79,7 +81,10 @@ class AgentLoop:
         self._config, self._top_k = config, top_k
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
-        """One episode a task, in order. A failing retriever makes an episode `failed`, never wrong."""
+        """One episode a task, in order. A failing retriever makes an episode `failed`, never wrong.
+
+        Raises NotFinite for a model that gives no numbers.
+        """
         running = [self._start(task) for task in tasks]
         for turn in range(self._config.max_turns + 1):
             active = self._with_room(running)
@@ -132,6 +137,9 @@ class AgentLoop:
                 episode.ending, episode.failure = Ending.FAILURE, str(error)
             return
         for episode, generation in zip(active, generations, strict=True):
+            for value in generation.logprobs:
+                if not math.isfinite(value):
+                    raise NotFinite("log-probability of a sampled token", value)
             self._act(episode, generation, last=self._is_last(episode, turn))
 
     def _act(self, episode: _Running, generation: Generation, last: bool) -> None:
@@ -164,7 +172,8 @@ class AgentLoop:
             return
         for episode, query, hits in zip(waiting, queries, results, strict=True):
             episode.append(self._information(hits), Owner.ENVIRONMENT)
-            hit = any(contains_answer(h.passage.contents, episode.task.question.golden_answers) for h in hits)
+            answers = episode.task.question.golden_answers
+            hit = any(_holds_answer(found.passage, answers) for found in hits)
             episode.searches.append(Search(query, [h.passage.id for h in hits], [h.score for h in hits], hit))
             episode.query = None
 
@@ -181,12 +190,16 @@ class AgentLoop:
 
     def _information(self, hits: list[Hit]) -> list[int]:
         """Retrieved passages as ids; cut inside a passage's text, so the closing tag always stays."""
+        if self._config.documents == "release":
+            return self._release_information(hits)
         ids: list[int] = []
         room = self._config.max_information
         for number, hit in enumerate(hits, 1):
-            document = self._encode(prompts.document(number, hit.passage.title, hit.passage.text))
+            text = prompts.document(number, hit.passage.title, hit.passage.text)
+            document = encode_start(text, self._tokenizer, room + 1)
             if len(document) > room:
-                head = self._encode(prompts.document(number, hit.passage.title, "").rstrip("\n"))
+                text = prompts.document(number, hit.passage.title, "").rstrip("\n")
+                head = encode_start(text, self._tokenizer, room)
                 newline = self._encode("\n")
                 if room > len(head) + len(newline):
                     ids += document[: room - len(newline)] + newline
@@ -194,6 +207,15 @@ class AgentLoop:
             ids += document
             room -= len(document)
         return [*self._encode(prompts.INFORMATION_PREFIX), *ids, *self._encode(prompts.INFORMATION_SUFFIX)]
+
+    def _release_information(self, hits: list[Hit]) -> list[int]:
+        """The same as the release has it: tokens of one text, cut anywhere; the closing tag stays."""
+        passages = [(hit.passage.title, hit.passage.text) for hit in hits]
+        closing = self._encode(prompts.INFORMATION_SUFFIX)
+        room = len(self._encode(prompts.INFORMATION_PREFIX)) + self._config.max_information
+        text = prompts.information(passages, "release")
+        ids = encode_start(text, self._tokenizer, room + len(closing) + 1)
+        return ids if len(ids) <= room + len(closing) else [*ids[:room], *closing]
 
     def _encode(self, text: str) -> list[int]:
         return encode_text(text, self._tokenizer)
@@ -235,6 +257,12 @@ class AgentLoop:
         opened = _open_tag(episode.task.opening)
         texts = [opened + text if i == 0 else text for i, text in enumerate(episode.turn_texts)]
         return next((answer for answer in map(last_answer, reversed(texts)) if answer is not None), None)
+
+
+@lru_cache(maxsize=1000)
+def _holds_answer(passage: Passage, answers: tuple[str, ...]) -> bool:
+    """`contains_answer`, kept: the episodes of a question find the same passages."""
+    return contains_answer(passage.contents, answers)
 
 
 def _open_tag(opening: str) -> str:

@@ -2,7 +2,9 @@
 
 import os
 import uuid
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from dgpo_core.rollout.weights_file import weights_in_folder
 from dgpo_core.training.models import load_model
 
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
+OVERLOADED = (408, 425, 429)  # beside what begins with 5: asked again later, it may be answered
 START_IT_SO = "start it as 'Rollouts with vLLM' in docs/operations.md says"
 
 
@@ -61,11 +64,12 @@ class VllmServerEngine:
             # without the turn, which comes last: the server that has the earlier turns in its cache
             server = self._servers[stable_seed(*request.seed[:-1]) % len(self._servers)]
             choice = server.generate(
-                request.token_ids, sampling_fields(request, sampling, stop, self.endings.eos)
+                request.token_ids, sampling_fields(request, sampling, stop, self.endings)
             )
-            require_version([span["version"] for span in choice["weight_versions"] or ()], self._version)
-            logprobs = [step["logprob"] for step in choice["logprobs"]["content"]]
-            ids, reason = choice["token_ids"], choice["finish_reason"]
+            with _reading(GENERATE):
+                require_version([span["version"] for span in choice["weight_versions"] or ()], self._version)
+                logprobs = [float(step["logprob"]) for step in choice["logprobs"]["content"]]
+                ids, reason = [int(token) for token in choice["token_ids"]], choice["finish_reason"]
             return read_generation(request, ids, logprobs, reason, self.endings, stop)
 
         with ThreadPoolExecutor(self._config.server.concurrency * len(self._servers)) as threads:
@@ -99,6 +103,15 @@ class VllmServerEngine:
             server.name(self._version)
 
 
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Tell of an answer that lacks something, or has something else there, as a failure of the server."""
+    try:
+        yield
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+        raise InfrastructureError(f"{what} does not answer as vLLM does: {error!r}") from error
+
+
 class _Server:
     """One server's HTTP interface; what fails is tried again, then an InfrastructureError."""
 
@@ -118,16 +131,19 @@ class _Server:
 
     def require(self, max_context: int, eos: set[int]) -> None:
         """Raises UserError when episodes do not fit or log-probabilities are not those at the temperature."""
-        model = self._get("/v1/models")["data"][0]
-        if model["max_model_len"] < max_context:
+        with _reading(f"{self._name}/v1/models"):
+            longest = int(self._get("/v1/models")["data"][0]["max_model_len"])
+        if longest < max_context:
             raise UserError(
-                f"{self._name}: max_model_len is {model['max_model_len']}, but protocol.max_context is "
+                f"{self._name}: max_model_len is {longest}, but protocol.max_context is "
                 f"{max_context}: {START_IT_SO}"
             )
         # among the likeliest token alone its probability is 1; the raw one is not
         fields = {"temperature": 1.0, "top_k": 1, "max_tokens": 8, "logprobs": 0, "ignore_eos": True}
         choice = self.generate([min(eos)], fields)
-        if min(step["logprob"] for step in choice["logprobs"]["content"]) < -1e-4:
+        with _reading(f"{self._name}{GENERATE}"):
+            lowest = min(float(step["logprob"]) for step in choice["logprobs"]["content"])
+        if not lowest >= -1e-4:  # nan too
             raise UserError(
                 f"{self._name}: returns raw log-probabilities, not those that it samples with: start it with "
                 f"--logprobs-mode {LOGPROBS_MODE}"
@@ -135,7 +151,8 @@ class _Server:
 
     def has_untouched(self, source: str) -> bool:
         """Whether it was started with the weights in `source` and has them still."""
-        root = self._get("/v1/models")["data"][0]["root"]
+        with _reading(f"{self._name}/v1/models"):
+            root = str(self._get("/v1/models")["data"][0]["root"])
         same = root == source or (Path(source).is_dir() and Path(root).resolve() == Path(source).resolve())
         info = self._request("GET", "/weight_info")
         if info.status_code == httpx.codes.NOT_FOUND:  # it allows no changes
@@ -144,12 +161,14 @@ class _Server:
                     f"{self._name}: serves {root}, not {source}, and allows no changes: {START_IT_SO}"
                 )
             return True
-        return bool(same and info.json()["weight_version"] == UNTOUCHED)
+        with _reading(f"{self._name}/weight_info"):
+            return bool(same and info.json()["weight_version"] == UNTOUCHED)
 
     def generate(self, ids: list[int], fields: dict[str, Any]) -> dict[str, Any]:
-        choices = self._post(GENERATE, {"token_ids": ids, "sampling_params": fields})["choices"]
-        choice: dict[str, Any] = choices[0]
-        return choice
+        with _reading(f"{self._name}{GENERATE}"):
+            answer = self._post(GENERATE, {"token_ids": ids, "sampling_params": fields})
+            choice: dict[str, Any] = answer["choices"][0]
+            return choice
 
     def load(self, folder: str) -> None:
         """Weights of a folder that has the same path there."""
@@ -157,7 +176,8 @@ class _Server:
 
     def receive(self, weights: Weights) -> None:
         if self._transfer is None:
-            workers = int(self._get("/get_world_size")["world_size"])
+            with _reading(f"{self._name}/get_world_size"):
+                workers = int(self._get("/get_world_size")["world_size"])
             self._transfer = server_transfer(self._url, workers, self._dtype)
         try:
             self._transfer.send(weights)
@@ -169,7 +189,9 @@ class _Server:
 
     def forget(self) -> None:
         """Drop what was computed with other weights."""
-        if not self._post("/reset_prefix_cache", {})["success"]:
+        with _reading(f"{self._name}/reset_prefix_cache"):
+            done = self._post("/reset_prefix_cache", {})["success"]
+        if not done:
             raise InfrastructureError(
                 f"{self._name}: keeps prefixes computed with old weights; who else uses it?"
             )
@@ -202,7 +224,7 @@ class _Server:
                 except httpx.TransportError as error:
                     reason = str(error) or type(error).__name__
                     raise InfrastructureError(f"{self._name}: does not answer: {reason}") from error
-                if answer.is_server_error:
+                if answer.is_server_error or answer.status_code in OVERLOADED:
                     raise InfrastructureError(
                         f"{self._name}: {path} failed ({answer.status_code}): {answer.text[:300]}"
                     )

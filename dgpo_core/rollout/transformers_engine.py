@@ -26,8 +26,8 @@ class TransformersEngine:
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: RolloutConfig) -> None:
         self.model, self.tokenizer, self._config = model, tokenizer, config
-        vocabulary = model.config.get_text_config().vocab_size
-        self.endings = Endings(tokenizer, end_tokens(tokenizer, model.generation_config), vocabulary)
+        rows = model.config.get_text_config().vocab_size
+        self.endings = Endings(tokenizer, end_tokens(tokenizer, model.generation_config), rows)
 
     @torch.inference_mode()
     def generate(
@@ -69,7 +69,7 @@ class TransformersEngine:
                 past_key_values=cache,
                 use_cache=True,
             ).last_hidden_state[:, -1]
-            logits = self.model.get_output_embeddings()(hidden).float()
+            logits = self.model.get_output_embeddings()(hidden)[:, : self.endings.known].float()
             tokens, logprobs = _sample(logits, batch, sampling)
             self._append(batch, tokens.tolist(), logprobs.tolist(), stop)
             going = [place for place, row in enumerate(batch) if row.finish is None]
@@ -171,7 +171,7 @@ def _left_pad(sequences: list[list[int]], device: torch.device) -> tuple[torch.T
 
 
 def _sample(logits: torch.Tensor, rows: list[_Row], sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Next tokens and their log-probabilities, [rows] each; `logits` [rows, vocabulary] float32."""
+    """Next tokens and their log-probabilities, [rows] each; `logits` [rows, known ids] float32."""
     if sampling.temperature == 0:
         logprobs = logits.log_softmax(-1)
         tokens = logits.argmax(-1)

@@ -89,7 +89,7 @@ class VllmEngine:
         """Raises InfrastructureError when vLLM fails or has other weights than the last refresh's."""
         from vllm import SamplingParams
 
-        params = [SamplingParams(**sampling_fields(r, sampling, stop, self.endings.eos)) for r in requests]
+        params = [SamplingParams(**sampling_fields(r, sampling, stop, self.endings)) for r in requests]
         prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
         with _failures("generate"):
             outputs = self._llm.generate(prompts, params, use_tqdm=False)

@@ -1,5 +1,6 @@
 """What vLLM is asked and how its answers are read, in this process or over HTTP (no vllm import)."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,7 @@ from dgpo_core.rollout.engine import Finish, Generation, Request
 
 # Log-probabilities at the sampling temperature, as the loop records them; vLLM's default is raw ones.
 LOGPROBS_MODE = "processed_logprobs"
+NEVER = -1e9  # added to a logit: no probability, whatever the logit is
 
 
 def endings_of(source: str, tokenizer: Any) -> Endings:
@@ -26,7 +28,7 @@ def endings_of(source: str, tokenizer: Any) -> Endings:
 
 
 def sampling_fields(
-    request: Request, sampling: Sampling, stop: tuple[str, ...], eos: set[int]
+    request: Request, sampling: Sampling, stop: tuple[str, ...], endings: Endings
 ) -> dict[str, Any]:
     """Fields of vLLM's SamplingParams; none is left to defaults that a model's folder may set.
 
@@ -41,7 +43,9 @@ def sampling_fields(
         "max_tokens": request.max_new_tokens,
         "stop": list(stop),
         "include_stop_str_in_output": True,
-        "stop_token_ids": sorted(eos),
+        "stop_token_ids": sorted(endings.eos),
+        # vLLM takes at most 1,024 ids here, and no more as allowed ones
+        "logit_bias": dict.fromkeys(endings.unknown, NEVER) or None,
         "skip_special_tokens": False,  # a tag may be a special token
         "spaces_between_special_tokens": False,
         "logprobs": 0,  # of the sampled token only
@@ -66,6 +70,10 @@ def read_generation(
     if reason not in ("stop", "length") or not ids or len(ids) != len(logprobs):
         raise InfrastructureError(
             f"vLLM ended a request with {reason!r}: {len(ids)} tokens, {len(logprobs)} log-probabilities"
+        )
+    if not all(map(math.isfinite, logprobs)):
+        raise InfrastructureError(
+            "vLLM gave a token a log-probability that is no number: are its weights broken?"
         )
     count, finish = endings.first(ids, request.max_new_tokens, stop)
     if finish is None:

@@ -1,6 +1,5 @@
 """A model's weights in a folder, for an engine to read them from."""
 
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +9,7 @@ from safetensors.torch import save_file
 
 from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.rollout.engine import Weights
+from dgpo_core.temporary import temporary_folder
 
 
 @contextmanager
@@ -18,11 +18,11 @@ def weights_in_folder(weights: Weights, config: RolloutConfig) -> Iterator[str]:
     home = Path(config.weights_folder).resolve()
     home.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, config.precision)
-    with tempfile.TemporaryDirectory(dir=home) as folder:
-        Path(folder).chmod(0o755)  # a server may run as another user
+    with temporary_folder("weights", home) as folder:
+        folder.chmod(0o755)  # a server may run as another user
         # copies: a tied head and its embedding share memory, which the format does not have
         tensors = {
             name: tensor.detach().to("cpu", dtype, copy=True).contiguous() for name, tensor in weights()
         }
-        save_file(tensors, Path(folder) / "model.safetensors")
-        yield folder
+        save_file(tensors, folder / "model.safetensors")
+        yield str(folder)

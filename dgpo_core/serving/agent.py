@@ -1,9 +1,6 @@
 """One model with its index, which answers one question at a time through the pipeline's own agent loop."""
 
-import math
-import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
 
@@ -14,28 +11,16 @@ from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
 from dgpo_core.protocol import prompts
-from dgpo_core.protocol.encoding import encode_prompt
+from dgpo_core.protocol.encoding import encode_prompt, encode_start
 from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.retrieval.hits import Retriever
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.scoring.answers import normalize
+from dgpo_core.serving.ask import Ask
 from dgpo_core.serving.events import Event, Information, Record, Source, Step
 from dgpo_core.serving.streaming import Narrator, ReportingRetriever, StreamingEngine
 from dgpo_core.serving.tags import TagSplitter
-
-
-@dataclass(frozen=True)
-class Ask:
-    """A question and how to answer it; None leaves a limit as the protocol has it.
-
-    `temperature` 0 is greedy. `max_new_tokens` is of a turn; neither limit can be raised.
-    """
-
-    question: str
-    temperature: float = 0.0
-    seed: int = 0
-    max_searches: int | None = None
-    max_new_tokens: int | None = None
+from dgpo_core.text import stands_in
 
 
 class Agent:
@@ -73,12 +58,12 @@ class Agent:
 
     def _limited(self, ask: Ask) -> ProtocolConfig:
         protocol = self._protocol
-        if not ask.question.strip():
-            raise UserError("the question is empty")
-        if any(unicodedata.category(character) == "Cs" for character in ask.question):
-            raise UserError("the question is not valid Unicode: it has half a surrogate pair")
-        if not 0 <= ask.temperature < math.inf:
-            raise UserError(f"temperature: a number from 0 upwards, not {ask.temperature}")
+        ask.check()
+        if len(encode_start(ask.question, self._tokenizer, protocol.max_context)) == protocol.max_context:
+            raise UserError(
+                "the question is too long: it has more tokens than protocol.max_context allows, "
+                f"{protocol.max_context}"
+            )
         tokens = len(encode_prompt(ask.question, protocol.instruction, self._tokenizer))
         if tokens >= protocol.max_context:
             raise UserError(
@@ -117,14 +102,14 @@ class Agent:
 def sources(answer: str | None, searches: list[Information]) -> list[Source]:
     """The retrieved passages in which the answer stands, each once, in the order in which they were found.
 
-    Whole words after SQuAD's normalisation: "Ann" does not stand in "annual".
+    Whole words after SQuAD's normalisation: "Ann" does not stand in "annual" (text.py, `stands_in`).
     """
     wanted = normalize(answer or "")
     found = {passage.id: passage for search in searches for passage in search.passages}
     holding = [
         passage
         for passage in found.values()
-        if wanted and f" {wanted} " in f" {normalize(f'{passage.title} {passage.text}')} "
+        if wanted and stands_in(wanted, normalize(f"{passage.title} {passage.text}"))
     ]
     return [Source(number=n, id=passage.id, title=passage.title) for n, passage in enumerate(holding, 1)]
 

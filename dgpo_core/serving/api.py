@@ -5,26 +5,31 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
-from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.serving.ask import Stopped
 from dgpo_core.serving.desk import Busy, Desk, NotReady
 from dgpo_core.serving.events import Event, Finished, Record
-from dgpo_core.serving.streaming import Stopped
 from dgpo_core.serving.wire import ChatRequest, Completion, error
 
 PAGE = Path(__file__).parent / "templates" / "ask.html"
-LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+IGNORED = "X-Ignored-Parameters"  # header of an answer: what of the request it did not depend on
+LONGEST_HEADER = 1000
 log = logging.getLogger("uvicorn.error")
 
 
@@ -40,14 +45,54 @@ class Problem:
         return JSONResponse(self.body, self.status, retry)
 
 
-def make_app(desk: Desk, host: str) -> FastAPI:
-    """The service of `desk`'s agent. On a loopback `host`, requests that name another host are refused.
+class KnownHosts:
+    """Refuses requests that name another host than these.
 
-    The latter because a web page elsewhere could otherwise reach it by a name that resolves to this machine.
+    A web page elsewhere could otherwise reach a service of this machine by a name that resolves to it.
+    """
+
+    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
+        self._app, self._hosts = app, {host.lower() for host in hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        named = Headers(scope=scope).get("host", "") if scope["type"] == "http" else None
+        if named is None or _host(named) in self._hosts:
+            await self._app(scope, receive, send)
+            return
+        message = (
+            f"this service answers to {', '.join(sorted(self._hosts))}, not to {_host(named)!a:.80}; "
+            "`dgpo serve --allow-host NAME` allows a name (--host 0.0.0.0 opens the port to every machine)"
+        )
+        refusal = JSONResponse(error(message, "invalid_request_error", "host_not_allowed"), 400)
+        await refusal(scope, receive, send)
+
+
+def _host(header: str) -> str | None:
+    """Return the name in a header `Host`, without its port."""
+    try:
+        return urlsplit(f"//{header}").hostname
+    except ValueError:
+        return header
+
+
+def make_app(desk: Desk, host: str, hosts: Collection[str] = (), origins: Collection[str] = ()) -> FastAPI:
+    """Return the service of `desk`'s agent.
+
+    On a loopback `host`, or with `hosts`, requests must name this machine or one of `hosts`. `origins` are
+    those of web pages (scheme://host:port) whose scripts may ask.
     """
     app = FastAPI(title="DGPO search agent", docs_url=None, redoc_url=None)
-    if host in LOOPBACK:
-        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(LOOPBACK))
+    if origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=origins,
+            allow_methods=["GET", "POST"],
+            allow_headers=["*"],
+            expose_headers=[IGNORED],
+            allow_private_network=True,
+        )
+    if host in LOOPBACK or hosts:
+        app.add_middleware(KnownHosts, hosts=(*LOOPBACK, *hosts))
     page = PAGE.read_text(encoding="utf-8")
     headers = {"Content-Security-Policy": _policy(page), "X-Content-Type-Options": "nosniff"}
 
@@ -65,24 +110,30 @@ def make_app(desk: Desk, host: str) -> FastAPI:
 
     @app.get("/v1/models")
     async def models() -> Response:
-        names = [desk.agent.name] if desk.agent else []
-        data = [{"id": name, "object": "model", "created": 0, "owned_by": "dgpo"} for name in names]
+        data = [_model(desk.agent.name)] if desk.agent else []
         return JSONResponse({"object": "list", "data": data})
+
+    @app.get("/v1/models/{name:path}")
+    async def model(name: str) -> Response:
+        if desk.agent is None:
+            return problem(NotReady()).response()
+        return JSONResponse(_model(name)) if name == desk.agent.name else _no_model(name, desk.agent.name)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
         """One episode for one question; see the module wire for what a request may hold."""
         if desk.agent is not None and body.model != desk.agent.name:
-            message = f"there is no model {body.model!r}; this service has {desk.agent.name!r}"
-            return JSONResponse(error(message, "invalid_request_error", "model_not_found", "model"), 404)
+            return _no_model(body.model, desk.agent.name)
+        headers = _ignored(body.ignored)
         try:
             events = desk.admit(body.ask()).events(request.is_disconnected)
             first = await anext(events)  # until here an error has a status of its own
             if body.stream:
-                wants_usage = body.stream_options is not None and body.stream_options.include_usage
+                wants_usage = bool(body.stream_options and body.stream_options.include_usage)
                 stream = _stream(body.model, first, events, wants_usage)
-                return StreamingResponse(stream, media_type="text/event-stream", headers=_UNBUFFERED)
-            return JSONResponse(Completion(body.model).whole(await _last(first, events)))
+                headers |= _UNBUFFERED
+                return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
+            return JSONResponse(Completion(body.model).whole(await _last(first, events)), headers=headers)
         except Exception as caught:
             return problem(caught).response()
 
@@ -91,6 +142,20 @@ def make_app(desk: Desk, host: str) -> FastAPI:
 
 
 _UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+
+
+def _model(name: str) -> dict[str, Any]:
+    return {"id": name, "object": "model", "created": 0, "owned_by": "dgpo"}
+
+
+def _no_model(name: str, known: str) -> JSONResponse:
+    message = f"there is no model {name!a:.80}; this service has {known!r}"
+    return JSONResponse(error(message, "invalid_request_error", "model_not_found", "model"), 404)
+
+
+def _ignored(names: list[str]) -> dict[str, str]:
+    """Return the header that names them, in ASCII whatever a client calls its parameters."""
+    return {IGNORED: ", ".join(ascii(name)[1:-1] for name in names)[:LONGEST_HEADER]} if names else {}
 
 
 async def _last(first: Event, events: AsyncIterator[Event]) -> Record:
@@ -160,10 +225,6 @@ def _tell_errors_as_openai_does(app: FastAPI) -> None:
         first = caught.errors()[0]
         place = [str(part) for part in first["loc"] if part != "body"]
         message = first["msg"].removeprefix("Value error, ")
-        if first["type"] == "extra_forbidden":
-            message = "this agent does not support this parameter"
-        elif place[:1] == ["messages"] and place[-1] in ("messages", "role"):
-            message = "this agent answers one question: send exactly one message, with the role user"
         told = f"{'.'.join(place) or 'body'}: {message}"
         return JSONResponse(error(told, "invalid_request_error", param=place[0] if place else None), 400)
 

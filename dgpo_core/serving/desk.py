@@ -6,10 +6,13 @@ import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
-from dgpo_core.serving.agent import Agent, Ask
+from dgpo_core.serving.ask import Ask, Stopped
 from dgpo_core.serving.events import Event, Finished, Waiting
-from dgpo_core.serving.streaming import Stopped
+
+if TYPE_CHECKING:  # the service listens while torch and transformers are imported
+    from dgpo_core.serving.agent import Agent
 
 POLL = 0.25  # seconds between two looks whether the client is still there
 
@@ -92,7 +95,7 @@ class Desk:
         self._line: list[Visit] = []
         self._closed = False
 
-    async def open(self, load: Callable[[], Agent]) -> None:
+    async def open(self, load: Callable[[], "Agent"]) -> None:
         """Raises what `load` raises."""
         self.agent = await asyncio.get_running_loop().run_in_executor(self._thread, load)
 
@@ -137,7 +140,7 @@ class Desk:
             other.tell_ahead(ahead)
 
 
-def _serve(agent: Agent, visit: Visit) -> None:
+def _serve(agent: "Agent", visit: Visit) -> None:
     """On the desk's thread: what an episode raises is its visitor's business."""
     try:
         if visit.left:

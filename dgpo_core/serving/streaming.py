@@ -11,14 +11,11 @@ from dgpo_core.protocol.prompts import INVALID_ACTION
 from dgpo_core.retrieval.hits import Hit, Retriever
 from dgpo_core.rollout.engine import Generation, Request
 from dgpo_core.rollout.transformers_engine import TransformersEngine, _Row
+from dgpo_core.serving.ask import Stopped
 from dgpo_core.serving.events import Delta, Event, Found, Information, Notice
 from dgpo_core.serving.tags import Piece, TagSplitter
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how a character decodes of which bytes are still to come
-
-
-class Stopped(Exception):
-    """Whoever asked does not want the answer any more."""
 
 
 class Listener(Protocol):

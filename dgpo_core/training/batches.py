@@ -1,11 +1,12 @@
 """Episodes as training batches: right-padded ids, and which tokens are trained on."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
 
+from dgpo_core.errors import UserError
 from dgpo_core.objectives.logprobs import TopK
 from dgpo_core.protocol.episode import Episode, Owner
 
@@ -117,3 +118,20 @@ def head_of(model: PreTrainedModel) -> torch.Tensor:
     """Weight of the output embedding, [vocabulary, hidden]."""
     head: torch.Tensor = model.get_output_embeddings().weight
     return head
+
+
+def shared_ids(known: int | None, *models: PreTrainedModel | None) -> int:
+    """Return how many ids, from 0 on, have a row in every model's output; at most the tokenizer's `known`."""
+    rows = min(len(head_of(model)) for model in models if model is not None)
+    return rows if known is None else min(rows, known)
+
+
+def check_ids(episodes: Iterable[Episode], vocabulary: int) -> None:
+    """Raise UserError for an episode with an id that is not one of the first `vocabulary`."""
+    for episode in episodes:
+        if (largest := max(episode.token_ids)) >= vocabulary:
+            raise UserError(
+                f"the episode of {episode.dataset} {episode.question_id} has the token {largest}, but models "
+                f"and tokenizer share the first {vocabulary} ids only: collect the episodes again, or set "
+                "models to two with one tokenizer"
+            )

@@ -5,6 +5,7 @@ every parameter and its moments are gathered whole: what is saved does not depen
 """
 
 import copy
+import math
 from typing import Any
 
 import deepspeed
@@ -85,7 +86,8 @@ class ZeroEngine:
     def step(self) -> float:
         self._engine.step()
         self._schedule.step()
-        return float(self._engine.get_global_grad_norm())
+        norm = float(self._engine.get_global_grad_norm())
+        return norm if norm >= 0 else math.nan  # -1 is DeepSpeed's word for one that is nan or infinite
 
     def publish(self) -> None:
         if self._trained is self._module:

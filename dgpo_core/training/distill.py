@@ -16,11 +16,20 @@ from dgpo_core.objectives.logprobs import cached_terms, distillation_terms
 from dgpo_core.protocol.episode import Episode
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.adaptive import Interpolation
-from dgpo_core.training.batches import Sequence, TokenBatch, collate, micro_batches, model_sequence
+from dgpo_core.training.batches import (
+    Sequence,
+    TokenBatch,
+    check_ids,
+    collate,
+    micro_batches,
+    model_sequence,
+    shared_ids,
+)
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.engines import FrozenModel, Optimization, training_engine
 from dgpo_core.training.episode_metrics import episode_metrics, sampled_entropy
 from dgpo_core.training.episode_sources import EpisodeSource
+from dgpo_core.training.finite import require_finite, training_step
 from dgpo_core.training.parallel import added, passes
 from dgpo_core.training.teacher_cache import TeacherCache
 from dgpo_core.training.token_model import TokenModel
@@ -32,7 +41,8 @@ Metrics = dict[str, float]
 class Distiller:
     """Trains `student` in place. The teacher's distributions come from `cache`, or else from `teacher`.
 
-    `ce` needs neither; for the student's episodes there is no cache.
+    `ce` needs neither; for the student's episodes there is no cache. Distributions are over the ids that the
+    tokenizer knows, the first `known`, as far as both models have rows for them; None: all of these rows.
     """
 
     student: PreTrainedModel
@@ -42,19 +52,25 @@ class Distiller:
     compute: ComputeConfig
     source: EpisodeSource
     cache: TeacherCache | None = None
+    known: int | None = None
 
     def __post_init__(self) -> None:
         config, taid = self.config, self.config.taid
+        self.vocabulary = shared_ids(self.known, self.student, self.teacher)
         self.taid = Interpolation(self.source.steps, taid.start, taid.end, taid.step_size, taid.decay)
         on_policy = self.recipe.episodes == "student"
+        own = config.on_policy if on_policy else config
         how = Optimization(
-            config.on_policy.learning_rate if on_policy else config.learning_rate,
+            own.learning_rate,
             config.weight_decay,
             config.max_grad_norm,
-            optim.cosine(self.source.steps, config.warmup_steps),
+            optim.cosine(self.source.steps, own.warmup_steps),
         )
-        self.engine = training_engine(TokenModel(self.student), how, self.compute)
-        self.frozen = FrozenModel(self.teacher, self.compute) if self.teacher is not None else None
+        self._rate = f"distill.{'on_policy.' if on_policy else ''}learning_rate (now {own.learning_rate:g})"
+        self.engine = training_engine(TokenModel(self.student, self.vocabulary), how, self.compute)
+        self.frozen = None
+        if self.teacher is not None:
+            self.frozen = FrozenModel(self.teacher, self.compute, self.vocabulary)
 
     def train(
         self,
@@ -64,7 +80,8 @@ class Distiller:
     ) -> list[Metrics]:
         """Rows of metrics, one a step; `dev_em` is in the rows of the looks. Resumes if it can.
 
-        `report` is given the number of steps and the rows so far.
+        `report` is given the number of steps and the rows so far. Raises NotFinite at the first step with a
+        metric that is no number; the checkpoint is then the last one before it.
         """
         source = self.source
         parts: dict[str, Any] = {"student": self.engine, "source": source, "taid": self.taid}
@@ -76,16 +93,17 @@ class Distiller:
         elif source.held_out:
             source.looked(self.loss(source.held_out))
         for step in range(len(rows), source.steps):
-            if self.recipe.episodes != "teacher":
-                self.engine.publish()
-            row = self._step(source.batch(step), step)
             looks = (step + 1) % source.per_look == 0 or step + 1 == source.steps
-            if looks:
-                self.engine.publish()
-                row["dev_em"] = evaluate()
-                if source.held_out:
-                    row["validation_loss"] = self.loss(source.held_out)
-                    source.looked(row["validation_loss"])
+            with training_step(step + 1, lambda _: self._rate):
+                if self.recipe.episodes != "teacher":
+                    self.engine.publish()
+                row = self._step(source.batch(step), step)
+                if looks:
+                    self.engine.publish()
+                    row["dev_em"] = evaluate()
+                    if source.held_out:
+                        row["validation_loss"] = self.loss(source.held_out)
+                        source.looked(row["validation_loss"])
             rows.append({"step": step + 1, **row})
             report(source.steps, rows)
             if looks:
@@ -105,14 +123,18 @@ class Distiller:
         if self.recipe.episodes == "student":  # of a mixture it would be the teacher's EM too
             row |= episode_metrics(episodes)
             row["entropy"] = sampled_entropy(episodes)
+        require_finite(row)
         return row
 
     @torch.no_grad()
     def loss(self, episodes: list[Episode]) -> float:
-        """The objective on `episodes`, nats a token."""
-        return self._sums([self._sequence(episode) for episode in episodes])["loss"]
+        """The objective on `episodes`, nats a token. Raises NotFinite."""
+        loss = self._sums([self._sequence(episode) for episode in episodes])["loss"]
+        require_finite({"validation loss": loss})
+        return loss
 
     def _sequence(self, episode: Episode) -> Sequence:
+        check_ids([episode], self.vocabulary)
         sequence = model_sequence(episode)
         kept = self.cache.get(episode) if self.cache else None
         if kept is None and self.teacher is None and self.recipe.objective != "ce":

@@ -18,6 +18,7 @@ from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.training import parallel
 from dgpo_core.training.batches import Sequence, backbone_of, collate, counted_hidden, head_of
 from dgpo_core.training.compute import autocast
+from dgpo_core.training.finite import require_finite
 
 PROBED = Sampling(temperature=1.0)
 
@@ -27,7 +28,8 @@ class EngineSync:
     """Gives `engine` the weights of `model`, and checks that both then compute the same.
 
     The probe continues `prompts` (token ids), the same ones each time: what the engine has kept of them from
-    other weights would show, and so would weights that have not arrived.
+    other weights would show, and so would weights that have not arrived. The engine samples from the first
+    `known` ids; None: from all that the model has rows for.
     """
 
     engine: SeparateEngine
@@ -35,6 +37,7 @@ class EngineSync:
     prompts: list[list[int]]
     config: ProbeConfig
     compute: ComputeConfig
+    known: int | None = None
 
     def refresh(self) -> None:
         """Raises UserError when engine and model disagree, and InfrastructureError when the engine fails."""
@@ -49,7 +52,10 @@ class EngineSync:
             )
 
     def probe(self) -> dict[str, float]:
-        """Distance of the two on tokens that the engine samples, as `engine_gap` gives it."""
+        """Distance of the two on tokens that the engine samples, as `engine_gap` gives it.
+
+        Raises NotFinite when the model gives no numbers.
+        """
         requests = [Request(ids, self.config.tokens, (i,)) for i, ids in enumerate(self.prompts)]
         answers = self.engine.generate(requests, PROBED, ())
         sequences = [
@@ -59,7 +65,9 @@ class EngineSync:
         batch = collate(sequences, self.model.device)
         with torch.no_grad(), autocast(self.compute):
             hidden = counted_hidden(backbone_of(self.model), batch)
-            own = token_logprobs(hidden, head_of(self.model), batch.targets, PROBED.temperature)[0]
+            head = head_of(self.model)[: self.known]
+            own = token_logprobs(hidden, head, batch.targets, PROBED.temperature)[0]
+        require_finite({"log-probability of a sampled token": own.sum().item()})
         return engine_gap(own.cpu(), torch.tensor([value for answer in answers for value in answer.logprobs]))
 
 

@@ -53,7 +53,10 @@ class TrainingEngine(Protocol):
         ...
 
     def step(self) -> float:
-        """Clip, update, clear; returns the gradient's norm before clipping."""
+        """Clip, update, clear; returns the gradient's norm before clipping.
+
+        With a norm that is nan or infinite the engine is spent: stop, and save nothing of it.
+        """
         ...
 
     def publish(self) -> None:
@@ -133,16 +136,20 @@ class TorchEngine:
 
 
 class FrozenModel:
-    """A language model that is only asked: the teacher, or the model that training starts from."""
+    """A language model that is only asked: the teacher, or the model that training starts from.
 
-    def __init__(self, model: PreTrainedModel, compute: ComputeConfig) -> None:
+    Its distributions are over the first `vocabulary` ids; None: over all that it has rows for.
+    """
+
+    def __init__(self, model: PreTrainedModel, compute: ComputeConfig, vocabulary: int | None = None) -> None:
         self._compute = compute
         if compute.engine == "deepspeed":
             from dgpo_core.training.deepspeed_engine import held_frozen
 
-            self.backbone, self.head = held_frozen(model, compute)
+            self.backbone, head = held_frozen(model, compute)
         else:
-            self.backbone, self.head = backbone_of(model), head_of(model).detach()
+            self.backbone, head = backbone_of(model), head_of(model).detach()
+        self.head = head[:vocabulary]
 
     @torch.no_grad()
     def __call__(self, batch: TokenBatch, terms: Terms[Result]) -> Result:

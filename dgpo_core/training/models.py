@@ -1,5 +1,6 @@
 """Models as folders in the transformers format: build, load, save."""
 
+import math
 import os
 import shutil
 from pathlib import Path
@@ -17,8 +18,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from dgpo_core.config.data import ModelShape
-from dgpo_core.errors import InfrastructureError, UserError, first_line
+from dgpo_core.errors import InfrastructureError, NotFinite, UserError, first_line
 from dgpo_core.hub import HTTP_ERROR, unreachable
+from dgpo_core.training.finite import broken_weight
 
 MAX_POSITIONS = 4096
 
@@ -44,6 +46,7 @@ def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> PreTra
         dtype="float32",
     )
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    _learn_all_embeddings(model)
     return model
 
 
@@ -61,7 +64,8 @@ def load_tokenizer(source: str) -> Any:
 def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Causal language model of a folder or hub name, in evaluation mode.
 
-    Raises UserError for what is no model, InfrastructureError when the hub cannot be reached.
+    Raises UserError for what is no model and for weights that are no numbers, InfrastructureError when the
+    hub cannot be reached.
     """
     _check_source(source)
     try:
@@ -70,11 +74,19 @@ def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.floa
         raise _failed(source, "model", error) from error
     model.to(device)  # type: ignore[arg-type]
     model.eval()
+    if name := broken_weight(model):
+        raise UserError(f"{source}: {name} has entries that are nan or infinite: this model is broken")
+    _learn_all_embeddings(model)
     return model
 
 
 def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Weights and tokenizer, so that nothing of another model can be left in `folder`."""
+    """Weights and tokenizer, so that nothing of another model can be left in `folder`.
+
+    Raises NotFinite for weights that are no numbers; then `folder` stays as it is.
+    """
+    if name := broken_weight(model):
+        raise NotFinite(f"weight {name}", math.nan, "the model is not saved: lower the learning rate")
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -88,6 +100,17 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         folder.rename(old)
     temporary.rename(folder)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _learn_all_embeddings(model: PreTrainedModel) -> None:
+    """Let every input embedding have a gradient, in place.
+
+    transformers makes config.pad_token_id the embedding's padding_idx, whose row torch never trains. Padding
+    is masked here, and many models name their EOS as padding, which ends every turn.
+    """
+    for module in model.modules():
+        if isinstance(module, torch.nn.Embedding):
+            module.padding_idx = None
 
 
 def _check_source(source: str) -> None:

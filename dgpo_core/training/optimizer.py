@@ -60,15 +60,19 @@ class Stepper:
         return float(self._parts[0][1].get_last_lr()[0])
 
     def step(self) -> float:
-        """Clip all gradients together, update, clear; returns their norm before clipping."""
+        """Clip all gradients together, update, clear; returns their norm before clipping.
+
+        A norm that is nan or infinite updates nothing: whoever gets it should stop.
+        """
         groups = [group for optimizer, _ in self._parts for group in optimizer.param_groups]
         parameters = [parameter for group in groups for parameter in group["params"]]
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm)
+        norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
         for optimizer, schedule in self._parts:
-            optimizer.step()
-            schedule.step()
+            if math.isfinite(norm):
+                optimizer.step()
+                schedule.step()
             optimizer.zero_grad(set_to_none=True)
-        return float(norm)
+        return norm
 
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [[part.state_dict() for part in pair] for pair in self._parts]}

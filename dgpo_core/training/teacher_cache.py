@@ -18,21 +18,28 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
-from dgpo_core.config.training import ComputeConfig, DistributionsConfig
+from dgpo_core.config.training import ComputeConfig, DistributionsConfig, TaidConfig
 from dgpo_core.errors import UserError
+from dgpo_core.objectives import divergences
+from dgpo_core.objectives.divergences import Divergence
 from dgpo_core.objectives.logprobs import TopK, cached_terms, distillation_terms, top_distributions
+from dgpo_core.protocol.encoding import known_ids
 from dgpo_core.protocol.episode import Episode
 from dgpo_core.training.batches import (
     backbone_of,
+    check_ids,
     collate,
     counted_hidden,
     head_of,
     micro_batches,
     model_sequence,
+    shared_ids,
 )
 from dgpo_core.training.compute import autocast
+from dgpo_core.training.finite import require_finite
 
 CERTIFICATE = "certificate.json"
+TAID = TaidConfig()
 
 
 @dataclass(frozen=True)
@@ -41,6 +48,8 @@ class Certificate:
 
     `kl_error_*` (nats a token): by how much KL[teacher || student] from them is below that over the full
     vocabulary, for the untrained student on `sample_tokens` tokens; `rest_*`: the teacher's mass outside.
+    `taid_error_*`: the same of TAID's divergence at its first t, where most of the target is the student's
+    own; it may be off to either side, so the largest is an absolute value.
     """
 
     tokenizer: str
@@ -51,6 +60,9 @@ class Certificate:
     kl_full_mean: float
     kl_error_mean: float
     kl_error_max: float
+    taid_full_mean: float
+    taid_error_mean: float
+    taid_error_max: float
     rest_mean: float
     rest_max: float
 
@@ -75,14 +87,17 @@ def keep_distributions(
     config: DistributionsConfig,
     compute: ComputeConfig,
     progress: Callable[[int, int], None],
+    taid: TaidConfig = TAID,
 ) -> Certificate:
     """Write the distributions of all episodes, and their certificate, measured on `config.sample` of them.
 
     The sample is drawn over all episodes, always the same: they lie data set after data set.
     Every `config.chunk` episodes have a file, which appears complete: interrupted, the next call with the
-    same folder goes on behind the last one. No more than one chunk is in memory.
+    same folder goes on behind the last one. No more than one chunk is in memory. Raises NotFinite for a model
+    that gives no numbers.
     """
-    vocabulary = min(len(head_of(teacher)), len(head_of(student)))
+    vocabulary = shared_ids(known_ids(tokenizer), student, teacher)
+    check_ids(episodes, vocabulary)
     k = min(config.top_k or vocabulary, vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
     for start in range(0, len(episodes), config.chunk):
@@ -95,7 +110,10 @@ def keep_distributions(
             _write(path, chunk, [kept[i] for i in range(len(chunk))])
         progress(start + len(chunk), len(episodes))
     drawn = random.Random(0).sample(episodes, min(config.sample, len(episodes)))
-    full, error = _measured(drawn, teacher, student, vocabulary, k, compute)
+    full, error = _measured(drawn, teacher, student, vocabulary, k, compute, divergences.forward_kl)
+    taid_full, taid_error = _measured(
+        drawn, teacher, student, vocabulary, k, compute, divergences.taid(taid.start)
+    )
     rest = _rest(folder, k)
     certificate = Certificate(
         tokenizer=fingerprint(tokenizer),
@@ -106,9 +124,13 @@ def keep_distributions(
         kl_full_mean=_rounded(full.mean()),
         kl_error_mean=_rounded(error.mean()),
         kl_error_max=_rounded(error.max()),
+        taid_full_mean=_rounded(taid_full.mean()),
+        taid_error_mean=_rounded(taid_error.mean()),
+        taid_error_max=_rounded(taid_error.abs().max()),
         rest_mean=_rounded(rest.mean()),
         rest_max=_rounded(rest.max()),
     )
+    require_finite({"kl_full_mean": certificate.kl_full_mean, "taid_full_mean": certificate.taid_full_mean})
     (folder / CERTIFICATE).write_text(json.dumps(asdict(certificate), indent=2) + "\n")
     return certificate
 
@@ -128,7 +150,9 @@ def _likeliest(
         with autocast(compute):
             hidden = counted_hidden(backbone_of(teacher), batch)
             top = top_distributions(hidden, head_of(teacher), vocabulary, k)
-        pieces = zip(part, batch.split(top.ids.cpu().int()), batch.split(top.logprobs.cpu()), strict=True)
+        logprobs = top.logprobs.cpu()
+        require_finite({"teacher's log-probability": logprobs.sum().item()})
+        pieces = zip(part, batch.split(top.ids.cpu().int()), batch.split(logprobs), strict=True)
         yield {i: TopK(ids, logprobs, vocabulary) for i, ids, logprobs in pieces}
 
 
@@ -140,8 +164,9 @@ def _measured(
     vocabulary: int,
     k: int,
     compute: ComputeConfig,
+    divergence: Divergence,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """At each model token KL[teacher || student], and by how much it is more than from the kept tokens."""
+    """At each model token the divergence, and by how much it is more than from the kept tokens."""
     sequences = [model_sequence(episode) for episode in episodes]
     full, errors = [], []
     for part in micro_batches([len(s.ids) for s in sequences], compute.micro_batch_tokens):
@@ -150,8 +175,9 @@ def _measured(
             hidden = counted_hidden(backbone_of(teacher), batch)
             top = top_distributions(hidden, head_of(teacher), vocabulary, k)
             own = counted_hidden(backbone_of(student), batch)
-            exact = distillation_terms(own, head_of(student), hidden, head_of(teacher), batch.targets)[1]
-            near = cached_terms(own, head_of(student), top, batch.targets)[1]
+            heads = head_of(student)[:vocabulary], head_of(teacher)[:vocabulary]
+            exact = distillation_terms(own, heads[0], hidden, heads[1], batch.targets, divergence)[1]
+            near = cached_terms(own, heads[0], top, batch.targets, divergence)[1]
         full.append(exact.cpu())
         errors.append((exact - near).cpu())
     return torch.cat(full), torch.cat(errors)
@@ -177,7 +203,9 @@ class TeacherCache:
         except FileNotFoundError as error:
             raise UserError(f"{error.filename}: no such file; run the stage distributions first") from None
         except (ValueError, TypeError, pa.ArrowException) as error:
-            raise UserError(f"{folder}: no kept distributions: {error}") from error
+            raise UserError(
+                f"{folder}: no kept distributions; run the stage distributions again ({error})"
+            ) from error
         if self.certificate.tokenizer != fingerprint(tokenizer):
             raise UserError(f"{folder}: these distributions belong to another tokenizer than the student's")
         self._table = table

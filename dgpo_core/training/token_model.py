@@ -22,13 +22,14 @@ Terms = Callable[[torch.Tensor, torch.Tensor], Result]  # (hidden [N, H], head [
 class TokenModel(torch.nn.Module):
     """`model(batch, terms)` is `terms` of the counted tokens' hidden states and the output embedding.
 
-    It shares its parameters with the language model that it is made of.
+    It shares its parameters with the language model that it is made of. Distributions are over the first
+    `vocabulary` ids: rows that no token has get no probability. None: over all rows.
     """
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None = None) -> None:
         super().__init__()
         self.backbone = backbone_of(model)
-        self.head = _Head(head_of(model))
+        self.head = _Head(head_of(model), vocabulary)
 
     def forward(self, batch: TokenBatch, terms: Terms[Result] | None = None) -> Result | torch.Tensor:
         """Without `terms`: the log-probabilities of the targets, float32 [N]."""
@@ -46,9 +47,12 @@ def policy_terms(batch: TokenBatch, temperature: float = 1.0) -> Terms[Pair]:
 
 
 class _Head(torch.nn.Module):
-    def __init__(self, weight: torch.Tensor) -> None:
+    def __init__(self, weight: torch.Tensor, vocabulary: int | None) -> None:
         super().__init__()
         self.weight = weight
+        self._vocabulary = vocabulary
 
     def forward(self, hidden: torch.Tensor, terms: Terms[Result]) -> Result:
-        return terms(hidden, self.weight)
+        # a slice of all rows would be the same tensor, but copy its gradient
+        whole = self._vocabulary is None or self._vocabulary >= len(self.weight)
+        return terms(hidden, self.weight if whole else self.weight[: self._vocabulary])

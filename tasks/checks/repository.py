@@ -1,10 +1,10 @@
 """git and DVC: whether a run's results can be committed and shared."""
 
-import configparser
 from pathlib import Path
 
 from dgpo_core.config.params import Params
 from tasks.checks.finding import Finding, error, ok, warning
+from tasks.dvc_places import Problem, problems, read_config
 from tasks.git import ask
 
 TIMEOUT = 20.0
@@ -28,15 +28,16 @@ def repository(params: Params) -> list[Finding]:
 
 
 def _dvc(params: Params) -> list[Finding]:
-    if not Path(".dvc").is_dir():
-        return [
-            error("DVC", "there is no .dvc here", "run in the project's folder; `dvc init` makes a new one")
-        ]
-    remote, url = default_remote(Path(".dvc"))
+    if found := problems():
+        return [error("DVC", problem.message, problem.advice) for problem in found]
+    remote, url = default_remote()
     several = "several machines share stages through git's `origin` and DVC's remote"
     findings = []
     if remote is None:
         findings.append(warning("DVC", "no default remote", f"dvc remote add --default ...: {several}"))
+    elif url is None:
+        advice = "`dvc remote add --default NAME URL`, or `dvc config core.remote NAME` of one that there is"
+        findings.append(error("DVC", f"core.remote names {remote!r}, and there is no such remote", advice))
     else:
         findings.append(ok("DVC", f"default remote {remote}: {url}"))
     origin = ask("remote", "get-url", "origin", timeout=TIMEOUT)
@@ -45,15 +46,9 @@ def _dvc(params: Params) -> list[Finding]:
     return findings
 
 
-def default_remote(folder: Path) -> tuple[str | None, str]:
-    """Name and address, as `config` and `config.local` have them, without starting DVC."""
-    config = configparser.ConfigParser(interpolation=None)
-    config.read([folder / "config", folder / "config.local"], encoding="utf-8")
-    name = config.get("core", "remote", fallback=None)
-    url = ""
-    if name is not None:
-        section = f'remote "{name}"'
-        url = next(
-            (config.get(s, "url", fallback="") for s in config.sections() if s.strip("'") == section), ""
-        )
-    return name, url
+def default_remote(root: Path = Path()) -> tuple[str | None, str | None]:
+    """Return name and address of DVC's default remote; no address where it is not defined."""
+    config = read_config(root)
+    if isinstance(config, Problem) or (name := config["core"].get("remote")) is None:
+        return None, None
+    return name, config["remote"].get(name, {}).get("url")

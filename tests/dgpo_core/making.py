@@ -1,5 +1,6 @@
 """Small real parts that many tests share: models, episodes, questions."""
 
+import copy
 import random
 
 import torch
@@ -25,6 +26,17 @@ def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedM
     model = build_model(SHAPE, tokenizer)
     model.eval()
     return model
+
+
+def padded(model: PreTrainedModel, rows: int) -> PreTrainedModel:
+    """A copy whose head has `rows` more rows that no token has, the likeliest of all."""
+    known = len(model.get_output_embeddings().weight)
+    wider = copy.deepcopy(model)
+    wider.resize_token_embeddings(known + rows, mean_resizing=False)
+    with torch.no_grad():
+        weight = wider.get_output_embeddings().weight
+        weight[known:] = 20 * weight[:rows]
+    return wider
 
 
 def student_teacher_critic(

@@ -129,7 +129,7 @@ def test_bad_pipelines(repository: Path, text: str) -> None:
 
 
 def test_no_repository(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="cannot read the pipeline"):
+    with pytest.raises(UserError, match="is no checkout"):
         read_dag(tmp_path)
 
 

@@ -71,7 +71,7 @@ def answer_when_paused(name: str, form: dict[str, Any], seen: list[str]) -> thre
 @pytest.mark.parametrize("approve", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_person_decides_about_what_passes(project: Path, approve: bool) -> None:
     make_trained(project, BETTER, approval=True)
-    register_trained()
+    register_trained(challenger=True)
     assert promote("1", dry_run=False, yes=True) == 0  # kd
     seen: list[str] = []
     thread = answer_when_paused(f"ask-{approve}", {**FORM, "approve": approve}, seen)
@@ -87,7 +87,7 @@ def test_a_person_decides_about_what_passes(project: Path, approve: bool) -> Non
 @pytest.mark.thorough
 def test_what_does_not_pass_is_not_asked_about(project: Path) -> None:
     make_trained(project, WORSE, approval=True)
-    register_trained()
+    register_trained(challenger=True)
     assert promote("1", dry_run=False, yes=True) == 0
     assert "did not pass the gate" in offered(project, "worse")
     assert champion() == "1"
@@ -96,7 +96,7 @@ def test_what_does_not_pass_is_not_asked_about(project: Path) -> None:
 @pytest.mark.slow
 def test_nobody_is_asked_where_the_settings_want_nobody(project: Path) -> None:
     make_trained(project, BETTER, approval=False)
-    register_trained()
+    register_trained(challenger=True)
     assert offered(project, "free") == "version 2 (dgpo) is the champion"
     assert champion() == "2"
 
@@ -106,7 +106,7 @@ def test_a_run_offers_its_own_model_whoever_reported_last(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     make_trained(project, BETTER, approval=False)
-    register_trained()
+    register_trained(challenger=True)
     with store() as registry:
         registry.make_challenger(registry.version("1"))
     monkeypatch.chdir(project.parent)  # a flow works in the project, its stages in the run's worktree
@@ -116,7 +116,7 @@ def test_a_run_offers_its_own_model_whoever_reported_last(
 
 def test_a_model_that_is_not_registered_is_said_and_no_other_is_offered(project: Path) -> None:
     make_trained(project, BETTER, approval=False)
-    register_trained()
+    register_trained(challenger=True)
     train(project, "dgpo", "weights that MLflow has not seen", BETTER)
     with pytest.raises(UserError, match=r"no version is this run's model of dgpo: .*`dgpo register`"):
         offered(project, "nobody")
@@ -125,7 +125,7 @@ def test_a_model_that_is_not_registered_is_said_and_no_other_is_offered(project:
 
 def test_a_broken_gate_promotes_nobody(project: Path) -> None:
     make_trained(project, BETTER, approval=False)
-    register_trained()
+    register_trained(challenger=True)
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["promote"]["margin"] = -1
     (project / "params.yaml").write_text(yaml.safe_dump(params))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -68,6 +69,26 @@ def test_up_twice_starts_once_and_down_leaves_nothing(
     assert down(folder) == ["mlflow"]
     assert not any(process.is_running() for process in processes)
     assert down(folder) == []
+
+
+def test_a_copied_checkout_neither_uses_nor_ends_the_servers_of_the_original(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = small()
+    up([service], folder)
+    copied = shutil.copytree(folder, folder.parent / "copy" / ".services")
+    monkeypatch.setenv("A_URL", "")  # so that it is taken away again
+    monkeypatch.delenv("A_URL")
+    adopt(copied)
+    assert "A_URL" not in os.environ
+    assert down(copied) == []
+    assert state(recorded(folder)) == "running"
+    with pytest.raises(UserError, match=f"port {service.port} is taken"):
+        up([service], copied)
+    moved = folder.rename(folder.parent / "moved")
+    adopt(moved)
+    assert os.environ["A_URL"] == service.record.address
+    assert down(moved) == ["mlflow"]
 
 
 def test_what_a_crash_left_is_ended(folder: Path) -> None:

@@ -23,6 +23,10 @@ class Recorder:
     def __init__(self) -> None:
         self.shown: list[tuple[float, float, dict[str, Any]]] = []
         self.logged: list[tuple[int, dict[str, float]]] = []
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
 
     def progress(self, done: float, total: float, **values: Any) -> None:
         self.shown.append((done, total, values))
@@ -59,3 +63,13 @@ def test_no_figure_comes_of_an_outage(workplace: Path, failed: int) -> None:
             evaluate()
     else:
         assert evaluate() == 1 / (4 - failed)
+
+
+def test_the_first_step_without_a_reward_is_said_once() -> None:
+    run = Recorder()
+    report = reporter(cast(Run, run), ())
+    rows = [{"step": step, "unrewarded": float(step in (2, 3))} for step in (1, 2, 3)]
+    for count in (1, 2, 3):
+        report(3, rows[:count])
+    (note,) = run.notes
+    assert note.startswith("step 2: no episode was rewarded.")

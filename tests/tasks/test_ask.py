@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
+from rich.cells import cell_len
 from rich.console import Console
 
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
 from dgpo_core.protocol.episode import Ending
-from dgpo_core.serving.agent import Ask
+from dgpo_core.serving.ask import Ask
 from dgpo_core.serving.events import Delta, Found, Information, Notice, Record, Source
 from tasks.ask import Screen, ask, printable
 from tests.conftest import ROOT
@@ -62,7 +63,7 @@ def test_errors_of_the_user(
 ) -> None:
     make_project(tmp_path)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"data/index/manifest.json: no such file; run the index stage first"):
+    with pytest.raises(UserError, match=r"data/index: there is no index yet; run `make demo`"):
         ask("teacher", Ask("Who"), as_json=False, colour=True)
     monkeypatch.chdir(indexed_project)
     with pytest.raises(UserError, match=r"between 0 and protocol.max_turns \(2\), not 3"):
@@ -129,3 +130,11 @@ def test_control_sequences_of_models_and_documents_do_not_reach_the_terminal() -
     assert not set("\x1b\x9b\u202e\r") & set(text)
     assert all(len(line) <= 40 for line in text.splitlines() if "long" in line)
     assert printable("one\n\ttwo é 東") == "one\n\ttwo é 東"
+
+
+def test_markup_stays_text_and_wide_letters_stay_on_their_line() -> None:
+    passages = [Found(id="1", title="[red]x[/red] :smile:", text="東京" * 40, score=1.0)]
+    found = Information(turn=0, query="q", passages=passages)
+    text = shown(found, end=record("[bold]Rome"), terminal=True)
+    assert "[red]x[/red] :smile:" in text and "[bold]Rome" in text
+    assert [cell_len(line) for line in text.splitlines() if "東" in line] == [40]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
 from tasks.dvc_lock import dvc_md5, from_cache, maker, read_lock, upstream
 
@@ -55,6 +56,20 @@ def test_the_lock_is_read_and_its_hashes_are_ours(finished: Path) -> None:
     (kept / md5[:2] / md5[2:]).unlink()
     assert not from_cache(out, Path("other")), "a part is missing"
     assert not Path("other").exists()
+
+
+def test_parameters_are_read_as_dvc_has_written_them(dvc_repository: Path) -> None:
+    """In YAML 1.2: a rate without a point is a number, a recipe may be called `on`."""
+    params = {"rates": {"actor": 1e-6, "critic": 1e-05, "steps": 5e22}, "on": {"start": "no", "time": "1:30"}}
+    params |= {"seed": 2**53, "revision": "1e5", "folder": "08"}
+    Path("params.yaml").write_text(as_text(params))
+    stage = {"cmd": "echo 1 > out", "params": list(params), "outs": ["out"]}
+    Path("dvc.yaml").write_text(as_text({"stages": {"only": stage}}))
+    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True, timeout=120)
+    lock = read_lock()["only"]
+    assert lock.params == params
+    assert lock.param("rates.actor") == 1e-6
+    assert lock.param("on.start") == "no"
 
 
 def test_a_broken_lock_is_the_users_to_mend(tmp_path: Path) -> None:

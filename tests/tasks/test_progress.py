@@ -59,11 +59,24 @@ def test_terminal_gets_a_bar() -> None:
     assert "em=0.75 done" in output.getvalue()
 
 
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_note_is_a_line_of_its_own(terminal: bool) -> None:
+    output = io.StringIO()
+    reporter = Reporter("train", Console(file=output, force_terminal=terminal, width=40))
+    reporter.update(1, 2)
+    reporter.note("step 1: [something] that is worth more than forty characters of a line")
+    reporter.close()
+    assert "[train] step 1: [something] that is worth more than forty characters of a line\n" in (
+        output.getvalue()
+    )
+
+
 def test_a_closed_output_does_not_end_the_work() -> None:
     output = io.StringIO()
     reporter = Reporter("train", Console(file=output))
     output.close()
     reporter.update(1, 2)
+    reporter.note("nobody reads")
     reporter.close()
     with pytest.raises(ValueError, match="closed"):  # it would have, had the reporter not caught it
         print("x", file=output)

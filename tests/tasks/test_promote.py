@@ -3,11 +3,13 @@
 import ast
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import typer
+import yaml
 
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import UserError
@@ -16,7 +18,7 @@ from tasks.dvc_lock import read_lock
 from tasks.evidence import evaluate_again, record_evaluations, register_trained
 from tasks.promote import KEPT, PROMOTED, REFUSED, promote, rollback
 from tasks.registry import AGAIN, CHALLENGER, CHAMPION, PREVIOUS, Registry, Version, store
-from tests.dgpo_core.promotion.making import Model
+from tests.dgpo_core.promotion.making import Model, write_evaluation
 from tests.tasks.miniature import ROOT
 from tests.tasks.trained import BETTER, WORSE, make_trained, train, write_lock
 
@@ -42,7 +44,7 @@ def artifact(of: Version, name: str) -> str:
 def two(own_store: Path) -> Path:
     """kd (version 1) is champion; dgpo (version 2) is better and challenges."""
     make_trained(own_store)
-    register_trained()
+    register_trained(challenger=True)
     assert promote("1", dry_run=False, yes=True) == PROMOTED
     return own_store
 
@@ -68,13 +70,13 @@ def test_the_first_champion_and_its_successor(two: Path, capsys: pytest.CaptureF
 
 def test_a_worse_model_becomes_champion_through_no_command(own_store: Path) -> None:
     make_trained(own_store, dgpo=WORSE)
-    register_trained()
+    register_trained(challenger=True)
     assert promote("1", dry_run=False, yes=True) == PROMOTED
     for number in (None, "2"):
         for dry_run in (True, False):
             assert promote(number, dry_run, yes=True) == KEPT
             assert holder(CHAMPION) == "kd"
-    register_trained()
+    register_trained(challenger=True)
     with pytest.raises(UserError, match="no previous champion"):
         rollback("try")
     assert (holder(CHAMPION), holder(PREVIOUS)) == ("kd", None)
@@ -107,6 +109,90 @@ def test_the_champion_is_moved_in_one_place() -> None:
     ]
 
 
+def evaluate(folder: Path, recipe: str, rows: int, **settings: object) -> None:
+    """As an experiment does: with other settings of `evaluate` in params.yaml, and so in dvc.lock."""
+    path = folder / "params.yaml"
+    params = yaml.safe_load(path.read_text())
+    params["evaluate"] |= settings
+    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    write_evaluation(folder / "evaluation" / recipe, BETTER, rows)
+    write_lock(folder)
+
+
+def recorded() -> dict[str, str]:
+    """What was said of recipes when DVC's evaluations were recorded, as the stage `report` does."""
+    with store() as registry:
+        return record_evaluations(registry, load_params(), read_lock())
+
+
+def test_an_experiment_takes_no_alias_and_no_evaluation_of_another_version(
+    own_store: Path, empty_dvc_repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_trained(own_store)
+    register_trained()
+    assert recorded() == {}
+    assert holder(CHALLENGER) is None, "nobody has offered it"
+    with pytest.raises(
+        UserError, match=r"`dgpo register --challenger` offers .* of version 1 \(kd\), version 2"
+    ):
+        promote(None, dry_run=False, yes=True)
+    register_trained(challenger=True)
+    assert "challenger: version 2 (dgpo)" in capsys.readouterr().out
+    before = version("1").tags["evaluation"], version("2").tags["evaluation"]
+    train(own_store, "dgpo", "two steps", Model.of(0.1))
+    evaluate(own_store, "dgpo", 60, questions=60)
+    evaluate(own_store, "kd", 60)
+    register_trained()
+    recorded()
+    assert (
+        holder(CHALLENGER) == "dgpo"
+        and (version("1").tags["evaluation"], version("2").tags["evaluation"]) == before
+    )
+    with store() as registry:
+        challenger = registry.alias(CHALLENGER)
+    assert challenger and challenger.number == "2", "not the experiment's version 3"
+    assert float(version("3").tags["em"]) > 0.6
+
+
+def test_more_questions_and_an_offer_replace_an_evaluation(own_store: Path) -> None:
+    make_trained(own_store)
+    evaluate(own_store, "dgpo", 60, questions=60)
+    register_trained()
+    few = version("2").tags["evaluation"]
+    evaluate(own_store, "dgpo", 150, questions=150)
+    recorded()
+    more = version("2").tags["evaluation"]
+    assert more != few
+    evaluate(own_store, "dgpo", 150, questions=150, seed=7)
+    recorded()
+    assert version("2").tags["evaluation"] == more
+    register_trained(challenger=True)
+    assert version("2").tags["evaluation"] != more, "who offers it, offers it with this one"
+
+
+def test_what_cannot_be_offered_says_why(own_store: Path, empty_dvc_repository: Path) -> None:
+    make_trained(own_store)
+    evaluate(own_store, "dgpo", 20, questions=20)
+    with pytest.raises(
+        UserError, match=r"fewer than promote.min_questions \(50\) questions \(onehop 20, hard 20\)"
+    ):
+        register_trained(challenger=True)
+    evaluate(own_store, "dgpo", 150, questions=None)
+    shutil.copytree(empty_dvc_repository, own_store, dirs_exist_ok=True)
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
+    with pytest.raises(UserError, match=r"params\.yaml has changes that no commit has"):
+        register_trained(challenger=True)
+    subprocess.run([*git, "add", "params.yaml"], check=True)
+    subprocess.run([*git, "commit", "-qm", "settings"], check=True)
+    register_trained(challenger=True)
+    assert holder(CHALLENGER) == "dgpo"
+    params = own_store / "params.yaml"
+    params.write_text(params.read_text().replace("max_turns: 2", "max_turns: 3"))
+    subprocess.run([*git, "commit", "-qam", "other settings"], check=True)
+    with pytest.raises(UserError, match=r"made with other parameters than those of params\.yaml: protocol"):
+        register_trained(challenger=True)
+
+
 def test_of_two_promotions_at_once_one_is_told(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else promotes while this one decides."""
     decided = promotion.judge
@@ -115,7 +201,7 @@ def test_of_two_promotions_at_once_one_is_told(two: Path, monkeypatch: pytest.Mo
         decision = decided(registry, *arguments)  # type: ignore[arg-type]
         monkeypatch.setattr(promotion, "judge", decided)
         train(two, "kd", "another kd", Model.of(0.9, arcap=0.9, seed=8))
-        register_trained()
+        register_trained(challenger=True)
         assert promote("3", dry_run=False, yes=True) == PROMOTED
         return decision
 
@@ -171,7 +257,7 @@ def test_a_champion_with_other_questions_must_be_evaluated_again(
     rows = [row | {"question": "a new question"} for row in table.to_pylist()]
     pq.write_table(table.from_pylist(rows), path)
     write_lock(two)
-    register_trained()
+    register_trained(challenger=True)
     assert promote(None, dry_run=False, yes=True) == REFUSED
     said = " ".join(capsys.readouterr().out.split())
     assert "they were asked other questions" in said
@@ -204,12 +290,12 @@ def test_without_weights_there_is_no_promotion(two: Path) -> None:
 
 def test_what_is_missing_is_said(own_store: Path) -> None:
     with pytest.raises(UserError, match="no trained model"):
-        register_trained()
+        register_trained(challenger=True)
     make_trained(own_store)
     with pytest.raises(UserError, match=r"no version is the challenger: models/dgpo is not registered"):
         promote(None, dry_run=False, yes=True)
     (own_store / "evaluation/student").rename(own_store / "elsewhere")
-    register_trained()
+    register_trained(challenger=True)
     with pytest.raises(UserError, match="compared with the student, which was not evaluated"):
         promote(None, dry_run=False, yes=True)
     with pytest.raises(UserError, match="has no version 7; there are: 1, 2"):

@@ -2,8 +2,11 @@
 
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
+import time
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -13,10 +16,13 @@ from dgpo_core.datasets.world.tokenizer import build_tokenizer
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.training.models import save_model
 from tasks.dvc_lock import dvc_md5
+from tasks.evidence import register_trained
 from tasks.files import content_hash
 from tasks.promote import promote
-from tasks.registry import Version, model_folder, store
+from tasks.recreate import show
+from tasks.registry import CHALLENGER, CHAMPION, Version, model_folder, store
 from tasks.stage import stage
+from tasks.tracking import connect
 from tests.dgpo_core.making import tiny_model
 from tests.tasks.trained import make_trained, write_lock
 
@@ -172,3 +178,88 @@ def test_a_store_that_fails_is_an_infrastructure_failure(
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "no-such-scheme://nowhere")
     with pytest.raises(InfrastructureError, match="MLflow's store no-such-scheme://nowhere failed"):
         model_folder("kd")
+
+
+@pytest.fixture
+def registered(own_store: Path) -> Path:
+    """Version 1 (kd) and version 2 (dgpo), which challenges."""
+    make_trained(own_store)
+    register_trained(challenger=True)
+    return own_store
+
+
+def test_a_deleted_run_is_named_with_its_cure(registered: Path) -> None:
+    """Others clean up on a server, and do not know which run a version needs."""
+    run = versions()[0].run_id
+    connect().delete_run(run)
+    with pytest.raises(
+        UserError, match=rf"the run {run} was deleted in MLflow: .*mlflow runs restore --run-id"
+    ):
+        register_trained()
+    assert show("models:/search-agent/1", as_json=True, params=False, verify=False) == 0
+
+
+def test_artifacts_that_are_gone_are_named_with_their_cure(registered: Path) -> None:
+    version = versions()[1]
+    place = connect().get_run(version.run_id).info.artifact_uri
+    shutil.rmtree(str(place).removeprefix("file://"))
+    with pytest.raises(UserError, match=r"version 2 \(dgpo\): what MLflow kept of it is gone .*lineage.json"):
+        show("dgpo", as_json=False, params=False, verify=False)
+    shutil.rmtree(registered / "evaluation/dgpo")
+    with pytest.raises(UserError, match=r"is gone .*: `dgpo evaluate models:/search-agent/2`"):
+        promote(None, dry_run=True, yes=True)
+
+
+def test_a_deleted_version_or_model_is_registered_again(registered: Path) -> None:
+    assert promote("1", dry_run=False, yes=True) == 0
+    client = connect()
+    client.delete_model_version("search-agent", "2")
+    with pytest.raises(UserError, match="no version is the challenger: models/dgpo is not registered"):
+        promote(None, dry_run=True, yes=True)
+    with pytest.raises(UserError, match="has no version 2; there are: 1"):
+        model_folder("models:/search-agent/2")
+    register_trained(challenger=True)
+    assert [version.number for version in versions()] == ["1", "3"]
+    client.delete_registered_model("search-agent")
+    with pytest.raises(UserError, match="no version has this alias"):
+        model_folder("models:/search-agent@champion")
+    register_trained(challenger=True)
+    assert [version.number for version in versions()] == ["1", "2"]
+
+
+def test_an_alias_of_a_version_that_is_gone_is_none(registered: Path) -> None:
+    database = registered.parent / "mlflow.db"
+    with closing(sqlite3.connect(database)) as opened, opened:
+        opened.execute("UPDATE registered_model_aliases SET version = 99")
+    with store() as registry:
+        assert registry.alias(CHALLENGER) is None and registry.alias(CHAMPION) is None
+    with pytest.raises(UserError, match="no version is the challenger"):
+        promote(None, dry_run=True, yes=True)
+
+
+@pytest.mark.parametrize(
+    "command", ["register", "promote", "rollback --reason x", "lineage", "evaluate dgpo"]
+)
+def test_a_deleted_experiment_is_one_line_of_every_command(registered: Path, command: str) -> None:
+    connect().delete_experiment("1")
+    line = [sys.executable, "-m", "tasks.cli", *command.split()]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 2
+    (said,) = done.stderr.splitlines()
+    assert said.startswith("error: the experiment dgpo was deleted in MLflow: ")
+    assert said.endswith("mlflow experiments restore -x 1")
+
+
+@pytest.mark.parametrize("command", ["register", "promote", "rollback --reason x", "lineage", "ask x"])
+def test_no_server_is_one_line_in_seconds(
+    registered: Path, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    started = time.monotonic()
+    model = ["--model", "models:/search-agent@champion"] if command == "ask x" else []
+    line = [sys.executable, "-m", "tasks.cli", *command.split(), *model]
+    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
+    (said,) = done.stderr.splitlines()
+    assert "http://127.0.0.1:9 does not answer" in said and "make up" in said
+    assert done.returncode == 1
+    assert time.monotonic() - started < 60, "also on a busy machine"

@@ -66,8 +66,9 @@ def test_teacher_answers_and_only_correct_episodes_are_kept(finished: Path) -> N
     kept = read_episodes(finished / paths.CORRECT_EPISODES)
     assert [e for e in raw if e.correct] == kept
     assert len(kept) > len(raw) / 4, "the committed teacher must be able to search"
-    audit = (finished / AUDIT).read_text().splitlines()[1:]
-    assert sum(int(line.rsplit(",", 1)[1]) for line in audit) == len(raw)
+    head, *audit = csv.reader((finished / AUDIT).open(newline=""))
+    assert head == ["data set", "reason", "episodes"]
+    assert sum(int(count) for _, _, count in audit) == len(raw)
 
 
 def test_results_name_every_model_and_set(finished: Path) -> None:
@@ -244,6 +245,36 @@ def test_min_em_stops_a_weak_cold_start(finished: Path, workplace: Path) -> None
     with pytest.raises(UserError, match=r"validation EM 0\.\d+ is below distill\.min_em 0\.9"):
         distill("kd")
     assert not (workplace / "models/kd").exists()
+    params["recipes"]["reinforce"], params["compare"] = {}, ["kd"]  # nothing starts from it
+    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    distill("kd")
+    assert (workplace / "models/kd").exists()
+
+
+@pytest.mark.parametrize("stage", ["distill", "reinforce"])
+def test_a_rate_that_is_too_high_ends_the_stage_and_leaves_no_model(
+    finished: Path, workplace: Path, stage: str
+) -> None:
+    """By distillation, and by reinforcement, where the model's own episodes are no numbers first."""
+    copy_inputs(finished, workplace)
+    params = yaml.safe_load((workplace / "params.yaml").read_text())
+    recipe, rate = {"distill": ("kd", "learning_rate"), "reinforce": ("dgpo", "actor_learning_rate")}[stage]
+    params[stage] |= {rate: 1e30, "max_grad_norm": 1e30}
+    params["distill"] |= {"warmup_steps": 0}
+    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    shutil.rmtree(workplace / paths.MODELS / recipe, ignore_errors=True)
+    said = rf"^{stage}@{recipe}: the .* of step \d is .*; lower {stage}\.{rate} \(now 1e\+30\)"
+    with pytest.raises(UserError, match=said):
+        {"distill": distill, "reinforce": reinforce}[stage](recipe)
+    assert not (workplace / paths.MODELS / recipe).exists()
+    versions = connect().search_model_versions(f"tags.recipe = '{recipe}'")
+    assert all(version.run_id != run_of(workplace, f"{stage}@{recipe}") for version in versions)
+
+
+def run_of(folder: Path, stage: str) -> str:
+    """MLflow's run of the stage's last execution."""
+    run: str = json.loads((folder / "runs" / stage / "run.json").read_text())["mlflow_run"]
+    return run
 
 
 @pytest.mark.thorough

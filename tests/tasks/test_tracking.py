@@ -1,6 +1,8 @@
 """MLflow: what a stage leaves in a real sqlite store, and that a broken store is survived."""
 
 import json
+import subprocess
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,7 +16,7 @@ from dgpo_core.errors import InfrastructureError
 from tasks.files import content_hash
 from tasks.registry import store
 from tasks.stage import stage
-from tasks.tracking import PIPELINE_RUN, Pipeline, connect, flatten
+from tasks.tracking import PIPELINE_RUN, Pipeline, connect, flatten, start_run
 
 
 def last_run_id() -> str:
@@ -202,6 +204,69 @@ def test_no_message_names_a_password(
     said = capsys.readouterr()
     assert "127.0.0.1" in said.err and "127.0.0.1:9" in str(caught.value)
     assert "secret" not in said.err + said.out + str(caught.value)
+
+
+def test_a_deleted_experiment_is_named_with_its_cure(
+    own_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    client = connect()
+    client.delete_experiment("1")
+    with stage("train", config={}) as run:
+        run.metrics(1, {"em": 0.5})
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert "the experiment dgpo was deleted in MLflow" in line
+    assert line.endswith("mlflow experiments restore -x 1")
+    client.restore_experiment("1")
+    with stage("train", config={}):
+        pass
+    assert client.get_run(last_run_id()).info.status == "FINISHED"
+
+
+def test_stages_stay_with_their_pipeline_when_the_experiment_is_renamed(
+    own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the pipeline would find no stage of its own, and delete its run."""
+    pipeline = Pipeline("pipeline")
+    assert pipeline.run_id
+    monkeypatch.setenv(PIPELINE_RUN, pipeline.run_id)
+    client = connect()
+    client.rename_experiment("1", "dgpo, first half of the year")
+    with stage("train", config={}):
+        pass
+    pipeline.close(succeeded=True)
+    assert client.get_run(last_run_id()).info.experiment_id == "1"
+    parent = client.get_run(pipeline.run_id).info
+    assert (parent.status, parent.lifecycle_stage) == ("FINISHED", "active")
+
+
+def test_a_pipeline_that_this_store_does_not_know_keeps_no_stage_out(
+    own_store: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(PIPELINE_RUN, "f" * 32)
+    with stage("train", config={}):
+        pass
+    assert connect().get_run(last_run_id()).info.status == "FINISHED"
+
+
+def test_a_run_whose_process_is_gone_is_closed_by_the_next_start(own_store: Path) -> None:
+    code = (
+        "import os, signal; from tasks.tracking import connect, start_run;"
+        "print(start_run(connect(), 'train', {}), flush=True); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    gone = done.stdout.strip()
+    client = connect()
+    own, elsewhere, reused, unknown = (start_run(client, name, {}) for name in ("own", "far", "new", "old"))
+    client.set_tag(elsewhere, "process.host", "another-machine 0 pid:[1]")
+    client.set_tag(elsewhere, "process.pid", "999999")
+    client.set_tag(reused, "process.began", "an-earlier-boot 1000")  # the number is another process's by now
+    client.set_tag(unknown, "process.pid", "no number")
+    assert client.get_run(gone).info.status == "RUNNING"
+    with stage("train", config={}):
+        pass
+    runs = (gone, own, elsewhere, reused, unknown)
+    states = [client.get_run(run).info.status for run in runs]
+    assert states == ["KILLED", "RUNNING", "RUNNING", "KILLED", "RUNNING"]
 
 
 keys = st.text("abc", min_size=1, max_size=3)

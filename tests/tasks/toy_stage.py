@@ -17,7 +17,7 @@ def run(ending: str) -> None:
     with stage("toy", config={}, outputs=[Path("out")]) as current:
         processes = parallel.added({"one": 1.0})["one"]
         if current.leads:
-            Path("out").write_text(f"{processes:g}")
+            current.output(Path("out")).write_text(f"{processes:g}")
         Path(f"pid-{parallel.rank()}").write_text(str(os.getpid()))
         second = parallel.rank() == 1
         if ending == "wrong":

@@ -14,6 +14,7 @@ from typing import Any
 
 from dgpo_core.datasets.records import Question, read_jsonl
 from dgpo_core.errors import UserError
+from dgpo_core.text import letters as _letters
 
 TAG = re.compile(r"<[^>]+>")  # a token of HTML in NQ's simplified form
 
@@ -71,10 +72,6 @@ def _partner(question: Question, candidates: list[Gold]) -> tuple[str, dict[str,
     if not sharing:
         return "other_answer", {}
     return ("joined", sharing[0]) if all(other == sharing[0] for other in sharing) else ("ambiguous", {})
-
-
-def _letters(text: str) -> str:
-    return "".join(character for character in text.casefold() if character.isalnum())
 
 
 def read_musique(path: Path) -> Iterator[Gold]:

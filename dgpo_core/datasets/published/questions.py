@@ -12,6 +12,7 @@ from dgpo_core.datasets.published.gold import join, read_musique, read_nq
 from dgpo_core.datasets.published.places import Fetched, fetch
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
+from dgpo_core.text import letters, trimmed
 
 SETTING = "data.published"
 Split = tuple[str, str]  # (set, train or test)
@@ -62,7 +63,7 @@ def fetch_questions(config: PublishedConfig, sets: QuestionSetsConfig) -> Questi
 def load_questions(
     config: PublishedConfig, files: QuestionFiles
 ) -> tuple[dict[Split, list[Question]], dict[str, int]]:
-    """(set, split) -> questions, with split train, dev or test; and what the joins found and lost.
+    """(set, split) -> questions, with split train, dev or test; and counts of what was left out or joined.
 
     FlashRAG's metadata is left out: nothing reads it, and HotpotQA's has ten paragraphs a question. Raises
     UserError with file and line, and for a count that is not the paper's.
@@ -73,6 +74,8 @@ def load_questions(
         found = read_questions(file.path, _without_metadata)
         if config.check_counts:
             check_count(f"{name}/{split}", len(found), QUESTIONS[name, split], file.origin)
+        found, empty = _without_empty_answers(found)
+        counts |= {f"{name}_{split}_empty_answers": empty} if empty else {}
         if split == "train":
             found, questions[name, "dev"] = hold_out(name, found, config.dev_questions)
             questions[name, split] = found[: config.limits.train]
@@ -88,6 +91,16 @@ def _without_metadata(row: dict[str, Any]) -> Question:
     return replace(Question.from_json(row), metadata={})
 
 
+def _without_empty_answers(questions: list[Question]) -> tuple[list[Question], int]:
+    """The questions without golden answers of white space alone, and how many of these there were."""
+    kept = [
+        replace(question, golden_answers=tuple(filter(trimmed, question.golden_answers)))
+        for question in questions
+    ]
+    both = zip(questions, kept, strict=True)
+    return kept, sum(len(before.golden_answers) - len(after.golden_answers) for before, after in both)
+
+
 def check_count(what: str, found: int, expected: int, origin: str) -> None:
     """Raises UserError naming set, split, found and expected number when they differ."""
     if found != expected:
@@ -98,20 +111,24 @@ def check_count(what: str, found: int, expected: int, origin: str) -> None:
 
 
 def hold_out(name: str, questions: list[Question], count: int) -> tuple[list[Question], list[Question]]:
-    """(training, validation questions), both in the file's order: those with the lowest hashes are held out.
+    """Return (training, validation questions), in their order: those with the lowest hashes are held out.
 
-    Questions with the same text stay together, so `count` is of different texts. Raises UserError when
-    nothing would be left to train on.
+    Questions that ask the same (by letters and digits, as gold.py joins) stay together, so `count` is of
+    different ones. Raise UserError when nothing would be left to train on.
     """
-    texts = {question.question for question in questions}
-    held = set(sorted(texts, key=lambda text: _rank(name, text))[:count])
-    if len(held) == len(texts):
+    asked = [(letters(question.question), question) for question in questions]
+    ranks: dict[str, bytes] = {}
+    for key, question in asked:
+        rank = _rank(name, question.question)
+        ranks[key] = min(rank, ranks.get(key, rank))
+    held = set(sorted(ranks, key=ranks.__getitem__)[:count])
+    if len(held) == len(ranks):
         raise UserError(
-            f"{SETTING}.dev_questions: {count} are to be held out of {name}, which has {len(texts)} questions"
+            f"{SETTING}.dev_questions: {count} are to be held out of {name}, which has {len(ranks)} questions"
         )
     return (
-        [question for question in questions if question.question not in held],
-        [question for question in questions if question.question in held],
+        [question for key, question in asked if key not in held],
+        [question for key, question in asked if key in held],
     )
 
 

@@ -8,6 +8,7 @@ from dgpo_core.reporting import words
 from dgpo_core.reporting.reproduction.labels import BEFORE_COLLAPSE, MEASUREMENT_LABELS, signed
 from dgpo_core.reporting.reproduction.verdicts import VERDICTS
 from dgpo_core.reporting.results import AVERAGE
+from dgpo_core.text import markdown_cell
 
 Row = dict[str, Any]
 
@@ -189,4 +190,4 @@ def _cell(entry: Row | None, form: Any = "{:.3f}".format) -> str:
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [heads, ["---"] * len(heads), *rows]
-    return "".join(f"| {' | '.join(cell.replace('|', '/') for cell in line)} |\n" for line in lines)
+    return "".join(f"| {' | '.join(markdown_cell(cell) for cell in line)} |\n" for line in lines)

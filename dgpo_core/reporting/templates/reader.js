@@ -22,12 +22,13 @@
   const texts = new Map(DATA.questions.map((question) => [question, [
     question.id, question.question, ...question.golden,
     ...Object.values(question.episodes).flatMap((episode) => episode.segments.map(([, text]) => text)),
-  ].join("\n").toLowerCase()]));
+  ].join("\n").normalize("NFC").toLowerCase()]));
 
-  function highlighted(text) {
-    if (!state.needle) return [text];
-    const parts = [];
+  function highlighted(written) {
+    const text = written.normalize("NFC");  // a letter and its accent are found by the one key that types both
     const lower = text.toLowerCase();
+    if (!state.needle || lower.length !== text.length) return [written];
+    const parts = [];
     let end = 0;
     for (let at = lower.indexOf(state.needle); at >= 0; at = lower.indexOf(state.needle, end)) {
       parts.push(text.slice(end, at), element("mark", "", text.slice(at, at + state.needle.length)));
@@ -57,7 +58,7 @@
       "prediction: ", element("b", "", episode.prediction === null ? "none" : episode.prediction),
       ` · ended: ${episode.ending} · ${episode.searches.length} ${episode.searches.length === 1 ? "search" : "searches"}`,
       episode.hit ? " · hit" : " · no hit", episode.form ? "" : " · invalid format",
-      episode.failure ? ` · ${episode.failure}` : "",
+      episode.failure ? " · " : "", episode.failure ? element("bdi", "", episode.failure) : "",
       episode.first ? " · first failure: " : "", episode.first ? element("b", "", DATA.labels.failures[episode.first]) : "",
       ...episode.checks.map((check) => ` · check: ${DATA.labels.checks[check].toLowerCase()}`),
     ];
@@ -180,7 +181,7 @@
 
   byId("reader-set").append(new Option("all", ""), ...DATA.sets.map((name) => new Option(name, name)));
   byId("reader-set").addEventListener("change", (event) => { state.set = event.target.value; showList(); remember(); });
-  byId("reader-search").addEventListener("input", (event) => { state.needle = event.target.value.trim().toLowerCase(); showList(); });
+  byId("reader-search").addEventListener("input", (event) => { state.needle = event.target.value.trim().normalize("NFC").toLowerCase(); showList(); });
   byId("reader-previous").addEventListener("click", () => step(-1));
   byId("reader-next").addEventListener("click", () => step(1));
   addEventListener("hashchange", followHash);

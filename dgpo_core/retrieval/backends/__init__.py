@@ -4,16 +4,24 @@ from typing import Any, Protocol
 
 from dgpo_core.datasets.records import Passage
 from dgpo_core.retrieval.encoders import Vector
-from dgpo_core.retrieval.ranking import Scored
+from dgpo_core.retrieval.ranking import Scored, Window
 
 
 class Backend(Protocol):
     """A filled collection."""
 
-    def query(self, name: str, vectors: list[Vector], limit: int, exact: bool = False) -> list[list[Scored]]:
-        """The best points of each vector by the named vector, best first; of equal ones any.
+    def query(
+        self,
+        name: str,
+        vectors: list[Vector],
+        limit: int,
+        exact: bool = False,
+        window: Window | None = None,
+    ) -> list[list[Scored]]:
+        """Return the best points of each vector by the named vector, best first; of equal ones any.
 
         `exact` compares with every point's original vector instead of going through graph and quantisation.
+        `window` leaves all other points out.
         """
         ...
 

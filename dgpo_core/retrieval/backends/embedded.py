@@ -6,7 +6,6 @@ import shutil
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 from weakref import finalize
 
@@ -17,10 +16,13 @@ from filelock import FileLock, Timeout
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.retrieval.backends import payload, scored
 from dgpo_core.retrieval.encoders import SparseVector, Vector
-from dgpo_core.retrieval.points import Content, Point, chunks
-from dgpo_core.retrieval.ranking import Scored
+from dgpo_core.retrieval.points import Content, Point, point_bytes
+from dgpo_core.retrieval.ranking import Scored, Window
+from dgpo_core.retrieval.requests import batches
+from dgpo_core.temporary import temporary_folder
 
 UPSERT = 1000
+UPSERT_BYTES = 2**28
 TERMS = "terms.npz"  # beside the engine's files: in how many points each term of a sparse vector occurs
 ENGINE = "engine"
 
@@ -38,9 +40,7 @@ class EmbeddedBackend:
         held = ExitStack()
         self._release = finalize(self, held.close)  # at the latest when the process ends
         if folder is None:
-            folder = Path(
-                held.enter_context(TemporaryDirectory(prefix="dgpo-qdrant-", ignore_cleanup_errors=True))
-            )
+            folder = held.enter_context(temporary_folder("qdrant"))
         else:
             held.callback(_lock(folder / f"{content.name}.lock").release)
         place = folder / content.name
@@ -50,8 +50,16 @@ class EmbeddedBackend:
         with np.load(place / TERMS) as terms:
             self._terms = {name: _frequencies(terms[name]) for name in terms.files}
 
-    def query(self, name: str, vectors: list[Vector], limit: int, exact: bool = False) -> list[list[Scored]]:
+    def query(
+        self,
+        name: str,
+        vectors: list[Vector],
+        limit: int,
+        exact: bool = False,
+        window: Window | None = None,
+    ) -> list[list[Scored]]:
         sparse = name in self._terms
+        within = edge.Filter(must=[edge.HasIdCondition(set(window.numbers))]) if window else None
         results = []
         for vector in vectors:
             nearest = edge.Query.Nearest(_vector(vector), using=name)
@@ -62,6 +70,8 @@ class EmbeddedBackend:
                     with_payload=True,
                     with_vector=[name] if sparse else False,
                     params=edge.SearchParams(exact=exact),
+                    filter=within,
+                    score_threshold=window.score if window else None,
                 )
             )
             points = [scored(p, self._score(name, vector, p) if sparse else None) for p in found]
@@ -110,7 +120,7 @@ def _build(place: Path, content: Content) -> None:
     )
     engine = edge.EdgeShard.create(str(unfinished / ENGINE), config)
     terms: dict[str, Counter[int]] = {n: Counter() for n, size in content.vectors.items() if size is None}
-    for chunk in chunks(content.points(), UPSERT):
+    for chunk in batches(content.points(), UPSERT, UPSERT_BYTES, point_bytes):
         engine.update(edge.UpdateOperation.upsert_points([_point(point) for point in chunk]))
         for name, frequency in terms.items():
             for point in chunk:

@@ -22,9 +22,10 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_expo
 from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval.backends import payload
-from dgpo_core.retrieval.backends.server import to_qdrant
+from dgpo_core.retrieval.backends.server import REQUEST_BYTES, refusal, to_qdrant
 from dgpo_core.retrieval.collections import describe_ours
-from dgpo_core.retrieval.points import Content, Part, Point, chunks
+from dgpo_core.retrieval.points import Content, Part, Point, point_bytes
+from dgpo_core.retrieval.requests import batches
 
 OLDEST_SERVER = (1, 19)  # the first with `memory`
 ATTEMPTS = 8  # of one request: about a minute, in which a server restarts
@@ -141,11 +142,21 @@ def upload(
 def _upload_part(
     client: QdrantClient, name: str, part: Part, config: QdrantConfig, stopped: threading.Event
 ) -> int:
-    for chunk in chunks(part.read(), config.upload_batch):
+    for chunk in batches(part.read(), config.upload_batch, REQUEST_BYTES, point_bytes):
         if stopped.is_set():
             break
         points = [_struct(point) for point in chunk]
-        _persist(lambda points=points: client.upsert(name, points, wait=True))  # type: ignore[misc]
+        try:
+            _persist(lambda points=points: client.upsert(name, points, wait=True))  # type: ignore[misc]
+        except (UnexpectedResponse, grpc.RpcError) as error:
+            reason = refusal(error)
+            if reason is None:
+                raise
+            size = sum(map(point_bytes, chunk)) / 2**20
+            raise UserError(
+                f"retrieval.qdrant.upload_batch: {len(chunk)} passages from {chunk[0].passage.id!r} on, of "
+                f"up to {size:.1f} MiB: {reason}; send fewer at once, or cut long passages"
+            ) from error
     return part.count
 
 
@@ -211,6 +222,8 @@ def _persist(call: Callable[[], Any]) -> Any:
 
 def is_transient(error: BaseException) -> bool:
     """Whether trying again can help: no connection, too much load, a restart; not what the server refuses."""
+    if isinstance(error, Exception) and refusal(error) is not None:
+        return False
     match error:
         case ResponseHandlingException() | ResourceExhaustedResponse():
             return True

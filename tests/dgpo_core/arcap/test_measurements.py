@@ -9,7 +9,6 @@ from transformers import PreTrainedTokenizerFast
 from dgpo_core.arcap.measurements import (
     as_table,
     gold_context,
-    information,
     query_rewriting,
     source_referencing,
     thinking,
@@ -53,12 +52,6 @@ def test_embedded_questions_have_their_context(world: World, articles: list[Arti
         context = gold_context(question, "musique")
         assert 1 <= len(context) <= 3
         assert question.golden_answers[0] in " ".join(text for _, text in context)
-
-
-def test_information_is_what_the_loop_shows() -> None:
-    assert information([("A", "a"), ("B", "b")]) == (
-        "\n\n<information>Doc 1(Title: A) a\nDoc 2(Title: B) b\n</information>\n\n"
-    )
 
 
 def test_source_referencing(tokenizer: PreTrainedTokenizerFast) -> None:

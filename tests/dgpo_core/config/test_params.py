@@ -27,6 +27,8 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
     ("content", "message"),
     [
         ({"distil": {}}, "distil: unknown key"),
+        ({"seed": 2**63}, "seed: must fit into 64 bits: below 2**63 (found 9223372036854775808)"),
+        ({"retrieval": {"shard_size": 10**30}}, "retrieval.shard_size: must fit into 64 bits"),
         ({"distill": {"epoch": 3}}, "distill.epoch: unknown key (found 3)"),
         ({"retrieval": {"encoder": {"models": "x"}}}, "retrieval.encoder.models: unknown key (found 'x')"),
         ({"distill": {"epochs": "3"}}, "distill.epochs: Input should be a valid integer (found '3')"),
@@ -289,8 +291,8 @@ def test_defaults_are_the_papers() -> None:
     assert (distill.warmup_steps, distill.max_grad_norm) == (0, 1.0)
     assert (distill.ce_weight, distill.kl_weight) == (1.0, 1.0)
     assert (reinforce.steps, reinforce.batch_size, reinforce.mini_batch_size) == (1000, 512, 256)
-    assert (reinforce.actor_learning_rate, reinforce.actor_warmup) == (1e-6, 0.285)
-    assert (reinforce.critic_learning_rate, reinforce.critic_warmup) == (1e-5, 0.015)
+    assert (reinforce.actor_learning_rate, reinforce.actor_learning_rate_warmup) == (1e-6, 0.285)
+    assert (reinforce.critic_learning_rate, reinforce.critic_learning_rate_warmup) == (1e-5, 0.015)
     assert (reinforce.weight_decay, reinforce.max_grad_norm) == (0.01, 1.0)
     assert (reinforce.beta, reinforce.kl_estimator, reinforce.gae_scope) == (0.001, "k1", "model_tokens")
     assert (reinforce.gamma, reinforce.lam) == (1.0, 1.0)
@@ -320,3 +322,12 @@ def test_sentence_transformers_get_no_prefixes_of_e5(tmp_path: Path) -> None:
     assert prefixes() == ("query: ", "passage: ")
     assert prefixes(kind="sentence-transformers") == ("", "")
     assert prefixes(kind="sentence-transformers", query_prefix="Q ") == ("Q ", "")
+
+
+@pytest.mark.parametrize("part", ["actor", "critic"])
+def test_a_renamed_key_says_its_new_name(tmp_path: Path, part: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_text(f"profile: x\nreinforce: {{{part}_warmup: 0.1}}\n")
+    said = rf"reinforce\.{part}_warmup: is now reinforce\.{part}_learning_rate_warmup"
+    with pytest.raises(UserError, match=said):
+        load_params(path)

@@ -1,5 +1,7 @@
 """Corpus and question files."""
 
+import codecs
+import gzip
 import json
 from pathlib import Path
 from typing import Any
@@ -10,9 +12,10 @@ from hypothesis import strategies as st
 
 from dgpo_core.datasets.records import Passage, Question, UniqueIds, read_corpus, read_questions, write_jsonl
 from dgpo_core.errors import UserError
+from dgpo_core.text import trimmed
 
-TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12)
-FILLED = TEXT.filter(str.strip)
+TEXT = st.text(st.characters(exclude_characters="\r", exclude_categories=["Cs"]), min_size=1, max_size=12)
+FILLED = TEXT.filter(trimmed)
 GOOD = {"id": "q1", "question": "Who?", "golden_answers": ["Ada"]}
 
 
@@ -25,7 +28,7 @@ def test_corpus_round_trip(tmp_path: Path, texts: list[tuple[str, str]]) -> None
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
-@given(st.lists(st.tuples(FILLED, st.lists(TEXT, min_size=1, max_size=2)), min_size=1, max_size=4))
+@given(st.lists(st.tuples(FILLED, st.lists(FILLED, min_size=1, max_size=2)), min_size=1, max_size=4))
 def test_questions_round_trip(tmp_path: Path, rows: list[tuple[str, list[str]]]) -> None:
     questions = [Question(str(i), text, tuple(golden), {"n": [i]}) for i, (text, golden) in enumerate(rows)]
     write_jsonl(tmp_path / "q.jsonl", questions)
@@ -42,9 +45,14 @@ def test_published_form_of_a_passage(tmp_path: Path) -> None:
     ("line", "message"),
     [
         ("{", "Expecting property name"),
-        ("", "Expecting value"),
+        ("\ufeff" + json.dumps({"id": "2", "contents": '"T"\nx'}), "BOM"),
         ("[1]", "a line must be a JSON object"),
-        (json.dumps({"contents": '"T"\nx'}), 'key "id"'),
+        (json.dumps({"contents": '"T"\nx'}), 'key "id" is missing; its keys are "contents"'),
+        (json.dumps({"id": [1], "contents": '"T"\nx'}), 'key "id"'),
+        (json.dumps({"id": "2", "body": "x"}), 'its keys are "id", "body"'),
+        (json.dumps({"id": "2", "text": "x"}), 'beside "text" a string "title" is wanted'),
+        (json.dumps({"id": "2", "title": "x", "text": " "}), 'key "text" must be a non-empty string'),
+        (json.dumps({"id": "2", "contents": " \u200b\n"}), 'key "contents" must be a non-empty string'),
         (json.dumps({"id": True, "contents": '"T"\nx'}), 'key "id"'),
         (json.dumps({"id": "2"}), 'key "contents" must be a non-empty string'),
         (json.dumps({"id": "2", "contents": "no title"}), "has no line break"),
@@ -67,8 +75,12 @@ def test_bad_passage_names_file_and_line(tmp_path: Path, line: str, message: str
         ({"id": ""}, 'key "id"'),
         ({"question": "  "}, 'key "question" must be a non-empty string'),
         ({"golden_answers": []}, 'key "golden_answers" must be a list of at least one string'),
-        ({"golden_answers": "Ada"}, 'key "golden_answers"'),
-        ({"golden_answers": [1]}, 'key "golden_answers"'),
+        ({"golden_answers": ["", " \u200b"]}, "of at least one string that is not empty"),
+        ({"golden_answers": [1990.0]}, 'but holds 1990.0: write "1990.0"'),
+        ({"golden_answers": [True]}, "but holds true"),
+        ({"golden_answers": None}, "but holds null"),
+        ({"golden_answers": {"text": ["Ada"]}}, 'but holds {"text"'),
+        ({"golden_answers": '["Ada"]'}, "is a list written as a string"),
         ({"metadata": [1]}, 'key "metadata" must be an object'),
         ({"id": "q1"}, "id 'q1' was used on line 1 before"),
     ],
@@ -90,7 +102,7 @@ def test_missing_empty_and_undecodable_files(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no questions in this file"):
         read_questions(path)
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(UserError, match=r"q\.jsonl:1: .*utf-8"):
+    with pytest.raises(UserError, match=r"q\.jsonl:1: not in UTF-8, save the file so: .*utf-8"):
         read_questions(path)
 
 
@@ -110,10 +122,104 @@ def test_counted_ids_take_no_memory() -> None:
     assert ids.add("4")
 
 
-@pytest.mark.parametrize("key", ["question", "golden_answers"])
+@pytest.mark.parametrize("key", ["question", "golden_answers", "metadata"])
 def test_text_that_no_file_can_hold(tmp_path: Path, key: str) -> None:
-    """JSON can escape half of a surrogate pair, which UTF-8 cannot write."""
-    row = GOOD | {key: "\ud800" if key == "question" else ["\ud800"]}
-    (tmp_path / "q.jsonl").write_text(json.dumps(row))
+    """JSON can escape half of a surrogate pair, which UTF-8 cannot write; whole pairs are characters."""
+    half = {"question": "\ud800", "golden_answers": ["\ud800"], "metadata": {"long_answers": ["\udfff"]}}
+    (tmp_path / "q.jsonl").write_text(json.dumps(GOOD | {key: half[key]}))
     with pytest.raises(UserError, match=r"q\.jsonl:1: .*surrogates not allowed"):
         read_questions(tmp_path / "q.jsonl")
+    (tmp_path / "q.jsonl").write_text(json.dumps(GOOD | {"question": "Who \U0001f600?"}))
+    assert read_questions(tmp_path / "q.jsonl")[0].question == "Who \U0001f600?"
+
+
+@pytest.mark.parametrize("name", ["c.jsonl", "c.jsonl.gz"])
+def test_marks_blank_lines_and_line_ends_of_editors(tmp_path: Path, name: str) -> None:
+    """A byte order mark; lines of white space alone, of every kind; Windows' line ends around and inside."""
+    rows = [
+        json.dumps({"id": i, "contents": f'"Town {i}"\r\nIt lies there.\r\nIt is old.'}) for i in range(3)
+    ]
+    lines = ["\ufeff", rows[0], "", " \t", "\u00a0\u2028", rows[1], rows[2], "\x0c", ""]
+    text = "\r\n".join(lines).encode()
+    assert text.startswith(codecs.BOM_UTF8)
+    (tmp_path / name).write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+    assert list(read_corpus(tmp_path / name)) == [
+        Passage(str(i), f"Town {i}", "It lies there.\nIt is old.") for i in range(3)
+    ]
+
+
+def test_lines_are_counted_as_an_editor_does(tmp_path: Path) -> None:
+    path = tmp_path / "q.jsonl"
+    good, again = json.dumps(GOOD), json.dumps(GOOD | {"id": "q2"})
+    path.write_text(f"\n{good}\n\n{again}\n\n{{\n")
+    with pytest.raises(UserError, match=r"q\.jsonl:6: not JSON"):
+        read_questions(path)
+    path.write_text(f"\n{good}\n\n{again}\n\n{good}\n")
+    with pytest.raises(UserError, match=r"q\.jsonl:6: id 'q1' was used on line 2 before"):
+        read_questions(path)
+    path.write_text('\n{"id": 1, "contents": "\\"T\\"\\nx"}\n\n{"id": "1", "contents": "\\"T\\"\\ny"}\n')
+    with pytest.raises(UserError, match=r"q\.jsonl:4: id '1' was used on an earlier line"):  # 1 and "1"
+        list(read_corpus(path))
+
+
+@pytest.mark.parametrize("behind", ["", "\r", " ", "\t\u00a0", "\u200b", "\ufeff \r"])
+@pytest.mark.parametrize("quote", ["", '"'])
+def test_titles_lose_what_nobody_sees_around_them(behind: str, quote: str) -> None:
+    row = {"id": "0", "contents": f"{behind}{quote}Town 0{quote}{behind}\nIt lies there."}
+    assert Passage.from_json(row) == Passage("0", "Town 0", "It lies there.")
+
+
+@pytest.mark.parametrize(
+    ("row", "expected"),
+    [
+        (
+            {"id": 0, "title": "Town 0", "text": "It lies\r\nthere."},
+            Passage("0", "Town 0", "It lies\nthere."),
+        ),
+        ({"_id": "d1", "title": "", "text": "x", "metadata": {}}, Passage("d1", "", "x")),
+        ({"docid": "d1", "title": " A\nB ", "text": "x"}, Passage("d1", "A B", "x")),
+        ({"docid": "d1", "contents": "T\nx"}, Passage("d1", "T", "x")),
+        (
+            {"id": "1", "docid": "d", "contents": '"T"\nx', "title": "other", "text": "y"},
+            Passage("1", "T", "x"),
+        ),
+    ],
+)
+def test_other_forms_of_passages(row: dict[str, Any], expected: Passage) -> None:
+    passage = Passage.from_json(row)
+    assert passage == expected
+    assert Passage.from_json(passage.to_json()) == passage
+
+
+@pytest.mark.parametrize(
+    ("row", "answers"),
+    [
+        ({"golden_answers": "Ada"}, ("Ada",)),
+        ({"golden_answers": [1990, "in 1990"]}, ("1990", "in 1990")),
+        ({"golden_answers": 7}, ("7",)),
+        ({"answer": ["Ada", "Ada L."]}, ("Ada", "Ada L.")),
+        ({"answer": "Ada", "answer_aliases": ["Ada L."]}, ("Ada", "Ada L.")),
+        ({"answers": ["Ada"]}, ("Ada",)),
+        ({"golden_answers": ["Ada"], "answer": "Bob"}, ("Ada",)),
+    ],
+)
+def test_other_forms_of_questions(tmp_path: Path, row: dict[str, Any], answers: tuple[str, ...]) -> None:
+    """Without an id, as NQ-open's, a question has the number of its line."""
+    path = tmp_path / "q.jsonl"
+    path.write_text("\n" + json.dumps({"question": "Who?", **row}))
+    assert read_questions(path) == [Question("2", "Who?", answers)]
+
+
+def test_two_kinds_of_answers_are_ambiguous(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='has both "answer" and "answers"'):
+        Question.from_json({"id": "1", "question": "Who?", "answer": "Ada", "answers": ["Bob"]})
+
+
+def test_numbers_of_any_size_are_ids(tmp_path: Path) -> None:
+    large = "9" * 4000
+    path = tmp_path / "c.jsonl"
+    path.write_text(f'{{"id": {large}, "contents": "T\\nx"}}\n{{"id": {large}0000, "contents": "T\\nx"}}\n')
+    assert next(read_corpus(path)).id == large
+    path.write_text(f'{{"id": {large}{large}, "contents": "T\\nx"}}\n')
+    with pytest.raises(UserError, match=r"c\.jsonl:1: .*digits"):
+        list(read_corpus(path))

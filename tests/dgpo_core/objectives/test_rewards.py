@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from verl.trainer.ppo.core_algos import kl_penalty
 
-from dgpo_core.objectives.divergences import reverse_kl
+from dgpo_core.objectives.divergences import forward_kl, reverse_kl
 from dgpo_core.objectives.rewards import KlEstimator, gate, kl_estimate, token_rewards
 
 POLICY = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64)
@@ -125,3 +125,43 @@ def test_token_rewards_by_hand() -> None:
     )
     none = token_rewards(correct, kl, mask, gate(correct, "none"), 0.1)
     assert none.tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
+
+
+def policy_gradient(reward: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
+    """Of the logits, expected over every outcome, where each outcome has this reward."""
+    surprise = (logits.log_softmax(-1) * logits.softmax(-1).detach() * reward.detach()).sum()
+    (gradient,) = torch.autograd.grad(surprise, logits)
+    return gradient
+
+
+def test_what_an_estimate_as_a_reward_pulls_towards() -> None:
+    """Only k1 is eq. 4. k3: the difference of both KLs' gradients, which cancel where policies are close.
+    The full KL is one number for all outcomes: no gradient at all. k2 and abs: something else."""
+    logits = POLICY.log().requires_grad_()
+    own = logits.log_softmax(-1)
+    (reverse,) = torch.autograd.grad(reverse_kl(REFERENCE.log(), own), logits, retain_graph=True)
+    (forward,) = torch.autograd.grad(forward_kl(REFERENCE.log(), own), logits)
+    found = {
+        name: policy_gradient(kl_estimate(POLICY.log(), REFERENCE.log(), name), logits) for name in SAMPLED
+    }
+    torch.testing.assert_close(found["k1"], reverse)
+    torch.testing.assert_close(found["k3"], reverse - forward)
+    full = reverse_kl(REFERENCE.log(), POLICY.log()).expand(4)
+    torch.testing.assert_close(policy_gradient(full, logits), torch.zeros(4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_other_rewards_hardly_pull_to_a_near_reference(estimator: KlEstimator) -> None:
+    """Their gradient is of second order in the distance, the KL's of first: a tenth as far, a tenth of it."""
+    torch.manual_seed(0)
+    logits, direction = torch.randn(2, 50, dtype=torch.float64)
+    logits.requires_grad_()
+    shares = []
+    for distance in (0.1, 0.01):
+        reference = (logits.detach() + distance * direction).log_softmax(-1)
+        own = logits.log_softmax(-1)
+        (reverse,) = torch.autograd.grad(reverse_kl(reference, own), logits)
+        found = policy_gradient(kl_estimate(own.detach(), reference, estimator), logits)
+        shares.append(float(found.norm() / reverse.norm()))
+    assert shares[0] < 0.1
+    assert shares[1] == pytest.approx(shares[0] / 10, rel=0.1)

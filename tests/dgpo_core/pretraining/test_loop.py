@@ -10,6 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.config.data import PhaseConfig
 from dgpo_core.datasets.world.reading import Example
+from dgpo_core.errors import NotFinite
 from dgpo_core.pretraining import loop
 from dgpo_core.pretraining.loop import _backward, train_on_examples, weighted_loss
 from dgpo_core.training.checkpoint import Checkpoint
@@ -86,3 +87,11 @@ def test_killed_build_continues_exactly(
     finished = build("killed").state_dict()
     assert reported == [5]  # a finished phase still counts in the progress
     assert all(torch.equal(finished[name], value) for name, value in whole.items())
+
+
+def test_a_rate_that_is_too_high_ends_the_build(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    config = PhaseConfig(kind="reading", steps=5, batch_size=4, learning_rate=1e30, matrix_learning_rate=1e30)
+    with pytest.raises(NotFinite, match=r"the (loss|grad_norm) of step \d .*lower learning_rate or matrix_"):
+        train_on_examples(
+            tiny_model(tokenizer, 3), config, examples, Checkpoint(tmp_path), lambda *_: None, 3, "float32"
+        )

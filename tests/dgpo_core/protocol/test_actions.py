@@ -40,7 +40,7 @@ def test_any_text_parses(text: str) -> None:
         assert f"</{action.kind}>" not in action.content
         assert f"<{action.kind}>" in text
     answer = last_answer(text)
-    assert (answer is None) == ("</answer>" not in text.partition("<answer>")[2])
+    assert answer is None or (answer and "</answer>" in text.partition("<answer>")[2])
     assert isinstance(is_well_formed([text]), bool)
 
 
@@ -57,7 +57,8 @@ def test_what_follows_the_first_tag_does_not_matter(before: str, content: str, t
 
 def test_last_answer() -> None:
     assert last_answer("<answer> a </answer> then <answer> b </answer> <answer> open") == "b"
-    assert last_answer("<answer></answer>") == ""
+    assert last_answer("<answer> a </answer> <answer> \n</answer>") is None
+    assert last_answer("<answer>\u200b</answer>") is None
     assert last_answer("<answer> open") is None
 
 

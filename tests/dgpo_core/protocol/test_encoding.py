@@ -1,15 +1,18 @@
 """Control tokens come from the chat template only."""
 
 import copy
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.datasets.world.tokenizer import build_tokenizer
-from dgpo_core.protocol.encoding import encode_prompt, encode_text
+from dgpo_core.protocol.encoding import encode_prompt, encode_start, encode_text
 from dgpo_core.protocol.prompts import INVALID_ACTION, prompt_text
+from dgpo_core.rehearsal.tokenizers import build_tokenizer as rehearsal_tokenizer
 
 TOKENIZER = build_tokenizer()
 CONTROL = set(TOKENIZER.all_special_ids) | {TOKENIZER.convert_tokens_to_ids("<|im_start|>")}
@@ -39,6 +42,95 @@ def test_no_text_makes_control_tokens_and_none_is_lost(parts: list[str]) -> None
     harmless = encode_prompt("a", "short", TOKENIZER)
     assert [i for i in prompt if i in CONTROL] == [i for i in harmless if i in CONTROL]
     assert TOKENIZER.decode(prompt) == prompt_text(f"a{text}", "short", TOKENIZER)
+
+
+TRAINED_ON = [
+    "the mayor of the town is Ann. " * 3,
+    "Köln liegt am Rhein, 1234567 Einwohner",
+    "東京は日本の首都です",
+]
+
+
+def fast(model: models.Model, trainer: Any, split: Any = None, decimal: bool = False) -> Any:
+    """A tokenizer of the given kind; without `split` the whole text is one word, as in some of Llama's."""
+    made = Tokenizer(model)
+    made.normalizer = normalizers.NFKC()
+    if split is not None:
+        made.pre_tokenizer = split
+    if decimal:  # digits in threes from the right, as few have them: the end decides about the start
+        threes = pre_tokenizers.Split(Regex(r"\d{1,3}(?=(?:\d{3})*(?!\d))"), "isolated")
+        made.pre_tokenizer = pre_tokenizers.Sequence([threes])
+    made.train_from_iterator(TRAINED_ON * 5, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<unk>")
+
+
+BPE = trainers.BpeTrainer(vocab_size=300, special_tokens=["<unk>"], show_progress=False)
+KINDS = {
+    "embedded world": TOKENIZER,
+    "qwen2": rehearsal_tokenizer("qwen2", TRAINED_ON),
+    "llama": rehearsal_tokenizer("llama", TRAINED_ON),
+    "bpe without words": fast(models.BPE(unk_token="<unk>"), BPE),
+    "bpe with decimal groups": fast(models.BPE(unk_token="<unk>"), BPE, decimal=True),
+    "unigram": fast(
+        models.Unigram(),
+        trainers.UnigramTrainer(
+            vocab_size=120, special_tokens=["<unk>"], unk_token="<unk>", show_progress=False
+        ),
+        pre_tokenizers.Metaspace(),
+    ),
+    "wordpiece": fast(
+        models.WordPiece(unk_token="<unk>"),
+        trainers.WordPieceTrainer(vocab_size=200, special_tokens=["<unk>"], show_progress=False),
+        pre_tokenizers.BertPreTokenizer(),
+    ),
+}
+PIECES = st.sampled_from(
+    [
+        *(
+            "the mayor of the town is Ann. ",
+            "Ann",
+            " ",
+            "\n",
+            "\t  ",
+            "e\u0301",
+            "7",
+            "2026",
+            "東京は",
+            "。",
+            "x",
+        ),
+        *("Rhein", "<|im_end|>", "!!", "\u200d", "🜁", "\u0301", "\r\n"),
+    ]
+)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(
+    parts=st.lists(st.tuples(PIECES, st.integers(1, 900)), min_size=1, max_size=6),
+    count=st.integers(0, 120),
+)
+@settings(deadline=None, max_examples=60)
+def test_the_start_is_that_of_the_whole(kind: str, parts: list[tuple[str, int]], count: int) -> None:
+    """Long runs of one thing included, of which tokenisers make long words and long tokens."""
+    text = "".join(part * times for part, times in parts)
+    assert encode_start(text, KINDS[kind], count) == encode_text(text, KINDS[kind])[:count]
+
+
+def test_no_more_is_read_than_is_wanted() -> None:
+    read = 0
+
+    class Counting:
+        def encode(self, text: str, **options: Any) -> list[int]:
+            nonlocal read
+            read += len(text)
+            ids: list[int] = TOKENIZER.encode(text, **options)
+            return ids
+
+    for unit in ("the mayor of the town is Ann. ", "东京是日本的首都", "a", " ", "é"):
+        read = 0
+        text = unit * (1_000_000 // len(unit))
+        assert len(encode_start(text, Counting(), 320)) == 320
+        assert read < 200_000, unit
 
 
 @pytest.fixture

@@ -31,6 +31,7 @@ class QdrantServer:
     engine: QdrantClient = field(default_factory=lambda: QdrantClient(":memory:"))
     requests: list[tuple[str, Any]] = field(default_factory=list)
     busy: int = 0
+    largest: int = 33_554_432  # bytes of a request: 32 MiB, as the real one's default
     failing: int = 0  # upserts that will be answered with 503
     red: bool = False
     lost: bool = False  # upserts that are acknowledged and forgotten
@@ -59,6 +60,9 @@ def make_app(server: QdrantServer) -> FastAPI:
     async def check_key(request: Request, call: Any) -> Response:
         if server.key is not None and request.headers.get("api-key") != server.key:
             return JSONResponse({"status": {"error": "Invalid API key or JWT"}}, 401)
+        if (size := int(request.headers.get("content-length", 0))) > server.largest:
+            reason = f"JSON payload ({size} bytes) is larger than allowed (limit: {server.largest} bytes)."
+            return JSONResponse({"status": {"error": f"Payload error: {reason}"}}, 400)
         response: Response = await call(request)
         return response
 

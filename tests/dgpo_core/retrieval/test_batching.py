@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dgpo_core.datasets.records import Passage
-from dgpo_core.errors import InfrastructureError
+from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval.batching import Batcher
 from dgpo_core.retrieval.hits import Hit
 from dgpo_core.retrieval.index import Index, index_passages
@@ -45,6 +45,14 @@ def test_a_failure_is_everybodys_and_the_next_search_is_another(passages: list[P
     answers, sizes = searched(broken, [(["a"], 3), (["b"], 3)], largest=4)
     assert [type(answer) for answer in answers] == [InfrastructureError] * 2
     assert sizes == []
+
+
+def test_one_clients_fault_is_its_own(index: Index, queries: list[tuple[str, str]]) -> None:
+    good = [queries[0][0]]
+    answers, _ = searched(index, [(good, 3), (["town \ud800"], 3), (["film"], 3), (good, 3)], largest=9)
+    assert isinstance(answers[1], UserError)
+    assert "not valid Unicode" in str(answers[1])
+    assert [answers[0], answers[2], answers[3]] == [index.search(q, 3) for q in (good, ["film"], good)]
 
 
 def test_a_client_that_leaves_disturbs_nobody(index: Index, queries: list[tuple[str, str]]) -> None:

@@ -14,6 +14,8 @@ from transformers import BertModel
 
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import UserError
+from dgpo_core.protocol.encoding import start_of
+from dgpo_core.retrieval import encoders
 from dgpo_core.retrieval.encoders import (
     BUFFER,
     Bm25Encoder,
@@ -21,6 +23,7 @@ from dgpo_core.retrieval.encoders import (
     SentenceTransformersEncoder,
     SparseVector,
     make_encoder,
+    silent,
 )
 from tests.dgpo_core.retrieval.words import WORDS
 
@@ -56,6 +59,39 @@ def test_dense_encoder_cuts_long_texts(bert: Path) -> None:
     np.testing.assert_allclose(np.array(vector), pooled(bert, "red green blue house tree tree", 6), atol=1e-5)
 
 
+def test_of_a_long_text_the_start_alone_is_read(
+    bert: Path, minilm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same vectors as of the whole, which takes seconds to tokenise."""
+    text = "red house green tree " * 20_000
+    read: list[int] = []
+
+    def measured(text: str, encode: Any, count: int) -> str:
+        read.append(len(start_of(text, encode, count)))
+        return text
+
+    for config in (
+        EncoderConfig(model=str(bert), max_tokens=20, passage_prefix=""),
+        EncoderConfig(kind="sentence-transformers", model=str(minilm), max_tokens=20),
+    ):
+        encoder = make_encoder(config, 10.0)
+        whole, start = (np.array(encoder.encode_passages([t])) for t in (text, text[:400]))
+        np.testing.assert_allclose(whole, start, atol=1e-5)
+        with monkeypatch.context() as patch:
+            patch.setattr(encoders, "start_of", measured)
+            encoder.encode_passages([text])
+        assert read.pop() < 1000
+
+
+def test_vectors_that_are_no_numbers_are_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder = DenseEncoder(EncoderConfig(model=str(bert)))
+    weights = encoder._model.embeddings.word_embeddings.weight
+    with torch.no_grad():
+        weights.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"makes vectors that are not numbers.*retrieval\.precision"):
+        encoder.encode_passages(["red house"])
+
+
 def test_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"retrieval\.encoder\.model: cannot load"):
         DenseEncoder(EncoderConfig(model=str(tmp_path)))
@@ -72,6 +108,14 @@ def test_bm25_weights() -> None:
     norm = 1.2 * (1 - 0.75 + 0.75 * 3 / 4)
     assert weights.pop(query.indices[0]) == pytest.approx(2 * 2.2 / (2 + norm), rel=1e-5)
     assert list(weights.values()) == pytest.approx([2.2 / (1 + norm)], rel=1e-5)
+
+
+@pytest.mark.parametrize("text", ["Jose\u0301 Ibáñez", "José\u200b Ib\u00adáñez", "\u200fJosé Ibáñez"])
+def test_bm25_finds_a_word_in_every_spelling(text: str) -> None:
+    encoder = Bm25Encoder(average_words=4.0)
+    assert encoder.encode_passages([text]) == encoder.encode_passages(["José Ibáñez"])
+    assert encoder.encode_queries([text]) == encoder.encode_queries(["José Ibáñez"])
+    assert encoder.passage_column([text], silent) == encoder.passage_column(["José Ibáñez"], silent)
 
 
 def test_make_encoder(bert: Path) -> None:

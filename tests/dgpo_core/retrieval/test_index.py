@@ -1,10 +1,15 @@
 """The index, whatever its location: the same passages from all of them, and failures that are told."""
 
+import os
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from fastapi import FastAPI
+from fastapi.responses import HTMLResponse
 
 from dgpo_core.config.retrieval import QdrantConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage
@@ -15,8 +20,10 @@ from dgpo_core.retrieval.encoders import Bm25Encoder
 from dgpo_core.retrieval.hits import Hit
 from dgpo_core.retrieval.index import Index, index_passages, open_index
 from dgpo_core.retrieval.shards import read_manifest, write_manifest
+from tests.conftest import ROOT
 from tests.dgpo_core.retrieval.conftest import BM25
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer
+from tests.dgpo_core.retrieval.test_service import served
 
 
 def ids(found: list[list[Hit]]) -> list[list[str]]:
@@ -171,6 +178,44 @@ def test_the_servers_key_comes_from_the_environment(
             open_index(shards, config)
     monkeypatch.setenv("QDRANT_API_KEY", "sesame")
     assert open_index(shards, config).search(["film"], 1)
+
+
+def test_what_the_server_refuses_is_the_users(shards: Path, qdrant: QdrantServer) -> None:
+    """It would be refused again: no time is lost with other attempts."""
+    opened = open_index(shards, RetrievalConfig(encoder=BM25, location=qdrant.url))
+    for name in [collection.name for collection in qdrant.engine.get_collections().collections]:
+        qdrant.engine.delete_collection(name)
+    with pytest.raises(UserError, match=r"refuses a request \(HTTP 404\): .*not found"):
+        opened.search(["a query that nobody asked"], 3)
+
+
+@pytest.mark.parametrize(("status", "kind"), [(404, UserError), (200, UserError), (503, InfrastructureError)])
+def test_another_server_at_that_address(shards: Path, status: int, kind: type[Exception]) -> None:
+    app = FastAPI()
+
+    @app.api_route("/{path:path}", methods=["GET", "PUT", "POST"])
+    def page() -> HTMLResponse:
+        return HTMLResponse("<html>a page</html>", status)
+
+    with served(app) as url, pytest.raises(kind, match=url):
+        open_index(shards, RetrievalConfig(encoder=BM25, location=url))
+
+
+def test_a_machine_without_room_is_told_with_its_place(tmp_path: Path) -> None:
+    """The engine's error has the system's number in its text alone."""
+    code = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "from dgpo_core.config.retrieval import EncoderConfig; "
+        "from dgpo_core.datasets.records import Passage; "
+        "from dgpo_core.retrieval.index import index_passages; "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
+        "index_passages([Passage('a', 'T', 'red house ' * 9000)], EncoderConfig(kind='bm25'))"
+    )
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert f"ResourceError: cannot build the index in {tmp_path}, where " in done.stderr
+    assert "MiB are free: file too large" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_an_old_server_is_refused(shards: Path, qdrant: QdrantServer) -> None:

@@ -2,16 +2,22 @@
 
 import random
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from qdrant_client.hybrid.fusion import reciprocal_rank_fusion
 from qdrant_client.models import ScoredPoint
 
-from dgpo_core.config.retrieval import EncoderConfig
-from dgpo_core.datasets.records import Passage
+from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
+from dgpo_core.datasets.records import Passage, write_jsonl
 from dgpo_core.retrieval.encoders import Vector
-from dgpo_core.retrieval.index import index_passages
-from dgpo_core.retrieval.ranking import RRF_K, Scored, fuse, rank
+from dgpo_core.retrieval.index import index_passages, open_index
+from dgpo_core.retrieval.ranking import RRF_K, Scored, Window, fuse, rank
+from dgpo_core.retrieval.recall import search_recall
+from dgpo_core.retrieval.shards import build_shards
+from tests.dgpo_core.retrieval.qdrant_server import QdrantServer
 
 PASSAGE = Passage("p", "T", "text")
 
@@ -27,11 +33,18 @@ class Engine:
         self._points = points(*enumerate(scores))
         self._random = random.Random(seed)
         self.limits: list[int] = []
+        self.fetched = 0
 
-    def __call__(self, vectors: list[Vector], limit: int) -> list[list[Scored]]:
+    def __call__(
+        self, vectors: list[Vector], limit: int, /, window: Window | None = None
+    ) -> list[list[Scored]]:
         self.limits.append(limit)
-        shuffled = self._random.sample(self._points, len(self._points))
+        asked = self._points
+        if window is not None:
+            asked = [p for p in asked if p.number in window.numbers and p.score >= window.score]
+        shuffled = self._random.sample(asked, len(asked))
         best = sorted(shuffled, key=lambda point: -point.score)[:limit]
+        self.fetched += len(best) * len(vectors)
         return [best for _ in vectors]
 
 
@@ -43,11 +56,55 @@ def test_ties_are_cut_in_the_order_of_the_corpus(seed: int) -> None:
     assert engine.limits == [11, 44, 176], "until the last place is no tie"
 
 
+@given(
+    groups=st.lists(st.sampled_from([-2.0, -1.0, 0.0, 0.5, 1.0, 1.001, 3.0]), min_size=1, max_size=3),
+    data=st.data(),
+    top_k=st.integers(1, 60),
+    seed=st.integers(0, 9),
+)
+def test_ranks_are_those_of_the_whole_corpus(
+    groups: list[float], data: st.DataObject, top_k: int, seed: int
+) -> None:
+    """Against sorting everything, with scores that tie but for rounding."""
+    drawn = random.Random(seed)
+    count = data.draw(st.integers(0, 1500))
+    block = data.draw(st.integers(1, 400))  # equal ones stand together, or all over the corpus
+    exact = [groups[(i // block) % len(groups)] for i in range(count)]
+    engine = Engine([score * (1 + drawn.uniform(-3e-7, 3e-7)) for score in exact], seed)
+    (found,) = rank(engine, [[0.0]], top_k)
+    expected = sorted(range(count), key=lambda i: (-exact[i], i))[:top_k]
+    assert [point.number for point in found] == expected
+
+
+def test_what_many_ties_cost_does_not_grow_with_their_number() -> None:
+    for copies in (1000, 50_000):
+        engine = Engine([0.5] * 10 + [1.0] * copies + [2.0] * 2, 0)
+        (best,) = rank(engine, [[0.0]], 3)
+        assert [point.number for point in best] == [copies + 10, copies + 11, 10]
+        assert engine.fetched < 500
+        assert len(engine.limits) == 4
+
+
 def test_without_ties_once_is_enough() -> None:
     engine = Engine([float(i) for i in range(30)], 0)
     (best,) = rank(engine, [[0.0]], 2)
     assert [point.number for point in best] == [29, 28]
     assert engine.limits == [10]
+
+
+def test_many_ties_of_a_real_index(tmp_path: Path, qdrant: QdrantServer) -> None:
+    """A thousand copies behind other passages, in every engine, also without an index's approximations."""
+    texts = ["blue house", "red red house", *["red house"] * 700, "red red red house", *["red house"] * 300]
+    write_jsonl(tmp_path / "corpus", [Passage(f"p{i}", "T", text) for i, text in enumerate(texts)])
+    config = RetrievalConfig(encoder=EncoderConfig(kind="bm25"), shard_size=400)
+    build_shards(tmp_path / "corpus", tmp_path / "index", config, lambda *_: None)
+    for location in ("embedded", "memory", qdrant.url):
+        opened = open_index(tmp_path / "index", config.model_copy(update={"location": location}))
+        (hits,) = opened.search(["red"], 5)
+        assert [hit.passage.id for hit in hits] == ["p702", "p1", "p2", "p3", "p4"], location
+        assert opened.searcher
+        assert search_recall(opened.searcher, ["red", "house"], 5).share == 1.0
+        opened.close()
 
 
 def test_ties_of_a_real_index() -> None:

@@ -8,6 +8,7 @@ Collections of its own are made and removed. With a server that wants a key: QDR
 
 import os
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -92,7 +93,7 @@ def test_sparse_is_what_the_embedded_engine_finds(
     ensure(client, made, config, lambda *_: None, lambda name: None)
     asked = encoder.encode_queries([query for query, _ in queries[:100]])
     backends = [QdrantBackend(client, made.name, config), EmbeddedBackend(made)]
-    first, second = (rank(lambda v, n, b=b: b.query("text", v, n), asked, 3) for b in backends)  # type: ignore[misc]
+    first, second = (rank(partial(b.query, "text"), asked, 3) for b in backends)
     assert [[p.number for p in ps] for ps in first] == [[p.number for p in ps] for ps in second]
     for some, same in zip(first, second, strict=True):
         assert [p.score for p in some] == pytest.approx([p.score for p in same], rel=1e-5)

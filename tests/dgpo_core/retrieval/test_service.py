@@ -1,5 +1,6 @@
 """The retriever service over real HTTP: Search-R1's contract, batches, errors, metrics; our client."""
 
+import json
 import threading
 import time
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
-from fastapi import FastAPI
+from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -19,10 +20,11 @@ from dgpo_core.config.retrieval import RetrievalConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval import client as client_module
+from dgpo_core.retrieval import service
 from dgpo_core.retrieval.client import ServiceClient, describe_service
 from dgpo_core.retrieval.hits import Hit
 from dgpo_core.retrieval.index import open_index
-from dgpo_core.retrieval.service import MAX_TOP_K, Retrieval, make_app
+from dgpo_core.retrieval.service import MAX_QUERIES, MAX_QUERY, MAX_TOP_K, Retrieval, make_app
 from dgpo_core.retrieval.shards import read_manifest
 from tests.dgpo_core.retrieval.conftest import BM25
 
@@ -108,12 +110,38 @@ def test_the_fields_contract(url: str, retrieval: Retrieval, queries: list[tuple
         ),
         ({"queries": ["a"], "topk": -1}, "topk: Input should be greater than or equal to 0"),
         ([], "body: Input should be a valid dictionary"),
+        ({"queries": ["a", "town \ud800"]}, "queries.1: not valid Unicode: half a surrogate pair"),
+        (
+            {"queries": ["x" * (MAX_QUERY + 1)]},
+            "queries.0: 100,001 characters; at most 100,000 are searched for",
+        ),
+        ({"queries": ["a"] * (MAX_QUERIES + 1)}, "queries: List should have at most 10000 items"),
+        ({"queries": ["a"], "topk": 10**30}, "topk: Input should be less than or equal to"),
+        ({"queries": ["a"], "topk": 2.5}, "topk: Input should be a valid integer"),
+        ({"queries": [None]}, "queries.0: Input should be a valid string"),
+        ({"queries": {"a": 1}}, "queries: Input should be a valid list"),
     ],
 )
 def test_what_is_wrong_with_a_request_is_said(url: str, body: Any, reason: str) -> None:
-    response = httpx.post(f"{url}/retrieve", json=body)
+    headers = {"content-type": "application/json"}
+    response = httpx.post(f"{url}/retrieve", content=json.dumps(body), headers=headers, timeout=60)
     assert response.status_code == 422
     assert response.json()["detail"].startswith(reason)
+    assert "retry-after" not in response.headers
+
+
+@pytest.mark.parametrize("body", [b"{", b"\xff\xfe", b"[" * 100_000, b'{"queries": [1e999]}', b"null", b""])
+def test_what_is_no_request_is_said_too(url: str, body: bytes) -> None:
+    response = httpx.post(f"{url}/retrieve", content=body, headers={"content-type": "application/json"})
+    assert response.status_code in (400, 422)
+    assert response.json()["detail"]
+
+
+def test_a_request_that_is_too_large_is_not_read(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(service, "MAX_BODY", 1000)
+    response = httpx.post(f"{url}/retrieve", json={"queries": ["x" * 2000]})
+    assert (response.status_code, "at most 1,000" in response.json()["detail"]) == (413, True)
+    assert httpx.post(f"{url}/retrieve", json={"queries": ["", " ", "film"]}).status_code == 200
 
 
 def test_our_client_gets_what_the_index_gives(
@@ -147,9 +175,10 @@ def foreign(answer: Any, status: int = 200) -> FastAPI:
     app.state.asked = 0
 
     @app.post("/retrieve")
-    def retrieve() -> JSONResponse:
+    def retrieve() -> Response:
         app.state.asked += 1
-        return JSONResponse(answer, status)
+        text = answer if isinstance(answer, str) else json.dumps(answer)
+        return Response(text, status, media_type="application/json")
 
     return app
 
@@ -171,10 +200,14 @@ ITEM = {"document": {"id": "1", "contents": '"T"\ntext'}, "score": 1.0}
     [
         {"result": []},  # fewer results than queries
         {"result": [[], []]},
-        {"result": [[ITEM] * 4]},  # more than were asked for
-        {"result": [[ITEM["document"]]]},  # no scores
         {"result": [[{**ITEM, "score": "much"}]]},
-        {"result": [[{**ITEM, "document": {"contents": '"T"\ntext'}}]]},
+        {"result": [[{**ITEM, "score": True}]]},
+        {"result": [[{**ITEM, "document": {"id": "1"}}]]},  # no text
+        {"result": [[{**ITEM, "document": {"contents": " "}}]]},
+        {"result": [[{**ITEM, "document": None}]]},
+        {"result": [[ITEM, None]]},
+        {"result": [None]},
+        {"result": {"a": []}},
         {"result": None},
         {"results": [[ITEM]]},
         [],
@@ -188,12 +221,87 @@ def test_a_broken_answer_is_a_failure_and_never_an_empty_result(answer: Any) -> 
             client.hits(["a"], 3)
 
 
+@pytest.mark.parametrize(
+    ("items", "expected"),
+    [
+        ([ITEM] * 5, [("1", "T", "text", 1.0)] * 3),  # more than were asked for
+        ([ITEM["document"]], [("1", "T", "text", 1.0)]),  # the document alone, without its score
+        ([ITEM, {**ITEM, "score": None}], [("1", "T", "text", 1.0), ("1", "T", "text", 0.5)]),
+        ([{**ITEM, "score": float("nan")}], [("1", "T", "text", 1.0)]),
+        ([{**ITEM, "score": 7}], [("1", "T", "text", 7.0)]),
+        (
+            [{"document": {"id": 5, "title": "T", "text": "text", "contents": None}}],
+            [("5", "T", "text", 1.0)],
+        ),
+        ([{"document": {"id": "5", "contents": "one line"}}], [("5", "", "one line", 1.0)]),
+        ([{"document": {"id": "5", "contents": "T\nhalf \ud800"}}], [("5", "T", "half ?", 1.0)]),
+    ],
+)
+def test_the_answers_of_the_field_are_read(items: list[Any], expected: list[tuple[Any, ...]]) -> None:
+    answer = json.dumps({"result": [items]})
+    with served(foreign(answer)) as url:
+        (hits,) = ServiceClient(url, f"unverified: {url}").hits(["a"], 3)
+    assert [(h.passage.id, h.passage.title, h.passage.text, h.score) for h in hits] == expected
+
+
+def test_a_passage_without_an_id_is_known_by_its_contents() -> None:
+    def documents(*texts: str) -> str:
+        return json.dumps(
+            {"result": [[{"document": {"contents": f'"T"\n{text}', "id": None}} for text in texts]]}
+        )
+
+    names = []
+    for texts in (("one", "two"), ("two", "three")):
+        with served(foreign(documents(*texts))) as url:
+            (hits,) = ServiceClient(url, f"unverified: {url}").hits(["a"], 3)
+        names.append([hit.passage.id for hit in hits])
+    assert names[0][1] == names[1][0]
+    assert len({*names[0], *names[1]}) == 3
+
+
+def test_the_first_question_shows_whether_it_is_a_retriever(quick: None) -> None:
+    textless = {"result": [[{"document": {"id": "1"}}], []]}
+    cases: list[tuple[Any, int, str]] = [
+        (textless, 200, r"a document without .*contents.*; its keys are 'id'"),
+        ({"result": [[], []]}, 200, r"finds nothing for any of 2 questions, as for 'q'"),
+        ({"detail": "Not Found"}, 404, r"refuses the request: Not Found"),
+        ("<html>", 200, r"does not answer as a retriever does"),
+    ]
+    for answer, status, message in cases:
+        with served(foreign(answer, status)) as url:
+            client = ServiceClient(url, f"unverified: {url}")
+            with pytest.raises(UserError, match=message):
+                client.require(["q", "r"], 3)
+
+
+def test_of_many_queries_the_refused_one_is_named_and_no_request_is_large() -> None:
+    app = FastAPI()
+    sizes: list[int] = []
+
+    @app.post("/retrieve")
+    async def retrieve(request: Request) -> JSONResponse:
+        body = await request.body()
+        sizes.append(len(body))
+        queries = json.loads(body)["queries"]
+        if "bad" in queries:
+            return JSONResponse({"detail": "I do not like it"}, 400)
+        return JSONResponse({"result": [[] for _ in queries]})
+
+    with served(app) as url:
+        client = ServiceClient(url, f"unverified: {url}")
+        assert client.hits(["\0" * 50_000] * 7, 3) == [[]] * 7
+        assert len(sizes) == 7
+        assert max(sizes) < client_module.BATCH_BYTES
+        with pytest.raises(UserError, match=r"I do not like it \(query: 'bad'\)"):
+            client.hits(["good", "bad"], 3)
+
+
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "LONGEST_WAIT", 0.01)
 
 
-@pytest.mark.parametrize("status", [429, 500, 503])
+@pytest.mark.parametrize("status", [408, 429, 500, 503])
 def test_overload_is_waited_for_and_then_a_failure(quick: None, status: int) -> None:
     app = foreign({"detail": "too much to do"}, status)
     with served(app) as url:

@@ -48,6 +48,16 @@ def test_endings(pieces: list[str], count: int, finish: Finish | None) -> None:
     assert ENDINGS.first(ids, 6, STOP) == (count, finish)
 
 
+def test_ids_without_a_token_are_those_behind_the_last_one() -> None:
+    """Whatever holes are before it, and however few rows the head has."""
+    known = len(TOKENIZER)
+    assert (ENDINGS.known, list(ENDINGS.unknown)) == (known, list(range(known, known + 5)))
+    fewer = Endings(TOKENIZER, {EOS}, known - 2)
+    assert (fewer.known, list(fewer.unknown)) == (known - 2, [])
+    with_holes = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 9, "c": 4})
+    assert list(Endings(with_holes, {0}, 12).unknown) == [10, 11]
+
+
 @given(st.lists(st.sampled_from(range(len(TOKENIZER))), min_size=1, max_size=40))
 def test_first_ending_is_the_first_prefix_that_has_one(ids: list[int]) -> None:
     def ended(count: int) -> bool:

@@ -1,7 +1,11 @@
 """The agent loop with an engine that writes given texts."""
 
+import math
 import random
+from dataclasses import replace
+from typing import Literal
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
@@ -9,6 +13,7 @@ from transformers import PreTrainedTokenizerFast
 from dgpo_core.config.protocol import GREEDY, ProtocolConfig, Sampling
 from dgpo_core.datasets.records import Passage
 from dgpo_core.datasets.world.tokenizer import build_tokenizer
+from dgpo_core.errors import NotFinite
 from dgpo_core.protocol import prompts
 from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.retrieval.hits import Retriever
@@ -203,6 +208,73 @@ def test_information_is_cut_but_never_its_tags(texts: list[tuple[str, str]], lim
     assert episode.searches[0].passage_ids == [p.id for p in passages]
 
 
+RELEASE = ProtocolConfig(documents="release")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3), st.integers(1, 120))
+def test_information_of_the_release_is_one_text(texts: list[tuple[str, str]], limit: int) -> None:
+    """Tokenised whole, as there; cut anywhere, but never its closing tag."""
+    passages = [Passage(str(i), title, text) for i, (title, text) in enumerate(texts)]
+    config = RELEASE.model_copy(update={"max_information": limit})
+    episode, _ = run(SEARCH, ANSWER, retriever=Answering(passages), config=config)
+    ids = [
+        t for t, owner in zip(episode.token_ids, episode.owners, strict=True) if owner == Owner.ENVIRONMENT
+    ]
+    whole = TOKENIZER.encode(prompts.information([(p.title, p.text) for p in passages], "release"))
+    before, after = TOKENIZER.encode("\n\n<information>"), TOKENIZER.encode("</information>\n\n")
+    if len(whole) <= len(before) + limit + len(after):
+        assert ids == whole
+    else:
+        assert ids == whole[: len(before) + limit] + after
+    assert episode.outcome is Outcome.CORRECT
+
+
+def test_titles_keep_their_quotes_in_the_releases_text() -> None:
+    episode, _ = run(SEARCH, ANSWER, config=RELEASE)
+    assert pieces(episode)[2][1] == (
+        '\n\n<information>Doc 1(Title: "Ada") Ada was born in Paris.</information>\n\n'
+    )
+
+
+@pytest.mark.parametrize("golden", ["A", "", "?", "Paris"])
+@pytest.mark.parametrize("nothing", ["", " ", "\n\t", "\u200b"])
+def test_an_answer_of_white_space_is_an_invalid_action_and_never_correct(golden: str, nothing: str) -> None:
+    episode, _ = run(f"<answer>{nothing}</answer>", golden=(golden,))
+    assert (episode.invalid_actions, episode.prediction, episode.outcome) == (5, None, Outcome.WRONG)
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome"), [("A", Outcome.CORRECT), ("the", Outcome.WRONG), (".", Outcome.WRONG)]
+)
+def test_an_answer_that_normalises_to_nothing_earns_no_other(text: str, outcome: Outcome) -> None:
+    assert run(f"<answer> {text} </answer>", golden=("A",))[0].outcome is outcome
+
+
+@pytest.mark.parametrize("documents", ["plain", "release"])
+def test_of_a_long_passage_no_more_is_tokenised_than_is_shown(
+    documents: Literal["plain", "release"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens as of the whole passage, which would take seconds."""
+    read: list[int] = []
+    tokenizer = build_tokenizer()
+    encode = tokenizer.encode
+    monkeypatch.setattr(tokenizer, "encode", lambda text, **o: read.append(len(text)) or encode(text, **o))
+    sentence = "Bel is the mayor of Ula, and Ula lies on the river Aro. "
+    config = ProtocolConfig(max_information=320, documents=documents)
+    shown = []
+    for times in (60, 20_000):
+        retriever = Answering([Passage("1", "A log", "Short."), Passage("2", "Log", sentence * times)])
+        engine = ScriptedEngine(tokenizer, lambda _, turn: [SEARCH, ANSWER][turn])
+        loop = AgentLoop(engine, tokenizer, retriever, config, 3)
+        read.clear()
+        (episode,) = loop.run([Task(question(answers=("Aro",)), "onehop")], GREEDY)
+        assert episode.hit
+        shown.append(pieces(episode)[2][1])
+    assert shown[0] == shown[1]
+    assert 700 < len(shown[0]) < sum(read) < 20_000
+
+
 TURNS = st.lists(
     st.sampled_from(
         [SEARCH, ANSWER, BABBLE, "<search> </search>", "<answer> Rome </answer>", "x" * 30, "<|im_end|>"]
@@ -318,3 +390,17 @@ def test_an_ended_episode_holds_no_memory() -> None:
     assert held == [[False, False], [False, True], [False, True]]
     loop.run(tasks, GREEDY)
     assert len(memories) == 4  # a run of its own, with memories of its own
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_model_that_gives_no_numbers_is_no_wrong_answer(value: float) -> None:
+    """Whichever engine samples for it: evaluated, it would have EM 0."""
+
+    class Broken(ScriptedEngine):
+        def _one(self, request: Request, stop: tuple[str, ...]) -> Generation:
+            made = super()._one(request, stop)
+            return replace(made, logprobs=[*made.logprobs[:-1], value])
+
+    loop = AgentLoop(Broken(TOKENIZER, lambda *_: ANSWER), TOKENIZER, Answering(), ProtocolConfig(), 3)
+    with pytest.raises(NotFinite, match="the log-probability of a sampled token is"):
+        loop.run([Task(question(), "onehop")], GREEDY)

@@ -15,7 +15,7 @@ from dgpo_core.config.rollout import RolloutConfig, ServerConfig
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.rollout.engine import Finish, Generation, Request, weights_of
 from dgpo_core.rollout.server_engine import VllmServerEngine
-from dgpo_core.training.models import load_model, load_tokenizer
+from dgpo_core.training.models import load_model, load_tokenizer, save_model
 
 STUDENT = str(Path(__file__).resolve().parents[3] / "models" / "student")
 Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
@@ -162,6 +162,41 @@ def test_failures_are_tried_again_and_are_no_answers(
     pretender.answers["/inference/v1/generate"] = lambda _: (200, {"choices": [aborted]})
     with pytest.raises(InfrastructureError, match="ended a request with 'abort'"):
         ask(engine)
+    overloaded = iter([429, 408])
+    pretender.answers["/inference/v1/generate"] = lambda _: (
+        next(overloaded, 200),
+        {"choices": [pretender.choice([7], -0.5)]},
+    )
+    assert [answer.token_ids for answer in ask(engine)] == [[7], [7]]
+
+
+def test_broken_answers_are_failures(
+    server: tuple[Pretender, str], words: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    pretender, url = server
+    engine = connect(url, words, tmp_path)
+    whole = pretender.choice([7], -0.5)
+    broken: list[dict[str, Any]] = [
+        {},
+        {"choices": []},
+        {"choices": None},
+        {"choices": [{}]},
+        {"choices": [{**whole, "logprobs": None}]},
+        {"choices": [{**whole, "logprobs": {"content": [{"logprob": None}]}}]},
+        {"choices": [{**whole, "token_ids": ["a"]}]},
+        {"choices": [{**whole, "weight_versions": [{}]}]},
+    ]
+    for answer in broken:
+        pretender.answers["/inference/v1/generate"] = lambda _, answer=answer: (200, answer)  # type: ignore[misc]
+        with pytest.raises(InfrastructureError, match="does not answer as vLLM does"):
+            ask(engine)
+    nan = {"choices": [pretender.choice([7], float("nan"))]}
+    pretender.answers["/inference/v1/generate"] = lambda _: (200, nan)
+    with pytest.raises(InfrastructureError, match="a log-probability that is no number"):
+        ask(engine)
+    pretender.answers["/v1/models"] = lambda _: (200, {"data": []})
+    with pytest.raises(InfrastructureError, match="/v1/models does not answer as vLLM does"):
+        connect(url, words, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -205,3 +240,26 @@ def test_server_of_another_model_that_allows_no_changes(
 def test_no_server(words: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     with pytest.raises(InfrastructureError, match=r"http://127\.0\.0\.1:9: does not answer"):
         connect("http://user:" + "secret@127.0.0.1:9", words, tmp_path)
+
+
+def test_rows_without_a_token_are_asked_not_to_be_sampled(
+    server: tuple[Pretender, str], words: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """The embedded student has none; of a wider model each is named."""
+    pretender, url = server
+    ask(connect(url, words, tmp_path))
+    assert all(body["sampling_params"].get("logit_bias") is None for _, body in generations(pretender))
+    pretender.asked.clear()
+    wider = load_model(STUDENT)
+    wider.resize_token_embeddings(len(words) + 2, mean_resizing=False)
+    save_model(wider, words, tmp_path / "wider")
+    config = RolloutConfig(engine="vllm-server", precision="float32", weights_folder=str(tmp_path / "w"))
+    ask(VllmServerEngine([url], str(tmp_path / "wider"), words, config, 1024))
+    asked = [body["sampling_params"] for _, body in generations(pretender)][1:]  # the first one is a check
+    assert [fields["logit_bias"] for fields in asked] == [
+        {str(len(words)): -1e9, str(len(words) + 1): -1e9}
+    ] * 2
+
+
+def generations(pretender: Pretender) -> list[tuple[str, dict[str, Any]]]:
+    return [(path, body) for path, body in pretender.asked if path.endswith("generate")]

@@ -13,7 +13,7 @@ from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.rollout.engine import Finish, Request
 from dgpo_core.rollout.transformers_engine import TransformersEngine, _Row
 from dgpo_core.training.models import build_model
-from tests.dgpo_core.making import SHAPE
+from tests.dgpo_core.making import SHAPE, padded
 
 FLOAT32 = RolloutConfig(precision="float32")
 WARM = Sampling(temperature=0.7)
@@ -193,3 +193,19 @@ def test_bfloat16_runs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFas
     table = forward_logprobs(model, Request([1, 2, 3], 5, (0,)), answer.token_ids, 1.0)
     expected = table[torch.arange(len(answer.token_ids)), answer.token_ids]
     assert answer.logprobs == pytest.approx(expected.tolist(), abs=0.3)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(), WARM])
+def test_rows_without_a_token_have_no_probability(
+    engine: TransformersEngine, tokenizer: PreTrainedTokenizerFast, sampling: Sampling
+) -> None:
+    """The head of Qwen2.5 has 271 rows more than its tokenizer has tokens; here likely ones. All is as if
+    they were not there, what is sampled and its log-probabilities."""
+    wider = padded(engine.model, 64)
+    logits = wider(torch.tensor([[1, 2, 3]])).logits[0, -1]
+    assert logits.argmax() >= len(tokenizer)
+    requests = prompts()
+    found = TransformersEngine(wider, tokenizer, FLOAT32).generate(requests, sampling, NEVER)
+    for own, other in zip(found, engine.generate(requests, sampling, NEVER), strict=True):
+        assert (own.token_ids, own.finish) == (other.token_ids, other.finish)
+        assert own.logprobs == pytest.approx(other.logprobs, abs=1e-5)

@@ -3,6 +3,7 @@
 Run by `make test-vllm`, in an environment of its own; skipped where vLLM is missing.
 """
 
+import contextlib
 import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,6 +32,7 @@ from dgpo_core.rollout.transformers_engine import TransformersEngine
 from dgpo_core.rollout.vllm_engine import InProcessClient, Transfer, VllmEngine
 from dgpo_core.training.engine_sync import EngineSync, SyncedLoop
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
+from tests.dgpo_core.making import padded
 from tests.vllm_server import serving
 
 pytestmark = [
@@ -150,6 +152,30 @@ def test_logprobs_are_those_at_the_temperature(
                 logits = teacher(torch.tensor([request.token_ids + answer.token_ids])).logits[0]
             table = (logits / (sampling.temperature or 1.0)).log_softmax(-1)[len(request.token_ids) - 1 : -1]
             close(answer.logprobs, table[torch.arange(len(answer.token_ids)), answer.token_ids].tolist())
+
+
+@pytest.mark.parametrize("where", ["in-process", "server"])
+def test_rows_without_a_token_are_never_sampled(
+    where: str, reference: TransformersEngine, words: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Of a head with 70 likely ones more: tokens and log-probabilities are as without them."""
+    wider, asked = str(tmp_path / "wider"), requests(words, 4, 12)
+    save_model(padded(reference.model, 70), words, Path(wider))
+    with contextlib.ExitStack() as open_servers:
+        if where == "server":
+            url = open_servers.enter_context(serving(wider, tmp_path / "log"))
+            engine: SeparateEngine = connect(url, wider, words, tmp_path)
+        else:
+            engine = VllmEngine(wider, words, config(tmp_path), 1024)
+        for sampling in (GREEDY, WARM):
+            for request, answer in zip(asked, engine.generate(asked, sampling, NEVER), strict=True):
+                with torch.inference_mode():
+                    logits = reference.model(torch.tensor([request.token_ids + answer.token_ids])).logits[0]
+                table = (logits / (sampling.temperature or 1.0)).log_softmax(-1)[len(request.token_ids) - 1 :]
+                own = table[torch.arange(len(answer.token_ids)), answer.token_ids]
+                close(answer.logprobs, own.tolist())
+                if sampling == GREEDY:
+                    assert answer.token_ids == table.argmax(-1)[:-1].tolist()
 
 
 def test_endings(

@@ -15,11 +15,15 @@ from dgpo_core.serving.desk import Desk
 
 
 @contextmanager
-def serving(agent: Agent | None, waiting: int = 2) -> Iterator[httpx.Client]:
+def serving(
+    agent: Agent | None, waiting: int = 2, hosts: tuple[str, ...] = (), origins: tuple[str, ...] = ()
+) -> Iterator[httpx.Client]:
     """A client of a running service; None: one that is loading for ever."""
     desk = Desk(waiting)
     desk.agent = agent
-    config = uvicorn.Config(make_app(desk, "127.0.0.1"), log_level="critical", lifespan="off", ws="none")
+    config = uvicorn.Config(
+        make_app(desk, "127.0.0.1", hosts, origins), log_level="critical", lifespan="off", ws="none"
+    )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"

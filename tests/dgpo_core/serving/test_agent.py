@@ -8,7 +8,8 @@ from transformers import PreTrainedModel
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import UserError
 from dgpo_core.protocol.episode import Ending
-from dgpo_core.serving.agent import Agent, Ask, sources
+from dgpo_core.serving.agent import Agent, sources
+from dgpo_core.serving.ask import Ask
 from dgpo_core.serving.events import Event, Found, Information
 from dgpo_core.training.models import load_tokenizer
 from tests.dgpo_core.rollout.scripted import Answering
@@ -62,10 +63,13 @@ def found(*texts: str) -> list[Information]:
         ("Bea", []),
         ("the", []),  # nothing is left of it
         (None, []),
+        ("Jose\u0301", ["2"]),
+        ("Jo\u200bsé", ["2"]),
+        ("東京", ["3"]),
     ],
 )
 def test_sources_hold_the_answer_as_whole_words(answer: str | None, ids: list[str]) -> None:
-    searches = found("The annual report.", "It was Ann's, or so said Ann.")
+    searches = found("The annual report.", "It was Ann's, or so said Ann.", "By José.", "首都は東京です")
     assert [source.id for source in sources(answer, searches)] == ids
 
 

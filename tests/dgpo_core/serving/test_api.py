@@ -13,9 +13,9 @@ from transformers import PreTrainedModel
 
 from dgpo_core.datasets.records import Question
 from dgpo_core.retrieval.hits import Hit
-from dgpo_core.serving.agent import Agent, Ask
+from dgpo_core.serving.agent import Agent
+from dgpo_core.serving.ask import Ask, Stopped
 from dgpo_core.serving.events import Record
-from dgpo_core.serving.streaming import Stopped
 from dgpo_core.training.models import load_tokenizer
 from tests.dgpo_core.rollout.scripted import Answering
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
@@ -97,14 +97,23 @@ def test_models_health_and_what_there_is_not(client: httpx.Client, agent: Agent)
 @pytest.mark.parametrize(
     ("changes", "param", "message"),
     [
-        ({"tools": []}, "tools", "does not support this parameter"),
+        ({"tools": [{"type": "function"}]}, "tools", "only [], not"),
+        ({"tool_choice": "required"}, "tool_choice", "only 'none' or 'auto'"),
+        ({"stop": ["x"]}, "stop", "not ['x']"),
+        ({"logit_bias": {"50256": -100}}, "logit_bias", "only {}"),
+        ({"modalities": ["text", "audio"]}, "modalities", "only [] or ['text']"),
+        ({"response_format": {"type": "json_object"}}, "response_format", "json_object"),
+        ({"logprobs": True}, "logprobs", "only False"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages",
+         "message 1: this agent reads parts of type text only, not 'image_url'"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages", "message 1: content must be a text"),
+        ({"messages": [{"role": "robot", "content": "x"}]}, "messages", "messages.0.role"),
         ({"n": 2}, "n", "only 1, not 2"),
         ({"top_p": 0.5}, "top_p", "only 1, not 0.5"),
         ({"temperature": -1}, "temperature", "greater than or equal to 0"),
         ({"max_tokens": 0}, "max_tokens", "greater than 0"),
-        ({"messages": []}, "messages", "exactly one message"),
-        ({"messages": [{"role": "system", "content": "x"}]}, "messages", "with the role user"),
-        ({"messages": [{"role": "user", "content": "x"}] * 2}, "messages", "exactly one message"),
+        ({"messages": []}, "messages", "one message must have the role user"),
+        ({"messages": [{"role": "system", "content": "x"}]}, "messages", "must have the role user"),
         ({"messages": [{"role": "user", "content": ""}]}, None, "the question is empty"),
         ({"messages": [{"role": "user", "content": "Who " * 3000}], "stream": True}, None, "too long"),
     ],
@@ -122,6 +131,22 @@ def test_half_a_character_is_refused(client: httpx.Client) -> None:
         CHAT, content=json.dumps(body("\ud800")), headers={"Content-Type": "application/json"}
     )
     assert response.status_code == 400 and "not valid Unicode" in response.json()["error"]["message"]
+    unknown = client.post(
+        CHAT, content=json.dumps(body("Who?", **{"\udc00": 1})), headers={"Content-Type": "application/json"}
+    )
+    assert unknown.status_code == 400
+    assert "retry-after" not in unknown.headers
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"seed": 10**40}, {"max_tokens": 10**40}, {"temperature": 1e-320}, {"seed": 2**64, "temperature": 1}],
+)
+def test_numbers_of_any_size_are_answered(
+    client: httpx.Client, questions: list[Question], changes: dict[str, Any]
+) -> None:
+    response = client.post(CHAT, json=body(questions[0].question, **changes))
+    assert response.status_code in (200, 400), response.text
 
 
 def test_parameters_that_ask_for_nothing_are_taken(client: httpx.Client, questions: list[Question]) -> None:
@@ -137,9 +162,41 @@ def test_parameters_that_ask_for_nothing_are_taken(client: httpx.Client, questio
     assert done.status_code == 200 and done.json()["episode"]["seed"] == 3
 
 
+def test_what_does_not_change_an_answer_is_ignored_and_named(
+    client: httpx.Client, questions: list[Question]
+) -> None:
+    asked = questions[0].question
+    plain = client.post(CHAT, json=body(asked))
+    assert "x-ignored-parameters" not in plain.headers
+    more = {"chat_id": "a", "session_id": "b", "service_tier": "auto", "reasoning_effort": None}
+    done = client.post(
+        CHAT, json=body(asked, **more, metadata={"a": 1}, store=True, **{"na\u00efve\r\nx": 1})
+    )
+    assert done.json()["episode"] == plain.json()["episode"]
+    named = "chat_id, session_id, service_tier, metadata, store, na\\xefve\\r\\nx"
+    assert done.headers["x-ignored-parameters"] == named
+    with client.stream("POST", CHAT, json=body(asked, stream=True, chat_id="a")) as stream:
+        assert stream.headers["x-ignored-parameters"] == "chat_id"
+
+
+def test_the_question_of_a_conversation_is_the_last_of_the_user(
+    client: httpx.Client, questions: list[Question]
+) -> None:
+    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
+    answer = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
+    last = {"role": "user", "content": questions[1].question, "name": "me"}
+    system = {"role": "system", "content": "Be brief."}
+    done = client.post(CHAT, json=body() | {"messages": [system, image, answer, last]})
+    assert done.json()["episode"]["question"] == questions[1].question
+    assert done.headers["x-ignored-parameters"] == "messages"
+
+
 def test_another_model_is_not_found(client: httpx.Client) -> None:
     status, error = told(client, model="gpt")
     assert (status, error["code"]) == (404, "model_not_found") and "'teacher'" in error["message"]
+    assert client.post(CHAT, json=body() | {"model": "\u2028gpt"}).json()["error"]["param"] == "model"
+    assert client.get("/v1/models/gpt").json()["error"]["code"] == "model_not_found"
+    assert client.get("/v1/models/teacher").json() == client.get("/v1/models").json()["data"][0]
 
 
 def test_no_answer_is_no_text(client: httpx.Client, questions: list[Question]) -> None:
@@ -150,10 +207,31 @@ def test_no_answer_is_no_text(client: httpx.Client, questions: list[Question]) -
 
 def test_a_page_elsewhere_cannot_ask(client: httpx.Client) -> None:
     """Neither by a name of its own for this machine, nor by a form, which cannot send JSON."""
-    assert client.post(CHAT, json=body(), headers={"Host": "evil.example"}).status_code == 400
+    foreign = client.post(CHAT, json=body(), headers={"Host": "evil.example:80"})
+    error = foreign.json()["error"]
+    assert (foreign.status_code, error["code"]) == (400, "host_not_allowed")
+    assert "not to 'evil.example'" in error["message"] and "--allow-host" in error["message"]
     plain = client.post(CHAT, content=json.dumps(body()), headers={"Content-Type": "text/plain"})
     assert plain.status_code == 400
     assert "access-control-allow-origin" not in client.post(CHAT, json=body(" ")).headers
+
+
+def test_hosts_and_origins_that_are_allowed(agent: Agent) -> None:
+    page = "http://localhost:3000"
+    asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "content-type"}
+    with serving(agent, hosts=("Host.Docker.Internal",), origins=(page,)) as client:
+        for host in ("host.docker.internal:8080", "localhost", "[::1]:8080"):
+            assert client.get("/health", headers={"Host": host}).status_code == 200, host
+        assert client.get("/health", headers={"Host": "evil.example"}).status_code == 400
+        preflight = client.options(CHAT, headers={"Origin": page, **asks})
+        assert preflight.status_code == 200
+        assert preflight.headers["access-control-allow-origin"] == page
+        assert "content-type" in preflight.headers["access-control-allow-headers"]
+        answer = client.post(CHAT, json=body(" "), headers={"Origin": page})
+        assert answer.headers["access-control-allow-origin"] == page
+        assert answer.headers["access-control-expose-headers"] == "X-Ignored-Parameters"
+        other = client.options(CHAT, headers={"Origin": "http://evil.example", **asks})
+        assert other.status_code == 400 and "access-control-allow-origin" not in other.headers
 
 
 def test_while_loading_it_says_so() -> None:
@@ -164,6 +242,7 @@ def test_while_loading_it_says_so() -> None:
         assert response.status_code == 503 and response.json()["error"]["code"] == "not_ready"
         assert int(response.headers["retry-after"]) > 0
         assert client.get("/v1/models").json()["data"] == []
+        assert client.get("/v1/models/teacher").status_code == 503
 
 
 class Turnstile(Answering):

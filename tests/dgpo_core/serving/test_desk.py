@@ -10,10 +10,10 @@ from transformers import PreTrainedModel
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval.hits import Hit
-from dgpo_core.serving.agent import Agent, Ask
+from dgpo_core.serving.agent import Agent
+from dgpo_core.serving.ask import Ask, Stopped
 from dgpo_core.serving.desk import Busy, Desk, NotReady, Visit
 from dgpo_core.serving.events import Event, Finished, Waiting
-from dgpo_core.serving.streaming import Stopped
 from dgpo_core.training.models import load_tokenizer
 from tests.dgpo_core.rollout.scripted import Answering
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER

@@ -14,9 +14,10 @@ from dgpo_core.retrieval.index import Index
 from dgpo_core.rollout.engine import Request
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.rollout.transformers_engine import TransformersEngine
-from dgpo_core.serving.agent import Agent, Ask
+from dgpo_core.serving.agent import Agent
+from dgpo_core.serving.ask import Ask, Stopped
 from dgpo_core.serving.events import Delta, Event, Information, Notice
-from dgpo_core.serving.streaming import Narrator, ReportingRetriever, Stopped, StreamingEngine
+from dgpo_core.serving.streaming import Narrator, ReportingRetriever, StreamingEngine
 from dgpo_core.training.models import load_tokenizer
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
 

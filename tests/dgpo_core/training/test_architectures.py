@@ -119,14 +119,14 @@ def episodes_of(
 def test_distillation(
     pair: tuple[PreTrainedModel, PreTrainedModel, Any], index: Index, tmp_path: Path
 ) -> None:
-    """The KL is the one of both models' own logits, over the ids that both have; and it falls."""
+    """The KL is the one of both models' own logits, over the ids that have a token; and it falls."""
     student, teacher, tokenizer = pair
-    # not the teacher's: untrained, it would write ids of its own padding, which the student lacks
-    episodes = episodes_of(student, tokenizer, index, 0)
+    episodes = episodes_of(teacher, tokenizer, index, 0)
     config = DistillConfig(epochs=3, batch_size=3, learning_rate=3e-3, ce_weight=0.0)
     recipe = Distillation(start="student", objective="kd")
-    distiller = Distiller(student, teacher, recipe, config, COMPUTE, TeacherEpisodes(episodes, config, 0))
-    before, expected = distiller.loss(episodes), mean_kl(student, teacher, episodes)
+    source, known = TeacherEpisodes(episodes, config, 0), len(tokenizer)
+    distiller = Distiller(student, teacher, recipe, config, COMPUTE, source, known=known)
+    before, expected = distiller.loss(episodes), mean_kl(student, teacher, episodes, known)
     assert before == pytest.approx(expected, rel=0.05)
     distiller.train(Checkpoint(tmp_path / "state"), lambda: 0.0, lambda *_: None)
     assert distiller.loss(episodes) < 0.95 * before
@@ -156,7 +156,7 @@ def test_reinforcement(
     )
     recipe = Reinforcement(start="student", guidance="selective", reference="teacher")
     before = {name: value.clone() for name, value in student.state_dict().items()}
-    trainer = Reinforcer(student, teacher, recipe, config, COMPUTE, 0)
+    trainer = Reinforcer(student, teacher, recipe, config, COMPUTE, 0, known=len(tokenizer))
     (row,) = trainer.train(20, rollout, Checkpoint(tmp_path / "state"), lambda: 0.0, lambda *_: None)
     assert row["gate_open"] == 1.0 and row["entropy"] > 0
     assert all(value == value for value in row.values())
@@ -164,7 +164,7 @@ def test_reinforcement(
     assert any(not torch.equal(before[name], value) for name, value in student.state_dict().items())
     student.load_state_dict(before)
     for episode in rolled:
-        own = logprobs(student, episode)
+        own = logprobs(student, episode, len(tokenizer))
         sampled = torch.tensor([episode.logprobs[i] for i in model_tokens(episode)])
         assert (own - sampled).abs().mean() < 0.05
 
@@ -188,23 +188,22 @@ def model_tokens(episode: Episode) -> list[int]:
     return [place for place, owner in enumerate(episode.owners) if owner == Owner.MODEL]
 
 
-def table(model: PreTrainedModel, episode: Episode, size: int | None = None) -> torch.Tensor:
+def table(model: PreTrainedModel, episode: Episode, size: int) -> torch.Tensor:
     """Log-probabilities [tokens, first `size` ids] by the model's own forward."""
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
         logits: torch.Tensor = model(torch.tensor([episode.token_ids])).logits[0, :, :size]
         return logits.float().log_softmax(-1)
 
 
-def logprobs(model: PreTrainedModel, episode: Episode) -> torch.Tensor:
-    own, places = table(model, episode), model_tokens(episode)
+def logprobs(model: PreTrainedModel, episode: Episode, known: int) -> torch.Tensor:
+    own, places = table(model, episode, known), model_tokens(episode)
     return torch.stack([own[place - 1, episode.token_ids[place]] for place in places])
 
 
-def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, episodes: list[Episode]) -> float:
-    shared = min(model.get_output_embeddings().weight.shape[0] for model in (student, teacher))
+def mean_kl(student: PreTrainedModel, teacher: PreTrainedModel, episodes: list[Episode], known: int) -> float:
     kls: list[torch.Tensor] = []
     for episode in episodes:
-        own, theirs = table(student, episode, shared), table(teacher, episode, shared)
+        own, theirs = table(student, episode, known), table(teacher, episode, known)
         kl = (theirs.exp() * (theirs - own)).sum(-1)
         kls += [kl[place - 1] for place in model_tokens(episode)]
     return float(torch.stack(kls).mean())

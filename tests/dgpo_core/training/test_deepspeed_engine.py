@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -151,3 +152,12 @@ def test_adapters(more: list[Any], tokenizer: PreTrainedTokenizerFast, tmp_path:
     moved = {k for k, v in alone["weights"].items() if not torch.equal(v, before[k])}
     assert alone["weights"].keys() == before.keys()
     assert moved and all(".layers." in name and name.endswith("proj.weight") for name in moved)
+
+
+def test_a_training_that_diverges_ends_in_all_processes(tmp_path: Path) -> None:
+    """With the same words: at the step whose loss is no number, or whose gradient was none before it."""
+    first, second = two_processes(tmp_path, "diverging")
+    assert first == second and set(first) == {*FIRST, "bfloat16"}
+    for said in first.values():
+        assert re.match(r"the (loss|grad_norm) of step [12] is .*; lower distill\.learning_rate", said)
+    assert not list(tmp_path.glob("*/checkpoint.pt"))

@@ -1,5 +1,6 @@
 """Distillation: gradients against a loop over single tokens' losses, resuming, what is logged."""
 
+import math
 import random
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,6 +13,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.config.training import ComputeConfig, DistillConfig
+from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.reporting.curves import read_curves
 from dgpo_core.reporting.reproduction.stability import assess
@@ -20,7 +22,7 @@ from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller, Metrics
 from dgpo_core.training.episode_sources import StudentEpisodes, TeacherEpisodes
 from tasks.measured import write_curves
-from tests.dgpo_core.making import random_episode, tiny_model
+from tests.dgpo_core.making import padded, random_episode, tiny_model
 
 CONFIG = DistillConfig(epochs=3, batch_size=3, learning_rate=1e-2, ce_weight=0.7, kl_weight=0.4)
 EPISODES = [random_episode(seed) for seed in range(8)]
@@ -243,3 +245,89 @@ def test_training_goes_on_from_rows_with_fewer_columns(
     assert [step for step, _ in curve.columns["em"]] == [1, 2, 3, 4]
     assert [step for step, _ in curve.columns["invalid_actions"]] == [3, 4]
     assert assess(curve) is not None
+
+
+@pytest.mark.parametrize("objective", ["kd", "ce", "taid", "skew_kl", "reverse_kl"])
+def test_a_rate_that_is_too_high_ends_the_training(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, objective: str
+) -> None:
+    config = CONFIG.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
+    recipe = Distillation.model_validate({"start": "student", "objective": objective})
+    student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
+    source = TeacherEpisodes(EPISODES, config, 0)
+    made = Distiller(student, teacher, recipe, config, compute(), source)
+    done: list[int] = []
+    said = r"the loss of step 2 is not a number; lower distill\.learning_rate \(now 1e\+30\)"
+    with pytest.raises(NotFinite, match=said):
+        made.train(Checkpoint(tmp_path), lambda: 0.0, lambda _, rows: done.append(len(rows)))
+    assert done == [1]
+    assert Checkpoint(tmp_path).load() is None
+
+
+def test_what_is_no_number_changes_no_weight_and_no_checkpoint(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A teacher that breaks after the first epoch: the checkpoint is that epoch's."""
+    student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
+    made = distiller(student, teacher)
+    kept: list[dict[str, torch.Tensor]] = []
+
+    def look() -> float:
+        kept.append({name: value.clone() for name, value in student.state_dict().items()})
+        with torch.no_grad():
+            teacher.get_output_embeddings().weight[7, 7] = math.inf
+        return 0.5
+
+    with pytest.raises(NotFinite, match="the loss of step 4 is not a number"):
+        made.train(Checkpoint(tmp_path), look, lambda *_: None)
+    state = Checkpoint(tmp_path).load()
+    assert state is not None and len(state["rows"]) == 3
+    assert all(torch.equal(kept[0][name], value) for name, value in student.state_dict().items())
+
+
+def test_on_policy_names_its_own_rate_and_warms_up_by_itself(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    settings = {"warmup_steps": 9, "on_policy": {"steps": 4, "batch_size": 3, "warmup_steps": 2}}
+    config = DistillConfig.model_validate(settings)
+    source = StudentEpisodes(lambda chosen, _: [random_episode(i) for i in chosen], 20, config, seed=0)
+    recipe = Distillation(start="student", objective="reverse_kl", episodes="student")
+    made = Distiller(tiny_model(tokenizer, 1), tiny_model(tokenizer, 2), recipe, config, compute(), source)
+    rows = made.train(Checkpoint(tmp_path / "a"), lambda: 0.0, lambda *_: None)
+    assert [row["learning_rate"] for row in rows] == pytest.approx([5e-7, 1e-6, 1e-6, 5e-7])
+
+    def nothing(chosen: list[int], _: int) -> list[Episode]:
+        raise NotFinite("log-probability of a sampled token", math.nan)
+
+    made.source = StudentEpisodes(nothing, 20, config, seed=0)
+    with pytest.raises(NotFinite, match=r"token of step 1 is .*lower distill\.on_policy\.learning_rate"):
+        made.train(Checkpoint(tmp_path / "b"), lambda: 0.0, lambda *_: None)
+
+
+@pytest.mark.parametrize("objective", ["kd", "ce", "taid", "reverse_kl"])
+@pytest.mark.parametrize("rows", [(64, 0), (0, 64), (64, 128)])
+def test_rows_without_a_token_count_for_nothing(
+    models: tuple[PreTrainedModel, PreTrainedModel], objective: str, rows: tuple[int, int]
+) -> None:
+    """Likely ones, of the student or of the teacher, more or fewer than the other has: loss and gradients
+    are those without them, and they have none."""
+    student, teacher = models
+    known = len(student.get_output_embeddings().weight)
+    row = distiller(student, teacher, 60, objective)._accumulate([model_sequence(e) for e in EPISODES])
+    expected = gradients(student)
+    wider = padded(student, rows[0])
+    made = distiller(wider, padded(teacher, rows[1]), 60, objective)
+    made = replace(made, known=known)
+    assert made._accumulate([model_sequence(e) for e in EPISODES]) == pytest.approx(row, rel=1e-4)
+    for found, plain in zip(gradients(wider), expected, strict=True):
+        torch.testing.assert_close(found[: len(plain)], plain, rtol=1e-3, atol=1e-6)
+        assert not found[len(plain) :].any()
+
+
+def test_an_episode_with_an_id_that_no_token_has_is_named(
+    models: tuple[PreTrainedModel, PreTrainedModel],
+) -> None:
+    made = distiller(*models)
+    strange = replace(EPISODES[0], token_ids=[*EPISODES[0].token_ids[:-1], made.vocabulary])
+    with pytest.raises(UserError, match=rf"onehop q0 has the token {made.vocabulary}.*collect .* again"):
+        made.loss([strange])

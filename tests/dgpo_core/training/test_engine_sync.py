@@ -9,12 +9,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dgpo_core.config.protocol import GREEDY, ProtocolConfig
 from dgpo_core.config.rollout import ProbeConfig, RolloutConfig
 from dgpo_core.config.training import ComputeConfig
-from dgpo_core.errors import UserError
+from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.rollout.engine import Weights
 from dgpo_core.rollout.loop import AgentLoop, Task
 from dgpo_core.rollout.transformers_engine import TransformersEngine
 from dgpo_core.training.engine_sync import EngineSync, SyncedLoop
-from tests.dgpo_core.making import question, tiny_model
+from tests.dgpo_core.making import padded, question, tiny_model
 from tests.dgpo_core.rollout.scripted import Answering
 
 COMPUTE = ComputeConfig(device="cpu", precision="float32")
@@ -92,3 +92,22 @@ def test_loop_refreshes_before_each_run_and_rests_after_it(tokenizer: PreTrained
         assert loop.run(tasks, GREEDY) == shared.run(tasks, GREEDY)
         assert (engine.refreshes, engine.rests) == (runs, runs)
         trained(model)
+
+
+def test_a_model_that_gives_no_numbers_is_not_taken_for_weights_that_did_not_arrive(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    model = tiny_model(tokenizer, 3)
+    sync = EngineSync(CopyEngine(model, tokenizer), model, PROMPTS, PROBE, COMPUTE)
+    with torch.no_grad():
+        next(model.parameters())[25] = torch.inf
+    with pytest.raises(NotFinite, match="the log-probability of a sampled token is not a number"):
+        sync.refresh()
+
+
+def test_engine_and_probe_leave_out_the_same_rows(tokenizer: PreTrainedTokenizerFast) -> None:
+    model = padded(tiny_model(tokenizer, 3), 64)
+    engine = CopyEngine(model, tokenizer)
+    sync = EngineSync(engine, model, PROMPTS, PROBE, COMPUTE, known=len(tokenizer))
+    assert sync.probe()["engine_gap_max"] < 1e-4
+    assert EngineSync(engine, model, PROMPTS, PROBE, COMPUTE).probe()["engine_gap_mean"] > 0.1

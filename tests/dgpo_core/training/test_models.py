@@ -1,12 +1,14 @@
 """Model folders."""
 
+import math
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.errors import UserError
+from dgpo_core.errors import NotFinite, UserError
+from dgpo_core.training.critic import Critic
 from dgpo_core.training.models import load_model, load_tokenizer, save_model
 from tests.dgpo_core.making import tiny_model
 
@@ -82,3 +84,50 @@ def test_missing_folder_is_not_looked_for_on_the_hub(
     for load in (load_model, load_tokenizer):
         with pytest.raises(UserError, match="there is no such model folder"):
             load(source)
+
+
+def broken(tokenizer: PreTrainedTokenizerFast, value: float) -> PreTrainedModel:
+    model = tiny_model(tokenizer, 5)
+    with torch.no_grad():
+        next(model.parameters())[3, 4] = value
+    return model
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_weights_that_are_no_numbers_are_not_saved(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, value: float
+) -> None:
+    save_model(model, tokenizer, tmp_path / "m")
+    with pytest.raises(NotFinite, match=r"the weight model\.embed_tokens\.weight .*; the model is not saved"):
+        save_model(broken(tokenizer, value), tokenizer, tmp_path / "m")
+    kept = load_model(str(tmp_path / "m")).state_dict()  # the folder is as it was
+    assert all(torch.equal(kept[name], weight) for name, weight in model.state_dict().items())
+
+
+def test_weights_that_are_no_numbers_are_not_loaded(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    broken(tokenizer, math.nan).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"embed_tokens\.weight has entries that are nan or infinite"):
+        load_model(str(tmp_path))
+
+
+def test_every_embedding_is_trained_whatever_is_called_padding(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """SmolLM2's config.json, and those of many fine-tuned models, name the EOS as padding."""
+    model = tiny_model(tokenizer)
+    config = model.config
+    config.tie_word_embeddings = False  # of a tied one, the output would learn the row
+    config.pad_token_id = config.eos_token_id
+    save_model(AutoModelForCausalLM.from_config(config), tokenizer, tmp_path / "m")
+    loaded = load_model(str(tmp_path / "m"))
+    assert loaded.config.pad_token_id == tokenizer.eos_token_id
+    for trained in (loaded, Critic(loaded), model):
+        eos = tokenizer.eos_token_id
+        trained.zero_grad()
+        embedding = next(m for m in trained.modules() if isinstance(m, torch.nn.Embedding))
+        embedding(torch.tensor([[5, eos, 7]])).sum().backward()
+        assert embedding.weight.grad is not None
+        assert embedding.weight.grad[eos].abs().sum() > 0
+        assert embedding.padding_idx is None

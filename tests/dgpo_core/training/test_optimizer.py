@@ -73,3 +73,18 @@ def test_two_optimisers_are_clipped_together_and_restored() -> None:
     assert late.learning_rate == early.learning_rate
     run(second, late, 2)
     assert all(torch.equal(a, b) for a, b in zip(whole, second, strict=True))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_gradient_that_is_no_number_changes_nothing(value: float) -> None:
+    layer = torch.nn.Linear(2, 2)
+    before = {name: parameter.clone() for name, parameter in layer.named_parameters()}
+    optimizer = optim.adamw(list(layer.parameters()), 0.1, 0.5)
+    stepper = optim.Stepper(optimizer, schedule=optim.constant(3), max_grad_norm=1.0)
+    for parameter in layer.parameters():
+        parameter.grad = torch.full_like(parameter, 1.0)
+    layer.weight.grad[1, 0] = value  # type: ignore[index]
+    assert not math.isfinite(stepper.step())
+    assert all(torch.equal(parameter, before[name]) for name, parameter in layer.named_parameters())
+    assert not optimizer.state and stepper.learning_rate == pytest.approx(0.1 / 3)
+    assert layer.weight.grad is None

@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.config.recipes import Distillation, Reinforcement
 from dgpo_core.config.training import ComputeConfig, DistillConfig, ReinforceConfig
+from dgpo_core.errors import NotFinite
 from dgpo_core.training import parallel
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
@@ -65,8 +66,22 @@ def one_of_two(rank: int, tokenizer: PreTrainedTokenizerFast, folder: Path) -> N
     for name, (train, variant) in CASES.items():
         results[name] = train(tokenizer, folder / f"{name}-{rank}", variant)
     results["unused"] = unused_parameter()
+    results["diverging"] = diverging(tokenizer, folder / f"diverging-{rank}")
     torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+def diverging(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
+    """What a training ends with of which one process's share alone has a loss that is no number."""
+    student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
+    if parallel.rank() == 1:
+        with torch.no_grad():
+            next(teacher.parameters())[7, 7] = torch.nan
+    config, recipe = DistillConfig(batch_size=14), Distillation(start="student", objective="kd")
+    made = Distiller(student, teacher, recipe, config, COMPUTE, TeacherEpisodes(EPISODES, config, 3))
+    with pytest.raises(NotFinite) as caught:
+        made.train(Checkpoint(folder), lambda: 0.5, lambda *_: None)
+    return str(caught.value)
 
 
 def unused_parameter() -> list[torch.Tensor | None]:
@@ -102,6 +117,11 @@ def test_two_processes_train_as_one(
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-5)
     before = tiny_model(tokenizer, 1).state_dict()
     assert any(not torch.allclose(v, alone["weights"][k], atol=1e-3) for k, v in before.items())
+
+
+def test_a_loss_that_is_no_number_in_one_process_ends_both(both: list[Any]) -> None:
+    assert both[0]["diverging"] == both[1]["diverging"]
+    assert both[0]["diverging"].startswith("the loss of step 1 is not a number; lower distill.learning_rate")
 
 
 def test_a_parameter_that_no_process_used_keeps_no_gradient(both: list[Any]) -> None:

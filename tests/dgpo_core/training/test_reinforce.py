@@ -1,5 +1,6 @@
 """The loop of PPO: resuming, failed episodes, order of the questions."""
 
+import math
 import random
 from collections import Counter
 from dataclasses import replace
@@ -11,12 +12,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
-from dgpo_core.errors import InfrastructureError
+from dgpo_core.errors import InfrastructureError, NotFinite
 from dgpo_core.protocol.episode import Episode, Outcome
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.episode_sources import Rollout
 from dgpo_core.training.reinforce import Metrics, Reinforcer
-from tests.dgpo_core.making import random_episode, tiny_model
+from tests.dgpo_core.making import padded, random_episode, tiny_model
 
 CONFIG = ReinforceConfig(
     steps=5, batch_size=6, mini_batch_size=3, actor_learning_rate=1e-2, critic_learning_rate=1e-2,
@@ -143,3 +144,72 @@ def test_grpo_asks_each_question_as_often_as_its_group_is_large(tokenizer: PreTr
     trainer = Reinforcer(tiny_model(tokenizer, 1), None, recipe, config, COMPUTE, 3)
     asked = trainer._questions(20, step=0)
     assert len(asked) == 10 and set(Counter(asked).values()) == {5}
+
+
+def broken(model: PreTrainedModel) -> PreTrainedModel:
+    with torch.no_grad():
+        model.get_output_embeddings().weight[7, 7] = math.nan
+    return model
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_reference_that_gives_no_numbers_ends_the_training(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str
+) -> None:
+    recipe = Reinforcement.model_validate(
+        {"start": "student", "algorithm": algorithm, "guidance": "selective", "reference": "teacher"}
+    )
+    student = tiny_model(tokenizer, 1)
+    config = CONFIG.model_copy(update={"checkpoint_every": 1})
+    trainer = Reinforcer(student, broken(tiny_model(tokenizer, 2)), recipe, config, COMPUTE, 3)
+    said = r"the kl_\w+ of step 1 is not a number; lower reinforce\.actor_learning_rate \(now 0\.01\)"
+    with pytest.raises(NotFinite, match=said):
+        trainer.train(20, rollout, Checkpoint(tmp_path), lambda: 0.0, lambda *_: None)
+    assert Checkpoint(tmp_path).load() is None
+    start = tiny_model(tokenizer, 1).state_dict()
+    assert all(torch.equal(value, start[name]) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("part", ["actor", "critic"])
+def test_a_rate_that_is_too_high_ends_the_training_and_is_named(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, part: str
+) -> None:
+    config = CONFIG.model_copy(update={f"{part}_learning_rate": 1e30, "max_grad_norm": 1e30})
+    trainer = Reinforcer(
+        tiny_model(tokenizer, 1), None, Reinforcement(start="student", guidance="none"), config, COMPUTE, 3
+    )
+    with pytest.raises(NotFinite, match=rf"of step \d is .*; lower reinforce\.{part}_learning_rate"):
+        trainer.train(20, rollout, Checkpoint(tmp_path), lambda: 0.0, lambda *_: None)
+
+
+@pytest.mark.parametrize("kl", ["k1", "full"])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_rows_without_a_token_count_for_nothing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str, kl: str
+) -> None:
+    """Of the student's head, which may have more than the teacher's: log-probabilities, entropy and both
+    sides of the KL are as without them."""
+    recipe = Reinforcement.model_validate(
+        {"start": "student", "algorithm": algorithm, "guidance": "uniform", "reference": "teacher"}
+    )
+    config = CONFIG.model_copy(update={"steps": 1, "kl_estimator": kl, "batch_size": 12})
+
+    def train(folder: str, *rows: int) -> Metrics:
+        student, teacher = (
+            padded(tiny_model(tokenizer, seed), more) for seed, more in zip((1, 2), rows, strict=True)
+        )
+        trainer = Reinforcer(student, teacher, recipe, config, COMPUTE, 3, known=len(tokenizer))
+        (row,) = trainer.train(20, rollout, Checkpoint(tmp_path / folder), lambda: 0.0, lambda *_: None)
+        return row
+
+    plain = train("plain", 0, 0)
+    assert train("student", 64, 0) == pytest.approx(plain, rel=1e-3, abs=1e-6)
+    assert train("teacher", 0, 64) == pytest.approx(plain, rel=1e-3, abs=1e-6)
+
+
+def test_a_step_without_a_reward_says_so(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    for name, correct in (("none", [False] * 4), ("one", [False, False, True, False])):
+        _, (row,) = steps(
+            tokenizer, tmp_path / name, [random_episode(i, correct=c) for i, c in enumerate(correct)]
+        )
+        assert row["unrewarded"] == (name == "none")

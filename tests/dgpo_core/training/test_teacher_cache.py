@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.config.training import ComputeConfig, DistillConfig, DistributionsConfig
-from dgpo_core.errors import UserError
+from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.training.batches import model_sequence
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
@@ -20,7 +20,7 @@ from dgpo_core.training.teacher_cache import (
     TeacherCache,
     keep_distributions,
 )
-from tests.dgpo_core.making import random_episode, tiny_model
+from tests.dgpo_core.making import padded, random_episode, tiny_model
 
 EPISODES = [random_episode(seed) for seed in range(8)]
 COMPUTE = ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=60)
@@ -182,3 +182,36 @@ def test_what_does_not_belong_together_is_refused(
     (tmp_path / "00000000.arrow").write_text("broken")
     with pytest.raises(UserError, match="no kept distributions"):
         TeacherCache(tmp_path, tokenizer)
+
+
+def test_the_certificate_says_what_taid_reads(
+    models: tuple[PreTrainedModel, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """From few tokens and a bucket TAID's divergence is another one, and by how much is written."""
+    live = result(distiller(models, None, "taid"))[0]
+    for k in (4, 64):
+        certificate = keep(tmp_path / str(k), models, tokenizer, k)
+        cached = result(distiller(models, TeacherCache(tmp_path / str(k), tokenizer), "taid"))[0]
+        assert certificate.taid_full_mean == pytest.approx(live, rel=1e-4)
+        assert live - cached == pytest.approx(certificate.taid_error_mean, rel=1e-2, abs=1e-6)
+        assert certificate.taid_error_max >= abs(certificate.taid_error_mean) > 0
+
+
+def test_rows_without_a_token_are_not_kept(
+    models: tuple[PreTrainedModel, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    plain = keep(tmp_path / "plain", models, tokenizer, 5)
+    wider = keep(tmp_path / "wider", (padded(models[0], 128), padded(models[1], 64)), tokenizer, 5)
+    assert wider.vocabulary == len(tokenizer)
+    assert wider.tokenizer == plain.tokenizer
+    assert list(vars(wider).values())[1:] == pytest.approx(list(vars(plain).values())[1:], rel=1e-3, abs=1e-5)
+
+
+def test_a_teacher_that_gives_no_numbers_is_not_kept(
+    models: tuple[PreTrainedModel, PreTrainedModel], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    with torch.no_grad():
+        models[1].get_output_embeddings().weight[7, 7] = torch.nan
+    with pytest.raises(NotFinite, match="the teacher's log-probability is not a number"):
+        keep(tmp_path, models, tokenizer, 5)
+    assert not list(tmp_path.iterdir())

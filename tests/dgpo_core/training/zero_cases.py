@@ -1,5 +1,5 @@
 """What two processes under DeepSpeed make of two trainings, kept for the tests: importing it takes seconds,
-so one program runs many cases. `python -m tests.dgpo_core.training.zero_cases <folder> <first or more>`."""
+so one program runs many cases. `python -m tests.dgpo_core.training.zero_cases <folder> <cases>`."""
 
 import contextlib
 import os
@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast
 from dgpo_core.config.recipes import Distillation, Reinforcement
 from dgpo_core.config.training import ComputeConfig, DistillConfig, LoraConfig, ReinforceConfig
 from dgpo_core.datasets.world.tokenizer import build_tokenizer
+from dgpo_core.errors import NotFinite
 from dgpo_core.protocol.episode import Episode
 from dgpo_core.training import parallel
 from dgpo_core.training.adapters import add_adapters, merged
@@ -122,10 +123,25 @@ def more(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
     return results
 
 
+def diverging(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any]:
+    """What a learning rate that is far too high ends with."""
+    settings = DistillConfig(epochs=2, batch_size=5, learning_rate=1e30, max_grad_norm=1e30)
+    results = {}
+    for name, config in (FIRST | {"bfloat16": NARROW["bfloat16-zero2"]}).items():
+        recipe, source = Distillation(start="student", objective="kd"), TeacherEpisodes(EPISODES, settings, 3)
+        student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
+        made = Distiller(student, teacher, recipe, settings, config, source)
+        try:
+            made.train(Checkpoint(folder / f"diverging-{name}"), lambda: 0.5, lambda *_: None)
+        except NotFinite as error:
+            results[name] = str(error)
+    return results
+
+
 def run(rank: int, folder: Path, cases: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     with parallel.group("cpu"):
-        results = {"first": first, "more": more}[cases](build_tokenizer(), folder)
+        results = {"first": first, "more": more, "diverging": diverging}[cases](build_tokenizer(), folder)
     torch.save(results, folder / f"{rank}.pt")
 
 

@@ -300,7 +300,7 @@ def test_repository(dvc_repository: Path) -> None:
     (dvc_repository / ".dvc/config.local").write_text(
         "[core]\n    remote = team\n['remote \"team\"']\n    url = s3://b/x\n"
     )
-    assert default_remote(dvc_repository / ".dvc") == ("team", "s3://b/x")
+    assert default_remote(dvc_repository) == ("team", "s3://b/x")
     on_one_machine = {f.subject: f for f in repository(profile("tiny"))}
     assert on_one_machine["DVC"].level == "ok" and "git origin" not in on_one_machine
 

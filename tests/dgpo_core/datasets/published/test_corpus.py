@@ -9,7 +9,7 @@ import pytest
 
 from dgpo_core.datasets.published.corpus import write_corpus
 from dgpo_core.datasets.published.places import Fetched
-from dgpo_core.datasets.records import read_corpus
+from dgpo_core.datasets.records import Passage, read_corpus
 from dgpo_core.errors import UserError
 from tests.samples import PASSAGES, SAMPLES, sample_config
 
@@ -33,6 +33,9 @@ def test_both_forms_give_the_same_file(tmp_path: Path, packed: bool) -> None:
     assert (count, seen) == (PASSAGES, [(PASSAGES, PASSAGES)])
     assert target.read_bytes() == WIKI.read_bytes()
     assert next(read_corpus(target)).title == "Marrowick"
+    read: list[Passage] = []
+    write_corpus(CONFIG, fetched(source), target, lambda *_: None, read.append)
+    assert read == list(read_corpus(target))
 
 
 def test_an_empty_file_is_refused(tmp_path: Path) -> None:

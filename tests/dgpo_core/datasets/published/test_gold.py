@@ -1,9 +1,11 @@
 """Gold contexts from MuSiQue's and NQ's own files, and the join."""
 
 import copy
+import gzip
 import json
 from pathlib import Path
 from typing import Any
+from unicodedata import normalize
 
 import pytest
 from hypothesis import given
@@ -182,3 +184,30 @@ def test_no_damage_is_anything_but_the_users_error(
 
 def _values(container: Any) -> list[Any]:
     return list(container.values()) if isinstance(container, dict) else container
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+    ("path", "read"), [(MUSIQUE, read_musique), (ORIGINAL, read_nq), (SIMPLIFIED, read_nq)]
+)
+def test_files_of_windows_editors(tmp_path: Path, path: Path, read: Any, packed: bool) -> None:
+    """A byte order mark, Windows' line ends, blank lines."""
+    text = b"\xef\xbb\xbf" + path.read_bytes().replace(b"\n", b"\r\n\r\n")
+    copy = tmp_path / ("gold.jsonl.gz" if packed else "gold.jsonl")
+    copy.write_bytes(gzip.compress(text) if packed else text)
+    assert list(read(copy)) == list(read(path))
+
+
+def test_half_a_character_in_a_title_is_the_users_error(tmp_path: Path) -> None:
+    """It would be written to data/questions, which no UTF-8 file can hold."""
+    row = rows(MUSIQUE)[0]
+    row["paragraphs"][0]["title"] = "\ud83d"
+    (tmp_path / "m.jsonl").write_text(json.dumps(row))
+    with pytest.raises(UserError, match=r"m\.jsonl:1: .*surrogates not allowed"):
+        list(read_musique(tmp_path / "m.jsonl"))
+
+
+def test_questions_join_in_either_spelling() -> None:
+    gold = Gold(normalize("NFD", "Who is José?"), (normalize("NFD", "Ibáñez"),), {"long_answers": ["x"]})
+    joined = join([Question("1", "who is jos\u200bé", ("Ibáñez",))], [gold], "m")
+    assert joined.counts["joined"] == 1

@@ -1,5 +1,6 @@
 """FlashRAG's question sets: files, counts, validation questions."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -14,6 +15,7 @@ from dgpo_core.datasets.published.catalogue import PASSAGES, QUESTIONS, TEST_SPL
 from dgpo_core.datasets.published.questions import fetch_questions, hold_out, load_questions
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
+from dgpo_core.text import letters
 from tests.samples import SAMPLES, sample_config
 
 ALL = QuestionSetsConfig()
@@ -69,10 +71,10 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
     shutil.copytree(SAMPLES / "flashrag", tmp_path / "flashrag")
     damaged = tmp_path / "flashrag/hotpotqa/dev.jsonl"
     lines = damaged.read_text().splitlines()
-    damaged.write_text("\n".join([lines[0], lines[1].replace('"golden_answers"', '"answers"'), lines[2]]))
+    damaged.write_text("\n".join([lines[0], lines[1].replace('"golden_answers"', '"solutions"'), lines[2]]))
     with pytest.raises(UserError) as caught:
         load(questions=str(tmp_path / "flashrag"))
-    assert str(caught.value).startswith(f'{damaged}:2: key "golden_answers" must be')
+    assert str(caught.value).startswith(f'{damaged}:2: key "golden_answers" is missing; its keys are')
     twice = json.loads(lines[1]) | {"id": "dev_0"}
     damaged.write_text("\n".join([lines[0], json.dumps(twice)]))
     with pytest.raises(UserError, match=r"dev\.jsonl:2: id 'dev_0' was used on line 1 before"):
@@ -96,3 +98,42 @@ def test_held_out_questions_do_not_depend_on_the_files_order(
     assert {q.id for q in hold_out("nq", shuffled, count)[1]} == {q.id for q in dev}
     larger = hold_out("nq", [*questions, Question("new", "a new one", ("x",))], count)[1]
     assert len({q.question for q in dev} - {q.question for q in larger}) <= 1, "a new text displaces one"
+
+
+@given(
+    st.sets(
+        st.text(st.characters(categories=["Lu", "Ll", "Nd", "Zs"], max_codepoint=0x7F), min_size=1),
+        min_size=3,
+    )
+)
+def test_files_without_variants_are_split_as_ever(texts: set[str]) -> None:
+    """By the hash of the text alone, so that the published sets keep their validation questions."""
+    questions = [Question(str(i), text, ("x",)) for i, text in enumerate(texts) if letters(text) == text]
+    if len(questions) < 3:
+        return
+    _, dev = hold_out("nq", questions, 2)
+    digests = {q.question: hashlib.sha256(f"nq\n{q.question}".encode()).digest() for q in questions}
+    assert {q.question for q in dev} == set(sorted(digests, key=digests.__getitem__)[:2])
+
+
+@given(st.integers(1, 5))
+def test_variants_of_a_question_are_on_one_side(count: int) -> None:
+    forms = ("who is the mayor of town {}", "WHO IS THE MAYOR OF TOWN {}?", "Who is the  mayor of Town {} ?")
+    questions = [
+        Question(f"{i}-{n}", form.format(i), ("x",)) for n, form in enumerate(forms) for i in range(6)
+    ]
+    train, dev = hold_out("nq", questions, count)
+    assert len(dev) == count * len(forms)
+    assert not {letters(q.question) for q in train} & {letters(q.question) for q in dev}
+
+
+def test_empty_golden_answers_are_left_out_and_counted(tmp_path: Path) -> None:
+    shutil.copytree(SAMPLES / "flashrag", tmp_path / "flashrag")
+    changed = tmp_path / "flashrag/triviaqa/test.jsonl"
+    rows = [json.loads(line) for line in changed.read_text().splitlines()]
+    rows[0]["golden_answers"] = ["", *rows[0]["golden_answers"], " \u200b"]
+    changed.write_text("\n".join(map(json.dumps, rows)))
+    questions, counts = load(questions=str(tmp_path / "flashrag"))
+    assert questions["triviaqa", "test"] == load()[0]["triviaqa", "test"]
+    assert counts["triviaqa_test_empty_answers"] == 2
+    assert "nq_test_empty_answers" not in counts

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +32,7 @@ def test_dense_vectors_are_ranked_by_inner_product(passages: list[Passage]) -> N
     backend = EmbeddedBackend(made)
     asked = np.random.default_rng(1).normal(size=(5, 8)).astype(np.float32)
     for exact in (False, True):
-        results = rank(lambda v, n: backend.query("text", v, n, exact), asked.tolist(), 4)  # noqa: B023
+        results = rank(partial(backend.query, "text", exact=exact), asked.tolist(), 4)
         for query, points in zip(asked, results, strict=True):
             scores = matrix @ query
             assert [point.number for point in points] == np.argsort(-scores)[:4].tolist()
@@ -125,5 +126,5 @@ def test_nothing_stays_of_a_temporary_one(passages: list[Passage], tmp_path: Pat
     )
     environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert (done.stdout, done.stderr) == ("1 a\n", "")
+    assert (done.stdout, done.stderr) == ("2 a\n", ""), "the folder, and the file that says whose it is"
     assert list(tmp_path.iterdir()) == []

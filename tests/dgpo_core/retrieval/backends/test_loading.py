@@ -10,8 +10,9 @@ from qdrant_client import QdrantClient, models
 
 from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.datasets.records import Passage
-from dgpo_core.errors import InfrastructureError
+from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval.backends import loading
+from dgpo_core.retrieval.backends import server as server_module
 from dgpo_core.retrieval.backends.loading import alias_target, collection_name, ensure
 from dgpo_core.retrieval.backends.server import QdrantBackend, connect
 from dgpo_core.retrieval.encoders import Bm25Encoder
@@ -143,6 +144,32 @@ def test_what_the_server_refuses_is_not_repeated(qdrant: QdrantServer, passages:
         loading.upload(client, "no-such-collection", made, CONFIG, lambda *_: None)
     refused = [r for r, _ in qdrant.requests if "no-such-collection" in r]
     assert len(refused) <= 2
+
+
+def test_requests_are_cut_by_their_bytes_too(
+    qdrant: QdrantServer, passages: list[Passage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server takes 32 MiB; here 4,000 bytes are enough to see it, of text that grows when it is escaped."""
+    monkeypatch.setattr(loading, "REQUEST_BYTES", 4000)
+    long = [Passage(f"{i}", "\x01" * 20, "é\n\x02" * (30 if i else 400)) for i in range(20)]
+    made, matrix = dense_content(long, parts=1)
+    qdrant.largest = 4000
+    with pytest.raises(
+        UserError, match=r"retrieval\.qdrant\.upload_batch: 1 passages from '0' on.*HTTP 400.*limit"
+    ):
+        filled(qdrant, made)
+    qdrant.largest = 8000
+    client, _ = filled(qdrant, replace(made, name="dgpo-second"))
+    assert client.count("dgpo-second").count == 20
+    sent = [
+        len(body.points) for body in qdrant.bodies("PUT /collections/dgpo-second-") if hasattr(body, "points")
+    ]
+    assert sent[0] == 1
+    assert max(sent) <= CONFIG.upload_batch
+    monkeypatch.setattr(server_module, "REQUEST_BYTES", 500)
+    found = QdrantBackend(client, "dgpo-second", CONFIG).query("text", matrix.tolist(), 1)
+    assert [points[0].number for points in found] == list(range(20))
+    assert max(len(body.searches) for body in qdrant.bodies("POST /coll") if hasattr(body, "searches")) == 2
 
 
 def test_points_that_were_lost_are_missed(qdrant: QdrantServer, passages: list[Passage]) -> None:

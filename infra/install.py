@@ -1,0 +1,200 @@
+"""What the environment needs, installed: `python -m infra.install PLACE [EXTRA]`, as make calls it.
+
+Only the standard library. pip writes into a log, which is shown when it fails. Beforehand is said which build
+of torch pip takes and how large that is: from the package index everybody on Linux gets the one with CUDA.
+Without an NVIDIA GPU torch's own index of CPU builds is used where TORCH_INDEX names it and it answers.
+
+A checkout that was moved or copied is told by the stamp, which holds the environment's place and Python:
+programs and the link to the sources are then directed to the new place, and nothing is installed again.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+CONSTRAINTS = "constraints/main.txt"
+SOURCES = ("pyproject.toml", CONSTRAINTS)
+TORCH = ("auto", "cuda", "cpu")
+ANSWER = 5.0  # seconds in which the index of CPU builds must answer
+SIZES = {False: "2.2 GB", True: "5.9 GB"}  # of the whole environment, with and without CUDA
+TAIL = 30  # lines of the log that are shown
+LONGEST = 120  # bytes of a path behind #! that every system reads
+# How a program of an environment begins; one of the system (/usr/bin/python) is not an environment's.
+HEAD = re.compile(
+    rb"#!(?!/usr/)/[^\n]*/bin/python[\d.]*\n|#!/bin/sh\n'''exec' [^\n]*/bin/python[\d.]*[^\n]*\n' '''\n"
+)
+
+
+class Refused(Exception):
+    """What the user asked for cannot be had; the text says what to do."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The index of CPU builds that pip is to look at besides, if any, and why none where one was named."""
+
+    index: str | None = None
+    note: str = ""
+
+
+def choose(wanted: str, index: str, gpu: bool, answers: bool) -> Choice:
+    """Return where torch comes from.
+
+    `wanted`: TORCH, of `auto`, `cuda` and `cpu`. `index`: TORCH_INDEX, or empty; `answers`: whether it does.
+    Raise Refused for another `wanted`, and for `cpu` from an index that does not answer.
+    """
+    if wanted not in TORCH:
+        raise Refused(f"TORCH={wanted}: one of {', '.join(TORCH)}")
+    if not index or wanted == "cuda" or (wanted == "auto" and gpu):
+        return Choice()
+    if answers:
+        return Choice(index)
+    silent = f"TORCH_INDEX={index} does not answer within {ANSWER:.0f} s"
+    if wanted == "cpu":
+        raise Refused(silent)
+    return Choice(note=f"{silent}; ")
+
+
+def announce(wanted: str, gpu: bool, cuda: bool | None, note: str = "") -> str:
+    """Return what is said before the installation. `cuda`: of the build that pip takes; None: unknown.
+
+    Raise Refused for TORCH=cpu where pip knows no CPU build.
+    """
+    if cuda is None:
+        return f"{note}installing into the environment"
+    size = SIZES[cuda]
+    hint = "TORCH_INDEX=<address of torch's CPU builds, as its installation page has it>"
+    if cuda and wanted == "cpu":
+        raise Refused(f"TORCH=cpu: pip finds torch with CUDA only ({size}); add {hint}")
+    what = f"{note}installing torch {'with CUDA' if cuda else 'for the processor'}, {size} in all"
+    if cuda and not gpu and wanted == "auto":
+        return f"{what}; this machine has no NVIDIA GPU: `make demo {hint}` takes {SIZES[False]} instead"
+    return what
+
+
+def has_gpu() -> bool:
+    """Return whether NVIDIA's driver is here."""
+    if Path("/proc/driver/nvidia/version").exists():
+        return True
+    try:
+        return bool(subprocess.run(["nvidia-smi", "-L"], capture_output=True, timeout=10, check=True).stdout)
+    except (OSError, subprocess.SubprocessError):
+        return False
+
+
+def answers(index: str) -> bool:
+    """Return whether a package index has torch and says so in time."""
+    try:
+        with urllib.request.urlopen(f"{index.rstrip('/')}/torch/", timeout=ANSWER):
+            return True
+    except (OSError, ValueError, urllib.error.URLError):
+        return False
+
+
+def takes_cuda(source: Sequence[str]) -> bool | None:
+    """Return whether the torch that pip would install needs CUDA's libraries; None where it installs none."""
+    command = ["install", "--quiet", "--dry-run", "--no-deps", "--report", "-", *source, "torch"]
+    done = subprocess.run([*_pip(), *command], capture_output=True, text=True, check=False)
+    try:
+        items: list[dict[str, Any]] = json.loads(done.stdout)["install"]
+        needs = items[0]["metadata"].get("requires_dist", [])
+    except (ValueError, LookupError, TypeError):
+        return None  # already there, or out of reach: pip itself will say so
+    return brings_cuda(needs)
+
+
+def brings_cuda(needs: Sequence[str]) -> bool:
+    """Return whether one of these requirements is NVIDIA's and holds on this machine."""
+    from pip._vendor.packaging.requirements import Requirement
+
+    requirements = (Requirement(need) for need in needs if need.startswith(("nvidia", "cuda")))
+    return any(r.marker is None or r.marker.evaluate({"extra": ""}) for r in requirements)
+
+
+def moved(before: str, now: str) -> bool:
+    """Return whether an environment of the same Python was elsewhere; `before` is empty in old stamps."""
+    return before != now and (not before or before.split(" ")[-1] == now.split(" ")[-1])
+
+
+def redirect(prefix: Path) -> None:
+    """Let the environment's programs and what is sourced name its own place, wherever they were made."""
+    for program in (prefix / "bin").iterdir():
+        if program.is_symlink() or not program.is_file():
+            continue
+        text = program.read_bytes()
+        if head := HEAD.match(text):
+            program.write_bytes(shebang(f"{prefix}/bin/python") + text[head.end() :])
+    base = Path(sys.executable).resolve()
+    subprocess.run([base, "-m", "venv", "--without-pip", str(prefix)], check=True)  # bin/activate
+
+
+def shebang(python: str) -> bytes:
+    """Return a program's first lines; as pip, go through the shell where the kernel cannot read the path."""
+    if " " not in python and len(python) < LONGEST:
+        return f"#!{python}\n".encode()
+    return f"#!/bin/sh\n'''exec' \"{python}\" \"$0\" \"$@\"\n' '''\n".encode()
+
+
+def install(extra: str, environment: Mapping[str, str], log: Path) -> None:
+    """Install the project with `extra` ("" for none). Raise Refused, or CalledProcessError when pip fails."""
+    wanted, index = environment.get("TORCH") or "auto", environment.get("TORCH_INDEX", "")
+    gpu = has_gpu()
+    choice = choose(wanted, index, gpu, bool(index) and answers(index))
+    source = ["-c", CONSTRAINTS, *(["--extra-index-url", choice.index] if choice.index else [])]
+    what = f"installing {extra}" if extra else announce(wanted, gpu, takes_cuda(source), choice.note)
+    print(f"{what} (some minutes; log: {log})", flush=True)
+    pip(log, "install", *source, "-e", f".[{extra}]" if extra else ".")
+
+
+def pip(log: Path, *arguments: str) -> None:
+    """Run pip into the log. Raise CalledProcessError when it fails."""
+    with log.open("w", encoding="utf-8") as out:
+        subprocess.run([*_pip(), *arguments], stdout=out, stderr=subprocess.STDOUT, check=True)
+
+
+def _pip() -> list[str]:
+    return [sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input"]
+
+
+def main(now: str, extra: str = "") -> int:
+    """Install the extra, or the project alone, and write `now` into its stamp. Return the exit code."""
+    prefix = Path(sys.prefix)
+    name = f"-{extra}" if extra else ""
+    log, stamp = prefix / f"install{name}.log", prefix / f".installed{name}"
+    try:
+        times = stamp.stat() if stamp.is_file() else None
+        if times and not extra and moved(stamp.read_text(encoding="utf-8").strip(), now):
+            print(
+                "the checkout is in another place than it was installed in: directing .venv to it", flush=True
+            )
+            redirect(prefix)
+            if all(Path(source).stat().st_mtime <= times.st_mtime for source in SOURCES):
+                pip(log, "install", "--no-deps", "--no-build-isolation", "-e", ".")
+                stamp.write_text(f"{now}\n", encoding="utf-8")
+                os.utime(
+                    stamp, ns=(times.st_atime_ns, times.st_mtime_ns)
+                )  # what follows it is not made again
+                return 0
+        install(extra, os.environ, log)
+        stamp.write_text(f"{now}\n", encoding="utf-8")
+    except Refused as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except subprocess.CalledProcessError as error:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines() if log.is_file() else []
+        print("\n".join(lines[-TAIL:]), file=sys.stderr)
+        print(f"error: pip ended with exit code {error.returncode}; all that it said: {log}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
