@@ -124,8 +124,8 @@ def test_another_run_at_work_here_is_named(checkout: Path) -> None:
         code, said = pipeline()
         assert code == 2
         last = said.splitlines()[-1]
-        assert last.startswith("error: another run is at work here") and f"(process {other.pid}): wait" in last
-        )
+        assert last.startswith("error: another run is at work here")
+        assert f"(process {other.pid}): wait" in last
         other.kill()
     assert pipeline()[0] == 0 and Path("one.txt").read_text() == "1\n"
 

@@ -72,7 +72,7 @@ def test_who_comes_second_is_told_who_is_at_work_and_where(repository: Path) -> 
         finally:
             Path("off").touch()
     said = f"error: another run is at work here, at hold since {time.strftime('%H:')}"
-    assert second.returncode == 255
+    assert second.returncode == 2
     assert said in second.stderr and f"(process {first.pid})" in second.stderr
     assert "rwlock" not in second.stdout + second.stderr
     assert first.returncode == 0
