@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.scoring.answers import normalize
@@ -20,24 +21,28 @@ class AnswerSearch:
     """
 
     def __init__(self, questions: Splits) -> None:
-        self._missing: dict[str, set[str]] = defaultdict(set)  # first word -> answers
+        self._words: set[str] = set()  # answers of one word
+        self._phrases: dict[tuple[str, str], set[str]] = defaultdict(set)  # first two words -> longer ones
         self._unspaced: set[str] = set()  # in scripts whose words no space divides
         for question in (question for items in questions.values() for question in items):
             for answer in map(normalize, question.golden_answers):
+                first, *others = answer.split(" ")
                 if stands_in(answer, f"x{answer}x"):
                     self._unspaced.add(answer)
+                elif others:
+                    self._phrases[first, others[0]].add(answer)
                 elif answer not in NEED_NO_PASSAGE:
-                    self._missing[answer.partition(" ")[0]].add(answer)
+                    self._words.add(answer)
 
     def read(self, passage: Passage) -> None:
         """Look for the answers that are still missing."""
-        if not self._missing and not self._unspaced:
-            return
         text = normalize(passage.contents)
-        for word in self._missing.keys() & set(text.split(" ")):
-            self._missing[word] -= {answer for answer in self._missing[word] if stands_in(answer, text)}
-            if not self._missing[word]:
-                del self._missing[word]
+        words = text.split(" ")
+        self._words.difference_update(words)
+        for pair in self._phrases.keys() & set(pairwise(words)):
+            self._phrases[pair] -= {answer for answer in self._phrases[pair] if stands_in(answer, text)}
+            if not self._phrases[pair]:
+                del self._phrases[pair]
         self._unspaced -= {answer for answer in self._unspaced if answer in text}
 
     def answerable(self, questions: Sequence[Question]) -> float:
@@ -45,7 +50,7 @@ class AnswerSearch:
 
         Those with an answer that no passage need have count too.
         """
-        missing = self._unspaced.union(*self._missing.values())
+        missing = self._words.union(self._unspaced, *self._phrases.values())
         able = [any(normalize(answer) not in missing for answer in q.golden_answers) for q in questions]
         return sum(able) / len(able) if able else 1.0
 

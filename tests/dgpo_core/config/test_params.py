@@ -259,6 +259,14 @@ def test_every_profile_resolves(path: Path) -> None:
     assert set(resolved["compare"]) == {"student", "teacher", "kd", "dgpo"}
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
+def test_models_see_passages_as_they_learned_them(path: Path) -> None:
+    """Published ones as the release shows them, those of the embedded world as they were built."""
+    resolved = resolve_profile(path)
+    expected = "plain" if resolved["data"]["source"] == "world" else "release"
+    assert resolved["protocol"]["documents"] == expected
+
+
 def test_profile_lies_over_the_one_that_it_extends(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text(
         "data: {source: world}\ndistill: {epochs: 7, batch_size: 3}\nquestions: {train: [x]}\n"
