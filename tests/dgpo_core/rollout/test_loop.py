@@ -1,6 +1,7 @@
 """The agent loop with an engine that writes given texts."""
 
 import random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -209,7 +210,12 @@ def test_of_a_long_passage_no_more_is_tokenised_than_is_shown(monkeypatch: pytes
     read: list[int] = []
     tokenizer = build_tokenizer()
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text, **o: read.append(len(text)) or encode(text, **o))
+
+    def counted(text: str, **options: Any) -> Any:
+        read.append(len(text))
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", counted)
     sentence = "Bel is the mayor of Ula, and Ula lies on the river Aro. "
     shown = []
     for times in (60, 20_000):
