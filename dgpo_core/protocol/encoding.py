@@ -5,8 +5,8 @@ from typing import Any
 
 from dgpo_core.protocol.prompts import message_text, prompt_text
 
-READ = 8  # characters for a token that is wanted; of most texts one has 3 to 5
-MARGIN = 200  # tokens, and characters, beyond those that count
+READ = 6  # characters for a token that is wanted; of most texts one has 3 to 5
+MARGIN = 200  # tokens beyond those that count
 ELSEWHERE = 13  # characters between two ends of a text: groups of 2 or 3 characters end differently there
 
 
@@ -36,7 +36,7 @@ def start_of(text: str, encode: Callable[[str], list[int]], count: int) -> str:
     What follows a place can change the tokens before it, but not far before it. So the start has more tokens
     than `count`, and is made twice, with different ends: where that makes a difference, `text` is returned.
     """
-    length = READ * count + MARGIN
+    length = READ * (count + MARGIN)
     while 2 * length < len(text):
         start = text[:length]
         ids = encode(start)

@@ -26,7 +26,8 @@ from dgpo_core.retrieval.ranking import RRF_DEPTH, Scored, Window, fuse, rank
 from dgpo_core.retrieval.shards import read_manifest
 from dgpo_core.retrieval.unspaced import spaced
 
-REMEMBERED = 100_000  # queries whose hits are kept (about 2 kB each)
+REMEMBERED = 100_000  # queries whose hits are kept
+REMEMBERED_TEXT = 200_000_000  # characters of their passages: 2,000 a query, with passages of 100 words
 DIGITS = 4  # of a score
 
 
@@ -67,6 +68,7 @@ class Index:
         self.digest = digest
         self._source = source
         self._known: dict[tuple[str, int], list[Hit]] = {}  # the most recently used ones last
+        self._text = 0  # characters in `_known`
 
     def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
         """Return the best passages of each query, best first.
@@ -74,7 +76,7 @@ class Index:
         Raise InfrastructureError when the search fails, and UserError when it is refused: the query, or the
         settings, are at fault.
         """
-        found = {query: self._known.pop((query, top_k), None) for query in queries}
+        found = {query: self._forget((query, top_k)) for query in queries}
         new = [query for query, hits in found.items() if hits is None]
         try:
             if new:
@@ -90,10 +92,18 @@ class Index:
                 raise UserError(f"retrieval.location: {reason}") from error
             raise InfrastructureError(f"the index failed: {error}") from error
         known = {query: hits for query, hits in found.items() if hits is not None}
-        self._known |= {(query, top_k): hits for query, hits in known.items()}
-        while len(self._known) > REMEMBERED:
-            del self._known[next(iter(self._known))]
+        for query, hits in known.items():
+            self._known[query, top_k] = hits
+            self._text += _length(hits)
+        while len(self._known) > REMEMBERED or self._text > REMEMBERED_TEXT:
+            self._forget(next(iter(self._known)))
         return [known[query] for query in queries]
+
+    def _forget(self, key: tuple[str, int]) -> list[Hit] | None:
+        """Return what is known, which is not kept any longer; None where it is not known."""
+        hits = self._known.pop(key, None)
+        self._text -= _length(hits or [])
+        return hits
 
     @property
     def searcher(self) -> Searcher | None:
@@ -103,6 +113,10 @@ class Index:
     def close(self) -> None:
         """Release what the index holds; later searches fail."""
         self._source.close()
+
+
+def _length(hits: list[Hit]) -> int:
+    return sum(len(hit.passage.text) for hit in hits)
 
 
 def open_index(

@@ -18,7 +18,7 @@ from tasks.index import index
 from tasks.pipeline_index import retriever
 from tests.conftest import make_workplace
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer, running
-from tests.dgpo_core.retrieval.test_service import served
+from tests.dgpo_core.retrieval.test_service import foreign, served
 from tests.tasks.miniature import make_project
 
 
@@ -122,3 +122,23 @@ def test_with_a_service_nothing_is_encoded(project: Path, indexed_project: Path)
         with pytest.raises(UserError, match=r"make it again \(dvc repro --force index\)"):
             retriever(load_params())
     retrieval.close()
+
+
+def test_a_service_that_is_no_retriever_is_refused_at_once(project: Path) -> None:
+    """It answers /health, as every web server does, but not the first question."""
+    with served(foreign({"result": [[{"document": {"url": "a"}}]] * 2})) as url:
+        change(project, location=f"retriever+{url}")
+        with pytest.raises(UserError, match=r"retrieval\.location: .*does not answer as a retriever does"):
+            index()
+    assert not (project / "data/index").exists()
+
+
+def test_questions_in_another_language_than_the_corpus(project: Path) -> None:
+    change(project, location="embedded")
+    corpus = project / "data/corpus.jsonl"
+    corpus.unlink()
+    corpus.write_text(json.dumps({"id": "1", "contents": '"Тест"\nГород стоит на реке.'}) + "\n")
+    with pytest.raises(UserError, match=r"(\d+) of \1 validation questions find nothing.*a dense encoder"):
+        index()
+    change(project, location="embedded", recall_queries=0)
+    index()

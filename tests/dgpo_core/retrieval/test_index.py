@@ -145,6 +145,18 @@ def test_only_the_most_recent_queries_are_remembered(
     assert len(made.search(["d", "e", "f"], 1)) == 3
 
 
+def test_long_passages_are_not_remembered_beyond_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "REMEMBERED_TEXT", 5000)
+    made = index_passages([Passage("1", "T", "red house " * 200), Passage("2", "T", "x " * 3000)], BM25)
+    for query in ("red", "house", "red house", "a red", "a house", "x"):
+        assert made.search([query], 1)[0]
+        assert sum(len(hit.passage.text) for hits in made._known.values() for hit in hits) <= 5000
+    assert [query for query, _ in made._known] == []
+    made.search(["red"], 1)
+    made.search(["house"], 1)
+    assert [query for query, _ in made._known] == ["red", "house"], "what there is room for"
+
+
 def test_query_without_any_known_word(index: Index) -> None:
     assert index.search(["zzzzqqq"], 3) == [[]]
     assert index.search([], 3) == []

@@ -16,6 +16,7 @@ import pytest
 
 from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.datasets.records import Passage
+from dgpo_core.retrieval.backends import Backend
 from dgpo_core.retrieval.backends.embedded import EmbeddedBackend
 from dgpo_core.retrieval.backends.loading import alias_target, collection_name, ensure
 from dgpo_core.retrieval.backends.server import QdrantBackend, connect
@@ -92,7 +93,7 @@ def test_sparse_is_what_the_embedded_engine_finds(
     client = cleaned(config, made.name)
     ensure(client, made, config, lambda *_: None, lambda name: None)
     asked = encoder.encode_queries([query for query, _ in queries[:100]])
-    backends = [QdrantBackend(client, made.name, config), EmbeddedBackend(made)]
+    backends: list[Backend] = [QdrantBackend(client, made.name, config), EmbeddedBackend(made)]
     first, second = (rank(partial(b.query, "text"), asked, 3) for b in backends)
     assert [[p.number for p in ps] for ps in first] == [[p.number for p in ps] for ps in second]
     for some, same in zip(first, second, strict=True):

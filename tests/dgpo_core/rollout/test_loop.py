@@ -3,7 +3,7 @@
 import math
 import random
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -259,7 +259,12 @@ def test_of_a_long_passage_no_more_is_tokenised_than_is_shown(
     read: list[int] = []
     tokenizer = build_tokenizer()
     encode = tokenizer.encode
-    monkeypatch.setattr(tokenizer, "encode", lambda text, **o: read.append(len(text)) or encode(text, **o))
+
+    def counted(text: str, **options: Any) -> Any:
+        read.append(len(text))
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", counted)
     sentence = "Bel is the mayor of Ula, and Ula lies on the river Aro. "
     config = ProtocolConfig(max_information=320, documents=documents)
     shown = []
