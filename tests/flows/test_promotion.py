@@ -118,7 +118,7 @@ def test_a_model_that_is_not_registered_is_said_and_no_other_is_offered(project:
     make_trained(project, BETTER, approval=False)
     register_trained(challenger=True)
     train(project, "dgpo", "weights that MLflow has not seen", BETTER)
-    with pytest.raises(UserError, match=r"no version is this run's model of dgpo: .*`dgpo register`"):
+    with pytest.raises(UserError, match=r"no version is this working tree's model of dgpo.*`dgpo register`"):
         offered(project, "nobody")
     assert (champion(), holder(CHALLENGER)) == (None, "2")
 
