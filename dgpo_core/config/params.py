@@ -149,6 +149,10 @@ def _row(rows: dict[str, Row], group: str, name: str) -> Row:
 
 def load_params(path: Path = PARAMS) -> Params:
     """The validated parameters. Raises UserError with file, key and what is wrong, for the first few keys."""
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file; run it in the checkout's root (`dgpo use <profile>` writes one)"
+        )
     return _validated(read_yaml(path), path)
 
 
@@ -209,6 +213,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except (YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, dict):
