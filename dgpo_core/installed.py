@@ -1,4 +1,4 @@
-"""Whether this Python is that of the project's environment; to ask takes the standard library alone."""
+"""Whether this Python is that of the project's environment; only the standard library is needed to ask."""
 
 import importlib.util
 import sys

@@ -3,12 +3,45 @@
 Commands import what they need when they run, so that `dgpo --help` is instant.
 """
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, help=__doc__)
+from dgpo_core.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+ANYWHERE = (
+    "use",
+    "show",
+    "pool",
+    "sizes",
+    "plan",
+    "doctor",
+)  # what does not need a checkout, or says so itself
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"dgpo {version('dgpo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def dgpo(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it, and end")
+    ] = False,
+) -> None:
+    """Ask, compare, promote and plan search agents that DGPO trains. Run it in the root of a checkout; `make
+    demo` there trains the first one. COMMAND --help says more."""
+    elsewhere = context.invoked_subcommand not in ANYWHERE and not Path("params.yaml").exists()
+    if elsewhere and "--help" not in sys.argv:
+        raise UserError(f"{Path.cwd()} is no checkout (it has no params.yaml): run it in the checkout's root")
 
 
 @app.command()

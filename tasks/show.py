@@ -25,6 +25,8 @@ def load_results(path: Path) -> Results:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no results yet; run the pipeline first (`make demo`)") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
         raise UserError(f"{path}: not JSON: {error}") from error
     cells = [cell for sets in _values(results) for cell in _values(sets)]

@@ -243,6 +243,9 @@ def main(function: Callable[[], None]) -> NoReturn:
     Why it failed is left in `.state/<stage>/failure.json`, because `dvc repro` exits 255 whatever happened.
     """
     exit_on_signals()
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # whoever started it has closed it (>&-)
+            setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115 - as long as the process
     dvc_stage = os.environ.get("DVC_STAGE")  # set by DVC; errors before `stage()` belong to it too
     code = 0
     try:

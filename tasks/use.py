@@ -25,7 +25,10 @@ def profile_path(profile: str, root: Path = Path()) -> Path:
     """Raises UserError with the profiles that there are."""
     path = root / PROFILES / f"{profile}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+        known = (
+            ", ".join(sorted(p.stem for p in path.parent.glob("*.yaml")))
+            or "none (is this the checkout's root?)"
+        )
         raise UserError(f"{path}: no such profile; there are: {known}")
     return path
 

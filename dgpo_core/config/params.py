@@ -155,6 +155,10 @@ def _row(rows: dict[str, Row], group: str, name: str) -> Row:
 
 def load_params(path: Path = PARAMS) -> Params:
     """The validated parameters. Raises UserError with file, key and what is wrong, for the first few keys."""
+    if not path.exists():
+        raise UserError(
+            f"{path}: no such file; run it in the checkout's root (`dgpo use <profile>` writes one)"
+        )
     return validated(read_yaml(path), path)
 
 
@@ -215,6 +219,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not valid YAML: {error}") from error
     except ValueError as error:

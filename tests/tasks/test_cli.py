@@ -44,3 +44,60 @@ def test_use_writes_the_parameters_of_a_profile(tmp_path: Path) -> None:
     assert dgpo(tmp_path, "use", "yours").stderr.strip() == (
         "error: profiles/yours.yaml: no such profile; there are: mine"
     )
+
+
+def test_another_folder_than_a_checkout_is_said_and_left_as_it_is(tmp_path: Path) -> None:
+    for command in (["lineage"], ["ask", "Who"], ["register"], ["serve"], ["collections", "list"]):
+        done = dgpo(tmp_path, *command)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr == (
+            f"error: {tmp_path} is no checkout (it has no params.yaml): run it in the checkout's root\n"
+        )
+    assert dgpo(tmp_path, "plan").stderr.startswith(
+        "error: params.yaml: no such file; run it in the checkout"
+    )
+    assert dgpo(tmp_path, "ask", "--help").returncode == 0
+    assert dgpo(tmp_path, "--version").stdout.startswith("dgpo ")
+    assert list(tmp_path.iterdir()) == [], "a store, say"
+
+
+def test_a_file_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").mkdir()
+    for command in (["plan"], ["show", "params.yaml"]):
+        done = dgpo(tmp_path, *command)
+        assert done.returncode == 2
+        assert done.stderr == "error: params.yaml: cannot be read (Is a directory)\n"
+
+
+def test_what_is_wrong_with_a_question_is_said_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("")
+    assert dgpo(tmp_path, "ask", " ").stderr == "error: the question is empty\n"
+    assert dgpo(tmp_path, "serve", "--allow-origin", "http://localhost:3000/").stderr == (
+        "error: --allow-origin http://localhost:3000/: scheme, host and port without a path, such as "
+        "http://localhost:3000\n"
+    )
+    assert (
+        "--allow-host http://x: a name without" in dgpo(tmp_path, "serve", "--allow-host", "http://x").stderr
+    )
+    code = "import sys, tasks.ask, tasks.serve; print([m for m in ('torch', 'mlflow') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_a_closed_output_is_no_fault(tmp_path: Path) -> None:
+    (tmp_path / "results.json").write_text('{"kd": {"nq": {"em": 0.25}}}')
+    command = f"exec {sys.executable} -m tasks.cli show results.json >&-"
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, env=env, capture_output=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_without_the_environment_a_program_says_what_to_do(tmp_path: Path) -> None:
+    """With a Python that has no packages, as the system's may be."""
+    env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin"}
+    for program in ("tasks.data", "tasks.cli", "flows.pipeline"):
+        command = [sys.executable, "-S", "-m", program]  # -S: no site-packages
+        done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode == 2
+        assert f"error: {sys.executable} does not have pydantic, rich" in done.stderr
+        assert "source .venv/bin/activate" in done.stderr and done.stderr.count("\n") == 1
