@@ -105,8 +105,9 @@ reproduce: $(VENV)/.installed  ## the paper's whole table: all recipes, SEEDS="0
 deploy: $(VENV)/.installed  ## create work pools, deployments and automations on the Prefect server of `make ui`
 	PREFECT_API_URL=$(PREFECT_API_URL) $(PY) -m flows.deploy --gpus $(GPUS)
 
+worker: export DGPO_ROOT := $(CURDIR)# by the environment: no shell reads what characters the folder has
 worker: $(VENV)/.installed  ## run what is started from the Prefect dashboard: make worker [POOL=cpu, or gpu]
-	PREFECT_API_URL=$(PREFECT_API_URL) DGPO_ROOT=$(CURDIR) DGPO_POOL=$(POOL) \
+	PREFECT_API_URL=$(PREFECT_API_URL) DGPO_POOL=$(POOL) \
 		PREFECT_FLOWS_HEARTBEAT_FREQUENCY=30 $(PY) -m prefect worker start --pool $(POOL)-pool --limit $(RUNS)
 
 ui: $(VENV)/.installed  ## show both dashboards until Ctrl-C
@@ -152,7 +153,8 @@ base-models: $(VENV)/.installed  ## rebuild the embedded student and teacher sid
 	@$(MAKE) --no-print-directory -j 2 base-model-student base-model-teacher
 
 base-model-%: $(VENV)/.installed
-	$(PY) -m tasks.pipeline --single-item --force base-model@$*
+	$(PY) -m tasks.base_model $*
+	$(PY) -m dvc commit --force base-model@$*
 
 clean:  ## remove what runs have made (not the environment, nor what DVC has cached)
 	@test ! -d .services || $(PY) -m infra.services down

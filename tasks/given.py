@@ -1,7 +1,7 @@
 """Stage `given`: link models/given/<student or teacher> to the model that the pipeline starts from.
 
-dvc.yaml cannot name a folder that params.yaml may give or not (a model may be on the hub), so stages depend on
-the link: DVC hashes what is behind it, and sees another model as well as other files of the same one.
+dvc.yaml cannot name a folder that params.yaml may give or not (a model may be on the hub), so stages depend
+on the link: DVC hashes what is behind it, and sees another model as well as other files of the same one.
 """
 
 import os

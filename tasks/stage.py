@@ -82,7 +82,7 @@ class Run:
         self.tracker.metrics(0, numbers(values))
 
     def register_model(self, recipe: str, folder: Path) -> None:
-        """Register the output `folder` as a version of the registered model (registry.py), once it is there."""
+        """Once the output `folder` is there: register it as a version of the model (registry.py)."""
         self.models[recipe] = folder
 
     def published(self, outputs: Sequence[Path]) -> None:

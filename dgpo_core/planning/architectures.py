@@ -7,7 +7,6 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-
 from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
 
