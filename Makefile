@@ -158,7 +158,8 @@ base-models: $(VENV)/.installed  ## rebuild the embedded student and teacher sid
 	@$(MAKE) --no-print-directory -j 2 base-model-student base-model-teacher
 
 base-model-%: $(VENV)/.installed
-	$(PY) -m tasks.pipeline --single-item --force base-model@$*
+	$(PY) -m tasks.base_model $*
+	$(PY) -m dvc commit --force base-model@$*
 
 clean:  ## remove what runs have made (not the environment, nor what DVC has cached)
 	@test ! -d .services || $(PY) -m infra.services down

@@ -11,6 +11,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from dgpo_core.config.params import PARAMS, Params, load_params, read_yaml
 from dgpo_core.errors import UserError
 from dgpo_core.pretraining.build import BaseModelBuilder
@@ -95,15 +97,19 @@ def is_committed(name: str, config: dict[str, Any]) -> bool:
     used = entry.params.get("models")
     if used is not None and MODELS / name not in map(Path, used.values()):
         return False
-    then = {
-        "base_models": {key: entry.params.get(f"base_models.{key}") for key in config["base_models"]},
-        "model": entry.params.get(f"base_models.models.{name}"),
-        "protocol": entry.params.get("protocol"),
-        "top_k": entry.params.get("retrieval.top_k"),
-    }
-    code = set(_sources()) <= entry.deps.keys()
-    code = code and all(dvc_md5(Path(path)) == entry.deps[path] for path in _sources())
-    return code and all(then[key] == value for key, value in config.items())
+    code = {path: entry.deps.get(path) for path in _sources()}
+    if any(dvc_md5(Path(path)) != md5 for path, md5 in code.items()):
+        return False
+    world = ("seed", "world", "worlds", "first_world_seed", "expert_episodes")
+    base = {key: entry.params[f"base_models.{key}"] for key in world}
+    base["models"] = {name: entry.params[f"base_models.models.{name}"]}
+    content = {"profile": "", "base_models": base, "protocol": entry.params["protocol"]}
+    content["retrieval"] = {"top_k": entry.params["retrieval.top_k"]}
+    try:
+        then = Params.model_validate(content)
+    except ValidationError:  # parameters of another version
+        return False
+    return settings(then, name) == config
 
 
 def _sources() -> list[str]:

@@ -1,14 +1,22 @@
-"""Stage `base-model`: what an interrupted build continues with."""
+"""Stages `base-model` and `given`: what is built, what is left alone, what DVC sees."""
 
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from dgpo_core.errors import UserError
 from dgpo_core.pretraining import loop
-from tasks.base_model import build
+from flows.dag import read_dag
+from tasks.base_model import bring_up_to_date, build
+from tasks.given import link
+from tasks.paths import GIVEN
 from tasks.stage import STATE, Run
+from tests.conftest import ROOT
 from tests.tasks.miniature import make_project
 
 PHASE = {"batch_size": 2, "warmup_steps": 1}
@@ -51,3 +59,88 @@ def test_a_build_does_not_continue_with_episodes_of_other_passages(
     use(top_k=1)
     build("small")
     assert WEIGHTS.read_bytes() == expected
+
+
+def project_of_dvc(folder: Path, **models: str) -> None:
+    """A git and DVC repository with this tree's graph and sources, a base model `small` and own models."""
+    base = {"world": {"passages": 150}, "worlds": 1, "expert_episodes": 12}
+    shape, phases = SMALL["shape"], [{"kind": "reading", "steps": 2, **PHASE}]
+    make_project(folder, base_models={**base, "models": {"small": {"shape": shape, "phases": phases}}})
+    for name in ("dvc.yaml", "dgpo_core", "tasks"):
+        Path(name).symlink_to(ROOT / name)
+    change_params(models=models)
+
+
+def change_params(**sections: dict[str, Any]) -> None:
+    params = yaml.safe_load(Path("params.yaml").read_text())
+    for name, values in sections.items():
+        params[name] |= values
+    Path("params.yaml").write_text(yaml.safe_dump(params))
+
+
+def run(*command: str) -> str:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_what_is_built_is_kept_for_other_worktrees(
+    dvc_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And in git: DVC's run cache keeps nothing that DVC may not remove before the stage runs."""
+    project_of_dvc(dvc_repository, student="models/small")
+    bring_up_to_date("small")
+    expected = WEIGHTS.read_bytes()
+    shutil.rmtree(WEIGHTS.parent)
+    with monkeypatch.context() as patch:
+        patch.setattr("tasks.base_model.build", lambda name: pytest.fail(f"{name} is built again"))
+        bring_up_to_date("small")
+        assert WEIGHTS.read_bytes() == expected
+        change_params(protocol={"instruction": "paper"})  # which a model that only reads never sees
+        bring_up_to_date("small")
+    change_params(base_models={"seed": 1})
+    bring_up_to_date("small")
+    assert WEIGHTS.read_bytes() != expected
+
+
+def test_a_model_of_ones_own_touches_nothing_in_git(dvc_repository: Path) -> None:
+    """As `dvc exp run -S models.student=own` does it; DVC sees what is in that folder."""
+    project_of_dvc(dvc_repository)
+    Path("models/student").unlink()
+    shutil.copytree(ROOT / "models/student", "models/student")
+    student = {"base_models": {"models": {"student": SMALL | {"phases": SMALL["phases"][:1]}}}}
+    change_params(**student)
+    dvc = (sys.executable, "-m", "dvc")
+    link("student")
+    run(*dvc, "commit", "-q", "-f", "base-model@student", "given@student")
+    run("git", "add", "-A")
+    run("git", "-c", "user.name=n", "-c", "user.email=n@localhost", "commit", "-qm", "as built")
+    assert "didn't change" in run(*dvc, "repro", "given@student")
+    shutil.copytree("models/student", "own")
+    change_params(models={"student": "own"}, protocol={"instruction": "paper"})
+    assert "no model of this run" in run(*dvc, "repro", "given@student")
+    assert (GIVEN / "student").resolve() == Path("own").resolve()
+    assert "models/student" not in run("git", "status", "--porcelain", "models/student")
+    Path("own/README.md").write_text("trained on")
+    assert read_dag(dvc_repository)["given@student"].changed
+    run(*dvc, "repro", "given@student")
+    change_params(models={"student": "models/student"})
+    assert "as git has it" in run(*dvc, "repro", "given@student")
+    assert run("git", "status", "--porcelain", "models") == ""
+
+
+def test_a_model_of_the_hub_is_named(workplace: Path) -> None:
+    make_project(workplace)
+    change_params(models={"student": "someone/model"})
+    link("student")
+    link("teacher")
+    assert (GIVEN / "student").read_text() == "someone/model\n"
+    assert (GIVEN / "teacher").readlink() == Path("../teacher")
+    change_params(models={"student": str(workplace / "models/teacher")})
+    link("student")
+    assert (GIVEN / "student").resolve() == (workplace / "models/teacher").resolve()
+    change_params(models={"student": "models/student"})
+    link("student")
+    assert (GIVEN / "student").readlink() == Path("../student")
+    with pytest.raises(UserError, match="the given models are student and teacher"):
+        link("kd")

@@ -157,7 +157,8 @@ def test_outputs_on_another_disk() -> None:
 
 def test_two_processes_do_not_run_one_stage_at_once() -> None:
     """By hand; under DVC they do not anyway."""
-    program = "from tasks.stage import main, stage\ndef run():\n with stage('train', config={}): print('ran')\nmain(run)"
+    program = "from tasks.stage import main, stage\n"
+    program += "def run():\n  with stage('train', config={}): print('ran')\nmain(run)"
     command = [sys.executable, "-c", program]
     with stage("train", config={}) as run:
         second = subprocess.run(command, capture_output=True, text=True)

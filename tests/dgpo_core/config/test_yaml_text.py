@@ -11,7 +11,8 @@ from ruamel.yaml import YAML
 from dgpo_core.config.yaml_text import as_text, parse
 
 # pieces of what one of the two versions takes for something other than a text
-PIECES = st.sampled_from([*"0123456789eE+-._:oxbn~<=#&*!|>'\"%@`,[]{}? ", "yes", "no", "on", "Off", "null", "0o", ".inf", "1:30", "2001-01-01"])  # fmt: skip
+WORDS = ["yes", "no", "on", "Off", "null", "0o", ".inf", "1:30", "2001-01-01"]
+PIECES = st.sampled_from([*"0123456789eE+-._:oxbn~<=#&*!|>'\"%@`,[]{}? ", *WORDS])
 TEXTS = st.lists(PIECES, max_size=6).map("".join) | st.text(max_size=6)
 VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | TEXTS
 
