@@ -4,8 +4,6 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
-import pandas as pd
-
 from dgpo_core.protocol.episode import write_episodes
 from tasks.filter import AUDIT, filter_episodes
 from tasks.paths import TEACHER_EPISODES
@@ -24,4 +22,3 @@ def test_reasons_and_names_with_commas_are_one_column(workplace: Path) -> None:
         ["onehop", "kept", "1"],
         ['trivia, "quoted"', "wrong answer, evidence found", "2"],
     ]
-    assert pd.read_csv(AUDIT)["episodes"].sum() == 3
