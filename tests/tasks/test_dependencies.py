@@ -36,16 +36,21 @@ WITHOUT_EFFECT = (
     "dgpo_core/hub.py",  # whether a model is in the hub's cache
     "dgpo_core/reporting/episodes.py",  # in traces; the report, which shows it, watches it
     "dgpo_core/rollout/gpu_memory.py",
+    "dgpo_core/temporary.py",  # folders of which nothing stays
     "dgpo_core/training/checkpoint.py",  # what continues ends as if it had not been interrupted
+    "dgpo_core/training/finite.py",  # stops at numbers that are none, and changes no other
     "dgpo_core/training/parallel.py",  # one process here; in several, results differ by rounding
     "tasks/base_model.py",  # hands the settings to the builder
     "tasks/dvc_lock.py",  # this and what follows: where, how and with which record a stage runs
     "tasks/episode_spans.py",
     "tasks/evidence.py",
     "tasks/files.py",
+    "tasks/git.py",
     "tasks/inputs.py",
     "tasks/lineage.py",
+    "tasks/mlflow_faults.py",
     "tasks/mlflow_model.py",
+    "tasks/mlflow_store.py",
     "tasks/paths.py",
     "tasks/pipeline_summary.py",
     "tasks/process.py",
