@@ -38,10 +38,10 @@ def show(commits: bool) -> None:
     """Print the table; `commits`: with the experiments of all commits, not of HEAD alone. Raise UserError."""
     require_dvc()
     models = load_params().compare
-    rows = list(_rows(_asked(commits), models))
+    found = rows(models, commits)
     console = Console(highlight=False, soft_wrap=False)
-    console.print(table(rows, models, console.width))
-    head = next((row for row in rows[1:]), None)
+    console.print(table(found, models, console.width))
+    head = next((row for row in found[1:]), None)
     if head and head.missing:
         console.print(
             f"{head.name} has no results here: its dvc.lock in git is not that of a run on this machine. To "
@@ -50,6 +50,14 @@ def show(commits: bool) -> None:
     console.print(
         "everything: dvc exp show, dvc metrics diff, dvc params diff; take one over: dvc exp apply NAME"
     )
+
+
+def rows(models: list[str], commits: bool = False) -> list[Row]:
+    """Return working tree, HEAD and its experiments with the EM of `models`; `commits`: of all commits.
+
+    Raise UserError where DVC does not show them.
+    """
+    return list(_rows(_asked(commits), models))
 
 
 def table(rows: list[Row], models: list[str], width: int) -> Table:
