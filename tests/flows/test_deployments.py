@@ -243,7 +243,7 @@ def test_bad_settings_are_refused_with_the_key(site: Site) -> None:
     assert wait_for(run, *FINAL) == "Failed"
     found = "params.yaml: reinforce.betta: unknown key (found 0.5), did you mean reinforce.beta?"
     assert flow_run(run).state.message == f"this run's settings: {found}"
-    assert "pydantic" not in (site.folder / "worker-cpu.log").read_text()
+    assert "errors.pydantic.dev" not in (site.folder / "worker-cpu.log").read_text()
     assert not (site.folder / "cpu" / ".runs" / run.name).exists()
     branches = ["git", "branch", "--list", f"runs/{run.name}"]
     assert not subprocess.run(branches, cwd=site.folder / "cpu", capture_output=True, check=True).stdout
