@@ -178,7 +178,7 @@ def run():
         tries.write_text("x" * (count + 1))
         if count < FAILURES:
             raise InfrastructureError("the retriever does not answer")
-        Path("flaky.txt").write_text(f"continued after {count}")
+        current.output(Path("flaky.txt")).write_text(f"continued after {count}")
 
 main(run)
 """

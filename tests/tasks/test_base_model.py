@@ -20,7 +20,7 @@ from tests.conftest import ROOT
 from tests.tasks.miniature import make_project
 
 PHASE = {"batch_size": 2, "warmup_steps": 1}
-SMALL = {
+SMALL: dict[str, Any] = {
     "shape": {"hidden_size": 16, "layers": 1, "heads": 2, "intermediate_size": 16},
     "phases": [{"kind": "reading", "steps": 2, **PHASE}, {"kind": "protocol", "steps": 4, **PHASE}],
 }

@@ -22,7 +22,7 @@ from tasks.stage import main, stage
 
 def run():
     with stage("work", config={}, outputs=[Path("out.txt")]) as current:
-        Path("out.txt").write_text("half")
+        current.output(Path("out.txt")).write_text("half")
         current.progress(1, 2, em=0.5)
         BODY
 
@@ -95,7 +95,7 @@ def test_signals_end_a_stage_cleanly(workplace: Path, number: signal.Signals) ->
         # a background job of a shell, as the tests may be, has SIGINT ignored, and so have its children
         preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     ) as process:
-        wait_for(Path("out.txt").exists, "the stage works")
+        wait_for(Path(".state/work/outputs/0/out.txt").exists, "the stage works")
         process.send_signal(number)
         assert process.wait() == 128 + number
     assert not Path("out.txt").exists()
