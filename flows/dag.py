@@ -19,8 +19,7 @@ class Stage:
     """One stage; `meta:` in dvc.yaml carries the hints to the orchestrator, which DVC does not hash.
 
     `changed`: DVC would execute it, going by its own inputs and outputs. `pool`: whose worker is to run it.
-    `gpus`: how many slots of the limit `dgpo-gpu` it takes. `run_cached`: DVC's run cache keeps its runs,
-    which it does not where DVC leaves an output to git.
+    `gpus`: how many slots of the limit `dgpo-gpu` it takes.
     """
 
     name: str
@@ -30,7 +29,6 @@ class Stage:
     pool: str = "cpu"
     gpus: int = 0
     changed: bool = True
-    run_cached: bool = True
 
 
 def read_dag(root: Path) -> dict[str, Stage]:
@@ -128,8 +126,7 @@ def _stage(root: Path, node: Any, upstream: Iterable[Any]) -> Stage:
             raise UserError(f"{where}.{key} must be a whole number, 0 or more")
     names = tuple(sorted(_address(root, other) for other in upstream if other.cmd))
     retries, gpus = int(numbers["retries"]), int(numbers["gpus"])
-    run_cached = all(out.use_cache or out.is_metric or out.is_plot for out in node.outs)
-    return Stage(name, names, timeout, retries, pool, gpus, bool(node.status()), run_cached)
+    return Stage(name, names, timeout, retries, pool, gpus, bool(node.status()))
 
 
 def _is_number(value: Any) -> bool:

@@ -64,19 +64,7 @@ def execute(stage: Stage, tree: Path, log: Callable[[str], None], *, force: bool
             raise StageFailed(f"{stage.name}: not done after {minutes}", retryable=False) from None
     if code:
         raise _explain(stage.name, code, tail, failure)
-    state = next((state for text, state in SKIP_MESSAGES.items() if text in tail), "Completed")
-    if state == "Completed" and not stage.run_cached:
-        _put_into_run_cache(stage, tree, log)
-    return state
-
-
-def _put_into_run_cache(stage: Stage, tree: Path, log: Callable[[str], None]) -> None:
-    """So that other worktrees restore the output; a commit does for any stage what a run does for some.
-
-    What goes wrong is in the log only: the stage is done, and without this merely executed again elsewhere.
-    """
-    command = [sys.executable, "-m", "dvc", "commit", "--quiet", "--force", stage.name]
-    run_group(command, tree, environment(), log)
+    return next((state for text, state in SKIP_MESSAGES.items() if text in tail), "Completed")
 
 
 def environment() -> dict[str, str]:

@@ -64,6 +64,9 @@ def prepare(uri: str) -> None:
     path = local_path(uri)
     if path is None:
         return
+    if "?" in (place := str(STORE.resolve())) and uri == f"{SQLITE}{place}":
+        cure = "rename it, or name another store (MLFLOW_TRACKING_URI)"
+        raise UserError(f"{place}: a database's address ends at a ?, which this folder's name has: {cure}")
     try:
         if condition(path) == "absent":
             _make(path)

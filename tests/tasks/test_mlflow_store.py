@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from dgpo_core.errors import InfrastructureError, UserError
-from tasks.mlflow_store import artifact_root, condition, local_path, moved_from, prepare, revisions
+from tasks.mlflow_store import artifact_root, condition, local_path, moved_from, prepare, revisions, tracking_uri
 from tasks.stage import stage
 from tasks.tracking import connect, start_run
 from tests.conftest import ROOT
@@ -243,3 +243,15 @@ def test_only_files_are_looked_at() -> None:
         assert local_path(other) is None
         prepare(other)
     assert local_path("sqlite:////a/b c.db") == Path("/a/b c.db")
+
+
+def test_a_folder_that_no_address_can_name_is_the_users(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "what?"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match=r"what\?/mlflow.db: .* rename it"):
+        prepare(tracking_uri())
+    assert list(tmp_path.iterdir()) == [folder]
