@@ -14,7 +14,15 @@ from pathlib import Path
 import pytest
 
 from dgpo_core.errors import InfrastructureError, UserError
-from tasks.mlflow_store import artifact_root, condition, local_path, moved_from, prepare, revisions, tracking_uri
+from tasks.mlflow_store import (
+    artifact_root,
+    condition,
+    local_path,
+    moved_from,
+    prepare,
+    revisions,
+    tracking_uri,
+)
 from tasks.stage import stage
 from tasks.tracking import connect, start_run
 from tests.conftest import ROOT
