@@ -96,6 +96,12 @@ STAGES: dict[str, Callable[[], None]] = {
 }
 
 
+def is_ours(file: Path, root: Path) -> bool:
+    """Whether a file is in `root` and none of the environment, which may lie in it."""
+    installed = file.is_relative_to(sys.prefix) or file.parent.suffix == ".egg-info"
+    return file.is_relative_to(root) and not installed
+
+
 class Trace:
     """Files of this tree whose functions were called, and files that were opened for reading."""
 
@@ -122,7 +128,7 @@ class Trace:
     def sources(self) -> set[str]:
         """Without modules' and classes' bodies, which run when they are imported, used or not."""
         files = {Path(code.co_filename) for code in set(self.called) if code.co_flags & CO_OPTIMIZED}
-        return {file.relative_to(ROOT).as_posix() for file in files if file.is_relative_to(ROOT)}
+        return {file.relative_to(ROOT).as_posix() for file in files if is_ours(file, ROOT)}
 
     def _profile(self, frame: FrameType, event: str, _argument: Any) -> None:
         if event == "call":
@@ -197,7 +203,7 @@ def traced(
                 file.relative_to(root).as_posix()
                 for file in filter(Path.exists, read)
                 for root in (folder, ROOT)
-                if file.is_relative_to(root)
+                if is_ours(file, root)
             }
             found[name] = (trace.sources(), places)
     return found
