@@ -240,8 +240,8 @@ def roll_out(settings: Settings, student: PreTrainedModel, episodes: list[Episod
 
         eos_token_id = None
 
-        def __len__(self) -> int:
-            return int(student.config.vocab_size)
+        def get_vocab(self) -> dict[str, int]:
+            return {str(i): i for i in range(student.config.vocab_size)}
 
         def batch_decode(self, tokens: list[list[int]]) -> list[str]:
             return [""] * len(tokens)

@@ -25,7 +25,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal, NoReturn, SupportsFloat
+from typing import IO, Any, Literal, NoReturn, SupportsFloat
 
 from rich.console import Console
 
@@ -183,14 +183,28 @@ def _alone(name: str) -> Iterator[None]:
     """
     path = STATE / f"{name}.lock"
     path.parent.mkdir(exist_ok=True)
-    with path.open("a") as file:
+    with _locked(path, name):
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _locked(path: Path, name: str) -> IO[str]:
+    """Open `path` with the kernel's lock on it until it is closed. Raise Busy where another process has it."""
+    while True:
+        file = path.open("a")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            with suppress(FileNotFoundError):
+                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                    return file
         except BlockingIOError:
+            file.close()
             raise Busy(f"{name}: another process runs this stage here; wait until it ends") from None
         except OSError:
-            pass  # a file system that knows no locks
-        yield
+            return file  # a file system that knows no locks
+        file.close()  # its holder has removed it meanwhile
 
 
 @contextmanager

@@ -114,27 +114,6 @@ def test_order_then_nothing_to_do_then_only_what_changed(api: str, repository: P
     assert len(log()) == 10
 
 
-def test_an_output_in_git_is_made_once_for_all_worktrees(
-    api: str, repository: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """DVC does not cache it, and by itself would execute its stage again in each of them."""
-    text = PIPELINE.replace("outs: [first.txt]", "deps: [stage.py], outs: [first.txt: {cache: false}]")
-    assert text != PIPELINE
-    Path("dvc.yaml").write_text(text)
-    Path(".gitignore").write_text("/other\n/log.txt\n")
-    subprocess.run(["git", "add", "--all"], check=True)
-    subprocess.run([*GIT, "commit", "--quiet", "--message", "cached by nobody"], check=True)
-    subprocess.run(["git", "worktree", "add", "--quiet", "--detach", "other"], check=True)
-    assert names(run_flow(targets=["first"]))["first"] == "Completed"
-    made = Path("first.txt").read_bytes()
-    subprocess.run(
-        ["dvc", "config", "--local", "cache.dir", str(repository / ".dvc/cache")], cwd="other", check=True
-    )
-    monkeypatch.chdir("other")
-    assert names(run_flow(targets=["first"]))["first"] == "Restored"
-    assert Path("first.txt").read_bytes() == made
-
-
 def test_independent_stages_side_by_side(api: str, repository: Path) -> None:
     # Each of the two waits for the other's start: they can only end if they run together.
     text = Path("stage.py").read_text().replace('note("start")', 'note("start"); Path(f"{name}.on").touch()')

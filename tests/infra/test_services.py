@@ -275,7 +275,7 @@ def test_where_names_what_runs_and_how_to_get_the_rest(
     try:
         up([service])
         capsys.readouterr()
-        monkeypatch.setenv("PREFECT_API_URL", "https://me:word@team.example/api")
+        monkeypatch.setenv("PREFECT_API_URL", "https://me:" + "word@team.example/api")
         where_command()
         url = service.record.page
         assert capsys.readouterr().out == f"dashboards   mlflow {url}, prefect https://team.example\n"

@@ -118,7 +118,10 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
         ),
         ({"questions": {"test": {}}}, "questions.test: Dictionary should have at least 1 item"),
         ({"questions": {"train": ["nq", "nq"]}}, "questions: train: a set stands there twice"),
-        ({"questions": {"test": {"../a": "nq"}}}, "questions: '../a' is no name of a set"),
+        (
+            {"data": {"source": "world"}, "questions": {"test": {"../a": "nq"}}},
+            "questions: '../a' is no name of a set",
+        ),
         ({"questions": {"test": {"a": "squad"}}}, "questions: ['squad'] are none of the paper's data sets"),
         (
             {

@@ -99,10 +99,10 @@ def peak(source: Path, target: Path) -> int:
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
     """Four times the passages, the same peak (the ids alone would take a megabyte)."""
     peaks = []
-    for count in (3_000, 12_000):
+    for count in (100, 3_000, 12_000):  # the first fills what Python keeps of patterns and modules
         source = tmp_path / f"{count}.jsonl.gz"
         with gzip.open(source, "wt", compresslevel=1) as file:
             for i in range(count):
                 file.write(json.dumps({"id": str(i), "contents": f'"T {i}"\n{i} ' + "text " * 20}) + "\n")
         peaks.append(peak(source, tmp_path / "corpus.jsonl"))
-    assert peaks[1] < 1.1 * peaks[0]
+    assert peaks[2] < 1.1 * peaks[1]
