@@ -191,7 +191,7 @@ def _alone(name: str) -> Iterator[None]:
 
 
 def _locked(path: Path, name: str) -> IO[str]:
-    """Open `path` with the kernel's lock on it until it is closed. Raise Busy where another process has it."""
+    """Open `path` with the kernel's lock on it, until it is closed. Raise Busy where another has it."""
     while True:
         file = path.open("a")
         try:
