@@ -15,11 +15,20 @@ NUMBERS = re.compile(
     r"[-+]?(0o[0-7_]+|[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|\.[0-9_]+([eE][-+]?[0-9]+)?)$"
 )
 
+# Line breaks of 1.1 that 1.2 takes for letters: written as they are, the two read different texts.
+BREAKS = re.compile("[\x85\u2028\u2029]")
+
 
 class _Dumper(yaml.SafeDumper):
-    """PyYAML's, which also quotes texts that only 1.2 takes for numbers."""
+    """PyYAML's, which also quotes texts that the two versions would read differently."""
 
 
+def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
+    style = '"' if BREAKS.search(text) else None  # in these quotes they are escaped
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+_Dumper.add_representer(str, _text)
 _Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBERS, list("-+.0123456789"))
 
 

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from ruamel.yaml import YAML
 
@@ -18,6 +18,7 @@ VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) 
 
 
 @given(st.dictionaries(TEXTS, VALUES, max_size=4))
+@example({"\x85": None, "a": "b\u2028c"})  # line breaks of one version
 def test_what_is_written_means_the_same_to_every_reader(content: dict[str, Any]) -> None:
     text = as_text(content)
     assert parse(text) == content
