@@ -12,7 +12,7 @@ from ruamel.yaml.error import MarkedYAMLError, YAMLError
 
 # Texts that only 1.2 takes for numbers: PyYAML would not quote them.
 NUMBERS = re.compile(
-    r"[-+]?(0o[0-7_]+|[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|\.[0-9_]+([eE][-+]?[0-9]+)?)$"
+    r"[-+]?(0o[0-7_]+|[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|\.[0-9_]+([eE][-+]?[0-9]+)?)$|[-+][0-9_]+$"
 )
 
 # Line breaks of 1.1 that 1.2 takes for letters: written as they are, the two read different texts.

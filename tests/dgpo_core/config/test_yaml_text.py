@@ -19,6 +19,7 @@ VALUES = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) 
 
 @given(st.dictionaries(TEXTS, VALUES, max_size=4))
 @example({"\x85": None, "a": "b\u2028c"})  # line breaks of one version
+@example({"+_": "-_1"})  # to ruamel, numbers
 def test_what_is_written_means_the_same_to_every_reader(content: dict[str, Any]) -> None:
     text = as_text(content)
     assert parse(text) == content
