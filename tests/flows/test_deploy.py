@@ -35,6 +35,7 @@ def program(module: str, *arguments: str, **environment: str) -> subprocess.Comp
     )
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("module", ["flows.deploy", "flows.worker"])
 def test_without_a_server_there_is_one_line(module: str) -> None:
     port = free_port()

@@ -124,6 +124,7 @@ def test_independent_stages_side_by_side(api: str, repository: Path) -> None:
     assert {line.split()[0] for line in log()[2:4]} == {"start"}
 
 
+@pytest.mark.thorough
 def test_failure_stops_only_what_needs_it(api: str, repository: Path) -> None:
     Path("right.fail").touch()
     found = run_flow()

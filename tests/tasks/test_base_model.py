@@ -84,6 +84,7 @@ def run(*command: str) -> str:
     return done.stdout
 
 
+@pytest.mark.thorough
 def test_what_is_built_is_kept_for_other_worktrees(
     dvc_repository: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -103,6 +104,7 @@ def test_what_is_built_is_kept_for_other_worktrees(
     assert WEIGHTS.read_bytes() != expected
 
 
+@pytest.mark.thorough
 def test_a_model_of_ones_own_touches_nothing_in_git(dvc_repository: Path) -> None:
     """As `dvc exp run -S models.student=own` does it; DVC sees what is in that folder."""
     project_of_dvc(dvc_repository)

@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -46,6 +48,7 @@ def test_use_writes_the_parameters_of_a_profile(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.thorough
 def test_another_folder_than_a_checkout_is_said_and_left_as_it_is(tmp_path: Path) -> None:
     for command in (["lineage"], ["ask", "Who"], ["register"], ["serve"], ["collections", "list"]):
         done = dgpo(tmp_path, *command)

@@ -116,6 +116,7 @@ def pipeline() -> tuple[int, str]:
     return done.returncode, done.stderr
 
 
+@pytest.mark.thorough
 def test_another_run_at_work_here_is_named(checkout: Path) -> None:
     with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
         RECORD.parent.mkdir(exist_ok=True)
@@ -130,6 +131,7 @@ def test_another_run_at_work_here_is_named(checkout: Path) -> None:
     assert pipeline()[0] == 0 and Path("one.txt").read_text() == "1\n"
 
 
+@pytest.mark.thorough
 def test_any_other_failure_is_dvcs_own(checkout: Path) -> None:
     Path("dvc.yaml").write_text("stages:\n  one: {cmd: 'false', outs: [one.txt]}\n")
     code, said = pipeline()

@@ -53,6 +53,7 @@ def test_plan_is_what_dvc_looks_at(repository: Path) -> None:
     assert planned(["nothing"]) == planned(["--nonsense"]) == []
 
 
+@pytest.mark.thorough
 def test_who_comes_second_is_told_who_is_at_work_and_where(repository: Path) -> None:
     Path("hold.py").write_text(
         "import time\nfrom pathlib import Path\nPath('on').touch()\n"

@@ -237,6 +237,7 @@ def test_an_alias_of_a_version_that_is_gone_is_none(registered: Path) -> None:
         promote(None, dry_run=True, yes=True)
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     "command", ["register", "promote", "rollback --reason x", "lineage", "evaluate dgpo"]
 )
@@ -250,6 +251,7 @@ def test_a_deleted_experiment_is_one_line_of_every_command(registered: Path, com
     assert said.endswith("mlflow experiments restore -x 1")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("command", ["register", "promote", "rollback --reason x", "lineage", "ask x"])
 def test_no_server_is_one_line_in_seconds(
     registered: Path, monkeypatch: pytest.MonkeyPatch, command: str

@@ -155,6 +155,7 @@ def test_outputs_on_another_disk() -> None:
         shutil.rmtree(disk)
 
 
+@pytest.mark.thorough
 def test_two_processes_do_not_run_one_stage_at_once() -> None:
     """By hand; under DVC they do not anyway."""
     program = "from tasks.stage import main, stage\n"
@@ -249,6 +250,7 @@ def failing(before: str, body: str) -> tuple[int, list[str]]:
     return done.returncode, [line for line in done.stderr.splitlines() if not line.startswith("warning: ")]
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("before", "body", "said"),
     [
@@ -283,6 +285,7 @@ def test_what_the_machine_lacks_is_said_in_one_line(before: str, body: str, said
     assert (STATE / "checkpoint.pt").read_text() == "step 3"
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
     ("before", "body", "said"),
     [
