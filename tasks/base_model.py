@@ -101,13 +101,13 @@ def is_committed(name: str, config: dict[str, Any]) -> bool:
     if any(dvc_md5(Path(path)) != md5 for path, md5 in code.items()):
         return False
     world = ("seed", "world", "worlds", "first_world_seed", "expert_episodes")
-    base = {key: entry.params[f"base_models.{key}"] for key in world}
-    base["models"] = {name: entry.params[f"base_models.models.{name}"]}
-    content = {"profile": "", "base_models": base, "protocol": entry.params["protocol"]}
-    content["retrieval"] = {"top_k": entry.params["retrieval.top_k"]}
     try:
+        base = {key: entry.params[f"base_models.{key}"] for key in world}
+        base["models"] = {name: entry.params[f"base_models.models.{name}"]}
+        content = {"profile": "", "base_models": base, "protocol": entry.params["protocol"]}
+        content["retrieval"] = {"top_k": entry.params["retrieval.top_k"]}
         then = Params.model_validate(content)
-    except ValidationError:  # parameters of another version
+    except (KeyError, ValidationError):  # parameters of another version
         return False
     return settings(then, name) == config
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
-from dgpo_core.datasets.records import Passage
+from dgpo_core.datasets.records import Passage, unquoted
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval.hits import Hit
 from dgpo_core.retrieval.requests import batches, text_bytes
@@ -151,9 +151,7 @@ def _passage(document: Any) -> Passage:
     contents, title, text = (document.get(key) for key in ("contents", "title", "text"))
     if isinstance(contents, str):
         head, separator, rest = contents.partition("\n")
-        title, text = (head, rest) if separator else ("", contents)
-        if len(title) >= 2 and title[0] == title[-1] == '"':
-            title = title[1:-1]
+        title, text = (unquoted(head), rest) if separator else ("", contents)
     if not isinstance(text, str) or not isinstance(title or "", str) or not (title or text).strip():
         keys = ", ".join(map(repr, list(document)[:10]))
         raise ValueError(f'a document without "contents", or "title" and "text"; its keys are {keys}')

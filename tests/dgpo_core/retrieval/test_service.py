@@ -233,6 +233,7 @@ def test_a_broken_answer_is_a_failure_and_never_an_empty_result(answer: Any) -> 
             [{"document": {"id": 5, "title": "T", "text": "text", "contents": None}}],
             [("5", "T", "text", 1.0)],
         ),
+        ([{"document": {"id": "5", "contents": '"T" \r\ntext'}}], [("5", "T", "text", 1.0)]),  # of Windows
         ([{"document": {"id": "5", "contents": "one line"}}], [("5", "", "one line", 1.0)]),
         ([{"document": {"id": "5", "contents": "T\nhalf \ud800"}}], [("5", "T", "half ?", 1.0)]),
     ],
