@@ -1,6 +1,7 @@
 """Recipes x seeds: worktrees, the shared cache, going on where it was, the report (made-up evaluations)."""
 
 import contextlib
+import contextvars
 import fcntl
 import json
 import shutil
@@ -181,7 +182,7 @@ def test_a_twin_of_a_living_run_waits_before_it_touches_anything(
 
     with one_at_a_time(root, "tiny-seed-1"):
         monkeypatch.setattr(fcntl, "flock", announced)
-        threading.Thread(target=twin, daemon=True).start()
+        threading.Thread(target=contextvars.copy_context().run, args=(twin,), daemon=True).start()
         assert waits.wait(60)
         assert not refused.wait(0.5)
         assert of_the_living.read_text() == "written: by the living\n"

@@ -68,6 +68,7 @@ def project_of_dvc(folder: Path, **models: str) -> None:
     make_project(folder, base_models={**base, "models": {"small": {"shape": shape, "phases": phases}}})
     for name in ("dvc.yaml", "dgpo_core", "tasks"):
         Path(name).symlink_to(ROOT / name)
+    shutil.copy(ROOT / ".dvcignore", ".dvcignore")  # compiled code is none of the sources
     change_params(models=models)
 
 

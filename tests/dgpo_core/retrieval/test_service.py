@@ -345,7 +345,8 @@ def test_concurrent_requests_share_searches(dense_shards: Path, queries: list[tu
     expected = [[hit.passage.id for hit in hits] for hits in index.search(asked, 2)]
     one_by_one, at_once = asked[:96], asked[96:]
 
-    with served(make_app(retrieval)) as url, httpx.Client(timeout=60) as http:
+    all_kept = httpx.Limits(max_keepalive_connections=None)  # else one closes what another was just given
+    with served(make_app(retrieval)) as url, httpx.Client(timeout=60, limits=all_kept) as http:
 
         def ask(query: str) -> list[str]:
             body = {"queries": [query], "topk": 2, "return_scores": True}
