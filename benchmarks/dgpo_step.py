@@ -21,21 +21,18 @@ from typing import Any, Literal, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dgpo_core.config.protocol import Sampling
+from dgpo_core.agent.engine import Request
+from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
+from dgpo_core.agent.transformers_engine import TransformersEngine
+from dgpo_core.config.agent import RolloutConfig, Sampling
 from dgpo_core.config.recipes import Reinforcement
-from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture, table
-from dgpo_core.protocol.episode import Ending, Episode, Outcome, Owner
-from dgpo_core.rollout.engine import Request
-from dgpo_core.rollout.transformers_engine import TransformersEngine
-from dgpo_core.training.critic import Critic
+from dgpo_core.training.batches import TokenModel
 from dgpo_core.training.engines import FrozenModel, Optimization, TrainingEngine, training_engine
-from dgpo_core.training.experience import Experience, ExperienceMaker
 from dgpo_core.training.optimizer import constant
-from dgpo_core.training.token_model import TokenModel
-from dgpo_core.training.update import Updater
+from dgpo_core.training.reinforce import Critic, Experience, ExperienceMaker, Updater
 
 PROMPT, TURN, INFORMATION = (150, 220), (25, 160), (350, 500)  # tokens: least and most of a part
 SEARCHES = (1, 2, 2, 3, 4)  # drawn from, each as often

@@ -11,10 +11,9 @@ import time
 
 from dgpo_core.config.params import load_params
 from dgpo_core.config.retrieval import EncoderConfig
-from dgpo_core.datasets.world.articles import write_articles
-from dgpo_core.datasets.world.generate import generate_world
-from dgpo_core.datasets.world.questions import write_questions
 from dgpo_core.retrieval.index import Index, index_passages
+from dgpo_core.world.facts import generate_world
+from dgpo_core.world.questions import write_articles, write_questions
 
 FACTS, TOP_K = 500, 3
 

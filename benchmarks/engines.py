@@ -19,20 +19,18 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from dgpo_core.agent.engine import Engine, Request, weights_of
+from dgpo_core.agent.loop import AgentLoop, Task
+from dgpo_core.agent.transformers_engine import TransformersEngine
+from dgpo_core.agent.vllm_engine import VllmEngine
+from dgpo_core.config.agent import GREEDY, ProtocolConfig, RolloutConfig, Sampling, VllmConfig
 from dgpo_core.config.data import QuestionCounts, WorldConfig
-from dgpo_core.config.protocol import GREEDY, ProtocolConfig, Sampling
 from dgpo_core.config.retrieval import EncoderConfig
-from dgpo_core.config.rollout import RolloutConfig, VllmConfig
-from dgpo_core.datasets.world.articles import write_articles
-from dgpo_core.datasets.world.generate import generate_world
-from dgpo_core.datasets.world.questions import write_questions
 from dgpo_core.retrieval.index import index_passages
-from dgpo_core.rollout.engine import Engine, Request, weights_of
-from dgpo_core.rollout.loop import AgentLoop, Task
-from dgpo_core.rollout.transformers_engine import TransformersEngine
-from dgpo_core.rollout.vllm_engine import VllmEngine
 from dgpo_core.training.models import load_model, load_tokenizer
-from tasks.paths import MODELS
+from dgpo_core.world.facts import generate_world
+from dgpo_core.world.questions import write_articles, write_questions
+from tasks.project.paths import MODELS
 
 SHAPES: dict[str, dict[str, int]] = {
     "qwen2.5-0.5b": {

@@ -11,13 +11,11 @@ import time
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from dgpo_core.config.protocol import Sampling
-from dgpo_core.config.rollout import RolloutConfig
-from dgpo_core.rollout.cache import preallocated_cache
-from dgpo_core.rollout.engine import Memory, Request
-from dgpo_core.rollout.transformers_engine import TransformersEngine
+from dgpo_core.agent.engine import Memory, Request
+from dgpo_core.agent.transformers_engine import TransformersEngine, preallocated_cache
+from dgpo_core.config.agent import RolloutConfig, Sampling
 from dgpo_core.training.models import load_model, load_tokenizer
-from tasks.paths import MODELS
+from tasks.project.paths import MODELS
 
 STEPS = 20
 EPISODES, TURNS, PROMPT, WRITTEN = 128, 5, 32, 64  # as the untrained student's of `tiny`, who never answers

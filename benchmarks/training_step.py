@@ -23,14 +23,12 @@ from dgpo_core.config.training import ComputeConfig, LoraConfig, ReinforceConfig
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture, table
 from dgpo_core.planning.holding import Holding, trained_parameters
-from dgpo_core.training.adapters import add_adapters
-from dgpo_core.training.batches import Sequence, collate, counted_hidden
-from dgpo_core.training.compute import autocast
+from dgpo_core.training.batches import TokenModel, TokenSequence, collate, counted_hidden
 from dgpo_core.training.engines import Optimization, training_engine
-from dgpo_core.training.experience import Experience
+from dgpo_core.training.models import add_adapters
 from dgpo_core.training.optimizer import constant
-from dgpo_core.training.token_model import TokenModel
-from dgpo_core.training.update import Updater
+from dgpo_core.training.parallel import autocast
+from dgpo_core.training.reinforce import Experience, Updater
 
 SMALL = {
     "qwen2, 4 layers": {
@@ -80,7 +78,7 @@ CPU_ATTENTION = {
 
 
 def model_of(config: dict[str, Any], compute: ComputeConfig | None = None) -> Any:
-    """With random weights; as `load_student` (tasks/agents.py) prepares it where `compute` is given."""
+    """With random weights; as `load_student` (tasks/stages/agents.py) does where `compute` is given."""
     values = {key: value for key, value in config.items() if key != "model_type"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
     if compute and compute.lora:
@@ -121,7 +119,7 @@ def measure(config: dict[str, Any], compute: ComputeConfig) -> Numbers:
     positions = list(range(LENGTH - COUNTED, LENGTH))
     zeros = [torch.zeros(COUNTED) for _ in ids]
     experience = Experience(
-        sequences=[Sequence(row, positions) for row in ids],
+        sequences=[TokenSequence(row, positions) for row in ids],
         old_logprobs=zeros,
         advantages=[torch.ones(COUNTED) for _ in ids],
         value_sequences=[],
@@ -156,7 +154,7 @@ def saved_bytes(model: Any, compute: ComputeConfig, length: int) -> float:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), autocast(compute):
-        batch = collate([Sequence([0] * length, [length - 1])] * EPISODES, model.device)
+        batch = collate([TokenSequence([0] * length, [length - 1])] * EPISODES, model.device)
         counted_hidden(model.base_model, batch)
     return float(sum(tensor.untyped_storage().nbytes() for tensor in found.values()))
 

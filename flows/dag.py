@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dgpo_core.errors import UserError
-from tasks.busy import at_work
-from tasks.dvc_places import require_dvc
+from tasks.project.dvc import require_dvc
+from tasks.project.process import at_work
 
 DEFAULT_RETRIES = 2
 POOLS = ("cpu", "gpu")

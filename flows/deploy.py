@@ -1,10 +1,17 @@
-"""Make a Prefect server ready: `python -m flows.deploy`.
+"""Base job templates of Prefect's work pools, for our image: `python -m flows.deploy docker --gpus 1`.
+
+`flows.deploy` creates the pools with them. The files in infra/work-pools are Prefect's own templates with our
+defaults. A pool with GPUs differs from one without by a single default, so there is one file a type and the
+number is put in here.
+
+Make a Prefect server ready: `python -m flows.deploy`.
 
 Work pools, the limit on GPUs, the deployments of prefect.yaml, and automations that start crashed runs again.
 It can be run as often as one likes, from any checkout: what is there is brought to what this version wants.
 Others may use the server too: what is not ours stays as it is, and is named where it has one of our names.
 """
 
+import json
 import os
 import pydoc
 import subprocess
@@ -12,6 +19,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID
@@ -33,8 +41,40 @@ from dgpo_core.errors import UserError
 from flows.dag import POOLS
 from flows.execution import GPU_LIMIT
 from flows.server import API_URL, answers_of, running_server
-from flows.work_pools import Kind, template
-from tasks.stage import main as run_program
+from tasks.stages.stage import main as run_program
+
+FOLDER = Path(__file__).resolve().parents[1] / "infra" / "work-pools"
+
+
+class Kind(StrEnum):
+    PROCESS = "process"
+    DOCKER = "docker"
+    KUBERNETES = "kubernetes"
+
+
+def template(kind: Kind, gpus: int = 0) -> dict[str, Any]:
+    """The base job template of a pool whose runs get `gpus` GPUs each. Raises UserError."""
+    loaded: dict[str, Any] = json.loads((FOLDER / f"{kind}.json").read_text(encoding="utf-8"))
+    variables = loaded["variables"]["properties"]
+    match kind:
+        case Kind.PROCESS if gpus:
+            raise UserError(
+                "a process pool gives its runs the GPUs of the worker: set CUDA_VISIBLE_DEVICES there"
+            )
+        case Kind.DOCKER if gpus:
+            variables["device_requests"]["default"] = [{"count": gpus, "capabilities": [["gpu"]]}]
+        case Kind.KUBERNETES:
+            variables["gpus"]["default"] = gpus
+    return loaded
+
+
+def show(
+    kind: Annotated[Kind, typer.Argument(help="type of the pool")],
+    gpus: Annotated[int, typer.Option(min=0, help="for each run")] = 0,
+) -> None:
+    """Print the base job template of a work pool."""
+    print(json.dumps(template(kind, gpus), indent=2))
+
 
 PREFECT_YAML = Path(__file__).resolve().parents[1] / "prefect.yaml"
 TAG = "dgpo"  # of what is ours on a server; pools have no tags: their description begins with it
@@ -247,6 +287,9 @@ def command(
     with temporary_settings({PREFECT_API_URL: url}), answers_of(url):
         deploy(gpus, pool_type, nightly)
 
+
+if __name__ == "__main__":
+    run_program(lambda: typer.run(show))
 
 if __name__ == "__main__":
     run_program(lambda: typer.run(command))

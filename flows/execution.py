@@ -22,8 +22,8 @@ import tasks
 from flows.dag import Stage
 from flows.process import run_group
 from flows.workspace import LOCK_MESSAGES
-from tasks.mlflow_store import tracking_uri
-from tasks.stage import FAILURE, STATE
+from tasks.stages.stage import FAILURE, STATE
+from tasks.tracking.store import tracking_uri
 
 GPU_LIMIT = "dgpo-gpu"  # Prefect's global concurrency limit; `make deploy` creates it
 # What DVC says when it did not execute the stage, and the state's name for it on the dashboard.
@@ -48,7 +48,7 @@ def execute(stage: Stage, tree: Path, log: Callable[[str], None], *, force: bool
     """
     failure = tree / STATE / stage.name / FAILURE
     failure.unlink(missing_ok=True)
-    command = [sys.executable, "-m", "tasks.pipeline", "--single-item"]
+    command = [sys.executable, "-m", "tasks.commands.pipeline", "--single-item"]
     command += [flag for flag, wanted in (("--force", force), ("--pull", pull)) if wanted]
     seconds = stage.timeout_minutes and stage.timeout_minutes * 60
     with _slots(stage), _progress(stage.name) as show:

@@ -43,14 +43,14 @@ from flows.workspace import (
     publish,
     restore_outputs,
 )
-from tasks.busy import refuse_second
-from tasks.mlflow_store import tracking_uri
-from tasks.preflight import preflight
-from tasks.progress import duration
-from tasks.show import RESULTS, load_results, markdown
-from tasks.stage import main as run_program
-from tasks.tracking import PIPELINE_RUN, Pipeline, experiment_of
-from tasks.use import profile_path
+from tasks.commands.preflight import preflight
+from tasks.commands.show import RESULTS, load_results, markdown
+from tasks.commands.use import profile_path
+from tasks.project.process import refuse_second
+from tasks.project.progress import duration
+from tasks.stages.stage import main as run_program
+from tasks.tracking.runs import PIPELINE_RUN, Pipeline, experiment_of
+from tasks.tracking.store import tracking_uri
 
 MAX_RESTARTS = 5  # of one flow run: a machine that kills it every time will not be cured by trying again
 

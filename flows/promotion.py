@@ -14,8 +14,8 @@ from dgpo_core.config.params import PARAMS, load_params
 from dgpo_core.errors import UserError
 from flows.execution import environment
 from flows.process import run_group
-from tasks.dvc_lock import read_lock
-from tasks.registry import Version, store
+from tasks.project.dvc import read_lock
+from tasks.tracking.registry import Version, store
 
 PATIENCE = timedelta(days=7)  # for a person's answer; the run fails afterwards and can be retried
 
@@ -32,7 +32,7 @@ def offer(tree: Path) -> str:
 
     A sentence about how it ended. Raises UserError when nothing can be decided.
     """
-    from tasks.promote import KEPT, PROMOTED  # brings torch: not for runs that offer nothing
+    from tasks.commands.promote import KEPT, PROMOTED  # brings torch: not for runs that offer nothing
 
     version = _own_challenger(tree)
     code, table = _decide(tree, version.number, "--dry-run")
@@ -57,7 +57,7 @@ def offer(tree: Path) -> str:
 
 def _own_challenger(tree: Path) -> Version:
     """Offer this run's model and return its version. Raises UserError for one that cannot be offered."""
-    from tasks.evidence import offer as make_challenger
+    from tasks.tracking.evidence import offer as make_challenger
 
     with store() as registry:
         try:
@@ -68,5 +68,5 @@ def _own_challenger(tree: Path) -> Version:
 
 def _decide(tree: Path, version: str, flag: str) -> tuple[int, str]:
     """Exit code and words of `dgpo promote` in the run's worktree."""
-    command = [sys.executable, "-m", "tasks.cli", "promote", "--version", version, flag]
+    command = [sys.executable, "-m", "tasks.commands.cli", "promote", "--version", version, flag]
     return run_group(command, tree, {**environment(), "COLUMNS": "110"}, get_run_logger().info)

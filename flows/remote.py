@@ -40,8 +40,8 @@ from flows.workspace import (
     remove_worktree,
     share_cache,
 )
-from tasks.git import alone, ask, git
-from tasks.tracking import PIPELINE_RUN
+from tasks.project.git import alone, ask, git
+from tasks.tracking.runs import PIPELINE_RUN
 
 POOL_VARIABLE = "DGPO_POOL"  # set where a worker starts: `cpu` or `gpu`
 RETRYABLE = "Retryable"  # name of the failed state of a stage that may succeed when it is run again

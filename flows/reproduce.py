@@ -23,9 +23,9 @@ from dgpo_core.reporting.reproduction.sizes import write_sizes
 from flows.pipeline import PipelineFailed, refuse_endless_restarts, stages, warn_of_changes
 from flows.settings import PipelineSettings
 from flows.workspace import RUNS, enter_project, one_at_a_time, open_workspace, plain_name
-from tasks.git import git
-from tasks.stage import main as run_program
-from tasks.use import profile_path
+from tasks.commands.use import profile_path
+from tasks.project.git import git
+from tasks.stages.stage import main as run_program
 
 REPORT, SEEDS = Path("reproduction"), "seeds"
 

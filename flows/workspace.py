@@ -18,11 +18,11 @@ from typing import IO, Any
 from dgpo_core.config.params import PARAMS, read_yaml, validated
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
-from tasks.busy import BUSY
-from tasks.files import write_text
-from tasks.git import alone, ask, git
-from tasks.mlflow_store import tracking_uri
-from tasks.services import adopt
+from tasks.project.files import write_text
+from tasks.project.git import alone, ask, git
+from tasks.project.process import BUSY
+from tasks.project.servers import adopt
+from tasks.tracking.store import tracking_uri
 
 RUNS = Path(".runs")
 BRANCHES = "runs"

@@ -14,8 +14,8 @@ from dvc.exceptions import CollectCacheError, DvcException
 from dvc.repo import Repo
 
 from dgpo_core.errors import UserError
-from tasks.dvc_places import require_dvc
-from tasks.stage import main as run_program
+from tasks.project.dvc import require_dvc
+from tasks.stages.stage import main as run_program
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 

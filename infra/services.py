@@ -32,10 +32,10 @@ from rich.table import Table
 
 from dgpo_core.errors import UserError, without_credentials
 from flows.server import API_URL, START_TIMEOUT, server_command
-from tasks.mlflow_store import ARTIFACTS, artifact_root, local_path, prepare, tracking_uri
-from tasks.progress import duration
-from tasks.services import FOLDER, MARK, Record, leader, members, path, read, write
-from tasks.stage import main as run_program
+from tasks.project.progress import duration
+from tasks.project.servers import FOLDER, MARK, Record, leader, members, path, read, write
+from tasks.stages.stage import main as run_program
+from tasks.tracking.store import ARTIFACTS, artifact_root, local_path, prepare, tracking_uri
 
 NAMES = ("prefect", "mlflow")
 STORE_URL, BACKEND = "MLFLOW_TRACKING_URI", "MLFLOW_BACKEND_STORE_URI"

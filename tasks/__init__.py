@@ -8,7 +8,7 @@ import os
 import sys
 
 from dgpo_core.installed import require_installed
-from tasks.process import die_with_parent
+from tasks.project.process import die_with_parent
 
 require_installed()
 

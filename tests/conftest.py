@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="session")
 def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """URI of an initialised sqlite store (creating one takes seconds, so all tests share it)."""
-    from tasks.tracking import connect
+    from tasks.tracking.runs import connect
 
     folder = tmp_path_factory.mktemp("mlflow")
     uri = f"sqlite:///{folder / 'mlflow.db'}"

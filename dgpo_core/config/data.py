@@ -1,10 +1,91 @@
-"""Embedded world and base models."""
+"""Where corpus and questions come from: the embedded world or the published data sets.
 
+Which question sets are trained and tested on.
+
+Embedded world and base models.
+"""
+
+import re
 from typing import Literal, Self
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from dgpo_core.config.base import Section
+
+
+class Limits(Section):
+    """Parts of the published data, for trials; null: all of it."""
+
+    train: PositiveInt | None = Field(None, description="first so many training questions of each set")
+    test: PositiveInt | None = Field(None, description="first so many test questions of each set")
+    passages: PositiveInt | None = Field(None, description="first so many passages of the corpus")
+
+
+class PublishedConfig(Section):
+    """The paper's data sets (docs/data.md).
+
+    Each place is a local path or `hf://datasets/<owner>/<name>[@<revision>]/<path>`; the corpus
+    and the files of MuSiQue and NQ may end in .gz.
+    """
+
+    questions: str = Field(
+        "hf://datasets/RUC-NLPIR/FlashRAG_datasets",
+        description="folder with `<set>/<split>.jsonl`, in FlashRAG's format",
+    )
+    corpus: str = Field(
+        "hf://datasets/PeterJinGo/wiki-18-corpus/wiki-18.jsonl.gz", description="wiki-18, or in its format"
+    )
+    musique: list[str] = Field(
+        [
+            "hf://datasets/dgslibisey/MuSiQue@c8f4f8c9465fb69d31a8eae894c3fd509c4ca321/musique_ans_v1.0_dev.jsonl"
+        ],
+        description="MuSiQue's own file, whose supporting paragraphs ARCap needs; empty: without them",
+    )
+    nq: list[str] = Field(
+        [], description="NQ's own development file(s), whose long answers ARCap needs; empty: without them"
+    )
+    dev_questions: PositiveInt = Field(500, description="validation questions held out of each training set")
+    check_counts: bool = Field(
+        True, description="refuse files whose counts are not those of the paper's table 9"
+    )
+    limits: Limits = Limits()
+
+
+class DataConfig(Section):
+    """What the stage `data` writes."""
+
+    source: Literal["published", "world"] = Field(
+        "published", description="the published data sets, or the embedded world (section world)"
+    )
+    published: PublishedConfig = PublishedConfig()
+
+
+PAPER_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")
+TRAINING_SETS = ("nq", "hotpotqa")  # those that the paper trains on
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # becomes part of paths and of metrics' names
+
+
+class QuestionSetsConfig(Section):
+    train: list[str] = Field(["nq", "hotpotqa"], min_length=1)
+    test: dict[str, str] = Field(
+        {name: name for name in PAPER_SETS},
+        min_length=1,
+        description="set -> the paper's data set whose part it plays",
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if unknown := set(self.test.values()) - set(PAPER_SETS):
+            raise ValueError(f"{sorted(unknown)} are none of the paper's data sets {list(PAPER_SETS)}")
+        if len(set(self.train)) < len(self.train):
+            raise ValueError("train: a set stands there twice")
+        if odd := [name for name in (*self.train, *self.test) if not NAME.fullmatch(name)]:
+            raise ValueError(f"{odd[0]!r} is no name of a set: letters, digits, _ and - only")
+        return self
+
+    def playing(self, role: str) -> str | None:
+        """The set that plays the part of the paper's data set `role`, if any."""
+        return next((name for name, part in self.test.items() if part == role), None)
 
 
 class QuestionCounts(Section):

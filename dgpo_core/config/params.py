@@ -1,21 +1,38 @@
-"""params.yaml as a whole: loading it, resolving a profile into it, and errors with the key's path."""
+"""Where the stages that run models are executed; nothing that they make depends on it.
+
+When a trained model takes the champion's place (docs/operations.md, "Promote a model").
+
+params.yaml as a whole: loading it, resolving a profile into it, and errors with the key's path.
+"""
 
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar, get_args, get_origin
 
-from pydantic import BaseModel, Field, NonNegativeInt, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    model_validator,
+)
 
+from dgpo_core.config.agent import ProtocolConfig, RolloutConfig
 from dgpo_core.config.base import Section
-from dgpo_core.config.data import BaseModelsConfig, WorldConfig
-from dgpo_core.config.promote import PromoteConfig
-from dgpo_core.config.protocol import ProtocolConfig
-from dgpo_core.config.published import DataConfig
-from dgpo_core.config.questions import PAPER_SETS, TRAINING_SETS, QuestionSetsConfig
+from dgpo_core.config.data import (
+    PAPER_SETS,
+    TRAINING_SETS,
+    BaseModelsConfig,
+    DataConfig,
+    QuestionSetsConfig,
+    WorldConfig,
+)
 from dgpo_core.config.recipes import STUDENT, TABLE, TEACHER, Distillation, Recipes, Reinforcement
 from dgpo_core.config.retrieval import RetrievalConfig
-from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.config.training import (
     ComputeConfig,
     DistillConfig,
@@ -25,9 +42,46 @@ from dgpo_core.config.training import (
     ReportConfig,
     TeachConfig,
 )
-from dgpo_core.config.workers import WorkersConfig
 from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
+
+
+class WorkersConfig(Section):
+    """Read by dvc.yaml into the stages' `meta`, which DVC does not hash."""
+
+    pool: Literal["cpu", "gpu"] = Field("gpu", description="pool whose workers run the stages with models")
+    gpus: NonNegativeInt = Field(1, description="slots of Prefect's limit `gpu` that such a stage takes")
+    timeout_minutes: PositiveInt = Field(
+        2880, description="after which a flow takes such a stage for hung and ends it; its checkpoint stays"
+    )
+
+
+class PromoteConfig(Section):
+    """What a challenger must show; intervals are paired bootstrap intervals of 95 %."""
+
+    recipe: str | None = Field(None, description="whose model challenges; null: the last recipe of compare")
+    min_gain: NonNegativeFloat = Field(
+        0.0, description="the average EM's gain over the champion must be above it, with its whole interval"
+    )
+    first_min_gain: NonNegativeFloat = Field(
+        0.0, description="the same over the student, for the first champion"
+    )
+    margin: PositiveFloat = Field(0.05, description="EM that a data set may lose at most (lower bound)")
+    margins: dict[str, PositiveFloat] = Field({}, description="of test sets that have a margin of their own")
+    arcap_margin: PositiveFloat = Field(0.05, description="the same for each measurement of ARCap")
+    max_hacking: float = Field(0.1, ge=0, le=1, description="rate of each hacking check")
+    max_failed: float = Field(0.01, ge=0, le=1, description="share of failed episodes")
+    min_questions: int = Field(100, ge=2, description="that count, in each data set and measurement")
+    samples: PositiveInt = Field(10_000, description="of the bootstrap")
+    seed: NonNegativeInt = Field(0, description="of the bootstrap")
+    approval: bool = Field(True, description="a person is asked before the champion changes")
+    log_weights: bool = Field(
+        False, description="keep the weights in MLflow; false: where they are, and their hash"
+    )
+
+    def margin_of(self, dataset: str) -> float:
+        return self.margins.get(dataset, self.margin)
+
 
 PARAMS = Path("params.yaml")
 # keys of earlier versions: verl's `critic_warmup` means steps in which the critic alone learns

@@ -4,8 +4,8 @@ from typing import Literal, Self
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
+from dgpo_core.config.agent import GREEDY, Sampling
 from dgpo_core.config.base import Section
-from dgpo_core.config.protocol import GREEDY, Sampling
 
 
 class LoraConfig(Section):

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from dgpo_core.config.protocol import ProtocolConfig
-from dgpo_core.protocol.episode import Owner
+from dgpo_core.agent.episode import Owner
+from dgpo_core.config.agent import ProtocolConfig
 
 SPREAD = 2.0  # tokens of the longest turn of a batch to those of the mean, where nothing was measured
 

@@ -6,7 +6,7 @@ from functools import partial
 from dgpo_core.config.params import Params
 from dgpo_core.config.recipes import STUDENT, TEACHER, Distillation, Reinforcement
 from dgpo_core.config.retrieval import RetrievalConfig, parse_location
-from dgpo_core.datasets.published.places import SCHEME
+from dgpo_core.datasets.published import SCHEME
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture
 from dgpo_core.planning.generation import Generation, Generator, Parts, added, shared

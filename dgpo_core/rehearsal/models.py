@@ -1,10 +1,15 @@
-"""Models of a true architecture scaled down: family, grouped queries, tied or not, padding rows are kept."""
+"""Small tokenizers that behave as Qwen2's and Llama 3's do: byte-level BPE, chat template, tags in pieces.
 
+Models of a true architecture scaled down: family, grouped queries, tied or not, padding rows are kept.
+"""
+
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from tokenizers import BertWordPieceTokenizer
+from tokenizers import BertWordPieceTokenizer, Regex, Tokenizer, models, pre_tokenizers, trainers
+from tokenizers.decoders import ByteLevel as ByteLevelDecoder
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -12,12 +17,84 @@ from transformers import (
     BertModel,
     PreTrainedModel,
     PreTrainedTokenizerFast,
+    Qwen2Tokenizer,
 )
 
+from dgpo_core.agent import prompts
 from dgpo_core.objectives.logprobs import token_logprobs
 from dgpo_core.planning.architectures import config_of, published
-from dgpo_core.training.batches import Sequence, backbone_of, collate, counted_hidden, head_of
+from dgpo_core.training.batches import TokenSequence, backbone_of, collate, counted_hidden, head_of
 from dgpo_core.training.models import load_tokenizer, save_model
+
+SIZE = 600  # of the vocabulary that is learned
+# Both families split words, runs of other characters and line breaks before merging (their tokenizer.json).
+SPLIT = r"'[a-z]+|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+"
+# Without a system message Qwen2.5 puts in a line of its own, and Llama 3 a block with dates.
+QWEN_TEMPLATE = (
+    "{% if messages[0]['role'] != 'system' %}<|im_start|>system\n"
+    "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n{% endif %}"
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA_TEMPLATE = (
+    "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\n"
+    "Cutting Knowledge Date: December 2023\nToday Date: 26 Jul 2024\n\n<|eot_id|>"
+    "{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
+    "{{ message['content'] | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+LLAMA_SPECIAL = [
+    "<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+]  # fmt: skip
+QWEN_SPECIAL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+
+
+def build_tokenizer(family: str, texts: list[str]) -> Any:
+    """`family`: qwen2 or llama; learned from `texts` and the protocol's own, the same on every machine."""
+    special = QWEN_SPECIAL if family == "qwen2" else LLAMA_SPECIAL
+    learned = _learn([*texts, *prompts.INSTRUCTIONS.values(), prompts.INVALID_ACTION, *prompts.TAGS])
+    vocabulary, merges = learned["vocab"], [tuple(pair) for pair in learned["merges"]]
+    if family == "qwen2":
+        tokenizer: Any = Qwen2Tokenizer(
+            vocab=vocabulary,
+            merges=merges,  # type: ignore[arg-type]
+            unk_token=special[0],
+            pad_token=special[0],
+            eos_token=special[2],
+        )
+        tokenizer.add_special_tokens({"additional_special_tokens": special})
+        tokenizer.chat_template = QWEN_TEMPLATE
+        return tokenizer
+    backend = _backend(models.BPE(vocab=vocabulary, merges=merges))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, bos_token=special[0], eos_token=special[4], pad_token=special[1]
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": special})
+    tokenizer.chat_template = LLAMA_TEMPLATE
+    return tokenizer
+
+
+def _backend(model: models.BPE) -> Tokenizer:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(SPLIT), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = ByteLevelDecoder()
+    return backend
+
+
+def _learn(texts: list[str]) -> dict[str, Any]:
+    """Vocabulary and merges."""
+    backend = _backend(models.BPE())
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=SIZE, initial_alphabet=sorted(alphabet), show_progress=False)
+    backend.train_from_iterator(texts, trainer)
+    learned: dict[str, Any] = json.loads(backend.to_str())["model"]
+    return learned
+
 
 HEAD_SIZE = 32  # the least that vLLM runs on a processor
 LAYERS = 2
@@ -68,7 +145,7 @@ def random_model(source: str, tokenizer: Any, seed: int) -> PreTrainedModel:
     return model
 
 
-def learn_by_heart(model: PreTrainedModel, sequences: list[Sequence]) -> float:
+def learn_by_heart(model: PreTrainedModel, sequences: list[TokenSequence]) -> float:
     """Train until `sequences` are known: a teacher whose answers are right, so that the stages behind it have
     something to do. Returns the last loss, nats a token."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
@@ -92,7 +169,7 @@ def save_random_student(source: str, tokenizer: Any, folder: Path) -> None:
     save_model(random_model(source, tokenizer, seed=1), tokenizer, folder)
 
 
-def save_taught_teacher(source: str, tokenizer: Any, sequences: list[Sequence], folder: Path) -> float:
+def save_taught_teacher(source: str, tokenizer: Any, sequences: list[TokenSequence], folder: Path) -> float:
     model = random_model(source, tokenizer, seed=2)
     loss = learn_by_heart(model, sequences)
     save_model(model, tokenizer, folder)

@@ -8,10 +8,9 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
+from dgpo_core.agent.prompts import INFORMATION_START, INFORMATION_SUFFIX, INVALID_ACTION, SEARCH_END
 from dgpo_core.errors import UserError
-from dgpo_core.protocol.prompts import INFORMATION_START, INFORMATION_SUFFIX, INVALID_ACTION, SEARCH_END
-from dgpo_core.reporting.inputs import CHECKS, Key, read_rows
-from dgpo_core.reporting.results import rounded
+from dgpo_core.evaluation.results import CHECKS, Key, read_rows, rounded
 
 PER_DATASET = 40
 MAX_BYTES = 2_600_000  # of compact JSON: with plotly.js the page stays below 8 MB

@@ -1,4 +1,9 @@
-"""The page: everything that index.html needs as plain data, put into the template."""
+"""The page's sections about capabilities: ARCap's measurements, and what failed first in wrong episodes.
+
+The page: everything that index.html needs as plain data, put into the template.
+
+From the folders of a run to its report.
+"""
 
 import json
 from collections.abc import Mapping
@@ -9,11 +14,171 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from dgpo_core.reporting import arcap, paper, words
-from dgpo_core.reporting.curves import figures
-from dgpo_core.reporting.episodes import compact_json
-from dgpo_core.reporting.parts import Report, Row, cell, digits, model_head
-from dgpo_core.reporting.results import AVERAGE
+from dgpo_core.errors import UserError
+from dgpo_core.evaluation import results as tables
+from dgpo_core.evaluation.diagnosis import Failure
+from dgpo_core.evaluation.results import (
+    AVERAGE,
+    EVERY,
+    MEASUREMENTS,
+    read_arcap,
+    read_diagnoses,
+    read_metrics,
+    read_scores,
+)
+from dgpo_core.reporting import formats as words
+from dgpo_core.reporting import paper
+from dgpo_core.reporting.curves import figures, read_curves
+from dgpo_core.reporting.episodes import compact_json, reader_data
+from dgpo_core.reporting.formats import DASH, Report, Row, as_json, cell, digits, model_head, write_texts
+from dgpo_core.reporting.paper import DEFAULT_PAIR, paper_exact_match
+
+ARCAP_GROUPS = (  # in the order of MEASUREMENTS
+    ("Source referencing", ("source_em_nq", "source_em_nq_thinking"), "nq"),
+    ("Source referencing", ("source_em_musique", "source_em_musique_thinking"), "musique"),
+    ("Query rewriting", ("query_hit_nq",), "nq"),
+    ("Thinking", ("thinking_hit_nq", "thinking_searches_nq"), "nq"),
+    ("Thinking", ("thinking_hit_musique", "thinking_searches_musique"), "musique"),
+)
+FAILURE_COLUMNS = (
+    (Failure.NO_ACTION, "No action", "neither searched nor answered, or ended without doing so"),
+    (Failure.STOPPED_EARLY, "Stopped early", "answered before searching for all the evidence"),
+    (Failure.BAD_QUERY, "Bad query", "the query names nothing that is missing, or repeats an earlier one"),
+    (Failure.EVIDENCE_NOT_FOUND, "Evidence not found", "though a sensible query asked for it"),
+    (Failure.EVIDENCE_NOT_USED, "Evidence not used", "all of it was retrieved, the answer is another"),
+    (Failure.ANSWER_FORMAT, "Answer format", "holds a golden answer, or cannot be read"),
+)
+UNMEASURED: Row = {"mean": None, "ci95": [None, None], "n": 0}
+MINUS = "\N{MINUS SIGN}"
+CHECK_COLUMNS = (
+    ("without_evidence", "Answer without evidence", "of the correct answers: not all evidence retrieved"),
+    ("repeats_question", "Question as query", "of the episodes with a search: a query is the question"),
+    ("several_answers", "Several answers", "of the episodes: more than one <answer> opened"),
+)
+
+
+def table(report: Report) -> Row:
+    """Each model's measurements, with the paper's figures."""
+    reference = paper.paper_arcap() if report.pair == paper.ARCAP_PAIR else {}
+    rows = []
+    for model in report.models:
+        figures = reference.get(model, {})
+        entries = [(name, report.arcap[model].get(name, UNMEASURED)) for name in MEASUREMENTS]
+        cells = [cell(each["mean"], each["ci95"], figures.get(name), digits(name)) for name, each in entries]
+        rows.append(model_head(model, report.models) | {"cells": cells})
+    groups = [
+        {"title": title, "dataset": _playing(report, role), "span": len(group)}
+        for title, group, role in ARCAP_GROUPS
+    ]
+    return {"groups": groups, "heads": [_kind(name) for name in MEASUREMENTS], "rows": rows}
+
+
+def differences(report: Report) -> list[Row]:
+    """A row a pair of models: the paired differences of the same measurements."""
+    return [
+        {
+            "label": f" {MINUS} ".join(words.model_label(name) for name in pair.split("-")),
+            "cells": [_difference(entries.get(name, UNMEASURED), digits(name)) for name in MEASUREMENTS],
+        }
+        for pair, entries in report.arcap_comparisons.items()
+    ]
+
+
+def _difference(entry: Mapping[str, Any], places: int) -> Row:
+    """A cell with signs; `best` marks an interval without 0."""
+    mean, (low, high) = entry["mean"], entry["ci95"]
+    known = low is not None and high is not None
+    return {
+        "value": DASH if mean is None else _signed(mean, places),
+        "interval": f"{_signed(low, places)} to {_signed(high, places)}" if known else "",
+        "paper": "",
+        "best": known and (low > 0 or high < 0),
+        "note": f"{entry['n']:,} paired questions",
+    }
+
+
+def _signed(value: float, places: int) -> str:
+    rounded = round(value, places) + 0.0  # + 0.0: no "-0.0"
+    return f"{rounded:{'+' if rounded else ''}.{places}f}".replace("-", MINUS)
+
+
+def diagnosis(report: Report) -> Row:
+    """Bars and a table of first failures, and the table of hacking checks."""
+    bars, failures, checks = [], [], []
+    for model in report.models:
+        head, own = model_head(model, report.models), report.diagnosis[model]
+        shares = [own["first_failures"][name]["mean"] for name, _, _ in FAILURE_COLUMNS]
+        parts = [
+            {"width": f"{100 * share:.2f}", "title": f"{label} {share:.3f}", "index": index}
+            for index, (share, (_, label, _)) in enumerate(zip(shares, FAILURE_COLUMNS, strict=True))
+            if share
+        ]
+        wrong = None if None in shares else sum(shares)
+        bars.append(head | {"parts": parts, "wrong": DASH if wrong is None else f"{wrong:.3f}"})
+        failures.append(
+            head | {"cells": [_share(own["first_failures"][name]) for name, _, _ in FAILURE_COLUMNS]}
+        )
+        checks.append(head | {"cells": [_share(own["hacking"][name]) for name, _, _ in CHECK_COLUMNS]})
+    lost = sum(report.diagnosis[model]["failed"] for model in report.models)
+    return {
+        "bars": bars,
+        "failures": {"heads": FAILURE_COLUMNS, "rows": failures},
+        "checks": {"heads": CHECK_COLUMNS, "rows": checks},
+        "failed": lost,
+    }
+
+
+def _share(entry: Mapping[str, Any]) -> Row:
+    return cell(entry["mean"], entry["ci95"], None, 3) | {"note": f"{entry['n']:,} episodes"}
+
+
+def labels() -> Row:
+    """The names of failures and checks that the episode reader shows."""
+    return {
+        "failures": {str(name): label for name, label, _ in FAILURE_COLUMNS},
+        "checks": {name: label for name, label, _ in CHECK_COLUMNS},
+    }
+
+
+def _kind(measurement: str) -> str:
+    if "searches" in measurement:
+        return "searches"
+    if "hit" in measurement:
+        return "hit"
+    return "EM, with thinking" if measurement.endswith("thinking") else "EM, answer forced"
+
+
+def _playing(report: Report, role: str) -> str:
+    """The data set that plays a role of the paper's; the role itself where none does."""
+    return next((name for name, mirrored in report.mirrors.items() if mirrored == role), role)
+
+
+def radars(report: Report) -> dict[str, Row]:
+    """This run's, and the paper's where the models are its."""
+    own = {
+        model: {name: entry["mean"] for name, entry in entries.items()}
+        for model, entries in report.arcap.items()
+    }
+    found = {"radar-own": _radar(report, own)}
+    if report.pair == paper.ARCAP_PAIR:
+        published = paper.paper_arcap()
+        found["radar-paper"] = _radar(report, {name: published[name] for name in own if name in published})
+    return found
+
+
+def _radar(report: Report, means: Mapping[str, Mapping[str, float | None]]) -> Row:
+    """Axes (shares only: searches are counts) and one closed line a model, without unmeasured axes."""
+    axes = [
+        (name, f"{title}<br>{_playing(report, role)}<br>{_kind(name)}")
+        for title, group, role in ARCAP_GROUPS
+        for name in group
+        if "searches" not in name and any(own.get(name) is not None for own in means.values())
+    ]
+    lines = [
+        {"model": model, "values": [own.get(name) for name, _ in axes]} for model, own in means.items() if own
+    ]
+    return {"axes": [label for _, label in axes], "lines": lines}
+
 
 TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("theme.js", "charts.js", "reader.js")
@@ -51,10 +216,10 @@ def render(report: Report) -> str:
         pair=report.pair,
         exact_match=_exact_match(report),
         behaviour=_behaviour(report),
-        arcap=arcap.table(report),
-        arcap_differences=arcap.differences(report),
+        arcap=table(report),
+        arcap_differences=differences(report),
         arcap_pair=paper.ARCAP_PAIR,
-        diagnosis=arcap.diagnosis(report),
+        diagnosis=diagnosis(report),
         stages=_stages(report),
         sampled=len(report.questions),
         metrics=[
@@ -164,8 +329,8 @@ def _browser_data(report: Report) -> Row:
         "models": [model_head(name, report.models) for name in report.models],
         "sets": list(report.mirrors),
         "charts": charts,
-        "radars": arcap.radars(report),
-        "labels": arcap.labels(),
+        "radars": radars(report),
+        "labels": labels(),
         "questions": report.questions,
     }
 
@@ -182,3 +347,56 @@ def _flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, s
         else:
             rows.append((name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)))
     return rows
+
+
+def write_report(
+    evaluation: Path,
+    plots: Path,
+    metrics: Path,
+    out: Path,
+    models: list[str],
+    mirrors: dict[str, str],
+    params: dict[str, Any],
+    pair: str = DEFAULT_PAIR,
+    first: Mapping[str, int] = EVERY,
+) -> None:
+    """Write results, comparisons, arcap, arcap_comparisons and diagnosis (JSON) and index.html into `out`.
+
+    `models` and `mirrors` ({data set: the paper's that it stands for}) give the order of rows and columns;
+    `pair` names the paper's models whose figures stand beside ours; of the data sets in `first` only so many
+    questions count. The same inputs give the same bytes.
+    Raises UserError naming the file when an input is missing or malformed; then nothing is written.
+    """
+    if not models or not mirrors:
+        raise UserError("a report needs at least one model and one data set")
+    if tables.AVERAGE in mirrors:
+        raise UserError(f"no data set may be called {tables.AVERAGE!r}: the results have that row already")
+    paper_exact_match(pair)  # an unknown pair is refused before any work
+    datasets = list(mirrors)
+    scores = read_scores(evaluation, models, datasets, first)
+    keys = scores[models[0]].keys
+    measured, diagnoses = read_arcap(evaluation, models), read_diagnoses(evaluation, models, keys)
+    report = Report(
+        models=list(models),
+        mirrors=dict(mirrors),
+        results=tables.results(scores, datasets),
+        behaviour=tables.behaviour(scores, datasets),
+        comparisons=tables.comparisons(scores),
+        arcap=tables.arcap(measured),
+        arcap_comparisons=tables.arcap_comparisons(measured),
+        diagnosis=tables.diagnosis(diagnoses, datasets),
+        curves=[curve for curve in read_curves(plots) if curve.recipe in models],
+        questions=reader_data(evaluation, models, keys, diagnoses),
+        metrics=read_metrics(metrics),
+        params=dict(params),
+        pair=pair,
+    )
+    texts = {
+        "results.json": as_json(report.results),
+        "comparisons.json": as_json(report.comparisons),
+        "json": as_json(report.arcap),
+        "arcap_comparisons.json": as_json(report.arcap_comparisons),
+        "diagnosis.json": as_json(report.diagnosis),
+        "index.html": render(report),
+    }
+    write_texts(out, texts)

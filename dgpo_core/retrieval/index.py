@@ -1,10 +1,14 @@
-"""The index that agents search: one class, whatever `retrieval.location` names."""
+"""The index that agents search: one class, whatever `retrieval.location` names.
+
+How much of what an exact search finds the finished index finds too.
+"""
 
 import os
 import re
 import shutil
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,17 +18,20 @@ from qdrant_client.http.exceptions import ResponseHandlingException
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig, parse_location
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError, ResourceError, UserError
-from dgpo_core.retrieval.backends import Backend
-from dgpo_core.retrieval.backends.embedded import EmbeddedBackend
-from dgpo_core.retrieval.backends.loading import Progress, ensure
-from dgpo_core.retrieval.backends.server import MEMORY, QdrantBackend, connect, refusal
 from dgpo_core.retrieval.client import ServiceClient
-from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, Vector, make_encoder
-from dgpo_core.retrieval.hits import Hit
-from dgpo_core.retrieval.points import ENCODED, LEXICAL, encoded_content, index_digest, stored_content
-from dgpo_core.retrieval.ranking import RRF_DEPTH, Scored, Window, fuse, rank
+from dgpo_core.retrieval.collection import (
+    ENCODED,
+    LEXICAL,
+    Backend,
+    encoded_content,
+    index_digest,
+    stored_content,
+)
+from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, Vector, make_encoder, spaced
+from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
+from dgpo_core.retrieval.qdrant_server import MEMORY, Progress, QdrantBackend, connect, ensure, refusal
+from dgpo_core.retrieval.ranking import RRF_DEPTH, Hit, Scored, Window, fuse, rank
 from dgpo_core.retrieval.shards import read_manifest
-from dgpo_core.retrieval.unspaced import spaced
 
 REMEMBERED = 100_000  # queries whose hits are kept
 REMEMBERED_TEXT = 200_000_000  # characters of their passages: 2,000 a query, with passages of 100 words
@@ -196,3 +203,46 @@ def _system_error(error: Exception) -> int | None:
         return None
     found = re.search(r"os error (\d+)", str(error))
     return error.errno if isinstance(error, OSError) else int(found[1]) if found else None
+
+
+@dataclass(frozen=True)
+class Recall:
+    """`share`: mean share of the exact best passages that were found, None where no query finds any.
+
+    `silent` of the `queries` find nothing, whatever the search.
+    """
+
+    share: float | None
+    queries: int
+    silent: int
+
+
+def search_recall(searcher: Searcher, queries: list[str], top_k: int) -> Recall:
+    """Measure the best `top_k` passages of `queries`, without those that find nothing in an exact search."""
+    found, exact = (searcher.search(queries, top_k, exact=exactly) for exactly in (False, True))
+    shares = [
+        len({p.number for p in first} & {p.number for p in best}) / len(best)
+        for first, best in zip(found, exact, strict=True)
+        if best
+    ]
+    share = sum(shares) / len(shares) if shares else None
+    return Recall(share, len(queries), len(queries) - len(shares))
+
+
+def require_recall(measured: Recall, config: RetrievalConfig) -> None:
+    """Raise UserError when the measured recall is below `config.min_recall`, or of no query at all."""
+    if measured.share is None:
+        raise UserError(
+            f"retrieval.encoder: {measured.silent} of {measured.queries} validation questions find nothing: "
+            "the corpus has none of their words. BM25 knows the forms of English words and of no other "
+            "language: a dense encoder of that language may find more (kind: dense); recall_queries: 0 does "
+            "not ask"
+        )
+    if not measured.share >= config.min_recall:
+        stronger = {"binary": ", or retrieval.qdrant.quantization: int8", "int8": ", or none", "none": ""}
+        raise UserError(
+            f"retrieval.min_recall: recall@{config.top_k} against exact search is {measured.share:.4f}, "
+            f"below {config.min_recall}; raise retrieval.qdrant.hnsw_ef or .oversampling (searches take "
+            "longer), then .hnsw_m and .hnsw_ef_construct (builds anew)"
+            f"{stronger[config.qdrant.quantization]}"
+        )

@@ -1,17 +1,43 @@
-"""Rankings that are the same whatever engine made them: ties, and the fusion of two rankings.
+"""What a search returns, and who can be asked.
+
+Rankings that are the same whatever engine made them: ties, and the fusion of two rankings.
 
 Qdrant ranks equal scores as it likes, differently in each build of the same collection, and its own fusion
 (prefetch and RRF) inherits that: on the embedded world 15 % of the fused top 3 changed from one build to the
 next. So ties are resolved here, and rankings are fused here, by the same formula.
+
+Requests of a size that servers take: cut by the number of their parts, and by their bytes.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from dgpo_core.datasets.records import Passage
-from dgpo_core.retrieval.encoders import Vector
+from dgpo_core.retrieval.encoders import SparseVector, Vector
+
+
+@dataclass(frozen=True)
+class Hit:
+    """A passage and its score: BM25, inner product or, of a fused ranking, the sum of reciprocal ranks.
+
+    Of a service that gives no scores, the reciprocal rank.
+    """
+
+    passage: Passage
+    score: float
+
+
+class Retriever(Protocol):
+    """`digest` identifies what is searched, so that an episode can name it."""
+
+    digest: str
+
+    def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
+        """Best passages of each query, best first. Raises InfrastructureError when the index fails."""
+        ...
+
 
 SPARE = 8  # hits fetched beyond those asked for, to see ties
 WIDEST = 100  # hits; beyond that many ties only the first of them are looked for, passage by passage
@@ -112,3 +138,34 @@ def _ordered(points: Iterable[Scored]) -> list[Scored]:
 
 def _tied(first: Scored, second: Scored) -> bool:
     return math.isclose(first.score, second.score, rel_tol=TIE)
+
+
+T = TypeVar("T")
+JSON_CHARACTER = 6  # bytes at most: a control character is \\u0001
+JSON_NUMBER = 26  # bytes at most, with its comma: -1.2345678901234567e-300
+
+
+def batches(items: Iterable[T], most: int, most_bytes: int, size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Cut into lists of at most `most` items and `most_bytes` bytes; an item that is larger is alone."""
+    batch: list[T] = []
+    total = 0
+    for item in items:
+        own = size(item)
+        if batch and (len(batch) == most or total + own > most_bytes):
+            yield batch
+            batch, total = [], 0
+        batch.append(item)
+        total += own
+    if batch:
+        yield batch
+
+
+def text_bytes(text: str) -> int:
+    """Return how many bytes a text takes in a request, at most."""
+    return JSON_CHARACTER * len(text)
+
+
+def vector_bytes(vector: Vector) -> int:
+    """Return how many bytes a vector takes in a request, at most."""
+    numbers = 2 * len(vector.indices) if isinstance(vector, SparseVector) else len(vector)
+    return JSON_NUMBER * numbers

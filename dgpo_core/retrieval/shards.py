@@ -1,25 +1,224 @@
-"""Encoded passages on disk: Parquet shards and a manifest that names what they were made of."""
+"""Vectors of a published flat faiss index, read from its file or the parts it was split into.
+
+The format is faiss's own (faiss/impl/index_write.cpp, IndexFlat): a header, then the vectors as float32, row
+by row. Reading it here needs neither faiss nor the parts put together, nor wiki-18's 64 GB in memory.
+
+Shards are encoded and written: on every GPU, one process each, or in this process on the CPU.
+
+Encoded passages on disk: Parquet shards and a manifest that names what they were made of.
+"""
 
 import hashlib
 import itertools
 import json
 import math
+import multiprocessing
+import os
+import queue
+import struct
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
+from numpy.typing import NDArray
 
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, read_corpus
-from dgpo_core.errors import UserError
-from dgpo_core.retrieval.encoders import Encoder, SparseVector, Tell, Vector, dense_column, make_encoder
-from dgpo_core.retrieval.encoding import Job, encode_shards, visible_devices, write_shard
-from dgpo_core.retrieval.flat_index import FlatIndex
-from dgpo_core.retrieval.unspaced import spaced
+from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.retrieval.encoders import (
+    Encoder,
+    SparseVector,
+    Tell,
+    Vector,
+    dense_column,
+    make_encoder,
+    spaced,
+)
+
+# type, dimension, vectors, two unused numbers, trained, metric, number of floats that follow
+HEADER = struct.Struct("<4siqqq?iQ")
+FLAT = (b"IxFI", b"IxF2")  # by inner product, by L2 distance
+
+
+class FlatIndex:
+    """`count` vectors of `size` numbers; `digest` identifies the files' contents.
+
+    Raises UserError for files that are not one whole flat index.
+    """
+
+    def __init__(self, parts: Sequence[Path], digest: str) -> None:
+        self._parts, self.digest = list(parts), digest
+        self._sizes = [part.stat().st_size for part in self._parts]
+        name = ", ".join(map(str, self._parts))
+        head = self._bytes(0, HEADER.size)
+        if len(head) < HEADER.size or head[:4] not in FLAT:
+            raise UserError(
+                f"{name}: not a flat faiss index, or not its first part: it begins with {head[:4]!r}"
+            )
+        _, self.size, self.count, _, _, _, _, floats = HEADER.unpack(head)
+        if floats != self.count * self.size or self.size <= 0:
+            raise UserError(
+                f"{name}: the header promises {self.count} vectors of {self.size} and {floats} numbers"
+            )
+        expected = HEADER.size + 4 * floats
+        if sum(self._sizes) != expected:
+            raise UserError(
+                f"{name}: {sum(self._sizes):,} bytes, but {self.count:,} vectors of {self.size} take "
+                f"{expected:,}; is a part missing, or not whole?"
+            )
+
+    def rows(self, start: int, stop: int) -> NDArray[np.float32]:
+        """[stop - start, size], read from disk. Raises UserError for vectors that are not of length 1."""
+        width = 4 * self.size
+        data = self._bytes(HEADER.size + start * width, HEADER.size + stop * width)
+        vectors = np.frombuffer(data, "<f4").reshape(stop - start, self.size)
+        lengths = np.linalg.norm(vectors, axis=1)
+        wrong = np.flatnonzero(~(np.abs(lengths - 1) < 0.01))
+        if len(wrong):
+            raise UserError(
+                f"{self._parts[0]}: vector {start + wrong[0]} has length {lengths[wrong[0]]:.3g}, not 1: "
+                "it is not an index of normalised vectors, or its parts are in the wrong order"
+            )
+        return vectors
+
+    def _bytes(self, start: int, stop: int) -> bytes:
+        """Bytes of the parts as if they were one file; fewer where it ends before."""
+        pieces, offset = [], 0
+        for part, size in zip(self._parts, self._sizes, strict=True):
+            first, last = max(start - offset, 0), min(stop - offset, size)
+            if first < last:
+                with part.open("rb") as file:
+                    file.seek(first)
+                    pieces.append(file.read(last - first))
+            offset += size
+        return b"".join(pieces)
+
+
+WAIT = 0.2  # seconds between two looks at the workers
+
+
+@dataclass(frozen=True)
+class Job:
+    """A shard to write: `first` is the place of its first passage in the corpus."""
+
+    path: Path
+    first: int
+    passages: list[Passage]
+
+
+def visible_devices() -> list[str]:
+    """Every GPU that this process sees (CUDA_VISIBLE_DEVICES chooses), or the CPU."""
+    return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
+
+
+def write_shard(path: Path, passages: list[Passage], vectors: pa.Array) -> None:
+    """The shard appears complete or not at all."""
+    table = pa.table(
+        {
+            "id": [passage.id for passage in passages],
+            "title": [passage.title for passage in passages],
+            "text": [passage.text for passage in passages],
+            "vector": vectors,
+        }
+    )
+    temporary = path.with_suffix(".part")
+    pq.write_table(table, temporary, compression="zstd")
+    os.replace(temporary, path)
+
+
+def encode_shards(
+    jobs: Iterator[Job], make: Callable[[str], Encoder], devices: list[str], tell: Tell
+) -> None:
+    """Write the shards of `jobs`, with an encoder made by `make(device)` for each of `devices`.
+
+    What a shard holds does not depend on the number of devices. With several, `make` is pickled for their
+    processes, and at most two jobs a device are in memory. Raises InfrastructureError when a process ends
+    before its work.
+    """
+    if len(devices) == 1:
+        encoder = make(devices[0])
+        for job in jobs:
+            _encode(job, encoder, tell)
+        return
+    context = multiprocessing.get_context("spawn")
+    todo, told = context.Queue(maxsize=len(devices)), context.Queue()
+    workers = {
+        device: context.Process(target=_work, args=(make, device, todo, told), daemon=True)
+        for device in devices
+    }
+    try:
+        for worker in workers.values():
+            worker.start()
+        for task in chain(jobs, repeat(None, len(devices))):
+            _hand_over(task, todo, lambda: _listen(workers, told, tell))
+        for worker in workers.values():
+            while worker.is_alive():
+                worker.join(WAIT)
+                _listen(workers, told, tell)
+        _listen(workers, told, tell)
+    finally:
+        for worker in workers.values():
+            worker.kill()
+            worker.join()
+
+
+def _encode(job: Job, encoder: Encoder, tell: Tell) -> None:
+    column = encoder.passage_column([passage.contents for passage in job.passages], tell)
+    write_shard(job.path, job.passages, column)
+
+
+def _hand_over(job: Job | None, todo: Any, listen: Callable[[], None]) -> None:
+    while True:
+        listen()
+        try:
+            todo.put(job, timeout=WAIT)
+            return
+        except queue.Full:
+            continue
+
+
+def _listen(workers: dict[str, Any], told: Any, tell: Tell) -> None:
+    """Pass on what the workers tell; raise what went wrong in them."""
+    while True:
+        try:
+            news = told.get_nowait()
+        except queue.Empty:
+            break
+        if isinstance(news, UserError):
+            raise news
+        if isinstance(news, Exception):
+            raise InfrastructureError(f"encoding failed: {news}") from news
+        tell(news)
+    for device, worker in workers.items():
+        if worker.exitcode:
+            raise InfrastructureError(f"the process that encodes on {device} ended with {worker.exitcode}")
+
+
+def _work(make: Callable[[str], Encoder], device: str, todo: Any, told: Any) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    try:
+        encoder = make(device)
+        while (job := todo.get()) is not None:
+            _encode(job, encoder, told.put)
+    except Exception as error:
+        told.put(error)
+
+
+def _end_with_parent() -> None:
+    """A parent that was killed ends nobody; without it, this process would wait for jobs for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent
+    parent.join()
+    os._exit(1)
+
 
 MANIFEST = "manifest.json"
 READ_AT_ONCE = 1000  # passages of a shard

@@ -6,20 +6,17 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
-from dgpo_core.config.protocol import ProtocolConfig, Sampling
-from dgpo_core.config.rollout import RolloutConfig
+from dgpo_core.agent import prompts
+from dgpo_core.agent.answers import normalize
+from dgpo_core.agent.episode import Episode, Owner
+from dgpo_core.agent.loop import AgentLoop, Task
+from dgpo_core.agent.prompts import encode_prompt, encode_start
+from dgpo_core.config.agent import ProtocolConfig, RolloutConfig, Sampling
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
-from dgpo_core.protocol import prompts
-from dgpo_core.protocol.encoding import encode_prompt, encode_start
-from dgpo_core.protocol.episode import Episode, Owner
-from dgpo_core.retrieval.hits import Retriever
-from dgpo_core.rollout.loop import AgentLoop, Task
-from dgpo_core.scoring.answers import normalize
-from dgpo_core.serving.ask import Ask
-from dgpo_core.serving.events import Event, Information, Record, Source, Step
+from dgpo_core.retrieval.ranking import Retriever
+from dgpo_core.serving.events import Ask, Event, Information, Record, Source, Step, TagSplitter
 from dgpo_core.serving.streaming import Narrator, ReportingRetriever, StreamingEngine
-from dgpo_core.serving.tags import TagSplitter
 from dgpo_core.text import stands_in
 
 

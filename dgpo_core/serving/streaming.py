@@ -6,14 +6,12 @@ The loop itself (dgpo_core/rollout) knows nothing of this: an episode that is wa
 from collections.abc import Callable
 from typing import Protocol
 
-from dgpo_core.config.protocol import Sampling
-from dgpo_core.protocol.prompts import INVALID_ACTION
-from dgpo_core.retrieval.hits import Hit, Retriever
-from dgpo_core.rollout.engine import Generation, Request
-from dgpo_core.rollout.transformers_engine import TransformersEngine, _Row
-from dgpo_core.serving.ask import Stopped
-from dgpo_core.serving.events import Delta, Event, Found, Information, Notice
-from dgpo_core.serving.tags import Piece, TagSplitter
+from dgpo_core.agent.engine import Generation, Request
+from dgpo_core.agent.prompts import INVALID_ACTION
+from dgpo_core.agent.transformers_engine import TransformersEngine, _Row
+from dgpo_core.config.agent import Sampling
+from dgpo_core.retrieval.ranking import Hit, Retriever
+from dgpo_core.serving.events import Delta, Event, Found, Information, Notice, Piece, Stopped, TagSplitter
 
 UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how a character decodes of which bytes are still to come
 

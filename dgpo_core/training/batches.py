@@ -1,18 +1,42 @@
-"""Episodes as training batches: right-padded ids, and which tokens are trained on."""
+"""Student and teacher must give each token id the same string.
 
-from collections.abc import Iterable, Iterator
+Episodes as training batches: right-padded ids, and which tokens are trained on.
+
+Language models as training asks them: what is wanted of the counted tokens, computed inside one forward.
+
+An engine that splits weights over processes gathers a module's weights while its forward runs, and again for
+its backward. So a pass happens inside a module's forward, and the output embedding is a module of its own,
+although its weight may be the input embedding's.
+
+What a step's sampled episodes say of the training, whatever it learns from them.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedModel
 
+from dgpo_core.agent.episode import Ending, Episode, Owner
 from dgpo_core.errors import UserError
-from dgpo_core.objectives.logprobs import TopK
-from dgpo_core.protocol.episode import Episode, Owner
+from dgpo_core.objectives.logprobs import TopK, token_logprobs
+
+
+def check_same_vocabulary(student: Any, teacher: Any) -> None:
+    """Raises UserError when two tokenizers (with `get_vocab()`) give an id different strings."""
+    first, second = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
+    wrong = min((i for i in first.keys() & second.keys() if first[i] != second[i]), default=None)
+    if wrong is not None:
+        raise UserError(
+            "models: student and teacher have different tokenizers, "
+            "so the teacher's tokens and distributions mean nothing to the student; "
+            f"the first difference is id {wrong}: {first[wrong]!r} against {second[wrong]!r}"
+        )
 
 
 @dataclass(frozen=True)
-class Sequence:
+class TokenSequence:
     """Token ids of an episode and the positions of the tokens that count (each at least 1).
 
     `teacher`: the teacher's kept distribution at each of them, where there is one.
@@ -23,14 +47,14 @@ class Sequence:
     teacher: TopK | None = None
 
 
-def model_sequence(episode: Episode) -> Sequence:
+def model_sequence(episode: Episode) -> TokenSequence:
     """Only the tokens that the model wrote count."""
-    return Sequence(episode.token_ids, [t for t, o in enumerate(episode.owners) if o == Owner.MODEL])
+    return TokenSequence(episode.token_ids, [t for t, o in enumerate(episode.owners) if o == Owner.MODEL])
 
 
-def response_sequence(episode: Episode) -> Sequence:
+def response_sequence(episode: Episode) -> TokenSequence:
     """Every token after the prompt counts, the environment's too (the release's GAE)."""
-    return Sequence(episode.token_ids, [t for t, o in enumerate(episode.owners) if o != Owner.PROMPT])
+    return TokenSequence(episode.token_ids, [t for t, o in enumerate(episode.owners) if o != Owner.PROMPT])
 
 
 @dataclass(frozen=True)
@@ -54,7 +78,7 @@ class TokenBatch:
         return list(values.split(self.counts))
 
 
-def collate(sequences: list[Sequence], device: torch.device) -> TokenBatch:
+def collate(sequences: list[TokenSequence], device: torch.device) -> TokenBatch:
     width = max(len(sequence.ids) for sequence in sequences)
     ids = torch.zeros(len(sequences), width, dtype=torch.long)
     rows, columns, targets = [], [], []
@@ -135,3 +159,72 @@ def check_ids(episodes: Iterable[Episode], vocabulary: int) -> None:
                 f"and tokenizer share the first {vocabulary} ids only: collect the episodes again, or set "
                 "models to two with one tokenizer"
             )
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+Result = TypeVar("Result", torch.Tensor, Pair)
+Terms = Callable[[torch.Tensor, torch.Tensor], Result]  # (hidden [N, H], head [V, H]) -> tensors [N]
+
+
+class TokenModel(torch.nn.Module):
+    """`model(batch, terms)` is `terms` of the counted tokens' hidden states and the output embedding.
+
+    It shares its parameters with the language model that it is made of. Distributions are over the first
+    `vocabulary` ids: rows that no token has get no probability. None: over all rows.
+    """
+
+    def __init__(self, model: PreTrainedModel, vocabulary: int | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone_of(model)
+        self.head = _Head(head_of(model), vocabulary)
+
+    def forward(self, batch: TokenBatch, terms: Terms[Result] | None = None) -> Result | torch.Tensor:
+        """Without `terms`: the log-probabilities of the targets, float32 [N]."""
+        hidden = counted_hidden(self.backbone, batch)
+        if terms is None:
+            logprobs: torch.Tensor = self.head(hidden, policy_terms(batch))[0]
+            return logprobs
+        result: Result = self.head(hidden, terms)
+        return result
+
+
+def policy_terms(batch: TokenBatch, temperature: float = 1.0) -> Terms[Pair]:
+    """Log-probabilities of the targets, and entropies."""
+    return lambda hidden, head: token_logprobs(hidden, head, batch.targets, temperature)
+
+
+class _Head(torch.nn.Module):
+    def __init__(self, weight: torch.Tensor, vocabulary: int | None) -> None:
+        super().__init__()
+        self.weight = weight
+        self._vocabulary = vocabulary
+
+    def forward(self, hidden: torch.Tensor, terms: Terms[Result]) -> Result:
+        # a slice of all rows would be the same tensor, but copy its gradient
+        whole = self._vocabulary is None or self._vocabulary >= len(self.weight)
+        return terms(hidden, self.weight if whole else self.weight[: self._vocabulary])
+
+
+def episode_metrics(episodes: Sequence[Episode]) -> dict[str, float]:
+    """What shows collapse: EM, length, invalid actions, searches, ...; means over the episodes."""
+    n = len(episodes)
+    return {
+        "em": sum(e.correct for e in episodes) / n,
+        "response_tokens": sum(e.model_tokens for e in episodes) / n,
+        "searches": sum(len(e.searches) for e in episodes) / n,
+        "hit": sum(e.hit for e in episodes) / n,
+        "invalid_actions": sum(e.invalid_actions for e in episodes) / n,
+        "well_formed": sum(e.well_formed for e in episodes) / n,
+        "no_answer": sum(e.ending is not Ending.ANSWERED for e in episodes) / n,
+    }
+
+
+def sampled_entropy(episodes: Sequence[Episode]) -> float:
+    """The sampling policy's entropy, nats a token, estimated by -log p of the tokens that it has sampled."""
+    surprises = [
+        -logprob
+        for episode in episodes
+        for logprob, owner in zip(episode.logprobs, episode.owners, strict=True)
+        if owner == Owner.MODEL
+    ]
+    return sum(surprises) / len(surprises)

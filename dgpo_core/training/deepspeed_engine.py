@@ -23,7 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
 from dgpo_core.config.training import ComputeConfig
-from dgpo_core.training.batches import Sequence, backbone_of, collate, head_of
+from dgpo_core.training.batches import TokenSequence, backbone_of, collate, head_of
 from dgpo_core.training.engines import Optimization
 from dgpo_core.training.optimizer import adamw
 from dgpo_core.training.parallel import leads, processes, rank
@@ -133,7 +133,7 @@ class ZeroEngine:
 
     def _make_moments(self) -> None:
         """AdamW has no state before its first step: take one, of gradient 0; all that it does is replaced."""
-        result = self(collate([Sequence([0, 0], [1])], self.device))
+        result = self(collate([TokenSequence([0, 0], [1])], self.device))
         self.backward(0 * result.sum())
         self._engine.step()
         self._link_moments()

@@ -7,32 +7,32 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dgpo_core.agent.episode import Episode
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.config.training import ComputeConfig, DistillConfig
 from dgpo_core.errors import UserError
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
 from dgpo_core.objectives.logprobs import cached_terms, distillation_terms
-from dgpo_core.protocol.episode import Episode
 from dgpo_core.training import optimizer as optim
-from dgpo_core.training.adaptive import Interpolation
 from dgpo_core.training.batches import (
-    Sequence,
     TokenBatch,
+    TokenModel,
+    TokenSequence,
     check_ids,
     collate,
+    episode_metrics,
     micro_batches,
     model_sequence,
+    sampled_entropy,
     shared_ids,
 )
-from dgpo_core.training.checkpoint import Checkpoint
+from dgpo_core.training.checkpoint import Checkpoint, require_finite, training_step
 from dgpo_core.training.engines import FrozenModel, Optimization, training_engine
-from dgpo_core.training.episode_metrics import episode_metrics, sampled_entropy
 from dgpo_core.training.episode_sources import EpisodeSource
-from dgpo_core.training.finite import require_finite, training_step
 from dgpo_core.training.parallel import added, passes
+from dgpo_core.training.taid import Interpolation
 from dgpo_core.training.teacher_cache import TeacherCache
-from dgpo_core.training.token_model import TokenModel
 
 Metrics = dict[str, float]
 
@@ -133,7 +133,7 @@ class Distiller:
         require_finite({"validation loss": loss})
         return loss
 
-    def _sequence(self, episode: Episode) -> Sequence:
+    def _sequence(self, episode: Episode) -> TokenSequence:
         check_ids([episode], self.vocabulary)
         sequence = model_sequence(episode)
         kept = self.cache.get(episode) if self.cache else None
@@ -144,11 +144,13 @@ class Distiller:
             )
         return replace(sequence, teacher=kept)
 
-    def _accumulate(self, sequences: list[Sequence]) -> Metrics:
+    def _accumulate(self, sequences: list[TokenSequence]) -> Metrics:
         """Gradient of one batch; the losses are averages over its model tokens, however it is cut."""
         return self._sums(sequences, self.engine.backward)
 
-    def _sums(self, sequences: list[Sequence], then: Callable[[torch.Tensor], None] | None = None) -> Metrics:
+    def _sums(
+        self, sequences: list[TokenSequence], then: Callable[[torch.Tensor], None] | None = None
+    ) -> Metrics:
         """Averages over the model tokens; `then` gets each micro-batch's share of the loss."""
         tokens = sum(len(sequence.positions) for sequence in sequences)
         weights = self._weights()

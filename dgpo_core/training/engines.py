@@ -11,11 +11,9 @@ import torch
 from transformers import PreTrainedModel
 
 from dgpo_core.config.training import ComputeConfig
-from dgpo_core.training.batches import TokenBatch, backbone_of, counted_hidden, head_of
-from dgpo_core.training.compute import autocast
+from dgpo_core.training.batches import Result, Terms, TokenBatch, backbone_of, counted_hidden, head_of
 from dgpo_core.training.optimizer import Schedule, Stepper, adamw
-from dgpo_core.training.parallel import add_gradients
-from dgpo_core.training.token_model import Result, Terms
+from dgpo_core.training.parallel import add_gradients, autocast
 
 
 @dataclass(frozen=True)

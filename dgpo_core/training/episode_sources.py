@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from dgpo_core.agent.episode import Episode, Outcome
 from dgpo_core.config.training import DistillConfig
 from dgpo_core.errors import InfrastructureError
-from dgpo_core.protocol.episode import Episode, Outcome
-from dgpo_core.training.adaptive import OffPolicy, ReplayBuffer, Source
+from dgpo_core.training.taid import OffPolicy, ReplayBuffer, Source
 
 Rollout = Callable[[list[int], int], list[Episode]]  # (indices of questions, step) -> episodes of the student
 

@@ -4,8 +4,11 @@ What the shares give is added up: gradients before an update, sums of losses bef
 process knows the whole batch, averages have the same denominators whatever the number of processes, and the
 update is that of one process to rounding. The processes are those of torch.distributed's default group;
 without one (a single process) nothing is sent.
+
+Device and precision of training passes.
 """
 
+import contextlib
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +17,8 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+from dgpo_core.config.training import ComputeConfig
 
 Item = TypeVar("Item")
 
@@ -103,3 +108,10 @@ def add_gradients(module: torch.nn.Module) -> None:
             if parameter.grad is None:  # this process's share had no pass through it
                 parameter.grad = torch.zeros_like(parameter)
             dist.all_reduce(parameter.grad)
+
+
+def autocast(config: ComputeConfig) -> contextlib.AbstractContextManager[Any]:
+    """bfloat16 compute over float32 weights, or plain float32; DeepSpeed's weights are bfloat16."""
+    if config.precision == "float32" or config.engine == "deepspeed":
+        return contextlib.nullcontext()
+    return torch.autocast(torch.device(config.device).type, dtype=torch.bfloat16)

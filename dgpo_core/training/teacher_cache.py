@@ -18,13 +18,13 @@ import pyarrow as pa
 import torch
 from transformers import PreTrainedModel
 
+from dgpo_core.agent.episode import Episode
+from dgpo_core.agent.prompts import known_ids
 from dgpo_core.config.training import ComputeConfig, DistributionsConfig, TaidConfig
 from dgpo_core.errors import UserError
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
 from dgpo_core.objectives.logprobs import TopK, cached_terms, distillation_terms, top_distributions
-from dgpo_core.protocol.encoding import known_ids
-from dgpo_core.protocol.episode import Episode
 from dgpo_core.training.batches import (
     backbone_of,
     check_ids,
@@ -35,8 +35,8 @@ from dgpo_core.training.batches import (
     model_sequence,
     shared_ids,
 )
-from dgpo_core.training.compute import autocast
-from dgpo_core.training.finite import require_finite
+from dgpo_core.training.checkpoint import require_finite
+from dgpo_core.training.parallel import autocast
 
 CERTIFICATE = "certificate.json"
 TAID = TaidConfig()

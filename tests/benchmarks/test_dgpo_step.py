@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from benchmarks.dgpo_step import Settings, make_episodes, parse, run
+from dgpo_core.agent.episode import Owner
 from dgpo_core.planning import architectures
-from dgpo_core.protocol.episode import Owner
 
 TINY = {
     "model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,

@@ -4,10 +4,10 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.config.retrieval import EncoderConfig
-from dgpo_core.datasets.world.articles import Article, write_articles
-from dgpo_core.datasets.world.generate import World, generate_world
-from dgpo_core.datasets.world.tokenizer import build_tokenizer
 from dgpo_core.retrieval.index import Index, index_passages
+from dgpo_core.world.facts import World, generate_world
+from dgpo_core.world.questions import Article, write_articles
+from dgpo_core.world.tokenizer import build_tokenizer
 from tests.dgpo_core.making import SMALL_WORLD, tiny_model
 
 

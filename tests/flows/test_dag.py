@@ -8,7 +8,7 @@ import pytest
 
 from dgpo_core.errors import UserError
 from flows.dag import Stage, downstream, read_dag, select
-from tasks.use import use
+from tasks.commands.use import use
 from tests.conftest import ROOT
 
 PIPELINE = """

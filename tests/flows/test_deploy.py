@@ -49,7 +49,7 @@ def test_without_a_server_there_is_one_line(module: str) -> None:
 def test_which_server_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A variable, a port, `make up`, in this order; `adopt` puts `make up`'s address into the variable."""
     from flows.server import named_server
-    from tasks import services
+    from tasks.project import servers as services
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
@@ -122,7 +122,7 @@ class TestSharedServer:
         from prefect.events import EventTrigger, Posture
         from prefect.events.actions import ChangeFlowRunState
 
-        from flows.work_pools import Kind, template
+        from flows.deploy import Kind, template
 
         everybodys = EventTrigger(
             after={"prefect.flow-run.heartbeat"},

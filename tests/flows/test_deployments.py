@@ -27,7 +27,7 @@ STAGE = """
 import os, sys, time
 from pathlib import Path
 import yaml
-from tasks.stage import main, stage
+from tasks.stages.stage import main, stage
 
 name = sys.argv[1]
 OUT = Path(f"{name}.txt")

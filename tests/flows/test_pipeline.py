@@ -149,7 +149,7 @@ def test_failure_stops_only_what_needs_it(api: str, repository: Path) -> None:
 FLAKY = """
 from pathlib import Path
 from dgpo_core.errors import InfrastructureError
-from tasks.stage import main, stage
+from tasks.stages.stage import main, stage
 
 def run():
     with stage("flaky", config={}, outputs=[Path("flaky.txt")]) as current:

@@ -11,9 +11,9 @@ import pytest
 import yaml
 
 from dgpo_core.errors import UserError
-from tasks.evidence import register_trained
-from tasks.promote import promote
-from tasks.registry import CHALLENGER, CHAMPION, store
+from tasks.commands.promote import promote
+from tasks.tracking.evidence import register_trained
+from tasks.tracking.registry import CHALLENGER, CHAMPION, store
 from tests.tasks.conftest import empty_store, own_store  # noqa: F401  fixtures
 from tests.tasks.trained import BETTER, WORSE, make_trained, train
 

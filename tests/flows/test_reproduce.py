@@ -18,7 +18,7 @@ from dgpo_core.config.params import resolve_profile
 from dgpo_core.errors import UserError
 from dgpo_core.reporting.reproduction.claims import RAW_GRPO
 from flows.workspace import one_at_a_time, open_workspace
-from tasks.pool import write
+from tasks.commands.pool import write
 from tests.conftest import ROOT
 from tests.flows.restarts import restarted
 

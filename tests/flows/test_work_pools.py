@@ -12,7 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from dgpo_core.errors import UserError
-from flows.work_pools import FOLDER, Kind, template
+from flows.deploy import FOLDER, Kind, template
 from tests.conftest import ROOT
 from tests.infra.test_services import free_port
 
@@ -71,7 +71,7 @@ def test_the_image_is_that_of_the_compose_file() -> None:
 
 def test_the_command_prints_the_template() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "flows.work_pools", "docker", "--gpus", "1"],
+        [sys.executable, "-m", "flows.deploy", "docker", "--gpus", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -88,7 +88,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.workers.base import BaseJobConfiguration
 from prefect.workers.process import ProcessWorker
 from pydantic import ConfigDict
-from flows.work_pools import Kind, template
+from flows.deploy import Kind, template
 
 class Anything(BaseJobConfiguration):
     model_config = ConfigDict(extra="allow")

@@ -176,7 +176,7 @@ def test_only_the_servers_reach_postgres() -> None:
 def test_commands_exist(name: str) -> None:
     import typer.main
 
-    from tasks.cli import app
+    from tasks.commands.cli import app
 
     match SERVICES[name]["command"]:
         case ["python", "-m", module, *_]:
@@ -207,7 +207,7 @@ def test_the_retriever_takes_the_options_that_it_gets() -> None:
     import typer.main
 
     from dgpo_core.config.retrieval import parse_location
-    from tasks.cli import app
+    from tasks.commands.cli import app
 
     _, name, *arguments = SERVICES["retriever"]["command"]
     command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ import pytest
 
 from dgpo_core.config.params import Params, resolve_profile
 from flows.process import end_group
-from tasks.checks.services import named
+from tasks.commands.checks.services import named
 from tests.conftest import ROOT
 from tests.infra.composition import load, secrets
 from tests.infra.test_services import free_port

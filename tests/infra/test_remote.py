@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.experiments import changes, rows
+from tasks.commands.experiments import changes, rows
 from tests.conftest import ROOT, make_workplace
 
 STAGE = """
@@ -24,9 +24,9 @@ pathlib.Path("metrics/evaluate-dgpo.json").write_text(json.dumps(metrics))
 GRAPH = """
 stages:
   reinforce:
-    cmd: exec python -m tasks.reinforce
+    cmd: exec python -m tasks.stages.reinforce
     params: [reinforce]
-    deps: [tasks/reinforce.py]
+    deps: [tasks/stages/reinforce.py]
     outs: [models/dgpo]
     metrics: [metrics/evaluate-dgpo.json]
 """
@@ -45,7 +45,7 @@ def dvc(place: Path, *arguments: str) -> str:
 def remote(place: Path, *action: str, fails: bool = False) -> str:
     # as an installed program: the miniature has a package `tasks` of its own
     code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['', *{action!r}]; "
-    code += "from infra.remote import app; from tasks.stage import main; main(app)"
+    code += "from infra.remote import app; from tasks.stages.stage import main; main(app)"
     return run(place, sys.executable, "-P", "-c", code, fails=fails)
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from dgpo_core.errors import UserError
 from infra.services import Service, _last_line, down, mlflow, prefect, state, up
-from tasks.services import MARK, Record, adopt, leader, members, read, write
+from tasks.project.servers import MARK, Record, adopt, leader, members, read, write
 from tests.conftest import ROOT
 
 # A server whose child goes on when it is killed, as uvicorn's workers do.
@@ -223,8 +223,8 @@ class TestRealServers:
 
         program = """
 from prefect import flow
-from tasks.stage import main
-from tasks.tracking import Pipeline, connect
+from tasks.stages.stage import main
+from tasks.tracking.runs import Pipeline, connect
 
 @flow(name="arrives")
 def arrives() -> None:

@@ -1,4 +1,4 @@
-"""What holds for all sources: their length, their place in docs/architecture.md, and what they depend on."""
+"""What holds for all sources: their length, and what they depend on."""
 
 import re
 import subprocess
@@ -8,7 +8,6 @@ from pathlib import Path
 from tests.conftest import ROOT
 
 LONGEST = 600  # lines of a file that is read as one thing
-PACKAGES = ("dgpo_core", "tasks", "flows", "infra")
 
 
 def sources(*packages: str) -> list[Path]:
@@ -23,14 +22,6 @@ def sources(*packages: str) -> list[Path]:
 def test_no_file_is_too_long() -> None:
     lengths = {path: len((ROOT / path).read_text().splitlines()) for path in sources()}
     assert lengths and {path: lines for path, lines in lengths.items() if lines > LONGEST} == {}
-
-
-def test_the_rooms_name_every_module() -> None:
-    rooms = (ROOT / "docs/architecture.md").read_text().split("## The rooms")[1]
-    named = {Path(place).stem for place in re.findall(r"`([\w/.]+)`", rooms)}
-    wanted = [path for path in sources(*PACKAGES) if path.name != "__init__.py"]
-    alone = [path for path in wanted if path.parent != Path("tasks/checks")]  # which are named as a folder
-    assert [str(path) for path in alone if path.stem not in named] == []
 
 
 def test_every_dependency_is_named_once() -> None:

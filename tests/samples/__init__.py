@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from dgpo_core.config.published import PublishedConfig
+from dgpo_core.config.data import PublishedConfig
 
 SAMPLES = Path(__file__).parent
 PASSAGES = 24

@@ -13,7 +13,7 @@ from tests.tasks.miniature import make_project
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An initialised sqlite file to copy (creating one takes seconds)."""
-    from tasks.tracking import connect
+    from tasks.tracking.runs import connect
 
     folder = tmp_path_factory.mktemp("empty-store")
     before = Path.cwd()
@@ -42,8 +42,8 @@ def own_store(tmp_path: Path, empty_store: Path, monkeypatch: pytest.MonkeyPatch
 @pytest.fixture(scope="session")
 def indexed_project(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Path:
     """A miniature project with data, an index and the given models; nothing is trained. Not to be changed."""
-    from tasks.data import generate
-    from tasks.index import index
+    from tasks.stages.data import generate
+    from tasks.stages.index import index
 
     folder = tmp_path_factory.mktemp("indexed")
     with pytest.MonkeyPatch.context() as patch:

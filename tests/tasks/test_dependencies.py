@@ -14,16 +14,16 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks.base_model import build
-from tasks.data import generate
-from tasks.distill import distill
-from tasks.distributions import distributions
-from tasks.evaluate import evaluate
-from tasks.filter import filter_episodes
-from tasks.index import index
-from tasks.reinforce import reinforce
-from tasks.report import report
-from tasks.teach import teach
+from tasks.stages.base_model import build
+from tasks.stages.data import generate
+from tasks.stages.distill import distill
+from tasks.stages.distributions import distributions
+from tasks.stages.evaluate import evaluate
+from tasks.stages.filter import filter_episodes
+from tasks.stages.index import index
+from tasks.stages.reinforce import reinforce
+from tasks.stages.report import report
+from tasks.stages.teach import teach
 from tests.conftest import ROOT, make_workplace
 from tests.tasks.miniature import make_project
 
@@ -35,34 +35,34 @@ WITHOUT_EFFECT = (
     "dgpo_core/errors.py",
     "dgpo_core/hub.py",  # whether a model is in the hub's cache
     "dgpo_core/reporting/episodes.py",  # in traces; the report, which shows it, watches it
-    "dgpo_core/rollout/gpu_memory.py",
+    "dgpo_core/agent/vllm_engine.py",
     "dgpo_core/temporary.py",  # folders of which nothing stays
     "dgpo_core/training/checkpoint.py",  # what continues ends as if it had not been interrupted
-    "dgpo_core/training/finite.py",  # stops at numbers that are none, and changes no other
+    "dgpo_core/training/checkpoint.py",  # stops at numbers that are none, and changes no other
     "dgpo_core/training/parallel.py",  # one process here; in several, results differ by rounding
-    "tasks/base_model.py",  # hands the settings to the builder
-    "tasks/dvc_lock.py",  # this and what follows: where, how and with which record a stage runs
-    "tasks/episode_spans.py",
-    "tasks/evidence.py",
-    "tasks/files.py",
-    "tasks/git.py",
-    "tasks/inputs.py",
-    "tasks/lineage.py",
-    "tasks/mlflow_faults.py",
-    "tasks/mlflow_model.py",
-    "tasks/mlflow_store.py",
-    "tasks/paths.py",
-    "tasks/pipeline_summary.py",
-    "tasks/process.py",
-    "tasks/progress.py",
-    "tasks/provenance.py",
-    "tasks/registry.py",
-    "tasks/resources.py",
-    "tasks/run_data.py",
-    "tasks/services.py",
-    "tasks/stage.py",
-    "tasks/traces.py",
-    "tasks/tracking.py",
+    "tasks/stages/base_model.py",  # hands the settings to the builder
+    "tasks/project/dvc.py",  # this and what follows: where, how and with which record a stage runs
+    "tasks/tracking/traces.py",
+    "tasks/tracking/evidence.py",
+    "tasks/project/files.py",
+    "tasks/project/git.py",
+    "tasks/stages/inputs.py",
+    "tasks/tracking/lineage.py",
+    "tasks/tracking/store.py",
+    "tasks/tracking/registry.py",
+    "tasks/tracking/store.py",
+    "tasks/project/paths.py",
+    "tasks/tracking/summary.py",
+    "tasks/project/process.py",
+    "tasks/project/progress.py",
+    "tasks/tracking/lineage.py",
+    "tasks/tracking/registry.py",
+    "tasks/project/resources.py",
+    "tasks/stages/stage.py",
+    "tasks/project/servers.py",
+    "tasks/stages/stage.py",
+    "tasks/tracking/traces.py",
+    "tasks/tracking/runs.py",
 )
 # Read by every stage (params.yaml) or for its record (dvc.lock, git), and what a stage makes for itself.
 NO_INPUTS = ("params.yaml", "dvc.lock", ".state", "runs", "profiles", "mlruns", ".git")

@@ -8,12 +8,12 @@ import pytest
 from filelock import FileLock
 
 from dgpo_core.errors import UserError
-from tasks import paths
-from tasks.data import generate
-from tasks.evidence import evaluate_again
-from tasks.index import index
-from tasks.registry import store
-from tasks.stage import stage
+from tasks.project import paths
+from tasks.stages.data import generate
+from tasks.stages.index import index
+from tasks.stages.stage import stage
+from tasks.tracking.evidence import evaluate_again
+from tasks.tracking.registry import store
 from tests.tasks.miniature import make_project
 
 

@@ -14,12 +14,12 @@ from typing import Any
 import pytest
 import yaml
 
-from tasks import paths
-from tasks.distill import distill
-from tasks.distributions import distributions
-from tasks.filter import filter_episodes
-from tasks.reinforce import reinforce
-from tasks.teach import teach
+from tasks.project import paths
+from tasks.stages.distill import distill
+from tasks.stages.distributions import distributions
+from tasks.stages.filter import filter_episodes
+from tasks.stages.reinforce import reinforce
+from tasks.stages.teach import teach
 from tests.conftest import make_workplace
 
 pytestmark = pytest.mark.slow
@@ -98,7 +98,7 @@ def test_killed_training_continues_to_the_same_model(
     for folder in (whole, workplace):
         prepared(alone, folder, TWO | compute)
     run("reinforce", "dgpo", whole)
-    command = [sys.executable, "-m", "tasks.reinforce", "dgpo"]
+    command = [sys.executable, "-m", "tasks.stages.reinforce", "dgpo"]
     killed = subprocess.Popen(command, cwd=workplace, env=os.environ | {"OMP_NUM_THREADS": "1"})
     while killed.poll() is None and not (workplace / ".state/reinforce@dgpo/checkpoint.pt").exists():
         time.sleep(0.02)

@@ -18,7 +18,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from dgpo_core.errors import InfrastructureError, UserError
-from tasks.stage import main, stage
+from tasks.stages.stage import main, stage
 
 def run():
     with stage("work", config={}, outputs=[Path("out.txt")]) as current:
@@ -151,7 +151,7 @@ def test_broken_params_are_one_clear_line(workplace: Path, change: dict[str, obj
     make_project(workplace)
     params = yaml.safe_load((workplace / "params.yaml").read_text())
     (workplace / "params.yaml").write_text(yaml.safe_dump(params | change))
-    result = subprocess.run([sys.executable, "-m", "tasks.data"], capture_output=True, text=True)
+    result = subprocess.run([sys.executable, "-m", "tasks.stages.data"], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "params.yaml" in result.stderr and message in result.stderr
     assert not (workplace / "data").exists()

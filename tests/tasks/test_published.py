@@ -12,9 +12,9 @@ from dgpo_core.config.params import load_params, resolve_profile
 from dgpo_core.datasets.records import read_questions
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval.shards import read_manifest, read_shard
-from tasks.data import generate
-from tasks.index import index
-from tasks.pipeline_index import retriever
+from tasks.stages.data import generate
+from tasks.stages.index import index
+from tasks.stages.inputs import retriever
 from tests.dgpo_core.retrieval.flat import write_parts
 from tests.samples import PASSAGES, SAMPLES, sample_config
 

@@ -13,21 +13,21 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
+from dgpo_core.agent.episode import read_episodes
 from dgpo_core.errors import UserError
-from dgpo_core.protocol.episode import read_episodes
 from flows.dag import read_dag
-from tasks import paths
-from tasks.compare import compare
-from tasks.data import generate
-from tasks.distill import distill
-from tasks.distributions import distributions
-from tasks.evaluate import evaluate
-from tasks.filter import AUDIT, filter_episodes
-from tasks.index import index
-from tasks.reinforce import reinforce
-from tasks.report import report
-from tasks.teach import teach
-from tasks.tracking import connect
+from tasks.commands.compare import compare
+from tasks.project import paths
+from tasks.stages.data import generate
+from tasks.stages.distill import distill
+from tasks.stages.distributions import distributions
+from tasks.stages.evaluate import evaluate
+from tasks.stages.filter import AUDIT, filter_episodes
+from tasks.stages.index import index
+from tasks.stages.reinforce import reinforce
+from tasks.stages.report import report
+from tasks.stages.teach import teach
+from tasks.tracking.runs import connect
 from tests.conftest import make_workplace
 from tests.tasks.miniature import ROOT, make_project
 
@@ -220,7 +220,7 @@ def test_killed_training_continues_to_the_same_model(
 def test_killed_rollouts_continue_to_the_same_episodes(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace)
     shutil.rmtree(workplace / "data/teacher")
-    command = [sys.executable, "-m", "tasks.teach"]
+    command = [sys.executable, "-m", "tasks.stages.teach"]
     killed = subprocess.Popen(command, cwd=workplace)
     while killed.poll() is None and not list((workplace / ".state/teach/episodes").glob("*.parquet")):
         time.sleep(0.02)

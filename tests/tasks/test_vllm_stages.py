@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tasks.data import generate
-from tasks.index import index
+from tasks.stages.data import generate
+from tasks.stages.index import index
 from tests.tasks.miniature import ROOT, make_project
 from tests.vllm_server import serving
 
@@ -39,7 +39,7 @@ def project(folder: Path, compute: dict[str, Any], rollout: dict[str, Any]) -> N
 
 def trained(folder: Path) -> list[dict[str, float]]:
     """Run the stage in `folder`; its curves."""
-    command = [sys.executable, "-m", "tasks.reinforce", "no_cold_start"]
+    command = [sys.executable, "-m", "tasks.stages.reinforce", "no_cold_start"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
     with (folder / "plots/reinforce-no_cold_start.csv").open() as file:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 from dgpo_core.errors import UserError
 from dgpo_core.training import parallel
-from tasks.launch import in_processes
-from tasks.process import die_with_parent
-from tasks.stage import main, stage
+from tasks.project.process import die_with_parent
+from tasks.stages.launch import in_processes
+from tasks.stages.stage import main, stage
 
 
 def run(ending: str) -> None:

@@ -7,8 +7,8 @@ from typing import Any
 import yaml
 
 from dgpo_core.config.params import load_params
-from tasks.dvc_lock import dvc_md5
-from tests.dgpo_core.promotion.making import Model, write_evaluation
+from tasks.project.dvc import dvc_md5
+from tests.dgpo_core.evaluation.making import Model, write_evaluation
 from tests.tasks.miniature import ROOT, make_project
 
 PROMOTE = {"margin": 0.1, "arcap_margin": 0.1, "samples": 300, "min_questions": 50, "log_weights": False}
@@ -55,15 +55,15 @@ def write_lock(folder: Path) -> None:
     """What DVC would write for the files that are there."""
     params = load_params(folder / "params.yaml").model_dump(mode="json")
     graph = {
-        "data": (["tasks/data.py"], ["data/corpus.jsonl"]),
+        "data": (["tasks/stages/data.py"], ["data/corpus.jsonl"]),
         "index": (["data/corpus.jsonl"], ["data/index"]),
-        "filter": (["tasks/filter.py"], ["metrics/filter.json"]),
-        "distill@kd": (["tasks/distill.py", "data/index", "metrics/filter.json"], ["models/kd"]),
-        "reinforce@dgpo": (["tasks/reinforce.py", "data/index", "models/kd"], ["models/dgpo"]),
+        "filter": (["tasks/stages/filter.py"], ["metrics/filter.json"]),
+        "distill@kd": (["tasks/stages/distill.py", "data/index", "metrics/filter.json"], ["models/kd"]),
+        "reinforce@dgpo": (["tasks/stages/reinforce.py", "data/index", "models/kd"], ["models/dgpo"]),
     }
     sections = ("evaluate", "protocol", "retrieval", "questions")
     for name in ("student", "kd", "dgpo"):
-        deps = ["tasks/evaluate.py", f"models/{name}", "data/index"]
+        deps = ["tasks/stages/evaluate.py", f"models/{name}", "data/index"]
         graph[f"evaluate@{name}"] = (deps, [f"evaluation/{name}"])
     stages = {
         name: {

@@ -4,10 +4,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from dgpo_core.reporting import words
-from dgpo_core.reporting.reproduction.labels import BEFORE_COLLAPSE, MEASUREMENT_LABELS, signed
-from dgpo_core.reporting.reproduction.verdicts import VERDICTS
-from dgpo_core.reporting.results import AVERAGE
+from dgpo_core.evaluation.results import AVERAGE
+from dgpo_core.reporting import formats as words
+from dgpo_core.reporting.reproduction.verdicts import BEFORE_COLLAPSE, MEASUREMENT_LABELS, VERDICTS, signed
 from dgpo_core.text import markdown_cell
 
 Row = dict[str, Any]

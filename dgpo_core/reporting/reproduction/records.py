@@ -16,9 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from dgpo_core.config.base import Section
 from dgpo_core.errors import UserError
-from dgpo_core.reporting.files import as_json, write_texts
-from dgpo_core.reporting.reproduction.write import write_reproduction
-from dgpo_core.reporting.words import GIVEN
+from dgpo_core.reporting.formats import GIVEN, as_json, write_texts
+from dgpo_core.reporting.reproduction.tables import write_reproduction
 
 RECORD = "record.json"
 TABLES = ("questions.parquet", "arcap.parquet")

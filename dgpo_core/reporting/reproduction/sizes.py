@@ -13,13 +13,12 @@ from typing import Any
 import numpy as np
 
 from dgpo_core.errors import UserError
-from dgpo_core.reporting.files import as_json, write_texts
-from dgpo_core.reporting.reproduction.claims import Claim
-from dgpo_core.reporting.reproduction.conditions import Condition, Contrast, Untested, beats, both
-from dgpo_core.reporting.reproduction.inputs import Measured, Samples, read_runs
+from dgpo_core.evaluation.results import AVERAGE
+from dgpo_core.reporting.formats import GIVEN, as_json, model_label, write_texts
+from dgpo_core.reporting.reproduction.claims import Claim, Condition, Contrast, Untested, beats, both
 from dgpo_core.reporting.reproduction.markdown import sizes_markdown
 from dgpo_core.reporting.reproduction.page import render_sizes
-from dgpo_core.reporting.reproduction.pooling import entry, pool
+from dgpo_core.reporting.reproduction.pooling import Measured, Samples, entry, pool, read_runs
 from dgpo_core.reporting.reproduction.records import (
     RECORD,
     Record,
@@ -28,8 +27,6 @@ from dgpo_core.reporting.reproduction.records import (
     require_comparable,
 )
 from dgpo_core.reporting.reproduction.verdicts import Judge, judge, of_contrasts, published
-from dgpo_core.reporting.results import AVERAGE
-from dgpo_core.reporting.words import GIVEN, model_label
 
 COMPARED = (*GIVEN, "ppo", "kd", "dgpo")
 Row = dict[str, Any]

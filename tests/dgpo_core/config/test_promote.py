@@ -5,8 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dgpo_core.config.params import load_params, resolve_profile
-from dgpo_core.config.promote import PromoteConfig
+from dgpo_core.config.params import PromoteConfig, load_params, resolve_profile
 from dgpo_core.errors import UserError
 from tests.tasks.miniature import ROOT
 

@@ -3,12 +3,11 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
+from dgpo_core.agent.answers import normalize
 from dgpo_core.datasets.audit import AnswerSearch, audit
 from dgpo_core.datasets.records import Passage, Question
-from dgpo_core.datasets.world.articles import write_articles
-from dgpo_core.datasets.world.generate import generate_world
-from dgpo_core.datasets.world.questions import write_questions
-from dgpo_core.scoring.answers import normalize
+from dgpo_core.world.facts import generate_world
+from dgpo_core.world.questions import write_articles, write_questions
 from tests.dgpo_core.making import SMALL_WORLD
 
 Splits = dict[tuple[str, str], list[Question]]

@@ -5,9 +5,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from dgpo_core.config.protocol import ProtocolConfig
+from dgpo_core.agent.episode import Owner, write_episodes
+from dgpo_core.config.agent import ProtocolConfig
 from dgpo_core.planning.episodes import EpisodeLengths, assumed, first_measured, measured
-from dgpo_core.protocol.episode import Owner, write_episodes
 from tests.dgpo_core.making import random_episode
 
 

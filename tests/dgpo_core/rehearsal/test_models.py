@@ -6,9 +6,8 @@ import pytest
 import torch
 
 from dgpo_core.planning.architectures import config_of
-from dgpo_core.rehearsal.models import learn_by_heart, random_model, scaled_config
-from dgpo_core.rehearsal.tokenizers import build_tokenizer
-from dgpo_core.training.batches import Sequence, head_of
+from dgpo_core.rehearsal.models import build_tokenizer, learn_by_heart, random_model, scaled_config
+from dgpo_core.training.batches import TokenSequence, head_of
 from tests.dgpo_core.rehearsal.test_tokenizers import TEXTS
 
 STUDENT, TEACHER = "Qwen/Qwen2.5-0.5B-Instruct", "omron-sinicx/SearchR1-ppo-qwen2.5-3b-instruct"
@@ -42,7 +41,7 @@ def test_vocabularies_are_padded_differently(tokenizer: Any) -> None:
 def test_an_episode_is_learned_by_heart(tokenizer: Any) -> None:
     model = random_model(STUDENT, tokenizer, 0)
     ids = tokenizer.encode("Aldmoor is a harbour town.", add_special_tokens=False)
-    assert learn_by_heart(model, [Sequence(ids, list(range(1, len(ids))))]) < 0.02
+    assert learn_by_heart(model, [TokenSequence(ids, list(range(1, len(ids))))]) < 0.02
     with torch.no_grad():
         predicted = model(torch.tensor([ids])).logits[0, :-1].argmax(-1)
     assert predicted.tolist() == ids[1:]

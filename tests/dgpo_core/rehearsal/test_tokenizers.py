@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from dgpo_core.protocol import prompts
-from dgpo_core.rehearsal.tokenizers import build_tokenizer
+from dgpo_core.agent import prompts
+from dgpo_core.rehearsal.models import build_tokenizer
 from dgpo_core.training.models import load_tokenizer
 
 TEXTS = ["Aldmoor is a harbour town.", "Its lighthouse was built in 1847."]

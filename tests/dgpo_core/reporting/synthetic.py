@@ -11,11 +11,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dgpo_core.arcap.diagnosis import SCHEMA, Failure
-from dgpo_core.protocol.episode import Ending, Episode, Outcome, Search, write_episodes
-from dgpo_core.reporting.inputs import EVERY, MEASUREMENTS
+from dgpo_core.agent.episode import Ending, Episode, Outcome, Search, write_episodes
+from dgpo_core.evaluation.diagnosis import SCHEMA, Failure
+from dgpo_core.evaluation.results import EVERY, MEASUREMENTS
+from dgpo_core.reporting.page import write_report
 from dgpo_core.reporting.paper import DEFAULT_PAIR
-from dgpo_core.reporting.report import write_report
 
 MODELS = ["student", "teacher", "kd", "dgpo"]
 MIRRORS = {

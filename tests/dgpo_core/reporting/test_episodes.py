@@ -2,9 +2,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo_core.protocol.prompts import INVALID_ACTION, TAGS, information
+from dgpo_core.agent.prompts import INVALID_ACTION, TAGS, information
+from dgpo_core.evaluation.results import CHECKS, read_diagnoses
 from dgpo_core.reporting.episodes import reader_data, sample_questions, segments
-from dgpo_core.reporting.inputs import CHECKS, read_diagnoses
 from tests.dgpo_core.reporting.synthetic import MODELS, Run
 
 

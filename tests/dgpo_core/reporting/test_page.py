@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from dgpo_core.errors import UserError
-from dgpo_core.reporting import words
-from dgpo_core.reporting.arcap import CHECK_COLUMNS, FAILURE_COLUMNS
+from dgpo_core.reporting import formats as words
 from dgpo_core.reporting.episodes import compact_json
+from dgpo_core.reporting.page import CHECK_COLUMNS, FAILURE_COLUMNS
 from dgpo_core.reporting.paper import paper_arcap, paper_exact_match
 from tests.dgpo_core.reporting.synthetic import HOSTILE, MIRRORS, Run, make_run
 

@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from dgpo_core.arcap.diagnosis import Failure
-from dgpo_core.reporting.inputs import MEASUREMENTS, read_scores
-from dgpo_core.reporting.results import comparisons
-from dgpo_core.scoring.statistics import RESAMPLES, SEED, mean_of_means, mean_with_interval
+from dgpo_core.evaluation.diagnosis import Failure
+from dgpo_core.evaluation.results import MEASUREMENTS, comparisons, read_scores
+from dgpo_core.evaluation.statistics import RESAMPLES, SEED, mean_of_means, mean_with_interval
 from tests.dgpo_core.reporting.synthetic import MIRRORS, MODELS, Run
 
 Reported = tuple[Run, Path]

@@ -11,11 +11,11 @@ from transformers import BertConfig, BertModel
 
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, write_jsonl
-from dgpo_core.datasets.world.articles import Article
-from dgpo_core.retrieval.backends import loading
+from dgpo_core.retrieval import qdrant_server as loading
+from dgpo_core.retrieval.collection import Content, Part, Point
 from dgpo_core.retrieval.encoders import Vector
-from dgpo_core.retrieval.points import Content, Part, Point
 from dgpo_core.retrieval.shards import build_shards
+from dgpo_core.world.questions import Article
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer, running
 from tests.dgpo_core.retrieval.words import WORDS, word_tokenizer
 

@@ -7,9 +7,9 @@ import pytest
 
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.retrieval.batching import Batcher
-from dgpo_core.retrieval.hits import Hit
 from dgpo_core.retrieval.index import Index, index_passages
+from dgpo_core.retrieval.ranking import Hit
+from dgpo_core.retrieval.service import Batcher
 from tests.dgpo_core.retrieval.conftest import BM25
 
 

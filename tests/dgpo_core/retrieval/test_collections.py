@@ -6,14 +6,13 @@ from qdrant_client import models
 from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import UserError
-from dgpo_core.retrieval.backends.loading import collection_name, ensure
-from dgpo_core.retrieval.backends.server import connect
-from dgpo_core.retrieval.collections import (
+from dgpo_core.retrieval.collection import (
     list_collections,
     remove_collection,
     restore_collection,
     snapshot_collection,
 )
+from dgpo_core.retrieval.qdrant_server import collection_name, connect, ensure
 from tests.dgpo_core.retrieval.conftest import dense_content
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer
 

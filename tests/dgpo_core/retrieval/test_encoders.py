@@ -12,9 +12,9 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertModel
 
+from dgpo_core.agent.prompts import start_of
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import UserError
-from dgpo_core.protocol.encoding import start_of
 from dgpo_core.retrieval import encoders
 from dgpo_core.retrieval.encoders import (
     BUFFER,

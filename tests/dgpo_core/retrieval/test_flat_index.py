@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from dgpo_core.errors import UserError
-from dgpo_core.retrieval.flat_index import FlatIndex
+from dgpo_core.retrieval.shards import FlatIndex
 from tests.dgpo_core.retrieval.flat import write_parts
 
 

@@ -15,10 +15,10 @@ from dgpo_core.config.retrieval import QdrantConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval import index as module
-from dgpo_core.retrieval.backends import loading
+from dgpo_core.retrieval import qdrant_server as loading
 from dgpo_core.retrieval.encoders import Bm25Encoder
-from dgpo_core.retrieval.hits import Hit
 from dgpo_core.retrieval.index import Index, index_passages, open_index
+from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.retrieval.shards import read_manifest, write_manifest
 from tests.conftest import ROOT
 from tests.dgpo_core.retrieval.conftest import BM25

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from dgpo_core.datasets.records import Passage
+from dgpo_core.retrieval.collection import encoded_content, index_digest, stored_content
 from dgpo_core.retrieval.encoders import Bm25Encoder
-from dgpo_core.retrieval.points import encoded_content, index_digest, stored_content
 from dgpo_core.retrieval.shards import read_manifest
 
 

@@ -13,9 +13,8 @@ from qdrant_client.models import ScoredPoint
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, write_jsonl
 from dgpo_core.retrieval.encoders import Vector
-from dgpo_core.retrieval.index import index_passages, open_index
+from dgpo_core.retrieval.index import index_passages, open_index, search_recall
 from dgpo_core.retrieval.ranking import RRF_K, Scored, Window, fuse, rank
-from dgpo_core.retrieval.recall import search_recall
 from dgpo_core.retrieval.shards import build_shards
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer
 

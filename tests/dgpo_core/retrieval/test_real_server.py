@@ -16,17 +16,16 @@ import pytest
 
 from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.datasets.records import Passage
-from dgpo_core.retrieval.backends import Backend
-from dgpo_core.retrieval.backends.embedded import EmbeddedBackend
-from dgpo_core.retrieval.backends.loading import alias_target, collection_name, ensure
-from dgpo_core.retrieval.backends.server import QdrantBackend, connect
-from dgpo_core.retrieval.collections import (
+from dgpo_core.retrieval.collection import (
+    Backend,
+    Content,
     list_collections,
     restore_collection,
     snapshot_collection,
 )
 from dgpo_core.retrieval.encoders import Bm25Encoder
-from dgpo_core.retrieval.points import Content
+from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
+from dgpo_core.retrieval.qdrant_server import QdrantBackend, alias_target, collection_name, connect, ensure
 from dgpo_core.retrieval.ranking import rank
 from tests.dgpo_core.retrieval.conftest import content
 

@@ -6,9 +6,8 @@ from dgpo_core.config.retrieval import QdrantConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval.encoders import Bm25Encoder, Vector
-from dgpo_core.retrieval.index import Index, Searcher
+from dgpo_core.retrieval.index import Index, Recall, Searcher, require_recall, search_recall
 from dgpo_core.retrieval.ranking import Scored, Window
-from dgpo_core.retrieval.recall import Recall, require_recall, search_recall
 
 
 class Forgetful:

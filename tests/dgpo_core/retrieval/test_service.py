@@ -22,8 +22,8 @@ from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval import client as client_module
 from dgpo_core.retrieval import service
 from dgpo_core.retrieval.client import ServiceClient, describe_service
-from dgpo_core.retrieval.hits import Hit
 from dgpo_core.retrieval.index import open_index
+from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.retrieval.service import MAX_QUERIES, MAX_QUERY, MAX_TOP_K, Retrieval, make_app
 from dgpo_core.retrieval.shards import read_manifest
 from tests.dgpo_core.retrieval.conftest import BM25

@@ -18,9 +18,15 @@ from dgpo_core.datasets.records import Passage, write_jsonl
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval import shards
 from dgpo_core.retrieval.encoders import Bm25Encoder, SparseVector, Tell, dense_column, make_encoder
-from dgpo_core.retrieval.encoding import Job, encode_shards, write_shard
-from dgpo_core.retrieval.flat_index import FlatIndex
-from dgpo_core.retrieval.shards import build_shards, read_manifest, read_shard
+from dgpo_core.retrieval.shards import (
+    FlatIndex,
+    Job,
+    build_shards,
+    encode_shards,
+    read_manifest,
+    read_shard,
+    write_shard,
+)
 from tests.dgpo_core.retrieval.flat import write_parts
 
 CONFIG = RetrievalConfig(encoder=EncoderConfig(kind="bm25"), shard_size=4)

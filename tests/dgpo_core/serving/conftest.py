@@ -5,15 +5,13 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
-from dgpo_core.config.protocol import ProtocolConfig
-from dgpo_core.config.rollout import RolloutConfig
+from dgpo_core.config.agent import ProtocolConfig, RolloutConfig
 from dgpo_core.datasets.records import Question
-from dgpo_core.datasets.world.articles import Article
-from dgpo_core.datasets.world.generate import World
-from dgpo_core.datasets.world.questions import write_questions
 from dgpo_core.retrieval.index import Index
 from dgpo_core.serving.agent import Agent
 from dgpo_core.training.models import load_model, load_tokenizer
+from dgpo_core.world.facts import World
+from dgpo_core.world.questions import Article, write_questions
 
 TEACHER = str(Path(__file__).resolve().parents[3] / "models" / "teacher")
 PROTOCOL = ProtocolConfig(

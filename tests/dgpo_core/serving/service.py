@@ -10,8 +10,8 @@ import httpx
 import uvicorn
 
 from dgpo_core.serving.agent import Agent
-from dgpo_core.serving.api import make_app
-from dgpo_core.serving.desk import Desk
+from dgpo_core.serving.app import make_app
+from dgpo_core.serving.queue import Desk
 
 
 @contextmanager

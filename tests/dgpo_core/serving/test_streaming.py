@@ -6,17 +6,16 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.config.protocol import GREEDY, Sampling
+from dgpo_core.agent.engine import Request
+from dgpo_core.agent.episode import Episode
+from dgpo_core.agent.loop import AgentLoop, Task
+from dgpo_core.agent.prompts import INVALID_ACTION
+from dgpo_core.agent.transformers_engine import TransformersEngine
+from dgpo_core.config.agent import GREEDY, Sampling
 from dgpo_core.datasets.records import Question
-from dgpo_core.protocol.episode import Episode
-from dgpo_core.protocol.prompts import INVALID_ACTION
 from dgpo_core.retrieval.index import Index
-from dgpo_core.rollout.engine import Request
-from dgpo_core.rollout.loop import AgentLoop, Task
-from dgpo_core.rollout.transformers_engine import TransformersEngine
 from dgpo_core.serving.agent import Agent
-from dgpo_core.serving.ask import Ask, Stopped
-from dgpo_core.serving.events import Delta, Event, Information, Notice
+from dgpo_core.serving.events import Ask, Delta, Event, Information, Notice, Stopped
 from dgpo_core.serving.streaming import Narrator, ReportingRetriever, StreamingEngine
 from dgpo_core.training.models import load_tokenizer
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER

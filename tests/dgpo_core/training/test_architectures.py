@@ -11,14 +11,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.config.protocol import ProtocolConfig, Sampling
+from dgpo_core.agent.episode import Episode, Owner
+from dgpo_core.agent.loop import AgentLoop, Task
+from dgpo_core.agent.transformers_engine import TransformersEngine
+from dgpo_core.config.agent import ProtocolConfig, RolloutConfig, Sampling
 from dgpo_core.config.recipes import Distillation, Reinforcement
-from dgpo_core.config.rollout import RolloutConfig
 from dgpo_core.config.training import ComputeConfig, DistillConfig, ReinforceConfig
-from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.retrieval.index import Index
-from dgpo_core.rollout.loop import AgentLoop, Task
-from dgpo_core.rollout.transformers_engine import TransformersEngine
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo_core.protocol.episode import Owner
+from dgpo_core.agent.episode import Owner
 from dgpo_core.training.batches import collate, micro_batches, model_sequence, response_sequence
 from tests.dgpo_core.making import random_episode
 

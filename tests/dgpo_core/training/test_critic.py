@@ -4,7 +4,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.training.batches import collate, model_sequence
-from dgpo_core.training.critic import Critic
+from dgpo_core.training.reinforce import Critic
 from tests.dgpo_core.making import random_episode, tiny_model
 
 

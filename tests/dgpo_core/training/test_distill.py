@@ -11,17 +11,17 @@ import torch
 from torch.distributions import Categorical, kl_divergence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.config.training import ComputeConfig, DistillConfig
 from dgpo_core.errors import NotFinite, UserError
-from dgpo_core.protocol.episode import Episode, Owner
 from dgpo_core.reporting.curves import read_curves
-from dgpo_core.reporting.reproduction.stability import assess
+from dgpo_core.reporting.reproduction.claims import assess
 from dgpo_core.training.batches import model_sequence
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller, Metrics
 from dgpo_core.training.episode_sources import StudentEpisodes, TeacherEpisodes
-from tasks.measured import write_curves
+from tasks.stages.outputs import write_curves
 from tests.dgpo_core.making import padded, random_episode, tiny_model
 
 CONFIG = DistillConfig(epochs=3, batch_size=3, learning_rate=1e-2, ce_weight=0.7, kl_weight=0.4)

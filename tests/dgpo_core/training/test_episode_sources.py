@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
+from dgpo_core.agent.episode import Episode, Outcome
 from dgpo_core.config.training import DistillConfig, DistillmConfig, OnPolicyConfig
 from dgpo_core.errors import InfrastructureError
-from dgpo_core.protocol.episode import Episode, Outcome
 from dgpo_core.training.episode_sources import (
     MixedEpisodes,
     StudentEpisodes,

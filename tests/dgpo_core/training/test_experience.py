@@ -6,12 +6,11 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.config.protocol import Sampling
+from dgpo_core.agent.episode import Episode, Owner
+from dgpo_core.config.agent import Sampling
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
-from dgpo_core.protocol.episode import Episode, Owner
-from dgpo_core.training.critic import Critic
-from dgpo_core.training.experience import Experience, ExperienceMaker, training_metrics
+from dgpo_core.training.reinforce import Critic, Experience, ExperienceMaker, training_metrics
 from tests.dgpo_core.making import engines, random_episode, student_teacher_critic
 
 EPISODES = [random_episode(seed, correct=seed % 3 == 0) for seed in range(7)]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from dgpo_core.errors import NotFinite
-from dgpo_core.training.finite import broken_weight, require_finite, training_step
+from dgpo_core.training.checkpoint import broken_weight, require_finite, training_step
 
 
 @pytest.mark.parametrize(

@@ -17,15 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.config.recipes import Distillation, Reinforcement
 from dgpo_core.config.training import ComputeConfig, DistillConfig, DistributionsConfig, ReinforceConfig
-from dgpo_core.protocol.episode import Episode, Owner
-from dgpo_core.training.critic import Critic
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
-from dgpo_core.training.experience import Experience, ExperienceMaker
+from dgpo_core.training.reinforce import Critic, Experience, ExperienceMaker, Updater
 from dgpo_core.training.teacher_cache import TeacherCache, keep_distributions
-from dgpo_core.training.update import Updater
 from tests.dgpo_core.making import engines, random_episode, student_teacher_critic
 
 Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]

@@ -10,10 +10,10 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from dgpo_core.agent.episode import Episode, Outcome
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.errors import InfrastructureError, NotFinite
-from dgpo_core.protocol.episode import Episode, Outcome
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.episode_sources import Rollout
 from dgpo_core.training.reinforce import Metrics, Reinforcer

@@ -11,10 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.training.batches import model_sequence, response_sequence
-from dgpo_core.training.critic import Critic
 from dgpo_core.training.engines import TorchEngine
-from dgpo_core.training.experience import Experience
-from dgpo_core.training.update import Updater, mini_batches
+from dgpo_core.training.reinforce import Critic, Experience, Updater, mini_batches
 from tests.dgpo_core.making import engines, random_episode, tiny_model
 
 EPISODES = [random_episode(seed) for seed in range(6)]

@@ -6,7 +6,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.errors import UserError
-from dgpo_core.training.vocabulary import check_same_vocabulary
+from dgpo_core.training.batches import check_same_vocabulary
 
 
 def test_vocabularies(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:

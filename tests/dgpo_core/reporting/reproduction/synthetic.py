@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dgpo_core.reporting.inputs import MEASUREMENTS
-from dgpo_core.reporting.reproduction.write import write_reproduction
+from dgpo_core.evaluation.results import MEASUREMENTS
+from dgpo_core.reporting.reproduction.tables import write_reproduction
 from tests.dgpo_core.reporting.synthetic import MIRRORS
 
 Row = dict[str, Any]

@@ -5,9 +5,8 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
-from dgpo_core.reporting.reproduction.inputs import Key, Samples
-from dgpo_core.reporting.reproduction.pooling import combined, entry, pool
-from dgpo_core.scoring.statistics import RESAMPLES, SEED
+from dgpo_core.evaluation.statistics import RESAMPLES, SEED
+from dgpo_core.reporting.reproduction.pooling import Key, Samples, combined, entry, pool
 
 NAN = float("nan")
 

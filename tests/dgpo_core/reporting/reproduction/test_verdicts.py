@@ -10,22 +10,24 @@ from dgpo_core.config.params import paper_recipes
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.reporting.curves import Curve
 from dgpo_core.reporting.paper import DEFAULT_PAIR, paper_pairs
-from dgpo_core.reporting.reproduction.claims import CLAIMS, Claim
-from dgpo_core.reporting.reproduction.conditions import (
+from dgpo_core.reporting.reproduction.claims import (
+    CLAIMS,
     INFINITY,
     AtLeast,
+    Claim,
     Condition,
     Contrast,
     ConvergesFaster,
     Outlasts,
+    State,
+    Training,
     Trains,
     Untested,
     beats,
     beats_all,
     both,
 )
-from dgpo_core.reporting.reproduction.inputs import Measured, Samples
-from dgpo_core.reporting.reproduction.stability import State, Training
+from dgpo_core.reporting.reproduction.pooling import Measured, Samples
 from dgpo_core.reporting.reproduction.verdicts import (
     Finding,
     Judge,

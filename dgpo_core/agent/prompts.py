@@ -1,0 +1,147 @@
+"""Every text that the environment puts into an episode, in Search-R1's wording, which the paper follows.
+
+Text to token ids: what people and documents write never becomes one of the model's control tokens.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
+
+from dgpo_core.text import trimmed
+
+TAGS = (
+    "<think>", "</think>", "<search>", "</search>",
+    "<information>", "</information>", "<answer>", "</answer>",
+)  # fmt: skip
+SEARCH_END, ANSWER_END = "</search>", "</answer>"
+INFORMATION_START, INFORMATION_END = "<information>", "</information>"
+
+PAPER_INSTRUCTION = (
+    "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you "
+    "get new information. After reasoning, if you find you lack some knowledge, you can call a search engine "
+    "by <search> query </search> and it will return the top searched results between <information> and "
+    "</information>. You can search as many times as your want. If you find no further external knowledge "
+    "needed, you can directly provide the answer inside <answer> and </answer>, without detailed "
+    "illustrations. For example, <answer> Beijing </answer>. Question: {question}\n"
+)
+SHORT_INSTRUCTION = "Answer the question. Search if you need to. Question: {question}\n"
+INSTRUCTIONS = {"paper": PAPER_INSTRUCTION, "short": SHORT_INSTRUCTION}
+
+INVALID_ACTION = (
+    "\nMy previous action is invalid. If I want to search, I should put the query between <search> and "
+    "</search>. If I want to give the final answer, I should put the answer between <answer> and </answer>. "
+    "Let me try again.\n"
+)
+INFORMATION_PREFIX = f"\n\n{INFORMATION_START}"
+INFORMATION_SUFFIX = f"{INFORMATION_END}\n\n"
+
+
+# of all scripts: a full-width, an Arabic or a Greek one ends a question as well
+QUESTION_MARKS = tuple(
+    "?\u037e\u055e\u061f\u1367\u1945\u203d\u2047\u2048\u2049\u2cfa\u2cfb\u2e2e\ua60f\ua6f7\ufe16\ufe56\uff1f"
+)
+
+Documents = Literal["plain", "release"]  # how passages are shown
+
+
+def with_question_mark(question: str) -> str:
+    question = trimmed(question)
+    return question if question.endswith(QUESTION_MARKS) else question + "?"
+
+
+# Llama 3's template tells the model a date, today's unless it is given one: episodes would change every day.
+TEMPLATE_DATE = "26 Jul 2024"  # the one that the template itself falls back on
+
+
+def document(number: int, title: str, text: str, form: Documents = "plain") -> str:
+    """Return one retrieved passage as the model sees it; `number` counts from 1.
+
+    As `release`, the title keeps its quotes: Search-R1's `_passages2string` takes the first line as it is.
+    """
+    shown = f'"{title}"' if form == "release" else title
+    return f"Doc {number}(Title: {shown}) {text}\n"
+
+
+def information(passages: Iterable[tuple[str, str]], form: Documents = "plain") -> str:
+    """Return the block in which (title, text) of each passage are shown.
+
+    As `release`, the last text's line break is gone: Search-R1's `execute_predictions` strips them all.
+    """
+    documents = "".join(document(number, *passage, form) for number, passage in enumerate(passages, 1))
+    if form == "release":
+        documents = documents.strip()
+    return f"{INFORMATION_PREFIX}{documents}{INFORMATION_SUFFIX}"
+
+
+def message_text(question: str, instruction: str) -> str:
+    """What the user says; `instruction` is a key of INSTRUCTIONS."""
+    return INSTRUCTIONS[instruction].format(question=with_question_mark(question))
+
+
+def prompt_text(question: str, instruction: str, tokenizer: Any) -> str:
+    """The first text of an episode: the user's message through the model's chat template, if it has one."""
+    message = message_text(question, instruction)
+    if not tokenizer.chat_template:
+        return message
+    text: str = tokenizer.apply_chat_template(
+        [{"role": "user", "content": message}],
+        add_generation_prompt=True,
+        tokenize=False,
+        date_string=TEMPLATE_DATE,
+    )
+    return text
+
+
+READ = 6  # characters for a token that is wanted; of most texts one has 3 to 5
+MARGIN = 200  # tokens beyond those that count
+ELSEWHERE = 13  # characters between two ends of a text: groups of 2 or 3 characters end differently there
+
+
+def known_ids(tokenizer: Any) -> int:
+    """Return one more than the largest id that has a token.
+
+    A model's output may have more rows, for the sake of even sizes (Qwen2.5: 151,936 for 151,665 tokens).
+    """
+    ids: dict[str, int] = tokenizer.get_vocab()
+    return 1 + max(ids.values())
+
+
+def encode_text(text: str, tokenizer: Any) -> list[int]:
+    """Ids of a text of the environment; `<|im_end|>` in a passage is ordinary characters."""
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
+    return ids
+
+
+def encode_start(text: str, tokenizer: Any, count: int) -> list[int]:
+    """Return the first `count` ids of `encode_text(text)`; a long text is not tokenised whole for them."""
+    return encode_text(start_of(text, lambda part: encode_text(part, tokenizer), count), tokenizer)[:count]
+
+
+def start_of(text: str, encode: Callable[[str], list[int]], count: int) -> str:
+    """Return a text that begins with the same `count` tokens: `text`, or the start of a much longer one.
+
+    What follows a place can change the tokens before it, but not far before it. So the start has more tokens
+    than `count`, and is made twice, with different ends: where that makes a difference, `text` is returned.
+    """
+    length = READ * (count + MARGIN)
+    while 2 * length < len(text):
+        start = text[:length]
+        ids = encode(start)
+        if len(ids) >= count + MARGIN:
+            return start if encode(start[:-ELSEWHERE])[:count] == ids[:count] else text
+        length *= 4  # long tokens, as of white space
+    return text
+
+
+def encode_prompt(question: str, instruction: str, tokenizer: Any) -> list[int]:
+    """Ids of `prompts.prompt_text`, in which only the chat template writes control tokens."""
+    text = prompt_text(question, instruction, tokenizer)
+    message = message_text(question, instruction)
+    if message not in text:
+        message = message.strip()  # as some templates do
+    own = encode_text(message, tokenizer)
+    if own == tokenizer.encode(message, add_special_tokens=False):  # as good as always: nothing to keep apart
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+        return ids
+    before, _, after = text.partition(message)
+    around = [tokenizer.encode(part, add_special_tokens=False) for part in (before, after)]
+    return [*around[0], *own, *around[1]]

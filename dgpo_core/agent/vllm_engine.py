@@ -1,0 +1,292 @@
+"""Whether a GPU's memory is free for an engine, and who holds it if not (read from nvidia-smi).
+
+vLLM in this process (its workers are processes of their own); the one file that imports vllm, and lazily.
+
+What matters to the method: token ids in and out, log-probabilities at the sampling temperature, prefix
+caching (a turn computes only what is new since the last one), and weights whose version every answer carries.
+"""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import urlsplit
+
+import psutil
+import torch
+
+from dgpo_core.agent.engine import Generation, Request, Weights
+from dgpo_core.agent.vllm_requests import (
+    LOGPROBS_MODE,
+    endings_of,
+    read_generation,
+    require_version,
+    sampling_fields,
+    weights_in_folder,
+)
+from dgpo_core.config.agent import RolloutConfig, Sampling
+from dgpo_core.errors import InfrastructureError, UserError
+
+TIMEOUT = 30.0  # seconds that nvidia-smi may take
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """Memory in MiB."""
+
+    index: str
+    uuid: str
+    total: float
+    free: float
+
+
+def require_free_memory(share: float, gpus: int) -> None:
+    """Raises UserError when one of the first `gpus` visible GPUs has less than `share` of its memory free.
+
+    An engine that was killed with SIGKILL leaves its processes behind, and they hold the memory. Without
+    nvidia-smi nothing is checked.
+    """
+    for gpu in _visible(_gpus())[:gpus]:
+        if gpu.free < share * gpu.total:
+            raise UserError(
+                f"GPU {gpu.index}: {gpu.free / 1024:.1f} of {gpu.total / 1024:.1f} GiB are free, and "
+                f"rollout.vllm.gpu_memory_utilization asks for {share:.0%}; in use by {_holders(gpu)}. End "
+                "what was left behind (an engine outlives a stage that was killed with SIGKILL), or lower it"
+            )
+
+
+def _gpus() -> list[Gpu]:
+    rows, _ = nvidia_smi("--query-gpu=index,uuid,memory.total,memory.free")
+    return [Gpu(index, uuid, float(total), float(free)) for index, uuid, total, free in rows]
+
+
+def _visible(gpus: list[Gpu]) -> list[Gpu]:
+    """In the order of CUDA_VISIBLE_DEVICES, which has indices or the beginnings of UUIDs."""
+    wanted = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if wanted is None:
+        return gpus
+    names = [name.strip() for name in wanted.split(",") if name.strip()]
+    return [gpu for name in names for gpu in gpus if name == gpu.index or gpu.uuid.startswith(name)]
+
+
+def _holders(gpu: Gpu) -> str:
+    rows, _ = nvidia_smi("--query-compute-apps=gpu_uuid,pid,used_memory")
+    found = [f"{_named(int(pid))} ({used} MiB)" for uuid, pid, used in rows if uuid == gpu.uuid]
+    return ", ".join(found) or "processes that nvidia-smi does not show here (outside this container?)"
+
+
+def _named(pid: int) -> str:
+    if pid == os.getpid():
+        return f"this stage, process {pid}"
+    try:
+        return f"process {pid}: {' '.join(psutil.Process(pid).cmdline())[:80]}"
+    except psutil.Error:
+        return f"process {pid}"
+
+
+def nvidia_smi(query: str) -> tuple[list[list[str]], str]:
+    """Rows of nvidia-smi's answer, and why there are none."""
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return [], "nvidia-smi is not installed"
+    command = [program, query, "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT, check=False)
+    except (OSError, subprocess.TimeoutExpired) as why:
+        return [], f"nvidia-smi: {why}"
+    if done.returncode:
+        return [], (done.stdout + done.stderr).strip().split("\n")[0] or "nvidia-smi fails"
+    lines = [line for line in done.stdout.splitlines() if line.strip()]
+    return [[field.strip() for field in line.split(",")] for line in lines], ""
+
+
+UNTOUCHED = "default"  # vLLM's name of the weights it was started with
+INSTALL = "needs vLLM in this environment: see 'Rollouts with vLLM' in docs/operations.md"
+
+
+class VllmEngine:
+    """A model's folder or hub name, run by vLLM on this machine's GPUs (or its CPU)."""
+
+    def __init__(self, source: str, tokenizer: Any, config: RolloutConfig, max_context: int) -> None:
+        """`max_context`: tokens of the longest prompt with what is generated after it.
+
+        Raises UserError when vLLM is not installed, refuses the settings, or the GPU's memory is taken, and
+        InfrastructureError when it does not start.
+        """
+        self._config = config
+        self.endings = endings_of(source, tokenizer)
+        self._version, self._refreshes = UNTOUCHED, 0
+        self._asleep = False
+        self._transfer_to: Transfer | None = None
+        self._llm = self._start(source, max_context)
+
+    def _start(self, source: str, max_context: int) -> Any:
+        config = self._config
+        require_free_memory(config.vllm.gpu_memory_utilization, config.vllm.tensor_parallel)
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        options: dict[str, Any] = {}
+        if config.refresh == "transfer":
+            # handles of GPU memory are sent to our own workers as pickled objects
+            os.environ.setdefault("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")
+            options["weight_transfer_config"] = {"backend": "ipc"}
+        if not torch.cuda.is_available():
+            # a prompt in pieces draws and takes back a random number, which CPU generators cannot
+            options["enable_chunked_prefill"] = False
+        try:
+            from vllm import LLM
+        except ImportError as error:
+            raise UserError(f"rollout.engine: vllm {INSTALL} ({error})") from error
+        try:
+            return LLM(
+                model=source,
+                dtype=config.precision,
+                max_model_len=max_context,
+                tensor_parallel_size=config.vllm.tensor_parallel,
+                gpu_memory_utilization=config.vllm.gpu_memory_utilization,
+                enforce_eager=config.vllm.eager,
+                enable_sleep_mode=config.vllm.sleep,
+                enable_prefix_caching=True,
+                logprobs_mode=LOGPROBS_MODE,
+                seed=0,
+                **options,
+            )
+        except ValueError as error:
+            raise UserError(f"rollout.vllm: vLLM cannot run {source} so: {error}") from error
+        except (RuntimeError, OSError) as error:
+            raise InfrastructureError(f"vLLM does not start with {source}: {error}") from error
+
+    def generate(
+        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+    ) -> list[Generation]:
+        """Raises InfrastructureError when vLLM fails or has other weights than the last refresh's."""
+        from vllm import SamplingParams
+
+        params = [SamplingParams(**sampling_fields(r, sampling, stop, self.endings)) for r in requests]
+        prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
+        with _failures("generate"):
+            outputs = self._llm.generate(prompts, params, use_tqdm=False)
+        return [self._read(r, answer.outputs[0], stop) for r, answer in zip(requests, outputs, strict=True)]
+
+    def _read(self, request: Request, answer: Any, stop: tuple[str, ...]) -> Generation:
+        require_version([span.version for span in answer.weight_versions or ()], self._version)
+        ids = list(answer.token_ids)
+        logprobs = [step[token].logprob for step, token in zip(answer.logprobs, ids, strict=True)]
+        return read_generation(request, ids, logprobs, answer.finish_reason, self.endings, stop)
+
+    def refresh(self, weights: Weights) -> None:
+        with _failures("take new weights"):
+            if self._asleep:
+                self._llm.wake_up(tags=["weights"])
+            if self._config.refresh == "transfer":
+                self._transfer(weights)
+            else:
+                self._reload(weights)
+            if self._asleep:
+                self._llm.wake_up(tags=["kv_cache"])
+                self._asleep = False
+            self._refreshes += 1
+            self._version = f"refresh-{self._refreshes}"
+            self._llm.update_weight_version(self._version)
+            forgotten = self._llm.reset_prefix_cache()
+        if not forgotten:
+            raise InfrastructureError("vLLM keeps prefixes that it has computed with old weights")
+
+    def rest(self) -> None:
+        """With `rollout.vllm.sleep` the GPU's memory is free until the next refresh."""
+        if self._config.vllm.sleep and not self._asleep:
+            with _failures("sleep"):
+                self._llm.sleep(level=2)  # drops weights and cache: the next refresh brings new ones
+            self._asleep = True
+
+    def _reload(self, weights: Weights) -> None:
+        with weights_in_folder(weights, self._config) as folder:
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_path": folder})
+
+    def _transfer(self, weights: Weights) -> None:
+        if self._transfer_to is None:
+            from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+
+            client, dtype = InProcessClient(self._llm), getattr(torch, self._config.precision)
+            self._transfer_to = Transfer(IPCTrainerInitInfo(rank=0), client, dtype)
+        self._transfer_to.send(weights)
+
+
+class InProcessClient:
+    """What vLLM's weight transfer asks of an engine, for the one of this process."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def start_weight_update(self) -> None:
+        self._llm.start_weight_update()
+
+    def update_weights(self, update_info: Any) -> None:
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self._llm.finish_weight_update(weight_version)
+
+
+class Transfer:
+    """The trainer's end of vLLM's weight transfer; weights are sent in `dtype`."""
+
+    def __init__(self, init_info: Any, client: Any, dtype: torch.dtype) -> None:
+        from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
+        from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
+
+        transfer = self
+
+        class Source(WeightSource):  # type: ignore[misc]
+            def metadata(self) -> list[Any]:
+                return [ParamMeta(name, dtype, tuple(tensor.shape)) for name, tensor in transfer._weights()]
+
+            def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+                return ((name, tensor.detach().to(dtype)) for name, tensor in transfer._weights())
+
+        self._weights: Weights = dict[str, torch.Tensor]().items
+        self._sender = WeightTransferTrainerFactory.trainer_init(init_info, client=client, source=Source())
+
+    def send(self, weights: Weights) -> None:
+        """To all workers, which load them; returns when they have."""
+        self._weights = weights
+        self._sender.send_weights()
+
+
+def server_transfer(url: str, world_size: int, dtype: torch.dtype) -> Transfer:
+    """To the `world_size` workers of a server, over NCCL. Raises UserError without vLLM here."""
+    try:
+        from vllm.distributed.weight_transfer.clients import HTTPVLLMWeightSyncClient
+        from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+    except ImportError as error:
+        raise UserError(f"rollout.refresh: transfer {INSTALL}; or set it to file ({error})") from error
+    address, port = _meeting_point(url)
+    info = NCCLTrainerInitInfo(address, port, world_size + 1, rank=0)
+    return Transfer(info, HTTPVLLMWeightSyncClient(url), dtype)
+
+
+def _meeting_point(url: str) -> tuple[str, int]:
+    """Our address as the server sees it, and a free port of ours."""
+    parts = urlsplit(url)
+    with socket.create_connection((parts.hostname or "", parts.port or 80), timeout=30) as connection:
+        address: str = connection.getsockname()[0]
+    with socket.create_server((address, 0)) as listening:
+        return address, listening.getsockname()[1]
+
+
+@contextlib.contextmanager
+def _failures(doing: str) -> Iterator[None]:
+    """What goes wrong inside vLLM is an InfrastructureError: neither a right nor a wrong answer."""
+    from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+    try:
+        yield
+    except (EngineDeadError, EngineGenerateError, RuntimeError, OSError) as error:
+        raise InfrastructureError(f"vLLM cannot {doing}: {error or type(error).__name__}") from error

@@ -1,1 +1,0 @@
-"""ARCap (source referencing, query rewriting, thinking; paper, section 5), and diagnosis beyond it."""

@@ -1,1 +1,0 @@
-"""The embedded world: a generated encyclopedia with questions, in the published formats."""

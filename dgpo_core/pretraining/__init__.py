@@ -1,1 +1,0 @@
-"""How the models of the embedded world are built before anything else: reading, and the protocol."""

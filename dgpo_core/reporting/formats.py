@@ -1,0 +1,165 @@
+"""Names and sentences of the page, derived from the numbers alone.
+
+The files of a report: complete or absent, the same bytes for the same numbers.
+
+What every section of the page is made of: the report's tables, and heads and cells of its rows.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dgpo_core.reporting.curves import Curve
+
+MODEL_LABELS = {
+    "student": "Student",
+    "teacher": "Teacher",
+    "kd": "KD",
+    "dgpo": "DGPO",
+    "ppo": "PPO",
+    "sft_ppo": "SFT → PPO",
+    "seqkd": "SeqKD",
+    "gkd": "GKD",
+    "kd_gkd": "KD → GKD",
+    "distillm": "DistiLLM",
+    "taid": "TAID",
+    "dgpo_grpo": "DGPO (GRPO)",
+    "no_cold_start": "DGPO without cold start",
+    "uniform_kl": "DGPO with uniform KL",
+    "no_teacher": "DGPO without teacher",
+    "ppo_kd": "PPO → KD",
+    "grpo": "GRPO",
+}
+PAPER_DATASETS = {
+    "nq": "NQ",
+    "triviaqa": "TriviaQA",
+    "popqa": "PopQA",
+    "hotpotqa": "HotpotQA",
+    "2wikimultihopqa": "2Wiki",
+    "musique": "MuSiQue",
+    "bamboogle": "Bamboogle",
+}
+STAGES = {"distill": "Cold start by distillation", "reinforce": "Reinforcement learning"}
+GIVEN = ("student", "teacher")  # where training starts and what it looks up to: neither is trained here
+
+
+def model_label(name: str) -> str:
+    return MODEL_LABELS.get(name, name)
+
+
+def verdict(pair: str, entry: Mapping[str, Any]) -> str:
+    """What a paired difference allows to say, e.g. `DGPO beats KD by 0.052 EM`; never more than that."""
+    first, second = (model_label(name) for name in pair.split("-"))
+    mean, (low, high) = entry["mean"], entry["ci95"]
+    if mean is None or low is None:
+        return f"Too few questions to compare {first} with {second}"
+    if low > 0:
+        return f"{first} beats {second} by {mean:.3f} EM"
+    if high < 0:
+        return f"{first} is behind {second} by {-mean:.3f} EM"
+    return f"No clear difference between {first} and {second}"
+
+
+def evidence(entry: Mapping[str, Any]) -> str:
+    """The numbers behind a verdict, in one line."""
+    low, high = entry["ci95"]
+    if entry["mean"] is None or low is None:
+        return f"{entry['n']:,} paired questions"
+    zero = "" if low > 0 or high < 0 else "; the interval includes 0"
+    numbers = f"{entry['mean']:+.3f} EM (95 % interval {low:+.3f} to {high:+.3f})".replace(
+        "-", "\N{MINUS SIGN}"
+    )
+    return f"{numbers} on {entry['n']:,} pooled questions{zero}"
+
+
+def headline(comparisons: Mapping[str, Mapping[str, Any]], models: list[str]) -> tuple[str, str]:
+    """Title and line of evidence: DGPO against KD where both exist, else the first pair, else the models."""
+    if not comparisons:
+        return " · ".join(model_label(name) for name in models), "No pair of models to compare in this run"
+    pair, entry = next(iter(comparisons.items()))
+    return verdict(pair, entry), evidence(entry)
+
+
+def failures(results: Mapping[str, Mapping[str, Any]], average: str) -> str:
+    """Who lost how many questions to failures of the infrastructure."""
+    lost = {model: rows[average]["failed"] for model, rows in results.items() if rows[average]["failed"]}
+    if not lost:
+        return "No episode failed."
+    counts = ", ".join(f"{model_label(model)} {count:,}" for model, count in lost.items())
+    return f"Failed episodes (retriever or engine), left out of every average: {counts}."
+
+
+def as_json(table: Any) -> str:
+    return json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
+    """Write each text to the file of its name in `folder`, by atomic rename."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in texts.items():
+        temporary = folder / f"{name}.part"
+        temporary.write_text(text, encoding="utf-8", newline="\n")
+        temporary.replace(folder / name)
+
+
+COLOURS = {name: index for index, name in enumerate(MODEL_LABELS)}  # of the style sheet
+DASH = "\N{EN DASH}"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Report:
+    """The tables of a run, as the JSON files hold them, and what surrounds them."""
+
+    models: list[str]
+    mirrors: dict[str, str]  # data set -> the paper's
+    results: dict[str, Any]
+    behaviour: dict[str, Any]
+    comparisons: dict[str, Any]
+    arcap: dict[str, Any]
+    arcap_comparisons: dict[str, Any]
+    diagnosis: dict[str, Any]
+    curves: list[Curve]
+    questions: list[dict[str, Any]]  # of the episode reader
+    metrics: dict[str, dict[str, Any]]
+    params: dict[str, Any]
+    pair: str  # of the paper's models
+
+
+def colour_of(name: str, models: Iterable[str]) -> int:
+    """A recipe of the user's takes the colour of one of the paper's, which is seldom beside it."""
+    if name in COLOURS:
+        return COLOURS[name]
+    others = [model for model in models if model not in COLOURS]
+    return 4 + others.index(name) % (len(COLOURS) - 4)
+
+
+def model_head(name: str, models: Sequence[str]) -> Row:
+    """A model's name, label, colour and note."""
+    return {
+        "name": name,
+        "label": model_label(name),
+        "colour": colour_of(name, models),
+        "note": {"student": "before training", "teacher": "the model to learn from"}.get(name, "trained"),
+    }
+
+
+def cell(
+    mean: float | None, ci95: Sequence[float | None] | None, reference: float | None, places: int
+) -> Row:
+    """A table's cell as texts; `reference` is the paper's figure, `note` appears on pointing at it."""
+    low, high = ci95 or (None, None)
+    return {
+        "value": DASH if mean is None else f"{mean:.{places}f}",
+        "interval": "" if low is None or high is None else f"{low:.{places}f} {DASH} {high:.{places}f}",
+        "paper": "" if reference is None else f"{reference:.{places}f}",
+        "best": False,
+        "note": "",
+    }
+
+
+def digits(quantity: str) -> int:
+    """Decimal places: fewer for counts than for shares."""
+    return 1 if quantity == "model_tokens" else 2 if "searches" in quantity else 3

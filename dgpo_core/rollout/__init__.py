@@ -1,1 +1,0 @@
-"""The agent loop and the engines that generate for it."""

@@ -1,1 +1,0 @@
-"""Answer metrics and statistics (docs/method.md, "Equations")."""

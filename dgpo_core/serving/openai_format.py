@@ -1,0 +1,171 @@
+"""OpenAI's wire format of chat completions, as far as a search agent has it.
+
+What asks for nothing, or says nothing to a model, is taken and changes nothing; what would change the answer
+in a way that the agent does not have is refused.
+"""
+
+import time
+import uuid
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from dgpo_core.agent.episode import Ending
+from dgpo_core.serving.events import Ask, Event, Finished, Record
+
+SEEDS = 2**64  # OpenAI's seeds have a sign, ours have none
+
+
+class Message(BaseModel):
+    """`content` is looked at in the message that is the question, and nowhere else."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool", "function"]
+    content: Any = None
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool | None = False
+
+
+def _question(messages: list[Message]) -> str:
+    """Return the text of the user's last message. Raise ValueError where there is none, or none but text."""
+    asked = [(number, message) for number, message in enumerate(messages, 1) if message.role == "user"]
+    if not asked:
+        raise ValueError("this agent answers a question: one message must have the role user")
+    number, message = asked[-1]
+    if isinstance(message.content, str):
+        return message.content
+    if not isinstance(message.content, list):
+        raise ValueError(f"message {number}: content must be a text, or a list of parts of type text")
+    texts = []
+    for part in message.content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get("text") if isinstance(part, dict) else None
+        if kind != "text" or not isinstance(text, str):
+            raise ValueError(f"message {number}: this agent reads parts of type text only, not {kind!a:.40}")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _answerable(messages: list[Message]) -> list[Message]:
+    _question(messages)
+    return messages
+
+
+def _neutral(*values: object) -> BeforeValidator:
+    """Return a check of a parameter that changes answers: null and `values` ask for nothing."""
+
+    def check(value: object) -> object:
+        if value is None or value in values:
+            return None
+        only = " or ".join(map(repr, values)) or "null"
+        raise ValueError(f"this agent supports only {only}, not {value!a:.80}")
+
+    return BeforeValidator(check)
+
+
+class ChatRequest(BaseModel):
+    """A question with the conversation around it, of which the user's last message alone is read.
+
+    `temperature` 0, greedy, is the default; `max_tokens` is of each turn of the model. Other parameters than
+    these (`metadata`, `reasoning_effort`, a client's `chat_id`, ...) do not change the answer: see `ignored`.
+    """
+
+    model_config = ConfigDict(extra="allow")
+
+    model: str
+    messages: Annotated[list[Message], AfterValidator(_answerable)]
+    stream: bool | None = False
+    stream_options: StreamOptions | None = None
+    temperature: Annotated[float, Field(ge=0, le=2)] | None = None
+    seed: int | None = None
+    max_tokens: Annotated[int, Field(gt=0)] | None = None
+    max_completion_tokens: Annotated[int, Field(gt=0)] | None = None
+    n: Annotated[None, _neutral(1)] = None
+    stop: Annotated[None, _neutral("", [])] = None
+    top_p: Annotated[None, _neutral(1)] = None
+    presence_penalty: Annotated[None, _neutral(0)] = None
+    frequency_penalty: Annotated[None, _neutral(0)] = None
+    logit_bias: Annotated[None, _neutral({}, [])] = None
+    logprobs: Annotated[None, _neutral(False)] = None
+    top_logprobs: Annotated[None, _neutral(0)] = None
+    tools: Annotated[None, _neutral([])] = None
+    tool_choice: Annotated[None, _neutral("none", "auto")] = None
+    functions: Annotated[None, _neutral([])] = None
+    function_call: Annotated[None, _neutral("none", "auto")] = None
+    response_format: Annotated[None, _neutral({"type": "text"})] = None
+    modalities: Annotated[None, _neutral([], ["text"])] = None
+    audio: Annotated[None, _neutral()] = None
+    web_search_options: Annotated[None, _neutral()] = None
+    # not OpenAI's, but sent by clients of engines that sample with them
+    top_k: Annotated[None, _neutral(0, -1)] = None
+    min_p: Annotated[None, _neutral(0)] = None
+    repetition_penalty: Annotated[None, _neutral(1)] = None
+
+    @property
+    def ignored(self) -> list[str]:
+        """Names of what was sent and not used: unknown parameters that are not null, and other messages."""
+        others = ["messages"] if len(self.messages) > 1 else []
+        return others + [name for name, value in (self.model_extra or {}).items() if value is not None]
+
+    def ask(self) -> Ask:
+        limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
+        return Ask(
+            _question(self.messages),
+            temperature=self.temperature or 0.0,
+            seed=(self.seed or 0) % SEEDS,
+            max_new_tokens=min(limits, default=None),
+        )
+
+
+class Completion:
+    """The answers to one request: a whole one, or chunks. Beside OpenAI's fields: `episode` and `event`.
+
+    What a client puts together from `delta.content` is what it would get without `stream`: the answer.
+    """
+
+    def __init__(self, model: str) -> None:
+        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+
+    def whole(self, record: Record) -> dict[str, Any]:
+        message = {"role": "assistant", "content": record.answer, "refusal": None}
+        choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(record)}
+        body = {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(record)}
+        return {**body, "episode": record.model_dump(mode="json")}
+
+    def opening(self) -> dict[str, Any]:
+        return self._chunk({"role": "assistant", "content": ""})
+
+    def chunks(self, event: Event) -> list[dict[str, Any]]:
+        """The chunk of an event; the last event has two: the answer, and why it ended."""
+        told = {"event": event.model_dump(mode="json")}
+        if not isinstance(event, Finished):
+            return [self._chunk({}) | told]
+        answer = event.episode.answer
+        content = [self._chunk({"content": answer})] if answer is not None else []
+        return [*content, self._chunk({}, _finish(event.episode)) | told]
+
+    def usage(self, record: Record) -> dict[str, Any]:
+        return {**self._chunk({}), "choices": [], "usage": usage(record)}
+
+    def _chunk(self, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
+        choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}
+        return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
+
+
+def usage(record: Record) -> dict[str, int]:
+    """Tokens: what the model wrote is the completion, everything that it was given is the prompt."""
+    total = record.other_tokens + record.model_tokens
+    return {
+        "prompt_tokens": record.other_tokens,
+        "completion_tokens": record.model_tokens,
+        "total_tokens": total,
+    }
+
+
+def error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def _finish(record: Record) -> str:
+    return "stop" if record.ending is Ending.ANSWERED else "length"

@@ -1,0 +1,113 @@
+"""Who generates for the model in training: itself, or an engine that is kept the same as it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dgpo_core.agent.engine import Request, SeparateEngine, weights_of
+from dgpo_core.agent.episode import Episode
+from dgpo_core.agent.loop import AgentLoop, Task
+from dgpo_core.config.agent import ProbeConfig, ProtocolConfig, Sampling
+from dgpo_core.config.training import ComputeConfig
+from dgpo_core.errors import UserError
+from dgpo_core.objectives.logprobs import engine_gap, token_logprobs
+from dgpo_core.retrieval.ranking import Retriever
+from dgpo_core.training import parallel
+from dgpo_core.training.batches import TokenSequence, backbone_of, collate, counted_hidden, head_of
+from dgpo_core.training.checkpoint import require_finite
+from dgpo_core.training.parallel import autocast
+
+PROBED = Sampling(temperature=1.0)
+
+
+@dataclass
+class EngineSync:
+    """Gives `engine` the weights of `model`, and checks that both then compute the same.
+
+    The probe continues `prompts` (token ids), the same ones each time: what the engine has kept of them from
+    other weights would show, and so would weights that have not arrived. The engine samples from the first
+    `known` ids; None: from all that the model has rows for.
+    """
+
+    engine: SeparateEngine
+    model: PreTrainedModel
+    prompts: list[list[int]]
+    config: ProbeConfig
+    compute: ComputeConfig
+    known: int | None = None
+
+    def refresh(self) -> None:
+        """Raises UserError when engine and model disagree, and InfrastructureError when the engine fails."""
+        self.engine.refresh(weights_of(self.model))
+        gap = self.probe()
+        if not gap["engine_gap_mean"] <= self.config.tolerance:  # nan too
+            raise UserError(
+                "rollout.probe.tolerance: after a refresh engine and model give different log-probabilities: "
+                f"mean difference {gap['engine_gap_mean']:.3g} nats, largest {gap['engine_gap_max']:.3g}, "
+                f"allowed mean {self.config.tolerance:g}. Either the weights did not arrive (try "
+                "rollout.refresh: file), or rollout.precision and compute.precision are too far apart"
+            )
+
+    def probe(self) -> dict[str, float]:
+        """Distance of the two on tokens that the engine samples, as `engine_gap` gives it.
+
+        Raises NotFinite when the model gives no numbers.
+        """
+        requests = [Request(ids, self.config.tokens, (i,)) for i, ids in enumerate(self.prompts)]
+        answers = self.engine.generate(requests, PROBED, ())
+        sequences = [
+            TokenSequence(ids + answer.token_ids, list(range(len(ids), len(ids) + len(answer.token_ids))))
+            for ids, answer in zip(self.prompts, answers, strict=True)
+        ]
+        batch = collate(sequences, self.model.device)
+        with torch.no_grad(), autocast(self.compute):
+            hidden = counted_hidden(backbone_of(self.model), batch)
+            head = head_of(self.model)[: self.known]
+            own = token_logprobs(hidden, head, batch.targets, PROBED.temperature)[0]
+        require_finite({"log-probability of a sampled token": own.sum().item()})
+        return engine_gap(own.cpu(), torch.tensor([value for answer in answers for value in answer.logprobs]))
+
+
+class SharedLoop:
+    """The agent loop with the model in training itself: of several processes each runs its share."""
+
+    def __init__(self, loop: AgentLoop) -> None:
+        self._loop = loop
+
+    def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
+        """All episodes, in order, in every process."""
+        return parallel.joined(self._loop.run(parallel.share(tasks), sampling))
+
+
+class SyncedLoop:
+    """The agent loop with an engine of its own: before each run the engine gets the model's weights.
+
+    Whoever trains moves the weights between two runs. A refresh that belongs to a run cannot be forgotten. Of
+    several processes the first one asks the engine; the others, which have no `sync`, get its episodes.
+    """
+
+    def __init__(
+        self,
+        sync: EngineSync | None,
+        tokenizer: Any,
+        retriever: Retriever,
+        config: ProtocolConfig,
+        top_k: int,
+    ) -> None:
+        self._sync = sync
+        self._loop = AgentLoop(sync.engine, tokenizer, retriever, config, top_k) if sync else None
+
+    def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
+        """All episodes, in order, in every process."""
+        return parallel.joined(self._own(tasks, sampling))
+
+    def _own(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
+        if self._sync is None or self._loop is None:
+            return []
+        self._sync.refresh()
+        try:
+            return self._loop.run(tasks, sampling)
+        finally:
+            self._sync.engine.rest()

@@ -1,0 +1,219 @@
+"""The reading drill: what the embedded base models are pre-trained on.
+
+A text of three passages, followed by statements and question-answer pairs about them. It teaches to find a
+value in a passage and nothing of the protocol: no tag, no search, no answer format occurs.
+
+Scripted expert episodes: what the embedded teacher learns the protocol from.
+
+The expert knows the facts of its world, but searches for each of them with the real index. Where that does
+not find the passage it repeats itself until its budget ends, and the episode is thrown away.
+"""
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from dgpo_core.agent.engine import Finish, Generation, Request
+from dgpo_core.agent.episode import Owner
+from dgpo_core.agent.loop import AgentLoop, Task
+from dgpo_core.agent.prompts import document
+from dgpo_core.config.agent import ProtocolConfig, Sampling
+from dgpo_core.config.data import WorldConfig
+from dgpo_core.config.retrieval import EncoderConfig
+from dgpo_core.datasets.records import Passage, Question
+from dgpo_core.retrieval.index import index_passages
+from dgpo_core.world.facts import Fact, generate_world
+from dgpo_core.world.questions import Article, Draft, QuestionWriter, ask_about, write_articles
+
+# What predicting a token counts. The names of the text teach to copy; the first token of a value is where it
+# must be found, the others follow; a question cannot be foreseen.
+TEXT_WEIGHT, CUE_WEIGHT, FIRST_WEIGHT, VALUE_WEIGHT, END_WEIGHT = 0.5, 0.1, 2.0, 1.0, 0.3
+PASSAGES, MAX_FACTS, SORTED_STEPS = 3, 9, 4
+
+
+@dataclass(frozen=True)
+class Example:
+    """Token ids and, for each of them, how much predicting it counts in the loss."""
+
+    ids: list[int]
+    weights: list[float]
+
+
+def statement(fact: Fact) -> str:
+    """The sentence in which the embedded models say what they have read."""
+    return f"{fact.relation.noun_phrase(fact.subject.mention)} is"
+
+
+class ReadingDrill:
+    """Endless examples from many generated worlds; `example(seed)` depends on nothing but its argument."""
+
+    def __init__(self, config: WorldConfig, world_seeds: range, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._encode = lru_cache(maxsize=None)(self._ids)  # cues and values come back in many examples
+        self._worlds = [_passages_with_facts(config, seed) for seed in world_seeds]
+        self._group = lru_cache(maxsize=1)(self._draw)
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        return tuple(self._tokenizer.encode(text, add_special_tokens=False))
+
+    def batch(self, seed: int, step: int, size: int, passages: int) -> list[Example]:
+        """The examples of one step, with `passages` passages each.
+
+        Four steps share a draw that is cut by length, so that little of a batch is padding.
+        """
+        group, part = divmod(step, SORTED_STEPS)
+        drawn = self._group(seed, group, size * SORTED_STEPS, passages)
+        return drawn[part * size : (part + 1) * size]
+
+    def _draw(self, seed: int, group: int, count: int, passages: int) -> list[Example]:
+        drawn = [self.example(f"{seed}-{group}-{i}", passages) for i in range(count)]
+        return sorted(drawn, key=lambda example: len(example.ids))
+
+    def example(self, seed: str, passages: int = PASSAGES) -> Example:
+        rng = random.Random(seed)
+        articles, by_name = rng.choice(self._worlds)
+        chosen = _choose_passages(articles, by_name, passages, rng)
+        text = "".join(document(i, p.title, p.text) for i, (p, _) in enumerate(chosen, 1))
+        ids = list(self._ids(text))
+        weights = [TEXT_WEIGHT] * len(ids)
+        facts = [fact for _, facts in chosen for fact in facts]
+        rng.shuffle(facts)
+        for fact in facts[:MAX_FACTS]:
+            asks = rng.random() < 0.5
+            cue = f" {ask_about(fact, fact.subject.mention, rng)}?" if asks else f" {statement(fact)}"
+            cue_ids, value, end = map(self._encode, (cue, f" {fact.value}", ".\n"))
+            ids += cue_ids + value + end
+            weights += [CUE_WEIGHT] * len(cue_ids) + [FIRST_WEIGHT] + [VALUE_WEIGHT] * (len(value) - 1)
+            weights += [END_WEIGHT] * len(end)
+        return Example(ids, weights)
+
+
+PassageFacts = tuple[Passage, list[Fact]]
+
+
+def _passages_with_facts(
+    config: WorldConfig, seed: int
+) -> tuple[list[Article], dict[str, list[PassageFacts]]]:
+    """The articles of a world, and its passages by each word of their titles."""
+    articles = write_articles(generate_world(config, seed))
+    by_name: dict[str, list[PassageFacts]] = {}
+    for article in articles:
+        for pair in zip(article.passages, article.facts, strict=True):
+            for word in article.entity.name.split(" "):
+                by_name.setdefault(word, []).append(pair)
+    return articles, by_name
+
+
+def _choose_passages(
+    articles: list[Article], by_name: dict[str, list[PassageFacts]], count: int, rng: random.Random
+) -> list[PassageFacts]:
+    """`count` passages as a search would return them: mostly of entities that share a word of their names."""
+    article = rng.choice(articles)
+    alike = [pair for word in article.entity.name.split(" ") for pair in by_name[word]]
+    pool = {pair[0].id: pair for pair in rng.sample(alike, min(len(alike), 2 * count))}
+    own = list(zip(article.passages, article.facts, strict=True))
+    chosen = {pair[0].id: pair for pair in rng.sample(own, min(len(own), count))}
+    for key, pair in pool.items():
+        if len(chosen) < count and rng.random() < 0.8:
+            chosen.setdefault(key, pair)
+    while len(chosen) < count:
+        other = rng.choice(articles)
+        index = rng.randrange(len(other.passages))
+        chosen.setdefault(other.passages[index].id, (other.passages[index], other.facts[index]))
+    pairs = list(chosen.values())
+    rng.shuffle(pairs)
+    return pairs
+
+
+# shares of one, two and three hops and of comparisons
+MIXTURE = {"one": 0.25, "two": 0.4, "three": 0.2, "comparison": 0.15}
+HOPS = {"one": 1, "two": 2, "three": 3}
+
+
+def expert_examples(
+    config: WorldConfig, world_seed: int, count: int, tokenizer: Any, protocol: ProtocolConfig, top_k: int
+) -> list[Example]:
+    """Correct expert episodes of one world; what the expert wrote has weight 1, all else 0."""
+    world = generate_world(config, world_seed)
+    articles = write_articles(world)
+    passages = [passage for article in articles for passage in article.passages]
+    texts = {
+        (fact.subject.key, fact.relation.noun): passage.text
+        for article in articles
+        for passage, facts in zip(article.passages, article.facts, strict=True)
+        for fact in facts
+    }
+    rng = random.Random(f"expert-{world_seed}")
+    drafts = list(_drafts(QuestionWriter(world, "test", rng), rng, count))
+    tasks = [
+        Task(Question(str(i), draft.text, draft.answers), "expert", seed=(i,))
+        for i, draft in enumerate(drafts)
+    ]
+    engine = ExpertEngine(drafts, texts, tokenizer)
+    index = index_passages(passages, EncoderConfig(kind="bm25"))
+    episodes = AgentLoop(engine, tokenizer, index, protocol, top_k).run(tasks, Sampling())
+    return [
+        Example(episode.token_ids, [float(owner == Owner.MODEL) for owner in episode.owners])
+        for episode in episodes
+        if episode.correct
+    ]
+
+
+def _drafts(writer: QuestionWriter, rng: random.Random, count: int) -> Iterator[Draft]:
+    made = 0
+    while made < count:
+        kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
+        other = rng.random() < 0.5
+        draft = writer.comparison() if kind == "comparison" else writer.chain(HOPS[kind], other=other)
+        if draft is not None:
+            made += 1
+            yield draft
+
+
+class ExpertEngine:
+    """Writes the expert's turns; a request's seed is (number of the draft, turn)."""
+
+    def __init__(self, drafts: list[Draft], texts: dict[tuple[int, str], str], tokenizer: Any) -> None:
+        self._drafts, self._texts, self._tokenizer = drafts, texts, tokenizer
+        self._begun: set[int] = set()  # drafts whose first turn is written
+
+    def generate(
+        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+    ) -> list[Generation]:
+        return [self._turn(request) for request in requests]
+
+    def _turn(self, request: Request) -> Generation:
+        number, _ = request.seed
+        draft = self._drafts[number]
+        context = self._tokenizer.decode(request.token_ids)
+        known = 0
+        while known < len(draft.facts) and self._text(draft.facts[known]) in context:
+            known += 1
+        said = ""
+        if known and number in self._begun:
+            read = draft.facts[known - 1]
+            said = f" {statement(read)} {read.value}."
+        self._begun.add(number)
+        if known < len(draft.facts):
+            text = self._search(draft.facts[known], said)
+        else:
+            text = f"<think>{said}{_conclusion(draft)} </think>\n<answer> {draft.answers[0]} </answer>"
+        ids = self._tokenizer.encode(text, add_special_tokens=False)
+        return Generation(ids, [0.0] * len(ids), Finish.STOP)
+
+    def _text(self, fact: Fact) -> str:
+        return self._texts[fact.subject.key, fact.relation.noun]
+
+    def _search(self, fact: Fact, said: str) -> str:
+        wanted = fact.relation.noun_phrase(fact.subject.mention)
+        query = wanted.removeprefix("the ")
+        return f"<think>{said} I need {wanted}. </think>\n<search> {query} </search>"
+
+
+def _conclusion(draft: Draft) -> str:
+    if draft.kind != "comparison":
+        return ""
+    first, second = sorted(fact.value for fact in draft.facts)
+    return f" {first} is earlier than {second}."

@@ -1,0 +1,271 @@
+"""Muon for the matrices of the layers, whose orthogonalisation computes in a precision of choice.
+
+Supervised training on weighted token examples.
+
+Building one of the embedded base models, phase by phase: reading, and for a teacher the protocol.
+"""
+
+import math
+import random
+from collections.abc import Callable, Iterable
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel
+
+from dgpo_core.config.agent import ProtocolConfig
+from dgpo_core.config.data import BaseModelsConfig, PhaseConfig
+from dgpo_core.training import optimizer as optim
+from dgpo_core.training.checkpoint import Checkpoint, require_finite, training_step
+from dgpo_core.training.models import build_model, save_model
+from dgpo_core.world.lessons import SORTED_STEPS, Example, ReadingDrill, expert_examples
+from dgpo_core.world.tokenizer import build_tokenizer
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of https://github.com/KellerJordan/muon, as in torch.optim.Muon
+ITERATIONS, EPSILON = 5, 1e-7
+
+
+class Muon(torch.optim.Optimizer):
+    """`torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, Nesterov momentum and a `dtype`.
+
+    torch's always orthogonalises in bfloat16, which takes longer than the model itself on processors without
+    instructions for it. With `dtype=torch.bfloat16` both give the same weights.
+    """
+
+    def __init__(
+        self,
+        matrices: Iterable[torch.nn.Parameter],
+        lr: float,
+        *,
+        weight_decay: float = 0.1,
+        momentum: float = 0.95,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(matrices, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self._dtype = dtype
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # no closures here
+        for group in self.param_groups:
+            for matrix in group["params"]:
+                if matrix.grad is not None:
+                    self._update(matrix, group)
+
+    def _update(self, matrix: torch.Tensor, group: dict[str, Any]) -> None:
+        state = self.state[matrix]
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(matrix)
+        gradient = matrix.grad
+        assert gradient is not None
+        mean = state["momentum_buffer"].lerp_(gradient, 1 - group["momentum"])
+        update = orthogonalised(gradient.lerp(mean, group["momentum"]), self._dtype)
+        rate = group["lr"] * 0.2 * math.sqrt(max(matrix.shape))  # an update as large as AdamW's
+        matrix.mul_(1 - group["lr"] * group["weight_decay"])
+        matrix.add_(update, alpha=-rate)
+
+
+def orthogonalised(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Nearly U V^T of the singular value decomposition, in `dtype`: [m, n], singular values about 1.
+
+    Newton-Schulz iterations with coefficients for speed: the values end between 0.5 and 1.5 (Jordan, 2024).
+    """
+    a, b, c = COEFFICIENTS
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.to(dtype, copy=True)
+    x = x.T if is_tall else x
+    x.div_(x.norm().clamp(min=EPSILON))
+    for _ in range(ITERATIONS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T if is_tall else x
+
+
+CHECKPOINT_EVERY = 100
+
+
+def train_on_examples(
+    model: PreTrainedModel,
+    config: PhaseConfig,
+    batch: Callable[[int], list[Example]],
+    checkpoint: Checkpoint,
+    report: Callable[[int, dict[str, float]], None],
+    rows: int,
+    precision: str,
+) -> None:
+    """`config.steps` updates of `model` in place; `batch(step)` gives the examples of a step.
+
+    `rows` examples at a time go through the model: the same gradient as all at once, in less memory.
+    Compute is in `precision`, "float32" or "bfloat16"; the weights are float32. When it continues from a
+    checkpoint, the last finished step is reported again. Raises NotFinite at the first step whose loss or
+    gradient is no number.
+    """
+    stepper = optim.Stepper(
+        *_optimizers(model, config, precision),
+        schedule=optim.trapezoid(config.steps, config.warmup_steps),
+        max_grad_norm=1.0,
+    )
+    first = 0
+    if state := checkpoint.load():
+        model.load_state_dict(state["model"])
+        stepper.load_state_dict(state["stepper"])
+        first = state["step"]
+        report(first, state["metrics"])
+    model.train()
+    for step in range(first, config.steps):
+        with training_step(step + 1, lambda _: "learning_rate or matrix_learning_rate of this phase"):
+            metrics = {"loss": _backward(model, batch(step), rows, precision), "grad_norm": stepper.step()}
+            require_finite(metrics)
+        report(step + 1, metrics)
+        if (step + 1) % CHECKPOINT_EVERY == 0 or step + 1 == config.steps:
+            checkpoint.save(
+                {
+                    "model": model.state_dict(),
+                    "stepper": stepper.state_dict(),
+                    "step": step + 1,
+                    "metrics": metrics,
+                }
+            )
+    model.eval()
+
+
+def _optimizers(model: PreTrainedModel, config: PhaseConfig, precision: str) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the layers, AdamW for the embeddings and vectors.
+
+    With AdamW alone, copying a value out of a passage takes several times as many steps to learn.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in named if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in named if p.ndim != 2 or "embed" in name]
+    return [
+        Muon(
+            matrices,
+            config.matrix_learning_rate,
+            weight_decay=0.01,
+            dtype=torch.bfloat16 if precision == "bfloat16" else torch.float32,
+        ),
+        torch.optim.AdamW(others, lr=config.learning_rate, weight_decay=0.0),
+    ]
+
+
+def _backward(model: PreTrainedModel, examples: list[Example], rows: int, precision: str) -> float:
+    """Add the gradient of the weighted loss of all `examples`, and return that loss."""
+    total, loss = sum(_weight(examples)), 0.0
+    for part in (examples[i : i + rows] for i in range(0, len(examples), rows)):
+        share = weighted_loss(model, part, precision) * (sum(_weight(part)) / total)
+        share.backward()
+        loss += share.item()
+    return loss
+
+
+def _weight(examples: list[Example]) -> list[float]:
+    """What each example counts in the loss: its first token is predicted from nothing."""
+    return [sum(example.weights[1:]) for example in examples]
+
+
+def weighted_loss(model: PreTrainedModel, examples: list[Example], precision: str) -> torch.Tensor:
+    """Cross-entropy of each next token, averaged with the examples' weights; scalar, nats."""
+    width = max(len(example.ids) for example in examples)
+    ids = torch.zeros(len(examples), width, dtype=torch.long)
+    weights = torch.zeros(len(examples), width)
+    for row, example in enumerate(examples):
+        ids[row, : len(example.ids)] = torch.tensor(example.ids)
+        weights[row, : len(example.ids)] = torch.tensor(example.weights)
+    device = model.device
+    ids, weights = ids.to(device), weights.to(device)[:, 1:]
+    with torch.autocast(device.type, dtype=torch.bfloat16, enabled=precision == "bfloat16"):
+        hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+        counted = weights > 0
+        logits = model.get_output_embeddings()(hidden[counted])
+    losses = cross_entropy(logits.float(), ids[:, 1:][counted], reduction="none")
+    return (losses * weights[counted]).sum() / weights.sum()
+
+
+# Examples in one pass: the attention of more fills the processor's caches, and is up to three times slower.
+AT_A_TIME = {"reading": 16, "protocol": 4}
+
+Report = Callable[[str, int, dict[str, float]], None]  # phase, its step, metrics
+
+
+class BaseModelBuilder:
+    """Builds from a seed; every phase keeps its progress under `state`, so a killed build continues."""
+
+    def __init__(
+        self,
+        config: BaseModelsConfig,
+        protocol: ProtocolConfig,
+        top_k: int,
+        state: Path,
+        report: Report,
+    ) -> None:
+        self._config, self._world, self._protocol, self._top_k = config, config.world, protocol, top_k
+        self._state, self._report = state, report
+        self._tokenizer = build_tokenizer()
+        self._worlds = range(config.first_world_seed, config.first_world_seed + config.worlds)
+
+    def build(self, name: str, folder: Path) -> None:
+        """Write model `name` of the configuration to `folder`.
+
+        With one thread, so that the number of the machine's cores does not show in the weights; models so
+        small gain more from being built side by side.
+        """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
+        try:
+            plan = self._config.models[name]
+            torch.manual_seed(self._config.seed)
+            model = build_model(plan.shape, self._tokenizer)
+            model.set_attn_implementation("eager")  # for short texts on a CPU its backward is twice as fast
+            drill = ReadingDrill(self._world, self._worlds, self._tokenizer)
+            for number, phase in enumerate(plan.phases):
+                # the draws of a phase are those of the nth phase of its kind
+                seed = self._config.seed + [p.kind for p in plan.phases[:number]].count(phase.kind)
+                reads, label = phase.kind == "reading", f"{number}-{phase.kind}"
+                batch = self._reading(drill, phase, seed) if reads else self._protocol_batches(phase, seed)
+                checkpoint, report = Checkpoint(self._state / label), partial(self._report, label)
+                train_on_examples(
+                    model, phase, batch, checkpoint, report, AT_A_TIME[phase.kind], plan.precision
+                )
+            save_model(model, self._tokenizer, folder)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _reading(self, drill: ReadingDrill, phase: PhaseConfig, seed: int) -> Callable[[int], list[Example]]:
+        return lambda step: drill.batch(seed, step, phase.batch_size, phase.passages(step))
+
+    def _protocol_batches(self, phase: PhaseConfig, seed: int) -> Callable[[int], list[Example]]:
+        examples = self._experts
+        lengths = [len(example.ids) for example in examples]
+        batches = _batches_by_length(lengths, phase.steps, phase.batch_size, seed)
+        return lambda step: [examples[i] for i in batches[step]]
+
+    @cached_property
+    def _experts(self) -> list[Example]:
+        each = self._config.expert_episodes // self._config.worlds
+        return [
+            example
+            for seed in self._worlds
+            for example in expert_examples(
+                self._world, seed, each, self._tokenizer, self._protocol, self._top_k
+            )
+        ]
+
+
+def _batches_by_length(lengths: list[int], steps: int, size: int, seed: int) -> list[list[int]]:
+    """Indices of each step's examples: shuffled epochs, in which neighbours are put together by length.
+
+    As in the reading drill, SORTED_STEPS steps share a draw that is cut by length, so that little is padding.
+    """
+    rng = random.Random(f"base-models-{seed}")
+    order: list[int] = []
+    while len(order) < (steps + SORTED_STEPS) * size:
+        epoch = list(range(len(lengths)))
+        rng.shuffle(epoch)
+        order += epoch
+    batches = []
+    for start in range(0, steps * size, SORTED_STEPS * size):
+        group = sorted(order[start : start + SORTED_STEPS * size], key=lambda i: lengths[i])
+        batches += [group[i : i + size] for i in range(0, len(group), size)]
+    return batches[:steps]

@@ -1,0 +1,1 @@
+"""The commands of `dgpo`, a file each."""

@@ -1,0 +1,353 @@
+"""The command `dgpo`: what people type; the stages are programs of their own (`python -m tasks.<stage>`).
+
+Commands import what they need when they run, so that `dgpo --help` is instant.
+"""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from dgpo_core.errors import UserError
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+ANYWHERE = (
+    "use",
+    "show",
+    "pool",
+    "sizes",
+    "plan",
+    "doctor",
+)  # what does not need a checkout, or says so itself
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"dgpo {version('dgpo')}")
+        raise typer.Exit
+
+
+@app.callback()
+def dgpo(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it, and end")
+    ] = False,
+) -> None:
+    """Ask, compare, promote and plan search agents that DGPO trains. Run it in the root of a checkout; `make
+    demo` there trains the first one. COMMAND --help says more."""
+    elsewhere = context.invoked_subcommand not in ANYWHERE and not Path("params.yaml").exists()
+    if elsewhere and "--help" not in sys.argv:
+        raise UserError(f"{Path.cwd()} is no checkout (it has no params.yaml): run it in the checkout's root")
+
+
+@app.command()
+def use(
+    profile: Annotated[str, typer.Argument(help="a profile of profiles/")],
+    recipes: Annotated[list[str] | None, typer.Argument(help="rows of the paper's table, or all")] = None,
+) -> None:
+    """Write params.yaml from a profile."""
+    from tasks.commands.use import use as write_params
+
+    write_params(profile, recipes or [])
+
+
+@app.command()
+def show(results: Annotated[Path, typer.Argument()] = Path("reports/results.json")) -> None:
+    """Print the results of the last run."""
+    from tasks.commands.show import show as print_results
+
+    print_results(results)
+
+
+@app.command()
+def experiments(
+    commits: Annotated[
+        bool, typer.Option("--all-commits", help="those of earlier commits too, not of HEAD alone")
+    ] = False,
+) -> None:
+    """Compare what `dvc exp run` has tried: what was changed, and the models' average EM."""
+    from tasks.commands.experiments import show as print_experiments
+
+    print_experiments(commits)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="an evaluated model: a recipe, student or teacher")],
+    second: Annotated[str, typer.Argument(help="another one; differences are first - second")],
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Compare two evaluated models question by question: EM, F1 and ARCap with paired intervals."""
+    from tasks.commands.compare import compare as print_comparison
+
+    print_comparison(first, second, as_json)
+
+
+Model = Annotated[
+    str | None,
+    typer.Option(
+        help="a recipe, student, teacher, a folder, or models:/name@alias; without it the registered "
+        "champion, else the newest trained recipe"
+    ),
+]
+
+
+@app.command()
+def ask(
+    question: Annotated[str, typer.Argument()],
+    model: Model = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
+    seed: Annotated[int, typer.Option(min=0, help="of sampling, without effect on greedy")] = 0,
+    max_searches: Annotated[
+        int | None, typer.Option(min=0, help="at most protocol.max_turns, which is the default")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print the episode as one JSON object")] = False,
+    colour: Annotated[bool, typer.Option("--colour/--no-colour", help="on a terminal")] = True,
+) -> None:
+    """Ask the agent a question, and watch it search."""
+    from dgpo_core.serving.events import Ask
+    from tasks.commands.ask import ask as print_episode
+
+    print_episode(model, Ask(question, temperature, seed, max_searches), as_json, colour)
+
+
+@app.command()
+def pool(
+    folder: Annotated[
+        Path, typer.Argument(help="of seeds' records: reproduction/<profile>/seeds, or a copy")
+    ],
+    out: Annotated[Path, typer.Option(help="where the report goes")] = Path("reproduction/pooled"),
+) -> None:
+    """Write one reproduction report of seeds that ran on other machines or days."""
+    from tasks.commands.pool import write
+
+    write(folder, out)
+
+
+@app.command()
+def sizes(
+    folder: Annotated[Path, typer.Argument(help="below which seeds' records of several profiles are")],
+    out: Annotated[Path, typer.Option(help="where the report goes")] = Path("reproduction"),
+) -> None:
+    """Compare models of several sizes and families: the records of `make reproduce` with several profiles."""
+    from tasks.commands.pool import compare_sizes
+
+    compare_sizes(folder, out)
+
+
+@app.command()
+def serve(
+    model: Model = None,
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0: every machine that reaches this one may ask")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8080,
+    waiting: Annotated[
+        int, typer.Option(min=0, help="questions that may wait for the one being answered")
+    ] = 8,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="another name by which clients call this machine, such as host.docker.internal"),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="where a web page comes from whose scripts may ask, such as http://localhost:3000"),
+    ] = None,
+) -> None:
+    """Serve the agent over HTTP: a page, and OpenAI's chat completions."""
+    from tasks.commands.serve import serve as run_service
+
+    run_service(model, host, port, waiting, allow_host or [], allow_origin or [])
+
+
+@app.command()
+def retriever(
+    location: Annotated[
+        str | None, typer.Option(help="another place of the index than retrieval.location of params.yaml")
+    ] = None,
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0: every machine that reaches this one may search")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+) -> None:
+    """Serve the index over HTTP: POST /retrieve, as Search-R1's clients expect it."""
+    from tasks.commands.retriever import retriever as run_service
+
+    run_service(location, host, port)
+
+
+collections = typer.Typer(no_args_is_help=True, help="The index's collections on a Qdrant server.")
+app.add_typer(collections, name="collections")
+
+
+@collections.command("list")
+def list_collections() -> None:
+    """Print the pipeline's collections, and which of them readers use."""
+    from tasks.commands.collections import show
+
+    show()
+
+
+@collections.command()
+def build() -> None:
+    """Make the collection of data/index with the settings of params.yaml, and let readers use it."""
+    from tasks.commands.collections import build as make
+
+    make()
+
+
+@collections.command()
+def remove(name: str) -> None:
+    """Remove a collection that no reader uses."""
+    from tasks.commands.collections import remove as delete
+
+    delete(name)
+
+
+@collections.command()
+def snapshot() -> None:
+    """Make a snapshot of the collection that readers of data/index use."""
+    from tasks.commands.collections import snapshot as keep
+
+    keep()
+
+
+@collections.command()
+def restore(
+    source: Annotated[str, typer.Argument(help="file:///... on the server, or a URL that it can fetch")],
+) -> None:
+    """Make the collection of a snapshot instead of the vectors of data/index; checked like any other."""
+    from tasks.commands.collections import restore as bring_back
+
+    bring_back(source)
+
+
+@app.command()
+def register(
+    challenger: Annotated[
+        bool, typer.Option("--challenger", help="offer the model of promote.recipe as champion, too")
+    ] = False,
+) -> None:
+    """Register the trained models of this working tree that MLflow does not know yet."""
+    from tasks.tracking.evidence import register_trained
+
+    register_trained(challenger)
+
+
+@app.command()
+def promote(
+    version: Annotated[str | None, typer.Option(help="number; the challenger unless given")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="decide, change nothing")] = False,
+    yes: Annotated[bool, typer.Option("--yes", help="approve what passes, without being asked")] = False,
+) -> None:
+    """Make the challenger champion if every condition holds (exit code 1: one does not; 2: refused)."""
+    from tasks.commands.promote import promote as decide
+
+    raise typer.Exit(decide(version, dry_run, yes))
+
+
+@app.command()
+def rollback(
+    reason: Annotated[str, typer.Option(help="why; kept with the version that goes")],
+) -> None:
+    """Put the previous champion back."""
+    from tasks.commands.promote import rollback as go_back
+
+    go_back(reason)
+
+
+@app.command()
+def evaluate(
+    model: Annotated[str, typer.Argument(help="models:/search-agent@champion, or models:/search-agent/3")],
+) -> None:
+    """Evaluate a registered model again, with this working tree's questions, index and settings."""
+    from tasks.tracking.evidence import evaluate_again
+
+    evaluate_again(model)
+
+
+@app.command()
+def lineage(
+    model: Annotated[
+        str, typer.Argument(help="models:/search-agent@champion, models:/search-agent/3 or a recipe")
+    ] = "models:/search-agent@champion",
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+    params: Annotated[bool, typer.Option("--params", help="print the params.yaml of the training")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="train it again and compare the bytes")] = False,
+) -> None:
+    """Print what a model was made of, and how to make it again."""
+    from tasks.commands.recreate import show
+
+    raise typer.Exit(show(model, as_json, params, verify))
+
+
+@app.command()
+def plan(
+    params: Annotated[Path, typer.Argument(help="a params.yaml")] = Path("params.yaml"),
+    profile: Annotated[str | None, typer.Option(help="a profile of profiles/ instead")] = None,
+    gpus: Annotated[int, typer.Option(min=0, help="0: everything on the processor")] = 8,
+    gpu: Annotated[str, typer.Option(help="h200, h100, a100-80, ..., or GiB of memory")] = "h100",
+    memory: Annotated[float | None, typer.Option(min=0, help="of the host, GiB")] = None,
+    disk: Annotated[float | None, typer.Option(min=0, help="free, GB")] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="of a GPU and hour")] = None,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="that train as one, a GPU each; without it as in the parameters")
+    ] = None,
+    efficiency: Annotated[float, typer.Option(min=0.01, max=1, help="share of the peak FLOPs")] = 0.4,
+    decoding: Annotated[float, typer.Option(min=0.01, max=1, help="share of the bandwidth")] = 0.6,
+    launch: Annotated[float, typer.Option(min=0, help="ms a layer and decoding step (transformers)")] = 1.0,
+    scheduling: Annotated[float, typer.Option(min=0, help="ms a decoding step (vLLM)")] = 5.0,
+    queries: Annotated[float, typer.Option(min=0.1, help="a second, that the retriever answers")] = 500.0,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Estimate memory, disk, tokens, FLOPs, hours and cost of a run (exit code 1: it does not fit)."""
+    from dgpo_core.planning.machine import GIB, PROCESSOR, Assumptions, Machine, device_of
+    from tasks.commands.plan import plan as print_plan
+
+    machine = Machine(
+        gpus,
+        device_of(gpu) if gpus else PROCESSOR,
+        None if memory is None else memory * GIB,
+        None if disk is None else disk * 1e9,
+        price,
+        Assumptions(efficiency, decoding, launch / 1000, scheduling / 1000, queries),
+    )
+    raise typer.Exit(print_plan(profile, params, machine, processes, as_json))
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Check versions, GPUs, hub, disk, ports and repository, and say what to do (exit code 1: errors)."""
+    from tasks.commands.doctor import doctor as examine
+
+    raise typer.Exit(examine(as_json))
+
+
+@app.command()
+def rehearse(
+    profile: Annotated[
+        str | None, typer.Option(help="a profile of profiles/; params.yaml without it")
+    ] = None,
+    keep: Annotated[bool, typer.Option("--keep", help="leave its folder, also after success")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
+) -> None:
+    """Run every stage once in miniature: true architectures scaled down, random weights (exit code 1: one
+    failed)."""
+    from tasks.commands.rehearse import rehearse as run_all
+
+    raise typer.Exit(run_all(profile, keep, as_json))
+
+
+def main() -> None:
+    """Exits with 2 and one line for what the user can mend."""
+    from tasks.stages.stage import main as run_program
+
+    run_program(app)
+
+
+if __name__ == "__main__":
+    main()

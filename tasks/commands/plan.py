@@ -1,0 +1,192 @@
+"""`dgpo plan`: what a run needs on a machine, before it is paid for."""
+
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from dgpo_core.config.params import Params, load_params, resolve_profile
+from dgpo_core.errors import UserError
+from dgpo_core.planning.architectures import Architecture, architecture_of
+from dgpo_core.planning.episodes import assumed, first_measured
+from dgpo_core.planning.machine import GIB, Machine
+from dgpo_core.planning.plan import Plan, make_plan
+from dgpo_core.planning.stages import Planner
+from dgpo_core.planning.workload import PASSAGE_WORDS, Workload, expected_counts
+from dgpo_core.reporting.paper import paper_exact_match
+from tasks.commands.use import profile_path
+from tasks.project.dvc import Lock, read_lock
+from tasks.project.paths import EVALUATION, INDEX, METRICS, TEACHER_EPISODES, questions_file
+
+ENCODER = "retrieval.encoder.model"
+USUAL = "intfloat/e5-base-v2"
+EPISODES = ("models", "protocol", "questions")  # parameters that an episode's length and success hang on
+
+
+def plan_for(params: Params, machine: Machine) -> Plan:
+    """With what earlier runs in this working tree have measured, else with the paper's figures."""
+    student, teacher = architecture_of(params.models.student), architecture_of(params.models.teacher)
+    encoder, work = None, workload(params)
+    if params.retrieval.has_encoder:
+        encoder, note = _encoder(params.retrieval.encoder.model)
+        work = replace(work, sources=work.sources | note)
+    return make_plan(Planner(params, student, teacher, encoder, work, machine))
+
+
+def _encoder(model: str) -> tuple[Architecture, dict[str, str]]:
+    """Its shape, or a usual one and a note of that: there are more encoders than shapes that are known."""
+    try:
+        return architecture_of(model), {}
+    except UserError as why:
+        return architecture_of(USUAL), {ENCODER: f"{why}; planned as if it were {USUAL}"}
+
+
+def workload(params: Params) -> Workload:
+    """What stages of this experiment have measured in this working tree, else what is expected of them."""
+    lock = read_lock()
+    train, test, passages = expected_counts(params)
+    words, sources = PASSAGE_WORDS, {"questions and passages": "expected"}
+    if _ran(lock, "data", params, "data", "world", "questions"):
+        train |= {name: lines for name in train if (lines := _lines(name, "train"))}
+        test |= {name: lines for name in test if (lines := _lines(name, "test"))}
+        manifest = _json(INDEX / "manifest.json")
+        passages, words = manifest.get("passages", passages), manifest.get("average_words", words)
+        sources["questions and passages"] = "counted in data/questions and data/index"
+    limit = params.teach.questions
+    train = {name: min(count, limit or count) for name, count in train.items()}
+    taught = _ran(lock, "teach", params, *EPISODES)
+    evaluated = sorted(EVALUATION.glob("*/episodes.parquet"))
+    files = [file for file in evaluated if _ran(lock, f"evaluate@{file.parent.name}", params, *EPISODES)]
+    lengths = first_measured([TEACHER_EPISODES, *files] if taught else files) or assumed(
+        params.protocol, params.retrieval.top_k
+    )
+    correct = paper_em(params, "teacher", params.questions.train)
+    sources["teacher's correct episodes"] = f"{correct:.0%}, the paper's teacher on the test sets"
+    if taught and (kept := _json(METRICS / "filter.json")):
+        correct, sources["teacher's correct episodes"] = kept["kept"] / kept["raw"], "metrics/filter.json"
+    gated = 1 - paper_em(params, "dgpo", params.questions.train)
+    sources["episodes with an open gate"] = f"{gated:.0%}, the paper's DGPO on the test sets"
+    for recipe in params.recipes.reinforce:
+        path = METRICS / f"reinforce-{recipe}.json"
+        if _ran(lock, f"reinforce@{recipe}", params, *EPISODES) and "em" in (measured := _json(path)):
+            gated, sources["episodes with an open gate"] = 1 - measured["em"], str(path)
+    return Workload(train, test, passages, words, lengths, correct, gated, sources)
+
+
+def _ran(lock: Lock, stage: str, params: Params, *keys: str) -> bool:
+    """Whether the stage's last run had these parameters: what another profile left here tells nothing."""
+    wanted = params.model_dump(mode="json")
+    try:
+        return all(lock[stage].param(key) == wanted[key] for key in keys)
+    except KeyError:  # it has not run, or as an earlier version of it
+        return False
+
+
+def paper_em(params: Params, recipe: str, sets: list[str]) -> float:
+    """The paper's mean EM over `sets`, or over all where a set plays none of the paper's parts."""
+    row = paper_exact_match(params.pair)[recipe]
+    columns = [params.questions.test.get(name, "avg") for name in sets]
+    return sum(row[column] for column in columns) / len(columns)
+
+
+def _lines(name: str, split: str) -> int:
+    path = questions_file(name, split)
+    if not path.is_file():
+        return 0
+    with path.open("rb") as file:
+        return sum(1 for _ in file)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """Empty where there is no such file. Raises UserError for a file that is no JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def chosen_params(profile: str | None, file: Path) -> Params:
+    """Of a profile, else of a params.yaml."""
+    if profile is None:
+        return load_params(file)
+    return Params.model_validate(resolve_profile(profile_path(profile)))
+
+
+def plan(profile: str | None, file: Path, machine: Machine, processes: int | None, as_json: bool) -> int:
+    """Print the plan; 1 when something does not fit."""
+    params = chosen_params(profile, file)
+    if processes is not None:
+        compute = params.compute.model_copy(update={"processes": processes})
+        params = params.model_copy(update={"compute": compute})
+    made = plan_for(params, machine)
+    if as_json:
+        print(json.dumps(made.to_json(), indent=2))
+    else:
+        show(made, params)
+    return 1 if made.problems else 0
+
+
+def show(made: Plan, params: Params) -> None:
+    console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
+    machine = made.machine
+    place = f"{machine.gpus} x {machine.device.name}" if machine.gpus else "no GPU"
+    console.print(f"profile {params.profile} on {place}\n")
+    columns = ["stage", "GPUs", "device memory", "host memory", "disk", "tokens", "FLOPs", "hours"]
+    paid = made.cost is not None
+    table = Table(*columns, *(["cost"] if paid else []), box=None, pad_edge=False)
+    for column in table.columns:
+        column.justify, column.no_wrap = "left" if column is table.columns[0] else "right", True
+    for s in made.stages:
+        hours = None if s.seconds is None else s.seconds / 3600
+        row = [s.stage, str(s.gpus or "-"), gib(s.device_memory), gib(s.host), gigabytes(s.disk)]
+        row += [
+            quantity(s.tokens),
+            f"{s.flops:.1e}" if s.flops else "-",
+            "?" if hours is None else f"{hours:.1f}",
+        ]
+        if paid and hours is not None and machine.price is not None:
+            row.append(f"{hours * machine.price * max(1, machine.gpus):.0f}")
+        table.add_row(*row)
+    console.print(table)
+    total = "unknown: name a GPU of the table" if made.hours is None else f"{made.hours:.1f}"
+    cost = f"   cost {made.cost:.0f}" if made.cost is not None else ""
+    console.print(f"\nhours, one stage after another: {total}{cost}   disk: {gigabytes(made.disk)}")
+    largest = max((s for s in made.stages if s.memory), key=lambda s: s.device_memory, default=None)
+    if largest:
+        parts = ", ".join(f"{name} {gib(size)}" for name, size in largest.memory.items() if size >= GIB / 20)
+        console.print(f"most memory: {largest.stage}: {parts}, and a tenth for what lies between")
+    if made.server:
+        needs = f"{gib(made.server.memory)} memory, {gigabytes(made.server.disk)} disk"
+        console.print(f"Qdrant server, beside the stages: {needs} (up to twice as much while it indexes)")
+    for name, text in made.assumptions.items():
+        console.print(f"{name}: {text}")
+    for problem in made.problems:
+        needed, there = problem.amount(problem.needed), problem.amount(problem.available)
+        console.print(
+            f"\n[bold]does not fit[/]: {problem.stage} needs {needed} of {problem.what}, there are {there}"
+            f"\n  what helps: {problem.advice}"
+        )
+    if not made.problems:
+        console.print("\nit fits")
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size else "-"
+
+
+def gigabytes(size: float) -> str:
+    return f"{size / 1e9:.1f} GB" if size >= 5e7 else "-" if not size else "< 0.1 GB"
+
+
+def quantity(number: float) -> str:
+    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= unit:
+            return f"{number / unit:.1f} {name}"
+    return f"{number:.0f}" if number else "-"

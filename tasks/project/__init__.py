@@ -1,0 +1,1 @@
+"""The project on disk: paths, git, DVC, files, processes."""

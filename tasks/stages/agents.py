@@ -1,0 +1,149 @@
+"""The parts that every rollout of a stage needs: a loop around a model, and tasks for it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dgpo_core.agent.engine import Engine, SeparateEngine
+from dgpo_core.agent.episode import Episode
+from dgpo_core.agent.loop import AgentLoop, EpisodeRunner, Task, em_of, stable_seed
+from dgpo_core.agent.prompts import encode_prompt, known_ids
+from dgpo_core.agent.transformers_engine import TransformersEngine
+from dgpo_core.agent.vllm_engine import VllmEngine
+from dgpo_core.agent.vllm_server import VllmServerEngine
+from dgpo_core.config.agent import GREEDY, Sampling
+from dgpo_core.config.params import PARAMS, Params
+from dgpo_core.config.recipes import STUDENT, TEACHER
+from dgpo_core.datasets.records import Question, read_questions
+from dgpo_core.errors import UserError
+from dgpo_core.retrieval.ranking import Retriever
+from dgpo_core.training import parallel
+from dgpo_core.training.episode_sources import Rollout, require_answered
+from dgpo_core.training.models import add_adapters, load_model
+from dgpo_core.training.weight_sync import EngineSync, SharedLoop, SyncedLoop
+from tasks.project.paths import questions_file
+from tasks.stages.stage import Run
+
+
+def agent_loop(params: Params, source: str, tokenizer: Any, index: Retriever) -> AgentLoop:
+    """The loop of a given model (folder or hub name), which stays as it is."""
+    engine: Engine | None = separate_engine(params, source, tokenizer)
+    if engine is None:
+        engine = TransformersEngine(load_model(source, params.compute.device), tokenizer, params.rollout)
+    return AgentLoop(engine, tokenizer, index, params.protocol, params.retrieval.top_k)
+
+
+def training_loop(
+    params: Params, model: PreTrainedModel, source: str, tokenizer: Any, index: Retriever
+) -> EpisodeRunner:
+    """Runs episodes of a model in training, loaded from `source`: what it generates is always the model's."""
+    top_k = params.retrieval.top_k
+    if params.rollout.engine == "transformers":
+        shared = TransformersEngine(model, tokenizer, params.rollout)
+        return SharedLoop(AgentLoop(shared, tokenizer, index, params.protocol, top_k))
+    engine = separate_engine(params, source, tokenizer) if parallel.leads() else None
+    if engine is None:
+        return SyncedLoop(None, tokenizer, index, params.protocol, top_k)
+    probe = params.rollout.probe
+    probed = split_tasks(params, "train", params.seed, probe.prompts)[: probe.prompts]
+    instruction = params.protocol.instruction
+    prompts = [encode_prompt(task.question.question, instruction, tokenizer) for task in probed]
+    sync = EngineSync(engine, model, prompts, probe, params.compute, known_ids(tokenizer))
+    return SyncedLoop(sync, tokenizer, index, params.protocol, top_k)
+
+
+def separate_engine(params: Params, source: str, tokenizer: Any) -> SeparateEngine | None:
+    """vLLM as `rollout` says, None for transformers. Raises UserError or InfrastructureError."""
+    config, longest = params.rollout, params.protocol.max_context
+    if config.engine == "vllm":
+        return VllmEngine(source, tokenizer, config, longest)
+    if config.engine == "vllm-server":
+        part = TEACHER if source == params.models.teacher else STUDENT
+        urls = config.server.teacher if part == TEACHER else config.server.student
+        if not urls:
+            raise UserError(f"{PARAMS}: rollout.server.{part}: no URL of a server for {source}")
+        return VllmServerEngine(urls, source, tokenizer, config, longest)
+    return None
+
+
+def load_student(params: Params, start: str) -> PreTrainedModel:
+    """The model that a stage trains, as `compute` wants it: with adapters, with checkpointed activations."""
+    compute = params.compute
+    narrow = compute.lora is not None and compute.precision == "bfloat16"  # what is not trained loses nothing
+    student = load_model(start, compute.device, torch.bfloat16 if narrow else torch.float32)
+    if compute.lora is not None:
+        add_adapters(student, compute.lora, params.seed)
+    if compute.gradient_checkpointing:
+        student.gradient_checkpointing_enable({"use_reentrant": False})
+    return student
+
+
+def training_rollout(runner: EpisodeRunner, tasks: list[Task], sampling: Sampling, seed: int) -> Rollout:
+    """Episodes of the student for a step's questions; every place of every step has a seed of its own."""
+
+    def rollout(chosen: list[int], step: int) -> list[Episode]:
+        drawn = [
+            Task(tasks[i].question, tasks[i].dataset, seed=(stable_seed(seed, step, place),))
+            for place, i in enumerate(chosen)
+        ]
+        return runner.run(drawn, sampling)
+
+    return rollout
+
+
+def tasks_for(dataset: str, questions: list[Question], seed: int) -> list[Task]:
+    """One episode a question, each with a sampling seed of its own."""
+    return [Task(q, dataset, seed=(stable_seed(seed, dataset, q.id),)) for q in questions]
+
+
+def split_tasks(params: Params, split: str, seed: int, limit: int | None = None) -> list[Task]:
+    """Tasks of the training sets' `split`, set after set; at most `limit` questions of each."""
+    tasks: list[Task] = []
+    for name in params.questions.train:
+        questions = read_questions(questions_file(name, split))
+        tasks += tasks_for(name, questions[:limit], seed)
+    return tasks
+
+
+class DevEvaluator:
+    """Greedy EM on the validation questions, half of them from each of two training sets.
+
+    Raises InfrastructureError when all episodes failed: no figure may come of it.
+    """
+
+    def __init__(self, params: Params, runner: EpisodeRunner, questions: int) -> None:
+        self._runner = runner
+        each = max(1, questions // len(params.questions.train))
+        self._tasks = split_tasks(params, "dev", params.seed, each)
+
+    def __call__(self) -> float:
+        episodes = self._runner.run(self._tasks, GREEDY)
+        require_answered(episodes)
+        return em_of(episodes)
+
+
+def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, float]]], None]:
+    """What a trainer tells of its rows so far goes to the progress bar (the `shown`) and to MLflow.
+
+    The first step without a reward is said: it is easily taken for one that taught something.
+    """
+    told = False
+
+    def report(steps: int, rows: list[dict[str, float]]) -> None:
+        step, row = len(rows), rows[-1]
+        values: dict[str, Any] = {key: row[key] for key in shown if key in row}
+        if looks := [row["dev_em"] for row in rows if "dev_em" in row]:
+            values["dev_em"] = looks[-1]
+        run.progress(step, steps, **values)
+        nonlocal told
+        if row.get("unrewarded") and not told:
+            told = True
+            run.note(
+                f"step {step}: no episode was rewarded. Such a step learns nothing but the KL to the "
+                "reference, where there is one (metric unrewarded)"
+            )
+        run.metrics(step, {key: value for key, value in row.items() if key != "step"})
+
+    return report

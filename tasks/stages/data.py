@@ -1,0 +1,75 @@
+"""Stage `data`: corpus and questions, of the embedded world or of the published data sets."""
+
+from collections.abc import Mapping
+
+from dgpo_core.config.params import Params, load_params
+from dgpo_core.datasets.audit import AnswerSearch, audit
+from dgpo_core.datasets.published import SETTING, fetch, fetch_questions, load_questions, write_corpus
+from dgpo_core.datasets.records import Question, write_jsonl
+from dgpo_core.world.facts import generate_world
+from dgpo_core.world.questions import write_articles, write_questions
+from tasks.project.paths import CORPUS, METRICS, QUESTIONS, questions_file
+from tasks.stages.outputs import write_metrics
+from tasks.stages.stage import Run, stage, stage_main
+
+Splits = dict[tuple[str, str], list[Question]]  # (set, split)
+
+
+def generate() -> None:
+    params = load_params()
+    {"world": write_world, "published": write_published}[params.data.source](params)
+
+
+def write_world(params: Params) -> None:
+    with stage("data", config=params.world.model_dump(), inputs=[], outputs=[CORPUS, QUESTIONS]) as run:
+        world = generate_world(params.world, params.world.seed)
+        articles = write_articles(world)
+        questions = write_questions(world, articles)
+        passages = [passage for article in articles for passage in article.passages]
+        write_jsonl(run.output(CORPUS), passages)
+        write_splits(run, questions)
+        counts = {"passages": len(passages), "articles": len(articles), "facts": len(world.facts)}
+        summarize(run, counts, questions, sources={})
+
+
+def write_published(params: Params) -> None:
+    config = params.data.published
+    asked = fetch_questions(config, params.questions)
+    corpus = fetch(config.corpus, f"{SETTING}.corpus")
+    files = {**asked.named, "corpus": corpus}
+    settings = {"data": config.model_dump(), "questions": params.questions.model_dump()}
+    inputs = [file.path for file in files.values()]
+    with stage("data", config=settings, inputs=inputs, outputs=[CORPUS, QUESTIONS]) as run:
+        questions, joins = load_questions(config, asked)  # first: it takes seconds, the corpus minutes
+        answers = AnswerSearch(questions)
+        passages = write_corpus(
+            config,
+            corpus,
+            run.output(CORPUS),
+            lambda done, total: run.progress(done, total, unit="passages"),
+            answers.read,
+        )
+        write_splits(run, questions)
+        sources = {f"source {name}": file.origin for name, file in files.items()}
+        found = audit(questions, answers)
+        for remark in found.remarks:
+            print(remark, flush=True)
+        summarize(run, {"passages": passages, **joins, **found.counts}, questions, sources)
+
+
+def write_splits(run: Run, questions: Splits) -> None:
+    folder = run.output(QUESTIONS)
+    for number, ((name, split), items) in enumerate(questions.items(), 1):
+        write_jsonl(questions_file(name, split, folder), items)
+        run.progress(number, len(questions))
+
+
+def summarize(run: Run, counts: Mapping[str, float], questions: Splits, sources: dict[str, str]) -> None:
+    """The stage's metrics: `counts`, the questions of each split, and where everything comes from."""
+    summary = {**counts} | {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
+    write_metrics(run.output(METRICS / "data.json"), {**summary, **sources})
+    run.summary(summary)
+
+
+if __name__ == "__main__":
+    stage_main("data", generate)

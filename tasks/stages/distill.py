@@ -1,0 +1,131 @@
+"""Stage `distill`: one recipe's distillation (eq. 1; docs/method.md, "Recipes")."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from dgpo_core.agent.episode import Episode, read_episodes
+from dgpo_core.agent.loop import EpisodeRunner
+from dgpo_core.agent.prompts import known_ids
+from dgpo_core.config.params import Params, load_params
+from dgpo_core.config.recipes import Distillation
+from dgpo_core.errors import UserError
+from dgpo_core.training.batches import check_same_vocabulary
+from dgpo_core.training.checkpoint import Checkpoint
+from dgpo_core.training.distill import Distiller
+from dgpo_core.training.episode_sources import (
+    EpisodeSource,
+    MixedEpisodes,
+    StudentEpisodes,
+    TeacherEpisodes,
+    without_failed,
+)
+from dgpo_core.training.models import load_model, load_tokenizer, merged, save_model
+from dgpo_core.training.teacher_cache import TeacherCache
+from tasks.project.paths import (
+    CORRECT_EPISODES,
+    DISTRIBUTIONS,
+    INDEX,
+    METRICS,
+    MODELS,
+    PLOTS,
+    QUESTIONS,
+    TEACHER_EPISODES,
+)
+from tasks.stages.agents import (
+    DevEvaluator,
+    load_student,
+    reporter,
+    split_tasks,
+    training_loop,
+    training_rollout,
+)
+from tasks.stages.inputs import local, model_source, require_episodes, retriever
+from tasks.stages.launch import in_processes
+from tasks.stages.outputs import write_curves, write_metrics
+from tasks.stages.stage import stage, stage_main
+
+
+def distill(name: str) -> None:
+    params = load_params()
+    recipe = params.distillation(name)
+    start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"distill-{name}.csv"
+    config = params.sections(
+        "distill", "compute", "protocol", "rollout", "retrieval", "models", "questions", "seed"
+    ) | {"recipe": recipe.model_dump()}
+    inputs = [TEACHER_EPISODES, CORRECT_EPISODES, DISTRIBUTIONS, INDEX, QUESTIONS]
+    inputs += [*local(start), *local(params.models.teacher)]
+    with stage(f"distill@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
+        torch.manual_seed(params.seed)
+        tokenizer = load_tokenizer(start)
+        student = load_student(params, start)
+        teacher, cache = _teacher(params, recipe, tokenizer)
+        loop = training_loop(params, student, start, tokenizer, retriever(params))
+        source = episode_source(params, recipe, loop)
+        dev = DevEvaluator(params, loop, params.distill.dev_questions)
+        distiller = Distiller(
+            student,
+            teacher,
+            recipe,
+            params.distill,
+            params.compute,
+            source,
+            cache,
+            known_ids(tokenizer),
+        )
+        rows = distiller.train(Checkpoint(run.state), dev, reporter(run, ("loss", "em")))
+        em = rows[-1]["dev_em"]
+        begins_rl = any(row.start == name for row in params.recipes.reinforce.values())
+        if begins_rl and em < params.distill.min_em:
+            raise UserError(
+                f"distill@{name}: validation EM {em:.3f} is below distill.min_em {params.distill.min_em}: "
+                "the student is too weak for RL; train longer or lower the threshold"
+            )
+        if not run.leads:
+            return
+        save_model(merged(student), tokenizer, run.output(out))
+        write_curves(run.output(curves), rows)
+        kept = ("dev_em", "loss", "divergence", "em", "searches")
+        summary: dict[str, float] = {key: rows[-1][key] for key in kept if key in rows[-1]}
+        write_metrics(run.output(METRICS / f"distill-{name}.json"), summary)
+        run.summary(summary)
+        run.register_model(name, out)
+
+
+def _teacher(
+    params: Params, recipe: Distillation, tokenizer: Any
+) -> tuple[PreTrainedModel | None, TeacherCache | None]:
+    """Where the recipe has the teacher's distributions from: the model, what was kept of it, or both."""
+    check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))  # `ce` imitates its token ids
+    if recipe.objective == "ce":
+        return None, None
+    cached = params.distill.teacher == "cache" and recipe.episodes != "student"
+    cache = TeacherCache(DISTRIBUTIONS, tokenizer) if cached else None
+    if recipe.episodes == "teacher" and cache:
+        return None, cache
+    return load_model(params.models.teacher, params.compute.device), cache
+
+
+def episode_source(params: Params, recipe: Distillation, runner: EpisodeRunner) -> EpisodeSource:
+    """The teacher's episodes that the recipe wants, the student's own, or both."""
+    tasks = split_tasks(params, "train", params.seed)
+    rollout = training_rollout(runner, tasks, params.distill.sampling, params.seed)
+    if recipe.episodes == "student":
+        return StudentEpisodes(rollout, len(tasks), params.distill, params.seed)
+    episodes = teacher_episodes(recipe)
+    if recipe.episodes == "mixed":
+        return MixedEpisodes(episodes, rollout, len(tasks), params.distill, params.seed)
+    return TeacherEpisodes(episodes, params.distill, params.seed)
+
+
+def teacher_episodes(recipe: Distillation) -> list[Episode]:
+    """Raises UserError when there is none."""
+    path = CORRECT_EPISODES if recipe.correct_only else TEACHER_EPISODES
+    episodes = without_failed(read_episodes(path))
+    require_episodes(len(episodes), f"episodes in {path}")
+    return episodes
+
+
+if __name__ == "__main__":
+    stage_main("distill", lambda name: in_processes(lambda: distill(name)), "recipe")

@@ -1,0 +1,53 @@
+"""Stage `distributions`: keep the teacher's distributions on its episodes, for all epochs and recipes."""
+
+import json
+
+from dgpo_core.agent.episode import read_episodes
+from dgpo_core.config.params import load_params
+from dgpo_core.training.batches import check_same_vocabulary
+from dgpo_core.training.episode_sources import without_failed
+from dgpo_core.training.models import load_model, load_tokenizer
+from dgpo_core.training.teacher_cache import CERTIFICATE, keep_distributions
+from tasks.project.paths import DISTRIBUTIONS, METRICS, TEACHER_EPISODES
+from tasks.stages.inputs import local, require_episodes
+from tasks.stages.outputs import write_metrics
+from tasks.stages.stage import stage, stage_main
+
+
+def distributions() -> None:
+    params = load_params()
+    config = params.sections("distributions", "compute", "models") | {
+        "teacher": params.distill.teacher,
+        "taid_start": params.distill.taid.start,
+    }
+    inputs = [TEACHER_EPISODES, *local(params.models.teacher), *local(params.models.student)]
+    with stage("distributions", config=config, inputs=inputs, outputs=[DISTRIBUTIONS]) as run:
+        if params.distill.teacher == "live":
+            (folder := run.output(DISTRIBUTIONS)).mkdir()
+            (folder / CERTIFICATE).write_text(json.dumps({"teacher": "live"}) + "\n")
+            write_metrics(run.output(METRICS / "distributions.json"), {"episodes": 0})
+            return
+        tokenizer = load_tokenizer(params.models.teacher)
+        check_same_vocabulary(load_tokenizer(params.models.student), tokenizer)
+        episodes = without_failed(read_episodes(TEACHER_EPISODES))
+        require_episodes(len(episodes), f"episodes in {TEACHER_EPISODES}")
+        kept = run.state / "distributions"  # a killed run keeps its finished files
+        certificate = keep_distributions(
+            kept,
+            episodes,
+            load_model(params.models.teacher, params.compute.device),
+            load_model(params.models.student, params.compute.device),
+            tokenizer,
+            params.distributions,
+            params.compute,
+            run.progress,
+            params.distill.taid,
+        )
+        kept.rename(run.output(DISTRIBUTIONS))
+        summary = {key: value for key, value in vars(certificate).items() if key != "tokenizer"}
+        write_metrics(run.output(METRICS / "distributions.json"), summary)
+        run.summary(summary)
+
+
+if __name__ == "__main__":
+    stage_main("distributions", distributions)

@@ -1,0 +1,108 @@
+"""Stage `evaluate`: one model on every test set, its ARCap, and why its wrong answers are wrong."""
+
+import pyarrow.parquet as pq
+
+from dgpo_core.agent.episode import Episode, Outcome, write_episodes
+from dgpo_core.agent.loop import AgentLoop, Task, collect, em_of
+from dgpo_core.config.params import Params, load_params
+from dgpo_core.datasets.records import Question, read_questions
+from dgpo_core.evaluation import arcap, diagnosis
+from dgpo_core.evaluation.tables import write_question_table
+from dgpo_core.training.models import load_tokenizer
+from tasks.project.paths import EVALUATION, INDEX, METRICS, QUESTIONS, questions_file
+from tasks.stages.agents import agent_loop, tasks_for
+from tasks.stages.inputs import local, model_source, retriever
+from tasks.stages.outputs import write_metrics
+from tasks.stages.stage import Run, stage, stage_main
+from tasks.tracking.traces import trace_episodes
+
+
+def evaluate(model: str) -> None:
+    params = load_params()
+    source, out = model_source(params, model), EVALUATION / model
+    config = params.sections("evaluate", "protocol", "rollout", "retrieval", "questions") | {"model": source}
+    inputs = [INDEX, QUESTIONS, *local(source)]
+    with stage(f"evaluate@{model}", config=config, inputs=inputs, outputs=[out]) as run:
+        tokenizer = load_tokenizer(source)
+        index = retriever(params)
+        evaluator = Evaluator(params, agent_loop(params, source, tokenizer, index), run)
+        episodes = evaluator.test_sets()
+        rows = evaluator.arcap(episodes)
+        folder = run.output(out)
+        write_question_table(folder / "questions.parquet", episodes)
+        write_episodes(folder / "episodes.parquet", episodes, {"index": index.digest})
+        pq.write_table(arcap.as_table(rows), folder / "arcap.parquet", compression="zstd")
+        diagnoses = diagnosis.diagnose(episodes, evaluator.asked(), tokenizer.decode)
+        pq.write_table(diagnosis.as_table(diagnoses), folder / "diagnosis.parquet", compression="zstd")
+        summary = summarize(params, episodes)
+        write_metrics(run.output(METRICS / f"evaluate-{model}.json"), summary)
+        run.summary(summary)
+        trace_episodes(run, episodes, tokenizer.decode, params.evaluate.trace_episodes)
+
+
+class Evaluator:
+    """Runs the test sets and ARCap's extra episodes, all through the same loop."""
+
+    def __init__(self, params: Params, loop: AgentLoop, run: Run) -> None:
+        self._params, self._loop, self._run = params, loop, run
+
+    def questions(self, dataset: str) -> list[Question]:
+        return read_questions(questions_file(dataset, "test"))[: self._params.evaluate.questions]
+
+    def asked(self) -> dict[tuple[str, str], Question]:
+        """Every test question by data set and id."""
+        return {(name, q.id): q for name in self._params.questions.test for q in self.questions(name)}
+
+    def test_sets(self) -> list[Episode]:
+        tasks = [
+            task
+            for name in self._params.questions.test
+            for task in tasks_for(name, self.questions(name), self._params.evaluate.seed)
+        ]
+        return self._collect(tasks, "test")
+
+    def arcap(self, episodes: list[Episode]) -> list[arcap.Row]:
+        """All measurements for which a test set plays the part."""
+        rows: list[arcap.Row] = []
+        for role in ("nq", "musique"):
+            dataset = self._params.questions.playing(role)
+            if dataset is None:
+                continue
+            own = [episode for episode in episodes if episode.dataset == dataset]
+            rows += arcap.source_referencing(
+                role,
+                dataset,
+                self.questions(dataset),
+                self._params.evaluate.seed,
+                self._collect,
+                self._params.protocol.documents,
+            )
+            if role == "nq":
+                rows += arcap.query_rewriting(role, own)
+            rows += arcap.thinking(role, own)
+        return rows
+
+    def _collect(self, tasks: list[Task], name: str) -> list[Episode]:
+        config = self._params.evaluate
+        return collect(
+            self._loop,
+            tasks,
+            config.sampling,
+            config.chunk,
+            self._run.state / name,
+            lambda done, total, em: self._run.progress(done, total, part=name, em=em),
+        )
+
+
+def summarize(params: Params, episodes: list[Episode]) -> dict[str, float]:
+    """EM of each test set, their average, and how many episodes failed."""
+    summary: dict[str, float] = {
+        name: em_of([e for e in episodes if e.dataset == name]) for name in params.questions.test
+    }
+    summary["average"] = sum(summary.values()) / len(summary)
+    summary["failed"] = sum(e.outcome is Outcome.FAILED for e in episodes)
+    return summary
+
+
+if __name__ == "__main__":
+    stage_main("evaluate", evaluate, "model")

@@ -1,0 +1,54 @@
+"""Stage `filter`: keep the teacher's correct episodes, and say what was dropped and why."""
+
+from collections import Counter
+from pathlib import Path
+
+from dgpo_core.agent.episode import Ending, Episode, Outcome, read_episodes, read_metadata, write_episodes
+from dgpo_core.config.params import load_params
+from tasks.project.paths import CORRECT_EPISODES, METRICS, TEACHER_EPISODES
+from tasks.stages.inputs import require_episodes
+from tasks.stages.outputs import write_csv, write_metrics
+from tasks.stages.stage import stage, stage_main
+
+AUDIT = Path("data/correct/audit.csv")
+
+
+def reason(episode: Episode) -> str:
+    """`kept`, or the first thing that keeps an episode from training."""
+    if episode.outcome is Outcome.CORRECT:
+        return "kept"
+    if episode.outcome is Outcome.FAILED:
+        return "infrastructure failed"
+    if episode.ending is Ending.LENGTH:
+        return "no room in the context"
+    if episode.prediction is None:
+        return "no answer"
+    return "wrong answer, evidence found" if episode.hit else "wrong answer, evidence not found"
+
+
+def audit(episodes: list[Episode]) -> dict[tuple[str, str], int]:
+    """Number of episodes by (data set, reason), most frequent first."""
+    return dict(Counter((e.dataset, reason(e)) for e in episodes).most_common())
+
+
+def filter_episodes() -> None:
+    load_params()  # a broken params.yaml stops every stage
+    with stage("filter", config={}, inputs=[TEACHER_EPISODES], outputs=[CORRECT_EPISODES, AUDIT]) as run:
+        episodes = read_episodes(TEACHER_EPISODES)
+        kept = [episode for episode in episodes if episode.correct]
+        require_episodes(len(kept), f"correct teacher episodes in {TEACHER_EPISODES}")
+        write_episodes(run.output(CORRECT_EPISODES), kept, read_metadata(TEACHER_EPISODES))
+        counts = audit(episodes)
+        table = [[dataset, why, count] for (dataset, why), count in sorted(counts.items())]
+        write_csv(run.output(AUDIT), [["data set", "reason", "episodes"], *table])
+        summary: dict[str, float] = {"raw": len(episodes), "kept": len(kept)}
+        for (_, why), count in counts.items():
+            if why != "kept":
+                key = why.replace(",", "").replace(" ", "_")
+                summary[key] = summary.get(key, 0) + count
+        write_metrics(run.output(METRICS / "filter.json"), summary)
+        run.summary(summary)
+
+
+if __name__ == "__main__":
+    stage_main("filter", filter_episodes)

@@ -1,0 +1,89 @@
+"""Stage `reinforce`: one recipe's PPO or GRPO, guided as its gate says (eqs. 2-4)."""
+
+from transformers import PreTrainedModel
+
+from dgpo_core.agent.prompts import known_ids
+from dgpo_core.config.params import Params, load_params
+from dgpo_core.config.recipes import Reinforcement
+from dgpo_core.training.batches import check_same_vocabulary
+from dgpo_core.training.checkpoint import Checkpoint
+from dgpo_core.training.models import load_model, load_tokenizer, merged, save_model
+from dgpo_core.training.reinforce import Reinforcer
+from tasks.project.paths import INDEX, METRICS, MODELS, PLOTS, QUESTIONS
+from tasks.stages.agents import (
+    DevEvaluator,
+    load_student,
+    reporter,
+    split_tasks,
+    training_loop,
+    training_rollout,
+)
+from tasks.stages.inputs import local, model_source, retriever
+from tasks.stages.launch import in_processes
+from tasks.stages.outputs import write_curves, write_metrics
+from tasks.stages.stage import stage, stage_main
+from tasks.tracking.traces import traced
+
+
+def reinforce(name: str) -> None:
+    params = load_params()
+    recipe = params.reinforcement(name)
+    start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"reinforce-{name}.csv"
+    config = params.sections(
+        "reinforce", "compute", "protocol", "rollout", "retrieval", "models", "questions", "seed"
+    ) | {"recipe": recipe.model_dump()}
+    inputs = [INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
+    with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
+        if recipe.guidance != "none" and recipe.algorithm == "ppo" and params.reinforce.kl_estimator != "k1":
+            run.note(
+                f"reinforce.kl_estimator: {params.reinforce.kl_estimator} as a reward does not pull towards "
+                "the reference as eq. 4 does; only k1 has the KL's gradient (docs/method.md, Estimators)"
+            )
+        tokenizer = load_tokenizer(start)
+        student = load_student(params, start)
+        reference = _reference(params, recipe, start, tokenizer)
+        loop = training_loop(params, student, start, tokenizer, retriever(params))
+        tasks = split_tasks(params, "train", params.seed)
+        rollout = training_rollout(loop, tasks, params.reinforce.sampling, params.seed)
+        every, limit = params.reinforce.dev_every, params.evaluate.trace_episodes
+        if run.leads:
+            rollout = traced(run, rollout, tokenizer.decode, every, limit)
+        dev = DevEvaluator(params, loop, params.reinforce.dev_questions)
+        trainer = Reinforcer(
+            student,
+            reference,
+            recipe,
+            params.reinforce,
+            params.compute,
+            params.seed,
+            known_ids(tokenizer),
+        )
+        report = reporter(run, ("em", "kl_inside", "searches"))
+        rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)
+        if not run.leads:
+            return
+        save_model(merged(student), tokenizer, run.output(out))
+        write_curves(run.output(curves), rows)
+        last = rows[-1]
+        kept = ("dev_em", "em", "searches", "kl_inside", "kl_outside", "entropy")
+        summary = {key: last[key] for key in kept if key in last}
+        summary["gate_excluded"] = sum(row["gate_excluded"] for row in rows) / len(rows)
+        write_metrics(run.output(METRICS / f"reinforce-{name}.json"), summary)
+        run.summary(summary)
+        run.register_model(name, out)
+
+
+def _reference(
+    params: Params, recipe: Reinforcement, start: str, tokenizer: object
+) -> PreTrainedModel | None:
+    """The frozen model of the KL term: the teacher, the model that RL starts from, or none."""
+    if recipe.reference == "none":
+        return None
+    if recipe.reference == "initial":
+        return load_model(start, params.compute.device)
+    check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))
+    return load_model(params.models.teacher, params.compute.device)
+
+
+if __name__ == "__main__":
+    stage_main("reinforce", lambda name: in_processes(lambda: reinforce(name)), "recipe")

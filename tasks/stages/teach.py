@@ -1,0 +1,50 @@
+"""Stage `teach`: the teacher runs the whole protocol on the training questions; raw episodes."""
+
+from pathlib import Path
+
+from dgpo_core.agent.episode import Outcome, write_episodes
+from dgpo_core.agent.loop import collect, em_of
+from dgpo_core.config.params import load_params
+from dgpo_core.training.batches import check_same_vocabulary
+from dgpo_core.training.models import load_tokenizer
+from tasks.project.paths import INDEX, METRICS, MODELS, QUESTIONS, TEACHER_EPISODES
+from tasks.stages.agents import agent_loop, split_tasks
+from tasks.stages.inputs import local, retriever
+from tasks.stages.outputs import write_metrics
+from tasks.stages.stage import stage, stage_main
+
+
+def teach() -> None:
+    params = load_params()
+    config = params.sections("teach", "protocol", "rollout", "retrieval", "models", "questions")
+    inputs = [INDEX, QUESTIONS, *local(params.models.teacher)]
+    with stage("teach", config=config, inputs=inputs, outputs=[TEACHER_EPISODES]) as run:
+        tokenizer = load_tokenizer(params.models.teacher)
+        if params.recipes.need_one_vocabulary and MODELS not in Path(params.models.student).parents:
+            # before the long work; a model of ours, which may not have been built yet, has our tokenizer
+            check_same_vocabulary(load_tokenizer(params.models.student), tokenizer)
+        index = retriever(params)
+        loop = agent_loop(params, params.models.teacher, tokenizer, index)
+        tasks = split_tasks(params, "train", params.teach.seed, params.teach.questions)
+        episodes = collect(
+            loop,
+            tasks,
+            params.teach.sampling,
+            params.teach.chunk,
+            run.state / "episodes",
+            lambda done, total, em: run.progress(done, total, em=em),
+        )
+        write_episodes(run.output(TEACHER_EPISODES), episodes, {"index": index.digest})
+        summary = {
+            "episodes": len(episodes),
+            "failed": sum(e.outcome is Outcome.FAILED for e in episodes),
+            "em": em_of(episodes),
+            "searches": sum(len(e.searches) for e in episodes) / len(episodes),
+            "model_tokens": sum(e.model_tokens for e in episodes) / len(episodes),
+        }
+        write_metrics(run.output(METRICS / "teach.json"), summary)
+        run.summary(summary)
+
+
+if __name__ == "__main__":
+    stage_main("teach", teach)

@@ -1,0 +1,1 @@
+"""What MLflow keeps: runs, traces, registered models and where they come from."""

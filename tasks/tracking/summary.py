@@ -1,0 +1,144 @@
+"""What the run of a pipeline says when it has ended: results, and which run made each stage's output.
+
+Imports mlflow's entities; `tasks.tracking.runs.Pipeline` calls it with its client.
+"""
+
+import json
+import time
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING
+
+from dgpo_core.config.params import PARAMS
+from tasks.project.dvc import LOCK
+from tasks.project.paths import REPORTS
+from tasks.project.progress import duration
+from tasks.tracking.lineage import lock_digest, locked_outputs
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Run
+
+Outputs = Mapping[str, Mapping[str, str]]  # stage -> path -> md5
+OUTPUT = "dvc.outputs."  # tag of a stage's run: the output's path -> its digest in dvc.lock
+NOTE = "mlflow.note.content"  # the run's description, Markdown
+MAX_NOTE = 8000  # characters, by MLflow's limit
+
+
+@dataclass(frozen=True)
+class Made:
+    """A stage, what this pipeline did with it, and the run that made its output (None: unknown)."""
+
+    stage: str
+    state: str
+    run_id: str | None = None
+    experiment: str | None = None
+    seconds: float | None = None
+
+
+def summarize(
+    client: "MlflowClient", run_id: str, root: Path, planned: Iterable[str] | None, succeeded: bool
+) -> None:
+    """Describe the ended pipeline `run_id`: where its outputs are from, its results, dvc.lock, params.yaml.
+
+    `planned` names the pipeline's stages; without it they are those of dvc.lock.
+    """
+    outputs = locked_outputs(root)
+    experiment = client.get_run(run_id).info.experiment_id
+    children = _children(client, experiment, run_id)
+    for stage, child in children.items():
+        if child.info.status == "FINISHED":
+            _log(client, child.info.run_id, tags=_output_tags(outputs, stage))
+    left = "unchanged" if succeeded else "not executed"
+    stages = [
+        _made(stage, children[stage].info.status, children[stage])
+        if stage in children
+        else _made(stage, left, _maker(client, experiment, outputs, stage))
+        for stage in dict.fromkeys([*(outputs if planned is None else planned), *children])
+    ]
+    executed = sum(made.state == "executed" for made in stages)
+    tags = {NOTE: note(stages), "stages": f"{executed} executed of {len(stages)}"}
+    tags |= {"dvc.lock": digest} if (digest := lock_digest(root)) else {}
+    reported = succeeded and "report" in {made.stage for made in stages}
+    _log(client, run_id, tags, results(root) if reported else {})
+    client.log_dict(run_id, {"stages": [asdict(made) for made in stages]}, "stages.json")
+    for path in (root / LOCK, root / PARAMS):
+        if path.is_file():
+            client.log_artifact(run_id, str(path))
+
+
+def results(root: Path) -> dict[str, float]:
+    """The report's `em/<model>/<data set or average>` and `arcap/<model>/<measurement>`; none without one."""
+    found: dict[str, float | None] = {}
+    with suppress(OSError, ValueError):
+        for model, sets in json.loads((root / REPORTS / "results.json").read_bytes()).items():
+            found |= {f"em/{model}/{name}": scores["em"] for name, scores in sets.items()}
+        for model, rows in json.loads((root / REPORTS / "arcap.json").read_bytes()).items():
+            found |= {f"arcap/{model}/{name}": row["mean"] for name, row in rows.items()}
+    return {name: value for name, value in found.items() if value is not None}
+
+
+def note(stages: Iterable[Made]) -> str:
+    """The stages as a Markdown table with links to the runs, cut to what MLflow takes."""
+    lines = ["| stage | state | time | run |", "| --- | --- | --- | --- |"]
+    length, more = sum(map(len, lines)) + 100, 0
+    for made in stages:
+        link = (
+            f"[{made.run_id[:8]}](#/experiments/{made.experiment}/runs/{made.run_id})" if made.run_id else ""
+        )
+        time = "" if made.seconds is None else duration(made.seconds)
+        line = f"| {made.stage} | {made.state} | {time} | {link or 'unknown'} |"
+        length += len(line) + 1
+        if length > MAX_NOTE:
+            more += 1
+        else:
+            lines.append(line)
+    return "\n".join([*lines, *([f"\n{more} more: artifact `stages.json`"] if more else [])])
+
+
+def _children(client: "MlflowClient", experiment: str, parent: str) -> dict[str, "Run"]:
+    """The newest run of each stage that this pipeline executed."""
+    mine = f"tags.`mlflow.parentRunId` = '{parent}'"
+    runs = client.search_runs([experiment], mine, order_by=["attributes.start_time ASC"])
+    return {run.data.tags["stage"]: run for run in runs if "stage" in run.data.tags}
+
+
+def _maker(client: "MlflowClient", experiment: str, outputs: Outputs, stage: str) -> "Run | None":
+    """The newest finished run of `stage` whose outputs had the digests that dvc.lock has now."""
+    tags = _output_tags(outputs, stage)
+    if not tags:
+        return None
+    conditions = [f"tags.stage = '{stage}'", "attributes.status = 'FINISHED'"]
+    conditions += [f"tags.`{name}` = '{md5}'" for name, md5 in tags.items()]
+    newest = ["attributes.start_time DESC"]
+    found = client.search_runs([experiment], " and ".join(conditions), max_results=1, order_by=newest)
+    return found[0] if found else None
+
+
+def _made(stage: str, state: str, run: "Run | None") -> Made:
+    if run is None:
+        return Made(stage, state)
+    start, end = run.info.start_time, run.info.end_time
+    seconds = (end - start) / 1000 if end else None
+    state = {"FINISHED": "executed"}.get(state, state.lower())
+    return Made(stage, state, run.info.run_id, run.info.experiment_id, seconds)
+
+
+def _output_tags(outputs: Outputs, stage: str) -> dict[str, str]:
+    return {f"{OUTPUT}{path}": md5 for path, md5 in outputs.get(stage, {}).items()}
+
+
+def _log(
+    client: "MlflowClient",
+    run_id: str,
+    tags: Mapping[str, str],
+    metrics: Mapping[str, float] = MappingProxyType({}),
+) -> None:
+    from mlflow.entities import Metric, RunTag
+
+    now = round(time.time() * 1000)
+    points = [Metric(name, value, now, 0) for name, value in metrics.items()]
+    client.log_batch(run_id, points, tags=[RunTag(name, value) for name, value in tags.items()])

@@ -1,0 +1,54 @@
+"""An engine that writes given texts, and retrievers that answer or fail as told."""
+
+from collections.abc import Callable
+from typing import Any
+
+from dgpo_core.agent.engine import Finish, Generation, Request
+from dgpo_core.config.agent import Sampling
+from dgpo_core.datasets.records import Passage
+from dgpo_core.errors import InfrastructureError
+from dgpo_core.retrieval.ranking import Hit
+
+Script = Callable[[tuple[int, ...], int], str]  # (the task's seed, turn) -> text
+
+
+class ScriptedEngine:
+    """Cuts a text at its limit of new tokens, as an engine must; every token has log-probability -0.5."""
+
+    def __init__(self, tokenizer: Any, script: Script) -> None:
+        self.tokenizer, self.script = tokenizer, script
+        self.requests: list[Request] = []
+
+    def generate(
+        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+    ) -> list[Generation]:
+        self.requests += requests
+        return [self._one(request, stop) for request in requests]
+
+    def _one(self, request: Request, stop: tuple[str, ...]) -> Generation:
+        *seed, turn = request.seed
+        text = self.script(tuple(seed), turn)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        finish = Finish.STOP if any(end in text for end in stop) else Finish.EOS
+        if len(ids) > request.max_new_tokens:
+            ids, finish = ids[: request.max_new_tokens], Finish.LENGTH
+        return Generation(ids, [-0.5] * len(ids), finish)
+
+
+class Answering:
+    """Always finds the same passages; the first `failures` calls fail."""
+
+    digest = "answering"
+
+    def __init__(self, passages: list[Passage] | None = None, failures: int = 0) -> None:
+        self.passages = passages or [Passage("7", "Ada", "Ada was born in Paris.")]
+        self.failures, self.calls = failures, 0
+        self.queries: list[str] = []
+
+    def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
+        self.calls += 1
+        if self.calls <= self.failures:
+            raise InfrastructureError("the index is down")
+        self.queries += queries
+        hits = [Hit(passage, 9.0 - i) for i, passage in enumerate(self.passages[:top_k])]
+        return [hits for _ in queries]

@@ -1,0 +1,411 @@
+"""The agent loop with an engine that writes given texts."""
+
+import math
+import random
+from dataclasses import replace
+from typing import Any, Literal
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
+
+from dgpo_core.agent import prompts
+from dgpo_core.agent.engine import Generation, Memory, Request
+from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
+from dgpo_core.agent.loop import AgentLoop, Task
+from dgpo_core.config.agent import GREEDY, ProtocolConfig, Sampling
+from dgpo_core.datasets.records import Passage
+from dgpo_core.errors import NotFinite
+from dgpo_core.retrieval.index import Index
+from dgpo_core.retrieval.ranking import Retriever
+from dgpo_core.world.tokenizer import build_tokenizer
+from tests.dgpo_core.agent.scripted import Answering, ScriptedEngine
+from tests.dgpo_core.making import question
+
+SEARCH = "<think> I need it. </think>\n<search> birthplace of Ada </search>"
+ANSWER = "<think> yes. </think>\n<answer> Paris </answer>"
+BABBLE = "I know nothing.<|im_end|>"
+TOKENIZER = build_tokenizer()
+
+
+def run(
+    *turns: str,
+    retriever: Retriever | None = None,
+    config: ProtocolConfig | None = None,
+    opening: str = "",
+    golden: tuple[str, ...] = ("Paris",),
+) -> tuple[Episode, ScriptedEngine]:
+    """One episode; the last text is written again and again."""
+    engine = ScriptedEngine(TOKENIZER, lambda _, turn: turns[min(turn, len(turns) - 1)])
+    loop = AgentLoop(engine, TOKENIZER, retriever or Answering(), config or ProtocolConfig(), 3)
+    (episode,) = loop.run([Task(question(answers=golden), "onehop", opening=opening)], GREEDY)
+    return episode, engine
+
+
+def pieces(episode: Episode) -> list[tuple[Owner, str]]:
+    """The episode as (owner, text) of its runs of tokens."""
+    runs: list[tuple[Owner, list[int]]] = []
+    for token, owner in zip(episode.token_ids, episode.owners, strict=True):
+        if not runs or runs[-1][0] != owner:
+            runs.append((Owner(owner), []))
+        runs[-1][1].append(token)
+    return [(owner, str(TOKENIZER.decode(ids))) for owner, ids in runs]
+
+
+def test_search_then_answer() -> None:
+    episode, engine = run(SEARCH, ANSWER)
+    prompt = prompts.prompt_text("Where was Ada born", "paper", TOKENIZER)
+    information = "\n\n<information>Doc 1(Title: Ada) Ada was born in Paris.\n</information>\n\n"
+    assert pieces(episode) == [
+        (Owner.PROMPT, prompt),
+        (Owner.MODEL, SEARCH),
+        (Owner.ENVIRONMENT, information),
+        (Owner.MODEL, ANSWER),
+    ]
+    assert episode.response == SEARCH + information + ANSWER
+    assert (episode.prediction, episode.outcome, episode.ending) == (
+        "Paris",
+        Outcome.CORRECT,
+        Ending.ANSWERED,
+    )
+    assert (episode.generations, episode.invalid_actions, episode.cut_turns) == (2, 0, 0)
+    assert episode.well_formed
+    assert episode.hit
+    (search,) = episode.searches
+    assert (search.query, search.passage_ids, search.scores) == ("birthplace of Ada", ["7"], [9.0])
+    assert [request.seed for request in engine.requests] == [(0, 0), (0, 1)]
+    second = engine.requests[1].token_ids
+    assert second == episode.token_ids[: len(second)]
+    assert TOKENIZER.decode(second) == prompt + SEARCH + information
+
+
+def test_budget_is_four_answered_searches_and_five_generations() -> None:
+    retriever = Answering()
+    episode, engine = run(SEARCH, retriever=retriever)
+    assert (len(engine.requests), episode.generations, len(episode.searches)) == (5, 5, 4)
+    assert len(retriever.queries) == 4
+    assert (episode.ending, episode.outcome, episode.prediction) == (Ending.BUDGET, Outcome.WRONG, None)
+    assert [owner for owner, _ in pieces(episode)].count(Owner.ENVIRONMENT) == 4
+    assert episode.owners[-1] == Owner.MODEL
+    assert not episode.well_formed
+
+
+def test_answer_in_the_last_generation_counts() -> None:
+    episode, _ = run(SEARCH, SEARCH, SEARCH, SEARCH, ANSWER)
+    assert (episode.outcome, episode.ending, episode.generations) == (Outcome.CORRECT, Ending.ANSWERED, 5)
+
+
+def test_invalid_actions_are_told_and_use_up_turns() -> None:
+    episode, engine = run(BABBLE)
+    assert len(engine.requests) == 5
+    assert (episode.invalid_actions, len(episode.searches), episode.ending) == (5, 0, Ending.BUDGET)
+    environment = [text for owner, text in pieces(episode) if owner == Owner.ENVIRONMENT]
+    assert environment == [prompts.INVALID_ACTION] * 4
+    assert pieces(episode)[1] == (Owner.MODEL, BABBLE), "the EOS that ended a turn belongs to it"
+    recovered, _ = run(BABBLE, SEARCH, ANSWER)
+    assert (recovered.outcome, recovered.invalid_actions, recovered.generations) == (Outcome.CORRECT, 1, 3)
+    assert not recovered.well_formed
+
+
+def test_no_turns_means_one_unanswered_generation() -> None:
+    episode, engine = run(SEARCH, config=ProtocolConfig(max_turns=0))
+    assert (len(engine.requests), len(episode.searches), episode.ending) == (1, 0, Ending.BUDGET)
+
+
+def test_answer_of_the_prompts_example_is_never_the_prediction() -> None:
+    episode, _ = run(SEARCH, golden=("Beijing",))
+    assert "<answer> Beijing </answer>" in pieces(episode)[0][1]
+    assert (episode.prediction, episode.outcome) == (None, Outcome.WRONG)
+
+
+def test_answer_scope_of_the_release_reads_the_prompt_too() -> None:
+    """Its episode without an answer is scored as the instruction's example."""
+    released = ProtocolConfig(answer_scope="prompt_and_response")
+    episode, _ = run(SEARCH, golden=("Beijing",), config=released)
+    assert (episode.prediction, episode.outcome) == ("Beijing", Outcome.CORRECT)
+    episode, _ = run(SEARCH, ANSWER, golden=("Beijing",), config=released)
+    assert (episode.prediction, episode.outcome) == ("Paris", Outcome.WRONG)
+
+
+def test_answers_in_retrieved_text_are_not_predictions() -> None:
+    passage = Passage("1", "T", "<answer> Paris </answer>")
+    episode, _ = run(SEARCH, retriever=Answering([passage]))
+    assert (episode.prediction, episode.outcome, episode.hit) == (None, Outcome.WRONG, True)
+
+
+def test_forced_answer() -> None:
+    context = "\n\n<information>Doc 1(Title: Ada) Ada was born in Paris.\n</information>\n\n<answer>"
+    episode, _ = run(" Paris </answer>", opening=context)
+    assert (episode.prediction, episode.outcome, episode.ending) == (
+        "Paris",
+        Outcome.CORRECT,
+        Ending.ANSWERED,
+    )
+    assert [owner for owner, _ in pieces(episode)] == [Owner.PROMPT, Owner.ENVIRONMENT, Owner.MODEL]
+    assert pieces(episode)[1][1] == context
+    assert episode.searches == []
+    thinking, _ = run(SEARCH, " Rome </answer>", ANSWER, opening=context.removesuffix("<answer>"))
+    assert (thinking.prediction, thinking.invalid_actions, len(thinking.searches)) == ("Paris", 1, 1)
+
+
+def test_context_limit() -> None:
+    prompt = len(TOKENIZER.encode(prompts.prompt_text("Where was Ada born", "paper", TOKENIZER)))
+    never, engine = run(ANSWER, config=ProtocolConfig(max_context=prompt))
+    assert (never.ending, never.outcome, never.generations, engine.requests) == (
+        Ending.LENGTH,
+        Outcome.WRONG,
+        0,
+        [],
+    )
+    cut, engine = run(SEARCH, config=ProtocolConfig(max_context=prompt + 4))
+    assert engine.requests[0].max_new_tokens == 4
+    assert (cut.model_tokens, cut.cut_turns, cut.ending, cut.generations) == (4, 1, Ending.LENGTH, 1)
+    written = len(TOKENIZER.encode(SEARCH))
+    full, engine = run(SEARCH, config=ProtocolConfig(max_context=prompt + written + 5))
+    assert (full.ending, full.generations, len(full.searches), len(engine.requests)) == (
+        Ending.LENGTH,
+        1,
+        1,
+        1,
+    )
+
+
+def test_limit_of_new_tokens() -> None:
+    episode, engine = run(SEARCH, config=ProtocolConfig(max_new_tokens=3))
+    assert {request.max_new_tokens for request in engine.requests} == {3}
+    assert (episode.cut_turns, episode.invalid_actions, episode.model_tokens) == (5, 5, 15)
+
+
+WORDS = st.lists(
+    st.sampled_from(["red", "house", "Ada", "was", "born", "1942", "\n", "x-y"]), max_size=40
+).map(" ".join)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3), st.integers(1, 120))
+def test_information_is_cut_but_never_its_tags(texts: list[tuple[str, str]], limit: int) -> None:
+    passages = [Passage(str(i), title, text) for i, (title, text) in enumerate(texts)]
+    episode, _ = run(
+        SEARCH, ANSWER, retriever=Answering(passages), config=ProtocolConfig(max_information=limit)
+    )
+    whole = "".join(prompts.document(i, p.title, p.text) for i, p in enumerate(passages, 1))
+    ids = [
+        t for t, owner in zip(episode.token_ids, episode.owners, strict=True) if owner == Owner.ENVIRONMENT
+    ]
+    before, after = TOKENIZER.encode("\n\n<information>"), TOKENIZER.encode("</information>\n\n")
+    assert ids[: len(before)] == before
+    assert ids[-len(after) :] == after
+    shown = ids[len(before) : -len(after)]
+    assert len(shown) <= limit
+    text = str(TOKENIZER.decode(shown))
+    if len(TOKENIZER.encode(whole)) <= limit:
+        assert shown == TOKENIZER.encode(whole)
+    elif text:
+        assert text.endswith("\n")
+        assert whole.startswith(text[:-1])
+    assert episode.outcome is Outcome.CORRECT
+    assert episode.searches[0].passage_ids == [p.id for p in passages]
+
+
+RELEASE = ProtocolConfig(documents="release")
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.tuples(WORDS, WORDS), min_size=1, max_size=3), st.integers(1, 120))
+def test_information_of_the_release_is_one_text(texts: list[tuple[str, str]], limit: int) -> None:
+    """Tokenised whole, as there; cut anywhere, but never its closing tag."""
+    passages = [Passage(str(i), title, text) for i, (title, text) in enumerate(texts)]
+    config = RELEASE.model_copy(update={"max_information": limit})
+    episode, _ = run(SEARCH, ANSWER, retriever=Answering(passages), config=config)
+    ids = [
+        t for t, owner in zip(episode.token_ids, episode.owners, strict=True) if owner == Owner.ENVIRONMENT
+    ]
+    whole = TOKENIZER.encode(prompts.information([(p.title, p.text) for p in passages], "release"))
+    before, after = TOKENIZER.encode("\n\n<information>"), TOKENIZER.encode("</information>\n\n")
+    if len(whole) <= len(before) + limit + len(after):
+        assert ids == whole
+    else:
+        assert ids == whole[: len(before) + limit] + after
+    assert episode.outcome is Outcome.CORRECT
+
+
+def test_titles_keep_their_quotes_in_the_releases_text() -> None:
+    episode, _ = run(SEARCH, ANSWER, config=RELEASE)
+    assert pieces(episode)[2][1] == (
+        '\n\n<information>Doc 1(Title: "Ada") Ada was born in Paris.</information>\n\n'
+    )
+
+
+@pytest.mark.parametrize("golden", ["A", "", "?", "Paris"])
+@pytest.mark.parametrize("nothing", ["", " ", "\n\t", "\u200b"])
+def test_an_answer_of_white_space_is_an_invalid_action_and_never_correct(golden: str, nothing: str) -> None:
+    episode, _ = run(f"<answer>{nothing}</answer>", golden=(golden,))
+    assert (episode.invalid_actions, episode.prediction, episode.outcome) == (5, None, Outcome.WRONG)
+
+
+@pytest.mark.parametrize(
+    ("text", "outcome"), [("A", Outcome.CORRECT), ("the", Outcome.WRONG), (".", Outcome.WRONG)]
+)
+def test_an_answer_that_normalises_to_nothing_earns_no_other(text: str, outcome: Outcome) -> None:
+    assert run(f"<answer> {text} </answer>", golden=("A",))[0].outcome is outcome
+
+
+@pytest.mark.parametrize("documents", ["plain", "release"])
+def test_of_a_long_passage_no_more_is_tokenised_than_is_shown(
+    documents: Literal["plain", "release"], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same tokens as of the whole passage, which would take seconds."""
+    read: list[int] = []
+    tokenizer = build_tokenizer()
+    encode = tokenizer.encode
+
+    def counted(text: str, **options: Any) -> Any:
+        read.append(len(text))
+        return encode(text, **options)
+
+    monkeypatch.setattr(tokenizer, "encode", counted)
+    sentence = "Bel is the mayor of Ula, and Ula lies on the river Aro. "
+    config = ProtocolConfig(max_information=320, documents=documents)
+    shown = []
+    for times in (60, 20_000):
+        retriever = Answering([Passage("1", "A log", "Short."), Passage("2", "Log", sentence * times)])
+        engine = ScriptedEngine(tokenizer, lambda _, turn: [SEARCH, ANSWER][turn])
+        loop = AgentLoop(engine, tokenizer, retriever, config, 3)
+        read.clear()
+        (episode,) = loop.run([Task(question(answers=("Aro",)), "onehop")], GREEDY)
+        assert episode.hit
+        shown.append(pieces(episode)[2][1])
+    assert shown[0] == shown[1]
+    assert 700 < len(shown[0]) < sum(read) < 20_000
+
+
+TURNS = st.lists(
+    st.sampled_from(
+        [SEARCH, ANSWER, BABBLE, "<search> </search>", "<answer> Rome </answer>", "x" * 30, "<|im_end|>"]
+    ),
+    min_size=1,
+    max_size=5,
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(TURNS, min_size=1, max_size=5), st.integers(0, 5), st.integers(150, 420), st.integers(2, 30))
+def test_owners_line_up_with_ids(scripts: list[list[str]], turns: int, context: int, new: int) -> None:
+    engine = ScriptedEngine(TOKENIZER, lambda seed, t: scripts[seed[0]][min(t, len(scripts[seed[0]]) - 1)])
+    config = ProtocolConfig(max_turns=turns, max_context=context, max_new_tokens=new)
+    loop = AgentLoop(engine, TOKENIZER, Answering(), config, 3)
+    tasks = [Task(question(name=f"q{i}"), "onehop", seed=(i,)) for i in range(len(scripts))]
+    episodes = loop.run(tasks, GREEDY)
+    assert [episode.question_id for episode in episodes] == [f"q{i}" for i in range(len(scripts))]
+    for i, episode in enumerate(episodes):
+        assert len(episode.token_ids) == len(episode.owners) == len(episode.logprobs)
+        own = [request for request in engine.requests if request.seed[0] == i]
+        assert episode.generations == len(own) <= turns + 1
+        # what the model wrote, where its requests end, is the model's, with its log-probabilities
+        marked = set()
+        for request in own:
+            assert len(request.token_ids) + request.max_new_tokens <= context
+            (answer,) = ScriptedEngine(TOKENIZER, engine.script).generate(
+                [request], GREEDY, ("</search>", "</answer>")
+            )
+            start = len(request.token_ids)
+            assert episode.token_ids[: start + len(answer.token_ids)] == request.token_ids + answer.token_ids
+            marked |= set(range(start, start + len(answer.token_ids)))
+        assert marked == {t for t, owner in enumerate(episode.owners) if owner == Owner.MODEL}
+        assert marked == {t for t, logprob in enumerate(episode.logprobs) if logprob != 0}
+        prompt = TOKENIZER.encode(prompts.prompt_text(question().question, "paper", TOKENIZER))
+        assert episode.token_ids[: len(prompt)] == prompt
+        assert [o for o in episode.owners if o == Owner.PROMPT] == [Owner.PROMPT] * len(prompt)
+        assert len(episode.searches) <= turns
+        assert episode.model_tokens == len(marked)
+
+
+def test_episodes_alone_and_together_are_the_same(index: Index) -> None:
+    scripts = [[SEARCH, ANSWER], [ANSWER], [SEARCH], [BABBLE, SEARCH, ANSWER]]
+    rng = random.Random(0)
+
+    def together(order: list[int]) -> dict[str, Episode]:
+        engine = ScriptedEngine(
+            TOKENIZER, lambda seed, t: scripts[seed[0]][min(t, len(scripts[seed[0]]) - 1)]
+        )
+        loop = AgentLoop(engine, TOKENIZER, index, ProtocolConfig(), 3)
+        episodes = loop.run([Task(question(name=f"q{i}"), "d", seed=(i,)) for i in order], GREEDY)
+        return {episode.question_id: episode for episode in episodes}
+
+    whole = together(rng.sample(range(4), 4))
+    for i in range(4):
+        assert together([i])[f"q{i}"] == whole[f"q{i}"]
+    assert len(whole["q0"].searches[0].passage_ids) == 3
+
+
+def test_failing_retriever_is_no_wrong_answer() -> None:
+    retriever = Answering(failures=99)
+    engine = ScriptedEngine(TOKENIZER, lambda seed, _: SEARCH if seed[0] else ANSWER)
+    loop = AgentLoop(engine, TOKENIZER, retriever, ProtocolConfig(), 3)
+    right, failed = loop.run([Task(question(name=f"q{i}"), "d", seed=(i,)) for i in range(2)], GREEDY)
+    assert (right.outcome, right.failure) == (Outcome.CORRECT, None)
+    assert (failed.outcome, failed.ending, failed.failure) == (
+        Outcome.FAILED,
+        Ending.FAILURE,
+        "the index is down",
+    )
+    assert (failed.searches, failed.generations, retriever.calls) == ([], 1, 3)
+
+
+def test_transient_failure_is_tried_again() -> None:
+    retriever = Answering(failures=1)
+    episode, _ = run(SEARCH, ANSWER, retriever=retriever)
+    assert (episode.outcome, retriever.calls) == (Outcome.CORRECT, 2)
+
+
+def test_hit_needs_a_golden_answer_in_a_passage() -> None:
+    episode, _ = run(SEARCH, SEARCH, ANSWER, golden=("London",))
+    assert not episode.hit
+    assert [search.hit for search in episode.searches] == [False, False]
+    other, _ = run(SEARCH, ANSWER, golden=("London", "the PARIS!"))
+    assert other.hit
+
+
+def test_question_mark_and_instruction(tokenizer: PreTrainedTokenizerFast) -> None:
+    episode, _ = run(ANSWER, config=ProtocolConfig(instruction="short"))
+    assert "Search if you need to. Question: Where was Ada born?\n" in pieces(episode)[0][1]
+    assert tokenizer.decode(episode.token_ids).count("?") == 1
+
+
+def test_an_ended_episode_holds_no_memory() -> None:
+    """Of two episodes one answers in its first turn: what the engine kept of it is gone in the second."""
+    memories: list[Memory] = []
+    held: list[list[bool]] = []
+
+    class Keeping(ScriptedEngine):
+        def generate(
+            self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+        ) -> list[Generation]:
+            memories.extend(r.memory for r in requests if r.memory and r.memory not in memories)
+            held.append([memory.kept is not None for memory in memories])
+            for memory in (r.memory for r in requests if r.memory):
+                memory.kept = "something"
+            return super().generate(requests, sampling, stop)
+
+    engine = Keeping(TOKENIZER, lambda seed, turn: ANSWER if seed == (0,) or turn == 2 else SEARCH)
+    loop = AgentLoop(engine, TOKENIZER, Answering(), ProtocolConfig(), 3)
+    tasks = [Task(question(), "onehop", seed=(i,)) for i in range(2)]
+    loop.run(tasks, GREEDY)
+    assert held == [[False, False], [False, True], [False, True]]
+    loop.run(tasks, GREEDY)
+    assert len(memories) == 4  # a run of its own, with memories of its own
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+def test_a_model_that_gives_no_numbers_is_no_wrong_answer(value: float) -> None:
+    """Whichever engine samples for it: evaluated, it would have EM 0."""
+
+    class Broken(ScriptedEngine):
+        def _one(self, request: Request, stop: tuple[str, ...]) -> Generation:
+            made = super()._one(request, stop)
+            return replace(made, logprobs=[*made.logprobs[:-1], value])
+
+    loop = AgentLoop(Broken(TOKENIZER, lambda *_: ANSWER), TOKENIZER, Answering(), ProtocolConfig(), 3)
+    with pytest.raises(NotFinite, match="the log-probability of a sampled token is"):
+        loop.run([Task(question(), "onehop")], GREEDY)
