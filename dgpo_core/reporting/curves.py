@@ -171,7 +171,7 @@ def thinned(points: Points, limit: int = MAX_POINTS) -> Points:
 
 
 def smoothed(points: Points) -> Points:
-    """Return the centred moving average over len / SMOOTHING points; at both ends over what there is of the window."""
+    """Average over a centred window of len / SMOOTHING points, or what of it lies within the curve."""
     half = max(1, len(points) // SMOOTHING // 2)
     values = [value for _, value in points]
     return [

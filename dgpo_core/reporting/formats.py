@@ -8,6 +8,8 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from markupsafe import Markup
 
+from dgpo_core.files import write_text
+
 TEMPLATES = Path(__file__).parent / "templates"
 
 MODEL_LABELS = {
@@ -94,11 +96,8 @@ def as_json(table: Any) -> str:
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
     """Write each text to the file of its name in `folder`, by atomic rename."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        temporary = folder / f"{name}.part"
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(folder / name)
+        write_text(folder / name, text)
 
 
 def template(name: str) -> Template:

@@ -31,8 +31,9 @@ from dgpo_core.evaluation.results import (
     rounded,
 )
 from dgpo_core.evaluation.statistics import CONFIDENCE, Estimate, mean_of_means
+from dgpo_core.files import PART, replacement, write_text
 from dgpo_core.reporting.curves import Curve, read_curves
-from dgpo_core.reporting.formats import GIVEN, as_json, write_texts
+from dgpo_core.reporting.formats import GIVEN, as_json
 
 RECORD = "record.json"
 TABLES = ("questions.parquet", "arcap.parquet")
@@ -63,29 +64,26 @@ def keep(run: Path, folder: Path, record: SeedRecord) -> Path:
     Raises UserError for a file that the run does not have.
     """
     out = folder / str(record.seed)
-    temporary = folder / f"{record.seed}.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        for model in record.models:
-            (temporary / "evaluation" / model).mkdir(parents=True)
-            for name in TABLES:
-                shutil.copyfile(run / "evaluation" / model / name, temporary / "evaluation" / model / name)
-    except OSError as error:
-        raise UserError(f"seed {record.seed}: {error.filename}: {error.strerror}") from error
-    (temporary / "plots").mkdir()
-    for curve in sorted((run / "plots").glob("*.csv")):
-        shutil.copyfile(curve, temporary / "plots" / curve.name)
-    counted = record.model_copy(update={"parameters": parameter_counts(run), "families": families(run)})
-    write_texts(temporary, {RECORD: as_json(counted.model_dump())})
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    with replacement(out) as part:
+        try:
+            for model in record.models:
+                (part / "evaluation" / model).mkdir(parents=True)
+                for name in TABLES:
+                    shutil.copyfile(run / "evaluation" / model / name, part / "evaluation" / model / name)
+        except OSError as error:
+            raise UserError(f"seed {record.seed}: {error.filename}: {error.strerror}") from error
+        (part / "plots").mkdir()
+        for curve in sorted((run / "plots").glob("*.csv")):
+            shutil.copyfile(curve, part / "plots" / curve.name)
+        counted = record.model_copy(update={"parameters": parameter_counts(run), "families": families(run)})
+        write_text(part / RECORD, as_json(counted.model_dump()))
     return out
 
 
 def find_records(folder: Path) -> list[Path]:
     """Find the folders below `folder` with a seed's record, but for what a killed or running `keep` left."""
     found = (file.parent for file in folder.rglob(RECORD))
-    return sorted(path for path in found if path.suffix != ".part")
+    return sorted(path for path in found if path.suffix != PART)
 
 
 def require_comparable(records: list[tuple[Path, SeedRecord]]) -> SeedRecord:
