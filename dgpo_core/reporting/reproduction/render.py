@@ -204,7 +204,7 @@ def exact_match_table(tables: Row) -> Table:
     }
     first = next(iter(own.values()))
     columns = [Column(name, (_plays(tables, name), f"{first[name]['n']:,} questions")) for name in names]
-    rows = []
+    rows: list[list[Cell]] = []
     for model, entries in own.items():
         is_best = {
             name: (mean := means[name].get(model)) is not None and mean == best[name] for name in names
@@ -224,7 +224,7 @@ def model_pairs_table(tables: Row) -> Table:
     """Make table 3: a row for each recipe, a column for each pair of models."""
     found = {(row["model"], row["pair"]): row for row in tables["model_pairs"]}
     pairs = list(dict.fromkeys(pair for _, pair in found))
-    rows = [
+    rows: list[list[Cell]] = [
         [
             _head(model),
             *(
@@ -240,7 +240,7 @@ def model_pairs_table(tables: Row) -> Table:
 def arcap_table(tables: Row) -> Table:
     """Make table 5."""
     names = _measurements(tables)
-    rows = [
+    rows: list[list[Cell]] = [
         [
             _head(model, tables["arcap"]),
             *(Figure(own[name], 2 if "searches" in name else 3) for name in names),
@@ -293,7 +293,7 @@ def stability_table(tables: Row) -> Table:
 
 def sizes_table(found: Row) -> Table:
     """Make the table of all pairs of models."""
-    rows = [
+    rows: list[list[Cell]] = [
         [
             Head(pair["profile"], notes=(f"as {pair['pair']}",)),
             *(Words(given_text(pair, role)) for role in GIVEN),
