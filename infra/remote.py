@@ -68,4 +68,4 @@ def _dvc(*arguments: str) -> None:
 
 if __name__ == "__main__":
     command = sys.argv.pop(1)
-    run_as(command, {"push": push, "pull": pull}[command])
+    run_as(command, push if command == "push" else pull)

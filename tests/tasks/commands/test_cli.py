@@ -1,6 +1,7 @@
 """The command `dgpo`, run as its users run it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -58,8 +59,8 @@ def test_flows_and_servers_are_programs_that_replace_the_command(
     with pytest.raises(SystemExit):
         typer.main.get_command(cli.app)(words.split())
     assert started == [sys.executable, "-m", *program.replace("PYTHON", sys.executable).split()]
-    assert cli.os.environ["PREFECT_HOME"] == str(ROOT / ".prefect")
-    assert cli.os.environ["PATH"] == f"{Path(sys.executable).parent}:/bin"
+    assert os.environ["PREFECT_HOME"] == str(ROOT / ".prefect")
+    assert os.environ["PATH"] == f"{Path(sys.executable).parent}:/bin"
 
 
 def test_a_program_gets_the_options_of_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
