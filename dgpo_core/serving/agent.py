@@ -1,14 +1,13 @@
 """One model with its index, which answers one question at a time through the pipeline's own agent loop."""
 
 from collections.abc import Callable, Iterator
-from itertools import groupby
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from dgpo_core.agent import prompts
 from dgpo_core.agent.answers import normalize
-from dgpo_core.agent.episode import Episode, Owner
+from dgpo_core.agent.episode import Decode, Episode
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.agent.prompts import encode_prompt, encode_start
 from dgpo_core.config.agent import ProtocolConfig, RolloutConfig, Sampling
@@ -111,24 +110,20 @@ def sources(answer: str | None, searches: list[Information]) -> list[Source]:
     return [Source(number=n, id=passage.id, title=passage.title) for n, passage in enumerate(holding, 1)]
 
 
-def _steps(episode: Episode, decode: Callable[[list[int]], str], ends: set[int]) -> Iterator[Step]:
-    """What model and environment wrote, in order, from the episode's tokens and their owners."""
-    turn = 0
-    tokens = zip(episode.token_ids, episode.owners, strict=True)
-    for owner, group in groupby(tokens, key=lambda token: token[1]):
-        ids = [token for token, _ in group]
-        if owner == Owner.MODEL:
-            splitter = TagSplitter()
-            text = decode(ids[:-1] if ids[-1] in ends else ids)
-            for kind, piece in [*splitter.feed(text), *splitter.close()]:
-                if piece.strip():
-                    yield Step(kind=kind, turn=turn, text=piece.strip())
-        elif owner == Owner.ENVIRONMENT:
-            yield _environment(decode(ids), turn)
-            turn += 1
+def _steps(episode: Episode, decode: Decode, end_tokens: set[int]) -> Iterator[Step]:
+    """Yield what model and environment wrote, in order."""
+    for number, turn in enumerate(episode.turns):
+        ids = episode.token_ids[turn.start : turn.end]
+        splitter = TagSplitter()
+        text = decode(ids[:-1] if ids[-1] in end_tokens else ids)
+        for kind, piece in [*splitter.feed(text), *splitter.close()]:
+            if piece.strip():
+                yield Step(kind=kind, turn=number, text=piece.strip())
+        if turn.end < turn.reply_end:
+            yield _reply(decode(episode.token_ids[turn.end : turn.reply_end]), number)
 
 
-def _environment(text: str, turn: int) -> Step:
+def _reply(text: str, turn: int) -> Step:
     if text.startswith(prompts.INFORMATION_PREFIX):
         inside = text.removeprefix(prompts.INFORMATION_PREFIX).removesuffix(prompts.INFORMATION_SUFFIX)
         return Step(kind="information", turn=turn, text=inside.strip())
