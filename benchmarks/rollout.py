@@ -14,7 +14,7 @@ from transformers import Cache, DynamicCache, PreTrainedModel
 from dgpo_core.agent.engine import Memory, Request
 from dgpo_core.agent.transformers_engine import TransformersEngine, preallocated_cache
 from dgpo_core.config.agent import RolloutConfig, Sampling
-from dgpo_core.training.models import load_model, load_tokenizer
+from dgpo_core.models import load_model, load_tokenizer
 from tasks.project.paths import MODELS
 
 STEPS = 20

@@ -25,7 +25,7 @@ from dgpo_core.agent.vllm_requests import (
 )
 from dgpo_core.config.agent import RolloutConfig, Sampling
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
-from dgpo_core.training.models import load_model
+from dgpo_core.models import load_model
 
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
 OVERLOADED = (408, 425, 429)  # beside what begins with 5: asked again later, it may be answered

@@ -49,8 +49,8 @@ def open_agent(params: Params, source: str, name: str) -> "Agent":
     Raises UserError, and InfrastructureError when the retriever is down.
     """
     # torch and transformers take seconds to import: what can be wrong before them has been found by now
+    from dgpo_core.models import load_model, load_tokenizer
     from dgpo_core.serving.agent import Agent
-    from dgpo_core.training.models import load_model, load_tokenizer
     from tasks.stages.inputs import retriever
 
     tokenizer = load_tokenizer(source)

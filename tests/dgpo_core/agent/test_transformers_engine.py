@@ -11,7 +11,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dgpo_core.agent.engine import Finish, Request
 from dgpo_core.agent.transformers_engine import TransformersEngine, _Row
 from dgpo_core.config.agent import GREEDY, RolloutConfig, Sampling
-from dgpo_core.training.models import build_model
+from dgpo_core.models import build_model
 from tests.dgpo_core.making import SHAPE, padded
 
 FLOAT32 = RolloutConfig(precision="float32")

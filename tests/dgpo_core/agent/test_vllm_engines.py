@@ -32,8 +32,8 @@ from dgpo_core.config.agent import (
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.models import load_model, load_tokenizer, save_model
 from dgpo_core.retrieval.index import Index
-from dgpo_core.training.models import load_model, load_tokenizer, save_model
 from dgpo_core.training.weight_sync import EngineSync, SyncedLoop
 from dgpo_core.world.facts import World
 from dgpo_core.world.questions import Article, write_questions

@@ -14,7 +14,7 @@ from dgpo_core.agent.engine import Finish, Generation, Request, weights_of
 from dgpo_core.agent.vllm_server import VllmServerEngine
 from dgpo_core.config.agent import RolloutConfig, Sampling, ServerConfig
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.training.models import load_model, load_tokenizer, save_model
+from dgpo_core.models import load_model, load_tokenizer, save_model
 
 STUDENT = str(Path(__file__).resolve().parents[3] / "models" / "student")
 Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 from dgpo_core.agent.episode import Ending
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import UserError
+from dgpo_core.models import load_tokenizer
 from dgpo_core.serving.agent import Agent, sources
 from dgpo_core.serving.events import Ask, Event, Found, Information
-from dgpo_core.training.models import load_tokenizer
 from tests.dgpo_core.agent.scripted import Answering
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
 

@@ -12,10 +12,10 @@ import pytest
 from transformers import PreTrainedModel
 
 from dgpo_core.datasets.records import Question
+from dgpo_core.models import load_tokenizer
 from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.events import Ask, Record, Stopped
-from dgpo_core.training.models import load_tokenizer
 from tests.dgpo_core.agent.scripted import Answering
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
 from tests.dgpo_core.serving.service import serving

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.datasets.records import Passage, Question
+from dgpo_core.models import load_tokenizer
 from dgpo_core.retrieval.index import Index, index_passages
 from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.app import PAGE
 from dgpo_core.serving.events import Ask
-from dgpo_core.training.models import load_tokenizer
 from dgpo_core.world.questions import Article
 from tests.browser import CHROMIUM, Page, browse
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
+from dgpo_core.models import load_tokenizer
 from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.events import Ask, Event, Finished, Stopped, Waiting
 from dgpo_core.serving.queue import Busy, Desk, NotReady, Visit
-from dgpo_core.training.models import load_tokenizer
 from tests.dgpo_core.agent.scripted import Answering
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
 

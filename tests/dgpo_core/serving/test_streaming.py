@@ -13,11 +13,11 @@ from dgpo_core.agent.prompts import INVALID_ACTION
 from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.config.agent import GREEDY, Sampling
 from dgpo_core.datasets.records import Question
+from dgpo_core.models import load_tokenizer
 from dgpo_core.retrieval.index import Index
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.events import Ask, Delta, Event, Information, Notice, Stopped
 from dgpo_core.serving.streaming import Narrator, ReportingRetriever, StreamingEngine
-from dgpo_core.training.models import load_tokenizer
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
 
 Watched = tuple[Episode, list[Event], Narrator]
