@@ -10,7 +10,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.agent.engine import Engine, Generation, Memory, Request
+from dgpo_core.agent.engine import Engine, EpisodeCache, Generation, Request
 from dgpo_core.agent.episode import Episode
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.agent.transformers_engine import TransformersEngine
@@ -28,7 +28,7 @@ def rollout_config(**changes: Any) -> RolloutConfig:
 
 
 def conversation(
-    engine: TransformersEngine, memories: list[Memory | None], sampling: Sampling = WARM
+    engine: TransformersEngine, caches: list[EpisodeCache | None], sampling: Sampling = WARM
 ) -> list[list[Generation]]:
     """Turns of episodes with prompts, limits and environment's texts of mixed lengths; each turn continues
     what the last one wrote."""
@@ -37,12 +37,12 @@ def conversation(
     def words(longest: int) -> list[int]:
         return [rng.randrange(300) for _ in range(rng.randint(1, longest))]
 
-    histories = [words(30) for _ in memories]
+    histories = [words(30) for _ in caches]
     turns = []
     for turn in range(TURNS):
         asked = [
-            Request(list(history), rng.randint(1, 14), (i, turn), memory)
-            for i, (history, memory) in enumerate(zip(histories, memories, strict=True))
+            Request(list(history), rng.randint(1, 14), (i, turn), cache)
+            for i, (history, cache) in enumerate(zip(histories, caches, strict=True))
         ]
         turns.append(engine.generate(asked, sampling, NEVER))
         for history, answer in zip(histories, turns[-1], strict=True):
@@ -80,19 +80,19 @@ def test_same_tokens_as_without(
     sampling: Sampling,
 ) -> None:
     engine = TransformersEngine(model, tokenizer, rollout_config(**limits))
-    some = [Memory() if i % 3 else None for i in range(EPISODES)]
+    some = [EpisodeCache() if i % 3 else None for i in range(EPISODES)]
     alone = conversation(engine, [None] * EPISODES, sampling)
     same(conversation(engine, some, sampling), alone)
-    same(conversation(engine, [Memory() for _ in range(EPISODES)], sampling), alone)
+    same(conversation(engine, [EpisodeCache() for _ in range(EPISODES)], sampling), alone)
 
 
 def test_only_new_tokens_are_read(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
     engine = TransformersEngine(model, tokenizer, rollout_config())
-    memory = Memory()
-    (first,) = engine.generate([Request(list(range(20, 60)), 5, (0,), memory)], GREEDY, NEVER)
+    cache = EpisodeCache()
+    (first,) = engine.generate([Request(list(range(20, 60)), 5, (0,), cache)], GREEDY, NEVER)
     history = [*range(20, 60), *first.token_ids, 7, 8, 9]
     with tokens_read(model) as read:
-        engine.generate([Request(history, 2, (1,), memory)], GREEDY, NEVER)
+        engine.generate([Request(history, 2, (1,), cache)], GREEDY, NEVER)
     # the last token that was sampled had not been read, three are new; then one for the second sample
     assert read == [1 + 3, 1]
 
@@ -101,14 +101,14 @@ def test_what_belongs_to_another_history_is_not_used(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     engine = TransformersEngine(model, tokenizer, rollout_config())
-    memory = Memory()
-    engine.generate([Request([1, 2, 3, 4], 6, (0,), memory)], GREEDY, NEVER)
+    cache = EpisodeCache()
+    engine.generate([Request([1, 2, 3, 4], 6, (0,), cache)], GREEDY, NEVER)
     for other in ([1, 2, 9, 4, 5, 6, 7, 8, 9, 10, 11, 12], [1, 2]):
-        kept = memory.kept
-        found = engine.generate([Request(other, 6, (1,), memory)], WARM, NEVER)
+        kept = cache.content
+        found = engine.generate([Request(other, 6, (1,), cache)], WARM, NEVER)
         assert found == engine.generate([Request(other, 6, (1,))], WARM, NEVER)
-        assert memory.kept.ids == [*other, *found[0].token_ids[:-1]]
-        memory.kept = kept
+        assert cache.content.ids == [*other, *found[0].token_ids[:-1]]
+        cache.content = kept
 
 
 @pytest.mark.parametrize("batch_tokens", [100, 65_536])
@@ -124,19 +124,19 @@ def test_no_more_is_kept_than_allowed(
     engine = TransformersEngine(
         model, tokenizer, rollout_config(kept_tokens=limit, batch_tokens=batch_tokens)
     )
-    memories = [Memory() for _ in range(EPISODES)]
+    caches = [EpisodeCache() for _ in range(EPISODES)]
     held: list[int] = []
 
     def note(*_: Any) -> None:
-        held.append(sum(len(memory.kept.ids) for memory in memories if memory.kept))
+        held.append(sum(len(cache.content.ids) for cache in caches if cache.content))
 
     hook = model.base_model.register_forward_hook(note)
     try:
-        conversation(engine, [*memories])
+        conversation(engine, [*caches])
     finally:
         hook.remove()
     assert max(held) <= limit
-    kept = [memory.kept for memory in memories if memory.kept]
+    kept = [cache.content for cache in caches if cache.content]
     assert len(kept) in counts
     assert sum(len(one.ids) for one in kept) <= limit
     for one in kept:
@@ -144,20 +144,20 @@ def test_no_more_is_kept_than_allowed(
 
 
 class Remembering:
-    """An engine; `memories` are those that it was given, in the order of the requests."""
+    """An engine; `caches` are those that it was given, in the order of the requests."""
 
     def __init__(self, engine: TransformersEngine) -> None:
         self._engine = engine
-        self.memories: list[Memory] = []
+        self.caches: list[EpisodeCache] = []
         self.kept: list[bool] = []
 
     def generate(
         self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
     ) -> list[Generation]:
         answers = self._engine.generate(requests, sampling, stop)
-        given = [request.memory for request in requests if request.memory]
-        self.memories += given
-        self.kept += [memory.kept is not None for memory in given]
+        given = [request.cache for request in requests if request.cache]
+        self.caches += given
+        self.kept += [cache.content is not None for cache in given]
         return answers
 
 
@@ -176,7 +176,7 @@ def test_a_run_with_new_weights_uses_nothing_of_an_older_one(tokenizer: PreTrain
         for parameter in model.parameters():
             parameter.mul_(1.5)
     after = episodes(second, tokenizer)
-    assert not {*map(id, first.memories)} & {*map(id, second.memories)}
+    assert not {*map(id, first.caches)} & {*map(id, second.caches)}
     fresh = episodes(TransformersEngine(model, tokenizer, rollout_config(kept_tokens=0)), tokenizer)
     assert [e.token_ids for e in after] == [e.token_ids for e in fresh]
     assert [e.token_ids for e in after] != [e.token_ids for e in before]
@@ -197,7 +197,7 @@ def test_nothing_is_kept_for_a_turn_that_will_not_come(
 
 
 def test_an_episode_reads_each_token_once(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    """But for the padding of the batch; without a memory the history is read again in each turn."""
+    """But for the padding of the batch; without a cache the history is read again in each turn."""
     read = {}
     for limit in (0, 10_000):
         engine = TransformersEngine(model, tokenizer, rollout_config(kept_tokens=limit))
@@ -209,14 +209,14 @@ def test_an_episode_reads_each_token_once(model: PreTrainedModel, tokenizer: Pre
 
 
 def test_bfloat16_keeps_too(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
-    engine, memory, history = TransformersEngine(model, tokenizer, RolloutConfig()), Memory(), [4, 5, 6]
+    engine, cache, history = TransformersEngine(model, tokenizer, RolloutConfig()), EpisodeCache(), [4, 5, 6]
     for turn in range(3):
-        (answer,) = engine.generate([Request(list(history), 6, (turn,), memory)], Sampling(), NEVER)
+        (answer,) = engine.generate([Request(list(history), 6, (turn,), cache)], Sampling(), NEVER)
         with torch.inference_mode():
             logits = model(torch.tensor([history + answer.token_ids])).logits[0, len(history) - 1 : -1]
         expected = logits.float().log_softmax(-1)[torch.arange(len(answer.token_ids)), answer.token_ids]
         assert answer.logprobs == pytest.approx(expected.tolist(), abs=0.3)
         history += [*answer.token_ids, 9, 10]
-        keys, values = memory.kept.states[0]
+        keys, values = cache.content.states[0]
         assert (keys.dtype, values.dtype) == (torch.float32, torch.bfloat16)  # the planner counts 6 bytes
-    assert memory.kept.ids == history[:-3]
+    assert cache.content.ids == history[:-3]

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.agent import prompts
-from dgpo_core.agent.engine import Generation, Memory, Request
+from dgpo_core.agent.engine import EpisodeCache, Generation, Request
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.config.agent import GREEDY, ProtocolConfig, Sampling
@@ -373,19 +373,19 @@ def test_question_mark_and_instruction(tokenizer: PreTrainedTokenizerFast) -> No
     assert tokenizer.decode(episode.token_ids).count("?") == 1
 
 
-def test_an_ended_episode_holds_no_memory() -> None:
+def test_an_ended_episode_holds_no_cache() -> None:
     """Of two episodes one answers in its first turn: what the engine kept of it is gone in the second."""
-    memories: list[Memory] = []
+    caches: list[EpisodeCache] = []
     held: list[list[bool]] = []
 
     class Keeping(ScriptedEngine):
         def generate(
             self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
         ) -> list[Generation]:
-            memories.extend(r.memory for r in requests if r.memory and r.memory not in memories)
-            held.append([memory.kept is not None for memory in memories])
-            for memory in (r.memory for r in requests if r.memory):
-                memory.kept = "something"
+            caches.extend(r.cache for r in requests if r.cache and r.cache not in caches)
+            held.append([cache.content is not None for cache in caches])
+            for cache in (r.cache for r in requests if r.cache):
+                cache.content = "something"
             return super().generate(requests, sampling, stop)
 
     engine = Keeping(TOKENIZER, lambda seed, turn: ANSWER if seed == (0,) or turn == 2 else SEARCH)
@@ -394,7 +394,7 @@ def test_an_ended_episode_holds_no_memory() -> None:
     loop.run(tasks, GREEDY)
     assert held == [[False, False], [False, True], [False, True]]
     loop.run(tasks, GREEDY)
-    assert len(memories) == 4  # a run of its own, with memories of its own
+    assert len(caches) == 4  # a run of its own, with caches of its own
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])

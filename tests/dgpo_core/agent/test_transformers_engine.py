@@ -8,7 +8,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.agent.engine import Finish, Request
+from dgpo_core.agent.engine import FinishReason, Request
 from dgpo_core.agent.transformers_engine import TransformersEngine, _Row
 from dgpo_core.config.agent import GREEDY, RolloutConfig, Sampling
 from dgpo_core.models import build_model
@@ -112,7 +112,10 @@ def test_batches_stay_in_the_limit(model: PreTrainedModel, tokenizer: PreTrained
 
 def test_length_ends_a_generation(engine: TransformersEngine) -> None:
     answers = engine.generate([Request([5, 6], 7, (0,)), Request([5], 1, (0,))], GREEDY, NEVER)
-    assert [(len(a.token_ids), a.finish) for a in answers] == [(7, Finish.LENGTH), (1, Finish.LENGTH)]
+    assert [(len(a.token_ids), a.finish) for a in answers] == [
+        (7, FinishReason.LENGTH),
+        (1, FinishReason.LENGTH),
+    ]
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
@@ -173,7 +176,7 @@ def test_stop_strings_of_many_tokens(parrot: tuple[PreTrainedModel, PreTrainedTo
         "bye<|eot|>",
     ]
     assert [answer.finish for answer in answers] == [
-        Finish.STOP, Finish.STOP, Finish.EOS, Finish.LENGTH, Finish.EOS
+        FinishReason.STOP, FinishReason.STOP, FinishReason.EOS, FinishReason.LENGTH, FinishReason.EOS
     ]  # fmt: skip
     assert all(len(answer.token_ids) == len(answer.logprobs) for answer in answers)
 
@@ -183,7 +186,7 @@ def test_eos_of_the_tokenizer_alone(parrot: tuple[PreTrainedModel, PreTrainedTok
     model.generation_config.eos_token_id = None
     engine = TransformersEngine(model, tokenizer, FLOAT32)
     answers = engine.generate([Request(tokenizer.encode(p), 12, (0,)) for p in ("C:", "E:")], GREEDY, NEVER)
-    assert [answer.finish for answer in answers] == [Finish.EOS, Finish.LENGTH]
+    assert [answer.finish for answer in answers] == [FinishReason.EOS, FinishReason.LENGTH]
 
 
 def test_bfloat16_runs(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> None:
