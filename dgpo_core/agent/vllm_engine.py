@@ -225,7 +225,7 @@ def require_version(found: Sequence[str], expected: str) -> None:
 
 @contextlib.contextmanager
 def weights_in_folder(weights: Weights, config: RolloutConfig) -> Iterator[str]:
-    """Write weights in `rollout.precision` to a folder below `weights_folder`, and yield its absolute path."""
+    """Write weights in `rollout.precision` to a folder below `weights_folder`; yield its absolute path."""
     home = Path(config.weights_folder).resolve()
     home.mkdir(parents=True, exist_ok=True)
     dtype = getattr(torch, config.precision)

@@ -106,7 +106,7 @@ class Agent:
 
 
 def sources(answer: str | None, searches: list[SearchResult]) -> list[SourcePassage]:
-    """Return the retrieved passages in which the answer stands, each once, in the order in which they were found.
+    """Return the retrieved passages in which the answer stands, each once, in the order of retrieval.
 
     Whole words after SQuAD's normalisation: "Ann" does not stand in "annual" (text.py, `stands_in`).
     """

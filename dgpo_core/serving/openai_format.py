@@ -104,7 +104,7 @@ class ChatRequest(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        """The names of what was sent and not used: unknown parameters that are not null, and other messages."""
+        """What was sent and not used: other messages, and unknown parameters that are not null."""
         others = ["messages"] if len(self.messages) > 1 else []
         return others + [name for name, value in (self.model_extra or {}).items() if value is not None]
 
@@ -119,7 +119,7 @@ class ChatRequest(BaseModel):
 
 
 class Completion:
-    """Builds the response to one request: a whole one, or chunks. Beside OpenAI's fields: `episode` and `event`.
+    """Builds the response to one request, whole or in chunks; beside OpenAI's fields, `episode` and `event`.
 
     What a client puts together from `delta.content` is what it would get without `stream`: the answer.
     """

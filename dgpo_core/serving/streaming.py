@@ -1,4 +1,4 @@
-"""Events of an episode while it runs: wrappers around the engine and the retriever report to an `EventStream`.
+"""Events of a running episode: wrappers around its engine and its retriever report to an `EventStream`.
 
 The agent loop knows nothing of this: an episode that is watched is the same episode.
 """
