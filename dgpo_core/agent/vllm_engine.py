@@ -28,7 +28,7 @@ from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.temporary import temporary_folder
 
 UNTOUCHED = "default"  # vLLM's name of the weights it was started with
-INSTALL = "needs vLLM in this environment: see 'Rollouts with vLLM' in docs/operations.md"
+INSTALL = "needs vLLM in this environment: see docs/vllm.md"
 # Log-probabilities at the sampling temperature, as the loop records them; vLLM's default is raw ones.
 LOGPROBS_MODE = "processed_logprobs"
 NEVER = -1e9  # added to a logit: no probability, whatever the logit is
