@@ -109,7 +109,7 @@ def test_hostile_text_stays_text(browser: Page, questions: list[Question]) -> No
     assert any(HOSTILE in title for title in texts(browser, "details summary")), "the document was retrieved"
     assert any(HOSTILE in passage for passage in texts(browser, "details p"))
     assert browser.evaluate("document.querySelectorAll('#episode img, #episode script').length") == 0
-    assert browser.evaluate("document.title") == "AgentRequest the agent"
+    assert browser.evaluate("document.title") == "Ask the agent"
 
 
 def test_stop_ends_the_episode(browser: Page, retriever: Gated, questions: list[Question]) -> None:
@@ -119,7 +119,7 @@ def test_stop_ends_the_episode(browser: Page, retriever: Gated, questions: list[
     assert browser.evaluate("document.querySelector('#ask').disabled") is True
     browser.evaluate("document.querySelector('#stop').click()")
     finish(browser)
-    assert text(browser, "#result") == "EpisodeCancelled."
+    assert text(browser, "#result") == "Stopped."
     retriever.opened.set()
     ask(browser, questions[0].question)
     finish(browser)
@@ -137,7 +137,7 @@ def test_a_foreign_script_would_not_run(browser: Page) -> None:
     markup = '<img src=x onerror="document.title=1">'
     browser.evaluate(f"document.body.insertAdjacentHTML('beforeend', {json.dumps(markup)})")
     browser.wait_for("document.querySelector('body > img')?.complete")
-    assert browser.evaluate("document.title") == "AgentRequest the agent"
+    assert browser.evaluate("document.title") == "Ask the agent"
     assert any("Content Security Policy" in error for error in browser.errors)
 
 
