@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dgpo_core.errors import UserError
-from tasks.project.dvc import require_dvc
-from tasks.project.process import at_work
+from tasks.project.dvc import at_work, require_dvc
 
 DEFAULT_RETRIES = 2
 POOLS = ("cpu", "gpu")

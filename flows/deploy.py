@@ -41,7 +41,7 @@ from dgpo_core.errors import UserError
 from flows.dag import POOLS
 from flows.execution import GPU_LIMIT
 from flows.server import API_URL, answers_of, running_server
-from tasks.stages.stage import main as run_program
+from tasks.project.program import run_program
 
 FOLDER = Path(__file__).resolve().parents[1] / "infra" / "work-pools"
 

@@ -22,7 +22,7 @@ import tasks
 from flows.dag import Stage
 from flows.process import run_group
 from flows.workspace import LOCK_MESSAGES
-from tasks.stages.stage import FAILURE, STATE
+from tasks.project.program import FAILURE, STATE
 from tasks.tracking.store import tracking_uri
 
 GPU_LIMIT = "dgpo-gpu"  # Prefect's global concurrency limit; `make deploy` creates it

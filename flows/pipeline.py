@@ -35,7 +35,6 @@ from flows.schedule import Outcome, Plan, is_stale, run_all
 from flows.settings import DEFAULTS, PipelineSettings, with_overrides
 from flows.workspace import (
     Workspace,
-    changed_files,
     claim_name,
     enter_project,
     one_at_a_time,
@@ -46,9 +45,10 @@ from flows.workspace import (
 from tasks.commands.preflight import preflight
 from tasks.commands.show import RESULTS, load_results, markdown
 from tasks.commands.use import profile_path
-from tasks.project.process import refuse_second
+from tasks.project.dvc import refuse_second
+from tasks.project.git import changed_files
+from tasks.project.program import run_program
 from tasks.project.progress import duration
-from tasks.stages.stage import main as run_program
 from tasks.tracking.runs import PIPELINE_RUN, Pipeline, experiment_of
 from tasks.tracking.store import tracking_uri
 
@@ -108,7 +108,7 @@ def warn_of_changes(root: Path, revision: str = "HEAD") -> None:
 
     Of dvc.lock, which `make demo` writes, nothing is said: what it names comes from DVC's cache in any case.
     """
-    if changed := changed_files(root):
+    if changed := changed_files(".", ":(exclude)dvc.lock", root=root):
         names = ", ".join(changed)
         get_run_logger().warning("%s: not committed, so not part of this run of %s", names, revision)
 

@@ -25,7 +25,7 @@ from flows.settings import PipelineSettings
 from flows.workspace import RUNS, enter_project, one_at_a_time, open_workspace, plain_name
 from tasks.commands.use import profile_path
 from tasks.project.git import git
-from tasks.stages.stage import main as run_program
+from tasks.project.program import run_program
 
 REPORT, SEEDS = Path("reproduction"), "seeds"
 

@@ -22,7 +22,7 @@ import typer
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from flows.process import end_group
 from tasks.project import servers as services
-from tasks.stages.stage import main as run_program
+from tasks.project.program import run_program
 
 API_URL = "PREFECT_API_URL"
 PORT = 4200

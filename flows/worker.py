@@ -18,7 +18,7 @@ from flows.remote import POOL_VARIABLE
 from flows.server import API_URL, answers_of, running_server
 from flows.workspace import PUSH_VARIABLE, ROOT_VARIABLE, project_root
 from tasks.project import servers as services
-from tasks.stages.stage import main as run_program
+from tasks.project.program import run_program
 
 
 def work(

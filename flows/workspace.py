@@ -5,7 +5,6 @@ starts again finds its worktree and continues in it.
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import subprocess
@@ -13,14 +12,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from dgpo_core.config.params import PARAMS, read_yaml, validated
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from dgpo_core.files import write_text
+from tasks.project.dvc import BUSY
 from tasks.project.git import alone, ask, git
-from tasks.project.process import BUSY
 from tasks.project.servers import adopt
 from tasks.tracking.store import tracking_uri
 
@@ -132,13 +133,6 @@ def claim_name(root: Path, run_name: str, run_id: str) -> str:
     raise UserError(f"{run_name}: two runs of this name with the same id: {run_id}")
 
 
-def changed_files(root: Path) -> list[str]:
-    """Tracked files with changes that no commit has, but dvc.lock: it says what this checkout has made."""
-    return git(
-        "--no-optional-locks", "diff", "--name-only", "HEAD", "--", ".", ":(exclude)dvc.lock", cwd=root
-    ).splitlines()
-
-
 def open_workspace(root: Path, name: str, revision: str = "HEAD", *, keep_lock: bool = False) -> Workspace:
     """The worktree of run `name`, on its branch; as it was left when there is one.
 
@@ -181,28 +175,17 @@ def one_at_a_time(root: Path, name: str) -> Iterator[None]:
     A run that was taken for dead and started again may be alive: two must not write into one worktree.
     """
     path = root / RUNS / f"{name}.lock"
-    path.parent.mkdir(exist_ok=True)
-    while True:
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process works in {RUNS / name}: waiting until it ends", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(path, file):
-                continue  # who had it has removed it: a lock that nobody else will look for
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)  # while it is held
-            return
-
-
-def _is_at(path: Path, file: IO[str]) -> bool:
-    """Whether the open file is still the one of that name."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process works in {RUNS / name}: waiting until it ends", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held
+        lock.release()
 
 
 def share_cache(root: Path, tree: Path) -> None:

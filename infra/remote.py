@@ -15,7 +15,7 @@ from dvc.repo import Repo
 
 from dgpo_core.errors import UserError
 from tasks.project.dvc import require_dvc
-from tasks.stages.stage import main as run_program
+from tasks.project.program import run_program
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 

@@ -32,9 +32,9 @@ from rich.table import Table
 
 from dgpo_core.errors import UserError, without_credentials
 from flows.server import API_URL, START_TIMEOUT, server_command
+from tasks.project.program import run_program
 from tasks.project.progress import duration
 from tasks.project.servers import FOLDER, MARK, Record, leader, members, path, read, write
-from tasks.stages.stage import main as run_program
 from tasks.tracking.store import ARTIFACTS, artifact_root, local_path, prepare, tracking_uri
 
 NAMES = ("prefect", "mlflow")

@@ -344,7 +344,7 @@ def rehearse(
 
 def main() -> None:
     """Exits with 2 and one line for what the user can mend."""
-    from tasks.stages.stage import main as run_program
+    from tasks.project.program import run_program
 
     run_program(app)
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from dgpo_core.errors import UserError
 from dgpo_core.text import markdown_cell
-from tasks.stages.stage import main
+from tasks.project.program import run_program
 
 RESULTS = Path("reports/results.json")
 AVERAGE = "average"
@@ -77,4 +77,4 @@ def _values(value: Any) -> list[Any]:
 if __name__ == "__main__":
     from tasks.commands.cli import app
 
-    main(lambda: app(["show", *sys.argv[1:]], prog_name="dgpo"))
+    run_program(lambda: app(["show", *sys.argv[1:]], prog_name="dgpo"))

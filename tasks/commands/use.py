@@ -7,7 +7,7 @@ from dgpo_core.config.params import PARAMS, resolve_profile
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
 from dgpo_core.files import write_text
-from tasks.stages.stage import main
+from tasks.project.program import run_program
 
 PROFILES = Path("profiles")
 
@@ -36,4 +36,4 @@ def profile_path(profile: str, root: Path = Path()) -> Path:
 if __name__ == "__main__":
     from tasks.commands.cli import app
 
-    main(lambda: app(["use", *sys.argv[1:]], prog_name="dgpo"))
+    run_program(lambda: app(["use", *sys.argv[1:]], prog_name="dgpo"))

@@ -1,125 +1,115 @@
-"""What a stage read and wrote, as MLflow records it: data sets, small files, and pointers to large ones.
+"""What every stage program shares: state that survives a kill, outputs that are complete or absent, records.
 
-Imports mlflow's entities; each function is a job for the thread of `tasks.tracking.runs.StageRun`.
+    def run() -> None:
+        with stage("distill@kd", config={...}, inputs=[...], outputs=[MODEL]) as current:
+            save(model, current.output(MODEL))
 
-What every stage program shares: state that survives a kill, progress, tracking, and how it ends.
+    if __name__ == "__main__":
+        stage_main("distill", run)
 
-def run() -> None:
-    with stage("distill@kd", config={...}, inputs=[...], outputs=[MODEL]) as current:
-        save(model, current.output(MODEL))
-
-if __name__ == "__main__":
-    stage_main("distill", run)
+From top to bottom: `stage_main` runs the program, `stage` the stage; `_open_state` decides by the fingerprint
+whether an unfinished run is continued or begun again; what follows is about several processes that are one
+stage, about failures, and about the record of the run.
 """
 
+import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tasks.project.files import content_hash
-from tasks.project.paths import MODELS, PLOTS, REPORTS
-from tasks.tracking.lineage import locked_outputs
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-import argparse
-import fcntl
 import platform
 import re
 import shutil
-import signal
 import sys
 import textwrap
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import IO, Literal, NoReturn, SupportsFloat
+from pathlib import Path
+from typing import Any, NoReturn, SupportsFloat
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from dgpo_core.config.params import read_yaml
-from dgpo_core.errors import InfrastructureError, NotFinite, ResourceError, UserError
+from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.files import remove, write_json, write_text
-from tasks.project.files import Outputs
-from tasks.project.process import exit_on_signals, follows, is_worker, peak_memory
+from tasks.project.files import Outputs, content_hash
+from tasks.project.git import head
+from tasks.project.process import follows, is_worker, peak_memory
+from tasks.project.program import FAILURE, STATE, failure_file, record_failure, run_program
 from tasks.project.progress import Reporter
 from tasks.project.resources import resource_error
-from tasks.project.servers import adopt
-from tasks.tracking.lineage import Origin, git_commit, labels, origin, stage_labels
+from tasks.tracking.lineage import Origin, labels, origin, stage_labels
 from tasks.tracking.registry import WEIGHTS_PATIENCE, registration
-from tasks.tracking.runs import CLOSE_TIMEOUT, StageRun, Untracked, flatten, numbers
+from tasks.tracking.runs import (
+    CLOSE_TIMEOUT,
+    StageRun,
+    Untracked,
+    describe,
+    flatten,
+    log_inputs,
+    log_outputs,
+    numbers,
+)
 
-COPIED = (PLOTS, REPORTS)  # curves and report: for people, and small
-MAX_COPY = 10_000_000  # bytes of one file; the report's page stays below 8 MB
-MAX_DIGEST = 36  # characters, by MLflow's limit: DVC's digest of a folder fits, our SHA-256 is cut
-
-
-def log_inputs(client: "MlflowClient", run_id: str, stage: str, hashes: Mapping[str, str]) -> None:
-    """Inputs (path -> content hash) as MLflow data sets, by name and digest; nothing of them is loaded.
-
-    Under DVC the digest is DVC's, as dvc.lock has it of the stage that made the file; otherwise, and for
-    files that no stage makes, it is the beginning of ours.
-    """
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    made = locked_outputs().values() if os.environ.get("DVC_STAGE") else ()
-    known = {path: md5 for outputs in made for path, md5 in outputs.items()}
-    inputs = []
-    for path, digest in hashes.items():
-        source = json.dumps({"uri": Path(path).resolve().as_uri()})
-        dataset = Dataset(path, known.get(path, digest)[:MAX_DIGEST], "local", source)
-        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", _context(stage, Path(path)))]))
-    if inputs:
-        client.log_inputs(run_id, inputs)
-
-
-def log_outputs(client: "MlflowClient", run_id: str, pointers: Mapping[str, Mapping[str, Any]]) -> None:
-    """`outputs.json` with what `pointer` says of every output, and the files of COPIED folders themselves."""
-    client.log_dict(run_id, dict(pointers), "outputs.json")
-    for path in map(Path, pointers):
-        if any(path.is_relative_to(folder) for folder in COPIED):
-            for file in _files(path):
-                if file.stat().st_size <= MAX_COPY:
-                    client.log_artifact(run_id, str(file), file.parent.as_posix())
-
-
-def describe(outputs: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """{path: {"sha256", "bytes", "files"}} of each output: enough to know it again, wherever it is kept."""
-    return {
-        path.as_posix(): {
-            "sha256": content_hash(path),
-            "bytes": sum(file.stat().st_size for file in _files(path)),
-            "files": len(_files(path)),
-        }
-        for path in outputs
-    }
-
-
-def _context(stage: str, path: Path) -> str:
-    """What an input is for: MLflow shows it beside the data set's name."""
-    if path.is_relative_to(MODELS):
-        return "model"
-    return "evaluation" if stage.startswith(("evaluate@", "report")) else "training"
-
-
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-
-
-STATE, RUNS = Path(".state"), Path("runs")
-FINGERPRINT, FAILURE, TRACKING_RUN, OUTPUTS = "fingerprint.json", "failure.json", "mlflow_run", "outputs"
+RUNS = Path("runs")
+FINGERPRINT, TRACKING_RUN, OUTPUTS = "fingerprint.json", "mlflow_run", "outputs"  # in the stage's state
 SAME_FAULT = 10.0  # seconds in which one of several processes tells a fault that all of them have
 QUICK_CLOSE = 5.0  # seconds: whoever ends us waits about ten before SIGKILL
 
 
 class Busy(UserError):
     """Another process runs the stage."""
+
+
+def stage_main(name: str, function: Callable[..., None], argument: str | None = None) -> NoReturn:
+    """Run the program of a stage of dvc.yaml: `function`, with its one `argument` if it has one.
+
+    `--help` says what the stage reads and writes; any other use of the command line ends with 2. See
+    `run_program` for the other exit codes.
+    """
+
+    def run() -> None:
+        parser = argparse.ArgumentParser(
+            prog=f"python -m tasks.stages.{name.replace('-', '_')}",
+            description=sys.modules["__main__"].__doc__,
+            epilog=_graph(name, argument),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if argument:
+            parser.add_argument(argument, help=f"which one: the stage is {name}@<{argument}>")
+        function(*vars(parser.parse_args()).values())
+
+    run_program(run)
+
+
+def _graph(name: str, argument: str | None, file: Path = Path("dvc.yaml")) -> str:
+    """Describe what the stage reads besides the sources and what it writes, as dvc.yaml has it."""
+    if not file.is_file():
+        return ""
+    node = read_yaml(file)["stages"][name]
+    node = node.get("do", node)
+
+    def paths(*keys: str) -> list[str]:
+        entries = [entry for key in keys for entry in node.get(key, ())]
+        names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+        filled = [re.sub(r"\$\{(key|item)\}", f"<{argument}>", text) for text in names]
+        return [text.replace("${item.start}", "<its start>") for text in filled]
+
+    parts = {
+        "reads": [path for path in paths("deps") if not path.startswith(("tasks/", "dgpo_core/"))],
+        "parameters": paths("params"),
+        "writes": paths("outs", "metrics", "plots"),
+    }
+    lines = [
+        textwrap.fill(f"{title + ':':12}{', '.join(items)}", 100, subsequent_indent=" " * 12)
+        for title, items in parts.items()
+        if items
+    ]
+    return "\n".join(
+        [*lines, f"`dvc repro {name}{f'@<{argument}>' if argument else ''}` runs it with what it needs."]
+    )
 
 
 @dataclass
@@ -138,7 +128,7 @@ class Run:
     models: dict[str, Path] = field(default_factory=dict)  # recipe -> folder, to be registered
 
     def output(self, path: Path) -> Path:
-        """Where to write the output `path`, in place of which it is put when the stage has succeeded."""
+        """Return where to write the output `path`; it is put into its place when the stage has succeeded."""
         assert self.outputs is not None, "only the process that leads writes"
         return self.outputs.place(path)
 
@@ -151,11 +141,11 @@ class Run:
         self.reporter.note(text)
 
     def metrics(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Values of one step for MLflow's curves, such as {"train/em": 0.1}; sent in batches."""
+        """Send values of one step for MLflow's curves, such as {"train/em": 0.1}; they go in batches."""
         self.tracker.metrics(step, numbers(values))
 
     def summary(self, values: Mapping[str, SupportsFloat]) -> None:
-        """Final metrics of the stage."""
+        """Record final metrics of the stage."""
         self.final |= numbers(values)
         self.tracker.metrics(0, numbers(values))
 
@@ -163,8 +153,12 @@ class Run:
         """Register the output `folder` as a version of the registered model, once it is there."""
         self.models[recipe] = folder
 
-    def published(self, outputs: Sequence[Path]) -> None:
-        """Tell MLflow of the outputs, which are complete and where they belong."""
+    def track_inputs(self) -> None:
+        """Tell MLflow of the inputs."""
+        self.tracker.submit(lambda client, run_id: log_inputs(client, run_id, self.stage, self.inputs))
+
+    def track_outputs(self, outputs: Sequence[Path]) -> None:
+        """Tell MLflow of the outputs, which are complete and where they belong, and of the models."""
         pointers = describe(outputs)
         self.tracker.submit(lambda client, run_id: log_outputs(client, run_id, pointers))
         if self.origin:  # read before training began; otherwise somebody has broken params.yaml or dvc.lock
@@ -195,28 +189,32 @@ def stage(
     started, clock = datetime.now(UTC), time.monotonic()
     products = Outputs(STATE / name / OUTPUTS)
     with ExitStack() as held:
-        with _recorded(name, products):
+        # 1. Take the stage, fingerprint it, and continue or begin.
+        with _failures_recorded(name, products):
             held.enter_context(_alone(name))
             hashes = {path.as_posix(): content_hash(path) for path in inputs}
             state = _open_state(name, {"config": dict(config), "inputs": hashes})
         _wait_for_all()  # the others read the state
         tags = {**stage_labels(name), **labels(), **{f"input.{path}": hash for path, hash in hashes.items()}}
         tracker = StageRun(name, config, tags, state / TRACKING_RUN)
-        tracker.submit(lambda client, run_id: log_inputs(client, run_id, name, hashes))
         run = Run(name, state, Reporter(name), tracker, products, hashes, origin())
+        run.track_inputs()
         status = "FINISHED"
         try:
-            with _recorded(name, products), _named(name):
+            with _failures_recorded(name, products), _named(name):
+                # 2. Run the body.
                 yield run
+                # 3. Put all outputs into their places, or none.
                 missing = [str(path) for path in outputs if not (products.has(path) or path.exists())]
                 if missing:
                     raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
                 products.publish()
-                run.published(outputs)
+                run.track_outputs(outputs)
         except BaseException as error:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
             raise
         finally:
+            # 4. Record the run; what a failed one has done stays in the state.
             run.reporter.close()
             tracker.close(status, QUICK_CLOSE if status == "KILLED" else CLOSE_TIMEOUT)
             _write_run(run, status, started, time.monotonic() - clock)
@@ -225,215 +223,27 @@ def stage(
 
 
 @contextmanager
-def _recorded(name: str, products: Outputs) -> Iterator[None]:
-    """When the body fails: remove what it has written, and leave why in failure.json.
-
-    An error of the machine is raised as what there is to tell of it (resources.py).
-    """
-    try:
-        yield
-    except Busy:
-        raise  # the state is another process's
-    except BaseException as error:
-        place = products.latest or STATE / name
-        with suppress(OSError):  # first: whoever ends this process may not wait
-            products.discard()
-        told = resource_error(error, place)
-        _record_failure(name, told or error)
-        if told:
-            raise told from error
-        raise
-
-
-@contextmanager
 def _alone(name: str) -> Iterator[None]:
-    """Keep other processes from running the stage in this folder; a killed one's lock is gone with it.
+    """Keep other processes from running the stage in this folder; raise Busy while one does.
 
-    Raises Busy. DVC's stages are alone anyway: this is for those who start programs by hand.
+    DVC's stages are alone anyway: this is for those who start programs by hand. The kernel frees the lock of
+    a process that is killed.
     """
     path = STATE / f"{name}.lock"
     path.parent.mkdir(exist_ok=True)
-    with _locked(path, name):
+    try:
+        lock = FileLock(path).acquire(timeout=0)
+    except Timeout:
+        raise Busy(f"{name}: another process runs this stage here; wait until it ends") from None
+    with lock:
         try:
             yield
         finally:
             path.unlink(missing_ok=True)
 
 
-def _locked(path: Path, name: str) -> IO[str]:
-    """Open `path` with the kernel's lock on it, until it is closed. Raise Busy where another has it."""
-    while True:
-        file = path.open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    return file
-        except BlockingIOError:
-            file.close()
-            raise Busy(f"{name}: another process runs this stage here; wait until it ends") from None
-        except OSError:
-            return file  # a file system that knows no locks
-        file.close()  # its holder has removed it meanwhile
-
-
-@contextmanager
-def _following(name: str) -> Iterator[Run]:
-    """The stage in a process that writes nothing but why it failed."""
-    _wait_for_all()
-    with Path(os.devnull).open("w") as nowhere:
-        try:
-            with _named(name):
-                yield Run(name, STATE / name, Reporter(name, Console(file=nowhere)), Untracked(), leads=False)
-        except Exception as error:
-            error = resource_error(error, STATE / name) or error
-            if _failed_elsewhere(name):
-                time.sleep(
-                    SAME_FAULT
-                )  # the first process that ends, ends all: let it be the one that says why
-                raise SystemExit(2 if isinstance(error, UserError) else 1) from None
-            _record_failure(name, error)
-            raise error from error.__cause__
-
-
-@contextmanager
-def _named(stage_name: str) -> Iterator[None]:
-    """Say in which stage a number is none: whoever computes it does not know."""
-    try:
-        yield
-    except NotFinite as error:
-        raise UserError(f"{stage_name}: {error}") from error
-
-
-def _wait_for_all() -> None:
-    """Where several processes are the stage; only they have torch by now, which is slow to import."""
-    if is_worker():
-        from dgpo_core.training import parallel
-
-        parallel.wait()
-
-
-def _failed_elsewhere(name: str) -> bool:
-    """Whether another process has failed, and said why: mostly all fail alike, or because of one."""
-    path, end = _failure_path(name), time.monotonic() + SAME_FAULT
-    while not path.is_file() and time.monotonic() < end:
-        time.sleep(0.1)
-    return path.is_file()
-
-
-def main(function: Callable[[], None]) -> NoReturn:
-    """Run a program and exit: 0, 2 for the user's fault, 1 for others (a traceback only for a bug).
-
-    Why it failed is left in `.state/<stage>/failure.json`, because `dvc repro` exits 255 whatever happened.
-    """
-    exit_on_signals()
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # whoever started it has closed it (>&-)
-            setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115 - as long as the process
-    dvc_stage = os.environ.get("DVC_STAGE")  # set by DVC; errors before `stage()` belong to it too
-    code = 0
-    try:
-        if dvc_stage and not is_worker():
-            remove(STATE / dvc_stage / FAILURE)
-        adopt()
-        function()
-    except BaseException as caught:
-        error = resource_error(caught, Path.cwd()) or caught
-        with suppress(OSError):  # nobody may be reading any more
-            code = _explain(error)
-        if dvc_stage and code:
-            _record_failure(dvc_stage, error)
-    sys.exit(code)
-
-
-def stage_main(name: str, function: Callable[..., None], argument: str | None = None) -> NoReturn:
-    """Run the program of a stage of dvc.yaml: `function`, with its one `argument` if it has one. See `main`.
-
-    `--help` says what the stage reads and writes; any other use of the command line ends with 2.
-    """
-
-    def run() -> None:
-        parser = argparse.ArgumentParser(
-            prog=f"python -m tasks.{name.replace('-', '_')}",
-            description=sys.modules["__main__"].__doc__,
-            epilog=_graph(name, argument),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if argument:
-            parser.add_argument(argument, help=f"which one: the stage is {name}@<{argument}>")
-        function(*vars(parser.parse_args()).values())
-
-    main(run)
-
-
-def _graph(name: str, argument: str | None, file: Path = Path("dvc.yaml")) -> str:
-    """Return what dvc.yaml says of the stage: what it reads besides the sources, and what it writes."""
-    if not file.is_file():
-        return ""
-    node = read_yaml(file)["stages"][name]
-    node = node.get("do", node)
-
-    def paths(*keys: str) -> list[str]:
-        entries = [entry for key in keys for entry in node.get(key, ())]
-        names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
-        filled = [re.sub(r"\$\{(key|item)\}", f"<{argument}>", text) for text in names]
-        return [text.replace("${item.start}", "<its start>") for text in filled]
-
-    parts = {
-        "reads": [path for path in paths("deps") if not path.startswith(("tasks/", "dgpo_core/"))],
-        "parameters": paths("params"),
-        "writes": paths("outs", "metrics", "plots"),
-    }
-    lines = [
-        textwrap.fill(f"{title + ':':12}{', '.join(items)}", 100, subsequent_indent=" " * 12)
-        for title, items in parts.items()
-        if items
-    ]
-    return "\n".join(
-        [*lines, f"`dvc repro {name}{f'@<{argument}>' if argument else ''}` runs it with what it needs."]
-    )
-
-
-def _explain(error: BaseException) -> int:
-    """Print what went wrong and return the exit code."""
-    match error:
-        case UserError():
-            print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
-            return 2
-        case InfrastructureError():
-            print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
-            return 1
-        case KeyboardInterrupt():
-            return 128 + signal.SIGINT
-        case SystemExit():
-            return error.code if isinstance(error.code, int) else int(error.code is not None)
-    traceback.print_exception(error)
-    return 1
-
-
-def _record_failure(name: str, error: BaseException) -> None:
-    """Leave why the stage failed, where that can be written."""
-    kind: Literal["user", "infrastructure", "bug"] = "bug"
-    if isinstance(error, UserError):
-        kind = "user"
-    elif isinstance(error, InfrastructureError) or not isinstance(error, Exception):
-        kind = "infrastructure"  # the latter: somebody stopped it, and trying again is up to them
-    retryable = isinstance(error, InfrastructureError) and not isinstance(error, ResourceError)
-    path = _failure_path(name)
-    stage_name = os.environ.get("DVC_STAGE") or name
-    failure = {"stage": stage_name, "kind": kind, "retryable": retryable, "message": _one_line(error)}
-    with suppress(OSError):  # it is on standard error too
-        if path.exists() and (is_worker() or isinstance(error, SystemExit)):
-            return  # what failed first is the reason; the other processes fail because of it
-        write_json(path, failure)
-
-
-def _failure_path(name: str) -> Path:
-    return STATE / (os.environ.get("DVC_STAGE") or name) / FAILURE
-
-
 def _open_state(name: str, fingerprint: dict[str, Any]) -> Path:
-    """The stage's state folder, emptied unless it belongs to the same fingerprint."""
+    """Return the stage's state folder, emptied unless it belongs to the same fingerprint."""
     state = STATE / name
     text = json.dumps(fingerprint, indent=2, sort_keys=True)
     kept = state / FINGERPRINT
@@ -448,7 +258,7 @@ def _open_state(name: str, fingerprint: dict[str, Any]) -> Path:
 
 
 def _difference(kept: Path, fingerprint: Mapping[str, Any]) -> str:
-    """Which settings and inputs are not those of the unfinished run."""
+    """Name the settings and inputs that are not those of the unfinished run."""
     try:
         before, now = flatten(json.loads(kept.read_text(encoding="utf-8"))), flatten(fingerprint)
     except ValueError:
@@ -457,10 +267,74 @@ def _difference(kept: Path, fingerprint: Mapping[str, Any]) -> str:
     return ", ".join(key.removeprefix("config.").removeprefix("inputs.") for key in changed) + " changed"
 
 
-def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None:
-    """What is true of this execution only, and so of no output: times, machine, ids.
+@contextmanager
+def _failures_recorded(name: str, products: Outputs) -> Iterator[None]:
+    """When the body fails, remove what it has written and leave why in failure.json.
 
-    Where it cannot be written, it is said: the stage has ended as it has.
+    An error of the machine is raised in the words of `resource_error`.
+    """
+    try:
+        yield
+    except Busy:
+        raise  # the state is another process's
+    except BaseException as error:
+        place = products.latest or STATE / name
+        with suppress(OSError):  # first: whoever ends this process may not wait
+            products.discard()
+        told = resource_error(error, place)
+        record_failure(name, told or error)
+        if told:
+            raise told from error
+        raise
+
+
+@contextmanager
+def _named(stage_name: str) -> Iterator[None]:
+    """Say in which stage a number is not finite: whoever computes it does not know."""
+    try:
+        yield
+    except NotFinite as error:
+        raise UserError(f"{stage_name}: {error}") from error
+
+
+@contextmanager
+def _following(name: str) -> Iterator[Run]:
+    """Run the stage in a process that follows another one: it writes nothing but why it failed."""
+    _wait_for_all()
+    with Path(os.devnull).open("w") as nowhere:
+        try:
+            with _named(name):
+                yield Run(name, STATE / name, Reporter(name, Console(file=nowhere)), Untracked(), leads=False)
+        except Exception as error:
+            error = resource_error(error, STATE / name) or error
+            if _failed_elsewhere(name):
+                # The first process that ends, ends all: let it be the one that says why.
+                time.sleep(SAME_FAULT)
+                raise SystemExit(2 if isinstance(error, UserError) else 1) from None
+            record_failure(name, error)
+            raise error from error.__cause__
+
+
+def _wait_for_all() -> None:
+    """Wait where several processes are the stage; only they have torch by now, which is slow to import."""
+    if is_worker():
+        from dgpo_core.training import parallel
+
+        parallel.wait()
+
+
+def _failed_elsewhere(name: str) -> bool:
+    """Tell whether another process has failed and said why: mostly all fail alike, or because of one."""
+    path, end = failure_file(name), time.monotonic() + SAME_FAULT
+    while not path.is_file() and time.monotonic() < end:
+        time.sleep(0.1)
+    return path.is_file()
+
+
+def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None:
+    """Record what is true of this execution only, and so of no output: times, machine, ids.
+
+    Where that cannot be written, say so: the stage has ended as it has.
     """
     record = {
         "stage": run.stage,
@@ -471,7 +345,7 @@ def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None
         "peak_memory_bytes": peak_memory(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "git": git_commit(),
+        "git": head(),
         "mlflow_run": run.tracker.run_id,
         "summary": run.final,
     }
@@ -479,9 +353,3 @@ def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None
         write_json(RUNS / run.stage / "run.json", record)
     except OSError as error:
         print(f"warning: no record of this run: {error}", file=sys.stderr, flush=True)
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        return f"stopped with exit code {error.code}"
-    return " ".join(str(error).split()) or type(error).__name__

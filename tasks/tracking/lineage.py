@@ -22,7 +22,7 @@ from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
 from tasks.project.dvc import LOCK, Lock, LockedStage, dvc_md5, read_lock, upstream
 from tasks.project.files import content_hash
-from tasks.project.git import ask
+from tasks.project.git import changed_files, head
 from tasks.project.paths import CORPUS, INDEX, METRICS, MODELS
 
 PROFILES = Path("profiles")
@@ -45,28 +45,11 @@ def lock_digest(root: Path = Path()) -> str | None:
     return None
 
 
-def git_commit(root: Path = Path()) -> str:
-    """The commit that is checked out; empty outside git."""
-    return (ask("rev-parse", "HEAD", root=root) or "").strip()
-
-
-def git_dirty(root: Path = Path()) -> bool | None:
-    """Whether a tracked file differs from the commit, RECORDED ones aside; None outside git."""
-    others = [f":(exclude){path}" for path in RECORDED]
-    changed = ask("status", "--porcelain", "--untracked-files=no", "--", ".", *others, root=root)
-    return None if changed is None else bool(changed)
-
-
-def uncommitted(path: Path, root: Path = Path()) -> bool:
-    """Return whether a file differs from the commit, or is in none; False outside git, where nothing is."""
-    return bool(ask("status", "--porcelain", "--", str(path), root=root))
-
-
 def labels(root: Path = Path()) -> dict[str, str]:
-    """Tags of every run: commit, whether that is all of the code, profile and seed, as far as known."""
-    found = {"git.commit": commit} if (commit := git_commit(root)) else {}
-    if (dirty := git_dirty(root)) is not None:
-        found["git.dirty"] = str(dirty).lower()
+    """Return tags of every run, as far as known: commit, whether it is all of the code, profile, seed."""
+    found = {"git.commit": commit} if (commit := head(root)) else {}
+    if (changed := changed_files(".", *(f":(exclude){path}" for path in RECORDED), root=root)) is not None:
+        found["git.dirty"] = str(bool(changed)).lower()
     if params := settings(root):
         found |= {"profile": params.profile, "seed": str(params.seed)}
     return found
@@ -168,9 +151,8 @@ def earlier_origin(stage: str, now: Origin) -> Origin:
 
 
 def code(root: Path = Path()) -> Code:
-    """The checked-out commit."""
-    status = ask("status", "--porcelain", "--", *SOURCES, root=root) or ""
-    return Code(git_commit(root), [line[3:] for line in status.splitlines()])
+    """Return the commit that is checked out, and the sources that differ from it."""
+    return Code(head(root), changed_files(*SOURCES, root=root, untracked=True) or [])
 
 
 def build(recipe: str, start: Origin, inputs: Mapping[str, str], folder: Path) -> Lineage:
@@ -291,7 +273,7 @@ def _stage(recipe: str, params: Params) -> str:
 
 
 def _command(recipe: str, params: Params) -> str:
-    return f"exec python -m tasks.{_stage(recipe, params).replace('@', ' ')}"
+    return f"exec python -m tasks.stages.{_stage(recipe, params).replace('@', ' ')}"
 
 
 def _chain(recipe: str, params: Params) -> Iterator[str]:

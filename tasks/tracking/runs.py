@@ -1,11 +1,10 @@
-"""MLflow: one run for each executed stage, under the run of its pipeline.
-
-Besides this file `registry`, `run_data`, `pipeline_summary` and `traces` import it, with a client from here.
+"""MLflow runs: one for each executed stage, under the run of its pipeline.
 
 The store is MLFLOW_TRACKING_URI (a server, say) or `mlflow.db` in the working directory, with artifacts in
-`mlruns/` beside it. Everything after the import and the making of a new store happens on a thread of its own,
-in order and in batches: a slow store does not slow training down, and a broken one is warned of once and
-otherwise ignored.
+`mlruns/` beside it. `connect` gives its client, to the other modules of this folder too. A stage works with
+the store on a thread of its own, in order and in batches: a slow store does not slow training down, and a
+broken one is warned of once and otherwise ignored. MLflow's own asynchronous logging would do for metrics
+only, not for artifacts, traces and versions, and nothing limits how long its end takes.
 """
 
 import json
@@ -17,13 +16,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from tasks.project.files import content_hash
+from tasks.project.paths import MODELS, PLOTS, REPORTS
 from tasks.project.process import began
-from tasks.tracking.lineage import changed_settings, labels, settings
+from tasks.tracking.lineage import changed_settings, labels, locked_outputs, settings
 from tasks.tracking.store import (
     EXPERIMENT,
     artifact_root,
@@ -332,6 +333,63 @@ class Untracked(StageRun):
 
     def close(self, status: str, timeout: float = CLOSE_TIMEOUT) -> None:
         """Nothing is open."""
+
+
+COPIED = (PLOTS, REPORTS)  # curves and report: for people, and small
+MAX_COPY = 10_000_000  # bytes of one file; the report's page stays below 8 MB
+MAX_DIGEST = 36  # characters, by MLflow's limit: DVC's digest of a folder fits, our SHA-256 is cut
+
+
+def log_inputs(client: "MlflowClient", run_id: str, stage: str, hashes: Mapping[str, str]) -> None:
+    """Log inputs (path -> content hash) as MLflow data sets, by name and digest; nothing of them is loaded.
+
+    Under DVC the digest is DVC's, as dvc.lock has it of the stage that made the file; otherwise, and for
+    files that no stage makes, it is the beginning of ours.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    made = locked_outputs().values() if os.environ.get("DVC_STAGE") else ()
+    known = {path: md5 for outputs in made for path, md5 in outputs.items()}
+    inputs = []
+    for path, digest in hashes.items():
+        source = json.dumps({"uri": Path(path).resolve().as_uri()})
+        dataset = Dataset(path, known.get(path, digest)[:MAX_DIGEST], "local", source)
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", _context(stage, Path(path)))]))
+    if inputs:
+        client.log_inputs(run_id, inputs)
+
+
+def _context(stage: str, path: Path) -> str:
+    """Say what an input is for: MLflow shows it beside the data set's name."""
+    if path.is_relative_to(MODELS):
+        return "model"
+    return "evaluation" if stage.startswith(("evaluate@", "report")) else "training"
+
+
+def log_outputs(client: "MlflowClient", run_id: str, pointers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Log `outputs.json` with what `describe` says of every output, and the files of COPIED folders."""
+    client.log_dict(run_id, dict(pointers), "outputs.json")
+    for path in map(Path, pointers):
+        if any(path.is_relative_to(folder) for folder in COPIED):
+            for file in _files(path):
+                if file.stat().st_size <= MAX_COPY:
+                    client.log_artifact(run_id, str(file), file.parent.as_posix())
+
+
+def describe(outputs: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Return {path: {"sha256", "bytes", "files"}} of each output: enough to know it again anywhere."""
+    return {
+        path.as_posix(): {
+            "sha256": content_hash(path),
+            "bytes": sum(file.stat().st_size for file in _files(path)),
+            "files": len(_files(path)),
+        }
+        for path in outputs
+    }
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
 def log_params(client: "MlflowClient", run_id: str, values: Mapping[str, str]) -> None:

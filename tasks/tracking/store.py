@@ -184,7 +184,7 @@ def _make(path: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=f"{path.name}-making-", dir=path.parent) as folder:
             new = Path(folder) / path.name
             command = [sys.executable, "-m", "tasks.tracking.store", str(new), artifact_root(path).as_uri()]
-            sources = str(Path(__file__).resolve().parents[1])
+            sources = str(Path(__file__).resolve().parents[2])
             paths = os.pathsep.join([sources, *filter(None, [os.environ.get("PYTHONPATH")])])
             env = {**os.environ, "PYTHONPATH": paths}
             # in the store's folder: MLflow's own first experiment is kept relative to it

@@ -27,7 +27,8 @@ STAGE = """
 import os, sys, time
 from pathlib import Path
 import yaml
-from tasks.stages.stage import main, stage
+from tasks.project.program import run_program
+from tasks.stages.stage import stage
 
 name = sys.argv[1]
 OUT = Path(f"{name}.txt")
@@ -45,7 +46,7 @@ def run():
             done.write_text("x" * (step + 1))
         OUT.write_text(f"{name} beta={params['reinforce']['beta']}")
 
-main(run)
+run_program(run)
 """
 
 PIPELINE = {

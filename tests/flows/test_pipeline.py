@@ -149,7 +149,8 @@ def test_failure_stops_only_what_needs_it(api: str, repository: Path) -> None:
 FLAKY = """
 from pathlib import Path
 from dgpo_core.errors import InfrastructureError
-from tasks.stages.stage import main, stage
+from tasks.project.program import run_program
+from tasks.stages.stage import stage
 
 def run():
     with stage("flaky", config={}, outputs=[Path("flaky.txt")]) as current:
@@ -160,7 +161,7 @@ def run():
             raise InfrastructureError("the retriever does not answer")
         current.output(Path("flaky.txt")).write_text(f"continued after {count}")
 
-main(run)
+run_program(run)
 """
 
 

@@ -4,12 +4,12 @@ import contextlib
 import contextvars
 import fcntl
 import json
+import os
 import shutil
 import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import IO
 
 import pytest
 import yaml
@@ -170,8 +170,8 @@ def test_a_twin_of_a_living_run_waits_before_it_touches_anything(
     waits, refused = threading.Event(), threading.Event()
     flock = fcntl.flock
 
-    def announced(file: IO[str] | int, operation: int) -> None:
-        if not isinstance(file, int) and file.name.endswith("tiny-seed-1.lock"):  # the others are git's
+    def announced(file: int, operation: int) -> None:
+        if os.readlink(f"/proc/self/fd/{file}").endswith("tiny-seed-1.lock"):  # the others are git's
             waits.set()
         flock(file, operation)
 

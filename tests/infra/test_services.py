@@ -223,7 +223,7 @@ class TestRealServers:
 
         program = """
 from prefect import flow
-from tasks.stages.stage import main
+from tasks.project.program import run_program
 from tasks.tracking.runs import Pipeline, connect
 
 @flow(name="arrives")
@@ -233,7 +233,7 @@ def arrives() -> None:
     client.log_metric(parent.run_id, "em", 0.25)
     print("run", parent.run_id)
 
-main(arrives)
+run_program(arrives)
 """
         (place / "arrives.py").write_text(program)
         # through flows.server: Prefect reads its settings when it is imported

@@ -25,11 +25,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert [path.name for path in tmp_path.iterdir()] == ["dvc.yaml"], "it has run"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> object:
-    """The exit code of `python -m tasks.<program> <arguments>`."""
+def run(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str, folder: str = "stages") -> object:
+    """The exit code of `python -m tasks.<folder>.<program> <arguments>`."""
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module(f"tasks.{program}", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"tasks.{folder}.{program}", run_name="__main__", alter_sys=True)
     return ended.value.code
 
 
@@ -40,7 +40,7 @@ def test_help_says_what_a_stage_reads_and_writes(
     assert run(monkeypatch, program, "--help") == 0
     said = capsys.readouterr().out
     name = program.replace("_", "-")
-    assert f"usage: python -m tasks.{program} [-h]" in said and f"Stage `{name}`: " in said
+    assert f"usage: python -m tasks.stages.{program} [-h]" in said and f"Stage `{name}`: " in said
     assert "\nwrites: " in said and f"`dvc repro {name}" in said
     assert "dgpo_core" not in said and "${" not in said
 
@@ -63,7 +63,7 @@ def test_a_stage_with_an_argument_wants_one(
         assert run(monkeypatch, program, *arguments) == 2
         last = capsys.readouterr().err.splitlines()[-1]
         wanted = f"required: {argument}" if not arguments else "unrecognized arguments"
-        assert last.startswith(f"python -m tasks.{program}: error: ") and wanted in last
+        assert last.startswith(f"python -m tasks.stages.{program}: error: ") and wanted in last
 
 
 @pytest.mark.parametrize("program", ALONE)
@@ -78,5 +78,5 @@ def test_a_stage_without_an_argument_wants_none(
 def test_programs_that_are_commands_have_their_help(
     program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert run(monkeypatch, program, "--help") == 0
+    assert run(monkeypatch, program, "--help", folder="commands") == 0
     assert f"Usage: dgpo {program}" in capsys.readouterr().out

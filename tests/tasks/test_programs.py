@@ -18,7 +18,8 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from dgpo_core.errors import InfrastructureError, UserError
-from tasks.stages.stage import main, stage
+from tasks.project.program import run_program
+from tasks.stages.stage import stage
 
 def run():
     with stage("work", config={}, outputs=[Path("out.txt")]) as current:
@@ -26,7 +27,7 @@ def run():
         current.progress(1, 2, em=0.5)
         BODY
 
-main(run)
+run_program(run)
 """
 
 

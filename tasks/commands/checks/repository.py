@@ -5,17 +5,17 @@ from pathlib import Path
 from dgpo_core.config.params import Params
 from tasks.commands.checks.finding import Finding, error, ok, warning
 from tasks.project.dvc import Problem, problems, read_config
-from tasks.project.git import ask
+from tasks.project.git import ask, changed_files
+from tasks.tracking.lineage import RECORDED
 
 TIMEOUT = 20.0
 
 
 def repository(params: Params) -> list[Finding]:
     """`params`: stages of another pool go through git's and DVC's remotes."""
-    status = ask("status", "--porcelain", "--untracked-files=no", timeout=TIMEOUT)
-    if status is None:
+    changed = changed_files(*(f":(exclude){path}" for path in RECORDED), timeout=TIMEOUT)
+    if changed is None:
         return [error("git", "this is no git repository", "clone the project; DVC and runs need git")]
-    changed = [line for line in status.splitlines() if line.split()[-1] not in ("params.yaml", "dvc.lock")]
     commit = (ask("rev-parse", "--short", "HEAD", timeout=TIMEOUT) or "").strip() or "no commit yet"
     if changed:
         text = f"{commit}, {len(changed)} tracked files changed"

@@ -11,20 +11,21 @@ import pytest
 from dgpo_core.errors import UserError
 from flows.dag import read_dag
 from tasks.commands.pipeline import planned
-from tasks.project.process import refuse_second
+from tasks.project.dvc import refuse_second
 from tasks.tracking.runs import connect
 
 STAGE = """
 import sys
 from pathlib import Path
-from tasks.stages.stage import main, stage
+from tasks.project.program import run_program
+from tasks.stages.stage import stage
 
 def run():
     name = sys.argv[1]
     with stage(name, config={}, inputs=list(map(Path, sys.argv[2:])), outputs=[Path(f"{name}.txt")]):
         Path(f"{name}.txt").write_text(name)
 
-main(run)
+run_program(run)
 """
 
 PIPELINE = """
