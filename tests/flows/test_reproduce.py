@@ -4,7 +4,6 @@ import contextlib
 import contextvars
 import fcntl
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -171,7 +170,7 @@ def test_a_twin_of_a_living_run_waits_before_it_touches_anything(
     flock = fcntl.flock
 
     def announced(file: int, operation: int) -> None:
-        if os.readlink(f"/proc/self/fd/{file}").endswith("tiny-seed-1.lock"):  # the others are git's
+        if Path(f"/proc/self/fd/{file}").readlink().name == "tiny-seed-1.lock":  # the others are git's
             waits.set()
         flock(file, operation)
 
