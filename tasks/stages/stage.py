@@ -26,20 +26,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn, SupportsFloat
+from typing import Any, Literal, NoReturn, SupportsFloat
 
 from filelock import FileLock, Timeout
 from rich.console import Console
 
 from dgpo_core.config.params import read_yaml
-from dgpo_core.errors import NotFinite, UserError
+from dgpo_core.errors import InfrastructureError, NotFinite, ResourceError, UserError
 from dgpo_core.files import remove, write_json, write_text
 from tasks.project.files import Outputs, content_hash
 from tasks.project.git import head
-from tasks.project.process import follows, is_worker, peak_memory
-from tasks.project.program import FAILURE, STATE, failure_file, record_failure, run_program
+from tasks.project.process import follows, is_worker, one_line, peak_memory, run_program
 from tasks.project.progress import Reporter
 from tasks.project.resources import resource_error
+from tasks.project.servers import adopt
 from tasks.tracking.lineage import Origin, labels, origin, stage_labels
 from tasks.tracking.registry import WEIGHTS_PATIENCE, registration
 from tasks.tracking.runs import (
@@ -53,8 +53,9 @@ from tasks.tracking.runs import (
     numbers,
 )
 
-RUNS = Path("runs")
-FINGERPRINT, TRACKING_RUN, OUTPUTS = "fingerprint.json", "mlflow_run", "outputs"  # in the stage's state
+STATE, RUNS = Path(".state"), Path("runs")
+# in the stage's state
+FINGERPRINT, FAILURE, TRACKING_RUN, OUTPUTS = "fingerprint.json", "failure.json", "mlflow_run", "outputs"
 SAME_FAULT = 10.0  # seconds in which one of several processes tells a fault that all of them have
 QUICK_CLOSE = 5.0  # seconds: whoever ends us waits about ten before SIGKILL
 
@@ -63,11 +64,31 @@ class Busy(UserError):
     """Another process runs the stage."""
 
 
+def main(function: Callable[[], None]) -> NoReturn:
+    """Run a program that may be a stage of DVC, with the servers of `dgpo up`; see `run_program`.
+
+    Why it failed is left in `.state/<stage>/failure.json`, because `dvc repro` exits 255 whatever happened.
+    """
+    dvc_stage = os.environ.get("DVC_STAGE")  # set by DVC; errors before `stage()` belong to it too
+
+    def run() -> None:
+        if dvc_stage and not is_worker():
+            remove(_failure_file(dvc_stage))
+        adopt()
+        function()
+
+    def failed(error: BaseException) -> None:
+        if dvc_stage:
+            _record_failure(dvc_stage, error)
+
+    run_program(run, failed)
+
+
 def stage_main(name: str, function: Callable[..., None], argument: str | None = None) -> NoReturn:
     """Run the program of a stage of dvc.yaml: `function`, with its one `argument` if it has one.
 
     `--help` says what the stage reads and writes; any other use of the command line ends with 2. See
-    `run_program` for the other exit codes.
+    `main`.
     """
 
     def run() -> None:
@@ -81,7 +102,7 @@ def stage_main(name: str, function: Callable[..., None], argument: str | None = 
             parser.add_argument(argument, help=f"which one: the stage is {name}@<{argument}>")
         function(*vars(parser.parse_args()).values())
 
-    run_program(run)
+    main(run)
 
 
 def _graph(name: str, argument: str | None, file: Path = Path("dvc.yaml")) -> str:
@@ -282,10 +303,31 @@ def _failures_recorded(name: str, products: Outputs) -> Iterator[None]:
         with suppress(OSError):  # first: whoever ends this process may not wait
             products.discard()
         told = resource_error(error, place)
-        record_failure(name, told or error)
+        _record_failure(name, told or error)
         if told:
             raise told from error
         raise
+
+
+def _record_failure(stage: str, error: BaseException) -> None:
+    """Write why the stage failed, as far as that can be written: it is on standard error too."""
+    kind: Literal["user", "infrastructure", "bug"] = "bug"
+    if isinstance(error, UserError):
+        kind = "user"
+    elif isinstance(error, InfrastructureError) or not isinstance(error, Exception):
+        kind = "infrastructure"  # the latter: somebody stopped it, and trying again is up to them
+    retryable = isinstance(error, InfrastructureError) and not isinstance(error, ResourceError)
+    path, name = _failure_file(stage), os.environ.get("DVC_STAGE") or stage
+    failure = {"stage": name, "kind": kind, "retryable": retryable, "message": one_line(error)}
+    with suppress(OSError):
+        if path.exists() and (is_worker() or isinstance(error, SystemExit)):
+            return  # what failed first is the reason; the other processes fail because of it
+        write_json(path, failure)
+
+
+def _failure_file(stage: str) -> Path:
+    """Return where a failure's reason is; DVC's name of the stage counts more than its own."""
+    return STATE / (os.environ.get("DVC_STAGE") or stage) / FAILURE
 
 
 @contextmanager
@@ -311,7 +353,7 @@ def _following(name: str) -> Iterator[Run]:
                 # The first process that ends, ends all: let it be the one that says why.
                 time.sleep(SAME_FAULT)
                 raise SystemExit(2 if isinstance(error, UserError) else 1) from None
-            record_failure(name, error)
+            _record_failure(name, error)
             raise error from error.__cause__
 
 
@@ -325,7 +367,7 @@ def _wait_for_all() -> None:
 
 def _failed_elsewhere(name: str) -> bool:
     """Tell whether another process has failed and said why: mostly all fail alike, or because of one."""
-    path, end = failure_file(name), time.monotonic() + SAME_FAULT
+    path, end = _failure_file(name), time.monotonic() + SAME_FAULT
     while not path.is_file() and time.monotonic() < end:
         time.sleep(0.1)
     return path.is_file()

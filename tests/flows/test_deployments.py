@@ -27,8 +27,7 @@ STAGE = """
 import os, sys, time
 from pathlib import Path
 import yaml
-from tasks.project.program import run_program
-from tasks.stages.stage import stage
+from tasks.stages.stage import main, stage
 
 name = sys.argv[1]
 OUT = Path(f"{name}.txt")
@@ -46,7 +45,7 @@ def run():
             done.write_text("x" * (step + 1))
         OUT.write_text(f"{name} beta={params['reinforce']['beta']}")
 
-run_program(run)
+main(run)
 """
 
 PIPELINE = {

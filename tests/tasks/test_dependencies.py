@@ -55,7 +55,6 @@ WITHOUT_EFFECT = (
     "tasks/project/paths.py",
     "tasks/tracking/summary.py",
     "tasks/project/process.py",
-    "tasks/project/program.py",
     "tasks/project/progress.py",
     "tasks/tracking/lineage.py",
     "tasks/tracking/registry.py",

@@ -18,8 +18,7 @@ PROGRAM = """
 import sys, time
 from pathlib import Path
 from dgpo_core.errors import InfrastructureError, UserError
-from tasks.project.program import run_program
-from tasks.stages.stage import stage
+from tasks.stages.stage import main, stage
 
 def run():
     with stage("work", config={}, outputs=[Path("out.txt")]) as current:
@@ -27,7 +26,7 @@ def run():
         current.progress(1, 2, em=0.5)
         BODY
 
-run_program(run)
+main(run)
 """
 
 

@@ -9,9 +9,8 @@ from pathlib import Path
 from dgpo_core.errors import UserError
 from dgpo_core.training import parallel
 from tasks.project.process import die_with_parent
-from tasks.project.program import run_program
 from tasks.stages.launch import in_processes
-from tasks.stages.stage import stage
+from tasks.stages.stage import main, stage
 
 
 def run(ending: str) -> None:
@@ -34,4 +33,4 @@ def run(ending: str) -> None:
 
 if __name__ == "__main__":
     die_with_parent()
-    run_program(lambda: in_processes(lambda: run(sys.argv[1])))
+    main(lambda: in_processes(lambda: run(sys.argv[1])))

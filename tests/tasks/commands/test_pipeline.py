@@ -17,15 +17,14 @@ from tasks.tracking.runs import connect
 STAGE = """
 import sys
 from pathlib import Path
-from tasks.project.program import run_program
-from tasks.stages.stage import stage
+from tasks.stages.stage import main, stage
 
 def run():
     name = sys.argv[1]
     with stage(name, config={}, inputs=list(map(Path, sys.argv[2:])), outputs=[Path(f"{name}.txt")]):
         Path(f"{name}.txt").write_text(name)
 
-run_program(run)
+main(run)
 """
 
 PIPELINE = """

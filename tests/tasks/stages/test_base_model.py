@@ -15,8 +15,7 @@ from flows.dag import read_dag
 from tasks.project.paths import GIVEN
 from tasks.stages.base_model import bring_up_to_date, build
 from tasks.stages.given import link
-from tasks.project.program import STATE
-from tasks.stages.stage import Run
+from tasks.stages.stage import STATE, Run
 from tests.conftest import ROOT
 from tests.tasks.miniature import make_project
 

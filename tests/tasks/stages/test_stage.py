@@ -158,8 +158,8 @@ def test_outputs_on_another_disk() -> None:
 @pytest.mark.thorough
 def test_two_processes_do_not_run_one_stage_at_once() -> None:
     """By hand; under DVC they do not anyway."""
-    program = "from tasks.project.program import run_program\nfrom tasks.stages.stage import stage\n"
-    program += "def run():\n  with stage('train', config={}): print('ran')\nrun_program(run)"
+    program = "from tasks.stages.stage import main, stage\n"
+    program += "def run():\n  with stage('train', config={}): print('ran')\nmain(run)"
     command = [sys.executable, "-c", program]
     with stage("train", config={}) as run:
         second = subprocess.run(command, capture_output=True, text=True)
@@ -229,8 +229,7 @@ def test_a_number_that_is_none_is_said_with_the_stage() -> None:
 PROGRAM = """
 import errno, resource
 from pathlib import Path
-from tasks.project.program import run_program
-from tasks.stages.stage import stage
+from tasks.stages.stage import main, stage
 
 def run():
     {before}
@@ -238,7 +237,7 @@ def run():
         (current.state / "checkpoint.pt").write_text("step 3")
         {body}
 
-run_program(run)
+main(run)
 """
 WRITE = 'current.output(Path("out")).write_text("x")'
 FILES = "files = [open('/dev/null') for _ in range(100)]"
