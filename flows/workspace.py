@@ -38,7 +38,7 @@ IDENTITY = {"name": "dgpo pipeline", "email": "pipeline@localhost"}
 
 
 def project_root() -> Path:
-    """The checkout that a worker serves: $DGPO_ROOT, or the working directory."""
+    """Return the checkout that a worker serves: $DGPO_ROOT, or the working directory."""
     root = Path(os.environ.get(ROOT_VARIABLE) or ".").resolve()
     if not (root / "dvc.yaml").is_file():
         raise UserError(f"{root}: no dvc.yaml; start the worker in the project, or set {ROOT_VARIABLE}")
@@ -98,11 +98,11 @@ class Workspace:
             return git("rev-parse", "HEAD", cwd=self.tree)
 
     def remove(self) -> None:
-        """The worktree goes; its branch, the DVC cache and MLflow keep what it has made."""
+        """Remove the worktree; its branch, the DVC cache and MLflow keep what it has made."""
         remove_worktree(self.root, self.tree)
 
     def discard(self) -> None:
-        """The worktree goes, and its branch unless an earlier attempt has committed something on it."""
+        """Remove the worktree, and its branch unless an earlier attempt has committed something on it."""
         with alone(self.root):
             self.remove()
             if self.branch and git("rev-parse", self.branch, cwd=self.root) == self.commit:
@@ -110,13 +110,13 @@ class Workspace:
 
 
 def plain_name(name: str) -> str:
-    """A name for a worktree and its branch, as git and file systems take it."""
+    """Make a name for a worktree and its branch, as git and file systems take it."""
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".-") or "run"
     return plain.replace("..", ".").removesuffix(".lock")
 
 
 def claim_name(root: Path, run_name: str, run_id: str) -> str:
-    """The name of a run's worktree and branch: the run's own, made plain.
+    """Claim the name of a run's worktree and branch: the run's own, made plain.
 
     People may give two runs the same name; the second one gets a part of its id too. The same run has the
     same name whenever it starts again.
@@ -134,7 +134,7 @@ def claim_name(root: Path, run_name: str, run_id: str) -> str:
 
 
 def open_workspace(root: Path, name: str, revision: str = "HEAD", *, keep_lock: bool = False) -> Workspace:
-    """The worktree of run `name`, on its branch; as it was left when there is one.
+    """Open the worktree of run `name` on its branch, as it was left when there is one.
 
     `keep_lock`: for a worktree that is used again and again, without a branch (`flows.reproduce`): code and
     settings are those of `revision`, and dvc.lock says what the worktree has already made.
@@ -213,19 +213,19 @@ def restore_outputs(tree: Path) -> None:
 
 
 def has_remote(root: Path) -> bool:
-    """Whether other clones can be reached through git."""
+    """Tell whether other clones can be reached through git."""
     return REMOTE in git("remote", cwd=root).split()
 
 
 def has_storage(root: Path) -> bool:
-    """Whether DVC has a default remote."""
+    """Tell whether DVC has a default remote."""
     with contextlib.suppress(UserError):  # DVC's answer where there is none
         return bool(dvc("config", "core.remote", cwd=root))
     return False
 
 
 def may_push() -> bool:
-    """Whether whoever started the worker lets runs push to git's remote."""
+    """Tell whether whoever started the worker lets runs push to git's remote."""
     return os.environ.get(PUSH_VARIABLE, "").lower() in ("1", "true", "yes", "on")
 
 

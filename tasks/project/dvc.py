@@ -48,7 +48,7 @@ class LockedStage:
     params: dict[str, Any]
 
     def param(self, key: str) -> Any:
-        """Of a dotted key, which was recorded itself or with its section. Raises KeyError."""
+        """Return a value by its dotted key; it or one of its sections was recorded. Raise KeyError."""
         sections = key.split(".")
         for length in range(len(sections), 0, -1):
             if (name := ".".join(sections[:length])) in self.params:
@@ -60,7 +60,7 @@ Lock = Mapping[str, LockedStage]
 
 
 def read_lock(root: Path = Path()) -> dict[str, LockedStage]:
-    """Every stage that has run, by name; empty where nothing has. Raises UserError for a broken file."""
+    """Return every stage that has run, by name. Raise UserError for a broken file."""
     path = root / LOCK
     if not path.is_file():
         return {}
@@ -75,7 +75,7 @@ def read_lock(root: Path = Path()) -> dict[str, LockedStage]:
 
 
 def parse_lock(text: str) -> dict[str, LockedStage]:
-    """The stages of a lock file's text. Raises ValueError, KeyError, TypeError or AttributeError."""
+    """Read the text of a lock file. Raise ValueError, KeyError, TypeError or AttributeError."""
     return {name: _stage(entry) for name, entry in parse(text)["stages"].items()}
 
 
@@ -87,12 +87,12 @@ def _stage(entry: Mapping[str, Any]) -> LockedStage:
 
 
 def maker(lock: Lock, path: str) -> str | None:
-    """The stage that writes `path`."""
+    """Name the stage that writes `path`."""
     return next((name for name, stage in lock.items() if path in stage.outs), None)
 
 
 def upstream(lock: Lock, paths: Iterable[str]) -> dict[str, LockedStage]:
-    """The stages that make `paths` and all that those need, each after its own upstream stages."""
+    """Return the stages that make `paths` and all that those need, each after its own upstream stages."""
     found: dict[str, LockedStage] = {}
     for path in paths:
         name = maker(lock, path)
@@ -105,7 +105,7 @@ def upstream(lock: Lock, paths: Iterable[str]) -> dict[str, LockedStage]:
 
 
 def dvc_md5(path: Path) -> str | None:
-    """DVC's md5 of a file or folder, as dvc.lock has it; None where there is none."""
+    """Compute DVC's md5 of a file or folder, as dvc.lock has it; None where there is none."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "md5").hexdigest()
@@ -120,7 +120,7 @@ def dvc_md5(path: Path) -> str | None:
 
 
 def cache_folder(root: Path = Path()) -> Path | None:
-    """DVC's cache, which worktrees share; None where there is no project of DVC."""
+    """Find DVC's cache, which worktrees share; None where there is no project of DVC."""
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return None if done.returncode else root / done.stdout.strip()
@@ -257,7 +257,7 @@ def mend_record(root: Path) -> None:
 
 
 def _readable(record: Path) -> bool:
-    """Whether DVC can read the record, or there is none."""
+    """Tell whether DVC can read the record, or there is none."""
     from dvc.rwlock import SCHEMA
     from voluptuous import Invalid
 

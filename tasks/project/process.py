@@ -21,7 +21,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 def die_with_parent() -> None:
-    """On Linux, have the kernel send SIGTERM to this process when its parent dies (elsewhere: nothing).
+    """Have the kernel send SIGTERM to this process when its parent dies, on Linux (elsewhere: nothing).
 
     `dvc repro` does not end its stage when it is killed; without this the stage would go on, unseen.
     """
@@ -83,17 +83,17 @@ def one_line(error: BaseException) -> str:
 
 
 def is_worker() -> bool:
-    """Whether this is one of several processes that a launcher has started for a stage (launch.py)."""
+    """Tell whether this is one of several processes that a launcher has started for a stage (launch.py)."""
     return "LOCAL_RANK" in os.environ
 
 
 def follows() -> bool:
-    """Whether this is a worker, and not the one that writes."""
+    """Tell whether this is a worker, and not the one that writes."""
     return is_worker() and os.environ["RANK"] != "0"
 
 
 def die_with_stage(grace: float) -> None:
-    """SIGKILL this worker `grace` seconds after its parent's death: inside a collective whose partners are
+    """Kill this worker `grace` seconds after its parent's death: inside a collective whose partners are
     gone, Python never gets to the SIGTERM that `die_with_parent` has ordered."""
     parent = os.getppid()
 
@@ -145,6 +145,6 @@ def began(pid: int) -> str | None:
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024

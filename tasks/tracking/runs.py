@@ -130,7 +130,7 @@ def close_left_over(client: "MlflowClient") -> None:
 
 
 def experiment_of(run_id: str) -> str:
-    """Id of the experiment that a run belongs to. Raises what MLflow raises."""
+    """Return the id of the experiment that a run belongs to. Raise what MLflow raises."""
     return str(connect().get_run(run_id).info.experiment_id)
 
 
@@ -274,7 +274,7 @@ class StageRun:
         return run_id
 
     def _start_monitor(self, run_id: str) -> None:
-        """MLflow's own samples of processor, memory, disk, network and GPU, unless its variable says no."""
+        """Start MLflow's own samples of the machine and its GPUs, unless its variable says no."""
         os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
         from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -326,13 +326,13 @@ class Untracked(StageRun):
         self.run_id = None
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing is kept."""
+        """Keep nothing."""
 
     def submit(self, job: Job, patience: float = 0.0) -> None:
-        """Nothing is done."""
+        """Do nothing."""
 
     def close(self, status: str, timeout: float = CLOSE_TIMEOUT) -> None:
-        """Nothing is open."""
+        """Close nothing: nothing is open."""
 
 
 COPIED = (PLOTS, REPORTS)  # curves and report: for people, and small
@@ -393,7 +393,7 @@ def _files(path: Path) -> list[Path]:
 
 
 def log_params(client: "MlflowClient", run_id: str, values: Mapping[str, str]) -> None:
-    """Parameters of a run, in requests of a size that MLflow takes."""
+    """Log parameters of a run, in requests of a size that MLflow takes."""
     from mlflow.entities import Param
 
     params = [Param(name, value[:MAX_PARAM_LENGTH]) for name, value in values.items()]
@@ -402,7 +402,7 @@ def log_params(client: "MlflowClient", run_id: str, values: Mapping[str, str]) -
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"a": {"b": 1}} -> {"a.b": "1"}; lists and None as JSON."""
+    """Join nested keys by dots: {"a": {"b": 1}} -> {"a.b": "1"}; lists and None become JSON."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -414,13 +414,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among `values` (tensors and numpy scalars too), as MLflow takes them."""
+    """Select the finite numbers among `values` (tensors and numpy scalars too), as MLflow takes them."""
     floats = {name: float(value) for name, value in values.items() if isinstance(value, SupportsFloat)}
     return {name: value for name, value in floats.items() if math.isfinite(value)}
 
 
 def warn(error: Exception) -> None:
-    """Tracking is a convenience: its failure is said in one line and never ends a stage."""
+    """Say in one line that tracking failed: it is a convenience, and never ends a stage."""
     with suppress(OSError):  # the terminal may be closed by now
         print(f"warning: MLflow does not record this run: {explained(error)}", file=sys.stderr, flush=True)
 
