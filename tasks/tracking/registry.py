@@ -2,7 +2,7 @@
 
 Every trained model is a version; what belongs to it are artifacts of the run that trained it:
 
-    models/search-agent/        pointer.json; with `promote.log_weights` an MLflow model, for everybody who has
+    models/search-agent/        pointer.json; with `promote.log_weights` an MLflow model, for all who have
                                 MLflow and transformers; its `model/` is the trained folder byte for byte
     promotion/lineage.json      see tasks/tracking/lineage.py
     promotion/<digest>/         an evaluation (and the student's, in `student/`)
