@@ -25,11 +25,11 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     assert [path.name for path in tmp_path.iterdir()] == ["dvc.yaml"], "it has run"
 
 
-def run(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str, folder: str = "stages") -> object:
-    """The exit code of `python -m tasks.<folder>.<program> <arguments>`."""
+def run(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> object:
+    """The exit code of `python -m tasks.stages.<program> <arguments>`."""
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module(f"tasks.{folder}.{program}", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"tasks.stages.{program}", run_name="__main__", alter_sys=True)
     return ended.value.code
 
 
@@ -72,11 +72,3 @@ def test_a_stage_without_an_argument_wants_none(
 ) -> None:
     assert run(monkeypatch, program, "kd") == 2
     assert "error: unrecognized arguments: kd" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("program", ["show", "use"])
-def test_programs_that_are_commands_have_their_help(
-    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, program, "--help", folder="commands") == 0
-    assert f"Usage: dgpo {program}" in capsys.readouterr().out
