@@ -1,6 +1,6 @@
 """The checks of `dgpo doctor`: what would stop a run, or leave it without a record, before it begins.
 
-Each check returns its findings. None changes anything, imports torch or waits long for the network.
+Each check returns its findings. None changes anything or waits long for the network.
 """
 
 import os
@@ -20,14 +20,12 @@ from huggingface_hub import constants, get_hf_file_metadata, get_token, hf_hub_u
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from packaging.requirements import Requirement
 
-from dgpo_core.agent.vllm_engine import nvidia_smi
 from dgpo_core.config.agent import RolloutConfig
 from dgpo_core.config.params import Params
 from dgpo_core.config.retrieval import parse_location
 from dgpo_core.datasets.published import SETTING, gold_places, hub_file, split_places
 from dgpo_core.errors import UserError, without_credentials
 from dgpo_core.planning.machine import GIB, Device, Machine
-from tasks.commands.plan import plan_for
 from tasks.commands.preflight import cached_file, preflight
 from tasks.project import git
 from tasks.project.dvc import Problem, problems, read_config
@@ -92,6 +90,8 @@ def _mismatch(requirement: Requirement) -> str | None:
 
 def machine(params: Params) -> list[Finding]:
     """Check GPUs and who holds their memory, and memory and disk against the plan for this machine."""
+    from dgpo_core.agent.vllm_engine import nvidia_smi  # it imports torch
+
     rows, trouble = nvidia_smi("--query-gpu=name,memory.total,memory.used,driver_version")
     uses_gpus = params.compute.device != "cpu"
     findings = []
@@ -109,6 +109,8 @@ def machine(params: Params) -> list[Finding]:
 
 def holders() -> list[Finding]:
     """Name the processes that hold GPU memory; an engine whose parent has died is left over."""
+    from dgpo_core.agent.vllm_engine import nvidia_smi
+
     rows, _ = nvidia_smi("--query-compute-apps=pid,used_memory")
     findings = []
     for pid, used in rows:
@@ -130,6 +132,8 @@ def holders() -> list[Finding]:
 
 def _fit(params: Params, rows: list[list[str]]) -> list[Finding]:
     """Say what the plan says does not fit; where all fits, disk and memory in figures."""
+    from tasks.commands.plan import plan_for
+
     totals = [float(total) * 2**20 for _, total, *_ in rows]
     device = Device(rows[0][0], min(totals)) if rows else Device("processor", float("inf"))
     memory, disk = float(psutil.virtual_memory().total), float(shutil.disk_usage(Path()).free)

@@ -1,6 +1,6 @@
 """`dgpo doctor`: whether a run can start here, and what to do where it cannot.
 
-Quick: no model is loaded, torch is not imported, every look at the network has a short time limit.
+Quick: no model is loaded, and every look at the network has a short time limit.
 """
 
 import json

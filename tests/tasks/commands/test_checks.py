@@ -6,7 +6,7 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
@@ -30,7 +30,7 @@ from tests.tasks.tracking.test_mlflow_faults import server
 NOWHERE = "http://127.0.0.1:9"
 
 
-def profile(name: str, **changes: dict[str, object]) -> Params:
+def profile(name: str, **changes: Mapping[str, object]) -> Params:
     """The parameters of a profile with other settings in some sections."""
     content = Params.model_validate(resolve_profile(ROOT / f"profiles/{name}.yaml")).model_dump(mode="json")
     for section, settings in changes.items():
