@@ -1,33 +1,16 @@
 """One episode at a time, in order; who leaves or is too late costs nobody anything."""
 
 import asyncio
-import threading
 from collections.abc import Awaitable, Callable, Iterator
 
 import pytest
-from transformers import PreTrainedModel
 
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
-from dgpo_core.models import load_tokenizer
-from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.events import AgentRequest, EpisodeCancelled, EpisodeEnd, Event, QueuePosition
 from dgpo_core.serving.queue import NotReady, QueuedRequest, QueueFull, RequestQueue
-from tests.dgpo_core.agent.scripted import Answering
-from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
-
-
-class Gate(Answering):
-    """Answers a search when the gate is open: so an episode can be held under way."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.opened = threading.Event()
-
-    def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
-        assert self.opened.wait(20)
-        return super().search(queries, top_k)
+from tests.dgpo_core.serving.conftest import Gate, MakeAgent
 
 
 @pytest.fixture
@@ -36,8 +19,8 @@ def gate() -> Gate:
 
 
 @pytest.fixture
-def held(teacher: PreTrainedModel, gate: Gate) -> Agent:
-    return Agent("teacher", teacher, load_tokenizer(TEACHER), gate, PROTOCOL, FLOAT32, 3)
+def held(make_agent: MakeAgent, gate: Gate) -> Agent:
+    return make_agent(gate)
 
 
 @pytest.fixture
