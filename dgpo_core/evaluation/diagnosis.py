@@ -23,7 +23,7 @@ _ATTEMPT = re.compile(r"<answer>(.*?)(?=</?(?:think|search|information|answer)>|
 
 
 def answer_attempts(turns: list[str]) -> list[str]:
-    """Return the stripped content of every `<answer>` that the model opened, up to the next tag or turn's end.
+    """Return the stripped content of each `<answer>` that the model opened, up to the next tag or turn's end.
 
     Unlike the prediction, these include answers that were empty, nested or never closed.
     """
@@ -197,8 +197,11 @@ def _content_is_right(episode: Episode, turns: list[str]) -> bool:
 def _search_failure(
     episode: Episode, question: Question, turns: list[str], missing: frozenset[str]
 ) -> Failure:
-    """Find the first failure where evidence is missing. Failures that a later search made good are none: those
-    that failed are the searches after the last one that found something needed."""
+    """Find the first failure where evidence is missing.
+
+    Failures that a later search made good are none: those that failed are the searches after the last one
+    that found something needed.
+    """
     queries = [search.query for search in episode.searches]
     gains = new_evidence(question, episode.searches)
     fruitless = range(1 + max((i for i, gain in enumerate(gains) if gain), default=-1), len(queries))
