@@ -1,9 +1,9 @@
 """The plan's estimates beside measurements, on the CPU: `python -m benchmarks.training_step`.
 
 First small models, each in a process of its own: one policy update (`training/reinforce.py`) with torch's
-FLOP counter, and what the process's memory grew by. Then the published shapes: parameters and FLOPs of a forward
-and backward pass without any weights (fake tensors), and bytes that autograd keeps in two layers (of real
-tensors: with fake ones attention takes another path). Small models also with checkpointing and adapters.
+FLOP counter, and what the process's memory grew by. Then the published shapes: parameters and FLOPs of a
+forward and backward pass without any weights (fake tensors), and bytes that autograd keeps in two layers (of
+real tensors: with fake ones attention takes another path). Small models also with checkpointing and adapters.
 """
 
 import itertools

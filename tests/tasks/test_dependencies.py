@@ -33,6 +33,7 @@ pytestmark = pytest.mark.thorough
 WITHOUT_EFFECT = (
     "dgpo_core/config",  # reads params.yaml, which has every value; DVC watches those
     "dgpo_core/errors.py",
+    "dgpo_core/files.py",  # how a file is put into its place
     "dgpo_core/hub.py",  # whether a model is in the hub's cache
     "dgpo_core/reporting/episodes.py",  # in traces; the report, which shows it, watches it
     "dgpo_core/agent/vllm_engine.py",
@@ -43,7 +44,7 @@ WITHOUT_EFFECT = (
     "tasks/stages/base_model.py",  # hands the settings to the builder
     "tasks/project/dvc.py",  # this and what follows: where, how and with which record a stage runs
     "tasks/tracking/traces.py",
-    "tasks/tracking/evidence.py",
+    "tasks/tracking/evaluations.py",
     "tasks/project/files.py",
     "tasks/project/git.py",
     "tasks/stages/inputs.py",

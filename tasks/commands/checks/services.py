@@ -40,7 +40,7 @@ def port(name: str, variable: str | None, default: int) -> Finding:
             return ok(subject, "free")
     record = records.read(name.lower()) if name in ("Prefect", "MLflow") else None
     if record and records.leader(record):
-        return ok(subject, "our server of `make up`")
+        return ok(subject, "our server of `dgpo up`")
     other = f"set {variable}" if variable else "give yours another port"
     advice = f"if that is not the {name} you want, end it or {other}"
     return warning(subject, f"in use by {_owner(number)}", advice)
@@ -64,7 +64,7 @@ def named(params: Params) -> list[Finding]:
     for variable in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         url = os.environ.get(variable) or ""
         if url.startswith("http"):
-            advice = f"start it (`make up`), or unset {variable}"
+            advice = f"start it (`dgpo up`), or unset {variable}"
             findings.append(_answer(variable, [url], "/health", error, advice))
     return [*findings, *_retrieval(params.retrieval.location), *_rollout(params.rollout)]
 
@@ -73,10 +73,10 @@ def _retrieval(location: str) -> list[Finding]:
     kind, url = parse_location(location)
     subject = "retrieval.location"
     if kind == "server":
-        advice = "start Qdrant there before the stage index (docs/paper-scale.md, 4), or set " + subject
+        advice = "start Qdrant there before the stage index (docs/paper-scale.md, 2), or set " + subject
         return [_answer(subject, [url], "/healthz", warning, advice)]
     if kind == "service":
-        advice = f"start the service there (`dgpo retriever`, docs/operations.md), or set {subject}"
+        advice = f"start the service there (`dgpo retriever`, docs/serve.md), or set {subject}"
         known = (200, 404)  # Search-R1's server has no /health
         return [_answer(subject, [url], "/health", warning, advice, known)]
     return []
@@ -89,7 +89,7 @@ def _rollout(rollout: RolloutConfig) -> list[Finding]:
     findings = []
     for model, urls in (("student", rollout.server.student), ("teacher", rollout.server.teacher)):
         subject = f"rollout.server.{model}"
-        advice = "start vLLM there before the stages that generate (docs/paper-scale.md, 6)"
+        advice = "start vLLM there before the stages that generate (docs/paper-scale.md, 3)"
         if urls:
             findings.append(_answer(subject, urls, "/health", warning, f"{advice}, or set rollout.engine"))
         else:

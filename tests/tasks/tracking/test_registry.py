@@ -20,7 +20,7 @@ from tasks.commands.recreate import show
 from tasks.project.dvc import dvc_md5
 from tasks.project.files import content_hash
 from tasks.stages.stage import stage
-from tasks.tracking.evidence import register_trained
+from tasks.tracking.evaluations import register_trained
 from tasks.tracking.registry import CHALLENGER, CHAMPION, Version, model_folder, store
 from tasks.tracking.runs import connect
 from tests.dgpo_core.making import tiny_model
@@ -262,6 +262,6 @@ def test_no_server_is_one_line_in_seconds(
     line = [sys.executable, "-m", "tasks.commands.cli", *command.split(), *model]
     done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
     (said,) = done.stderr.splitlines()
-    assert "http://127.0.0.1:9 does not answer" in said and "make up" in said
+    assert "http://127.0.0.1:9 does not answer" in said and "dgpo up" in said
     assert done.returncode == 1
     assert time.monotonic() - started < 60, "also on a busy machine"
