@@ -1,4 +1,4 @@
-"""What of a text can be seen, and one spelling for texts that are compared."""
+"""What of a text can be seen, one spelling for texts that are compared, and the start of a long one."""
 
 import re
 import unicodedata
@@ -57,6 +57,27 @@ def stands_in(words: str, text: str) -> bool:
     Both must be normalised (scoring/answers.py): "ann" does not stand in "annual".
     """
     return f" {words} " in f" {text} " or (words in text and bool(_UNSPACED.search(words)))
+
+
+READ = 6  # characters for a token that is wanted; of most texts one has 3 to 5
+MARGIN = 200  # tokens beyond those that count
+ELSEWHERE = 13  # characters between two ends of a text: groups of 2 or 3 characters end differently there
+
+
+def start_of(text: str, encode: Callable[[str], list[int]], count: int) -> str:
+    """Return a text that begins with the same `count` tokens: `text`, or the start of a much longer one.
+
+    What follows a place can change the tokens before it, but not far before it. So the start has more tokens
+    than `count`, and is made twice, with different ends: where that makes a difference, `text` is returned.
+    """
+    length = READ * (count + MARGIN)
+    while 2 * length < len(text):
+        start = text[:length]
+        ids = encode(start)
+        if len(ids) >= count + MARGIN:
+            return start if encode(start[:-ELSEWHERE])[:count] == ids[:count] else text
+        length *= 4  # long tokens, as of white space
+    return text
 
 
 def markdown_cell(text: str) -> str:

@@ -24,11 +24,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
-from dgpo_core.agent.prompts import start_of
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import InfrastructureError, UserError, first_line
 from dgpo_core.hub import HTTP_ERROR, unreachable
-from dgpo_core.text import canonical
+from dgpo_core.text import canonical, start_of
 
 _WORDS = (  # one character can be a word: Han, Hangul
     "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af\u1100-\u11ff\uac00-\ud7a3"

@@ -12,9 +12,9 @@ from dgpo_core.config.data import ModelShape, QuestionCounts, WorldConfig
 from dgpo_core.config.recipes import Distillation, Reinforcement
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.datasets.records import Question
+from dgpo_core.models import build_model
 from dgpo_core.training.batches import TokenModel
 from dgpo_core.training.engines import FrozenModel, TorchEngine
-from dgpo_core.training.models import build_model
 from dgpo_core.training.optimizer import Optimization, constant
 from dgpo_core.training.reinforce import Critic
 

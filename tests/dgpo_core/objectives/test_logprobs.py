@@ -55,7 +55,7 @@ def test_token_logprobs(parts: Parts, temperature: float, chunk: int) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_distillation_terms(parts: Parts, temperature: float, chunk: int) -> None:
+def test_distillation_losses(parts: Parts, temperature: float, chunk: int) -> None:
     hidden, head, teacher_hidden, teacher_head, targets = parts
     student = Categorical(logits=hidden @ head.T / temperature)
     teacher = Categorical(logits=teacher_hidden @ teacher_head[:V].T / temperature)

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from dgpo_core.errors import NotFinite, UserError
-from dgpo_core.training.checkpoint import Checkpoint, broken_weight, require_finite, training_step
+from dgpo_core.models import broken_weight
+from dgpo_core.training.checkpoint import Checkpoint, require_finite, training_step
 
 
 class Moved:
