@@ -242,15 +242,15 @@ def _extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     own = read_yaml(path)
     if not (below := own.pop("extends", None)):
         return own
-    return _laid_over(_extended(path.with_name(f"{below}.yaml"), (*seen, path)), own)
+    return laid_over(_extended(path.with_name(f"{below}.yaml"), (*seen, path)), own)
 
 
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Mappings are merged in depth; everything else is replaced."""
+def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Merge mappings in depth; everything else is replaced, also by a mapping that is empty."""
     merged = dict(below)
     for key, value in above.items():
-        both = isinstance(value, dict) and isinstance(merged.get(key), dict)
-        merged[key] = _laid_over(merged[key], value) if both else value
+        deep = isinstance(value, dict) and value and isinstance(merged.get(key), dict)
+        merged[key] = laid_over(merged[key], value) if deep else value
     return merged
 
 
