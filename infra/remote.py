@@ -1,8 +1,8 @@
 """Send outputs to DVC's remote and get them from there: `dgpo push` and `dgpo pull`.
 
-They are `dvc push` and `dvc pull` with two additions. Without a remote `dvc pull` lists every output as missing
-and does not say that nobody has pushed. And `dvc push --run-cache` sends the records of earlier runs, not their
-outputs, so that nobody else can go back to them.
+They are `dvc push` and `dvc pull` with two additions. Without a remote `dvc pull` lists every output as
+missing and does not say that nobody has pushed. And `dvc push --run-cache` sends the records of earlier runs,
+not their outputs, so that nobody else can go back to them.
 """
 
 import sys
