@@ -3,10 +3,10 @@
 Text to token ids: what people and documents write never becomes one of the model's control tokens.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any, Literal
 
-from dgpo_core.text import trimmed
+from dgpo_core.text import start_of, trimmed
 
 TAGS = (
     "<think>", "</think>", "<search>", "</search>",
@@ -91,11 +91,6 @@ def prompt_text(question: str, instruction: str, tokenizer: Any) -> str:
     return text
 
 
-READ = 6  # characters for a token that is wanted; of most texts one has 3 to 5
-MARGIN = 200  # tokens beyond those that count
-ELSEWHERE = 13  # characters between two ends of a text: groups of 2 or 3 characters end differently there
-
-
 def known_ids(tokenizer: Any) -> int:
     """Return one more than the largest id that has a token.
 
@@ -114,22 +109,6 @@ def encode_text(text: str, tokenizer: Any) -> list[int]:
 def encode_start(text: str, tokenizer: Any, count: int) -> list[int]:
     """Return the first `count` ids of `encode_text(text)`; a long text is not tokenised whole for them."""
     return encode_text(start_of(text, lambda part: encode_text(part, tokenizer), count), tokenizer)[:count]
-
-
-def start_of(text: str, encode: Callable[[str], list[int]], count: int) -> str:
-    """Return a text that begins with the same `count` tokens: `text`, or the start of a much longer one.
-
-    What follows a place can change the tokens before it, but not far before it. So the start has more tokens
-    than `count`, and is made twice, with different ends: where that makes a difference, `text` is returned.
-    """
-    length = READ * (count + MARGIN)
-    while 2 * length < len(text):
-        start = text[:length]
-        ids = encode(start)
-        if len(ids) >= count + MARGIN:
-            return start if encode(start[:-ELSEWHERE])[:count] == ids[:count] else text
-        length *= 4  # long tokens, as of white space
-    return text
 
 
 def encode_prompt(question: str, instruction: str, tokenizer: Any) -> list[int]:

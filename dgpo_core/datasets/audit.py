@@ -5,9 +5,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dgpo_core.agent.answers import normalize
 from dgpo_core.datasets.records import Passage, Question
-from dgpo_core.text import letters, stands_in
+from dgpo_core.text import letters, normalize, stands_in
 
 Splits = Mapping[tuple[str, str], Sequence[Question]]  # (set, train, dev or test) -> questions
 FEW_ANSWERABLE = 0.5  # a share of questions below this is worth a remark

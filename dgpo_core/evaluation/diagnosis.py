@@ -19,10 +19,9 @@ from typing import Any
 import pyarrow as pa
 
 from dgpo_core.agent.actions import ActionKind, parse_action
-from dgpo_core.agent.answers import normalize
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner, Search
 from dgpo_core.datasets.records import Question
-from dgpo_core.text import stands_in
+from dgpo_core.text import normalize, stands_in
 
 Decode = Callable[[list[int]], Any]  # a tokenizer's `decode`: token ids -> text (typed for batches too)
 

@@ -15,7 +15,8 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from dgpo_core.datasets.records import Passage, unquoted
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.retrieval.ranking import Hit, batches, text_bytes
+from dgpo_core.retrieval.ranking import Hit
+from dgpo_core.retrieval.request_size import batches, text_bytes
 
 INDEX_HEADER = "X-Index-Digest"
 TIMEOUT = httpx.Timeout(60.0, connect=5.0)  # seconds; a batch of queries may have to be encoded on a CPU

@@ -27,11 +27,12 @@ from dgpo_core.retrieval.collection import (
     index_digest,
     stored_content,
 )
-from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, Vector, make_encoder, spaced
+from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, Vector, make_encoder
 from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
 from dgpo_core.retrieval.qdrant_server import MEMORY, Progress, QdrantBackend, connect, ensure, refusal
-from dgpo_core.retrieval.ranking import RRF_DEPTH, Hit, Scored, Window, fuse, rank
+from dgpo_core.retrieval.ranking import RRF_DEPTH, Candidate, Hit, Window, fuse, rank
 from dgpo_core.retrieval.shards import read_manifest
+from dgpo_core.text import spaced
 
 REMEMBERED = 100_000  # queries whose hits are kept
 REMEMBERED_TEXT = 200_000_000  # characters of their passages: 2,000 a query, with passages of 100 words
@@ -45,17 +46,17 @@ class Searcher:
         self._backend = backend
         self._encoders = {ENCODED: encoder} if lexical is None else {ENCODED: encoder, LEXICAL: lexical}
 
-    def search(self, queries: list[str], top_k: int, exact: bool = False) -> list[list[Scored]]:
+    def search(self, queries: list[str], top_k: int, exact: bool = False) -> list[list[Candidate]]:
         """The best points of each query, best first. `exact`: without graph and quantisation."""
         if len(self._encoders) == 1:
             return self._rank(ENCODED, queries, top_k, exact)
         rankings = [self._rank(name, queries, max(RRF_DEPTH, top_k), exact) for name in self._encoders]
         return [fuse(list(both), top_k) for both in zip(*rankings, strict=True)]
 
-    def _rank(self, name: str, queries: list[str], top_k: int, exact: bool) -> list[list[Scored]]:
+    def _rank(self, name: str, queries: list[str], top_k: int, exact: bool) -> list[list[Candidate]]:
         vectors = self._encoders[name].encode_queries(queries)
 
-        def query(some: list[Vector], limit: int, window: Window | None = None) -> list[list[Scored]]:
+        def query(some: list[Vector], limit: int, window: Window | None = None) -> list[list[Candidate]]:
             return self._backend.query(name, some, limit, exact, window)
 
         return rank(query, vectors, top_k)

@@ -40,8 +40,8 @@ from dgpo_core.retrieval.encoders import (
     Vector,
     dense_column,
     make_encoder,
-    spaced,
 )
+from dgpo_core.text import spaced
 
 # type, dimension, vectors, two unused numbers, trained, metric, number of floats that follow
 HEADER = struct.Struct("<4siqqq?iQ")

@@ -7,7 +7,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from dgpo_core.agent import prompts
-from dgpo_core.agent.answers import normalize
 from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.agent.prompts import encode_prompt, encode_start
@@ -17,7 +16,7 @@ from dgpo_core.errors import UserError
 from dgpo_core.retrieval.ranking import Retriever
 from dgpo_core.serving.events import Ask, Event, Information, Record, Source, Step, TagSplitter
 from dgpo_core.serving.streaming import Narrator, ReportingRetriever, StreamingEngine
-from dgpo_core.text import stands_in
+from dgpo_core.text import normalize, stands_in
 
 
 class Agent:

@@ -5,9 +5,15 @@ from qdrant_client import QdrantClient
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.retrieval import parse_location
 from dgpo_core.errors import UserError
-from dgpo_core.retrieval import collection as collections
 from dgpo_core.retrieval.collection import content_name
-from dgpo_core.retrieval.qdrant_server import collection_name, connect
+from dgpo_core.retrieval.qdrant_server import (
+    collection_name,
+    connect,
+    list_collections,
+    remove_collection,
+    restore_collection,
+    snapshot_collection,
+)
 from dgpo_core.retrieval.shards import read_manifest
 from tasks.project.paths import INDEX
 from tasks.stages.inputs import retriever
@@ -15,7 +21,7 @@ from tasks.stages.inputs import retriever
 
 def show() -> None:
     client, _ = _server()
-    found = collections.list_collections(client)
+    found = list_collections(client)
     if not found:
         print("no collections of this pipeline")
         return
@@ -35,7 +41,7 @@ def build() -> None:
 
 def remove(name: str) -> None:
     client, _ = _server()
-    collections.remove_collection(client, name)
+    remove_collection(client, name)
     print(f"removed {name}")
 
 
@@ -45,13 +51,13 @@ def snapshot() -> None:
     name = _wanted(params)
     if not client.collection_exists(name):
         raise UserError(f"{name}: not on this server yet; dgpo collections build makes it")
-    made = collections.snapshot_collection(client, name)
+    made = snapshot_collection(client, name)
     print(f"{params.retrieval.location}/collections/{name}/snapshots/{made.name} ({made.size:,} bytes)")
 
 
 def restore(source: str) -> None:
     client, params = _server()
-    collections.restore_collection(client, _wanted(params), source)
+    restore_collection(client, _wanted(params), source)
     build()
 
 

@@ -6,13 +6,15 @@ from qdrant_client import models
 from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import UserError
-from dgpo_core.retrieval.collection import (
+from dgpo_core.retrieval.qdrant_server import (
+    collection_name,
+    connect,
+    ensure,
     list_collections,
     remove_collection,
     restore_collection,
     snapshot_collection,
 )
-from dgpo_core.retrieval.qdrant_server import collection_name, connect, ensure
 from tests.dgpo_core.retrieval.conftest import dense_content
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer
 

@@ -12,7 +12,6 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertModel
 
-from dgpo_core.agent.prompts import start_of
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval import encoders
@@ -25,6 +24,7 @@ from dgpo_core.retrieval.encoders import (
     make_encoder,
     silent,
 )
+from dgpo_core.text import start_of
 from tests.dgpo_core.retrieval.words import WORDS
 
 

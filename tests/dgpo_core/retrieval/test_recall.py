@@ -7,7 +7,7 @@ from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval.encoders import Bm25Encoder, Vector
 from dgpo_core.retrieval.index import Index, Recall, Searcher, require_recall, search_recall
-from dgpo_core.retrieval.ranking import Scored, Window
+from dgpo_core.retrieval.ranking import Candidate, Window
 
 
 class Forgetful:
@@ -15,8 +15,8 @@ class Forgetful:
 
     def query(
         self, name: str, vectors: list[Vector], limit: int, exact: bool = False, window: Window | None = None
-    ) -> list[list[Scored]]:
-        points = [Scored(i, Passage(str(i), "T", "t"), 10.0 - i) for i in range(10)]
+    ) -> list[list[Candidate]]:
+        points = [Candidate(i, Passage(str(i), "T", "t"), 10.0 - i) for i in range(10)]
         return [points[0 if exact else 1 :][:limit] for _ in vectors]
 
     def close(self) -> None: ...

@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgpo_core.datasets.records import Passage
-from dgpo_core.retrieval.encoders import Bm25Encoder, SparseVector, spaced
+from dgpo_core.retrieval.encoders import Bm25Encoder, SparseVector
 from dgpo_core.retrieval.index import index_passages
+from dgpo_core.text import spaced
 from tests.dgpo_core.retrieval.conftest import BM25
 
 TEXTS = {
