@@ -57,7 +57,7 @@ def offer(tree: Path) -> str:
 
 def _own_challenger(tree: Path) -> Version:
     """Offer this run's model and return its version. Raises UserError for one that cannot be offered."""
-    from tasks.tracking.evidence import offer as make_challenger
+    from tasks.tracking.evaluations import offer as make_challenger
 
     with store() as registry:
         try:

@@ -394,7 +394,7 @@ def write_report(
     texts = {
         "results.json": as_json(report.results),
         "comparisons.json": as_json(report.comparisons),
-        "json": as_json(report.arcap),
+        "arcap.json": as_json(report.arcap),
         "arcap_comparisons.json": as_json(report.arcap_comparisons),
         "diagnosis.json": as_json(report.diagnosis),
         "index.html": render(report),

@@ -233,7 +233,7 @@ def register(
     ] = False,
 ) -> None:
     """Register the trained models of this working tree that MLflow does not know yet."""
-    from tasks.tracking.evidence import register_trained
+    from tasks.tracking.evaluations import register_trained
 
     register_trained(challenger)
 
@@ -265,7 +265,7 @@ def evaluate(
     model: Annotated[str, typer.Argument(help="models:/search-agent@champion, or models:/search-agent/3")],
 ) -> None:
     """Evaluate a registered model again, with this working tree's questions, index and settings."""
-    from tasks.tracking.evidence import evaluate_again
+    from tasks.tracking.evaluations import evaluate_again
 
     evaluate_again(model)
 

@@ -23,7 +23,7 @@ from dgpo_core.evaluation.promotion import (
     headline,
 )
 from tasks.project.dvc import read_lock
-from tasks.tracking.evidence import BASE, record_evaluations
+from tasks.tracking.evaluations import BASE, record_evaluations
 from tasks.tracking.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry, Version, store
 
 PROMOTED, KEPT, REFUSED = 0, 1, 2  # exit codes
@@ -86,9 +86,9 @@ def judge(registry: Registry, params: Params, version: Version, champion: Versio
         )
     registry.folder(version)  # a champion that nobody could load is none
     with contextlib.ExitStack() as stack:
-        own = stack.enter_context(registry.evidence(version))
+        own = stack.enter_context(registry.evaluation(version))
         rival = (
-            Candidate(champion.name, champion.hash, stack.enter_context(registry.evidence(champion)))
+            Candidate(champion.name, champion.hash, stack.enter_context(registry.evaluation(champion)))
             if (champion)
             else None
         )

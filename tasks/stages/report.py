@@ -7,7 +7,7 @@ from dgpo_core.reporting.page import write_report
 from tasks.project.dvc import read_lock
 from tasks.project.paths import EVALUATION, METRICS, PLOTS, REPORTS
 from tasks.stages.stage import stage, stage_main
-from tasks.tracking.evidence import record_evaluations
+from tasks.tracking.evaluations import record_evaluations
 from tasks.tracking.registry import Registry
 
 if TYPE_CHECKING:

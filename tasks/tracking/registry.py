@@ -1,6 +1,6 @@
 """A trained folder as an MLflow model, which everybody loads who has MLflow and transformers.
 
-The registered model `search-agent` in MLflow: versions, their evidence, and the aliases that people trust.
+The registered model `search-agent` in MLflow: versions, their evaluations, and the aliases that people trust.
 
 Imports mlflow, besides `tracking.py`; that and torch only where they are used, because every stage imports
 this file. Every trained model is a version; what belongs to it are artifacts of the run that trained it:
@@ -203,7 +203,7 @@ class Registry:
         for key, value in tags.items():
             self._client.set_model_version_tag(NAME, version.number, key, value)
 
-    def store_evidence(self, version: Version, folder: Path, average: float, source: str) -> None:
+    def store_evaluation(self, version: Version, folder: Path, average: float, source: str) -> None:
         """Keep an evaluation with the version, and let it count; `source` is DVC or AGAIN.
 
         One that was made again gives way only to an evaluation of DVC's that is newer than it.
@@ -231,7 +231,7 @@ class Registry:
         self.tag(version, decided=now, decision=decision.verdict, gain=shown, decision_artifact=place)
 
     @contextmanager
-    def evidence(self, version: Version) -> Iterator[Path]:
+    def evaluation(self, version: Version) -> Iterator[Path]:
         """The version's evaluation in a temporary folder. Raises UserError when it has none."""
         place = version.tags.get("evaluation")
         if not place:

@@ -12,7 +12,7 @@ import yaml
 
 from dgpo_core.errors import UserError
 from tasks.commands.promote import promote
-from tasks.tracking.evidence import register_trained
+from tasks.tracking.evaluations import register_trained
 from tasks.tracking.registry import CHALLENGER, CHAMPION, store
 from tests.tasks.conftest import empty_store, own_store  # noqa: F401  fixtures
 from tests.tasks.trained import BETTER, WORSE, make_trained, train

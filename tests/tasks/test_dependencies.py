@@ -43,7 +43,7 @@ WITHOUT_EFFECT = (
     "tasks/stages/base_model.py",  # hands the settings to the builder
     "tasks/project/dvc.py",  # this and what follows: where, how and with which record a stage runs
     "tasks/tracking/traces.py",
-    "tasks/tracking/evidence.py",
+    "tasks/tracking/evaluations.py",
     "tasks/project/files.py",
     "tasks/project/git.py",
     "tasks/stages/inputs.py",

@@ -12,7 +12,7 @@ from tasks.project import paths
 from tasks.stages.data import generate
 from tasks.stages.index import index
 from tasks.stages.stage import stage
-from tasks.tracking.evidence import evaluate_again
+from tasks.tracking.evaluations import evaluate_again
 from tasks.tracking.registry import store
 from tests.tasks.miniature import make_project
 
@@ -36,7 +36,7 @@ def test_it_uses_folders_that_are_named_relative_to_ours(
         run.register_model("kd", paths.MODELS / "kd")
     evaluate_again("kd")
     manifest = json.loads((paths.INDEX / "manifest.json").read_text())
-    with store() as registry, registry.evidence(registry.named("kd")) as evidence:
+    with store() as registry, registry.evaluation(registry.named("kd")) as evidence:
         assert json.loads((evidence / "made.json").read_text())["index"] == manifest["digest"]
     assert manifest["encoder"]["model"] == "models/student"
     capfd.readouterr()

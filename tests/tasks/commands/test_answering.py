@@ -10,7 +10,7 @@ from dgpo_core.errors import UserError
 from tasks.commands.answering import CHAMPION, called, resolve_model
 from tasks.commands.promote import promote
 from tasks.project.files import content_hash
-from tasks.tracking.evidence import register_trained
+from tasks.tracking.evaluations import register_trained
 from tests.tasks.miniature import make_project
 from tests.tasks.trained import make_trained
 

@@ -16,7 +16,7 @@ from dgpo_core.errors import UserError
 from tasks.commands import promote as promotion
 from tasks.commands.promote import KEPT, PROMOTED, REFUSED, promote, rollback
 from tasks.project.dvc import read_lock
-from tasks.tracking.evidence import evaluate_again, record_evaluations, register_trained
+from tasks.tracking.evaluations import evaluate_again, record_evaluations, register_trained
 from tasks.tracking.registry import AGAIN, CHALLENGER, CHAMPION, PREVIOUS, Registry, Version, store
 from tests.dgpo_core.evaluation.making import Model, write_evaluation
 from tests.tasks.miniature import ROOT
@@ -239,9 +239,9 @@ def test_an_evaluation_made_again_is_not_replaced_by_the_one_before(two: Path) -
             return registry.version("1").tags["evaluation"]
 
     first = counting()
-    with store() as registry, registry.evidence(registry.version("1")) as evidence:
+    with store() as registry, registry.evaluation(registry.version("1")) as evidence:
         (evidence / "arcap.parquet").write_bytes((two / "evaluation/dgpo/arcap.parquet").read_bytes())
-        registry.store_evidence(registry.version("1"), evidence, 0.5, AGAIN)
+        registry.store_evaluation(registry.version("1"), evidence, 0.5, AGAIN)
     again = counting()
     assert again != first
     train(two, "kd", "kd's weights", Model.of(0.55, seed=2))

@@ -12,7 +12,7 @@ from dgpo_core.config.params import load_params
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.promotion import read_evidence
 from tasks.commands.recreate import OTHER, SAME, show
-from tasks.tracking.evidence import evaluate_again, register_trained
+from tasks.tracking.evaluations import evaluate_again, register_trained
 from tasks.tracking.registry import store
 from tests.conftest import make_workplace
 from tests.tasks.miniature import ROOT, make_project
@@ -168,7 +168,7 @@ def test_a_real_model_is_made_again(
     assert show(version.reference, as_json=False, params=False, verify=True) == SAME
     assert "made again, byte for byte" in capsys.readouterr().out
     evaluate_again(version.reference)
-    with store() as registry, registry.evidence(registry.version(version.number)) as evidence:
+    with store() as registry, registry.evaluation(registry.version(version.number)) as evidence:
         made = json.loads((evidence / "made.json").read_text())
         assert made["model"] == version.hash
         datasets = list(load_params().questions.test)

@@ -20,7 +20,7 @@ from tasks.commands.recreate import show
 from tasks.project.dvc import dvc_md5
 from tasks.project.files import content_hash
 from tasks.stages.stage import stage
-from tasks.tracking.evidence import register_trained
+from tasks.tracking.evaluations import register_trained
 from tasks.tracking.registry import CHALLENGER, CHAMPION, Version, model_folder, store
 from tasks.tracking.runs import connect
 from tests.dgpo_core.making import tiny_model

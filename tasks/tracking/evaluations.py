@@ -58,7 +58,7 @@ def record_evaluations(
                 base = model_source(params, STUDENT)
                 digest = content_hash(root / base) if (root / base).is_dir() else base
                 _assemble(STUDENT, digest, lock, folder / BASE, root)
-                registry.store_evidence(version, folder, _average(folder / TABLES[0]), DVC)
+                registry.store_evaluation(version, folder, _average(folder / TABLES[0]), DVC)
     return problems
 
 
@@ -151,7 +151,7 @@ def evaluate_again(reference: str) -> None:
             base = model_source(params, STUDENT)
             if Path(base).is_dir():
                 _assemble(STUDENT, content_hash(Path(base)), lock, evidence / BASE, Path())
-            registry.store_evidence(version, evidence, _average(evidence / TABLES[0]), AGAIN)
+            registry.store_evaluation(version, evidence, _average(evidence / TABLES[0]), AGAIN)
     print(f"{version.name}: evaluated, and kept with the version")
 
 
@@ -159,7 +159,7 @@ def _may_replace(registry: Registry, version: Version, folder: Path) -> bool:
     """Whether the evaluation in `folder` may count instead of the kept one: of the same settings, or of more
     questions with otherwise the same."""
     try:
-        with registry.evidence(version) as kept:
+        with registry.evaluation(version) as kept:
             ours, theirs = (json.loads((each / MADE).read_bytes())["settings"] for each in (folder, kept))
             more = _questions(folder) > _questions(kept)
     except (UserError, OSError, ValueError, KeyError):
