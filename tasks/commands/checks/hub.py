@@ -4,10 +4,10 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from huggingface_hub import constants, get_token, try_to_load_from_cache
+from huggingface_hub import HfUri, constants, get_token, try_to_load_from_cache
 
 from dgpo_core.config.params import Params
-from dgpo_core.datasets.published import SETTING, HubFile, gold_places, hub_file, split_places
+from dgpo_core.datasets.published import SETTING, gold_addresses, hub_file, split_addresses
 from dgpo_core.errors import UserError
 from tasks.commands.checks.finding import Finding, error, ok, warning
 
@@ -52,8 +52,8 @@ def _files(params: Params) -> dict[str, list[str]]:
     if params.data.source == "world":
         return files
     config, sets = params.data.published, params.questions
-    named = {"questions": list(split_places(config, sets).values()), "corpus": [config.corpus]}
-    named |= gold_places(config, sets)
+    named = {"questions": list(split_addresses(config, sets).values()), "corpus": [config.corpus]}
+    named |= gold_addresses(config, sets)
     return files | {f"{SETTING}.{name}": places for name, places in named.items()}
 
 
@@ -75,7 +75,7 @@ def _data(setting: str, places: list[str], reachable: bool) -> Finding:
                 return error(setting, f"{place}: no such file", "see docs/data.md for its format")
             continue
         cached = try_to_load_from_cache(
-            wanted.repository, wanted.file, repo_type="dataset", revision=wanted.revision
+            wanted.id, wanted.path_in_repo, repo_type="dataset", revision=wanted.revision
         )
         if isinstance(cached, str):
             continue
@@ -83,7 +83,7 @@ def _data(setting: str, places: list[str], reachable: bool) -> Finding:
             return error(setting, f"{place} is not in the cache", "make the hub reachable, or name a file")
         status = _status(_url(wanted), get_token())
         if status in (401, 403):
-            page = f"{constants.ENDPOINT}/datasets/{wanted.repository}"
+            page = f"{constants.ENDPOINT}/datasets/{wanted.id}"
             return error(setting, f"{place}: the hub answers {status}", f"ask for access at {page}")
         if status != 200:
             return error(setting, f"{place}: the hub answers {status}", "see whether the name is right")
@@ -95,9 +95,9 @@ def _data(setting: str, places: list[str], reachable: bool) -> Finding:
     return ok(setting, f"{len(places)} files are here")
 
 
-def _url(wanted: HubFile) -> str:
+def _url(wanted: HfUri) -> str:
     revision = wanted.revision or "main"
-    return f"{constants.ENDPOINT}/datasets/{wanted.repository}/resolve/{revision}/{wanted.file}"
+    return f"{constants.ENDPOINT}/datasets/{wanted.id}/resolve/{revision}/{wanted.path_in_repo}"
 
 
 def cached_file(name: str, file: str) -> Path | None:

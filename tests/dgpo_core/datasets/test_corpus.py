@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo_core.datasets.published import Fetched, write_corpus
+from dgpo_core.datasets.published import DataFile, write_corpus
 from dgpo_core.datasets.records import Passage, read_corpus
 from dgpo_core.errors import UserError
 from tests.samples import PASSAGES, SAMPLES, sample_config
@@ -16,8 +16,8 @@ WIKI = SAMPLES / "wiki-18.jsonl"
 CONFIG = sample_config()
 
 
-def fetched(path: Path) -> Fetched:
-    return Fetched(path, str(path))
+def fetched(path: Path) -> DataFile:
+    return DataFile(path, str(path))
 
 
 @pytest.mark.parametrize("packed", [False, True])

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo_core.datasets.published import Fetched, _commit, fetch
+from dgpo_core.datasets.published import DataFile, _commit, fetch
 from dgpo_core.errors import UserError
 from tests.samples import SAMPLES
 
@@ -143,7 +143,7 @@ def test_the_commit_is_read_below_the_hubs_own_folder() -> None:
 def test_local_files(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.touch()
-    assert fetch(str(path), "x") == Fetched(path, str(path))
+    assert fetch(str(path), "x") == DataFile(path, str(path))
     with pytest.raises(UserError, match=r"data\.published\.nq: .*b\.jsonl: no such file"):
         fetch(str(tmp_path / "b.jsonl"), "data.published.nq")
 

@@ -18,11 +18,10 @@ from dgpo_core.retrieval import encoders
 from dgpo_core.retrieval.encoders import (
     BUFFER,
     Bm25Encoder,
-    DenseEncoder,
+    MeanPoolingEncoder,
     SentenceTransformersEncoder,
     SparseVector,
     make_encoder,
-    silent,
 )
 from dgpo_core.text import start_of
 from tests.dgpo_core.retrieval.words import WORDS
@@ -41,7 +40,7 @@ def pooled(folder: Path, text: str, max_tokens: int = 256) -> np.ndarray:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_dense_vectors_are_normalised_means(bert: Path, batch_size: int) -> None:
-    encoder = DenseEncoder(EncoderConfig(model=str(bert), batch_size=batch_size))
+    encoder = MeanPoolingEncoder(EncoderConfig(model=str(bert), batch_size=batch_size))
     texts = ["red house", "green green tree house blue red", "blue"]
     for prefix, vectors in (
         ("query: ", encoder.encode_queries(texts)),
@@ -54,7 +53,7 @@ def test_dense_vectors_are_normalised_means(bert: Path, batch_size: int) -> None
 
 
 def test_dense_encoder_cuts_long_texts(bert: Path) -> None:
-    encoder = DenseEncoder(EncoderConfig(model=str(bert), max_tokens=6, query_prefix=""))
+    encoder = MeanPoolingEncoder(EncoderConfig(model=str(bert), max_tokens=6, query_prefix=""))
     (vector,) = encoder.encode_queries(["red green blue house tree tree"])
     np.testing.assert_allclose(np.array(vector), pooled(bert, "red green blue house tree tree", 6), atol=1e-5)
 
@@ -84,7 +83,7 @@ def test_of_a_long_text_the_start_alone_is_read(
 
 
 def test_vectors_that_are_no_numbers_are_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = DenseEncoder(EncoderConfig(model=str(bert)))
+    encoder = MeanPoolingEncoder(EncoderConfig(model=str(bert)))
     weights = encoder._model.embeddings.word_embeddings.weight
     with torch.no_grad():
         weights.fill_(float("nan"))
@@ -94,7 +93,7 @@ def test_vectors_that_are_no_numbers_are_refused(bert: Path, monkeypatch: pytest
 
 def test_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"retrieval\.encoder\.model: cannot load"):
-        DenseEncoder(EncoderConfig(model=str(tmp_path)))
+        MeanPoolingEncoder(EncoderConfig(model=str(tmp_path)))
 
 
 def test_bm25_weights() -> None:
@@ -115,12 +114,14 @@ def test_bm25_finds_a_word_in_every_spelling(text: str) -> None:
     encoder = Bm25Encoder(average_words=4.0)
     assert encoder.encode_passages([text]) == encoder.encode_passages(["José Ibáñez"])
     assert encoder.encode_queries([text]) == encoder.encode_queries(["José Ibáñez"])
-    assert encoder.passage_column([text], silent) == encoder.passage_column(["José Ibáñez"], silent)
+    assert encoder.passage_column([text], lambda count: None) == encoder.passage_column(
+        ["José Ibáñez"], lambda count: None
+    )
 
 
 def test_make_encoder(bert: Path) -> None:
     assert isinstance(make_encoder(EncoderConfig(kind="bm25"), 10.0), Bm25Encoder)
-    assert isinstance(make_encoder(EncoderConfig(kind="dense", model=str(bert)), 10.0), DenseEncoder)
+    assert isinstance(make_encoder(EncoderConfig(kind="dense", model=str(bert)), 10.0), MeanPoolingEncoder)
 
 
 TEXTS = [
@@ -138,7 +139,9 @@ def test_a_real_model_gives_what_sentence_transformers_gives(minilm: Path) -> No
     expected = oracle.encode(TEXTS, show_progress_bar=False)
     for batch_size in (1, 3):
         plain = EncoderConfig(model=str(minilm), query_prefix="", passage_prefix="", batch_size=batch_size)
-        np.testing.assert_allclose(np.array(DenseEncoder(plain).encode_passages(TEXTS)), expected, atol=1e-5)
+        np.testing.assert_allclose(
+            np.array(MeanPoolingEncoder(plain).encode_passages(TEXTS)), expected, atol=1e-5
+        )
     config = EncoderConfig(kind="sentence-transformers", model=str(minilm), batch_size=2)
     encoder = make_encoder(config, 10.0)
     assert isinstance(encoder, SentenceTransformersEncoder)
@@ -163,7 +166,7 @@ def test_prompts_and_prefixes_of_sentence_transformers(bert: Path, tmp_path: Pat
 
 
 def test_columns_are_in_half_precision_and_progress_is_told(bert: Path) -> None:
-    encoder = DenseEncoder(EncoderConfig(model=str(bert), batch_size=1))
+    encoder = MeanPoolingEncoder(EncoderConfig(model=str(bert), batch_size=1))
     texts = ["red house " * (i % 5 + 1) for i in range(BUFFER + 3)]  # more than one buffer
     told: list[int] = []
     column = encoder.passage_column(texts, told.append)
@@ -175,7 +178,7 @@ def test_columns_are_in_half_precision_and_progress_is_told(bert: Path) -> None:
 
 def test_texts_of_similar_length_share_a_batch(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short and long texts in turn: sorted, hardly any token that is computed is padding."""
-    encoder = DenseEncoder(EncoderConfig(model=str(bert), batch_size=8))
+    encoder = MeanPoolingEncoder(EncoderConfig(model=str(bert), batch_size=8))
     computed = real = 0
     tokenize = encoder._tokenize
 
@@ -195,7 +198,9 @@ def test_texts_of_similar_length_share_a_batch(bert: Path, monkeypatch: pytest.M
 def test_lower_precision_is_close(bert: Path, precision: str) -> None:
     config = EncoderConfig(model=str(bert))
     texts = ["red house", "green green tree house blue red"]
-    exact, rounded = (DenseEncoder(config, "cpu", p).encode_passages(texts) for p in ("float32", precision))
+    exact, rounded = (
+        MeanPoolingEncoder(config, "cpu", p).encode_passages(texts) for p in ("float32", precision)
+    )
     np.testing.assert_allclose(np.array(rounded), np.array(exact), atol=0.05)
     assert rounded != exact
 

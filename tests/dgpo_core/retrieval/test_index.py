@@ -137,24 +137,24 @@ def test_same_query_is_asked_once(index: Index, monkeypatch: pytest.MonkeyPatch)
 def test_only_the_most_recent_queries_are_remembered(
     passages: list[Passage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "REMEMBERED", 2)
+    monkeypatch.setattr(module, "CACHED_QUERIES", 2)
     made = index_passages(passages[:20], BM25)
     for query in ("a film", "b person", "a film", "c company"):
         made.search([query], 1)
-    assert [query for query, _ in made._known] == ["a film", "c company"]
+    assert [query for query, _ in made._cache] == ["a film", "c company"]
     assert len(made.search(["d", "e", "f"], 1)) == 3
 
 
 def test_long_passages_are_not_remembered_beyond_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "REMEMBERED_TEXT", 5000)
+    monkeypatch.setattr(module, "CACHED_TEXT", 5000)
     made = index_passages([Passage("1", "T", "red house " * 200), Passage("2", "T", "x " * 3000)], BM25)
     for query in ("red", "house", "red house", "a red", "a house", "x"):
         assert made.search([query], 1)[0]
-        assert sum(len(hit.passage.text) for hits in made._known.values() for hit in hits) <= 5000
-    assert [query for query, _ in made._known] == []
+        assert sum(len(hit.passage.text) for hits in made._cache.values() for hit in hits) <= 5000
+    assert [query for query, _ in made._cache] == []
     made.search(["red"], 1)
     made.search(["house"], 1)
-    assert [query for query, _ in made._known] == ["red", "house"], "what there is room for"
+    assert [query for query, _ in made._cache] == ["red", "house"], "what there is room for"
 
 
 def test_query_without_any_known_word(index: Index) -> None:

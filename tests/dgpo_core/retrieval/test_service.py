@@ -24,7 +24,7 @@ from dgpo_core.retrieval import service
 from dgpo_core.retrieval.client import ServiceClient, describe_service
 from dgpo_core.retrieval.index import open_index
 from dgpo_core.retrieval.ranking import Hit
-from dgpo_core.retrieval.service import MAX_QUERIES, MAX_QUERY, MAX_TOP_K, Retrieval, make_app
+from dgpo_core.retrieval.service import MAX_QUERIES, MAX_QUERY, MAX_TOP_K, RetrieverService, make_app
 from dgpo_core.retrieval.shards import read_manifest
 from tests.dgpo_core.retrieval.conftest import BM25
 
@@ -45,15 +45,15 @@ def served(app: FastAPI) -> Iterator[str]:
 
 
 @pytest.fixture
-def retrieval(shards: Path) -> Iterator[Retrieval]:
-    made = Retrieval(top_k=3)
+def retrieval(shards: Path) -> Iterator[RetrieverService]:
+    made = RetrieverService(top_k=3)
     made.open(open_index(shards, RetrievalConfig(encoder=BM25)), 150)
     yield made
     made.close()
 
 
 @pytest.fixture
-def url(retrieval: Retrieval) -> Iterator[str]:
+def url(retrieval: RetrieverService) -> Iterator[str]:
     with served(make_app(retrieval)) as address:
         yield address
 
@@ -72,7 +72,7 @@ def search_r1(url: str, queries: list[str], topk: int) -> list[list[str]]:
     ]
 
 
-def test_the_fields_contract(url: str, retrieval: Retrieval, queries: list[tuple[str, str]]) -> None:
+def test_the_fields_contract(url: str, retrieval: RetrieverService, queries: list[tuple[str, str]]) -> None:
     asked = [queries[0][0], queries[5][0]]
     assert retrieval.index
     expected = retrieval.index.search(asked, 2)
@@ -145,7 +145,7 @@ def test_a_request_that_is_too_large_is_not_read(url: str, monkeypatch: pytest.M
 
 
 def test_our_client_gets_what_the_index_gives(
-    url: str, retrieval: Retrieval, queries: list[tuple[str, str]], shards: Path
+    url: str, retrieval: RetrieverService, queries: list[tuple[str, str]], shards: Path
 ) -> None:
     opened = open_index(shards, RetrievalConfig(encoder=BM25, location=f"retriever+{url}"))
     assert retrieval.index
@@ -159,7 +159,7 @@ def test_our_client_gets_what_the_index_gives(
         opened.search(["a"], MAX_TOP_K + 1)
 
 
-def test_another_index_is_not_taken_for_ours(url: str, retrieval: Retrieval) -> None:
+def test_another_index_is_not_taken_for_ours(url: str, retrieval: RetrieverService) -> None:
     with pytest.raises(InfrastructureError, match=r"serves the index .* not 'other', which data/index names"):
         ServiceClient(url, "other")
     assert retrieval.index
@@ -318,7 +318,7 @@ def test_nobody_is_there(quick: None) -> None:
 
 
 def test_it_is_not_ready_while_it_loads(quick: None) -> None:
-    loading = Retrieval(top_k=3)
+    loading = RetrieverService(top_k=3)
     with served(make_app(loading)) as url:
         assert httpx.get(f"{url}/health").status_code == 503
         response = httpx.post(f"{url}/retrieve", json={"queries": ["a"]})
@@ -327,7 +327,7 @@ def test_it_is_not_ready_while_it_loads(quick: None) -> None:
             ServiceClient(url, "d")
 
 
-def test_a_failing_index_is_a_503(url: str, retrieval: Retrieval) -> None:
+def test_a_failing_index_is_a_503(url: str, retrieval: RetrieverService) -> None:
     assert retrieval.index
     retrieval.index.close()
     response = httpx.post(f"{url}/retrieve", json={"queries": ["a query that nobody asked"]})
@@ -338,7 +338,7 @@ def test_a_failing_index_is_a_503(url: str, retrieval: Retrieval) -> None:
 def test_concurrent_requests_share_searches(dense_shards: Path, queries: list[tuple[str, str]]) -> None:
     """Each gets its own answer, and one pass encodes the queries of many."""
     config = RetrievalConfig(encoder=read_manifest(dense_shards).encoder_config)
-    retrieval = Retrieval(top_k=3)
+    retrieval = RetrieverService(top_k=3)
     retrieval.open(open_index(dense_shards, config), 150)
     asked = [query for query, _ in queries[:192]]
     index = open_index(dense_shards, config)

@@ -17,7 +17,7 @@ from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, write_jsonl
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval import shards
-from dgpo_core.retrieval.encoders import Bm25Encoder, SparseVector, Tell, dense_column, make_encoder
+from dgpo_core.retrieval.encoders import Bm25Encoder, OnEncoded, SparseVector, dense_column, make_encoder
 from dgpo_core.retrieval.shards import (
     FlatIndex,
     Job,
@@ -75,9 +75,9 @@ def test_killed_run_encodes_only_what_is_missing(
     encoded: list[str] = []
 
     class Counting(Bm25Encoder):
-        def passage_column(self, texts: list[str], tell: Tell) -> pa.Array:
+        def passage_column(self, texts: list[str], on_encoded: OnEncoded) -> pa.Array:
             encoded.extend(texts)
-            return super().passage_column(texts, tell)
+            return super().passage_column(texts, on_encoded)
 
     monkeypatch.setattr(shards, "make_encoder", lambda config, average_words: Counting(average_words))
     assert build_shards(corpus, folder, CONFIG, lambda *_: None) == whole

@@ -10,7 +10,7 @@ import pytest
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.retrieval.index import index_passages
-from dgpo_core.retrieval.service import Retrieval, make_app
+from dgpo_core.retrieval.service import RetrieverService, make_app
 from tasks.commands.checks.index import index
 from tests.dgpo_core.retrieval.test_service import served
 from tests.tasks.commands.checks.test_checks import NOWHERE, profile, with_location
@@ -65,7 +65,7 @@ def test_the_collection_on_a_server(folder: Path, status: int, body: object, lev
 
 
 def test_a_service_must_have_this_index(folder: Path) -> None:
-    loaded = Retrieval(top_k=3)
+    loaded = RetrieverService(top_k=3)
     loaded.open(index_passages([Passage("1", "A", "text")], EncoderConfig(kind="bm25")), 1)
     with served(make_app(loaded)) as url:
         (other,) = index(with_location(f"retriever+{url}"))
