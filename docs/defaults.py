@@ -1,4 +1,4 @@
-"""Write the table of defaults in docs/method.md from the schema and a profile: `python docs/defaults.py`."""
+"""Print every setting with its default, table 8's mark, and the value in `tiny`: `python docs/defaults.py`."""
 
 import json
 from collections.abc import Iterator
@@ -11,7 +11,6 @@ from dgpo_core.config.params import Params, resolve_profile
 
 ROOT = Path(__file__).parents[1]
 PROFILE = ROOT / "profiles/tiny.yaml"
-BEGIN, END = "<!-- defaults: begin -->\n", "<!-- defaults: end -->\n"
 LEFT_OUT = ("profile", "world", "base_models", "recipes")
 TABLE_8 = (
     "reinforce.steps reinforce.batch_size reinforce.beta reinforce.actor_learning_rate "
@@ -55,6 +54,4 @@ def table() -> str:
 
 
 if __name__ == "__main__":
-    page = ROOT / "docs/method.md"
-    before, rest = page.read_text(encoding="utf-8").split(BEGIN)
-    page.write_text(before + BEGIN + table() + END + rest.split(END)[1], encoding="utf-8")
+    print(table(), end="")

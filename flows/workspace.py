@@ -18,7 +18,7 @@ from typing import IO, Any
 from dgpo_core.config.params import PARAMS, read_yaml, validated
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
-from tasks.project.files import write_text
+from dgpo_core.files import write_text
 from tasks.project.git import alone, ask, git
 from tasks.project.process import BUSY
 from tasks.project.servers import adopt

@@ -39,7 +39,7 @@ def pull() -> None:
     if missing:
         raise UserError(
             f"{address}: nothing was pushed to this DVC remote: run `make push` where the outputs are, name "
-            "another remote (docs/operations.md), or make the outputs here (`make demo`)"
+            "another remote (docs/team.md), or make the outputs here (`make demo`)"
         )
     _dvc("pull", "--run-cache")
 

@@ -1,4 +1,4 @@
-"""A real vLLM server on the CPU, started as docs/operations.md says."""
+"""A real vLLM server on the CPU, started as docs/vllm.md says."""
 
 import os
 import socket

@@ -8,7 +8,6 @@ Many episodes in chunks, each kept on disk when done: a killed collection contin
 
 import hashlib
 import math
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -26,6 +25,7 @@ from dgpo_core.agent.prompts import encode_prompt, encode_start, encode_text
 from dgpo_core.config.agent import ProtocolConfig, Sampling
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import InfrastructureError, NotFinite
+from dgpo_core.files import replacement
 from dgpo_core.retrieval.ranking import Hit, Retriever
 
 STOP = (prompts.SEARCH_END, prompts.ANSWER_END)
@@ -301,9 +301,8 @@ def collect(
             if all(episode.outcome is Outcome.FAILED for episode in new):
                 raise InfrastructureError(f"all {len(new)} episodes of a chunk failed: {new[0].failure}")
             if not any(episode.outcome is Outcome.FAILED for episode in new):  # else: tried again next time
-                temporary = path.with_suffix(".part")
-                write_episodes(temporary, new)
-                os.replace(temporary, path)
+                with replacement(path) as unfinished:
+                    write_episodes(unfinished, new)
             episodes += new
         progress(len(episodes), len(tasks), em_of(episodes))
     return episodes

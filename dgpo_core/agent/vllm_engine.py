@@ -105,7 +105,7 @@ def nvidia_smi(query: str) -> tuple[list[list[str]], str]:
 
 
 UNTOUCHED = "default"  # vLLM's name of the weights it was started with
-INSTALL = "needs vLLM in this environment: see 'Rollouts with vLLM' in docs/operations.md"
+INSTALL = "needs vLLM in this environment: see docs/vllm.md"
 
 
 class VllmEngine:

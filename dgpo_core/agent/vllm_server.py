@@ -29,7 +29,7 @@ from dgpo_core.training.models import load_model
 
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
 OVERLOADED = (408, 425, 429)  # beside what begins with 5: asked again later, it may be answered
-START_IT_SO = "start it as 'Rollouts with vLLM' in docs/operations.md says"
+START_IT_SO = "start it as docs/vllm.md says"
 
 
 class VllmServerEngine:

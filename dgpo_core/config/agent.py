@@ -47,7 +47,7 @@ class VllmConfig(Section):
 
 
 class ServerConfig(Section):
-    """vLLM servers that run already, one for each copy of the model (docs/operations.md)."""
+    """vLLM servers that run already, one for each copy of the model (docs/vllm.md)."""
 
     student: list[str] = Field([], description="URLs of those for the student and the recipes' models")
     teacher: list[str] = Field([], description="URLs of those for the teacher")

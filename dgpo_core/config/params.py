@@ -1,6 +1,6 @@
 """Where the stages that run models are executed; nothing that they make depends on it.
 
-When a trained model takes the champion's place (docs/operations.md, "Promote a model").
+When a trained model takes the champion's place (docs/promotion.md).
 
 params.yaml as a whole: loading it, resolving a profile into it, and errors with the key's path.
 """

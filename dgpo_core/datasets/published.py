@@ -8,7 +8,6 @@ is read one passage at a time, plain or gzipped.
 import hashlib
 import itertools
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -29,6 +28,7 @@ from dgpo_core.config.data import PublishedConfig, QuestionSetsConfig
 from dgpo_core.datasets.gold import add_gold, read_musique, read_nq
 from dgpo_core.datasets.records import Passage, Question, read_corpus, read_questions
 from dgpo_core.errors import InfrastructureError, UserError, first_line
+from dgpo_core.files import replacement
 from dgpo_core.hub import HTTP_ERROR
 from dgpo_core.text import letters, trimmed
 
@@ -244,19 +244,17 @@ def write_corpus(
     passage. Raises UserError with file and line, and for a count that is not the paper's.
     """
     limit = config.limits.passages
-    target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(target.name + ".part")
     count = 0
-    with part.open("w", encoding="utf-8") as file:
-        for count, passage in enumerate(itertools.islice(read_corpus(source.path), limit), 1):
-            file.write(json.dumps(passage.to_json(), ensure_ascii=False) + "\n")
-            read(passage)
-            if count % REPORT_EVERY == 0:
-                progress(count, limit or PASSAGES)
-    if not count:
-        raise UserError(f"{source.origin}: no passages in this file")
-    if config.check_counts and count != limit:
-        _check_count("the corpus", count, PASSAGES, source.origin)
-    progress(count, count)
-    os.replace(part, target)
+    with replacement(target) as part:
+        with part.open("w", encoding="utf-8") as file:
+            for count, passage in enumerate(itertools.islice(read_corpus(source.path), limit), 1):
+                file.write(json.dumps(passage.to_json(), ensure_ascii=False) + "\n")
+                read(passage)
+                if count % REPORT_EVERY == 0:
+                    progress(count, limit or PASSAGES)
+        if not count:
+            raise UserError(f"{source.origin}: no passages in this file")
+        if config.check_counts and count != limit:
+            _check_count("the corpus", count, PASSAGES, source.origin)
+        progress(count, count)
     return count

@@ -13,7 +13,7 @@ from dgpo_core.planning.architectures import Architecture
 
 CHUNK = 1024  # tokens whose logits exist at one time (objectives/logprobs.py)
 CACHE_WIDTH = {"float32": 8, "bfloat16": 6}  # keys are rotated in float32 and stay so under autocast
-HEAD_COPIES = 5  # float32 [CHUNK, vocabulary] alive in its backward pass (docs/benchmarks.md)
+HEAD_COPIES = 5  # float32 [CHUNK, vocabulary] alive in its backward pass (docs/scaling.md)
 
 
 Numerics = Literal["float32", "autocast", "bfloat16"]

@@ -1,4 +1,4 @@
-"""Memory and disk of a Qdrant server for the corpus, from bytes a passage (docs/scaling.md, Retrieval)."""
+"""Memory and disk of a Qdrant server for the corpus, from bytes a passage (docs/scaling.md)."""
 
 import math
 from dataclasses import dataclass

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from dgpo_core.files import write_text
 from dgpo_core.reporting.curves import Curve
 
 MODEL_LABELS = {
@@ -97,11 +98,8 @@ def as_json(table: Any) -> str:
 
 def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
     """Write each text to the file of its name in `folder`, by atomic rename."""
-    folder.mkdir(parents=True, exist_ok=True)
     for name, text in texts.items():
-        temporary = folder / f"{name}.part"
-        temporary.write_text(text, encoding="utf-8", newline="\n")
-        temporary.replace(folder / name)
+        write_text(folder / name, text)
 
 
 COLOURS = {name: index for index, name in enumerate(MODEL_LABELS)}  # of the style sheet

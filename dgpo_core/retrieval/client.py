@@ -1,4 +1,4 @@
-"""A client of a retriever service: the field's POST /retrieve (Search-R1's server; docs/operations.md).
+"""A client of a retriever service: the field's POST /retrieve (Search-R1's server; docs/serve.md).
 
 No answer, a broken one or one of another index is an InfrastructureError, never an empty result. The services
 of the field answer in more than one way: a passage without an id is known by its contents, one without a
@@ -87,7 +87,7 @@ class ServiceClient:
             return list(_results(response, len(queries), top_k))
         except ValueError as error:
             raise InvalidAnswer(
-                f"{self._url}/retrieve does not answer as a retriever does (docs/operations.md): {error}"
+                f"{self._url}/retrieve does not answer as a retriever does (docs/serve.md): {error}"
             ) from error
 
     def _check(self, digest: str) -> None:

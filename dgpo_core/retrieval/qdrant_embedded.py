@@ -1,8 +1,6 @@
 """Qdrant's engine in this process (qdrant-edge-py), in a temporary folder or in one that stays."""
 
 import math
-import os
-import shutil
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
@@ -14,6 +12,7 @@ import qdrant_edge as edge
 from filelock import FileLock, Timeout
 
 from dgpo_core.errors import InfrastructureError
+from dgpo_core.files import replacement
 from dgpo_core.retrieval.collection import Content, Point, candidate, payload, point_bytes
 from dgpo_core.retrieval.encoders import SparseVector, Vector
 from dgpo_core.retrieval.ranking import Candidate, Window
@@ -100,10 +99,7 @@ class EmbeddedBackend:
 
 
 def _build(target: Path, content: Content) -> None:
-    """Fill a folder under another name: one of this name is complete."""
-    unfinished = target.with_name(target.name + ".part")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
+    """Fill the folder `target`, which is there when it is complete."""
     config = edge.EdgeConfig(
         vectors={
             name: edge.EdgeVectorParams(size=size, distance=edge.Distance.Dot)
@@ -117,21 +113,22 @@ def _build(target: Path, content: Content) -> None:
         },
         wal_enabled=False,
     )
-    engine = edge.EdgeShard.create(str(unfinished / ENGINE), config)
-    terms: dict[str, Counter[int]] = {n: Counter() for n, size in content.vectors.items() if size is None}
-    for chunk in batches(content.points(), UPSERT, UPSERT_BYTES, point_bytes):
-        engine.update(edge.UpdateOperation.upsert_points([_point(point) for point in chunk]))
-        for name, frequency in terms.items():
-            for point in chunk:
-                vector = point.vectors[name]
-                assert isinstance(vector, SparseVector)
-                frequency.update(vector.indices)
-    engine.optimize()
-    engine.flush()
-    engine.close()
-    arrays = {n: np.array([*f.items()], np.int64).reshape(-1, 2) for n, f in terms.items()}
-    np.savez(unfinished / TERMS, **arrays)  # type: ignore[arg-type]
-    os.replace(unfinished, target)
+    with replacement(target) as unfinished:
+        unfinished.mkdir()
+        engine = edge.EdgeShard.create(str(unfinished / ENGINE), config)
+        terms: dict[str, Counter[int]] = {n: Counter() for n, size in content.vectors.items() if size is None}
+        for chunk in batches(content.points(), UPSERT, UPSERT_BYTES, point_bytes):
+            engine.update(edge.UpdateOperation.upsert_points([_point(point) for point in chunk]))
+            for name, frequency in terms.items():
+                for point in chunk:
+                    vector = point.vectors[name]
+                    assert isinstance(vector, SparseVector)
+                    frequency.update(vector.indices)
+        engine.optimize()
+        engine.flush()
+        engine.close()
+        arrays = {n: np.array([*f.items()], np.int64).reshape(-1, 2) for n, f in terms.items()}
+        np.savez(unfinished / TERMS, **arrays)  # type: ignore[arg-type]
 
 
 def _frequencies(pairs: np.ndarray) -> dict[int, int]:

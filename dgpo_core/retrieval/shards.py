@@ -29,6 +29,7 @@ from numpy.typing import NDArray
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, read_corpus
 from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.files import replacement
 from dgpo_core.retrieval.encoders import (
     Encoder,
     OnEncoded,
@@ -93,9 +94,8 @@ def write_shard(path: Path, passages: list[Passage], vectors: pa.Array) -> None:
             "vector": vectors,
         }
     )
-    temporary = path.with_suffix(".part")
-    pq.write_table(table, temporary, compression="zstd")
-    os.replace(temporary, path)
+    with replacement(path) as part:
+        pq.write_table(table, part, compression="zstd")
 
 
 def read_shard(path: Path) -> Iterator[tuple[Passage, Vector]]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dgpo_core.errors import NotFinite, UserError, first_line
+from dgpo_core.files import replacement
 from dgpo_core.training.parallel import leads
 
 
@@ -57,12 +58,10 @@ class Checkpoint:
     def save(self, state: dict[str, Any]) -> None:
         if not leads():
             return
-        temporary = self.path.with_suffix(".part")
-        with temporary.open("wb") as file:
+        with replacement(self.path) as part, part.open("wb") as file:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())  # else a power failure could leave the new name with no content
-        os.replace(temporary, self.path)
 
     def load(self) -> dict[str, Any] | None:
         """The newest state, or None when there is none. Raises UserError for a file that is damaged."""

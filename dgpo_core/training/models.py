@@ -5,7 +5,6 @@ LoRA: low-rank adapters are trained in place of the weights, and become part of 
 
 import math
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from transformers.utils import logging as transformers_logging
 from dgpo_core.config.data import ModelShape
 from dgpo_core.config.training import LoraConfig
 from dgpo_core.errors import InfrastructureError, NotFinite, UserError, first_line
+from dgpo_core.files import replacement
 from dgpo_core.hub import HTTP_ERROR, unreachable
 from dgpo_core.training.checkpoint import broken_weight
 
@@ -91,19 +91,11 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """
     if name := broken_weight(model):
         raise NotFinite(f"weight {name}", math.nan, "the model is not saved: lower the learning rate")
-    temporary = folder.with_name(folder.name + ".part")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
     if not torch.cuda.is_available():  # where DeepSpeed is installed transformers asks it, and it would warn
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    model.save_pretrained(temporary)
-    tokenizer.save_pretrained(temporary)
-    old = folder.with_name(folder.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if folder.exists():
-        folder.rename(old)
-    temporary.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    with replacement(folder) as part:
+        model.save_pretrained(part)
+        tokenizer.save_pretrained(part)
 
 
 def _learn_all_embeddings(model: PreTrainedModel) -> None:

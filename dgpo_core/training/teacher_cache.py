@@ -6,7 +6,6 @@ costs in KL, measured against the full vocabulary, and which tokenizer and vocab
 
 import hashlib
 import json
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +21,7 @@ from dgpo_core.agent.episode import Episode
 from dgpo_core.agent.prompts import known_ids
 from dgpo_core.config.training import ComputeConfig, DistributionsConfig, TaidConfig
 from dgpo_core.errors import UserError
+from dgpo_core.files import replacement
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
 from dgpo_core.objectives.logprobs import TopK, cached_terms, distillation_terms, top_distributions
@@ -243,10 +243,12 @@ def _write(path: Path, episodes: Sequence[Episode], kept: list[TopK]) -> None:
             ),
         }
     )
-    part = path.with_suffix(".part")
-    with pa.OSFile(str(part), "wb") as file, pa.ipc.new_file(file, table.schema) as writer:
+    with (
+        replacement(path) as part,
+        pa.OSFile(str(part), "wb") as file,
+        pa.ipc.new_file(file, table.schema) as writer,
+    ):
         writer.write_table(table)
-    os.replace(part, path)
 
 
 def _rounded(value: torch.Tensor) -> float:

@@ -6,7 +6,7 @@ from pathlib import Path
 from dgpo_core.config.params import PARAMS, resolve_profile
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
-from tasks.project.files import write_text
+from dgpo_core.files import write_text
 from tasks.stages.stage import main
 
 PROFILES = Path("profiles")

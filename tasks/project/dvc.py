@@ -24,7 +24,8 @@ from typing import Any
 
 from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
-from tasks.project.files import remove
+from dgpo_core.files import put
+from dgpo_core.temporary import temporary_folder
 
 LOCK = Path("dvc.lock")
 IGNORED = "__pycache__"  # by .dvcignore, and the only such thing inside of what stages depend on
@@ -132,13 +133,12 @@ def from_cache(md5: str, folder: Path, root: Path = Path()) -> bool:
     sources = {entry["relpath"]: files / entry["md5"][:2] / entry["md5"][2:] for entry in entries}
     if not all(source.is_file() for source in sources.values()):
         return False
-    part = folder.with_name(f"{folder.name}.{os.getpid()}.part")
-    remove(part)
-    for name, source in sources.items():
-        (part / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, part / name)
-    remove(folder)
-    part.rename(folder)
+    with temporary_folder("cache", folder.parent) as temporary:  # several processes may ask for it at once
+        for name, source in sources.items():
+            copy = temporary / folder.name / name
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, copy)
+        put(temporary / folder.name, folder)
     return True
 
 

@@ -1,15 +1,11 @@
-"""Files of a stage: content hashes, writing by rename, outputs that appear when the stage has succeeded."""
+"""Files of a stage: content hashes, and outputs that appear when the stage has succeeded."""
 
-import errno
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from dgpo_core.errors import UserError
+from dgpo_core.files import put, remove
 
 
 def content_hash(path: Path) -> str:
@@ -23,31 +19,6 @@ def content_hash(path: Path) -> str:
     for file_path in sorted(_files(path), key=lambda file: file.relative_to(path).as_posix()):
         digest.update(f"{file_path.relative_to(path).as_posix()}\0{content_hash(file_path)}\n".encode())
     return digest.hexdigest()
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write by atomic rename: a reader sees the old file or the new one, never a part.
-
-    A link is replaced, and what it leads to stays as it is.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(path.name + ".part")
-    temporary.unlink(missing_ok=True)
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write `value` as write_text does."""
-    write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def remove(path: Path) -> None:
-    """Remove a file, a link or a whole folder; nothing happens when there is none."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 class Outputs:
@@ -82,28 +53,11 @@ class Outputs:
         """Put every output that was written where it belongs, in place of what is there."""
         for path, place in self._places.items():
             if place.exists():
-                _put(place, path)
+                put(place, path)
 
     def discard(self) -> None:
         """Remove what was written."""
         remove(self._folder)
-
-
-def _put(source: Path, target: Path) -> None:
-    """Move a file or folder to `target`, in place of what is there."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    if source.stat().st_dev != target.parent.stat().st_dev:  # data/ may be a link to a larger disk
-        near = target.with_name(target.name + ".part")
-        remove(near)
-        shutil.move(source, near)
-        source = near
-    try:
-        os.replace(source, target)
-    except OSError as error:
-        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR):
-            raise
-        remove(target)  # a folder is not replaced at once
-        os.replace(source, target)
 
 
 def _files(folder: Path) -> Iterator[Path]:

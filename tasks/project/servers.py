@@ -20,7 +20,7 @@ import uvicorn
 from pydantic import TypeAdapter, ValidationError
 
 from dgpo_core.errors import UserError
-from tasks.project.files import write_json
+from dgpo_core.files import write_json
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -15,9 +15,11 @@ from pydantic import ValidationError
 
 from dgpo_core.config.params import PARAMS, Params, load_params, read_yaml
 from dgpo_core.errors import UserError
+from dgpo_core.files import put
+from dgpo_core.temporary import temporary_folder
 from dgpo_core.world.pretraining import BaseModelBuilder
 from tasks.project.dvc import LOCK, cache_folder, dvc_md5, parse_lock
-from tasks.project.files import content_hash, remove
+from tasks.project.files import content_hash
 from tasks.project.git import ask
 from tasks.project.paths import MODELS
 from tasks.stages.stage import stage, stage_main
@@ -124,12 +126,9 @@ def _digest(config: dict[str, Any]) -> str:
 
 
 def _copy(source: Path, target: Path) -> None:
-    """Copy a folder, in place of what is there."""
-    part = target.with_name(f"{target.name}.{os.getpid()}.part")
-    remove(part)
-    shutil.copytree(source, part)
-    remove(target)
-    part.rename(target)
+    """Copy a folder, in place of what is there; several processes may do so at once."""
+    with temporary_folder("base-model", target.parent) as folder:
+        put(shutil.copytree(source, folder / target.name), target)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 from dgpo_core.config.params import load_params
 from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.errors import UserError
-from tasks.project.files import remove, write_text
+from dgpo_core.files import remove, write_text
 from tasks.project.paths import GIVEN
 from tasks.stages.inputs import model_source
 from tasks.stages.stage import stage_main

@@ -45,7 +45,8 @@ from rich.console import Console
 
 from dgpo_core.config.params import read_yaml
 from dgpo_core.errors import InfrastructureError, NotFinite, ResourceError, UserError
-from tasks.project.files import Outputs, remove, write_json, write_text
+from dgpo_core.files import remove, write_json, write_text
+from tasks.project.files import Outputs
 from tasks.project.process import exit_on_signals, follows, is_worker, peak_memory
 from tasks.project.progress import Reporter
 from tasks.project.resources import resource_error

@@ -33,6 +33,7 @@ pytestmark = pytest.mark.thorough
 WITHOUT_EFFECT = (
     "dgpo_core/config",  # reads params.yaml, which has every value; DVC watches those
     "dgpo_core/errors.py",
+    "dgpo_core/files.py",  # how a file is put into its place
     "dgpo_core/hub.py",  # whether a model is in the hub's cache
     "dgpo_core/reporting/episodes.py",  # in traces; the report, which shows it, watches it
     "dgpo_core/agent/vllm_engine.py",

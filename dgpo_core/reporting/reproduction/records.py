@@ -16,7 +16,8 @@ from safetensors import SafetensorError, safe_open
 
 from dgpo_core.config.base import Section
 from dgpo_core.errors import UserError
-from dgpo_core.reporting.formats import GIVEN, as_json, write_texts
+from dgpo_core.files import PART, replacement, write_text
+from dgpo_core.reporting.formats import GIVEN, as_json
 from dgpo_core.reporting.reproduction.tables import write_reproduction
 
 RECORD = "record.json"
@@ -58,29 +59,26 @@ def keep(run: Path, folder: Path, record: Record) -> Path:
     Raises UserError for a file that the run does not have.
     """
     out = folder / str(record.seed)
-    temporary = folder / f"{record.seed}.part"
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        for model in record.models:
-            (temporary / "evaluation" / model).mkdir(parents=True)
-            for name in TABLES:
-                shutil.copyfile(run / "evaluation" / model / name, temporary / "evaluation" / model / name)
-    except OSError as error:
-        raise UserError(f"seed {record.seed}: {error.filename}: {error.strerror}") from error
-    (temporary / "plots").mkdir()
-    for curve in sorted((run / "plots").glob("*.csv")):
-        shutil.copyfile(curve, temporary / "plots" / curve.name)
-    counted = record.model_copy(update={"parameters": parameter_counts(run), "families": families(run)})
-    write_texts(temporary, {RECORD: as_json(counted.model_dump())})
-    shutil.rmtree(out, ignore_errors=True)
-    temporary.rename(out)
+    with replacement(out) as part:
+        try:
+            for model in record.models:
+                (part / "evaluation" / model).mkdir(parents=True)
+                for name in TABLES:
+                    shutil.copyfile(run / "evaluation" / model / name, part / "evaluation" / model / name)
+        except OSError as error:
+            raise UserError(f"seed {record.seed}: {error.filename}: {error.strerror}") from error
+        (part / "plots").mkdir()
+        for curve in sorted((run / "plots").glob("*.csv")):
+            shutil.copyfile(curve, part / "plots" / curve.name)
+        counted = record.model_copy(update={"parameters": parameter_counts(run), "families": families(run)})
+        write_text(part / RECORD, as_json(counted.model_dump()))
     return out
 
 
 def find_records(folder: Path) -> list[Path]:
     """The folders below `folder` that have a seed's record, but for what a killed or running `keep` left."""
     found = (file.parent for file in folder.rglob(RECORD))
-    return sorted(path for path in found if path.suffix != ".part")
+    return sorted(path for path in found if path.suffix != PART)
 
 
 def pool(records: list[Path], out: Path) -> Pooled:

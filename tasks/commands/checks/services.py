@@ -73,10 +73,10 @@ def _retrieval(location: str) -> list[Finding]:
     kind, url = parse_location(location)
     subject = "retrieval.location"
     if kind == "server":
-        advice = "start Qdrant there before the stage index (docs/paper-scale.md, 4), or set " + subject
+        advice = "start Qdrant there before the stage index (docs/paper-scale.md, 2), or set " + subject
         return [_answer(subject, [url], "/healthz", warning, advice)]
     if kind == "service":
-        advice = f"start the service there (`dgpo retriever`, docs/operations.md), or set {subject}"
+        advice = f"start the service there (`dgpo retriever`, docs/serve.md), or set {subject}"
         known = (200, 404)  # Search-R1's server has no /health
         return [_answer(subject, [url], "/health", warning, advice, known)]
     return []
@@ -89,7 +89,7 @@ def _rollout(rollout: RolloutConfig) -> list[Finding]:
     findings = []
     for model, urls in (("student", rollout.server.student), ("teacher", rollout.server.teacher)):
         subject = f"rollout.server.{model}"
-        advice = "start vLLM there before the stages that generate (docs/paper-scale.md, 6)"
+        advice = "start vLLM there before the stages that generate (docs/paper-scale.md, 3)"
         if urls:
             findings.append(_answer(subject, urls, "/health", warning, f"{advice}, or set rollout.engine"))
         else:

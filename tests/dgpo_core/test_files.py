@@ -1,0 +1,88 @@
+"""Files and folders that are whole or absent."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dgpo_core.files import put, remove, replacement, write_json, write_text
+from dgpo_core.temporary import temporary_folder
+
+
+def make_file(path: Path, text: str) -> None:
+    path.write_text(text)
+
+
+def make_folder(path: Path, text: str) -> None:
+    path.mkdir()
+    (path / "inner").write_text(text)
+
+
+MAKERS = [make_file, make_folder]
+
+
+def content(path: Path) -> str:
+    return (path / "inner" if path.is_dir() else path).read_text()
+
+
+@pytest.mark.parametrize("new", MAKERS)
+@pytest.mark.parametrize("old", [*MAKERS, None])
+def test_what_is_there_is_replaced_when_the_body_has_succeeded(
+    old: Callable[[Path, str], None] | None, new: Callable[[Path, str], None], tmp_path: Path
+) -> None:
+    target = tmp_path / "below" / "target"
+    target.parent.mkdir()
+    if old:
+        old(target, "old")
+        old(target.with_name("target.part"), "of a killed process")
+    with replacement(target) as part:
+        new(part, "new")
+        assert (content(target) if old else target.exists()) == ("old" if old else False)
+    assert content(target) == "new"
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.parametrize("new", MAKERS)
+def test_a_failed_body_leaves_what_was_there(new: Callable[[Path, str], None], tmp_path: Path) -> None:
+    target = tmp_path / "target"
+    make_file(target, "old")
+    with pytest.raises(RuntimeError, match="failed"), replacement(target) as part:
+        new(part, "half")
+        raise RuntimeError("failed")
+    assert content(target) == "old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
+    make_file(tmp_path / "elsewhere", "old")
+    (tmp_path / "link").symlink_to("elsewhere")
+    write_text(tmp_path / "link", "new")
+    write_json(tmp_path / "data.json", {"b": 1, "a": [None]})
+    assert (tmp_path / "elsewhere").read_text() == "old"
+    assert (tmp_path / "link").read_text() == "new"
+    assert (tmp_path / "data.json").read_text() == '{\n  "a": [\n    null\n  ],\n  "b": 1\n}\n'
+
+
+@pytest.mark.parametrize("new", MAKERS)
+def test_between_two_disks_it_is_copied_beside_its_place_first(
+    new: Callable[[Path, str], None], tmp_path: Path
+) -> None:
+    other = Path("/dev/shm")
+    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
+        pytest.skip("there is no second file system")
+    with temporary_folder("files", other) as folder:
+        new(folder / "source", "new")
+        put(folder / "source", tmp_path / "target")
+        assert list(folder.iterdir()) == []
+    assert content(tmp_path / "target") == "new"
+    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+
+
+def test_removing_takes_links_and_not_what_they_lead_to(tmp_path: Path) -> None:
+    make_folder(tmp_path / "folder", "kept")
+    (tmp_path / "link").symlink_to("folder")
+    remove(tmp_path / "link")
+    remove(tmp_path / "nothing")
+    assert content(tmp_path / "folder") == "kept"
+    remove(tmp_path / "folder")
+    assert list(tmp_path.iterdir()) == []
