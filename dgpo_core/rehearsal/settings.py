@@ -3,13 +3,13 @@
 A resolved profile with the smallest numbers that still run every part of every stage.
 """
 
-import copy
 import json
 from collections.abc import Iterable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from dgpo_core.config.params import overlay
 from dgpo_core.datasets.published import TEST_SPLITS
 from dgpo_core.datasets.records import Passage, Question, write_jsonl
 
@@ -157,7 +157,7 @@ def scaled_down(resolved: dict[str, Any], cuda: bool) -> tuple[dict[str, Any], l
 
     `resolved` is a params.yaml's content; `cuda` whether a GPU can be used.
     """
-    params, notes = _laid_over(resolved, SMALL), []
+    params, notes = overlay(resolved, SMALL), []
     if params["compute"]["device"] != "cpu" and not cuda:
         params["compute"]["device"] = "cpu"
         notes.append("no GPU: everything runs on the processor")
@@ -182,13 +182,3 @@ def _local_retrieval(retrieval: dict[str, Any]) -> list[str]:
         notes.append(f"the index at {location}: the embedded engine stands in")
         retrieval["location"] = "embedded"
     return notes
-
-
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Values of `above` in place of those of `below`, in depth; a mapping of `above` that is empty
-    replaces."""
-    merged = copy.deepcopy(below)
-    for key, value in above.items():
-        deep = isinstance(value, dict) and value and isinstance(merged.get(key), dict)
-        merged[key] = _laid_over(merged[key], value) if deep else copy.deepcopy(value)
-    return merged

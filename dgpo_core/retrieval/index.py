@@ -141,7 +141,7 @@ def open_index(
     manifest, location = read_manifest(folder), parse_location(config.location)
     if location.kind == "service":
         digest = index_digest(manifest.digest, config.hybrid) if manifest.shards else manifest.digest
-        return Index(digest, ServiceClient(location.place, digest))
+        return Index(digest, ServiceClient(location.address, digest))
     if not manifest.shards:
         raise UserError(
             f"{folder}: has no vectors, because it was made of a retriever service's index; for "
@@ -162,9 +162,9 @@ def open_index(
 
     try:
         if location.kind in ("embedded", "folder"):
-            backend = EmbeddedBackend(content, Path(location.place) if location.place else None)
+            backend = EmbeddedBackend(content, Path(location.address) if location.address else None)
             return Index(content.digest, Searcher(backend, encoder, lexical))
-        client = connect(location.place or MEMORY, qdrant)
+        client = connect(location.address or MEMORY, qdrant)
         ensure(client, content, qdrant, progress, partial(accept_in, client))
         return Index(content.digest, collection(client, content.name))
     except (InfrastructureError, UserError):
@@ -188,7 +188,7 @@ def _explained(location: str, error: Exception) -> Exception:
     if reason := refusal(error):
         return UserError(f"retrieval.location: {location}: {reason}")
     if number := _system_error(error):
-        place = Path(parse_location(location).place or tempfile.gettempdir())
+        place = Path(parse_location(location).address or tempfile.gettempdir())
         free = shutil.disk_usage(next(p for p in (place, *place.absolute().parents) if p.exists())).free
         return ResourceError(
             f"cannot build the index in {place}, where {free / 2**20:,.0f} MiB are free: "

@@ -70,7 +70,7 @@ def _server() -> tuple[QdrantClient, Params]:
     location = parse_location(params.retrieval.location)
     if location.kind != "server":
         raise UserError(f"retrieval.location: {params.retrieval.location} is no Qdrant server")
-    return connect(location.place, params.retrieval.qdrant), params
+    return connect(location.address, params.retrieval.qdrant), params
 
 
 def _name(params: Params) -> str:

@@ -27,7 +27,7 @@ def index() -> None:
         # encoded in the stage's state, so that a killed run keeps its finished shards
         shards = run.state / "shards"
         if location.kind == "service":
-            manifest = _served(location.place, shards, params)
+            manifest = _served(location.address, shards, params)
         else:
             digest = "".join(run.inputs[part.as_posix()] for part in parts)
             imported = FlatIndex(parts, digest) if parts else None
