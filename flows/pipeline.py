@@ -1,8 +1,8 @@
 """The pipeline as Prefect flows.
 
-    python -m flows.pipeline run [--target STAGE ...] [--from-stage STAGE] [--force] [--dry-run]
+    dgpo run [--target STAGE ...] [--from-stage STAGE] [--force] [--dry-run]
 
-`stages` brings a checkout up to date: `make pipeline` does so with yours. `pipeline` is what the deployments
+`stages` brings a checkout up to date: `dgpo run` does so with yours. `pipeline` is what the deployments
 run (prefect.yaml): each run in a git worktree of its own, its results committed on the branch `runs/<run>`.
 A task runs `dvc repro --single-item <stage>`: DVC alone decides whether a stage has to be executed, so
 Prefect's own caching is off, and `dvc repro` afterwards finds everything up to date.
@@ -11,12 +11,10 @@ Prefect's own caching is off, and `dvc repro` afterwards finds everything up to 
 import contextlib
 import json
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from prefect import State, flow
 from prefect.artifacts import create_link_artifact, create_markdown_artifact
 from prefect.logging import get_run_logger
@@ -43,12 +41,12 @@ from flows.workspace import (
     publish,
     restore_outputs,
 )
+from tasks.commands.cli import run_as
 from tasks.commands.preflight import preflight
 from tasks.commands.show import RESULTS, load_results, markdown
 from tasks.commands.use import profile_path
 from tasks.project.process import refuse_second
 from tasks.project.progress import duration
-from tasks.stages.stage import main as run_program
 from tasks.tracking.runs import PIPELINE_RUN, Pipeline, experiment_of
 from tasks.tracking.store import tracking_uri
 
@@ -271,32 +269,23 @@ def _summary(outcomes: Sequence[Outcome], tree: Path) -> str:
     return "\n".join(lines)
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-
-
-@app.command()
 def run(
-    target: Annotated[list[str] | None, typer.Option(help="stage to bring up to date; repeatable")] = None,
-    from_stage: Annotated[str | None, typer.Option(help="only it and what depends on it")] = None,
-    force: Annotated[bool, typer.Option(help="execute the stages even if nothing has changed")] = False,
-    dry_run: Annotated[bool, typer.Option(help="say what would be executed")] = False,
-    max_parallel: Annotated[int, typer.Option(help="stages side by side", min=1)] = 1,
+    target: list[str] | None,
+    from_stage: str | None,
+    force: bool,
+    dry_run: bool,
+    max_parallel: int,
+    **_server: object,
 ) -> None:
-    """Run the stages now, in this checkout."""
+    """Run the stages now, in this checkout: `dgpo run`."""
     if not target:
         refuse_second()
-    chosen: dict[str, Any] = {"targets": target or [], "from_stage": from_stage, "force": force}
+    chosen: dict[str, Any] = {"targets": list(target or []), "from_stage": from_stage, "force": force}
     try:
         stages(settings=PipelineSettings(**chosen, dry_run=dry_run, max_parallel=max_parallel))
     except PipelineFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
-
-
-@app.callback()
-def commands() -> None:
-    """Prefect flows of the pipeline."""
+        raise InfrastructureError(str(error)) from None
 
 
 if __name__ == "__main__":
-    run_program(app)
+    run_as("run", run)

@@ -66,8 +66,8 @@ def refuse_without_push(stages: Iterable[Stage], root: Path) -> None:
         first = elsewhere[0]
         raise UserError(
             f"{first.name} belongs to the pool {first.pool}, whose worker gets this run's branch through "
-            f"git's {REMOTE}: start this worker with `make worker PUSH=1`, which pushes the branches of runs "
-            f"(or with PUSH=0, if the worker of {first.pool} works in this same clone)"
+            f"git's {REMOTE}: start this worker with `dgpo worker --push`, which pushes the branches of runs "
+            f"(or with --no-push, if the worker of {first.pool} works in this same clone)"
         )
 
 

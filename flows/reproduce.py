@@ -1,6 +1,6 @@
 """The paper's comparison: every recipe, several seeds, and a report with a verdict on each of its claims.
 
-    python -m flows.reproduce --seed 0 --seed 1 [--recipe dgpo ...] [--max-parallel 2]
+    dgpo reproduce --seed 0 1 2 [--recipe dgpo ...] [--max-parallel 2]
 
 Each seed runs in a git worktree of its own at the current commit (`.runs/<profile>-seed-<n>`, kept), with the
 project's DVC cache: what no seed changes is made once, and a killed run continues where it was.
@@ -8,24 +8,21 @@ project's DVC cache: what no seed changes is made once, and a killed run continu
 
 import contextlib
 import os
-import sys
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from prefect import flow
 from prefect.artifacts import create_markdown_artifact
 
 from dgpo_core.config.params import NO_RECIPES, PARAMS, load_params, resolve_profile
-from dgpo_core.errors import UserError
+from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.reporting.reproduction.records import Record, keep, pool
 from dgpo_core.reporting.reproduction.sizes import write_sizes
 from flows.pipeline import PipelineFailed, refuse_endless_restarts, stages, warn_of_changes
 from flows.settings import PipelineSettings
 from flows.workspace import RUNS, enter_project, one_at_a_time, open_workspace, plain_name
+from tasks.commands.cli import run_as
 from tasks.commands.use import profile_path
 from tasks.project.git import git
-from tasks.stages.stage import main as run_program
 
 REPORT, SEEDS = Path("reproduction"), "seeds"
 
@@ -90,7 +87,7 @@ def _worktree(root: Path, name: str, profile: str, recipes: list[str] | None, se
         path = workspace.tree / PARAMS  # the commit's
         own = load_params(path).recipes if path.is_file() else NO_RECIPES
         params = resolve_profile(profile_path(profile, workspace.tree), recipes or ["all"], own)
-        comment = f"Written by `python -m flows.reproduce`: seed {seed}."
+        comment = f"Written by `dgpo reproduce`: seed {seed}."
         workspace.write_params({**params, "seed": seed}, comment)
     except (UserError, ValueError) as error:
         if is_new:
@@ -100,28 +97,18 @@ def _worktree(root: Path, name: str, profile: str, recipes: list[str] | None, se
     return workspace.tree
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
-
-
-@app.command()
 def run(
-    profile: Annotated[str, typer.Option(help="a profile of profiles/")] = "tiny",
-    recipe: Annotated[
-        list[str] | None, typer.Option(help="row of the paper's table or of params.yaml; repeatable")
-    ] = None,
-    seed: Annotated[list[int] | None, typer.Option(help="repeatable; 0, 1 and 2 unless given")] = None,
-    max_parallel: Annotated[int, typer.Option(help="stages side by side")] = 1,
+    profile: str, recipe: list[str] | None, seed: list[int] | None, max_parallel: int, **_server: object
 ) -> None:
-    """Reproduce the paper's comparison now."""
+    """Reproduce the paper's comparison now: `dgpo reproduce`."""
     # stages side by side would otherwise fight for the cores
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // max_parallel)))
     try:
-        reproduce(profile, recipe, seed, max_parallel)
+        reproduce(profile, recipe and list(recipe), seed and list(seed), max_parallel)
     except PipelineFailed as error:
-        print(f"error: {error}", file=sys.stderr)
-        raise typer.Exit(1) from None
+        raise InfrastructureError(str(error)) from None
     print(f"report: {REPORT / profile / 'index.html'}; all profiles: {REPORT / 'sizes.html'}")
 
 
 if __name__ == "__main__":
-    run_program(app)
+    run_as("reproduce", run)

@@ -1,6 +1,6 @@
 """A Prefect server around a command: `python -m flows.server --port 4200 -- COMMAND ...`.
 
-PREFECT_API_URL, a port or `make up` names the server to use. Where nothing does, it is port 4200. A server
+PREFECT_API_URL, a port or `dgpo up` names the server to use. Where nothing does, it is port 4200. A server
 that answers there is used and left alone; on a port without one, it is started and ends with the command.
 """
 
@@ -70,12 +70,12 @@ def server_command(port: int) -> tuple[list[str], dict[str, str]]:
 def named_server(port: int | None = None) -> str | None:
     """URL of the API that is to be used, whether it answers or not; None where nothing names one.
 
-    PREFECT_API_URL names it, or `port`, or `make up`. A port that was asked for counts more than `make up`.
+    PREFECT_API_URL names it, or `port`, or `dgpo up`. A port that was asked for counts more than `dgpo up`.
     """
     kept = services.read("prefect")
     running = kept.address if kept and services.leader(kept) else None
     named = os.environ.get(API_URL) or running
-    if port is not None and named == running:  # `adopt` puts the address of `make up` into the environment
+    if port is not None and named == running:  # `adopt` puts the address of `dgpo up` into the environment
         return f"http://127.0.0.1:{port}/api"
     return named
 
@@ -84,7 +84,7 @@ def running_server(port: int | None = None) -> str:
     """URL of the API of the server that is to be used. Raises UserError where it does not answer."""
     url = named_server(port) or f"http://127.0.0.1:{PORT}/api"
     if not answers(url):
-        hint = "make up" if url.endswith("/api") else "an API's address ends with /api"
+        hint = "dgpo up" if url.endswith("/api") else "an API's address ends with /api"
         raise UserError(f"no Prefect server at {without_credentials(url)}: {hint}")
     return url
 
@@ -124,7 +124,7 @@ def around(
     command: Annotated[list[str], typer.Argument(help="what to run with the server")],
     port: Annotated[
         int | None,
-        typer.Option(help="on 127.0.0.1; without it: PREFECT_API_URL, `make up`'s server, or 4200"),
+        typer.Option(help="on 127.0.0.1; without it: PREFECT_API_URL, `dgpo up`'s server, or 4200"),
     ] = None,
 ) -> None:
     """Run a command with a Prefect server."""

@@ -1,4 +1,4 @@
-"""Run what is started from the Prefect dashboard: `python -m flows.worker cpu` in the project's folder.
+"""Run what is started from the Prefect dashboard: `dgpo worker cpu` in the project's folder.
 
 Prefect's own worker, told of the server, the checkout and the pool; this process becomes it.
 """
@@ -6,9 +6,7 @@ Prefect's own worker, told of the server, the checkout and the pool; this proces
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
 
-import typer
 from prefect import get_client
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -17,28 +15,18 @@ from dgpo_core.errors import UserError
 from flows.remote import POOL_VARIABLE
 from flows.server import API_URL, answers_of, running_server
 from flows.workspace import PUSH_VARIABLE, ROOT_VARIABLE, project_root
+from tasks.commands.cli import run_as
 from tasks.project import servers as services
-from tasks.stages.stage import main as run_program
 
 
-def work(
-    pool: Annotated[Literal["cpu", "gpu"], typer.Argument(help="whose runs")] = "cpu",
-    runs: Annotated[int, typer.Option(help="at once", min=1)] = 2,
-    push: Annotated[
-        bool | None,
-        typer.Option(help="push the branches of runs to origin, by which stages on other machines get them"),
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(help="of a server on 127.0.0.1; without it: PREFECT_API_URL, or `make up`'s")
-    ] = None,
-) -> None:
-    """Become the worker of a pool, until Ctrl-C."""
-    url, root, name = running_server(port), project_root(), f"{pool}-pool"
+def work(pool: str, runs: int, push: bool | None, prefect_port: int | None) -> None:
+    """Become the worker of a pool, until Ctrl-C: `dgpo worker`."""
+    url, root, name = running_server(prefect_port), project_root(), f"{pool}-pool"
     with temporary_settings({PREFECT_API_URL: url}), answers_of(url), get_client(sync_client=True) as client:
         try:
             client.read_work_pool(name)
         except ObjectNotFound:
-            raise UserError(f"{url} has no work pool {name}: run make deploy first") from None
+            raise UserError(f"{url} has no work pool {name}: run `dgpo deploy` first") from None
     given = {API_URL: url, ROOT_VARIABLE: str(root), POOL_VARIABLE: pool}
     given |= {} if push is None else {PUSH_VARIABLE: str(int(push))}
     # DVC starts the `python` that comes first
@@ -54,4 +42,4 @@ def work(
 
 
 if __name__ == "__main__":
-    run_program(lambda: typer.run(work))
+    run_as("worker", work)

@@ -28,7 +28,7 @@ RUNS = Path(".runs")
 BRANCHES = "runs"
 REMOTE = "origin"  # git's, for workers with clones of their own
 ROOT_VARIABLE = "DGPO_ROOT"
-PUSH_VARIABLE = "DGPO_PUSH"  # 1: branches of runs are pushed; `make worker PUSH=1`
+PUSH_VARIABLE = "DGPO_PUSH"  # 1: branches of runs are pushed; `dgpo worker --push`
 DVC = (sys.executable, "-m", "dvc")
 # What DVC says when another process holds one of its locks; trying again is the cure.
 LOCK_MESSAGES = (BUSY, "Unable to acquire lock", "it is being blocked by", "RWLock-file")
@@ -47,7 +47,7 @@ def project_root() -> Path:
 def enter_project() -> Path:
     """Work in the project, with the MLflow store of those who work there by hand.
 
-    A worker starts runs in temporary folders; MLflow's default store and `make up`'s records are relative.
+    A worker starts runs in temporary folders; MLflow's default store and `dgpo up`'s records are relative.
     """
     root = project_root()
     os.chdir(root)

@@ -1,30 +1,24 @@
-"""Outputs to and from DVC's remote: `python -m infra.remote push` or `pull` (`make push`, `make pull`).
+"""Outputs to and from DVC's remote: `dgpo push` and `dgpo pull`.
 
 `dvc push` and `dvc pull` with two additions. Without a remote `dvc pull` lists every output as missing and
 does not say that nobody has pushed. And `dvc push --run-cache` sends the records of earlier runs, not their
 outputs, so that nobody else can go back to them.
 """
 
+import sys
 from contextlib import suppress
-from typing import Annotated
 
-import typer
 from dvc.cli import main as dvc
 from dvc.exceptions import CollectCacheError, DvcException
 from dvc.repo import Repo
 
 from dgpo_core.errors import UserError
+from tasks.commands.cli import run_as
 from tasks.project.dvc import require_dvc
-from tasks.stages.stage import main as run_program
-
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
 
 
-@app.command()
-def push(
-    history: Annotated[bool, typer.Option("--history", help="also the outputs of all earlier runs")] = False,
-) -> None:
-    """Send what dvc.lock names to the default remote."""
+def push(history: bool) -> None:
+    """Send what dvc.lock names to the default remote, and with `history` the outputs of all earlier runs."""
     address, _ = _remote()
     _dvc("push", "--run-cache")
     if history:
@@ -32,13 +26,12 @@ def push(
     print(f"pushed to {address}")
 
 
-@app.command()
 def pull() -> None:
     """Get what dvc.lock names from the default remote; `dvc repro --pull` gets earlier runs' outputs."""
     address, missing = _remote()
     if missing:
         raise UserError(
-            f"{address}: nothing was pushed to this DVC remote: run `make push` where the outputs are, name "
+            f"{address}: nothing was pushed to this DVC remote: run `dgpo push` where the outputs are, name "
             "another remote (docs/team.md), or make the outputs here (`make demo`)"
         )
     _dvc("pull", "--run-cache")
@@ -70,8 +63,9 @@ def _push_history() -> None:
 
 def _dvc(*arguments: str) -> None:
     if code := dvc(list(arguments)):
-        raise typer.Exit(int(code))
+        raise SystemExit(int(code))
 
 
 if __name__ == "__main__":
-    run_program(app)
+    command = sys.argv.pop(1)
+    run_as(command, push if command == "push" else pull)

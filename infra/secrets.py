@@ -12,7 +12,7 @@ from pathlib import Path
 
 ENV = Path(__file__).resolve().parent / ".env"
 HEAD = """\
-# Secrets of infra/compose.yaml, written by `make secrets`. Not for git. To change the databases' passwords,
+# Secrets of infra/compose.yaml, written by `dgpo secrets`. Not for git. To change the databases' passwords,
 # change them in Postgres too: it took these when its volume was made.
 """
 

@@ -1,10 +1,4 @@
-"""Prefect's and MLflow's servers as background processes of this machine: `python -m infra.services up`.
-
-    up       start what does not run yet, and wait until it answers
-    status   what runs, where, since when
-    where    where the dashboards are, in one line
-    down     end all of it; nothing stays behind
-    ui       the same servers in the foreground, until Ctrl-C
+"""Prefect's and MLflow's servers as background processes of this machine: `dgpo up`, `ui`, `status`, `down`.
 
 For one person's machine: they listen on 127.0.0.1 without passwords. For a team: infra/compose.yaml. Qdrant
 needs no server here, it runs inside the stages. Records and logs are in `.services/`.
@@ -19,22 +13,21 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated
 
 import psutil
-import typer
 from filelock import FileLock, Timeout
 from rich.console import Console
 from rich.table import Table
 
 from dgpo_core.errors import UserError, without_credentials
 from flows.server import API_URL, START_TIMEOUT, server_command
+from tasks.commands.cli import run_as
+from tasks.project.process import run_program
 from tasks.project.progress import duration
 from tasks.project.servers import FOLDER, MARK, Record, leader, members, path, read, write
-from tasks.stages.stage import main as run_program
 from tasks.tracking.store import ARTIFACTS, artifact_root, local_path, prepare, tracking_uri
 
 NAMES = ("prefect", "mlflow")
@@ -51,7 +44,7 @@ class Service:
 
     record: Record
     port: int
-    port_setting: str  # what the user changes when the port is taken
+    port_option: str  # of `dgpo up`
     environment: dict[str, str]
 
 
@@ -59,7 +52,7 @@ def prefect(port: int) -> Service:
     command, environment = server_command(port)
     page = f"http://127.0.0.1:{port}"
     record = Record("prefect", "", command, API_URL, f"{page}/api", f"{page}/api/health", page)
-    return Service(record, port, "PREFECT_PORT", environment)
+    return Service(record, port, "--prefect-port", environment)
 
 
 def mlflow(port: int) -> Service:
@@ -72,7 +65,7 @@ def mlflow(port: int) -> Service:
     command = [sys.executable, "-m", "mlflow", "server", *listen, *artifacts]
     record = Record("mlflow", "", command, STORE_URL, page, f"{page}/health", page)
     # The store by environment: it may have a password in it, and everybody can read a command line.
-    return Service(record, port, "MLFLOW_PORT", {BACKEND: store, "DO_NOT_TRACK": "1"})
+    return Service(record, port, "--mlflow-port", {BACKEND: store, "DO_NOT_TRACK": "1"})
 
 
 def up(services: Sequence[Service], folder: Path = FOLDER) -> list[str]:
@@ -124,8 +117,7 @@ def _start(service: Service, folder: Path) -> bool:
         _end(old)  # what a crash has left
     if not _is_free(service.port):
         raise UserError(
-            f"{new.name}: port {service.port} is taken by another program; choose one: "
-            f"{service.port_setting}=..."
+            f"{new.name}: port {service.port} is taken by another program; choose one: {service.port_option}"
         )
     prepare(service.environment.get(BACKEND, ""))
     # The record comes first: whatever happens next, `down` finds the process by its token.
@@ -176,12 +168,12 @@ def _end(record: Record) -> bool:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Two `make up` at once would start everything twice."""
+    """Two `dgpo up` at once would start everything twice."""
     try:
         with FileLock(folder / "lock", timeout=LOCK_TIMEOUT):
             yield
     except Timeout:
-        raise UserError(f"{folder}: another `make up` or `make down` is at work; wait for it") from None
+        raise UserError(f"{folder}: another `dgpo up` or `dgpo down` is at work; wait for it") from None
 
 
 def _answers(url: str) -> bool:
@@ -211,19 +203,12 @@ def _last_line(log: Path) -> str:
     return next((line for line in reversed(lines) if line), "it wrote nothing")
 
 
-app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True, help=__doc__)
-PrefectPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="PREFECT_PORT")]
-MlflowPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="MLFLOW_PORT")]
-
-
-@app.command("up")
-def up_command(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None:
+def up_command(prefect_port: int, mlflow_port: int) -> None:
     """Start what does not run yet, and wait until it answers."""
     up([prefect(prefect_port), mlflow(mlflow_port)])
 
 
-@app.command("ui")
-def ui_command(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None:
+def ui_command(prefect_port: int, mlflow_port: int) -> None:
     """Show both dashboards until Ctrl-C; a server that ran before stays."""
     before = [name for name in NAMES if (record := read(name)) and leader(record)]
     try:
@@ -236,14 +221,12 @@ def ui_command(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000)
         down(names=[name for name in NAMES if name not in before])
 
 
-@app.command("down")
 def down_command() -> None:
     """End all of it."""
     ended = down()
     console.print(f"ended: {', '.join(ended)}" if ended else "nothing was running")
 
 
-@app.command("status")
 def status_command() -> None:
     """Show what runs, where and since when."""
     table = Table("service", "state", "pid", "for", "address")
@@ -256,8 +239,7 @@ def status_command() -> None:
     console.print(table)
 
 
-@app.command("where")
-def where_command(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None:
+def where_command(prefect_port: int = 4200, mlflow_port: int = 5000) -> None:
     """Say where the dashboards are, or how to get them: the last line of `make demo`."""
     found, missing = {}, {}
     for service in (mlflow(mlflow_port), prefect(prefect_port)):
@@ -271,11 +253,20 @@ def where_command(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 50
             missing[name] = service.record.page
     lines = [
         f"{way}{', '.join(f'{name} {page}' for name, page in pages.items())}"
-        for way, pages in (("", found), ("make ui: ", missing))
+        for way, pages in (("", found), ("dgpo ui: ", missing))
         if pages
     ]
     console.print(f"dashboards   {'; '.join(lines)}")
 
 
 if __name__ == "__main__":
-    run_program(app)
+    command = sys.argv.pop(1)
+    if command == "where":
+        run_program(where_command)
+    commands: dict[str, Callable[..., None]] = {
+        "up": up_command,
+        "ui": ui_command,
+        "down": down_command,
+        "status": status_command,
+    }
+    run_as(command, commands[command])

@@ -1,4 +1,4 @@
-"""One module per stage, one program each: `python -m tasks.<stage>` is what dvc.yaml runs.
+"""The programs: stages, which dvc.yaml runs as `python -m tasks.stages.<stage>`, and the command `dgpo`.
 
 A stage reads its section of params.yaml and its inputs, calls `dgpo_core`, writes its outputs and reports
 to MLflow. Nothing here knows Prefect.
@@ -8,9 +8,10 @@ import os
 import sys
 
 from dgpo_core.installed import require_installed
-from tasks.project.process import die_with_parent
 
 require_installed()
+
+from tasks.project.process import die_with_parent  # noqa: E402 - it needs psutil
 
 # Before torch is imported: two OpenMP threads that spin at barriers are up to 50 times slower beside any
 # other busy process.

@@ -184,7 +184,7 @@ def weighted_loss(model: PreTrainedModel, examples: list[Example], precision: st
 
 
 class BaseModelBuilder:
-    """Builds models from a seed; a phase keeps its progress under `state`, so that a killed build continues."""
+    """Builds models from a seed; phases keep their progress under `state`, so a killed build continues."""
 
     def __init__(
         self,

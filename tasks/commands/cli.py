@@ -1,25 +1,50 @@
-"""The command `dgpo`: what people type; the stages are programs of their own (`python -m tasks.<stage>`).
+"""The command `dgpo`: what people type. Stages are programs of their own (`python -m tasks.stages.<stage>`).
 
-Commands import what they need when they run, so that `dgpo --help` is instant.
+A command imports what it needs when it runs, so that `dgpo --help` is instant. Flows and servers are programs
+that replace this process.
 """
 
+import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, Literal, NoReturn
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 from dgpo_core.errors import UserError
+from tasks.project.process import run_program
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
-ANYWHERE = (
-    "use",
-    "show",
-    "pool",
-    "sizes",
-    "plan",
-    "doctor",
-)  # what does not need a checkout, or says so itself
+# The groups of `dgpo --help`, in the order in which somebody new needs them.
+EXPERIMENTS, AGENT, MODELS, FORECASTS, SERVERS, SHARING = (
+    "Train and compare",
+    "Use the agent",
+    "Registered models",
+    "Before a long run",
+    "Dashboards, workers and nightly runs",
+    "Share outputs",
+)
+# Commands that need no checkout, or say themselves what is missing.
+ANYWHERE = ("use", "show", "pool", "sizes", "plan", "doctor", "secrets")
+
+
+class Repeatable(TyperCommand):
+    """A command whose repeatable options take several values at once: `--seed 0 1 2`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = (option for option in self.params if isinstance(option, TyperOption))
+        repeatable = {name for option in options if option.multiple for name in option.opts}
+        expanded: list[str] = []
+        name = ""
+        for arg in args:
+            if arg.startswith("-"):
+                name = arg if arg in repeatable else ""
+            elif name and expanded[-1] != name:
+                expanded.append(name)
+            expanded.append(arg)
+        return super().parse_args(ctx, expanded)
 
 
 def _print_version(wanted: bool) -> None:
@@ -37,14 +62,65 @@ def dgpo(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it, and end")
     ] = False,
 ) -> None:
-    """Ask, compare, promote and plan search agents that DGPO trains. Run it in the root of a checkout; `make
-    demo` there trains the first one. COMMAND --help says more."""
-    elsewhere = context.invoked_subcommand not in ANYWHERE and not Path("params.yaml").exists()
-    if elsewhere and "--help" not in sys.argv:
+    """Train, ask, compare, promote and plan search agents that DGPO makes of small language models. Run it in
+    the root of a checkout; `make demo` there trains the first one. `dgpo COMMAND --help` says more.
+    """
+    if "--help" in sys.argv:
+        return
+    if context.invoked_subcommand not in ANYWHERE and not Path("params.yaml").exists():
         raise UserError(f"{Path.cwd()} is no checkout (it has no params.yaml): run it in the checkout's root")
+    from tasks.project.servers import adopt
+
+    adopt()
 
 
-@app.command()
+def _become(*program: str) -> NoReturn:
+    """Replace this process by `python -m PROGRAM` and the words after the command's name.
+
+    So run the commands whose program is in flows/ or infra/, which tasks/ does not import; see `run_as`.
+    """
+    settings = {
+        "PREFECT_HOME": str(Path(".prefect").resolve()),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+    }
+    os.environ.update(settings | os.environ)
+    # DVC starts the `python` that comes first
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+    os.execv(sys.executable, [sys.executable, "-m", *program, *sys.argv[2:]])
+
+
+def _become_flow(program: str, port: int | None) -> NoReturn:
+    """Become a flow with Prefect's server around it, which is started unless there is one."""
+    where = [] if port is None else ["--port", str(port)]
+    _become("flows.server", *where, "--", sys.executable, "-m", program)
+
+
+def run_as(command: str, function: Callable[..., None]) -> NoReturn:
+    """Run the program that `dgpo COMMAND` becomes: `function` gets the options of that command."""
+    group: Any = typer.main.get_command(app)
+    parser = group.commands[command]
+    parser.callback = function
+
+    def run() -> None:
+        from tasks.project.servers import adopt
+
+        adopt()
+        parser.main(sys.argv[1:], prog_name=f"dgpo {command}")
+
+    run_program(run)
+
+
+PrefectServer = Annotated[
+    int | None,
+    typer.Option(
+        help="of Prefect's server on 127.0.0.1; without it PREFECT_API_URL, `dgpo up`'s server, or 4200",
+        envvar="PREFECT_PORT",
+    ),
+]
+
+
+@app.command(rich_help_panel=EXPERIMENTS)
 def use(
     profile: Annotated[str, typer.Argument(help="a profile of profiles/")],
     recipes: Annotated[list[str] | None, typer.Argument(help="rows of the paper's table, or all")] = None,
@@ -55,7 +131,42 @@ def use(
     write_params(profile, recipes or [])
 
 
-@app.command()
+@app.command(cls=Repeatable, rich_help_panel=EXPERIMENTS)
+def run(
+    target: Annotated[list[str] | None, typer.Option(help="stages to bring up to date: --target A B")] = None,
+    from_stage: Annotated[str | None, typer.Option(help="only this stage and what depends on it")] = None,
+    force: Annotated[bool, typer.Option("--force", help="run stages even if nothing has changed")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run")] = False,
+    max_parallel: Annotated[int, typer.Option(help="stages side by side", min=1)] = 1,
+    prefect_port: PrefectServer = None,
+) -> None:
+    """Run the pipeline as a Prefect flow: what has changed, and what depends on it.
+
+    Prefect's server is started, and ended with the flow, unless one runs. `dgpo ui` shows the run again.
+    """
+    _become_flow("flows.pipeline", prefect_port)
+
+
+@app.command(cls=Repeatable, rich_help_panel=EXPERIMENTS)
+def reproduce(
+    profile: Annotated[str, typer.Option(help="a profile of profiles/")] = "tiny",
+    recipe: Annotated[
+        list[str] | None, typer.Option(help="rows of the paper's table or of params.yaml; without it all")
+    ] = None,
+    seed: Annotated[list[int] | None, typer.Option(help="--seed 0 1 2, also without it")] = None,
+    max_parallel: Annotated[int, typer.Option(help="stages side by side", min=1)] = 2,
+    prefect_port: PrefectServer = None,
+) -> None:
+    """Train the paper's whole table with several seeds, and judge each of its claims (hours).
+
+    Each seed runs in a git worktree of its own at the current commit, with the project's DVC cache: what no
+    seed changes is made once, and a run that was killed continues. The report is
+    reproduction/<profile>/index.html.
+    """
+    _become_flow("flows.reproduce", prefect_port)
+
+
+@app.command(rich_help_panel=EXPERIMENTS)
 def show(results: Annotated[Path, typer.Argument()] = Path("reports/results.json")) -> None:
     """Print the results of the last run."""
     from tasks.commands.show import show as print_results
@@ -63,19 +174,7 @@ def show(results: Annotated[Path, typer.Argument()] = Path("reports/results.json
     print_results(results)
 
 
-@app.command()
-def experiments(
-    commits: Annotated[
-        bool, typer.Option("--all-commits", help="those of earlier commits too, not of HEAD alone")
-    ] = False,
-) -> None:
-    """Compare what `dvc exp run` has tried: what was changed, and the models' average EM."""
-    from tasks.commands.experiments import show as print_experiments
-
-    print_experiments(commits)
-
-
-@app.command()
+@app.command(rich_help_panel=EXPERIMENTS)
 def compare(
     first: Annotated[str, typer.Argument(help="an evaluated model: a recipe, student or teacher")],
     second: Annotated[str, typer.Argument(help="another one; differences are first - second")],
@@ -87,6 +186,42 @@ def compare(
     print_comparison(first, second, as_json)
 
 
+@app.command(rich_help_panel=EXPERIMENTS)
+def experiments(
+    commits: Annotated[
+        bool, typer.Option("--all-commits", help="those of earlier commits too, not of HEAD alone")
+    ] = False,
+) -> None:
+    """Compare what `dvc exp run` has tried: what was changed, and the models' average EM."""
+    from tasks.commands.experiments import show as print_experiments
+
+    print_experiments(commits)
+
+
+@app.command(rich_help_panel=EXPERIMENTS)
+def pool(
+    folder: Annotated[
+        Path, typer.Argument(help="of seeds' records: reproduction/<profile>/seeds, or a copy")
+    ],
+    out: Annotated[Path, typer.Option(help="where the report goes")] = Path("reproduction/pooled"),
+) -> None:
+    """Write one reproduction report of seeds that ran on other machines or days."""
+    from tasks.commands.pool import write
+
+    write(folder, out)
+
+
+@app.command(rich_help_panel=EXPERIMENTS)
+def sizes(
+    folder: Annotated[Path, typer.Argument(help="below which seeds' records of several profiles are")],
+    out: Annotated[Path, typer.Option(help="where the report goes")] = Path("reproduction"),
+) -> None:
+    """Compare models of several sizes and families: the records of `dgpo reproduce` with several profiles."""
+    from tasks.commands.pool import compare_sizes
+
+    compare_sizes(folder, out)
+
+
 Model = Annotated[
     str | None,
     typer.Option(
@@ -96,7 +231,7 @@ Model = Annotated[
 ]
 
 
-@app.command()
+@app.command(rich_help_panel=AGENT)
 def ask(
     question: Annotated[str, typer.Argument()],
     model: Model = None,
@@ -115,31 +250,7 @@ def ask(
     print_episode(model, Ask(question, temperature, seed, max_searches), as_json, colour)
 
 
-@app.command()
-def pool(
-    folder: Annotated[
-        Path, typer.Argument(help="of seeds' records: reproduction/<profile>/seeds, or a copy")
-    ],
-    out: Annotated[Path, typer.Option(help="where the report goes")] = Path("reproduction/pooled"),
-) -> None:
-    """Write one reproduction report of seeds that ran on other machines or days."""
-    from tasks.commands.pool import write
-
-    write(folder, out)
-
-
-@app.command()
-def sizes(
-    folder: Annotated[Path, typer.Argument(help="below which seeds' records of several profiles are")],
-    out: Annotated[Path, typer.Option(help="where the report goes")] = Path("reproduction"),
-) -> None:
-    """Compare models of several sizes and families: the records of `make reproduce` with several profiles."""
-    from tasks.commands.pool import compare_sizes
-
-    compare_sizes(folder, out)
-
-
-@app.command()
+@app.command(rich_help_panel=AGENT)
 def serve(
     model: Model = None,
     host: Annotated[
@@ -164,7 +275,7 @@ def serve(
     run_service(model, host, port, waiting, allow_host or [], allow_origin or [])
 
 
-@app.command()
+@app.command(rich_help_panel=AGENT)
 def retriever(
     location: Annotated[
         str | None, typer.Option(help="another place of the index than retrieval.location of params.yaml")
@@ -181,7 +292,7 @@ def retriever(
 
 
 collections = typer.Typer(no_args_is_help=True, help="The index's collections on a Qdrant server.")
-app.add_typer(collections, name="collections")
+app.add_typer(collections, name="collections", rich_help_panel=AGENT)
 
 
 @collections.command("list")
@@ -226,7 +337,7 @@ def restore(
     bring_back(source)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def register(
     challenger: Annotated[
         bool, typer.Option("--challenger", help="offer the model of promote.recipe as champion, too")
@@ -238,7 +349,7 @@ def register(
     register_trained(challenger)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def promote(
     version: Annotated[str | None, typer.Option(help="number; the challenger unless given")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="decide, change nothing")] = False,
@@ -250,7 +361,7 @@ def promote(
     raise typer.Exit(decide(version, dry_run, yes))
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def rollback(
     reason: Annotated[str, typer.Option(help="why; kept with the version that goes")],
 ) -> None:
@@ -260,7 +371,7 @@ def rollback(
     go_back(reason)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def evaluate(
     model: Annotated[str, typer.Argument(help="models:/search-agent@champion, or models:/search-agent/3")],
 ) -> None:
@@ -270,7 +381,7 @@ def evaluate(
     evaluate_again(model)
 
 
-@app.command()
+@app.command(rich_help_panel=MODELS)
 def lineage(
     model: Annotated[
         str, typer.Argument(help="models:/search-agent@champion, models:/search-agent/3 or a recipe")
@@ -285,7 +396,15 @@ def lineage(
     raise typer.Exit(show(model, as_json, params, verify))
 
 
-@app.command()
+@app.command(rich_help_panel=FORECASTS)
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
+    """Check versions, GPUs, hub, disk, ports and repository, and say what to do (exit code 1: errors)."""
+    from tasks.commands.doctor import doctor as examine
+
+    raise typer.Exit(examine(as_json))
+
+
+@app.command(rich_help_panel=FORECASTS)
 def plan(
     params: Annotated[Path, typer.Argument(help="a params.yaml")] = Path("params.yaml"),
     profile: Annotated[str | None, typer.Option(help="a profile of profiles/ instead")] = None,
@@ -319,15 +438,7 @@ def plan(
     raise typer.Exit(print_plan(profile, params, machine, processes, as_json))
 
 
-@app.command()
-def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """Check versions, GPUs, hub, disk, ports and repository, and say what to do (exit code 1: errors)."""
-    from tasks.commands.doctor import doctor as examine
-
-    raise typer.Exit(examine(as_json))
-
-
-@app.command()
+@app.command(rich_help_panel=FORECASTS)
 def rehearse(
     profile: Annotated[
         str | None, typer.Option(help="a profile of profiles/; params.yaml without it")
@@ -335,17 +446,106 @@ def rehearse(
     keep: Annotated[bool, typer.Option("--keep", help="leave its folder, also after success")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
-    """Run every stage once in miniature: true architectures scaled down, random weights (exit code 1: one
-    failed)."""
+    """Run every stage once in miniature, in a folder of its own (exit code 1: one failed).
+
+    Models have their true architecture scaled down and random weights; the data are a handful of passages
+    and questions.
+    """
     from tasks.commands.rehearse import rehearse as run_all
 
     raise typer.Exit(run_all(profile, keep, as_json))
 
 
-def main() -> None:
-    """Exits with 2 and one line for what the user can mend."""
-    from tasks.stages.stage import main as run_program
+PrefectPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="PREFECT_PORT")]
+MlflowPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="MLFLOW_PORT")]
 
+
+@app.command(rich_help_panel=SERVERS)
+def ui(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None:
+    """Show Prefect's and MLflow's dashboards until Ctrl-C; a server that ran before stays."""
+    _become("infra.services", "ui")
+
+
+@app.command(rich_help_panel=SERVERS)
+def up(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None:
+    """Keep Prefect's and MLflow's servers running in the background.
+
+    Everything that is started in this checkout then uses them. They listen on 127.0.0.1 without passwords,
+    for one person; for a team there is infra/compose.yaml.
+    """
+    _become("infra.services", "up")
+
+
+@app.command(rich_help_panel=SERVERS)
+def status() -> None:
+    """Show which of these servers run, where and since when."""
+    _become("infra.services", "status")
+
+
+@app.command(rich_help_panel=SERVERS)
+def down() -> None:
+    """End these servers; nothing of them stays behind."""
+    _become("infra.services", "down")
+
+
+@app.command(rich_help_panel=SERVERS)
+def deploy(
+    gpus: Annotated[int, typer.Option(help="GPUs that stages may use at once, in all", min=0)] = 1,
+    pool_type: Annotated[
+        Literal["process", "docker", "kubernetes"],
+        typer.Option(help="what a run is: a process of the worker, a container or a pod"),
+    ] = "process",
+    nightly: Annotated[
+        bool | None, typer.Option(help="switch the nightly run on or off; without it: as it is, at first off")
+    ] = None,
+    template: Annotated[
+        bool, typer.Option("--template", help="only print the job template of a pool of that type and GPUs")
+    ] = False,
+    prefect_port: PrefectServer = None,
+) -> None:
+    """Create work pools, deployments, the limit on GPUs and automations on Prefect's server.
+
+    It may be repeated: what is there is brought up to date. What is not ours on the server stays as it is.
+    """
+    _become("flows.deploy")
+
+
+@app.command(rich_help_panel=SERVERS)
+def worker(
+    pool: Annotated[Literal["cpu", "gpu"], typer.Argument(help="whose runs")] = "cpu",
+    runs: Annotated[int, typer.Option(help="at once", min=1)] = 2,
+    push: Annotated[
+        bool | None,
+        typer.Option(help="push the branches of runs to origin, by which stages on other machines get them"),
+    ] = None,
+    prefect_port: PrefectServer = None,
+) -> None:
+    """Run what is started from Prefect's dashboard, until Ctrl-C (after `dgpo deploy`)."""
+    _become("flows.worker")
+
+
+@app.command(rich_help_panel=SERVERS)
+def secrets() -> None:
+    """Write infra/.env, the passwords of infra/compose.yaml; what is there already stays as it is."""
+    _become("infra.secrets")
+
+
+@app.command(rich_help_panel=SHARING)
+def push(
+    history: Annotated[bool, typer.Option("--history", help="also the outputs of all earlier runs")] = False,
+) -> None:
+    """Send the outputs that dvc.lock names to DVC's default remote."""
+    _become("infra.remote", "push")
+
+
+@app.command(rich_help_panel=SHARING)
+def pull() -> None:
+    """Get the outputs that dvc.lock names from DVC's default remote."""
+    _become("infra.remote", "pull")
+
+
+def main() -> None:
+    """Run the command, and exit with 2 and one line for what the user can mend."""
     run_program(app)
 
 

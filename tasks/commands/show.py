@@ -1,7 +1,6 @@
 """Print the results: `dgpo show [reports/results.json]`."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ from rich.table import Table
 
 from dgpo_core.errors import UserError
 from dgpo_core.text import markdown_cell
-from tasks.stages.stage import main
 
 RESULTS = Path("reports/results.json")
 AVERAGE = "average"
@@ -72,9 +70,3 @@ def _cell(scores: dict[str, Any]) -> str:
 
 def _values(value: Any) -> list[Any]:
     return list(value.values()) if isinstance(value, dict) else [None]
-
-
-if __name__ == "__main__":
-    from tasks.commands.cli import app
-
-    main(lambda: app(["show", *sys.argv[1:]], prog_name="dgpo"))

@@ -1,13 +1,11 @@
 """Resolve a profile into params.yaml: `dgpo use tiny [recipes of the paper's table, or all]`."""
 
-import sys
 from pathlib import Path
 
 from dgpo_core.config.params import PARAMS, resolve_profile
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
 from dgpo_core.files import write_text
-from tasks.stages.stage import main
 
 PROFILES = Path("profiles")
 
@@ -16,7 +14,7 @@ def use(profile: str, recipes: list[str]) -> None:
     """Write every setting of the profile, resolved; DVC then knows which stages it concerns."""
     path = profile_path(profile)
     text = as_text(resolve_profile(path, recipes))
-    head = f"# Written by `make use PROFILE={profile}`; edit freely, or use `dvc exp run -S`.\n"
+    head = f"# Written by `dgpo use {profile}`; edit freely, or use `dvc exp run -S`.\n"
     write_text(PARAMS, head + text)
     print(f"{PARAMS}: profile {profile}{', recipes: ' if recipes else ''}{' '.join(recipes)}")
 
@@ -31,9 +29,3 @@ def profile_path(profile: str, root: Path = Path()) -> Path:
         )
         raise UserError(f"{path}: no such profile; there are: {known}")
     return path
-
-
-if __name__ == "__main__":
-    from tasks.commands.cli import app
-
-    main(lambda: app(["use", *sys.argv[1:]], prog_name="dgpo"))

@@ -1,7 +1,4 @@
-"""The process a stage runs in: it ends with its parent, and ends cleanly when asked to.
-
-Who has DVC's locks in a checkout: what is said in place of DVC's advice to delete them.
-"""
+"""How a program of ours ends, with its parent and by signals; and who has DVC's locks in a checkout."""
 
 import contextlib
 import ctypes
@@ -14,13 +11,16 @@ import signal
 import sys
 import threading
 import time
+import traceback
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 import psutil
 
-from dgpo_core.errors import UserError
+from dgpo_core.errors import InfrastructureError, UserError
 
 PR_SET_PDEATHSIG = 1
 TERMINATED = 128 + signal.SIGTERM
@@ -37,6 +37,55 @@ def die_with_parent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:  # it died in between
         os.kill(os.getpid(), signal.SIGTERM)
+
+
+def run_program(
+    function: Callable[[], object], failed: Callable[[BaseException], None] = lambda error: None
+) -> NoReturn:
+    """Run a program and exit: 0, 2 for the user's fault, 1 for others (a traceback only for a bug).
+
+    `failed` is called with the error of a program that does not exit with 0.
+    """
+    exit_on_signals()
+    for stream in ("stdout", "stderr"):
+        if getattr(sys, stream) is None:  # whoever started it has closed it (>&-)
+            setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115 - as long as the process
+    code = 0
+    try:
+        function()
+    except BaseException as caught:
+        from tasks.project.resources import resource_error  # only what fails needs it
+
+        error = resource_error(caught, Path.cwd()) or caught
+        with contextlib.suppress(OSError):  # nobody may be reading any more
+            code = _explain(error)
+        if code:
+            failed(error)
+    sys.exit(code)
+
+
+def _explain(error: BaseException) -> int:
+    """Print what went wrong and return the exit code."""
+    match error:
+        case UserError():
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+            return 2
+        case InfrastructureError():
+            print(f"error: {one_line(error)}", file=sys.stderr, flush=True)
+            return 1
+        case KeyboardInterrupt():
+            return 128 + signal.SIGINT
+        case SystemExit():
+            return error.code if isinstance(error.code, int) else int(error.code is not None)
+    traceback.print_exception(error)
+    return 1
+
+
+def one_line(error: BaseException) -> str:
+    """Return an error's message in one line."""
+    if isinstance(error, SystemExit):
+        return f"stopped with exit code {error.code}"
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def is_worker() -> bool:

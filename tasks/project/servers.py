@@ -1,6 +1,6 @@
 """A service that listens at once, loads meanwhile, and ends cleanly: what `serve` and `retriever` share.
 
-The servers that `make up` keeps running on here: their records, and what everything else needs to know.
+The servers that `dgpo up` keeps running on here: their records, and what everything else needs to know.
 
 Whoever starts a program of ours from the working directory uses them without being told: `adopt` puts their
 addresses into the environment, where nothing is set yet.

@@ -30,11 +30,9 @@ import fcntl
 import platform
 import re
 import shutil
-import signal
 import sys
 import textwrap
 import time
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
@@ -47,7 +45,7 @@ from dgpo_core.config.params import read_yaml
 from dgpo_core.errors import InfrastructureError, NotFinite, ResourceError, UserError
 from dgpo_core.files import remove, write_json, write_text
 from tasks.project.files import Outputs
-from tasks.project.process import exit_on_signals, follows, is_worker, peak_memory
+from tasks.project.process import follows, is_worker, one_line, peak_memory, run_program
 from tasks.project.progress import Reporter
 from tasks.project.resources import resource_error
 from tasks.project.servers import adopt
@@ -322,28 +320,23 @@ def _failed_elsewhere(name: str) -> bool:
 
 
 def main(function: Callable[[], None]) -> NoReturn:
-    """Run a program and exit: 0, 2 for the user's fault, 1 for others (a traceback only for a bug).
+    """Run a program that may be a stage of DVC, see `run_program`, with the servers of `dgpo up`.
 
     Why it failed is left in `.state/<stage>/failure.json`, because `dvc repro` exits 255 whatever happened.
     """
-    exit_on_signals()
-    for stream in ("stdout", "stderr"):
-        if getattr(sys, stream) is None:  # whoever started it has closed it (>&-)
-            setattr(sys, stream, Path(os.devnull).open("w"))  # noqa: SIM115 - as long as the process
     dvc_stage = os.environ.get("DVC_STAGE")  # set by DVC; errors before `stage()` belong to it too
-    code = 0
-    try:
+
+    def run() -> None:
         if dvc_stage and not is_worker():
             remove(STATE / dvc_stage / FAILURE)
         adopt()
         function()
-    except BaseException as caught:
-        error = resource_error(caught, Path.cwd()) or caught
-        with suppress(OSError):  # nobody may be reading any more
-            code = _explain(error)
-        if dvc_stage and code:
+
+    def failed(error: BaseException) -> None:
+        if dvc_stage:
             _record_failure(dvc_stage, error)
-    sys.exit(code)
+
+    run_program(run, failed)
 
 
 def stage_main(name: str, function: Callable[..., None], argument: str | None = None) -> NoReturn:
@@ -394,23 +387,6 @@ def _graph(name: str, argument: str | None, file: Path = Path("dvc.yaml")) -> st
     )
 
 
-def _explain(error: BaseException) -> int:
-    """Print what went wrong and return the exit code."""
-    match error:
-        case UserError():
-            print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
-            return 2
-        case InfrastructureError():
-            print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
-            return 1
-        case KeyboardInterrupt():
-            return 128 + signal.SIGINT
-        case SystemExit():
-            return error.code if isinstance(error.code, int) else int(error.code is not None)
-    traceback.print_exception(error)
-    return 1
-
-
 def _record_failure(name: str, error: BaseException) -> None:
     """Leave why the stage failed, where that can be written."""
     kind: Literal["user", "infrastructure", "bug"] = "bug"
@@ -421,7 +397,7 @@ def _record_failure(name: str, error: BaseException) -> None:
     retryable = isinstance(error, InfrastructureError) and not isinstance(error, ResourceError)
     path = _failure_path(name)
     stage_name = os.environ.get("DVC_STAGE") or name
-    failure = {"stage": stage_name, "kind": kind, "retryable": retryable, "message": _one_line(error)}
+    failure = {"stage": stage_name, "kind": kind, "retryable": retryable, "message": one_line(error)}
     with suppress(OSError):  # it is on standard error too
         if path.exists() and (is_worker() or isinstance(error, SystemExit)):
             return  # what failed first is the reason; the other processes fail because of it
@@ -479,9 +455,3 @@ def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None
         write_json(RUNS / run.stage / "run.json", record)
     except OSError as error:
         print(f"warning: no record of this run: {error}", file=sys.stderr, flush=True)
-
-
-def _one_line(error: BaseException) -> str:
-    if isinstance(error, SystemExit):
-        return f"stopped with exit code {error.code}"
-    return " ".join(str(error).split()) or type(error).__name__

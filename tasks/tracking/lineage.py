@@ -26,7 +26,7 @@ from tasks.project.git import ask
 from tasks.project.paths import CORPUS, INDEX, METRICS, MODELS
 
 PROFILES = Path("profiles")
-# Recorded in every run anyway, and written while it lasts (`dvc.lock` by DVC, `params.yaml` by `make use`).
+# Recorded in every run anyway, and written while it lasts (`dvc.lock` by DVC, `params.yaml` by `dgpo use`).
 RECORDED = (LOCK, PARAMS)
 NAMED = {"distill": "recipe", "reinforce": "recipe", "evaluate": "model", "base-model": "model"}
 

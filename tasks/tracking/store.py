@@ -286,7 +286,7 @@ def require_answer(uri: str) -> None:
                 continue
             raise InfrastructureError(
                 f"MLflow's server {address} does not answer ({first_line(why) or type(why).__name__}): "
-                "start it (`make up`), or correct or unset MLFLOW_TRACKING_URI"
+                "start it (`dgpo up`), or correct or unset MLFLOW_TRACKING_URI"
             ) from None
         return
 

@@ -41,13 +41,13 @@ def test_without_a_server_there_is_one_line(module: str) -> None:
     port = free_port()
     done = program(module, PREFECT_API_URL=f"http://127.0.0.1:{port}/api")
     assert done.returncode == 2
-    assert done.stderr == f"error: no Prefect server at http://127.0.0.1:{port}/api: make up\n"
+    assert done.stderr == f"error: no Prefect server at http://127.0.0.1:{port}/api: dgpo up\n"
     done = program(module, PREFECT_API_URL=f"http://127.0.0.1:{port}")
     assert "an API's address ends with /api" in done.stderr
 
 
 def test_which_server_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A variable, a port, `make up`, in this order; `adopt` puts `make up`'s address into the variable."""
+    """A variable, a port, `dgpo up`, in this order; `adopt` puts `dgpo up`'s address into the variable."""
     from flows.server import named_server
     from tasks.project import servers as services
 
@@ -122,7 +122,7 @@ class TestSharedServer:
         from prefect.events import EventTrigger, Posture
         from prefect.events.actions import ChangeFlowRunState
 
-        from flows.deploy import Kind, template
+        from flows.deploy import Kind, job_template
 
         everybodys = EventTrigger(
             after={"prefect.flow-run.heartbeat"},
@@ -143,13 +143,13 @@ class TestSharedServer:
         mine.create()
         # as a worker of infra/compose.yaml makes it that comes before the deployment
         client.create_work_pool(
-            WorkPoolCreate(name="cpu-pool", type="process", base_job_template=template(Kind.PROCESS))
+            WorkPoolCreate(name="cpu-pool", type="process", base_job_template=job_template(Kind.PROCESS))
         )
         client.upsert_global_concurrency_limit_by_name("gpu", 7)
 
         done = program("flows.deploy", "--gpus", "2")
         assert done.returncode == 0, done.stderr
-        assert "nightly run (pipeline/nightly): off; NIGHTLY=1 switches it on" in done.stdout
+        assert "nightly run (pipeline/nightly): off; `dgpo deploy --nightly` switches it on" in done.stdout
         found = {automation.name: automation for automation in client.read_automations()}
         ids = {name: f"prefect.deployment.{client.read_deployment_by_name(name).id}" for name in OURS}
         assert found["mine"].trigger.match_related.root == {}
@@ -184,7 +184,7 @@ class TestSharedServer:
         client.delete_work_pool("gpu-pool")
         done = program("flows.worker", "gpu")
         assert done.returncode == 2 and done.stderr.endswith(
-            "has no work pool gpu-pool: run make deploy first\n"
+            "has no work pool gpu-pool: run `dgpo deploy` first\n"
         )
 
 

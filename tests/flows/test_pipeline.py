@@ -208,7 +208,7 @@ def test_a_stage_that_wants_more_gpus_than_there_are_says_what_to_do(api: str, r
         try:
             assert run_flow() == {"big": ("Failed", 1), "flow": ("Failed", 1)}
             assert "big: wants 2 slots of the limit `dgpo-gpu`" in artifact()
-            assert "`make deploy GPUS=2`" in artifact() and not Path("log.txt").exists()
+            assert "`dgpo deploy --gpus 2`" in artifact() and not Path("log.txt").exists()
             client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, 2)
             assert names(run_flow()) == {"big": "Completed", "flow": "Completed"}
         finally:
@@ -225,7 +225,7 @@ def test_killed_flow_leaves_no_stage(api: str, repository: Path, number: signal.
     )
     Path("dvc.yaml").write_text("stages:\n  work: {cmd: exec python work.py, outs: [work.txt]}\n")
     environment = {**os.environ, "PREFECT_API_URL": api}
-    with subprocess.Popen([sys.executable, "-m", "flows.pipeline", "run"], env=environment) as flow:
+    with subprocess.Popen([sys.executable, "-m", "flows.pipeline"], env=environment) as flow:
         while not Path("pid").exists():
             assert flow.poll() is None
             time.sleep(0.05)
@@ -241,12 +241,12 @@ def test_killed_flow_leaves_no_stage(api: str, repository: Path, number: signal.
 
 def test_bad_arguments(api: str, repository: Path) -> None:
     environment = {**os.environ, "PREFECT_API_URL": api}
-    command = [sys.executable, "-m", "flows.pipeline", "run", "--target", "nothing"]
+    command = [sys.executable, "-m", "flows.pipeline", "--target", "nothing"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "error: no such stage: nothing" in result.stderr
     result = subprocess.run(
-        [*command[:4], "--max-parallel", "0"], capture_output=True, text=True, check=False
+        [*command[:3], "--max-parallel", "0"], capture_output=True, text=True, check=False
     )
     assert result.returncode == 2 and "--max-parallel" in result.stderr
 

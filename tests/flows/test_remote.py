@@ -63,7 +63,7 @@ def test_who_has_not_said_how_a_branch_gets_to_another_pool_is_asked_before_the_
     monkeypatch.setenv("DGPO_POOL", "cpu")
     refuse_without_push([train], dvc_repository)  # no remote: both workers must be in this clone
     subprocess.run(["git", "remote", "add", "origin", "elsewhere"], check=True)
-    with pytest.raises(UserError, match=r"train belongs to the pool gpu.*make worker PUSH=1"):
+    with pytest.raises(UserError, match=r"train belongs to the pool gpu.*dgpo worker --push"):
         refuse_without_push([train], dvc_repository)
     refuse_without_push([Stage("report", ())], dvc_repository)
     for said in ("0", "1"):

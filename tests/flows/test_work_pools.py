@@ -12,7 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from dgpo_core.errors import UserError
-from flows.deploy import FOLDER, Kind, template
+from flows.deploy import FOLDER, Kind, job_template
 from tests.conftest import ROOT
 from tests.infra.test_services import free_port
 
@@ -33,7 +33,7 @@ def leaves(value: Any) -> Iterator[str]:
 
 @pytest.mark.parametrize("kind", Kind)
 def test_what_a_job_uses_is_declared_and_the_defaults_are_valid(kind: Kind) -> None:
-    loaded = template(kind)
+    loaded = job_template(kind)
     variables = loaded["variables"]
     Draft202012Validator.check_schema(variables)
     used = {name for text in leaves(loaded["job_configuration"]) for name in PLACEHOLDER.findall(text)}
@@ -48,35 +48,35 @@ def test_what_a_job_uses_is_declared_and_the_defaults_are_valid(kind: Kind) -> N
 
 @pytest.mark.parametrize("kind", Kind)
 def test_secrets_are_named_and_never_written_down(kind: Kind) -> None:
-    environment = template(kind)["variables"]["properties"]["env"]["default"]
+    environment = job_template(kind)["variables"]["properties"]["env"]["default"]
     for name, value in environment.items():
         if SECRET.search(name):
             assert value.startswith("{{ prefect.blocks.secret."), name
 
 
 def test_gpus() -> None:
-    docker = template(Kind.DOCKER, 2)["variables"]["properties"]["device_requests"]["default"]
+    docker = job_template(Kind.DOCKER, 2)["variables"]["properties"]["device_requests"]["default"]
     assert docker == [{"count": 2, "capabilities": [["gpu"]]}]
-    assert template(Kind.KUBERNETES, 4)["variables"]["properties"]["gpus"]["default"] == 4
+    assert job_template(Kind.KUBERNETES, 4)["variables"]["properties"]["gpus"]["default"] == 4
     with pytest.raises(UserError, match="CUDA_VISIBLE_DEVICES"):
-        template(Kind.PROCESS, 1)
+        job_template(Kind.PROCESS, 1)
 
 
 def test_the_image_is_that_of_the_compose_file() -> None:
     compose = (ROOT / "infra/compose.yaml").read_text()
     for kind in (Kind.DOCKER, Kind.KUBERNETES):
-        image = template(kind)["variables"]["properties"]["image"]["default"]
+        image = job_template(kind)["variables"]["properties"]["image"]["default"]
         assert f"image: {image}\n" in compose
 
 
 def test_the_command_prints_the_template() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "flows.deploy", "docker", "--gpus", "1"],
+        [sys.executable, "-m", "flows.deploy", "--template", "--pool-type", "docker", "--gpus", "1"],
         cwd=ROOT,
         capture_output=True,
         text=True,
     )
-    assert json.loads(done.stdout) == template(Kind.DOCKER, 1)
+    assert json.loads(done.stdout) == job_template(Kind.DOCKER, 1)
 
 
 # In a process of its own: Prefect keeps the settings with which it was first imported.
@@ -88,7 +88,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.workers.base import BaseJobConfiguration
 from prefect.workers.process import ProcessWorker
 from pydantic import ConfigDict
-from flows.deploy import Kind, template
+from flows.deploy import Kind, job_template
 
 class Anything(BaseJobConfiguration):
     model_config = ConfigDict(extra="allow")
@@ -99,7 +99,7 @@ async def resolve():
     found = {"default": ProcessWorker.get_default_base_job_template()}
     async with get_client() as api:
         for kind in Kind:
-            made = template(kind, 0 if kind is Kind.PROCESS else 1)
+            made = job_template(kind, 0 if kind is Kind.PROCESS else 1)
             await api.create_work_pool(WorkPoolCreate(name=kind, type=kind, base_job_template=made))
             stored = (await api.read_work_pool(kind)).base_job_template
             job = await Anything.from_template_and_values(stored, {"env": {"EXTRA": "1"}}, client=api)
@@ -132,7 +132,7 @@ class TestServer:
     def test_the_process_template_is_prefects_own_but_for_the_environment(
         self, resolved: dict[str, Any]
     ) -> None:
-        theirs, ours = resolved["default"], template(Kind.PROCESS)
+        theirs, ours = resolved["default"], job_template(Kind.PROCESS)
         for loaded in (theirs, ours):
             loaded["variables"].pop("description", None)
             del loaded["variables"]["properties"]["env"]
@@ -162,7 +162,7 @@ class TestServer:
 
 def test_containers_find_a_cache_of_their_own(tmp_path: Path, dvc_repository: Path) -> None:
     """DVC_GLOBAL_CONFIG_DIR of the templates: infra/dvc/config names a cache on the volume."""
-    environment = template(Kind.DOCKER)["variables"]["properties"]["env"]["default"]
+    environment = job_template(Kind.DOCKER)["variables"]["properties"]["env"]["default"]
     assert environment["DVC_GLOBAL_CONFIG_DIR"] == "/app/infra/dvc"  # where the image has it
     assert (FOLDER.parent / "dvc" / "config").is_file()
     with pytest.MonkeyPatch.context() as patch:

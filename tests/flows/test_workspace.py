@@ -49,7 +49,7 @@ def root(dvc_repository: Path) -> Path:
 
 @pytest.fixture
 def pushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker was started with PUSH=1."""
+    """The worker was started with --push."""
     monkeypatch.setenv(PUSH_VARIABLE, "1")
 
 

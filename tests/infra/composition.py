@@ -1,4 +1,4 @@
-"""infra/compose.yaml as an engine would read it, with the secrets that `make secrets` makes."""
+"""infra/compose.yaml as an engine would read it, with the secrets that `dgpo secrets` makes."""
 
 import re
 from pathlib import Path
@@ -15,7 +15,7 @@ VARIABLE = re.compile(r"\$\{(?P<name>[A-Z_]+)(?::(?P<kind>[-?])(?P<value>[^}]*))
 
 
 def secrets(folder: Path) -> dict[str, str]:
-    """What `make secrets` writes, read as an engine reads it."""
+    """What `dgpo secrets` writes, read as an engine reads it."""
     write(folder / ".env")
     lines = (folder / ".env").read_text(encoding="utf-8").splitlines()
     return dict(line.split("=", 1) for line in lines if not line.startswith("#"))

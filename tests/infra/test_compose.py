@@ -111,7 +111,7 @@ def test_every_variable_is_generated_or_has_a_default() -> None:
 
 
 def test_without_secrets_nothing_starts() -> None:
-    with pytest.raises(KeyError, match="run make secrets"):
+    with pytest.raises(KeyError, match=r"run python3 -m infra\.secrets"):
         load({})
 
 
@@ -121,7 +121,7 @@ def test_no_secret_is_written_down_or_on_a_command_line(tmp_path: Path) -> None:
     for service, resolved in zip(SERVICES.values(), load(values)["services"].values(), strict=True):
         for name, value in service.get("environment", {}).items():
             if secret.search(name):
-                assert re.fullmatch(r"\$\{[A-Z_]+:\?run make secrets\}", value), name
+                assert re.fullmatch(r"\$\{[A-Z_]+:\?run python3 -m infra.secrets\}", value), name
         commands = json.dumps([resolved.get("command"), resolved["healthcheck"]])
         assert not any(value in commands for name, value in values.items() if not name.startswith("DGPO_"))
 

@@ -24,9 +24,9 @@ pathlib.Path("metrics/evaluate-dgpo.json").write_text(json.dumps(metrics))
 GRAPH = """
 stages:
   reinforce:
-    cmd: exec python -m tasks.stages.reinforce
+    cmd: exec python work.py
     params: [reinforce]
-    deps: [tasks/stages/reinforce.py]
+    deps: [work.py]
     outs: [models/dgpo]
     metrics: [metrics/evaluate-dgpo.json]
 """
@@ -43,10 +43,7 @@ def dvc(place: Path, *arguments: str) -> str:
 
 
 def remote(place: Path, *action: str, fails: bool = False) -> str:
-    # as an installed program: the miniature has a package `tasks` of its own
-    code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); sys.argv = ['', *{action!r}]; "
-    code += "from infra.remote import app; from tasks.stages.stage import main; main(app)"
-    return run(place, sys.executable, "-P", "-c", code, fails=fails)
+    return run(place, sys.executable, "-m", "tasks.commands.cli", *action, fails=fails)
 
 
 def set_beta(place: Path, beta: float) -> None:
@@ -58,10 +55,9 @@ def first(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Iterat
     """A clone that has run its pipeline with two values of a parameter, and committed the second."""
     folder = tmp_path_factory.mktemp("clones")
     place = folder / "first"
-    (place / "tasks").mkdir(parents=True)
+    place.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         make_workplace(folder, patch, mlflow_store)
-        patch.delenv("PYTHONPATH")
         for variable, value in (("AUTHOR", "a"), ("COMMITTER", "a")):
             patch.setenv(f"GIT_{variable}_NAME", value)
             patch.setenv(f"GIT_{variable}_EMAIL", f"{value}@example.org")
@@ -69,8 +65,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Iterat
         dvc(place, "init", "-q")
         shutil.copy(ROOT / ".dvc" / "config", place / ".dvc" / "config")
         (place / "dvc.yaml").write_text(GRAPH)
-        (place / "tasks" / "__init__.py").touch()
-        (place / "tasks" / "reinforce.py").write_text(STAGE)
+        (place / "work.py").write_text(STAGE)
         (place / ".gitignore").write_text("/models/\n/metrics/\n__pycache__/\n")
         for beta in (0.5, 0.25):
             set_beta(place, beta)
@@ -111,7 +106,7 @@ def test_no_remote_is_said_in_one_line(first: Path) -> None:
 
 @pytest.mark.thorough
 def test_experiments_compare_in_few_columns(first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As README says, also in a workspace of DVC's own, with what `make experiments` prints."""
+    """As README says, also in a workspace of DVC's own, with what `dgpo experiments` prints."""
     dvc(first, "exp", "run", "--temp", "-n", "low", "-S", "reinforce.beta=0.125")
     assert (first / "models/dgpo").read_text() == "0.25"  # the working copy is as it was
     assert not run(first, "git", "status", "--porcelain")

@@ -1,4 +1,4 @@
-"""What `make secrets` writes; and that no secret is in the repository."""
+"""What `dgpo secrets` writes; and that no secret is in the repository."""
 
 import math
 import os

@@ -39,7 +39,7 @@ def small(name: str = "mlflow", code: str = SERVER) -> Service:
     port = free_port()
     url = f"http://127.0.0.1:{port}/"
     command = [sys.executable, "-c", code, str(port)]
-    return Service(Record(name, "", command, "A_URL", url, url, url), port, "A_PORT", {})
+    return Service(Record(name, "", command, "A_URL", url, url, url), port, "--a-port", {})
 
 
 def recorded(folder: Path, name: str = "mlflow") -> Record:
@@ -121,7 +121,7 @@ def test_a_stranger_with_the_number_of_a_dead_service_lives(folder: Path) -> Non
 
 
 def test_a_started_process_without_a_pid_on_record_is_found(folder: Path) -> None:
-    """Whoever ran `make up` was killed between starting the server and writing its number down."""
+    """Whoever ran `dgpo up` was killed between starting the server and writing its number down."""
     up([small()], folder)
     record = recorded(folder)
     write(replace(record, pid=0, created=0), folder)
@@ -134,7 +134,7 @@ def test_a_taken_port_is_said_with_the_setting(folder: Path) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", service.port))
         other.listen()
-        with pytest.raises(UserError, match=f"port {service.port} is taken .* A_PORT="):
+        with pytest.raises(UserError, match=f"port {service.port} is taken .* --a-port"):
             up([service], folder)
 
 
@@ -269,7 +269,7 @@ def test_where_names_what_runs_and_how_to_get_the_rest(
     for variable in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         monkeypatch.delenv(variable, raising=False)
     where_command(4277, 5077)
-    said = "dashboards   make ui: mlflow http://127.0.0.1:5077, prefect http://127.0.0.1:4277\n"
+    said = "dashboards   dgpo ui: mlflow http://127.0.0.1:5077, prefect http://127.0.0.1:4277\n"
     assert capsys.readouterr().out == said
     service = small()
     try:

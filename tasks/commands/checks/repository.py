@@ -20,7 +20,7 @@ def repository(params: Params) -> list[Finding]:
     if changed:
         text = f"{commit}, {len(changed)} tracked files changed"
         findings = [
-            warning("git", text, "commit: runs from the dashboard and `make reproduce` start from commits")
+            warning("git", text, "commit: runs from the dashboard and `dgpo reproduce` start from commits")
         ]
     else:
         findings = [ok("git", commit)]

@@ -40,7 +40,7 @@ def port(name: str, variable: str | None, default: int) -> Finding:
             return ok(subject, "free")
     record = records.read(name.lower()) if name in ("Prefect", "MLflow") else None
     if record and records.leader(record):
-        return ok(subject, "our server of `make up`")
+        return ok(subject, "our server of `dgpo up`")
     other = f"set {variable}" if variable else "give yours another port"
     advice = f"if that is not the {name} you want, end it or {other}"
     return warning(subject, f"in use by {_owner(number)}", advice)
@@ -64,7 +64,7 @@ def named(params: Params) -> list[Finding]:
     for variable in ("PREFECT_API_URL", "MLFLOW_TRACKING_URI"):
         url = os.environ.get(variable) or ""
         if url.startswith("http"):
-            advice = f"start it (`make up`), or unset {variable}"
+            advice = f"start it (`dgpo up`), or unset {variable}"
             findings.append(_answer(variable, [url], "/health", error, advice))
     return [*findings, *_retrieval(params.retrieval.location), *_rollout(params.rollout)]
 

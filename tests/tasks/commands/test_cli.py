@@ -1,13 +1,17 @@
 """The command `dgpo`, run as its users run it."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer.main
 
-ROOT = Path(__file__).resolve().parents[2]
+from tasks.commands import cli
+from tests.conftest import ROOT
 
 
 def dgpo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -21,6 +25,51 @@ def test_help_is_instant_because_nothing_heavy_is_imported() -> None:
     code = f"import sys, tasks.commands.cli; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.stdout.strip() == "[]", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("words", "program"),
+    [
+        ("run --target a b --force", "flows.server -- PYTHON -m flows.pipeline --target a b --force"),
+        ("reproduce --prefect-port 7", "flows.server --port 7 -- PYTHON -m flows.reproduce --prefect-port 7"),
+        ("deploy --gpus 2 --nightly", "flows.deploy --gpus 2 --nightly"),
+        ("worker gpu --push", "flows.worker gpu --push"),
+        ("ui --mlflow-port 7", "infra.services ui --mlflow-port 7"),
+        ("up", "infra.services up"),
+        ("status", "infra.services status"),
+        ("down", "infra.services down"),
+        ("push --history", "infra.remote push --history"),
+        ("pull", "infra.remote pull"),
+        ("secrets", "infra.secrets"),
+    ],
+)
+def test_flows_and_servers_are_programs_that_replace_the_command(
+    words: str, program: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started: list[str] = []
+
+    def execv(path: str, arguments: list[str]) -> None:
+        started.extend(arguments)
+        raise SystemExit
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("os.environ", {"PATH": "/bin"})
+    monkeypatch.setattr("os.execv", execv)
+    monkeypatch.setattr("sys.argv", ["dgpo", *words.split()])
+    with pytest.raises(SystemExit):
+        typer.main.get_command(cli.app)(words.split())
+    assert started == [sys.executable, "-m", *program.replace("PYTHON", sys.executable).split()]
+    assert os.environ["PREFECT_HOME"] == str(ROOT / ".prefect")
+    assert os.environ["PATH"] == f"{Path(sys.executable).parent}:/bin"
+
+
+def test_a_program_gets_the_options_of_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr("sys.argv", ["flows.reproduce", "--seed", "0", "1", "--recipe", "kd", "--seed", "2"])
+    with pytest.raises(SystemExit) as ended:
+        cli.run_as("reproduce", lambda **options: given.update(options))
+    assert ended.value.code == 0
+    assert [*given["seed"]] == [0, 1, 2] and [*given["recipe"]] == ["kd"] and given["max_parallel"] == 2
 
 
 def test_show_prints_the_results_or_says_what_to_do(tmp_path: Path) -> None:

@@ -262,6 +262,6 @@ def test_no_server_is_one_line_in_seconds(
     line = [sys.executable, "-m", "tasks.commands.cli", *command.split(), *model]
     done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
     (said,) = done.stderr.splitlines()
-    assert "http://127.0.0.1:9 does not answer" in said and "make up" in said
+    assert "http://127.0.0.1:9 does not answer" in said and "dgpo up" in said
     assert done.returncode == 1
     assert time.monotonic() - started < 60, "also on a busy machine"

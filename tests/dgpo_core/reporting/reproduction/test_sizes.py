@@ -28,7 +28,7 @@ def reproduced(
     seeds: tuple[int, ...] = (0, 1),
     **other: Any,
 ) -> None:
-    """What `make reproduce` keeps of a profile."""
+    """What `dgpo reproduce` keeps of a profile."""
     models = [model for model in COMPARED if model in levels]
     runs = make_runs(folder.parent / f"runs-{profile}", list(seeds), models, coin(levels), coin(levels), 40)
     runs.save()
