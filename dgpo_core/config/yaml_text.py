@@ -57,7 +57,8 @@ def as_text(content: Any) -> str:
     """Write plain values as a YAML document, with their keys in the order that they have."""
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
-    yaml.default_flow_style, yaml.sort_base_mapping_type_on_output = False, False
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # None by default
     stream = io.StringIO()
     yaml.dump(content, stream)
     return stream.getvalue()
