@@ -251,14 +251,8 @@ def roll_out(settings: Settings, student: PreTrainedModel, episodes: list[Episod
     for turn in range(max(episode.generations for episode in episodes)):
         requests = []
         for number, episode in enumerate(episodes):
-            starts = [
-                i for i in range(1, len(episode.owners))
-                if episode.owners[i] == Owner.MODEL != episode.owners[i - 1]
-            ]  # fmt: skip
-            if turn < len(starts):
-                begin = end = starts[turn]
-                while end < len(episode.owners) and episode.owners[end] == Owner.MODEL:
-                    end += 1
+            if turn < len(episode.turns):
+                begin, end = episode.turns[turn].start, episode.turns[turn].end
                 requests.append(
                     Request(episode.token_ids[:begin], end - begin, (settings.seed, number, turn))
                 )

@@ -26,8 +26,8 @@ from dgpo_core.agent.vllm_engine import VllmEngine
 from dgpo_core.config.agent import GREEDY, ProtocolConfig, RolloutConfig, Sampling, VllmConfig
 from dgpo_core.config.data import QuestionCounts, WorldConfig
 from dgpo_core.config.retrieval import EncoderConfig
+from dgpo_core.models import load_model, load_tokenizer
 from dgpo_core.retrieval.index import index_passages
-from dgpo_core.training.models import load_model, load_tokenizer
 from dgpo_core.world.facts import generate_world
 from dgpo_core.world.questions import write_articles, write_questions
 from tasks.project.paths import MODELS

@@ -11,10 +11,10 @@ import time
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from dgpo_core.agent.engine import Memory, Request
+from dgpo_core.agent.engine import EpisodeCache, Request
 from dgpo_core.agent.transformers_engine import TransformersEngine, preallocated_cache
 from dgpo_core.config.agent import RolloutConfig, Sampling
-from dgpo_core.training.models import load_model, load_tokenizer
+from dgpo_core.models import load_model, load_tokenizer
 from tasks.project.paths import MODELS
 
 STEPS = 20
@@ -40,12 +40,12 @@ def episodes_time(engine: TransformersEngine, appended: int) -> float:
     def words(count: int) -> list[int]:
         return [rng.randrange(20, 700) for _ in range(count)]
 
-    histories, memories = [words(PROMPT) for _ in range(EPISODES)], [Memory() for _ in range(EPISODES)]
+    histories, caches = [words(PROMPT) for _ in range(EPISODES)], [EpisodeCache() for _ in range(EPISODES)]
     started = time.perf_counter()
     for turn in range(TURNS):
         asked = [
-            Request(list(history), WRITTEN, (place, turn), memory)
-            for place, (history, memory) in enumerate(zip(histories, memories, strict=True))
+            Request(list(history), WRITTEN, (place, turn), cache)
+            for place, (history, cache) in enumerate(zip(histories, caches, strict=True))
         ]
         for history, answer in zip(histories, engine.generate(asked, Sampling(), ()), strict=True):
             history += answer.token_ids + words(appended)

@@ -20,12 +20,12 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dgpo_core.config.training import ComputeConfig, LoraConfig, ReinforceConfig
+from dgpo_core.models import add_adapters
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture, table
 from dgpo_core.planning.holding import Holding, trained_parameters
 from dgpo_core.training.batches import TokenModel, TokenSequence, collate, counted_hidden
 from dgpo_core.training.engines import Optimization, training_engine
-from dgpo_core.training.models import add_adapters
 from dgpo_core.training.optimizer import constant
 from dgpo_core.training.parallel import autocast
 from dgpo_core.training.reinforce import Experience, Updater

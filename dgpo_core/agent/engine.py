@@ -1,6 +1,6 @@
-"""What the agent loop asks of an engine: token ids in, token ids out.
+"""The interface between the agent loop and an engine: token ids in, token ids and log-probabilities out.
 
-When a generation has ended: EOS, a completed stop string, or its limit; the same for every engine.
+`StopCriteria` decides when a generation has ended, in the same way for every engine.
 """
 
 from collections.abc import Callable, Iterable
@@ -14,38 +14,38 @@ from dgpo_core.agent.prompts import known_ids
 from dgpo_core.config.agent import Sampling
 
 
-class Finish(StrEnum):
+class FinishReason(StrEnum):
     STOP = "stop"  # a stop string was completed
     EOS = "eos"
     LENGTH = "length"
 
 
 @dataclass(eq=False)
-class Memory:
-    """What an engine keeps of an episode between its turns; `kept` is the engine's own business.
+class EpisodeCache:
+    """What an engine computed in an episode's earlier turns; only the engine knows what `content` is.
 
-    It belongs to one run of one policy: an engine whose weights change is never shown an older one. In the
-    episode's last turn nothing new is `wanted`: what is there may be used, and need not be renewed.
+    It belongs to one run of one policy: an engine whose weights change is never given an older one. In the
+    last turn of an episode `renew` is false: the engine may use the content and need not replace it.
     """
 
-    kept: Any = None
-    wanted: bool = True
+    content: Any = None
+    renew: bool = True
 
-    def forget(self) -> None:
-        self.kept = None
+    def clear(self) -> None:
+        self.content = None
 
 
 @dataclass(frozen=True)
 class Request:
     """One continuation. The same request with the same seed samples the same tokens, up to rounding.
 
-    With `memory` an engine may keep there what it computed, and use what it finds.
+    An engine may use what it finds in `cache`, and leave there what it has computed.
     """
 
     token_ids: list[int]
     max_new_tokens: int
     seed: tuple[int, ...]
-    memory: Memory | None = field(default=None, compare=False, repr=False)
+    cache: EpisodeCache | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Generation:
 
     token_ids: list[int]
     logprobs: list[float]
-    finish: Finish
+    finish: FinishReason
 
 
 # A fresh pass over a model's names and tensors. A head that is tied to the embedding has its own name too:
@@ -70,12 +70,12 @@ class Engine(Protocol):
     def generate(
         self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
     ) -> list[Generation]:
-        """Continue each request until a stop string, EOS or its limit; answers in the requests' order."""
+        """Continue each request until a stop string, EOS or its limit; answer in the requests' order."""
         ...
 
 
 class SeparateEngine(Engine, Protocol):
-    """An engine with weights of its own: a model that is trained must give it the new ones."""
+    """An engine with weights of its own: whoever trains a model must give it the new ones."""
 
     def refresh(self, weights: Weights) -> None:
         """Generate with these from now on, and forget what was computed with others.
@@ -84,19 +84,20 @@ class SeparateEngine(Engine, Protocol):
         """
         ...
 
-    def rest(self) -> None:
-        """Nothing is generated until the next refresh: what the engine holds may serve others."""
+    def sleep(self) -> None:
+        """Release what others may use until the next refresh; nothing is generated before it."""
         ...
 
 
 TAIL = 16  # tokens decoded to look for a stop string: more than any stop string has
 
 
-class Endings:
-    """Reads sampled ids. A stop string may end inside a token, which is then kept whole: it was sampled.
+class StopCriteria:
+    """Decides whether sampled ids end a generation.
 
-    `eos` are the ids that end a generation, `rows` is the number of the model's output ids. The first `known`
-    of them have a token; the `unknown` ones behind them must never be sampled.
+    A stop string may end inside a token, which is then kept whole, because it was sampled. `eos` are the ids
+    that end a generation, `rows` is the number of the model's output ids. The first `known` of them have a
+    token; the `unknown` ones behind them must never be sampled.
     """
 
     def __init__(self, tokenizer: Any, eos: set[int], rows: int) -> None:
@@ -106,27 +107,29 @@ class Endings:
         self._tokenizer = tokenizer
         self._may_stop: dict[tuple[str, ...], list[bool]] = {}
 
-    def after(self, ids: list[int], limit: int, stop: tuple[str, ...]) -> Finish | None:
-        """How a generation of `ids` has ended with its last token; None when it goes on."""
+    def finish(self, ids: list[int], limit: int, stop: tuple[str, ...]) -> FinishReason | None:
+        """Return why a generation of `ids` ends with its last token; None when it goes on."""
         if ids[-1] in self.eos:
-            return Finish.EOS
+            return FinishReason.EOS
         if self._can_stop(stop)[ids[-1]]:
             text = self._tokenizer.decode(ids[-TAIL:])
             if any(ending in text for ending in stop):
-                return Finish.STOP
-        return Finish.LENGTH if len(ids) >= limit else None
+                return FinishReason.STOP
+        return FinishReason.LENGTH if len(ids) >= limit else None
 
-    def first(self, ids: list[int], limit: int, stop: tuple[str, ...]) -> tuple[int, Finish | None]:
-        """How many of `ids` belong to the generation, and how it has ended."""
+    def first_finish(
+        self, ids: list[int], limit: int, stop: tuple[str, ...]
+    ) -> tuple[int, FinishReason | None]:
+        """Return how many of `ids` belong to the generation, and why it ends there."""
         for count in range(1, len(ids) + 1):
-            if finish := self.after(ids[:count], limit, stop):
-                return count, finish
+            if reason := self.finish(ids[:count], limit, stop):
+                return count, reason
         return len(ids), None
 
     def _can_stop(self, stop: tuple[str, ...]) -> list[bool]:
-        """For each id, whether it can hold the last character of a stop string.
+        """Return for each id whether its token can hold the last character of a stop string.
 
-        A table, so that only few sampled tokens need decoding to look for a stop string.
+        Thanks to this table only few sampled tokens are decoded to look for a stop string.
         """
         if stop not in self._may_stop:
             last = {text[-1] for text in stop}
@@ -135,8 +138,8 @@ class Endings:
         return self._may_stop[stop]
 
 
-def end_tokens(tokenizer: Any, settings: Any | None) -> set[int]:
-    """The tokenizer's EOS and those of the model's generation settings (Qwen2.5 has two, Llama three)."""
+def eos_ids(tokenizer: Any, settings: Any | None) -> set[int]:
+    """Return the tokenizer's EOS and those of the generation settings (Qwen2.5 has two, Llama three)."""
     configured = getattr(settings, "eos_token_id", None)
     own = configured if isinstance(configured, list) else [configured]
     return {token for token in (tokenizer.eos_token_id, *own) if token is not None}

@@ -1,13 +1,18 @@
-"""The record of an episode, and its table on disk (Parquet)."""
+"""The record of an episode, its turns, and its table on disk (Parquet)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from enum import IntEnum, StrEnum
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dgpo_core.errors import UserError
+
+Decode = Callable[[list[int]], Any]  # a tokenizer's `decode`: token ids -> text (typed for batches too)
 
 
 class Owner(IntEnum):
@@ -33,6 +38,19 @@ class Ending(StrEnum):
     BUDGET = "budget"  # no turn left
     LENGTH = "length"  # no room left in the context
     FAILURE = "failure"  # retriever or engine
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One generation of the model, as places in the episode's tokens, and the environment's reply to it.
+
+    The model wrote the tokens from `start` up to `end`, the environment those from `end` up to `reply_end`;
+    the two are equal where no reply follows.
+    """
+
+    start: int
+    end: int
+    reply_end: int
 
 
 @dataclass
@@ -84,6 +102,26 @@ class Episode:
     @property
     def model_tokens(self) -> int:
         return sum(owner == Owner.MODEL for owner in self.owners)
+
+    @property
+    def turns(self) -> list[Turn]:
+        starts, ends = model_runs(self.owners)
+        reply_ends = [*starts[1:], len(self.owners)]
+        return [Turn(*map(int, places)) for places in zip(starts, ends, reply_ends, strict=False)]
+
+    def turn_texts(self, decode: Decode) -> list[str]:
+        """Return what the model wrote in each turn; text of the environment is never in it."""
+        return [decode(self.token_ids[turn.start : turn.end]) for turn in self.turns]
+
+
+def model_runs(owners: "Sequence[int] | np.ndarray") -> tuple[np.ndarray, np.ndarray]:
+    """Return where each run of the model's tokens begins, and where it has ended: int64, one entry a run.
+
+    `owners` may be those of several episodes in a row, because each of them begins with its prompt.
+    """
+    own = np.concatenate([[False], np.asarray(owners) == Owner.MODEL, [False]])
+    changes = np.flatnonzero(own[1:] != own[:-1])
+    return changes[::2], changes[1::2]
 
 
 SCHEMA = pa.schema(

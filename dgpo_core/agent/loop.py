@@ -19,7 +19,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 from dgpo_core.agent import prompts
 from dgpo_core.agent.actions import ActionKind, is_well_formed, last_answer, parse_action
 from dgpo_core.agent.answers import contains_answer, exact_match
-from dgpo_core.agent.engine import Engine, Finish, Generation, Memory, Request
+from dgpo_core.agent.engine import Engine, EpisodeCache, FinishReason, Generation, Request
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner, Search, read_episodes, write_episodes
 from dgpo_core.agent.prompts import encode_prompt, encode_start, encode_text
 from dgpo_core.config.agent import ProtocolConfig, Sampling
@@ -63,7 +63,7 @@ class _Running:
     answer: bool = False
     ending: Ending | None = None
     failure: str | None = None
-    memory: Memory = field(default_factory=Memory)
+    cache: EpisodeCache = field(default_factory=EpisodeCache)
 
     def append(self, ids: list[int], owner: Owner, logprobs: list[float] | None = None) -> None:
         self.ids += ids
@@ -98,7 +98,7 @@ class AgentLoop:
                 break
             for episode in running:
                 if episode.ending is not None:
-                    episode.memory.forget()
+                    episode.cache.clear()
             self._generate(active, turn, sampling)
             for episode in active:
                 if episode.ending is None and self._is_last(episode, turn):
@@ -126,13 +126,13 @@ class AgentLoop:
 
     def _generate(self, active: list[_Running], turn: int, sampling: Sampling) -> None:
         for episode in active:
-            episode.memory.wanted = not self._is_last(episode, turn)
+            episode.cache.renew = not self._is_last(episode, turn)
         requests = [
             Request(
                 list(episode.ids),
                 min(self._config.max_new_tokens, self._config.max_context - len(episode.ids)),
                 (*episode.task.seed, turn),
-                episode.memory,
+                episode.cache,
             )
             for episode in active
         ]
@@ -154,7 +154,7 @@ class AgentLoop:
         first = not episode.turn_texts
         episode.turn_texts.append(written)
         episode.append(generation.token_ids, Owner.MODEL, generation.logprobs)
-        episode.cut_turns += generation.finish is Finish.LENGTH
+        episode.cut_turns += generation.finish is FinishReason.LENGTH
         # an opening may end inside a tag that the model is to complete
         action = parse_action(_open_tag(episode.task.opening) + written if first else written)
         if action.kind is ActionKind.ANSWER:

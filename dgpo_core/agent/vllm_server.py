@@ -1,4 +1,4 @@
-"""Client of vLLM servers: one copy of the model each, on GPUs of their own, here or on other machines."""
+"""A client of vLLM servers: one copy of the model each, on GPUs of their own, here or on other machines."""
 
 import os
 import uuid
@@ -14,18 +14,20 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from dgpo_core.agent.engine import Generation, Request, Weights, weights_of
 from dgpo_core.agent.loop import stable_seed
-from dgpo_core.agent.vllm_engine import UNTOUCHED, Transfer, server_transfer
-from dgpo_core.agent.vllm_requests import (
+from dgpo_core.agent.vllm_engine import (
     LOGPROBS_MODE,
-    endings_of,
+    UNTOUCHED,
+    Transfer,
+    load_stop_criteria,
     read_generation,
     require_version,
     sampling_fields,
+    server_transfer,
     weights_in_folder,
 )
 from dgpo_core.config.agent import RolloutConfig, Sampling
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
-from dgpo_core.training.models import load_model
+from dgpo_core.models import load_model
 
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
 OVERLOADED = (408, 425, 429)  # beside what begins with 5: asked again later, it may be answered
@@ -38,73 +40,73 @@ class VllmServerEngine:
     def __init__(
         self, urls: list[str], source: str, tokenizer: Any, config: RolloutConfig, max_context: int
     ) -> None:
-        """Checks each server, and gives it the weights in `source` (folder or hub name) unless it has them.
+        """Check each server, and give it the weights in `source` (folder or hub name) unless it has them.
 
         `max_context`: tokens of the longest prompt with what is generated after it. Raises UserError for a
         server that was started with other settings, and InfrastructureError for one that does not answer.
         """
         self._config = config
-        self.endings = endings_of(source, tokenizer)
+        self.stop_criteria = load_stop_criteria(source, tokenizer)
         self._servers = [_Server(url, config) for url in urls]
         self._client = uuid.uuid4().hex[:8]
         self._refreshes = 0
         self._version = UNTOUCHED
         for server in self._servers:
-            server.require(max_context, self.endings.eos)
+            server.require(max_context, self.stop_criteria.eos)
         if any(not server.has_untouched(source) for server in self._servers):
             self._reload(weights_of(load_model(source)))
 
     def generate(
         self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
     ) -> list[Generation]:
-        """Raises InfrastructureError when a server fails or has other weights than the last refresh's."""
+        """Continue each request. Raises InfrastructureError when a server fails or has other weights."""
 
         def one(request: Request) -> Generation:
             # without the turn, which comes last: the server that has the earlier turns in its cache
             server = self._servers[stable_seed(*request.seed[:-1]) % len(self._servers)]
             choice = server.generate(
-                request.token_ids, sampling_fields(request, sampling, stop, self.endings)
+                request.token_ids, sampling_fields(request, sampling, stop, self.stop_criteria)
             )
             with _reading(GENERATE):
                 require_version([span["version"] for span in choice["weight_versions"] or ()], self._version)
                 logprobs = [float(step["logprob"]) for step in choice["logprobs"]["content"]]
                 ids, reason = [int(token) for token in choice["token_ids"]], choice["finish_reason"]
-            return read_generation(request, ids, logprobs, reason, self.endings, stop)
+            return read_generation(request, ids, logprobs, reason, self.stop_criteria, stop)
 
         with ThreadPoolExecutor(self._config.server.concurrency * len(self._servers)) as threads:
             return list(threads.map(one, requests))
 
     def refresh(self, weights: Weights) -> None:
-        """Raises UserError for a server that allows none."""
+        """Give the weights to every server. Raises UserError for a server that allows none."""
         if self._config.refresh == "file":
             self._reload(weights)
             return
-        self._name_next()
+        self._announce_version()
         for server in self._servers:
             server.receive(weights)
             server.forget()
 
-    def rest(self) -> None:
-        """A server keeps its GPUs."""
+    def sleep(self) -> None:
+        """Do nothing: a server keeps its GPUs."""
 
     def _reload(self, weights: Weights) -> None:
-        self._name_next()
+        self._announce_version()
         with weights_in_folder(weights, self._config) as folder:
             for server in self._servers:
                 server.load(folder)
                 server.forget()
 
-    def _name_next(self) -> None:
-        """Name the weights that are to come, first: half-loaded ones must not pass for those before."""
+    def _announce_version(self) -> None:
+        """Name the next weights before they are loaded: half-loaded ones must not pass for those before."""
         self._refreshes += 1
         self._version = f"{self._client}-{self._refreshes}"
         for server in self._servers:
-            server.name(self._version)
+            server.set_version(self._version)
 
 
 @contextmanager
 def _reading(what: str) -> Iterator[None]:
-    """Tell of an answer that lacks something, or has something else there, as a failure of the server."""
+    """Turn an answer that lacks something, or has something else there, into a failure of the server."""
     try:
         yield
     except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
@@ -112,7 +114,7 @@ def _reading(what: str) -> Iterator[None]:
 
 
 class _Server:
-    """One server's HTTP interface; what fails is tried again, then an InfrastructureError."""
+    """One server's HTTP interface; a request that fails is tried again, then is an InfrastructureError."""
 
     def __init__(self, url: str, config: RolloutConfig) -> None:
         self._settings = config.server
@@ -129,7 +131,7 @@ class _Server:
         self._dtype: torch.dtype = getattr(torch, config.precision)
 
     def require(self, max_context: int, eos: set[int]) -> None:
-        """Raises UserError when episodes do not fit or log-probabilities are not those at the temperature."""
+        """Raise UserError when episodes do not fit or log-probabilities are not those at the temperature."""
         with _reading(f"{self._name}/v1/models"):
             longest = int(self._get("/v1/models")["data"][0]["max_model_len"])
         if longest < max_context:
@@ -149,7 +151,7 @@ class _Server:
             )
 
     def has_untouched(self, source: str) -> bool:
-        """Whether it was started with the weights in `source` and has them still."""
+        """Return whether it was started with the weights in `source` and has them still."""
         with _reading(f"{self._name}/v1/models"):
             root = str(self._get("/v1/models")["data"][0]["root"])
         same = root == source or (Path(source).is_dir() and Path(root).resolve() == Path(source).resolve())
@@ -170,7 +172,7 @@ class _Server:
             return choice
 
     def load(self, folder: str) -> None:
-        """Weights of a folder that has the same path there."""
+        """Load the weights of a folder that has the same path there."""
         self._post("/collective_rpc", {"method": "reload_weights", "kwargs": {"weights_path": folder}})
 
     def receive(self, weights: Weights) -> None:
@@ -183,7 +185,7 @@ class _Server:
         except (RuntimeError, OSError) as error:
             raise InfrastructureError(f"{self._name}: cannot be sent weights: {error}") from error
 
-    def name(self, version: str) -> None:
+    def set_version(self, version: str) -> None:
         self._post("/update_weight_version", {"new_version": version})
 
     def forget(self) -> None:
@@ -210,7 +212,7 @@ class _Server:
         return answer
 
     def _request(self, method: str, path: str, **content: Any) -> httpx.Response:
-        """Tried again when the server cannot be reached or fails. Raises InfrastructureError."""
+        """Send a request, again when the server cannot be reached or fails. Raises InfrastructureError."""
         for attempt in Retrying(
             retry=retry_if_exception_type(InfrastructureError),
             stop=stop_after_attempt(self._settings.attempts),

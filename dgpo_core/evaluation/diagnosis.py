@@ -10,35 +10,19 @@ Why an episode is wrong: which capability failed first (beyond the paper; docs/m
 """
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from enum import StrEnum
-from itertools import groupby, pairwise
 from typing import Any
 
 import pyarrow as pa
 
 from dgpo_core.agent.actions import ActionKind, parse_action
-from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner, Search
+from dgpo_core.agent.episode import Decode, Ending, Episode, Outcome, Search
 from dgpo_core.datasets.records import Question
 from dgpo_core.text import normalize, stands_in
 
-Decode = Callable[[list[int]], Any]  # a tokenizer's `decode`: token ids -> text (typed for batches too)
-
 _ATTEMPT = re.compile(r"<answer>(.*?)(?=</?(?:think|search|information|answer)>|\Z)", re.DOTALL)
-
-
-def model_turns(episode: Episode, decode: Decode) -> list[str]:
-    """The text of each generation: the runs of tokens that the model owns."""
-    runs = [(owner, len(list(run))) for owner, run in groupby(episode.owners)]
-    ends = [0]
-    for _, length in runs:
-        ends.append(ends[-1] + length)
-    return [
-        decode(episode.token_ids[start:end])
-        for (owner, _), (start, end) in zip(runs, pairwise(ends), strict=True)
-        if owner == Owner.MODEL
-    ]
 
 
 def answer_attempts(turns: list[str]) -> list[str]:
@@ -177,7 +161,7 @@ def diagnose(
     found = []
     for episode in episodes:
         question = questions[episode.dataset, episode.question_id]
-        turns = model_turns(episode, decode)
+        turns = episode.turn_texts(decode)
         found.append(
             Diagnosis(
                 episode.dataset,

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from dgpo_core.agent.episode import Owner
+from dgpo_core.agent.episode import Owner, model_runs
 from dgpo_core.config.agent import ProtocolConfig
 
 SPREAD = 2.0  # tokens of the longest turn of a batch to those of the mean, where nothing was measured
@@ -72,8 +72,6 @@ def measured(path: Path) -> EpisodeLengths | None:
     offsets, flat = owners.offsets.to_numpy(), owners.flatten().to_numpy()
     lengths = np.diff(offsets)
     counts = np.bincount(flat, minlength=len(Owner)) / table.num_rows
-    own = flat == Owner.MODEL
-    begins = own & ~np.concatenate([[False], own[:-1]])  # an episode begins with its prompt
     places = np.arange(len(flat)) - np.repeat(offsets[:-1], lengths)
     turns = float(np.mean(table["generations"].to_numpy()))
     return EpisodeLengths(
@@ -83,7 +81,7 @@ def measured(path: Path) -> EpisodeLengths | None:
         turns=turns,
         source=f"measured: {table.num_rows} episodes of {path}",
         variation=float(np.std(lengths) / np.mean(lengths)),
-        histories=float(places[begins].sum()) / table.num_rows,
+        histories=float(places[model_runs(flat)[0]].sum()) / table.num_rows,
     )
 
 

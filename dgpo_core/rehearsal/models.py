@@ -21,10 +21,10 @@ from transformers import (
 )
 
 from dgpo_core.agent import prompts
+from dgpo_core.models import load_tokenizer, save_model
 from dgpo_core.objectives.logprobs import token_logprobs
 from dgpo_core.planning.architectures import config_of, published
 from dgpo_core.training.batches import TokenSequence, backbone_of, collate, counted_hidden, head_of
-from dgpo_core.training.models import load_tokenizer, save_model
 
 SIZE = 600  # of the vocabulary that is learned
 # Both families split words, runs of other characters and line breaks before merging (their tokenizer.json).

@@ -1,1 +1,1 @@
-"""The agent for people: an episode that is told while it unfolds, and the service around it."""
+"""The agent as a service: its episodes as events while they run, a queue of requests, an HTTP interface."""

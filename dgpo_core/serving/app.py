@@ -21,9 +21,9 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.serving.events import Event, Finished, Record, Stopped
+from dgpo_core.serving.events import EpisodeCancelled, EpisodeEnd, EpisodeRecord, Event
 from dgpo_core.serving.openai_format import ChatRequest, Completion, error
-from dgpo_core.serving.queue import Busy, Desk, NotReady
+from dgpo_core.serving.queue import NotReady, QueueFull, RequestQueue
 
 PAGE = Path(__file__).parent / "templates" / "ask.html"
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -33,8 +33,8 @@ log = logging.getLogger("uvicorn.error")
 
 
 @dataclass(frozen=True)
-class Problem:
-    """How an exception is told to a client."""
+class ErrorReply:
+    """A client's view of an exception."""
 
     status: HTTPStatus
     body: dict[str, Any]
@@ -44,8 +44,8 @@ class Problem:
         return JSONResponse(self.body, self.status, retry)
 
 
-class KnownHosts:
-    """Refuses requests that name another host than these.
+class HostFilter:
+    """Refuses requests that name another host than these, in OpenAI's form of an error.
 
     A web page elsewhere could otherwise reach a service of this machine by a name that resolves to it.
     """
@@ -74,8 +74,10 @@ def _host(header: str) -> str | None:
         return header
 
 
-def make_app(desk: Desk, host: str, hosts: Collection[str] = (), origins: Collection[str] = ()) -> FastAPI:
-    """Return the service of `desk`'s agent.
+def make_app(
+    queue: RequestQueue, host: str, hosts: Collection[str] = (), origins: Collection[str] = ()
+) -> FastAPI:
+    """Return the service of the agent behind `queue`.
 
     On a loopback `host`, or with `hosts`, requests must name this machine or one of `hosts`. `origins` are
     those of web pages (scheme://host:port) whose scripts may ask.
@@ -91,9 +93,9 @@ def make_app(desk: Desk, host: str, hosts: Collection[str] = (), origins: Collec
             allow_private_network=True,
         )
     if host in LOOPBACK or hosts:
-        app.add_middleware(KnownHosts, hosts=(*LOOPBACK, *hosts))
+        app.add_middleware(HostFilter, hosts=(*LOOPBACK, *hosts))
     page = PAGE.read_text(encoding="utf-8")
-    headers = {"Content-Security-Policy": _policy(page), "X-Content-Type-Options": "nosniff"}
+    headers = {"Content-Security-Policy": _content_security_policy(page), "X-Content-Type-Options": "nosniff"}
 
     @app.get("/", response_class=HTMLResponse)
     async def ask_page() -> Response:
@@ -101,31 +103,31 @@ def make_app(desk: Desk, host: str, hosts: Collection[str] = (), origins: Collec
 
     @app.get("/health")
     async def health() -> Response:
-        """200 when questions are answered, 503 while model and index are loaded."""
-        if desk.agent is None:
+        """Return 200 when questions are answered, 503 while model and index are loaded."""
+        if queue.agent is None:
             return JSONResponse({"status": "loading"}, HTTPStatus.SERVICE_UNAVAILABLE)
-        known = {"model": desk.agent.name, "index": desk.agent.index, "waiting": desk.waiting}
+        known = {"model": queue.agent.name, "index": queue.agent.index, "waiting": queue.waiting}
         return JSONResponse({"status": "ready", **known})
 
     @app.get("/v1/models")
     async def models() -> Response:
-        data = [_model(desk.agent.name)] if desk.agent else []
+        data = [_model(queue.agent.name)] if queue.agent else []
         return JSONResponse({"object": "list", "data": data})
 
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
-        if desk.agent is None:
-            return problem(NotReady()).response()
-        return JSONResponse(_model(name)) if name == desk.agent.name else _no_model(name, desk.agent.name)
+        if queue.agent is None:
+            return error_reply(NotReady()).response()
+        return JSONResponse(_model(name)) if name == queue.agent.name else _no_model(name, queue.agent.name)
 
     @app.post("/v1/chat/completions")
     async def chat(body: ChatRequest, request: Request) -> Response:
-        """One episode for one question; see the module wire for what a request may hold."""
-        if desk.agent is not None and body.model != desk.agent.name:
-            return _no_model(body.model, desk.agent.name)
+        """Run one episode for one question; `openai_format` says what a request may hold."""
+        if queue.agent is not None and body.model != queue.agent.name:
+            return _no_model(body.model, queue.agent.name)
         headers = _ignored(body.ignored)
         try:
-            events = desk.admit(body.ask()).events(request.is_disconnected)
+            events = queue.submit(body.agent_request()).events(request.is_disconnected)
             first = await anext(events)  # until here an error has a status of its own
             if body.stream:
                 wants_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -134,9 +136,9 @@ def make_app(desk: Desk, host: str, hosts: Collection[str] = (), origins: Collec
                 return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
             return JSONResponse(Completion(body.model).whole(await _last(first, events)), headers=headers)
         except Exception as caught:
-            return problem(caught).response()
+            return error_reply(caught).response()
 
-    _tell_errors_as_openai_does(app)
+    _add_error_handlers(app)
     return app
 
 
@@ -157,10 +159,10 @@ def _ignored(names: list[str]) -> dict[str, str]:
     return {IGNORED: ", ".join(ascii(name)[1:-1] for name in names)[:LONGEST_HEADER]} if names else {}
 
 
-async def _last(first: Event, events: AsyncIterator[Event]) -> Record:
-    """Raises InfrastructureError for an episode that failed: there is no answer, not even none."""
+async def _last(first: Event, events: AsyncIterator[Event]) -> EpisodeRecord:
+    """Return the finished episode. Raises InfrastructureError for one that failed: it has no answer."""
     event = first
-    while not isinstance(event, Finished):
+    while not isinstance(event, EpisodeEnd):
         event = await anext(events)
     if event.episode.failure is not None:
         raise InfrastructureError(event.episode.failure)
@@ -170,12 +172,12 @@ async def _last(first: Event, events: AsyncIterator[Event]) -> Record:
 async def _stream(
     model: str, first: Event, events: AsyncIterator[Event], wants_usage: bool
 ) -> AsyncIterator[str]:
-    """Server-sent events; what goes wrong now can only be told in one of them."""
+    """Yield server-sent events; what goes wrong now can only be said in one of them."""
     completion = Completion(model)
     yield _sse(completion.opening())
     event = first
     try:
-        while not isinstance(event, Finished):
+        while not isinstance(event, EpisodeEnd):
             for chunk in completion.chunks(event):
                 yield _sse(chunk)
             event = await anext(events)
@@ -186,7 +188,7 @@ async def _stream(
         if wants_usage:
             yield _sse(completion.usage(event.episode))
     except Exception as caught:
-        yield _sse(problem(caught).body)
+        yield _sse(error_reply(caught).body)
     yield "data: [DONE]\n\n"
 
 
@@ -194,38 +196,40 @@ def _sse(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def problem(caught: Exception) -> Problem:
-    """Users' faults and failures in their own words; of a bug, nothing leaves the process but its log."""
+def error_reply(caught: Exception) -> ErrorReply:
+    """Return users' faults and failures in their own words; of a bug, only the log says more."""
     match caught:
         case UserError():
-            return Problem(HTTPStatus.BAD_REQUEST, error(str(caught), "invalid_request_error"))
+            return ErrorReply(HTTPStatus.BAD_REQUEST, error(str(caught), "invalid_request_error"))
         case InfrastructureError():
             message = f"no answer, because a part of the service failed: {caught}"
-            return Problem(
+            return ErrorReply(
                 HTTPStatus.SERVICE_UNAVAILABLE, error(message, "server_error", "infrastructure_failure")
             )
         case NotReady():
             message = "model and index are not loaded (see /health); try again soon"
-            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, error(message, "server_error", "not_ready"))
-        case Busy():
+            return ErrorReply(HTTPStatus.SERVICE_UNAVAILABLE, error(message, "server_error", "not_ready"))
+        case QueueFull():
             message = "too many questions are waiting; try again soon"
-            return Problem(HTTPStatus.TOO_MANY_REQUESTS, error(message, "rate_limit_error", "queue_full"))
-        case Stopped():
+            return ErrorReply(HTTPStatus.TOO_MANY_REQUESTS, error(message, "rate_limit_error", "queue_full"))
+        case EpisodeCancelled():
             message = "the episode was stopped"
-            return Problem(HTTPStatus.SERVICE_UNAVAILABLE, error(message, "server_error", "stopped"))
+            return ErrorReply(HTTPStatus.SERVICE_UNAVAILABLE, error(message, "server_error", "stopped"))
     log.error("an episode ended with a bug", exc_info=caught)
     message = "an error in the service; its log says more"
-    return Problem(HTTPStatus.INTERNAL_SERVER_ERROR, error(message, "server_error", "bug"))
+    return ErrorReply(HTTPStatus.INTERNAL_SERVER_ERROR, error(message, "server_error", "bug"))
 
 
-def _tell_errors_as_openai_does(app: FastAPI) -> None:
+def _add_error_handlers(app: FastAPI) -> None:
+    """Make FastAPI's own errors look like OpenAI's."""
+
     @app.exception_handler(RequestValidationError)
     async def invalid(_request: Request, caught: RequestValidationError) -> Response:
         first = caught.errors()[0]
         place = [str(part) for part in first["loc"] if part != "body"]
         message = first["msg"].removeprefix("Value error, ")
-        told = f"{'.'.join(place) or 'body'}: {message}"
-        return JSONResponse(error(told, "invalid_request_error", param=place[0] if place else None), 400)
+        text = f"{'.'.join(place) or 'body'}: {message}"
+        return JSONResponse(error(text, "invalid_request_error", param=place[0] if place else None), 400)
 
     @app.exception_handler(HTTPException)
     async def refused(_request: Request, caught: HTTPException) -> Response:
@@ -233,8 +237,8 @@ def _tell_errors_as_openai_does(app: FastAPI) -> None:
         return JSONResponse(body, caught.status_code, caught.headers)
 
 
-def _policy(page: str) -> str:
-    """Only the page's own script runs, and it talks to this service alone."""
+def _content_security_policy(page: str) -> str:
+    """Return a policy by which only the page's own script runs, and talks to this service alone."""
     scripts = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
     hashes = " ".join(
         f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -1,12 +1,9 @@
-"""What a person asks. It needs no model, so that a mistake in it is said before one is loaded.
+"""What a client asks, the events of the episode that answers it, and the finished episode's record.
 
-What kind each piece of a model's text is, told while the text arrives.
-
-What is told of an episode: events while it unfolds, and its record for people.
+Nothing here needs a model, so that a mistake in a question is found before one is loaded.
 """
 
 import math
-import re
 import unicodedata
 from dataclasses import dataclass
 from typing import Literal
@@ -18,12 +15,12 @@ from dgpo_core.errors import UserError
 from dgpo_core.text import trimmed
 
 
-class Stopped(Exception):
-    """Whoever asked does not want the answer any more."""
+class EpisodeCancelled(Exception):
+    """The client does not want the answer any more, or the service ends."""
 
 
 @dataclass(frozen=True)
-class Ask:
+class AgentRequest:
     """A question and how to answer it; None leaves a limit as the protocol has it.
 
     `temperature` 0 is greedy. `max_new_tokens` is of a turn; neither limit can be raised.
@@ -45,60 +42,15 @@ class Ask:
             raise UserError(f"temperature: a number from 0 upwards, not {self.temperature}")
 
 
-Kind = Literal["think", "search", "answer", "forged", "text"]
-Piece = tuple[Kind, str]
-
-# `forged`: an information block that the model wrote itself; the environment's never passes through here
-_KINDS: dict[str, Kind] = {"think": "think", "search": "search", "answer": "answer", "information": "forged"}
-_TAG = re.compile(f"<(/?)({'|'.join(_KINDS)})>")
-_LONGEST = max(len(f"</{name}>") for name in _KINDS)
+# of a model's text; `forged` is an information block that the model wrote itself
+TextKind = Literal["think", "search", "answer", "forged", "text"]
 
 
-class TagSplitter:
-    """Cuts the text of one turn at its tags, however the text is cut into chunks.
-
-    Every tag is a boundary and belongs to no piece: an opening one begins its kind, a closing one ends
-    whatever was open. So the kinds are known without the text that follows. What may be the beginning of a
-    tag is held back until it is one or is not.
-    """
-
-    def __init__(self) -> None:
-        self._kind: Kind = "text"
-        self._held = ""
-
-    def feed(self, chunk: str) -> list[Piece]:
-        """The pieces that are certain now, without empty ones."""
-        text = self._held + chunk
-        pieces: list[Piece] = []
-        end = 0
-        for match in _TAG.finditer(text):
-            pieces.append((self._kind, text[end : match.start()]))
-            self._kind = "text" if match[1] else _KINDS[match[2]]
-            end = match.end()
-        cut = max(end, _open_end(text))
-        pieces.append((self._kind, text[end:cut]))
-        self._held = text[cut:]
-        return [piece for piece in pieces if piece[1]]
-
-    def close(self) -> list[Piece]:
-        """What was held back: the turn ended inside it, so it is no tag."""
-        held, self._held = self._held, ""
-        return [(self._kind, held)] if held else []
-
-
-def _open_end(text: str) -> int:
-    """Where an unfinished tag at the end of `text` begins; its length when there is none."""
-    start = text.rfind("<", max(0, len(text) - _LONGEST + 1))
-    begun = text[start:]
-    tags = (f"<{slash}{name}>" for slash in ("", "/") for name in _KINDS)
-    return start if start >= 0 and any(tag.startswith(begun) for tag in tags) else len(text)
-
-
-class Told(BaseModel):
+class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True)
 
 
-class Found(Told):
+class RetrievedPassage(_Frozen):
     """A retrieved passage in full; what the model saw of it may be shorter (protocol.max_information)."""
 
     id: str
@@ -107,31 +59,31 @@ class Found(Told):
     score: float
 
 
-class Waiting(Told):
-    """Nothing has begun: `ahead` other episodes come first."""
+class QueuePosition(_Frozen):
+    """The episode has not begun: `ahead` other episodes come first."""
 
     kind: Literal["waiting"] = "waiting"
     ahead: int
 
 
-class Delta(Told):
+class Delta(_Frozen):
     """A piece of what the model writes in its turn number `turn` (from 0), without tags."""
 
-    kind: Kind
+    kind: TextKind
     turn: int
     text: str
 
 
-class Information(Told):
-    """What the index answered to the query of a turn, best first."""
+class SearchResult(_Frozen):
+    """The index's answer to the query of a turn, best first."""
 
     kind: Literal["information"] = "information"
     turn: int
     query: str
-    passages: list[Found]
+    passages: list[RetrievedPassage]
 
 
-class Notice(Told):
+class Notice(_Frozen):
     """The environment's message after a turn that neither searched nor answered."""
 
     kind: Literal["notice"] = "notice"
@@ -139,7 +91,7 @@ class Notice(Told):
     text: str
 
 
-class Source(Told):
+class SourcePassage(_Frozen):
     """A retrieved passage in which the answer stands; `number` counts from 1."""
 
     number: int
@@ -147,15 +99,15 @@ class Source(Told):
     title: str
 
 
-class Step(Told):
+class EpisodeStep(_Frozen):
     """Text of one kind, as it stands in the episode; of `information`, what the model saw."""
 
-    kind: Kind | Literal["information", "notice"]
+    kind: TextKind | Literal["information", "notice"]
     turn: int
     text: str
 
 
-class Record(Told):
+class EpisodeRecord(_Frozen):
     """A finished episode. `answer` is None when the model gave none; `failure` says what broke down.
 
     There is no golden answer, so nothing here says whether the answer is right.
@@ -164,11 +116,11 @@ class Record(Told):
     question: str
     model: str
     answer: str | None
-    sources: list[Source]
+    sources: list[SourcePassage]
     ending: Ending
     failure: str | None
-    steps: list[Step]
-    searches: list[Information]
+    steps: list[EpisodeStep]
+    searches: list[SearchResult]
     response: str
     well_formed: bool
     invalid_actions: int
@@ -178,9 +130,9 @@ class Record(Told):
     other_tokens: int  # prompt and retrieved text
 
 
-class Finished(Told):
+class EpisodeEnd(_Frozen):
     kind: Literal["finished"] = "finished"
-    episode: Record
+    episode: EpisodeRecord
 
 
-Event = Waiting | Delta | Information | Notice | Finished
+Event = QueuePosition | Delta | SearchResult | Notice | EpisodeEnd

@@ -1,4 +1,4 @@
-"""OpenAI's wire format of chat completions, as far as a search agent has it.
+"""OpenAI's format of chat completions, as far as a search agent has it.
 
 What asks for nothing, or says nothing to a model, is taken and changes nothing; what would change the answer
 in a way that the agent does not have is refused.
@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from dgpo_core.agent.episode import Ending
-from dgpo_core.serving.events import Ask, Event, Finished, Record
+from dgpo_core.serving.events import AgentRequest, EpisodeEnd, EpisodeRecord, Event
 
 SEEDS = 2**64  # OpenAI's seeds have a sign, ours have none
 
@@ -104,13 +104,13 @@ class ChatRequest(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        """Names of what was sent and not used: unknown parameters that are not null, and other messages."""
+        """What was sent and not used: other messages, and unknown parameters that are not null."""
         others = ["messages"] if len(self.messages) > 1 else []
         return others + [name for name, value in (self.model_extra or {}).items() if value is not None]
 
-    def ask(self) -> Ask:
+    def agent_request(self) -> AgentRequest:
         limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
-        return Ask(
+        return AgentRequest(
             _question(self.messages),
             temperature=self.temperature or 0.0,
             seed=(self.seed or 0) % SEEDS,
@@ -119,7 +119,7 @@ class ChatRequest(BaseModel):
 
 
 class Completion:
-    """The answers to one request: a whole one, or chunks. Beside OpenAI's fields: `episode` and `event`.
+    """Builds the response to one request, whole or in chunks; beside OpenAI's fields, `episode` and `event`.
 
     What a client puts together from `delta.content` is what it would get without `stream`: the answer.
     """
@@ -127,7 +127,7 @@ class Completion:
     def __init__(self, model: str) -> None:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
-    def whole(self, record: Record) -> dict[str, Any]:
+    def whole(self, record: EpisodeRecord) -> dict[str, Any]:
         message = {"role": "assistant", "content": record.answer, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(record)}
         body = {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(record)}
@@ -137,15 +137,15 @@ class Completion:
         return self._chunk({"role": "assistant", "content": ""})
 
     def chunks(self, event: Event) -> list[dict[str, Any]]:
-        """The chunk of an event; the last event has two: the answer, and why it ended."""
-        told = {"event": event.model_dump(mode="json")}
-        if not isinstance(event, Finished):
-            return [self._chunk({}) | told]
+        """Return the chunk of an event; the last event has two: the answer, and why it ended."""
+        event_field = {"event": event.model_dump(mode="json")}
+        if not isinstance(event, EpisodeEnd):
+            return [self._chunk({}) | event_field]
         answer = event.episode.answer
         content = [self._chunk({"content": answer})] if answer is not None else []
-        return [*content, self._chunk({}, _finish(event.episode)) | told]
+        return [*content, self._chunk({}, _finish(event.episode)) | event_field]
 
-    def usage(self, record: Record) -> dict[str, Any]:
+    def usage(self, record: EpisodeRecord) -> dict[str, Any]:
         return {**self._chunk({}), "choices": [], "usage": usage(record)}
 
     def _chunk(self, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
@@ -153,8 +153,8 @@ class Completion:
         return {**self._head, "object": "chat.completion.chunk", "choices": [choice]}
 
 
-def usage(record: Record) -> dict[str, int]:
-    """Tokens: what the model wrote is the completion, everything that it was given is the prompt."""
+def usage(record: EpisodeRecord) -> dict[str, int]:
+    """Count tokens: what the model wrote is the completion, everything that it was given is the prompt."""
     total = record.other_tokens + record.model_tokens
     return {
         "prompt_tokens": record.other_tokens,
@@ -167,5 +167,5 @@ def error(message: str, kind: str, code: str | None = None, param: str | None = 
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def _finish(record: Record) -> str:
+def _finish(record: EpisodeRecord) -> str:
     return "stop" if record.ending is Ending.ANSWERED else "length"

@@ -1,127 +1,170 @@
-"""The parts around the agent loop that tell what happens in it: an engine, a retriever, and a narrator.
+"""Events of a running episode: wrappers around its engine and its retriever report to an `EventStream`.
 
-The loop itself (dgpo_core/rollout) knows nothing of this: an episode that is watched is the same episode.
+The agent loop knows nothing of this: an episode that is watched is the same episode.
 """
 
+import re
 from collections.abc import Callable
-from typing import Protocol
 
 from dgpo_core.agent.engine import Generation, Request
+from dgpo_core.agent.episode import Decode
 from dgpo_core.agent.prompts import INVALID_ACTION
-from dgpo_core.agent.transformers_engine import TransformersEngine, _Row
+from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.config.agent import Sampling
 from dgpo_core.retrieval.ranking import Hit, Retriever
-from dgpo_core.serving.events import Delta, Event, Found, Information, Notice, Piece, Stopped, TagSplitter
+from dgpo_core.serving.events import (
+    Delta,
+    EpisodeCancelled,
+    Event,
+    Notice,
+    RetrievedPassage,
+    SearchResult,
+    TextKind,
+)
 
-UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # how a character decodes of which bytes are still to come
-
-
-class Listener(Protocol):
-    """What hears of a turn; whatever it raises ends the generation."""
-
-    def begin(self) -> None: ...
-
-    def token(self, token: int) -> None: ...
-
-    def end(self) -> None: ...
+INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how a character decodes of which bytes are still to come
 
 
-class StreamingEngine(TransformersEngine):
-    """The default engine for one episode at a time; tells `listener` of each token as it is sampled.
+class EventStream:
+    """Turns the tokens and hits of one episode into events; raises EpisodeCancelled when `cancelled` says so.
 
-    The end-of-text token is not told of. Set `listener` before generating.
+    Tokens are decoded with the turn's earlier ones, so that a character of several tokens is sent whole.
     """
 
-    listener: Listener
-
-    @property
-    def end_tokens(self) -> set[int]:
-        return self.endings.eos
-
-    def generate(
-        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
-    ) -> list[Generation]:
-        """Raises ValueError for more than one request: whose tokens would they be?"""
-        if len(requests) != 1:
-            raise ValueError(f"one request at a time, not {len(requests)}")
-        self.listener.begin()
-        generations = super().generate(requests, sampling, stop)
-        self.listener.end()
-        return generations
-
-    def _append(
-        self, batch: list[_Row], tokens: list[int], logprobs: list[float], stop: tuple[str, ...]
-    ) -> None:
-        super()._append(batch, tokens, logprobs, stop)
-        if tokens[0] not in self.endings.eos:
-            self.listener.token(tokens[0])
-
-
-class ReportingRetriever:
-    """Passes searches on, and reports each query with its hits."""
-
-    def __init__(self, retriever: Retriever, report: Callable[[str, list[Hit]], None]) -> None:
-        self.digest = retriever.digest
-        self._retriever, self._report = retriever, report
-
-    def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
-        """Raises InfrastructureError as the retriever does; then nothing is reported."""
-        results = self._retriever.search(queries, top_k)
-        for query, hits in zip(queries, results, strict=True):
-            self._report(query, hits)
-        return results
-
-
-class Narrator:
-    """Turns the tokens and hits of one episode into events; raises Stopped when told to.
-
-    Tokens are decoded with the turn's earlier ones, so that a character of several tokens is told whole.
-    """
-
-    def __init__(
-        self, decode: Callable[[list[int]], str], emit: Callable[[Event], None], stop: Callable[[], bool]
-    ) -> None:
-        self.searches: list[Information] = []
-        self._decode, self._emit, self._stop = decode, emit, stop
+    def __init__(self, decode: Decode, emit: Callable[[Event], None], cancelled: Callable[[], bool]) -> None:
+        self.searches: list[SearchResult] = []
+        self._decode, self._emit, self._cancelled = decode, emit, cancelled
         self._turn = -1
-        self._ids: list[int] = []  # of the turn, and how many characters of them are told
-        self._told = 0
+        self._ids: list[int] = []  # of the turn, and how many characters of them are sent
+        self._sent = 0
         self._splitter = TagSplitter()
 
-    def begin(self) -> None:
+    def begin_turn(self) -> None:
         self._check()
         if self._turn >= 0 and not (self.searches and self.searches[-1].turn == self._turn):
             self._emit(Notice(turn=self._turn, text=INVALID_ACTION.strip()))
         self._turn += 1
-        self._ids, self._told, self._splitter = [], 0, TagSplitter()
+        self._ids, self._sent, self._splitter = [], 0, TagSplitter()
 
     def token(self, token: int) -> None:
         self._check()
         self._ids.append(token)
-        self._tell(self._decode(self._ids).rstrip(UNFINISHED))
+        self._send(self._decode(self._ids).rstrip(INCOMPLETE))
 
-    def end(self) -> None:
-        self._tell(self._decode(self._ids))
+    def end_turn(self) -> None:
+        self._send(self._decode(self._ids))
         self._emit_pieces(self._splitter.close())
 
-    def found(self, query: str, hits: list[Hit]) -> None:
+    def search(self, query: str, hits: list[Hit]) -> None:
         passages = [
-            Found(id=hit.passage.id, title=hit.passage.title, text=hit.passage.text, score=hit.score)
+            RetrievedPassage(
+                id=hit.passage.id, title=hit.passage.title, text=hit.passage.text, score=hit.score
+            )
             for hit in hits
         ]
-        self.searches.append(Information(turn=self._turn, query=query, passages=passages))
+        self.searches.append(SearchResult(turn=self._turn, query=query, passages=passages))
         self._emit(self.searches[-1])
 
-    def _tell(self, text: str) -> None:
-        if len(text) > self._told:
-            pieces = self._splitter.feed(text[self._told :])
-            self._told = len(text)
+    def _send(self, text: str) -> None:
+        """Emit what `text`, the turn so far, has beyond what was sent."""
+        if len(text) > self._sent:
+            pieces = self._splitter.feed(text[self._sent :])
+            self._sent = len(text)
             self._emit_pieces(pieces)
 
-    def _emit_pieces(self, pieces: list[Piece]) -> None:
+    def _emit_pieces(self, pieces: list["Piece"]) -> None:
         for kind, text in pieces:
             self._emit(Delta(kind=kind, turn=self._turn, text=text))
 
     def _check(self) -> None:
-        if self._stop():
-            raise Stopped
+        if self._cancelled():
+            raise EpisodeCancelled
+
+
+class WatchedEngine:
+    """Passes requests on, one at a time, and reports each token but the EOS as it is sampled."""
+
+    def __init__(self, engine: TransformersEngine, stream: EventStream) -> None:
+        self._engine, self._stream = engine, stream
+
+    def generate(
+        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+    ) -> list[Generation]:
+        """Continue the request. Raises ValueError for several: whose tokens would they be?"""
+        if len(requests) != 1:
+            raise ValueError(f"one request at a time, not {len(requests)}")
+        self._stream.begin_turn()
+        generations = self._engine.generate(requests, sampling, stop, self._on_token)
+        self._stream.end_turn()
+        return generations
+
+    def _on_token(self, _request: Request, token: int) -> None:
+        if token not in self._engine.stop_criteria.eos:
+            self._stream.token(token)
+
+
+class WatchedRetriever:
+    """Passes searches on, and reports each query with its hits."""
+
+    def __init__(self, retriever: Retriever, stream: EventStream) -> None:
+        self.digest = retriever.digest
+        self._retriever, self._stream = retriever, stream
+
+    def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
+        """Search. Raises InfrastructureError as the retriever does; then nothing is reported."""
+        results = self._retriever.search(queries, top_k)
+        for query, hits in zip(queries, results, strict=True):
+            self._stream.search(query, hits)
+        return results
+
+
+Piece = tuple[TextKind, str]
+
+_KINDS: dict[str, TextKind] = {
+    "think": "think",
+    "search": "search",
+    "answer": "answer",
+    "information": "forged",  # the environment's blocks never pass through here
+}
+_TAG = re.compile(f"<(/?)({'|'.join(_KINDS)})>")
+_LONGEST = max(len(f"</{name}>") for name in _KINDS)
+
+
+class TagSplitter:
+    """Cuts the text of one turn at its tags, however the text is cut into chunks.
+
+    Every tag is a boundary and belongs to no piece: an opening one begins its kind, a closing one ends
+    whatever was open. So the kinds are known without the text that follows. What may be the beginning of a
+    tag is held back until it is one or is not.
+    """
+
+    def __init__(self) -> None:
+        self._kind: TextKind = "text"
+        self._held = ""
+
+    def feed(self, chunk: str) -> list[Piece]:
+        """Return the pieces that are certain now, without empty ones."""
+        text = self._held + chunk
+        pieces: list[Piece] = []
+        end = 0
+        for match in _TAG.finditer(text):
+            pieces.append((self._kind, text[end : match.start()]))
+            self._kind = "text" if match[1] else _KINDS[match[2]]
+            end = match.end()
+        cut = max(end, _unfinished_tag(text))
+        pieces.append((self._kind, text[end:cut]))
+        self._held = text[cut:]
+        return [piece for piece in pieces if piece[1]]
+
+    def close(self) -> list[Piece]:
+        """Return what was held back: the turn ended inside it, so it is no tag."""
+        held, self._held = self._held, ""
+        return [(self._kind, held)] if held else []
+
+
+def _unfinished_tag(text: str) -> int:
+    """Return where an unfinished tag at the end of `text` begins; its length when there is none."""
+    start = text.rfind("<", max(0, len(text) - _LONGEST + 1))
+    begun = text[start:]
+    tags = (f"<{slash}{name}>" for slash in ("", "/") for name in _KINDS)
+    return start if start >= 0 and any(tag.startswith(begun) for tag in tags) else len(text)

@@ -37,14 +37,6 @@ def training_step(step: int, lower: Callable[[str], str]) -> Iterator[None]:
         raise NotFinite(error.quantity, error.value, cure, step) from error
 
 
-def broken_weight(module: torch.nn.Module) -> str | None:
-    """Return the name of a weight with an entry that is nan or infinite; None where there is none."""
-    for name, parameter in module.named_parameters():
-        if parameter.numel() and not torch.stack(parameter.detach().aminmax()).isfinite().all():
-            return name
-    return None
-
-
 class Checkpoint:
     """One file that holds the newest state, replaced by atomic rename.
 

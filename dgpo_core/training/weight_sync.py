@@ -110,4 +110,4 @@ class SyncedLoop:
         try:
             return self._loop.run(tasks, sampling)
         finally:
-            self._sync.engine.rest()
+            self._sync.engine.sleep()

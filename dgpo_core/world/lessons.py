@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dgpo_core.agent.engine import Finish, Generation, Request
+from dgpo_core.agent.engine import FinishReason, Generation, Request
 from dgpo_core.agent.episode import Owner
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.agent.prompts import document
@@ -199,7 +199,7 @@ class ExpertEngine:
         else:
             text = f"<think>{said}{_conclusion(draft)} </think>\n<answer> {draft.answers[0]} </answer>"
         ids = self._tokenizer.encode(text, add_special_tokens=False)
-        return Generation(ids, [0.0] * len(ids), Finish.STOP)
+        return Generation(ids, [0.0] * len(ids), FinishReason.STOP)
 
     def _text(self, fact: Fact) -> str:
         return self._texts[fact.subject.key, fact.relation.noun]

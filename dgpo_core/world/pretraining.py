@@ -16,9 +16,9 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.agent import ProtocolConfig
 from dgpo_core.config.data import BaseModelsConfig, PhaseConfig
+from dgpo_core.models import build_model, save_model
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.checkpoint import Checkpoint, require_finite, training_step
-from dgpo_core.training.models import build_model, save_model
 from dgpo_core.world.lessons import SORTED_STEPS, Example, ReadingDrill, expert_examples
 from dgpo_core.world.tokenizer import build_tokenizer
 

@@ -12,8 +12,8 @@ from rich.text import Text
 from dgpo_core.agent.episode import Ending
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import InfrastructureError
-from dgpo_core.serving.events import Ask, Delta, Event, Information, Notice, Record
-from tasks.commands.answering import called, open_agent, require_index, resolve_model
+from dgpo_core.serving.events import AgentRequest, Delta, EpisodeRecord, Event, Notice, SearchResult
+from tasks.commands.agent import open_agent, require_index, resolve_model
 
 STYLES = {
     "think": "magenta",
@@ -31,21 +31,21 @@ NO_ANSWER = {
 }
 
 
-def ask(model: str | None, question: Ask, as_json: bool, colour: bool) -> None:
+def ask(model: str | None, request: AgentRequest, as_json: bool, colour: bool) -> None:
     """Print the episode as it unfolds, then answer and sources; or, `as_json`, its record alone.
 
     Raises UserError; ends the process with 1 when the retriever fails.
     """
-    question.check()
+    request.check()
     params = load_params()
     require_index()
-    source = resolve_model(model)
+    source = resolve_model(params, model)
     notes = Console(stderr=True, color_system="auto" if colour else None, markup=False)
     screen = Screen(Console(color_system="auto" if colour else None, highlight=False))
     try:
         with notes.status(f"loading {source} and the index") if notes.is_terminal else nullcontext():
-            agent = open_agent(params, source, called(model, source))
-        record = agent.ask(question, (lambda event: None) if as_json else screen.show, lambda: False)
+            agent = open_agent(params, source, model)
+        record = agent.ask(request, (lambda event: None) if as_json else screen.show, lambda: False)
     except InfrastructureError as error:
         _fail(error)
     if as_json:
@@ -69,15 +69,15 @@ class Screen:
         match event:
             case Delta():
                 self._delta(event)
-            case Information():
+            case SearchResult():
                 self._begin("information", event.turn)
                 self._write(f"\n{' ' * WIDTH}".join(self._lines(event)), "information")
             case Notice():
                 self._begin("notice", event.turn)
                 self._write(printable(event.text), "notice")
 
-    def close(self, record: Record) -> None:
-        """What came of it."""
+    def close(self, record: EpisodeRecord) -> None:
+        """Print the answer and its sources, or why there is none."""
         self._end()
         if record.failure is not None:
             return
@@ -93,8 +93,8 @@ class Screen:
         if not record.sources:
             self._write("No retrieved passage contains this answer.\n", "notice")
 
-    def _lines(self, event: Information) -> list[str]:
-        """One a passage; on a terminal no longer than its line."""
+    def _lines(self, event: SearchResult) -> list[str]:
+        """Return a line for each passage, cut to the width of a terminal."""
         texts = [f"{passage.title}: {passage.text}" for passage in event.passages]
         lines = [" ".join(printable(text).split()) for text in texts] or ["nothing found"]
         room = max(20, self._console.width - WIDTH) if self._console.is_terminal else None
@@ -128,7 +128,7 @@ class Screen:
 
 
 def printable(text: str) -> str:
-    """Models and documents may hold control sequences, which a terminal would obey."""
+    """Replace control sequences of models and documents, which a terminal would obey."""
     return "".join(
         "\N{REPLACEMENT CHARACTER}"
         if unicodedata.category(c) in ("Cc", "Cf", "Cs") and c not in "\n\t"

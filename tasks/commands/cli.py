@@ -244,10 +244,10 @@ def ask(
     colour: Annotated[bool, typer.Option("--colour/--no-colour", help="on a terminal")] = True,
 ) -> None:
     """Ask the agent a question, and watch it search."""
-    from dgpo_core.serving.events import Ask
+    from dgpo_core.serving.events import AgentRequest
     from tasks.commands.ask import ask as print_episode
 
-    print_episode(model, Ask(question, temperature, seed, max_searches), as_json, colour)
+    print_episode(model, AgentRequest(question, temperature, seed, max_searches), as_json, colour)
 
 
 @app.command(rich_help_panel=AGENT)

@@ -10,8 +10,8 @@ import uvicorn
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.serving.app import make_app
-from dgpo_core.serving.queue import Desk
-from tasks.commands.answering import called, open_agent, require_index, resolve_model
+from dgpo_core.serving.queue import RequestQueue
+from tasks.commands.agent import open_agent, require_index, resolve_model
 from tasks.project.servers import listen, run
 
 GRACE = 5  # seconds for the last words to clients
@@ -32,45 +32,45 @@ def serve(
     `hosts` and `origins` are further ones that are allowed. Ends the process with 1 when the retriever cannot
     be reached.
     """
-    for name in hosts:
-        if not HOST.fullmatch(name):
-            example = "a name without scheme and port, such as host.docker.internal"
-            raise UserError(f"--allow-host {name}: {example}")
-    for origin in origins:
-        if not ORIGIN.fullmatch(origin):
-            example = "scheme, host and port without a path, such as http://localhost:3000"
-            raise UserError(f"--allow-origin {origin}: {example}")
+    _require("--allow-host", hosts, HOST, "a name without scheme and port, such as host.docker.internal")
+    example = "scheme, host and port without a path, such as http://localhost:3000"
+    _require("--allow-origin", origins, ORIGIN, example)
     params = load_params()
     require_index()
     listening = listen(host, port)
-    source = resolve_model(model)
-    desk = Desk(waiting)
+    source = resolve_model(params, model)
+    queue = RequestQueue(waiting)
     config = uvicorn.Config(
-        make_app(desk, host, hosts, origins),
+        make_app(queue, host, hosts, origins),
         log_level="warning",
         timeout_graceful_shutdown=GRACE,
         lifespan="off",
         ws="none",
     )
     print(f"loading {source} and the index", flush=True)
-    loading = desk.open(lambda: open_agent(params, source, called(model, source)))
+    loading = queue.open(lambda: open_agent(params, source, model))
     try:
-        run(Server(config, desk), listening, loading, f"{source} answers at {{url}} (Ctrl-C ends it)")
+        run(Server(config, queue), listening, loading, f"{source} answers at {{url}} (Ctrl-C ends it)")
     except InfrastructureError as error:
         print(f"error: the retriever is not there: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(1) from None
     finally:
-        desk.close()
-        desk.shut()
+        queue.shutdown()
+
+
+def _require(option: str, values: Sequence[str], form: re.Pattern[str], example: str) -> None:
+    for value in values:
+        if not form.fullmatch(value):
+            raise UserError(f"{option} {value}: {example}")
 
 
 class Server(uvicorn.Server):
-    """Ends the episodes when it is told to end: their clients hear so, and nothing is waited for."""
+    """Cancels the episodes when it is told to end: their clients hear so, and nothing is waited for."""
 
-    def __init__(self, config: uvicorn.Config, desk: Desk) -> None:
+    def __init__(self, config: uvicorn.Config, queue: RequestQueue) -> None:
         super().__init__(config)
-        self._desk = desk
+        self._queue = queue
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._desk.close()
+        self._queue.close()
         super().handle_exit(sig, frame)

@@ -18,10 +18,10 @@ from dgpo_core.config.params import PARAMS, Params
 from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
+from dgpo_core.models import add_adapters, load_model
 from dgpo_core.retrieval.ranking import Retriever
 from dgpo_core.training import parallel
 from dgpo_core.training.episode_sources import Rollout, require_answered
-from dgpo_core.training.models import add_adapters, load_model
 from dgpo_core.training.weight_sync import EngineSync, SharedLoop, SyncedLoop
 from tasks.project.paths import questions_file
 from tasks.stages.stage import Run

@@ -8,7 +8,7 @@ from dgpo_core.config.params import Params, load_params
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.evaluation import arcap, diagnosis
 from dgpo_core.evaluation.tables import write_question_table
-from dgpo_core.training.models import load_tokenizer
+from dgpo_core.models import load_tokenizer
 from tasks.project.paths import EVALUATION, INDEX, METRICS, QUESTIONS, questions_file
 from tasks.stages.agents import agent_loop, tasks_for
 from tasks.stages.inputs import local, model_source, retriever

@@ -6,14 +6,17 @@ The index that the pipeline made, for whoever searches it.
 import math
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dgpo_core.config.params import PARAMS, Params
 from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.datasets.records import read_questions
 from dgpo_core.errors import UserError
-from dgpo_core.retrieval.index import Index, Recall, Searcher, open_index, require_recall, search_recall
 from tasks.project.paths import INDEX, MODELS, questions_file
 from tasks.project.progress import Reporter
+
+if TYPE_CHECKING:  # it needs torch, which takes seconds to import; a model's name needs neither
+    from dgpo_core.retrieval.index import Index, Recall, Searcher
 
 
 def model_source(params: Params, model: str) -> str:
@@ -36,19 +39,21 @@ def require_episodes(count: int, what: str) -> None:
 
 
 def retriever(
-    params: Params, folder: Path = INDEX, accept: Callable[[Searcher], None] | None = None
-) -> Index:
+    params: Params, folder: Path = INDEX, accept: Callable[["Searcher"], None] | None = None
+) -> "Index":
     """The pipeline's index. Where a server lacks its collection, that is made now, and its progress is shown.
 
     A new collection is given to `accept`, by default to one that raises UserError when its recall is below
     retrieval.min_recall.
     """
+    from dgpo_core.retrieval.index import open_index
+
     reporter = Reporter("retriever")
 
     def progress(done: int, total: int, what: str) -> None:
         reporter.update(done, total, doing=what)
 
-    def by_recall(searcher: Searcher) -> None:
+    def by_recall(searcher: "Searcher") -> None:
         measured_recall(params, searcher)
 
     try:
@@ -57,11 +62,13 @@ def retriever(
         reporter.close()
 
 
-def measured_recall(params: Params, searcher: Searcher) -> Recall | None:
+def measured_recall(params: Params, searcher: "Searcher") -> "Recall | None":
     """Measure the recall of the top k against exact search, on validation questions of all training sets.
 
     Raise UserError when it is too low. None where retrieval.recall_queries is 0.
     """
+    from dgpo_core.retrieval.index import require_recall, search_recall
+
     if not params.retrieval.recall_queries:
         return None
     measured = search_recall(searcher, validation_questions(params), params.retrieval.top_k)

@@ -5,9 +5,9 @@ from transformers import PreTrainedModel
 from dgpo_core.agent.prompts import known_ids
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Reinforcement
+from dgpo_core.models import load_model, load_tokenizer, merged, save_model
 from dgpo_core.training.batches import check_same_vocabulary
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.models import load_model, load_tokenizer, merged, save_model
 from dgpo_core.training.reinforce import Reinforcer
 from tasks.project.paths import INDEX, METRICS, MODELS, PLOTS, QUESTIONS
 from tasks.stages.agents import (

@@ -5,8 +5,8 @@ from pathlib import Path
 from dgpo_core.agent.episode import Outcome, write_episodes
 from dgpo_core.agent.loop import collect, em_of
 from dgpo_core.config.params import load_params
+from dgpo_core.models import load_tokenizer
 from dgpo_core.training.batches import check_same_vocabulary
-from dgpo_core.training.models import load_tokenizer
 from tasks.project.paths import INDEX, METRICS, MODELS, QUESTIONS, TEACHER_EPISODES
 from tasks.stages.agents import agent_loop, split_tasks
 from tasks.stages.inputs import local, retriever

@@ -48,7 +48,7 @@ def save_mlflow_model(folder: Path, saved: Path, name: str) -> None:
     import transformers
     from huggingface_hub import ModelCard
 
-    from dgpo_core.training.models import load_model, load_tokenizer
+    from dgpo_core.models import load_model, load_tokenizer
 
     source = str(folder.resolve())
     pipeline = transformers.pipeline(

@@ -11,14 +11,13 @@ import base64
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, Literal
 
 from dgpo_core.agent.actions import ActionKind, parse_action
 from dgpo_core.agent.answers import token_f1
-from dgpo_core.agent.episode import Episode, Outcome, Owner, Search
+from dgpo_core.agent.episode import Decode, Episode, Outcome, Search
 from dgpo_core.agent.prompts import INFORMATION_END, INFORMATION_START
 from dgpo_core.reporting.episodes import sample_questions
 from dgpo_core.training.episode_sources import Rollout
@@ -31,9 +30,6 @@ if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Span, Trace
     from mlflow.entities.assessment import Assessment
-
-
-Decode = Callable[[list[int]], Any]  # a tokenizer's `decode`: token ids -> text (typed for batches too)
 
 
 @dataclass(frozen=True)
@@ -67,23 +63,27 @@ def steps(episode: Episode, decode: Decode) -> list[Step]:
     """
     found: list[Step] = []
     searches = iter(episode.searches)
-    for turn, (start, end, after) in enumerate(_turns(episode), 1):
-        text = decode(episode.token_ids[start:end])
+    for number, turn in enumerate(episode.turns, 1):
+        text = decode(episode.token_ids[turn.start : turn.end])
         action = parse_action(text)
-        usage = {"input_tokens": start, "output_tokens": end - start, "total_tokens": end}
-        attributes = {"turn": turn, "action": str(action.kind), "mlflow.chat.tokenUsage": usage}
-        prompt = decode(episode.token_ids[:start])
-        found.append(Step(f"turn {turn}", "LLM", {"prompt": prompt}, text, attributes))
+        usage = {
+            "input_tokens": turn.start,
+            "output_tokens": turn.end - turn.start,
+            "total_tokens": turn.end,
+        }
+        attributes = {"turn": number, "action": str(action.kind), "mlflow.chat.tokenUsage": usage}
+        prompt = decode(episode.token_ids[: turn.start])
+        found.append(Step(f"turn {number}", "LLM", {"prompt": prompt}, text, attributes))
         if action.kind is not ActionKind.SEARCH:
             continue
         query = {"query": action.content}
         if search := next(searches, None):
-            shown = decode(episode.token_ids[end:after])
+            shown = decode(episode.token_ids[turn.end : turn.reply_end])
             found.append(
-                Step(f"search {turn}", "RETRIEVER", query, documents(search, shown), {"hit": search.hit})
+                Step(f"search {number}", "RETRIEVER", query, documents(search, shown), {"hit": search.hit})
             )
         elif episode.failure is not None:
-            found.append(Step(f"search {turn}", "RETRIEVER", query, [], error=episode.failure))
+            found.append(Step(f"search {number}", "RETRIEVER", query, [], error=episode.failure))
     return found
 
 
@@ -111,19 +111,6 @@ def _split_title(document: str) -> tuple[str, str]:
         if depth == 0:
             return document[:place], document[place + 1 :]
     return "", document
-
-
-def _turns(episode: Episode) -> Iterator[tuple[int, int, int]]:
-    """(start, end, end of what the environment said next) of each run of the model's tokens."""
-    runs: list[tuple[int, int, int]] = []
-    place = 0
-    for owner, run in groupby(episode.owners):
-        end = place + len(list(run))
-        runs.append((owner, place, end))
-        place = end
-    for index, (owner, start, end) in enumerate(runs):
-        if owner == Owner.MODEL:
-            yield start, end, runs[index + 1][2] if index + 1 < len(runs) else end
 
 
 TRAINING_EPISODES = 8  # of a step of reinforcement learning

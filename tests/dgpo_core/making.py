@@ -10,10 +10,10 @@ from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.config.data import ModelShape, QuestionCounts, WorldConfig
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.datasets.records import Question
+from dgpo_core.models import build_model
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.batches import TokenModel
 from dgpo_core.training.engines import FrozenModel, Optimization, TorchEngine
-from dgpo_core.training.models import build_model
 from dgpo_core.training.reinforce import Critic
 
 SHAPE = ModelShape(hidden_size=32, layers=2, heads=2, intermediate_size=48)

@@ -18,7 +18,7 @@ from dgpo_core.retrieval.encoders import _errors_with_model
 from tests.conftest import ROOT
 
 LOAD = """
-from dgpo_core.training.models import load_model, load_tokenizer
+from dgpo_core.models import load_model, load_tokenizer
 for load in (load_tokenizer, load_model):
     try:
         load("samples/model")

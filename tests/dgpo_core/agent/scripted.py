@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from dgpo_core.agent.engine import Finish, Generation, Request
+from dgpo_core.agent.engine import FinishReason, Generation, Request
 from dgpo_core.config.agent import Sampling
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError
@@ -29,9 +29,9 @@ class ScriptedEngine:
         *seed, turn = request.seed
         text = self.script(tuple(seed), turn)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
-        finish = Finish.STOP if any(end in text for end in stop) else Finish.EOS
+        finish = FinishReason.STOP if any(end in text for end in stop) else FinishReason.EOS
         if len(ids) > request.max_new_tokens:
-            ids, finish = ids[: request.max_new_tokens], Finish.LENGTH
+            ids, finish = ids[: request.max_new_tokens], FinishReason.LENGTH
         return Generation(ids, [-0.5] * len(ids), finish)
 
 

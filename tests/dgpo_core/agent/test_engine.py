@@ -1,4 +1,4 @@
-"""How a generation ends, on tokens of one byte and on tokens in which a stop string ends."""
+"""When a generation ends, on tokens of one byte and on tokens in which a stop string ends."""
 
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dgpo_core.agent.engine import Endings, Finish, end_tokens
+from dgpo_core.agent.engine import FinishReason, StopCriteria, eos_ids
 
 STOP = ("</search>", "</answer>")
 PIECES = ["a", ">", "<", "</", "search", "answer", ">\n", "h>", ">>", "</search", "</search>", "é", "\n"]
@@ -26,35 +26,35 @@ def piecewise_tokenizer() -> PreTrainedTokenizerFast:
 
 TOKENIZER = piecewise_tokenizer()
 EOS = TOKENIZER.eos_token_id
-ENDINGS = Endings(TOKENIZER, {EOS}, len(TOKENIZER) + 5)
+CRITERIA = StopCriteria(TOKENIZER, {EOS}, len(TOKENIZER) + 5)
 ID = {TOKENIZER.decode([i]): i for i in range(len(TOKENIZER))}
 
 
 @pytest.mark.parametrize(
     ("pieces", "count", "finish"),
     [
-        (["a", "</search>", "a"], 2, Finish.STOP),
-        (["</", "search", ">\n", "a"], 3, Finish.STOP),  # ends inside a token, which stays whole
-        (["</search", ">>", "a"], 2, Finish.STOP),
+        (["a", "</search>", "a"], 2, FinishReason.STOP),
+        (["</", "search", ">\n", "a"], 3, FinishReason.STOP),  # ends inside a token, which stays whole
+        (["</search", ">>", "a"], 2, FinishReason.STOP),
         (["</", "answer", "a", ">"], 4, None),
-        (["a", "<|im_end|>", "a"], 2, Finish.EOS),
-        (["a"] * 9, 6, Finish.LENGTH),
-        (["a"] * 4 + ["</search", ">"], 6, Finish.STOP),  # at the limit
+        (["a", "<|im_end|>", "a"], 2, FinishReason.EOS),
+        (["a"] * 9, 6, FinishReason.LENGTH),
+        (["a"] * 4 + ["</search", ">"], 6, FinishReason.STOP),  # at the limit
     ],
 )
-def test_endings(pieces: list[str], count: int, finish: Finish | None) -> None:
+def test_endings(pieces: list[str], count: int, finish: FinishReason | None) -> None:
     ids = [ID[piece] for piece in pieces]
-    assert ENDINGS.first(ids, 6, STOP) == (count, finish)
+    assert CRITERIA.first_finish(ids, 6, STOP) == (count, finish)
 
 
 def test_ids_without_a_token_are_those_behind_the_last_one() -> None:
     """Whatever holes are before it, and however few rows the head has."""
     known = len(TOKENIZER)
-    assert (ENDINGS.known, list(ENDINGS.unknown)) == (known, list(range(known, known + 5)))
-    fewer = Endings(TOKENIZER, {EOS}, known - 2)
+    assert (CRITERIA.known, list(CRITERIA.unknown)) == (known, list(range(known, known + 5)))
+    fewer = StopCriteria(TOKENIZER, {EOS}, known - 2)
     assert (fewer.known, list(fewer.unknown)) == (known - 2, [])
     with_holes = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 9, "c": 4})
-    assert list(Endings(with_holes, {0}, 12).unknown) == [10, 11]
+    assert list(StopCriteria(with_holes, {0}, 12).unknown) == [10, 11]
 
 
 @given(st.lists(st.sampled_from(range(len(TOKENIZER))), min_size=1, max_size=40))
@@ -63,12 +63,12 @@ def test_first_ending_is_the_first_prefix_that_has_one(ids: list[int]) -> None:
         text = TOKENIZER.decode(ids[:count])
         return EOS in ids[:count] or any(stop in text for stop in STOP) or count >= 30
 
-    count, finish = ENDINGS.first(ids, 30, STOP)
+    count, finish = CRITERIA.first_finish(ids, 30, STOP)
     assert [ended(n) for n in range(1, count + 1)] == [False] * (count - 1) + [finish is not None]
 
 
 def test_ids_without_text_end_nothing() -> None:
-    assert ENDINGS.after([len(TOKENIZER) + 4], 3, STOP) is None
+    assert CRITERIA.finish([len(TOKENIZER) + 4], 3, STOP) is None
 
 
 @pytest.mark.parametrize(
@@ -80,4 +80,4 @@ def test_ids_without_text_end_nothing() -> None:
     ],
 )
 def test_end_tokens(settings: object, found: set[int]) -> None:
-    assert end_tokens(TOKENIZER, settings) == found
+    assert eos_ids(TOKENIZER, settings) == found

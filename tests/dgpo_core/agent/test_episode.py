@@ -1,4 +1,4 @@
-"""Episodes on disk."""
+"""Turns of episodes, and episodes on disk."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +13,10 @@ from dgpo_core.agent.episode import (
     Ending,
     Episode,
     Outcome,
+    Owner,
     Search,
+    Turn,
+    model_runs,
     read_episodes,
     read_metadata,
     write_episodes,
@@ -67,3 +70,24 @@ def test_bad_files_are_the_users(tmp_path: Path) -> None:
     pq.write_table(table.set_column(outcome, "outcome", pa.array([1])), path)
     with pytest.raises(UserError, match=r"columns \['outcome'\] have other types"):
         read_episodes(path)
+
+
+@given(st.lists(st.integers(0, 10_000), min_size=1, max_size=3))
+def test_turns_hold_every_token_of_the_model_and_the_reply_to_it(seeds: list[int]) -> None:
+    episodes = [random_episode(seed) for seed in seeds]
+    for each in episodes:
+        texts = each.turn_texts(lambda ids: " ".join(map(str, ids)))
+        assert len(each.turns) == len(texts) == each.generations
+        own = [i for i, owner in zip(each.token_ids, each.owners, strict=True) if owner == Owner.MODEL]
+        assert [int(i) for text in texts for i in text.split()] == own
+        for turn, following in zip(each.turns, [*each.turns[1:], None], strict=True):
+            assert turn.reply_end == (following.start if following else len(each.token_ids))
+            assert {*each.owners[turn.end : turn.reply_end]} <= {Owner.ENVIRONMENT}
+    starts, _ = model_runs([owner for each in episodes for owner in each.owners])
+    assert len(starts) == sum(each.generations for each in episodes)
+
+
+def test_an_episode_without_a_generation_has_no_turns() -> None:
+    prompt = replace(random_episode(0), token_ids=[1, 2], owners=[Owner.PROMPT, Owner.ENVIRONMENT])
+    assert prompt.turns == []
+    assert replace(prompt, owners=[Owner.PROMPT, Owner.MODEL]).turns == [Turn(1, 2, 2)]

@@ -1,8 +1,10 @@
-"""The agent loop with an engine that writes given texts."""
+"""The agent loop, and collections in chunks, with an engine that writes given texts."""
 
 import math
 import random
+from collections.abc import Iterable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -11,17 +13,17 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.agent import prompts
-from dgpo_core.agent.engine import Generation, Memory, Request
+from dgpo_core.agent.engine import EpisodeCache, Generation, Request
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
-from dgpo_core.agent.loop import AgentLoop, Task
+from dgpo_core.agent.loop import AgentLoop, Task, collect, em_of, stable_seed
 from dgpo_core.config.agent import GREEDY, ProtocolConfig, Sampling
 from dgpo_core.datasets.records import Passage
-from dgpo_core.errors import NotFinite
+from dgpo_core.errors import InfrastructureError, NotFinite
 from dgpo_core.retrieval.index import Index
 from dgpo_core.retrieval.ranking import Retriever
 from dgpo_core.world.tokenizer import build_tokenizer
 from tests.dgpo_core.agent.scripted import Answering, ScriptedEngine
-from tests.dgpo_core.making import question
+from tests.dgpo_core.making import question, random_episode
 
 SEARCH = "<think> I need it. </think>\n<search> birthplace of Ada </search>"
 ANSWER = "<think> yes. </think>\n<answer> Paris </answer>"
@@ -53,6 +55,32 @@ def pieces(episode: Episode) -> list[tuple[Owner, str]]:
     return [(owner, str(TOKENIZER.decode(ids))) for owner, ids in runs]
 
 
+def result(episode: Episode) -> tuple[str | None, Outcome, Ending]:
+    return episode.prediction, episode.outcome, episode.ending
+
+
+def environment_ids(episode: Episode) -> list[int]:
+    return [
+        t for t, owner in zip(episode.token_ids, episode.owners, strict=True) if owner == Owner.ENVIRONMENT
+    ]
+
+
+def scripted(scripts: list[list[str]]) -> ScriptedEngine:
+    """An engine that writes the script whose number is a task's seed; its last text again and again."""
+    return ScriptedEngine(TOKENIZER, lambda seed, t: scripts[seed[0]][min(t, len(scripts[seed[0]]) - 1)])
+
+
+def tasks(numbers: Iterable[int]) -> list[Task]:
+    return [Task(question(name=f"q{i}"), "onehop", seed=(i,)) for i in numbers]
+
+
+def run_all(
+    engine: ScriptedEngine, retriever: Retriever, numbers: Iterable[int], **limits: int
+) -> list[Episode]:
+    loop = AgentLoop(engine, TOKENIZER, retriever, ProtocolConfig.model_validate(limits), 3)
+    return loop.run(tasks(numbers), GREEDY)
+
+
 def test_search_then_answer() -> None:
     episode, engine = run(SEARCH, ANSWER)
     prompt = prompts.prompt_text("Where was Ada born", "paper", TOKENIZER)
@@ -64,11 +92,7 @@ def test_search_then_answer() -> None:
         (Owner.MODEL, ANSWER),
     ]
     assert episode.response == SEARCH + information + ANSWER
-    assert (episode.prediction, episode.outcome, episode.ending) == (
-        "Paris",
-        Outcome.CORRECT,
-        Ending.ANSWERED,
-    )
+    assert result(episode) == ("Paris", Outcome.CORRECT, Ending.ANSWERED)
     assert (episode.generations, episode.invalid_actions, episode.cut_turns) == (2, 0, 0)
     assert episode.well_formed
     assert episode.hit
@@ -137,11 +161,7 @@ def test_answers_in_retrieved_text_are_not_predictions() -> None:
 def test_forced_answer() -> None:
     context = "\n\n<information>Doc 1(Title: Ada) Ada was born in Paris.\n</information>\n\n<answer>"
     episode, _ = run(" Paris </answer>", opening=context)
-    assert (episode.prediction, episode.outcome, episode.ending) == (
-        "Paris",
-        Outcome.CORRECT,
-        Ending.ANSWERED,
-    )
+    assert result(episode) == ("Paris", Outcome.CORRECT, Ending.ANSWERED)
     assert [owner for owner, _ in pieces(episode)] == [Owner.PROMPT, Owner.ENVIRONMENT, Owner.MODEL]
     assert pieces(episode)[1][1] == context
     assert episode.searches == []
@@ -152,23 +172,15 @@ def test_forced_answer() -> None:
 def test_context_limit() -> None:
     prompt = len(TOKENIZER.encode(prompts.prompt_text("Where was Ada born", "paper", TOKENIZER)))
     never, engine = run(ANSWER, config=ProtocolConfig(max_context=prompt))
-    assert (never.ending, never.outcome, never.generations, engine.requests) == (
-        Ending.LENGTH,
-        Outcome.WRONG,
-        0,
-        [],
-    )
+    assert result(never) == (None, Outcome.WRONG, Ending.LENGTH)
+    assert (never.generations, engine.requests) == (0, [])
     cut, engine = run(SEARCH, config=ProtocolConfig(max_context=prompt + 4))
     assert engine.requests[0].max_new_tokens == 4
     assert (cut.model_tokens, cut.cut_turns, cut.ending, cut.generations) == (4, 1, Ending.LENGTH, 1)
     written = len(TOKENIZER.encode(SEARCH))
     full, engine = run(SEARCH, config=ProtocolConfig(max_context=prompt + written + 5))
-    assert (full.ending, full.generations, len(full.searches), len(engine.requests)) == (
-        Ending.LENGTH,
-        1,
-        1,
-        1,
-    )
+    assert (full.ending, full.generations) == (Ending.LENGTH, 1)
+    assert len(full.searches) == len(engine.requests) == 1
 
 
 def test_limit_of_new_tokens() -> None:
@@ -190,9 +202,7 @@ def test_information_is_cut_but_never_its_tags(texts: list[tuple[str, str]], lim
         SEARCH, ANSWER, retriever=Answering(passages), config=ProtocolConfig(max_information=limit)
     )
     whole = "".join(prompts.document(i, p.title, p.text) for i, p in enumerate(passages, 1))
-    ids = [
-        t for t, owner in zip(episode.token_ids, episode.owners, strict=True) if owner == Owner.ENVIRONMENT
-    ]
+    ids = environment_ids(episode)
     before, after = TOKENIZER.encode("\n\n<information>"), TOKENIZER.encode("</information>\n\n")
     assert ids[: len(before)] == before
     assert ids[-len(after) :] == after
@@ -218,9 +228,7 @@ def test_information_of_the_release_is_one_text(texts: list[tuple[str, str]], li
     passages = [Passage(str(i), title, text) for i, (title, text) in enumerate(texts)]
     config = RELEASE.model_copy(update={"max_information": limit})
     episode, _ = run(SEARCH, ANSWER, retriever=Answering(passages), config=config)
-    ids = [
-        t for t, owner in zip(episode.token_ids, episode.owners, strict=True) if owner == Owner.ENVIRONMENT
-    ]
+    ids = environment_ids(episode)
     whole = TOKENIZER.encode(prompts.information([(p.title, p.text) for p in passages], "release"))
     before, after = TOKENIZER.encode("\n\n<information>"), TOKENIZER.encode("</information>\n\n")
     if len(whole) <= len(before) + limit + len(after):
@@ -292,11 +300,8 @@ TURNS = st.lists(
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(TURNS, min_size=1, max_size=5), st.integers(0, 5), st.integers(150, 420), st.integers(2, 30))
 def test_owners_line_up_with_ids(scripts: list[list[str]], turns: int, context: int, new: int) -> None:
-    engine = ScriptedEngine(TOKENIZER, lambda seed, t: scripts[seed[0]][min(t, len(scripts[seed[0]]) - 1)])
-    config = ProtocolConfig(max_turns=turns, max_context=context, max_new_tokens=new)
-    loop = AgentLoop(engine, TOKENIZER, Answering(), config, 3)
-    tasks = [Task(question(name=f"q{i}"), "onehop", seed=(i,)) for i in range(len(scripts))]
-    episodes = loop.run(tasks, GREEDY)
+    engine, limits = scripted(scripts), {"max_turns": turns, "max_context": context, "max_new_tokens": new}
+    episodes = run_all(engine, Answering(), range(len(scripts)), **limits)
     assert [episode.question_id for episode in episodes] == [f"q{i}" for i in range(len(scripts))]
     for i, episode in enumerate(episodes):
         assert len(episode.token_ids) == len(episode.owners) == len(episode.logprobs)
@@ -326,12 +331,7 @@ def test_episodes_alone_and_together_are_the_same(index: Index) -> None:
     rng = random.Random(0)
 
     def together(order: list[int]) -> dict[str, Episode]:
-        engine = ScriptedEngine(
-            TOKENIZER, lambda seed, t: scripts[seed[0]][min(t, len(scripts[seed[0]]) - 1)]
-        )
-        loop = AgentLoop(engine, TOKENIZER, index, ProtocolConfig(), 3)
-        episodes = loop.run([Task(question(name=f"q{i}"), "d", seed=(i,)) for i in order], GREEDY)
-        return {episode.question_id: episode for episode in episodes}
+        return {e.question_id: e for e in run_all(scripted(scripts), index, order)}
 
     whole = together(rng.sample(range(4), 4))
     for i in range(4):
@@ -341,15 +341,10 @@ def test_episodes_alone_and_together_are_the_same(index: Index) -> None:
 
 def test_failing_retriever_is_no_wrong_answer() -> None:
     retriever = Answering(failures=99)
-    engine = ScriptedEngine(TOKENIZER, lambda seed, _: SEARCH if seed[0] else ANSWER)
-    loop = AgentLoop(engine, TOKENIZER, retriever, ProtocolConfig(), 3)
-    right, failed = loop.run([Task(question(name=f"q{i}"), "d", seed=(i,)) for i in range(2)], GREEDY)
+    right, failed = run_all(scripted([[ANSWER], [SEARCH]]), retriever, range(2))
     assert (right.outcome, right.failure) == (Outcome.CORRECT, None)
-    assert (failed.outcome, failed.ending, failed.failure) == (
-        Outcome.FAILED,
-        Ending.FAILURE,
-        "the index is down",
-    )
+    assert result(failed) == (None, Outcome.FAILED, Ending.FAILURE)
+    assert failed.failure == "the index is down"
     assert (failed.searches, failed.generations, retriever.calls) == ([], 1, 3)
 
 
@@ -373,28 +368,27 @@ def test_question_mark_and_instruction(tokenizer: PreTrainedTokenizerFast) -> No
     assert tokenizer.decode(episode.token_ids).count("?") == 1
 
 
-def test_an_ended_episode_holds_no_memory() -> None:
+def test_an_ended_episode_holds_no_cache() -> None:
     """Of two episodes one answers in its first turn: what the engine kept of it is gone in the second."""
-    memories: list[Memory] = []
+    caches: list[EpisodeCache] = []
     held: list[list[bool]] = []
 
     class Keeping(ScriptedEngine):
         def generate(
             self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
         ) -> list[Generation]:
-            memories.extend(r.memory for r in requests if r.memory and r.memory not in memories)
-            held.append([memory.kept is not None for memory in memories])
-            for memory in (r.memory for r in requests if r.memory):
-                memory.kept = "something"
+            caches.extend(r.cache for r in requests if r.cache and r.cache not in caches)
+            held.append([cache.content is not None for cache in caches])
+            for cache in (r.cache for r in requests if r.cache):
+                cache.content = "something"
             return super().generate(requests, sampling, stop)
 
     engine = Keeping(TOKENIZER, lambda seed, turn: ANSWER if seed == (0,) or turn == 2 else SEARCH)
     loop = AgentLoop(engine, TOKENIZER, Answering(), ProtocolConfig(), 3)
-    tasks = [Task(question(), "onehop", seed=(i,)) for i in range(2)]
-    loop.run(tasks, GREEDY)
+    loop.run(tasks(range(2)), GREEDY)
     assert held == [[False, False], [False, True], [False, True]]
-    loop.run(tasks, GREEDY)
-    assert len(memories) == 4  # a run of its own, with memories of its own
+    loop.run(tasks(range(2)), GREEDY)
+    assert len(caches) == 4  # a run of its own, with caches of its own
 
 
 @pytest.mark.parametrize("value", [math.nan, -math.inf])
@@ -409,3 +403,64 @@ def test_a_model_that_gives_no_numbers_is_no_wrong_answer(value: float) -> None:
     loop = AgentLoop(Broken(TOKENIZER, lambda *_: ANSWER), TOKENIZER, Answering(), ProtocolConfig(), 3)
     with pytest.raises(NotFinite, match="the log-probability of a sampled token is"):
         loop.run([Task(question(), "onehop")], GREEDY)
+
+
+class Chunks:
+    """Collections of seven tasks, three at a time, resumed from `folder`."""
+
+    def __init__(self, folder: Path, engine: ScriptedEngine) -> None:
+        self.engine, self.folder = engine, folder
+        self.seen: list[tuple[int, int, float]] = []
+
+    def __call__(self, killed_at: int = 0) -> list[Episode]:
+        def progress(done: int, total: int, em: float) -> None:
+            self.seen.append((done, total, em))
+            if done == killed_at:
+                raise KeyboardInterrupt
+
+        loop = AgentLoop(self.engine, TOKENIZER, Answering(), ProtocolConfig(), 3)
+        return collect(loop, tasks(range(7)), GREEDY, 3, self.folder, progress)
+
+
+def paris_or_rome(seed: tuple[int, ...], turn: int) -> str:
+    return f"<answer> {'Paris' if seed[0] % 2 else 'Rome'} </answer>"
+
+
+def test_killed_collection_continues_with_the_same_episodes(tmp_path: Path) -> None:
+    whole = Chunks(tmp_path / "a", ScriptedEngine(TOKENIZER, paris_or_rome))()
+    assert [e.question_id for e in whole] == [f"q{i}" for i in range(7)]
+    assert [e.correct for e in whole] == [False, True] * 3 + [False]
+    with pytest.raises(KeyboardInterrupt):
+        Chunks(tmp_path / "b", ScriptedEngine(TOKENIZER, paris_or_rome))(killed_at=6)
+    resumed = Chunks(tmp_path / "b", ScriptedEngine(TOKENIZER, paris_or_rome))
+    assert resumed() == whole
+    assert len(resumed.engine.requests) == 1, "finished chunks ran again"
+    assert resumed.seen == [(3, 7, 1 / 3), (6, 7, 0.5), (7, 7, 3 / 7)]
+    assert not list((tmp_path / "b").glob("*.part"))
+
+
+def test_what_is_down_stops_a_collection_that_continues_later(tmp_path: Path) -> None:
+    class Down(ScriptedEngine):
+        def generate(self, *args: Any) -> list[Generation]:
+            if len(self.requests) >= 3:
+                raise InfrastructureError("the engine is dead")
+            return super().generate(*args)
+
+    with pytest.raises(InfrastructureError, match="all 3 episodes of a chunk failed: the engine is dead"):
+        Chunks(tmp_path, Down(TOKENIZER, lambda *_: ANSWER))()
+    resumed = Chunks(tmp_path, ScriptedEngine(TOKENIZER, lambda *_: ANSWER))
+    assert all(episode.correct for episode in resumed())
+    assert len(resumed.engine.requests) == 4
+
+
+def test_failed_episodes_are_in_no_average() -> None:
+    right, wrong = random_episode(1, correct=True), random_episode(2, correct=False)
+    failed = replace(wrong, outcome=Outcome.FAILED)
+    assert em_of([right, failed, failed]) == 1.0
+    assert em_of([right, wrong, failed]) == 0.5
+
+
+def test_stable_seeds_are_fixed_and_distinct() -> None:
+    assert stable_seed(0, "onehop", "q1") == 4253676138
+    assert len({stable_seed(a, b) for a in range(30) for b in range(30)}) == 900
+    assert stable_seed(1, "1") != stable_seed("1", 1)

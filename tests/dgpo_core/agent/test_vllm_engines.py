@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.agent import prompts
-from dgpo_core.agent.engine import Endings, Finish, Request, SeparateEngine, weights_of
+from dgpo_core.agent.engine import FinishReason, Request, SeparateEngine, StopCriteria, weights_of
 from dgpo_core.agent.loop import STOP, AgentLoop, Task
 from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.agent.vllm_engine import InProcessClient, Transfer, VllmEngine
@@ -32,8 +32,8 @@ from dgpo_core.config.agent import (
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.models import load_model, load_tokenizer, save_model
 from dgpo_core.retrieval.index import Index
-from dgpo_core.training.models import load_model, load_tokenizer, save_model
 from dgpo_core.training.weight_sync import EngineSync, SyncedLoop
 from dgpo_core.world.facts import World
 from dgpo_core.world.questions import Article, write_questions
@@ -198,13 +198,15 @@ def test_endings(
         own, expected = (each.generate(asked, GREEDY, stop) for each in (engine, reference))
         assert [(a.token_ids, a.finish) for a in own] == [(a.token_ids, a.finish) for a in expected]
         if stop != NEVER:
-            assert Finish.STOP in {answer.finish for answer in own}
+            assert FinishReason.STOP in {answer.finish for answer in own}
     cut = [Request(request.token_ids, 3, request.seed) for request in asked]
-    assert {(len(a.token_ids), a.finish) for a in engine.generate(cut, GREEDY, STOP)} == {(3, Finish.LENGTH)}
-    ending = Endings(words, {whole[5]}, len(words))  # as if this token were the model's EOS
-    monkeypatch.setattr(engine, "endings", ending)
+    assert {(len(a.token_ids), a.finish) for a in engine.generate(cut, GREEDY, STOP)} == {
+        (3, FinishReason.LENGTH)
+    }
+    ending = StopCriteria(words, {whole[5]}, len(words))  # as if this token were the model's EOS
+    monkeypatch.setattr(engine, "stop_criteria", ending)
     (answer,) = engine.generate(asked[:1], GREEDY, NEVER)
-    assert (answer.token_ids, answer.finish) == (whole[: whole.index(whole[5]) + 1], Finish.EOS)
+    assert (answer.token_ids, answer.finish) == (whole[: whole.index(whole[5]) + 1], FinishReason.EOS)
 
 
 def test_samples_belong_to_the_request(engine: SeparateEngine, words: PreTrainedTokenizerFast) -> None:
@@ -305,7 +307,7 @@ def test_librarys_weight_transfer(
     model = reference.model
     in_process._config = in_process._config.model_copy(update={"refresh": "transfer"})
     client = InProcessClient(in_process._llm)
-    in_process._transfer_to = Transfer(memory_init_info(), client, torch.float32)
+    in_process._sender = Transfer(memory_init_info(), client, torch.float32)
     for _ in range(2):
         train_a_step(model, words)
         asked = [request.token_ids for request in requests(words, 3)]

@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dgpo_core.agent.engine import Finish, Generation, Request, weights_of
+from dgpo_core.agent.engine import FinishReason, Generation, Request, weights_of
 from dgpo_core.agent.vllm_server import VllmServerEngine
 from dgpo_core.config.agent import RolloutConfig, Sampling, ServerConfig
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.training.models import load_model, load_tokenizer, save_model
+from dgpo_core.models import load_model, load_tokenizer, save_model
 
 STUDENT = str(Path(__file__).resolve().parents[3] / "models" / "student")
 Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
@@ -106,7 +106,7 @@ def test_untouched_server_is_left_as_it_is(
 ) -> None:
     pretender, url = server
     engine = connect(url, words, tmp_path)
-    assert ask(engine) == [Generation([7, 8, 9], [0.0] * 3, Finish.LENGTH)] * 2
+    assert ask(engine) == [Generation([7, 8, 9], [0.0] * 3, FinishReason.LENGTH)] * 2
     assert "/collective_rpc" not in pretender.paths()
     asked = sorted((body for path, body in pretender.asked if path.endswith("generate")), key=str)
     assert [body["token_ids"] for body in asked[:2]] == [[1, 2], [words.eos_token_id]]

@@ -13,10 +13,10 @@ from dgpo_core.evaluation.diagnosis import (
     SCHEMA,
     Failure,
     HackingFlags,
+    answer_attempts,
     as_table,
     diagnose,
     first_failure,
-    model_turns,
 )
 from tests.dgpo_core.evaluation.episodes import ONE_HOP, TWO_HOP, UNKNOWN, episode, search
 from tests.dgpo_core.making import random_episode
@@ -83,12 +83,12 @@ CASES: dict[Failure, list[Case]] = {
 def test_hand_made_episodes(tokenizer: PreTrainedTokenizerFast, failure: Failure, case: Case) -> None:
     question, searches, rest, how = case
     made = episode(tokenizer, question, searches, *rest, **how)
-    assert first_failure(made, question, model_turns(made, tokenizer.decode)) is failure
+    assert first_failure(made, question, made.turn_texts(tokenizer.decode)) is failure
 
 
 def test_a_golden_answer_inside_a_word_is_none(tokenizer: PreTrainedTokenizerFast) -> None:
     made = episode(tokenizer, TWO_HOP, [FILM, ADA], "<answer> Velmorans </answer>")
-    assert first_failure(made, TWO_HOP, model_turns(made, tokenizer.decode)) is Failure.EVIDENCE_NOT_USED
+    assert first_failure(made, TWO_HOP, made.turn_texts(tokenizer.decode)) is Failure.EVIDENCE_NOT_USED
 
 
 SEARCHES = st.lists(
@@ -155,3 +155,11 @@ def test_table_of_every_outcome(tokenizer: PreTrainedTokenizerFast) -> None:
         ("other", "two", "failed", None, None, None, None),
     ]
     assert diagnose([failed], questions, tokenizer.decode)[0].flags == HackingFlags()
+
+
+def test_attempts_are_answers_in_any_shape() -> None:
+    assert answer_attempts(["<answer> a <answer> b </answer>", "<answer></answer>", "<answer> c"]) == [
+        "a", "b", "", "c"
+    ]  # fmt: skip
+    assert answer_attempts(["<think> d </think>", "e </answer>", "<answer> f<search> g </search>"]) == ["f"]
+    assert answer_attempts([]) == []

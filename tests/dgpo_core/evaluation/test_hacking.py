@@ -5,7 +5,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.agent.episode import Outcome, Search
 from dgpo_core.datasets.records import Question
-from dgpo_core.evaluation.diagnosis import HackingFlags, hacking_flags, model_turns
+from dgpo_core.evaluation.diagnosis import HackingFlags, hacking_flags
 from tests.dgpo_core.evaluation.episodes import TWO_HOP, UNKNOWN, episode, search
 
 RIGHT, WRONG = "<answer> Velmora </answer>", "<answer> Tarn </answer>"
@@ -33,7 +33,7 @@ def test_flags(
     expected: tuple[bool | None, ...],
 ) -> None:
     made = episode(tokenizer, question, searches, last)
-    assert hacking_flags(made, question, model_turns(made, tokenizer.decode)) == HackingFlags(*expected)
+    assert hacking_flags(made, question, made.turn_texts(tokenizer.decode)) == HackingFlags(*expected)
 
 
 def test_a_failed_episode_has_no_flags(tokenizer: PreTrainedTokenizerFast) -> None:

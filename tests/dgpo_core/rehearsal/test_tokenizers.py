@@ -6,8 +6,8 @@ from typing import Any
 import pytest
 
 from dgpo_core.agent import prompts
+from dgpo_core.models import load_tokenizer
 from dgpo_core.rehearsal.models import build_tokenizer
-from dgpo_core.training.models import load_tokenizer
 
 TEXTS = ["Aldmoor is a harbour town.", "Its lighthouse was built in 1847."]
 

@@ -7,9 +7,9 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.agent import ProtocolConfig, RolloutConfig
 from dgpo_core.datasets.records import Question
+from dgpo_core.models import load_model, load_tokenizer
 from dgpo_core.retrieval.index import Index
 from dgpo_core.serving.agent import Agent
-from dgpo_core.training.models import load_model, load_tokenizer
 from dgpo_core.world.facts import World
 from dgpo_core.world.questions import Article, write_questions
 

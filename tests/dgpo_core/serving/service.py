@@ -11,7 +11,7 @@ import uvicorn
 
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.app import make_app
-from dgpo_core.serving.queue import Desk
+from dgpo_core.serving.queue import RequestQueue
 
 
 @contextmanager
@@ -19,10 +19,10 @@ def serving(
     agent: Agent | None, waiting: int = 2, hosts: tuple[str, ...] = (), origins: tuple[str, ...] = ()
 ) -> Iterator[httpx.Client]:
     """A client of a running service; None: one that is loading for ever."""
-    desk = Desk(waiting)
-    desk.agent = agent
+    queue = RequestQueue(waiting)
+    queue.agent = agent
     config = uvicorn.Config(
-        make_app(desk, "127.0.0.1", hosts, origins), log_level="critical", lifespan="off", ws="none"
+        make_app(queue, "127.0.0.1", hosts, origins), log_level="critical", lifespan="off", ws="none"
     )
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
@@ -35,7 +35,7 @@ def serving(
                     time.sleep(0.01)
                 yield client
         finally:
-            desk.close()
+            queue.close()
             server.should_exit = True
             thread.join(30)
-            desk.shut()
+            queue.shutdown()

@@ -8,9 +8,9 @@ from transformers import PreTrainedModel
 from dgpo_core.agent.episode import Ending
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import UserError
+from dgpo_core.models import load_tokenizer
 from dgpo_core.serving.agent import Agent, sources
-from dgpo_core.serving.events import Ask, Event, Found, Information
-from dgpo_core.training.models import load_tokenizer
+from dgpo_core.serving.events import AgentRequest, Event, RetrievedPassage, SearchResult
 from tests.dgpo_core.agent.scripted import Answering
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
 
@@ -28,7 +28,7 @@ def agent_with(teacher: PreTrainedModel, retriever: Answering) -> Agent:
 
 
 def test_steps_are_the_text_of_the_episode(agent: Agent, questions: list[Question]) -> None:
-    record = agent.ask(Ask(questions[1].question), ignore, never)
+    record = agent.ask(AgentRequest(questions[1].question), ignore, never)
     tags = re.findall(r"<(think|search|information|answer)>(.*?)</\1>", record.response, re.DOTALL)
     assert [(step.kind, step.text) for step in record.steps] == [(tag, text.strip()) for tag, text in tags]
     assert record.answer == tags[-1][1].strip() and record.ending is Ending.ANSWERED
@@ -39,7 +39,9 @@ def test_steps_are_the_text_of_the_episode(agent: Agent, questions: list[Questio
 
 
 def test_the_passages_with_the_answer_are_its_sources(agent: Agent, questions: list[Question]) -> None:
-    asked = [(question, agent.ask(Ask(question.question), ignore, never)) for question in questions[:4]]
+    asked = [
+        (question, agent.ask(AgentRequest(question.question), ignore, never)) for question in questions[:4]
+    ]
     right = [(q, record) for q, record in asked if record.answer in q.golden_answers]
     assert right, "the committed teacher answers some of these"
     for question, record in right:
@@ -48,9 +50,9 @@ def test_the_passages_with_the_answer_are_its_sources(agent: Agent, questions: l
         assert [source.number for source in record.sources] == list(range(1, len(record.sources) + 1))
 
 
-def found(*texts: str) -> list[Information]:
-    passages = [Found(id=str(i), title="T", text=text, score=1.0) for i, text in enumerate(texts)]
-    return [Information(turn=turn, query="q", passages=passages) for turn in (0, 1)]
+def found(*texts: str) -> list[SearchResult]:
+    passages = [RetrievedPassage(id=str(i), title="T", text=text, score=1.0) for i, text in enumerate(texts)]
+    return [SearchResult(turn=turn, query="q", passages=passages) for turn in (0, 1)]
 
 
 @pytest.mark.parametrize(
@@ -74,19 +76,19 @@ def test_sources_hold_the_answer_as_whole_words(answer: str | None, ids: list[st
 
 def test_limits_are_the_protocols_and_may_be_lowered(agent: Agent, questions: list[Question]) -> None:
     question = questions[0].question
-    record = agent.ask(Ask(question, max_searches=0), ignore, never)
+    record = agent.ask(AgentRequest(question, max_searches=0), ignore, never)
     assert (record.answer, record.ending, record.searches) == (None, Ending.BUDGET, [])
-    short = agent.ask(Ask(question, max_new_tokens=5, max_searches=0), ignore, never)
+    short = agent.ask(AgentRequest(question, max_new_tokens=5, max_searches=0), ignore, never)
     assert short.model_tokens == 5
-    longer = agent.ask(Ask(question, max_new_tokens=5000), ignore, never)
-    assert longer == agent.ask(Ask(question), ignore, never)
+    longer = agent.ask(AgentRequest(question, max_new_tokens=5000), ignore, never)
+    assert longer == agent.ask(AgentRequest(question), ignore, never)
     with pytest.raises(UserError, match=r"between 0 and protocol\.max_turns \(4\), not 5"):
-        agent.ask(Ask(question, max_searches=5), ignore, never)
+        agent.ask(AgentRequest(question, max_searches=5), ignore, never)
 
 
 def test_temperature_and_seed_reach_the_episode(agent: Agent, questions: list[Question]) -> None:
     texts = [
-        agent.ask(Ask(questions[0].question, 4.0, seed, 0, 12), ignore, never).response
+        agent.ask(AgentRequest(questions[0].question, 4.0, seed, 0, 12), ignore, never).response
         for seed in (1, 2, 3, 1, 2, 3)
     ]
     assert texts[:3] == texts[3:] and len(set(texts)) == 3
@@ -97,13 +99,13 @@ def test_temperature_and_seed_reach_the_episode(agent: Agent, questions: list[Qu
 )
 def test_impossible_questions_are_refused(agent: Agent, question: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        agent.ask(Ask(question), ignore, never)
+        agent.ask(AgentRequest(question), ignore, never)
 
 
 @pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
 def test_impossible_temperatures_are_refused(agent: Agent, temperature: float) -> None:
     with pytest.raises(UserError, match="temperature: a number from 0 upwards"):
-        agent.ask(Ask("Who", temperature), ignore, never)
+        agent.ask(AgentRequest("Who", temperature), ignore, never)
 
 
 def test_a_dead_retriever_gives_a_failure_and_no_answer(
@@ -111,7 +113,7 @@ def test_a_dead_retriever_gives_a_failure_and_no_answer(
 ) -> None:
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _seconds: None)
     retriever = Answering(failures=99)
-    record = agent_with(teacher, retriever).ask(Ask(questions[0].question), ignore, never)
+    record = agent_with(teacher, retriever).ask(AgentRequest(questions[0].question), ignore, never)
     assert (record.answer, record.ending, record.sources) == (None, Ending.FAILURE, [])
     assert record.failure == "the index is down" and retriever.calls == 3
 
@@ -122,6 +124,6 @@ def test_a_short_failure_of_the_retriever_is_told_once(
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _seconds: None)
     retriever = Answering([Passage("7", "Ada", "Ada was born in Paris.")], failures=1)
     events: list[Event] = []
-    record = agent_with(teacher, retriever).ask(Ask(questions[0].question), events.append, never)
+    record = agent_with(teacher, retriever).ask(AgentRequest(questions[0].question), events.append, never)
     assert record.failure is None
-    assert [event for event in events if isinstance(event, Information)] == record.searches
+    assert [event for event in events if isinstance(event, SearchResult)] == record.searches

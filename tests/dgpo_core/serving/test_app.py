@@ -12,10 +12,10 @@ import pytest
 from transformers import PreTrainedModel
 
 from dgpo_core.datasets.records import Question
+from dgpo_core.models import load_tokenizer
 from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.serving.agent import Agent
-from dgpo_core.serving.events import Ask, Record, Stopped
-from dgpo_core.training.models import load_tokenizer
+from dgpo_core.serving.events import AgentRequest, EpisodeCancelled, EpisodeRecord
 from tests.dgpo_core.agent.scripted import Answering
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
 from tests.dgpo_core.serving.service import serving
@@ -58,7 +58,7 @@ def test_a_whole_answer(client: httpx.Client, agent: Agent, questions: list[Ques
     assert done["id"].startswith("chatcmpl-") and abs(done["created"] - time.time()) < 60
     (choice,) = done["choices"]
     assert (choice["index"], choice["finish_reason"], choice["message"]["role"]) == (0, "stop", "assistant")
-    record = agent.ask(Ask(asked), lambda event: None, lambda: False)
+    record = agent.ask(AgentRequest(asked), lambda event: None, lambda: False)
     assert done["episode"] == record.model_dump(mode="json")
     assert choice["message"]["content"] == record.answer
     usage = done["usage"]
@@ -294,10 +294,10 @@ def test_who_disconnects_ends_the_episode(
     agent = agent_with(teacher, retriever)
     stopped = threading.Event()
 
-    def ask(*arguments: Any) -> Record:
+    def ask(*arguments: Any) -> EpisodeRecord:
         try:
             return Agent.ask(agent, *arguments)
-        except Stopped:
+        except EpisodeCancelled:
             stopped.set()
             raise
 

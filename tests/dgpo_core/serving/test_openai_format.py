@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from dgpo_core.serving.app import _ignored
-from dgpo_core.serving.events import Ask
+from dgpo_core.serving.events import AgentRequest
 from dgpo_core.serving.openai_format import ChatRequest
 
 NEUTRAL: dict[str, list[Any]] = {
@@ -64,7 +64,7 @@ def request(**more: Any) -> ChatRequest:
 
 @given(st.fixed_dictionaries({}, optional=VALUES))
 def test_neutral_parameters_ask_the_same(sent: dict[str, Any]) -> None:
-    assert request(**sent).ask() == Ask("Who")
+    assert request(**sent).agent_request() == AgentRequest("Who")
 
 
 @pytest.mark.parametrize(
@@ -87,15 +87,15 @@ def test_any_other_value_is_refused_or_ignored(name: str, value: Any) -> None:
 def test_the_last_message_of_the_user_is_the_question(roles: list[str], content: Any) -> None:
     """What the others hold is of no account."""
     messages = [{"role": role, "content": content} for role in roles]
-    assert request(messages=[*messages, QUESTION]).ask() == Ask("Who")
+    assert request(messages=[*messages, QUESTION]).agent_request() == AgentRequest("Who")
     after = [{"role": "assistant", "content": content}]
-    assert request(messages=[*messages, QUESTION, *after]).ask() == Ask("Who")
+    assert request(messages=[*messages, QUESTION, *after]).agent_request() == AgentRequest("Who")
 
 
 @given(JSON)
 def test_a_question_is_text_or_refused(content: Any) -> None:
     try:
-        question = request(messages=[{"role": "user", "content": content}]).ask().question
+        question = request(messages=[{"role": "user", "content": content}]).agent_request().question
     except ValidationError as error:
         assert error.errors()[0]["loc"] == ("messages",)
         error.errors()[0]["msg"].encode()
@@ -111,6 +111,6 @@ def test_ignored_names_fit_into_a_header(names: list[str]) -> None:
 
 @given(st.integers())
 def test_any_seed_is_one_that_samples(seed: int) -> None:
-    asked = request(seed=seed).ask().seed
+    asked = request(seed=seed).agent_request().seed
     assert asked >= 0 and (asked == seed or not 0 <= seed < 2**64)
     json.dumps(asked)

@@ -10,12 +10,12 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.datasets.records import Passage, Question
+from dgpo_core.models import load_tokenizer
 from dgpo_core.retrieval.index import Index, index_passages
 from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.app import PAGE
-from dgpo_core.serving.events import Ask
-from dgpo_core.training.models import load_tokenizer
+from dgpo_core.serving.events import AgentRequest
 from dgpo_core.world.questions import Article
 from tests.browser import CHROMIUM, Page, browse
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
@@ -83,7 +83,7 @@ def finish(page: Page) -> None:
 
 def test_the_episode_is_shown_as_it_was(browser: Page, agent: Agent, questions: list[Question]) -> None:
     question = questions[1].question
-    record = agent.ask(Ask(question), lambda event: None, lambda: False)
+    record = agent.ask(AgentRequest(question), lambda event: None, lambda: False)
     ask(browser, question)
     finish(browser)
     assert text(browser, "#asked") == question

@@ -9,11 +9,11 @@ from transformers import PreTrainedModel
 
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
+from dgpo_core.models import load_tokenizer
 from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.serving.agent import Agent
-from dgpo_core.serving.events import Ask, Event, Finished, Stopped, Waiting
-from dgpo_core.serving.queue import Busy, Desk, NotReady, Visit
-from dgpo_core.training.models import load_tokenizer
+from dgpo_core.serving.events import AgentRequest, EpisodeCancelled, EpisodeEnd, Event, QueuePosition
+from dgpo_core.serving.queue import NotReady, QueuedRequest, QueueFull, RequestQueue
 from tests.dgpo_core.agent.scripted import Answering
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
 
@@ -41,16 +41,15 @@ def held(teacher: PreTrainedModel, gate: Gate) -> Agent:
 
 
 @pytest.fixture
-def ask(questions: list[Question]) -> Ask:
-    return Ask(questions[0].question)
+def ask(questions: list[Question]) -> AgentRequest:
+    return AgentRequest(questions[0].question)
 
 
 @pytest.fixture
-def desk() -> Iterator[Desk]:
-    made = Desk(limit=2)
+def queue() -> Iterator[RequestQueue]:
+    made = RequestQueue(limit=2)
     yield made
-    made.close()
-    made.shut()
+    made.shutdown()
 
 
 async def here() -> bool:
@@ -64,45 +63,47 @@ def run(scenario: Callable[[], Awaitable[None]]) -> None:
     asyncio.run(limited())
 
 
-async def told(visit: Visit) -> list[Event]:
-    return [event async for event in visit.events(here)]
+async def told(request: QueuedRequest) -> list[Event]:
+    return [event async for event in request.events(here)]
 
 
 def ahead(events: list[Event]) -> list[int]:
-    return [event.ahead for event in events if isinstance(event, Waiting)]
+    return [event.ahead for event in events if isinstance(event, QueuePosition)]
 
 
-def test_in_order_and_each_knows_its_place(desk: Desk, held: Agent, gate: Gate, ask: Ask) -> None:
+def test_in_order_and_each_knows_its_place(
+    queue: RequestQueue, held: Agent, gate: Gate, ask: AgentRequest
+) -> None:
     async def scenario() -> None:
-        await desk.open(lambda: held)
-        visits = [desk.admit(ask) for _ in range(3)]
-        assert desk.waiting == 2
-        with pytest.raises(Busy):
-            desk.admit(ask)
+        await queue.open(lambda: held)
+        requests = [queue.submit(ask) for _ in range(3)]
+        assert queue.waiting == 2
+        with pytest.raises(QueueFull):
+            queue.submit(ask)
         gate.opened.set()
-        first, second, third = await asyncio.gather(*map(told, visits))
+        first, second, third = await asyncio.gather(*map(told, requests))
         assert (ahead(first), ahead(second), ahead(third)) == ([], [1, 0], [2, 1, 0])
-        assert isinstance(first[-1], Finished) and first[-1] == second[-1] == third[-1]
+        assert isinstance(first[-1], EpisodeEnd) and first[-1] == second[-1] == third[-1]
         await asyncio.sleep(0.05)
-        assert desk.waiting == 0
+        assert queue.waiting == 0
 
     run(scenario)
 
 
 def test_who_leaves_ends_its_episode_and_gives_up_its_place(
-    desk: Desk, held: Agent, gate: Gate, ask: Ask
+    queue: RequestQueue, held: Agent, gate: Gate, ask: AgentRequest
 ) -> None:
     async def scenario() -> None:
-        await desk.open(lambda: held)
-        first, second, third = (desk.admit(ask) for _ in range(3))
-        second.leave()
-        with pytest.raises(Stopped):
+        await queue.open(lambda: held)
+        first, second, third = (queue.submit(ask) for _ in range(3))
+        second.cancel()
+        with pytest.raises(EpisodeCancelled):
             await told(second)
         await asyncio.sleep(0.05)
-        assert desk.waiting == 1, "it never began"
-        first.leave()
+        assert queue.waiting == 1, "it never began"
+        first.cancel()
         gate.opened.set()
-        with pytest.raises(Stopped):
+        with pytest.raises(EpisodeCancelled):
             await told(first)
         assert ahead(await told(third)) == [2, 1, 0]
         assert gate.calls <= 2, "of the first, if it came so far, and of the third"
@@ -110,49 +111,51 @@ def test_who_leaves_ends_its_episode_and_gives_up_its_place(
     run(scenario)
 
 
-def test_a_client_that_is_gone_is_noticed(desk: Desk, held: Agent, gate: Gate, ask: Ask) -> None:
+def test_a_client_that_is_gone_is_noticed(
+    queue: RequestQueue, held: Agent, gate: Gate, ask: AgentRequest
+) -> None:
     async def gone() -> bool:
         return True
 
     async def scenario() -> None:
-        await desk.open(lambda: held)
-        visit = desk.admit(ask)
-        with pytest.raises(Stopped):
-            [event async for event in visit.events(gone)]
-        assert visit.left
+        await queue.open(lambda: held)
+        request = queue.submit(ask)
+        with pytest.raises(EpisodeCancelled):
+            [event async for event in request.events(gone)]
+        assert request.cancelled
 
     run(scenario)
     gate.opened.set()
 
 
 def test_what_an_episode_raises_reaches_its_visitor_and_no_other(
-    desk: Desk, held: Agent, gate: Gate, ask: Ask
+    queue: RequestQueue, held: Agent, gate: Gate, ask: AgentRequest
 ) -> None:
     async def scenario() -> None:
-        await desk.open(lambda: held)
+        await queue.open(lambda: held)
         gate.opened.set()
-        wrong, right = desk.admit(Ask(" ")), desk.admit(ask)
+        wrong, right = queue.submit(AgentRequest(" ")), queue.submit(ask)
         with pytest.raises(UserError, match="empty"):
             await told(wrong)
-        assert isinstance((await told(right))[-1], Finished)
+        assert isinstance((await told(right))[-1], EpisodeEnd)
 
     run(scenario)
 
 
 def test_before_loading_and_after_closing_nobody_is_admitted(
-    desk: Desk, held: Agent, gate: Gate, ask: Ask
+    queue: RequestQueue, held: Agent, gate: Gate, ask: AgentRequest
 ) -> None:
     async def scenario() -> None:
         with pytest.raises(NotReady):
-            desk.admit(ask)
-        await desk.open(lambda: held)
-        visits = [desk.admit(ask), desk.admit(ask)]
-        desk.close()
+            queue.submit(ask)
+        await queue.open(lambda: held)
+        requests = [queue.submit(ask), queue.submit(ask)]
+        queue.close()
         gate.opened.set()
-        for visit in visits:
-            with pytest.raises(Stopped):
-                await told(visit)
+        for request in requests:
+            with pytest.raises(EpisodeCancelled):
+                await told(request)
         with pytest.raises(NotReady):
-            desk.admit(ask)
+            queue.submit(ask)
 
     run(scenario)

@@ -17,11 +17,11 @@ from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.config.agent import ProtocolConfig, RolloutConfig, Sampling
 from dgpo_core.config.recipes import Distillation, Reinforcement
 from dgpo_core.config.training import ComputeConfig, DistillConfig, ReinforceConfig
+from dgpo_core.models import load_model, load_tokenizer, save_model
 from dgpo_core.retrieval.index import Index
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
-from dgpo_core.training.models import load_model, load_tokenizer, save_model
 from dgpo_core.training.reinforce import Reinforcer
 from tests.dgpo_core.making import question
 

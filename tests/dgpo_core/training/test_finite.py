@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from dgpo_core.errors import NotFinite
-from dgpo_core.training.checkpoint import broken_weight, require_finite, training_step
+from dgpo_core.models import broken_weight
+from dgpo_core.training.checkpoint import require_finite, training_step
 
 
 @pytest.mark.parametrize(

@@ -39,7 +39,7 @@ class CopyEngine(TransformersEngine):
                     own.pop(name).copy_(tensor)
         assert all(self.lost in name for name in own), "weights were not all given"
 
-    def rest(self) -> None:
+    def sleep(self) -> None:
         self.rests += 1
 
 

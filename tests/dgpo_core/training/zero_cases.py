@@ -17,11 +17,11 @@ from dgpo_core.agent.episode import Episode
 from dgpo_core.config.recipes import Distillation, Reinforcement
 from dgpo_core.config.training import ComputeConfig, DistillConfig, LoraConfig, ReinforceConfig
 from dgpo_core.errors import NotFinite
+from dgpo_core.models import add_adapters, merged
 from dgpo_core.training import parallel
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
-from dgpo_core.training.models import add_adapters, merged
 from dgpo_core.training.reinforce import Reinforcer
 from dgpo_core.world.tokenizer import build_tokenizer
 from tests.dgpo_core.making import random_episode, tiny_model

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from dgpo_core.config.agent import ProtocolConfig
 from dgpo_core.config.data import BaseModelConfig, BaseModelsConfig, ModelShape, PhaseConfig, WorldConfig
-from dgpo_core.training.models import load_model, load_tokenizer
+from dgpo_core.models import load_model, load_tokenizer
 from dgpo_core.world import pretraining as loop
 from dgpo_core.world.pretraining import BaseModelBuilder, Report
 

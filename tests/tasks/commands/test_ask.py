@@ -13,7 +13,15 @@ from rich.console import Console
 from dgpo_core.agent.episode import Ending
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
-from dgpo_core.serving.events import Ask, Delta, Found, Information, Notice, Record, Source
+from dgpo_core.serving.events import (
+    AgentRequest,
+    Delta,
+    EpisodeRecord,
+    Notice,
+    RetrievedPassage,
+    SearchResult,
+    SourcePassage,
+)
 from tasks.commands.ask import Screen, ask, printable
 from tests.conftest import ROOT
 from tests.tasks.miniature import make_project
@@ -40,10 +48,10 @@ def test_text_and_json_tell_the_same_episode(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(indexed_project)
-    ask("teacher", Ask(question.question), as_json=True, colour=True)
-    record = Record.model_validate_json(capsys.readouterr().out)
+    ask("teacher", AgentRequest(question.question), as_json=True, colour=True)
+    record = EpisodeRecord.model_validate_json(capsys.readouterr().out)
     assert record.question == question.question and record.model == "teacher"
-    ask("teacher", Ask(question.question), as_json=False, colour=True)
+    ask("teacher", AgentRequest(question.question), as_json=False, colour=True)
     text = capsys.readouterr().out
     lines = text.splitlines()
     end = lines.index("")
@@ -63,10 +71,10 @@ def test_errors_of_the_user(
     make_project(tmp_path)
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"data/index: there is no index yet; run `make demo`"):
-        ask("teacher", Ask("Who"), as_json=False, colour=True)
+        ask("teacher", AgentRequest("Who"), as_json=False, colour=True)
     monkeypatch.chdir(indexed_project)
     with pytest.raises(UserError, match=r"between 0 and protocol.max_turns \(2\), not 3"):
-        ask("teacher", Ask(question.question, max_searches=3), as_json=True, colour=True)
+        ask("teacher", AgentRequest(question.question, max_searches=3), as_json=True, colour=True)
 
 
 def test_a_retriever_that_is_down_is_said_in_one_line(
@@ -76,22 +84,22 @@ def test_a_retriever_that_is_down_is_said_in_one_line(
     (tmp_path / "data").symlink_to(indexed_project / "data")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as ended:
-        ask("teacher", Ask("Who"), as_json=True, colour=True)
+        ask("teacher", AgentRequest("Who"), as_json=True, colour=True)
     told = capsys.readouterr()
     assert ended.value.code == 1 and told.out == ""
     (line,) = told.err.splitlines()
     assert line.startswith("error: no answer, because the retriever failed: cannot fill the Qdrant")
 
 
-def record(answer: str | None, **more: object) -> Record:
+def record(answer: str | None, **more: object) -> EpisodeRecord:
     """Of an episode that ran out of turns, unless `more` says otherwise."""
     texts = {"question": "q", "model": "m", "response": "", "ending": Ending.BUDGET, "failure": None}
     lists: dict[str, object] = {"sources": [], "steps": [], "searches": [], "well_formed": False}
     numbers = dict.fromkeys(("invalid_actions", "temperature", "seed", "model_tokens", "other_tokens"), 0)
-    return Record.model_validate({**texts, **lists, **numbers, "answer": answer, **more})
+    return EpisodeRecord.model_validate({**texts, **lists, **numbers, "answer": answer, **more})
 
 
-def shown(*events: Delta | Information | Notice, end: Record, terminal: bool = False) -> str:
+def shown(*events: Delta | SearchResult | Notice, end: EpisodeRecord, terminal: bool = False) -> str:
     out = io.StringIO()
     screen = Screen(Console(file=out, width=40, force_terminal=terminal, color_system=None, highlight=False))
     for event in events:
@@ -105,7 +113,7 @@ def test_deltas_become_paragraphs_without_spaces_at_their_ends() -> None:
     pieces += [("answer", " Rome"), ("answer", " ")]
     text = shown(
         *(Delta.model_validate({"kind": kind, "turn": 0, "text": piece}) for kind, piece in pieces),
-        end=record("Rome", sources=[Source(number=1, id="7", title="Italy")]),
+        end=record("Rome", sources=[SourcePassage(number=1, id="7", title="Italy")]),
     )
     assert text == "think       I know it.\nanswer      Rome\n\nRome\nContained in\n[1] Italy\n"
 
@@ -119,11 +127,11 @@ def test_it_says_when_there_is_no_answer_or_no_source() -> None:
 
 def test_control_sequences_of_models_and_documents_do_not_reach_the_terminal() -> None:
     evil = "a\x1b[2J\x9b\u202eb\r"
-    passages = [Found(id="1", title=evil, text="long " * 40, score=1.0)]
+    passages = [RetrievedPassage(id="1", title=evil, text="long " * 40, score=1.0)]
     text = shown(
         Delta(kind="think", turn=0, text=evil),
-        Information(turn=0, query="q", passages=passages),
-        end=record(evil, sources=[Source(number=1, id="1", title=evil)]),
+        SearchResult(turn=0, query="q", passages=passages),
+        end=record(evil, sources=[SourcePassage(number=1, id="1", title=evil)]),
         terminal=True,
     )
     assert not set("\x1b\x9b\u202e\r") & set(text)
@@ -132,8 +140,8 @@ def test_control_sequences_of_models_and_documents_do_not_reach_the_terminal() -
 
 
 def test_markup_stays_text_and_wide_letters_stay_on_their_line() -> None:
-    passages = [Found(id="1", title="[red]x[/red] :smile:", text="東京" * 40, score=1.0)]
-    found = Information(turn=0, query="q", passages=passages)
+    passages = [RetrievedPassage(id="1", title="[red]x[/red] :smile:", text="東京" * 40, score=1.0)]
+    found = SearchResult(turn=0, query="q", passages=passages)
     text = shown(found, end=record("[bold]Rome"), terminal=True)
     assert "[red]x[/red] :smile:" in text and "[bold]Rome" in text
     assert [cell_len(line) for line in text.splitlines() if "東" in line] == [40]

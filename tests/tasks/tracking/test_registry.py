@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.training.models import save_model
+from dgpo_core.models import save_model
 from dgpo_core.world.tokenizer import build_tokenizer
 from tasks.commands.promote import promote
 from tasks.commands.recreate import show

@@ -1,10 +1,10 @@
-"""What answers a question: a model by any of its names, with the index, as one agent."""
+"""The agent that `dgpo ask` and `dgpo serve` open: a model by any of its names, with the index."""
 
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from dgpo_core.config.params import Params, load_params
+from dgpo_core.config.params import Params
 from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.errors import UserError
 from tasks.project.paths import INDEX, MODELS
@@ -17,17 +17,16 @@ CHAMPION = "models:/search-agent@champion"
 REGISTRY = "models:/"
 
 
-def resolve_model(reference: str | None) -> str:
-    """Folder or hub name of a model: a recipe, `student`, `teacher`, a folder, or `models:/name@alias`.
+def resolve_model(params: Params, reference: str | None) -> str:
+    """Return folder or hub name of a recipe, `student`, `teacher`, a folder, or `models:/name@alias`.
 
     None is the registered champion or, without one, the newest trained recipe; which one is said on stderr.
     Raises UserError for a model that there is not.
     """
     if reference is None:
-        return _default()
+        return _default_model(params)
     if reference.startswith(REGISTRY):
-        return _registered(reference)
-    params = load_params()
+        return _registered_model(reference)
     if reference in (STUDENT, TEACHER):
         return model_source(params, reference)
     if reference in params.recipes.all:
@@ -43,45 +42,45 @@ def resolve_model(reference: str | None) -> str:
     )
 
 
-def open_agent(params: Params, source: str, name: str) -> "Agent":
-    """Load model and index; `name` is what people call the model.
-
-    Raises UserError, and InfrastructureError when the retriever is down.
-    """
-    # torch and transformers take seconds to import: what can be wrong before them has been found by now
-    from dgpo_core.serving.agent import Agent
-    from dgpo_core.training.models import load_model, load_tokenizer
-    from tasks.stages.inputs import retriever
-
-    tokenizer = load_tokenizer(source)
-    model = load_model(source, params.compute.device)
-    index = retriever(params)
-    return Agent(name, model, tokenizer, index, params.protocol, params.rollout, params.retrieval.top_k)
-
-
-def called(reference: str | None, source: str) -> str:
-    """What people call the model: the reference, or a folder's name without the machine's paths."""
-    return Path(source).name if reference is None or Path(reference).is_dir() else reference
-
-
 def require_index() -> None:
     """Raise UserError, before anything is loaded, when there is no index."""
     if not INDEX.is_dir():
         raise UserError(f"{INDEX}: there is no index yet; run `make demo`, or `dvc repro index`")
 
 
-def _registered(reference: str) -> str:
+def open_agent(params: Params, source: str, reference: str | None) -> "Agent":
+    """Load the model in `source`, which somebody gave as `reference`, and the index.
+
+    Raises UserError, and InfrastructureError when the retriever is down.
+    """
+    # torch and transformers take seconds to import: what can be wrong before them has been found by now
+    from dgpo_core.models import load_model, load_tokenizer
+    from dgpo_core.serving.agent import Agent
+    from tasks.stages.inputs import retriever
+
+    tokenizer = load_tokenizer(source)
+    model = load_model(source, params.compute.device)
+    name, index = model_name(reference, source), retriever(params)
+    return Agent(name, model, tokenizer, index, params.protocol, params.rollout, params.retrieval.top_k)
+
+
+def model_name(reference: str | None, source: str) -> str:
+    """Return what people call the model: the reference, or a folder's name without the machine's paths."""
+    return Path(source).name if reference is None or Path(reference).is_dir() else reference
+
+
+def _registered_model(reference: str) -> str:
     from tasks.tracking.registry import model_folder  # MLflow takes a second to import
 
     return str(model_folder(reference))
 
 
-def _default() -> str:
+def _default_model(params: Params) -> str:
     try:
-        return _registered(CHAMPION)
+        return _registered_model(CHAMPION)
     except UserError as error:
         reason = str(error)
-    recipes = [MODELS / name for name in load_params().recipes.all]
+    recipes = [MODELS / name for name in params.recipes.all]
     trained = [folder for folder in recipes if (folder / "config.json").is_file()]
     if not trained:
         raise UserError(

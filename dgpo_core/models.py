@@ -24,7 +24,6 @@ from dgpo_core.config.training import LoraConfig
 from dgpo_core.errors import InfrastructureError, NotFinite, UserError, first_line
 from dgpo_core.files import replacement
 from dgpo_core.hub import HTTP_ERROR, unreachable
-from dgpo_core.training.checkpoint import broken_weight
 
 MAX_POSITIONS = 4096
 
@@ -96,6 +95,14 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     with replacement(folder) as part:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+
+
+def broken_weight(module: torch.nn.Module) -> str | None:
+    """Return the name of a weight with an entry that is nan or infinite; None where there is none."""
+    for name, parameter in module.named_parameters():
+        if parameter.numel() and not torch.stack(parameter.detach().aminmax()).isfinite().all():
+            return name
+    return None
 
 
 def _learn_all_embeddings(model: PreTrainedModel) -> None:

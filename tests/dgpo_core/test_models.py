@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.errors import NotFinite, UserError
-from dgpo_core.training.models import load_model, load_tokenizer, save_model
+from dgpo_core.models import load_model, load_tokenizer, save_model
 from dgpo_core.training.reinforce import Critic
 from tests.dgpo_core.making import tiny_model
 

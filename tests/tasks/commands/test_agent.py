@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from dgpo_core.config.params import load_params
 from dgpo_core.errors import UserError
-from tasks.commands.answering import CHAMPION, called, resolve_model
+from tasks.commands.agent import CHAMPION, model_name, resolve_model
 from tasks.commands.promote import promote
 from tasks.project.files import content_hash
 from tasks.tracking.evaluations import register_trained
@@ -30,29 +31,29 @@ def nothing_trained(own_store: Path) -> Path:
 
 def test_names_and_folders(nothing_trained: Path) -> None:
     trained("kd", 1)
-    assert resolve_model("teacher") == "models/teacher"
-    assert resolve_model("kd") == "models/kd"
-    assert resolve_model(str(Path("models/kd").resolve())) == str(Path("models/kd").resolve())
+    assert resolve_model(load_params(), "teacher") == "models/teacher"
+    assert resolve_model(load_params(), "kd") == "models/kd"
+    assert resolve_model(load_params(), str(Path("models/kd").resolve())) == str(Path("models/kd").resolve())
 
 
 def test_registered_models_and_the_champion_by_default(own_store: Path) -> None:
     make_trained(own_store)
     register_trained()
     with pytest.raises(UserError, match=r"search-agent.*champion"):
-        resolve_model(CHAMPION)
+        resolve_model(load_params(), CHAMPION)
     assert promote("1", dry_run=False, yes=True) == 0
-    champion = content_hash(Path(resolve_model("models:/search-agent/1")))
-    assert content_hash(Path(resolve_model(CHAMPION))) == champion
-    assert content_hash(Path(resolve_model(None))) == champion
+    champion = content_hash(Path(resolve_model(load_params(), "models:/search-agent/1")))
+    assert content_hash(Path(resolve_model(load_params(), CHAMPION))) == champion
+    assert content_hash(Path(resolve_model(load_params(), None))) == champion
     with pytest.raises(UserError, match="search-agent has no version 9; there are: 1, 2"):
-        resolve_model("models:/search-agent/9")
+        resolve_model(load_params(), "models:/search-agent/9")
 
 
 def test_a_models_name_holds_no_path_of_this_machine(nothing_trained: Path) -> None:
     trained("kd", 1)
-    assert called("models:/search-agent/3", "/somewhere/dgpo") == "models:/search-agent/3"
-    assert called("kd", "models/kd") == called(None, "models/kd") == "kd"
-    assert called(str(Path("models/kd").resolve()), str(Path("models/kd").resolve())) == "kd"
+    assert model_name("models:/search-agent/3", "/somewhere/dgpo") == "models:/search-agent/3"
+    assert model_name("kd", "models/kd") == model_name(None, "models/kd") == "kd"
+    assert model_name(str(Path("models/kd").resolve()), str(Path("models/kd").resolve())) == "kd"
 
 
 def test_without_a_champion_the_newest_recipe_and_a_word_about_it(
@@ -61,18 +62,18 @@ def test_without_a_champion_the_newest_recipe_and_a_word_about_it(
     trained("kd", 100)
     trained("dgpo", 50)
     trained("no-recipe", 200)
-    assert resolve_model(None) == "models/kd"
+    assert resolve_model(load_params(), None) == "models/kd"
     said = capsys.readouterr().err
     assert "model models/kd, the newest trained recipe (" in said and "champion" in said
 
 
 def test_what_there_is_not_is_said(nothing_trained: Path) -> None:
     with pytest.raises(UserError, match="no champion and no trained recipe; run `make demo`"):
-        resolve_model(None)
+        resolve_model(load_params(), None)
     with pytest.raises(UserError, match="dgpo is not trained yet; run `dvc repro evaluate@dgpo`"):
-        resolve_model("dgpo")
+        resolve_model(load_params(), "dgpo")
     with pytest.raises(UserError, match="no such model: student, teacher, kd, dgpo, or models:/name@alias"):
-        resolve_model("gpt")
+        resolve_model(load_params(), "gpt")
     shutil.rmtree("models")
     with pytest.raises(UserError):
-        resolve_model("kd")
+        resolve_model(load_params(), "kd")
