@@ -1,4 +1,4 @@
-"""Encoders: the dense one against pooling written out by hand, on a real (random) BERT."""
+"""Encoders against the libraries that they stand for, and BM25 in every script."""
 
 import sys
 from pathlib import Path
@@ -8,11 +8,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertModel
 
 from dgpo_core.config.retrieval import EncoderConfig
+from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval import encoders
 from dgpo_core.retrieval.encoders import (
@@ -23,7 +26,9 @@ from dgpo_core.retrieval.encoders import (
     SparseVector,
     make_encoder,
 )
+from dgpo_core.retrieval.index import index_passages
 from dgpo_core.text import start_of
+from tests.dgpo_core.retrieval.conftest import BM25
 from tests.dgpo_core.retrieval.words import WORDS
 
 
@@ -216,3 +221,51 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, minilm: Path) -> N
 def test_folder_without_a_sentence_transformers_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"retrieval\.encoder\.model: cannot load"):
         make_encoder(EncoderConfig(kind="sentence-transformers", model=str(tmp_path / "none")), 10.0)
+
+
+SCRIPTS = {
+    "zh": "茶馆的老板住在河边的旧房子里。1930年代的Paris",
+    "zh2": "老虎住在山上",
+    "ja": "図書館は駅の近くにあります。カフェは休みです",
+    "th": "ร้านหนังสืออยู่ใกล้สถานีรถไฟ",
+    "lo": "ຮ້ານປຶ້ມຢູ່ໃກ້ສະຖານີລົດໄຟ",
+    "km": "ហាងសៀវភៅនៅជិតស្ថានីយ៍រថភ្លើង",
+    "my": "စာအုပ်ဆိုင်သည်ဘူတာရုံအနီးတွင်ရှိသည်",
+    "ko": "도서관은 역에서 가깝다",
+    "en": "The library is near the station.",
+}
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("老板", "zh"), ("旧房子", "zh"), ("paris", "zh"), ("1930", "zh"), ("山", "zh2"),
+        ("図書館", "ja"), ("駅", "ja"), ("カフェ", "ja"), ("カフェはどこ", "ja"),
+        ("สถานี", "th"), ("ร้านหนังสือ", "th"), ("ສະຖານີ", "lo"), ("ស្ថានីយ៍", "km"), ("ဘူတာ", "my"),
+        ("도서관", "ko"), ("역", "ko"), ("\u1103\u1169\u1109\u1165", "ko"),
+        ("libraries", "en"),
+    ],
+)  # fmt: skip
+def test_a_word_finds_its_passage(query: str, found: str) -> None:
+    index = index_passages([Passage(name, name, text) for name, text in SCRIPTS.items()], BM25)
+    (hits,) = index.search([query], 3)
+    assert hits[0].passage.id == found
+
+
+@given(
+    st.lists(
+        st.sampled_from(["the libraries ", "Ann's ", "老板", "駅", "ก่อน", "é", "\u0301", "、"]), max_size=8
+    )
+)
+def test_words_beside_such_runs_are_the_same(parts: list[str]) -> None:
+    encoder = Bm25Encoder(10.0)
+
+    def terms(text: str) -> set[int]:
+        (vector,) = encoder.encode_queries([text])
+        assert isinstance(vector, SparseVector)
+        return set(vector.indices)
+
+    text = "".join(parts)
+    assert terms("libraries Ann's") <= terms(f"the libraries of Ann's {text}")
+    for part in parts:
+        assert terms(part) <= terms(" ".join(parts))
