@@ -15,7 +15,8 @@ from prefect.artifacts import create_markdown_artifact
 
 from dgpo_core.config.params import NO_RECIPES, PARAMS, load_params, resolve_profile
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.reporting.reproduction.records import Record, keep, pool
+from dgpo_core.reporting.reproduction.report import pool_seeds
+from dgpo_core.reporting.reproduction.seeds import SeedRecord, keep
 from dgpo_core.reporting.reproduction.sizes import write_sizes
 from flows.pipeline import PipelineFailed, refuse_endless_restarts, stages, warn_of_changes
 from flows.settings import PipelineSettings
@@ -50,7 +51,7 @@ def reproduce(
         trees = {seed: _worktree(root, name, profile, recipes, seed) for seed, name in names.items()}
         _run_all(trees, max_parallel)
         out = root / REPORT / profile
-        pool([keep(tree, out / SEEDS, _record(tree)) for tree in trees.values()], out)
+        pool_seeds([keep(tree, out / SEEDS, _record(tree)) for tree in trees.values()], out)
     create_markdown_artifact((out / "results.md").read_text(encoding="utf-8"), key="reproduction")
     write_sizes(root / REPORT, root / REPORT)
 
@@ -66,9 +67,9 @@ def _run_all(trees: dict[int, Path], max_parallel: int) -> None:
         raise PipelineFailed("; ".join(failures))
 
 
-def _record(tree: Path) -> Record:
+def _record(tree: Path) -> SeedRecord:
     params = load_params(tree / PARAMS)
-    return Record(
+    return SeedRecord(
         profile=params.profile,
         seed=params.seed,
         commit=git("rev-parse", "HEAD", cwd=tree),

@@ -37,7 +37,7 @@ from dgpo_core.errors import UserError
 from dgpo_core.evaluation.results import (
     CHECKS,
     Key,
-    Measured,
+    Measurement,
     Row,
     Scores,
     read_arcap,
@@ -83,7 +83,7 @@ class Evidence:
     made: Made
     questions: str
     scores: Scores
-    arcap: dict[str, Measured]
+    arcap: dict[str, Measurement]
     diagnoses: dict[Key, Row]
 
 
@@ -351,7 +351,7 @@ def _paired_em(ours: Evidence, theirs: Evidence, dataset: str) -> Values:
     return differences[~np.isnan(differences)]
 
 
-def _paired(ours: Measured, theirs: Measured) -> Values:
+def _paired(ours: Measurement, theirs: Measurement) -> Values:
     differences: Values = ours.values - theirs.values
     return differences[~np.isnan(differences)]
 
@@ -424,7 +424,7 @@ def markdown(decision: Decision) -> str:
         rows = [HEADS, tuple("---" for _ in HEADS), *map(cells, decision.conditions)]
         lines += [f"| {' | '.join(map(markdown_cell, row))} |" for row in rows]
     if decision.told:
-        lines += ["", "Measured, not judged:", ""]
+        lines += ["", "Measurement, not judged:", ""]
         lines += [
             f"- {name}: {_number(told['difference'], True)} "
             f"({_number(told['low'], True)} to {_number(told['high'], True)})"

@@ -140,7 +140,7 @@ def _quantity(path: Path, rows: list[Row], failed: NDArray[np.bool_], name: str)
 
 
 @dataclass(frozen=True)
-class Measured:
+class Measurement:
     """One ARCap measurement of a model: an entry a question, sorted by id; values are nan where failed."""
 
     question_ids: list[str]
@@ -148,13 +148,13 @@ class Measured:
     values: NDArray[np.float64]
 
 
-def read_arcap(evaluation: Path, models: Sequence[str]) -> dict[str, dict[str, Measured]]:
+def read_arcap(evaluation: Path, models: Sequence[str]) -> dict[str, dict[str, Measurement]]:
     """Every model's measurements; those that were not made are absent.
 
     Raises UserError naming the file when one is missing or malformed, and when two models were not asked the
     same questions in a measurement.
     """
-    found: dict[str, dict[str, Measured]] = {}
+    found: dict[str, dict[str, Measurement]] = {}
     for model in models:
         path = evaluation / model / "arcap.parquet"
         found[model] = _measurements(path)
@@ -167,11 +167,11 @@ def read_arcap(evaluation: Path, models: Sequence[str]) -> dict[str, dict[str, M
     return found
 
 
-def _measurements(path: Path) -> dict[str, Measured]:
+def _measurements(path: Path) -> dict[str, Measurement]:
     rows = sorted(read_rows(path, _ARCAP_COLUMNS), key=lambda row: str(row["question_id"]))
     if unknown := {str(row["measurement"]) for row in rows} - set(MEASUREMENTS):
         raise UserError(f"{path}: unknown measurements: {', '.join(sorted(unknown))}")
-    found: dict[str, Measured] = {}
+    found: dict[str, Measurement] = {}
     for name in MEASUREMENTS:
         mine = [row for row in rows if row["measurement"] == name]
         ids = [str(row["question_id"]) for row in mine]
@@ -182,7 +182,7 @@ def _measurements(path: Path) -> dict[str, Measured]:
         if len(set(ids)) < len(ids):
             raise UserError(f"{path}: {name}: a question stands there twice")
         if mine:
-            found[name] = Measured(ids, failed, np.where(failed, np.nan, values))
+            found[name] = Measurement(ids, failed, np.where(failed, np.nan, values))
     return found
 
 
@@ -292,7 +292,7 @@ def comparisons(scores: Mapping[str, Scores]) -> dict[str, Table]:
     return {name: _paired(em[first], em[second]) for name, first, second in _pairs(em)}
 
 
-def arcap(measured: Mapping[str, Mapping[str, Measured]]) -> dict[str, Table]:
+def arcap(measured: Mapping[str, Mapping[str, Measurement]]) -> dict[str, Table]:
     """{model: {measurement: {mean, ci95, n, failed}}}, from each measurement's values and failures."""
     return {
         model: {
@@ -303,7 +303,7 @@ def arcap(measured: Mapping[str, Mapping[str, Measured]]) -> dict[str, Table]:
     }
 
 
-def arcap_comparisons(measured: Mapping[str, Mapping[str, Measured]]) -> dict[str, dict[str, Table]]:
+def arcap_comparisons(measured: Mapping[str, Mapping[str, Measurement]]) -> dict[str, dict[str, Table]]:
     """{"dgpo-kd": {measurement: {mean, ci95, n}}, ...}: paired differences on the same questions.
 
     As in `comparisons`; only measurements that both models have.

@@ -2,12 +2,14 @@
 
 import csv
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from dgpo_core.errors import UserError
+from dgpo_core.reporting.formats import model_label
 
 MAX_POINTS = 1000  # denser columns are averaged in blocks, for the size of the page
 SMOOTHING = 20  # a trend is the mean over 1/SMOOTHING of the curve, drawn where the curve is long enough
@@ -55,6 +57,27 @@ PANELS = (
     Panel("Actor: gradient norm", "before clipping", ("actor_grad_norm",)),
     Panel("Critic: gradient norm", "before clipping", ("critic_grad_norm",)),
 )
+SEED_POINTS = 200  # a line; there are recipes x seeds x panels of them in a reproduction's page
+SEED_PANELS = (
+    ("em", "Exact match", "sampled episodes"),
+    ("dev_em", "Exact match, held out", "greedy episodes"),
+    ("invalid_actions", "Invalid actions", "an episode"),
+    ("response_tokens", "Response length", "model tokens"),
+    ("searches", "Searches", "an episode"),
+    ("entropy", "Entropy of the policy", "nats a token"),
+    ("divergence", "Divergence from the teacher", "on-policy distillation, nats a token"),
+    ("gate_open", "Gate open", "share of episodes"),
+    ("gate_closed", "Gate closed", "share of episodes"),
+    ("gate_excluded", "Excluded from the gate", "share of episodes, failed"),
+    ("kl_inside", "KL inside the gate", "nats a token, at the sampling temperature"),
+    ("kl_outside", "KL outside the gate", "nats a token, at the sampling temperature"),
+    ("clip_fraction", "Clipped ratios", "share of tokens"),
+    ("explained_variance", "Explained variance", "of the critic, at most 1"),
+    ("reward", "Reward", "mean of an episode"),
+    ("actor_grad_norm", "Actor: gradient norm", "before clipping"),
+)
+# who learns from the teacher's episodes is left out: the same columns mean something else there
+SIGN_OF_SAMPLING = ("em", "reward")
 COLUMN_LABELS = {"em": "training (sampled)", "dev_em": "held out"}
 Points = list[tuple[float, float]]
 
@@ -69,7 +92,7 @@ class Curve:
 
 
 def read_curves(folder: Path) -> list[Curve]:
-    """Every `<stage>-<recipe>.csv`, by name; raises UserError naming file and line when one is malformed."""
+    """Read every `<stage>-<recipe>.csv`, by name. Raises UserError naming file and line."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     return [_read(path) for path in sorted(folder.glob("*.csv"))]
@@ -97,7 +120,7 @@ def _read(path: Path) -> Curve:
 
 
 def _number(text: str, where: str) -> float | None:
-    """None for an empty field and for what cannot be drawn (nan, infinities)."""
+    """Return None for an empty field and for what cannot be drawn (nan, infinities)."""
     if not text.strip():
         return None
     try:
@@ -108,7 +131,7 @@ def _number(text: str, where: str) -> float | None:
 
 
 def figures(curve: Curve) -> list[dict[str, Any]]:
-    """One figure a panel: {title, unit, traces}, known columns in PANELS' order, then the others by name."""
+    """Return {title, unit, traces} of each panel: known columns in PANELS' order, then the others."""
     known = {column for panel in PANELS for column in panel.columns}
     others = [Panel(name, "", (name,)) for name in curve.columns if name not in known]
     found = []
@@ -122,7 +145,7 @@ def figures(curve: Curve) -> list[dict[str, Any]]:
 
 
 def _traces(name: str, points: Points) -> list[dict[str, Any]]:
-    """Plotly traces without colours (the page's theme gives them by `role`): raw, and a trend if long."""
+    """Return plotly traces without colours (the theme gives them by `role`): raw, and a trend if long."""
     points = thinned(points)
     if name == "dev_em":
         return [_trace(name, "points", points)]
@@ -141,14 +164,14 @@ def _trace(name: str, role: str, points: Points) -> dict[str, Any]:
 
 
 def thinned(points: Points, limit: int = MAX_POINTS) -> Points:
-    """At most `limit` points: means of equal blocks of values, at each block's last step."""
+    """Return at most `limit` points: means of equal blocks of values, at each block's last step."""
     size = math.ceil(len(points) / limit)
     blocks = [points[start : start + size] for start in range(0, len(points), size)] if size > 1 else []
     return [(block[-1][0], _mean([value for _, value in block])) for block in blocks] or points
 
 
 def smoothed(points: Points) -> Points:
-    """Centred moving average over len / SMOOTHING points; at both ends over what there is of the window."""
+    """Average over a centred window of len / SMOOTHING points, or what of it lies within the curve."""
     half = max(1, len(points) // SMOOTHING // 2)
     values = [value for _, value in points]
     return [
@@ -164,3 +187,45 @@ def _mean(values: Sequence[float]) -> float:
 def _short(value: float) -> float | int:
     rounded = float(f"{value:.5g}") if abs(value) < 1e5 else value
     return int(rounded) if rounded.is_integer() else rounded
+
+
+def seed_panels(curves: dict[str, list[Curve]]) -> list[dict[str, Any]]:
+    """Return {title, unit, traces} of each panel with data: a thin line a seed, a strong one for the mean."""
+    trained = {
+        recipe: own
+        for recipe, own in curves.items()
+        if any(name in curve.columns for curve in own for name in SIGN_OF_SAMPLING)
+    }
+    found = []
+    for column, title, unit in SEED_PANELS:
+        traces = [trace for recipe, own in trained.items() for trace in _seed_traces(recipe, own, column)]
+        if traces:
+            found.append({"title": title, "unit": unit, "traces": traces})
+    return found
+
+
+def _seed_traces(recipe: str, curves: Sequence[Curve], column: str) -> list[dict[str, Any]]:
+    seeds = [curve.columns[column] for curve in curves if column in curve.columns]
+    if not seeds:
+        return []
+    lines = [("raw", points) for points in seeds] if len(seeds) > 1 else []
+    return [
+        {
+            "name": model_label(recipe),
+            "model": recipe,
+            "role": role,
+            "x": [round(step, 2) for step, _ in drawn],
+            "y": [float(f"{value:.4g}") for _, value in drawn],
+        }
+        for role, points in [*lines, ("trend", mean_curve(seeds))]
+        for drawn in [thinned(points if column == "dev_em" else smoothed(points), SEED_POINTS)]
+    ]
+
+
+def mean_curve(seeds: Sequence[Points]) -> Points:
+    """Average step by step over the seeds that have the step."""
+    values: dict[float, list[float]] = defaultdict(list)
+    for points in seeds:
+        for step, value in points:
+            values[step].append(value)
+    return [(step, sum(own) / len(own)) for step, own in sorted(values.items())]

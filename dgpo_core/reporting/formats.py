@@ -1,18 +1,16 @@
-"""Names and sentences of the page, derived from the numbers alone.
-
-The files of a report: complete or absent, the same bytes for the same numbers.
-
-What every section of the page is made of: the report's tables, and heads and cells of its rows.
-"""
+"""How reports say and write things: names, sentences and cells from numbers, and files from texts."""
 
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+from markupsafe import Markup
+
 from dgpo_core.files import write_text
-from dgpo_core.reporting.curves import Curve
+
+TEMPLATES = Path(__file__).parent / "templates"
 
 MODEL_LABELS = {
     "student": "Student",
@@ -47,11 +45,12 @@ GIVEN = ("student", "teacher")  # where training starts and what it looks up to:
 
 
 def model_label(name: str) -> str:
+    """Return a model's name for people."""
     return MODEL_LABELS.get(name, name)
 
 
-def verdict(pair: str, entry: Mapping[str, Any]) -> str:
-    """What a paired difference allows to say, e.g. `DGPO beats KD by 0.052 EM`; never more than that."""
+def comparison(pair: str, entry: Mapping[str, Any]) -> str:
+    """Say what a paired difference allows, e.g. `DGPO beats KD by 0.052 EM`, and never more than that."""
     first, second = (model_label(name) for name in pair.split("-"))
     mean, (low, high) = entry["mean"], entry["ci95"]
     if mean is None or low is None:
@@ -63,28 +62,26 @@ def verdict(pair: str, entry: Mapping[str, Any]) -> str:
     return f"No clear difference between {first} and {second}"
 
 
-def evidence(entry: Mapping[str, Any]) -> str:
-    """The numbers behind a verdict, in one line."""
+def comparison_numbers(entry: Mapping[str, Any]) -> str:
+    """Write the numbers behind `comparison` in one line."""
     low, high = entry["ci95"]
     if entry["mean"] is None or low is None:
         return f"{entry['n']:,} paired questions"
     zero = "" if low > 0 or high < 0 else "; the interval includes 0"
-    numbers = f"{entry['mean']:+.3f} EM (95 % interval {low:+.3f} to {high:+.3f})".replace(
-        "-", "\N{MINUS SIGN}"
-    )
+    numbers = f"{entry['mean']:+.3f} EM (95 % interval {low:+.3f} to {high:+.3f})".replace("-", MINUS)
     return f"{numbers} on {entry['n']:,} pooled questions{zero}"
 
 
 def headline(comparisons: Mapping[str, Mapping[str, Any]], models: list[str]) -> tuple[str, str]:
-    """Title and line of evidence: DGPO against KD where both exist, else the first pair, else the models."""
+    """Return title and numbers: of DGPO against KD where both exist, else the first pair, else the models."""
     if not comparisons:
         return " · ".join(model_label(name) for name in models), "No pair of models to compare in this run"
     pair, entry = next(iter(comparisons.items()))
-    return verdict(pair, entry), evidence(entry)
+    return comparison(pair, entry), comparison_numbers(entry)
 
 
 def failures(results: Mapping[str, Mapping[str, Any]], average: str) -> str:
-    """Who lost how many questions to failures of the infrastructure."""
+    """Say which model lost how many questions to failures of the infrastructure."""
     lost = {model: rows[average]["failed"] for model, rows in results.items() if rows[average]["failed"]}
     if not lost:
         return "No episode failed."
@@ -93,6 +90,7 @@ def failures(results: Mapping[str, Mapping[str, Any]], average: str) -> str:
 
 
 def as_json(table: Any) -> str:
+    """Write a table as indented JSON; nan is refused with ValueError."""
     return json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -102,32 +100,26 @@ def write_texts(folder: Path, texts: Mapping[str, str]) -> None:
         write_text(folder / name, text)
 
 
+def template(name: str) -> Template:
+    """Return a template of a page, which escapes what it is given and fails for what it is not."""
+    environment = Environment(
+        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    return environment.get_template(name)
+
+
+def asset(name: str) -> Markup:
+    """Return a style sheet or a script of ours, which a page includes as it is."""
+    return Markup((TEMPLATES / name).read_text(encoding="utf-8"))
+
+
 COLOURS = {name: index for index, name in enumerate(MODEL_LABELS)}  # of the style sheet
-DASH = "\N{EN DASH}"
+DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 Row = dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Report:
-    """The tables of a run, as the JSON files hold them, and what surrounds them."""
-
-    models: list[str]
-    mirrors: dict[str, str]  # data set -> the paper's
-    results: dict[str, Any]
-    behaviour: dict[str, Any]
-    comparisons: dict[str, Any]
-    arcap: dict[str, Any]
-    arcap_comparisons: dict[str, Any]
-    diagnosis: dict[str, Any]
-    curves: list[Curve]
-    questions: list[dict[str, Any]]  # of the episode reader
-    metrics: dict[str, dict[str, Any]]
-    params: dict[str, Any]
-    pair: str  # of the paper's models
-
-
 def colour_of(name: str, models: Iterable[str]) -> int:
-    """A recipe of the user's takes the colour of one of the paper's, which is seldom beside it."""
+    """Return a model's colour; a recipe of the user's takes one of the paper's, which is seldom beside it."""
     if name in COLOURS:
         return COLOURS[name]
     others = [model for model in models if model not in COLOURS]
@@ -135,7 +127,7 @@ def colour_of(name: str, models: Iterable[str]) -> int:
 
 
 def model_head(name: str, models: Sequence[str]) -> Row:
-    """A model's name, label, colour and note."""
+    """Return the head of a model's row: name, label, colour and note."""
     return {
         "name": name,
         "label": model_label(name),
@@ -147,7 +139,7 @@ def model_head(name: str, models: Sequence[str]) -> Row:
 def cell(
     mean: float | None, ci95: Sequence[float | None] | None, reference: float | None, places: int
 ) -> Row:
-    """A table's cell as texts; `reference` is the paper's figure, `note` appears on pointing at it."""
+    """Return a table's cell as texts; `reference` is the paper's figure, `note` appears on pointing at it."""
     low, high = ci95 or (None, None)
     return {
         "value": DASH if mean is None else f"{mean:.{places}f}",
@@ -159,5 +151,5 @@ def cell(
 
 
 def digits(quantity: str) -> int:
-    """Decimal places: fewer for counts than for shares."""
+    """Return the decimal places of a quantity: fewer for counts than for shares."""
     return 1 if quantity == "model_tokens" else 2 if "searches" in quantity else 3

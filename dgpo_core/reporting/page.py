@@ -1,21 +1,16 @@
-"""The page's sections about capabilities: ARCap's measurements, and what failed first in wrong episodes.
-
-The page: everything that index.html needs as plain data, put into the template.
-
-From the folders of a run to its report.
-"""
+"""The report of a run: its tables as JSON, and index.html, one page that needs nothing else."""
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from dgpo_core.errors import UserError
-from dgpo_core.evaluation import results as tables
+from dgpo_core.evaluation import results
 from dgpo_core.evaluation.diagnosis import Failure
 from dgpo_core.evaluation.results import (
     AVERAGE,
@@ -26,11 +21,29 @@ from dgpo_core.evaluation.results import (
     read_metrics,
     read_scores,
 )
-from dgpo_core.reporting import formats as words
 from dgpo_core.reporting import paper
-from dgpo_core.reporting.curves import figures, read_curves
+from dgpo_core.reporting.curves import Curve, figures, read_curves
 from dgpo_core.reporting.episodes import compact_json, reader_data
-from dgpo_core.reporting.formats import DASH, Report, Row, as_json, cell, digits, model_head, write_texts
+from dgpo_core.reporting.formats import (
+    DASH,
+    GIVEN,
+    MINUS,
+    PAPER_DATASETS,
+    STAGES,
+    Row,
+    as_json,
+    asset,
+    cell,
+    comparison,
+    comparison_numbers,
+    digits,
+    failures,
+    headline,
+    model_head,
+    model_label,
+    template,
+    write_texts,
+)
 from dgpo_core.reporting.paper import DEFAULT_PAIR, paper_exact_match
 
 ARCAP_GROUPS = (  # in the order of MEASUREMENTS
@@ -49,12 +62,30 @@ FAILURE_COLUMNS = (
     (Failure.ANSWER_FORMAT, "Answer format", "holds a golden answer, or cannot be read"),
 )
 UNMEASURED: Row = {"mean": None, "ci95": [None, None], "n": 0}
-MINUS = "\N{MINUS SIGN}"
 CHECK_COLUMNS = (
     ("without_evidence", "Answer without evidence", "of the correct answers: not all evidence retrieved"),
     ("repeats_question", "Question as query", "of the episodes with a search: a query is the question"),
     ("several_answers", "Several answers", "of the episodes: more than one <answer> opened"),
 )
+
+
+@dataclass(frozen=True)
+class Report:
+    """The tables of a run, as the JSON files hold them, and what the page shows beside them."""
+
+    models: list[str]
+    mirrors: dict[str, str]  # data set -> the paper's
+    results: dict[str, Any]
+    behaviour: dict[str, Any]
+    comparisons: dict[str, Any]
+    arcap: dict[str, Any]
+    arcap_comparisons: dict[str, Any]
+    diagnosis: dict[str, Any]
+    curves: list[Curve]
+    questions: list[dict[str, Any]]  # of the episode reader
+    metrics: dict[str, dict[str, Any]]
+    params: dict[str, Any]
+    pair: str  # of the paper's models
 
 
 def table(report: Report) -> Row:
@@ -77,7 +108,7 @@ def differences(report: Report) -> list[Row]:
     """A row a pair of models: the paired differences of the same measurements."""
     return [
         {
-            "label": f" {MINUS} ".join(words.model_label(name) for name in pair.split("-")),
+            "label": f" {MINUS} ".join(model_label(name) for name in pair.split("-")),
             "cells": [_difference(entries.get(name, UNMEASURED), digits(name)) for name in MEASUREMENTS],
         }
         for pair, entries in report.arcap_comparisons.items()
@@ -180,7 +211,6 @@ def _radar(report: Report, means: Mapping[str, Mapping[str, float | None]]) -> R
     return {"axes": [label for _, label in axes], "lines": lines}
 
 
-TEMPLATES = Path(__file__).parent / "templates"
 SCRIPTS = ("theme.js", "charts.js", "reader.js")
 PIPELINE = ("data", "index", "teach", "filter", "distributions", "distill", "reinforce", "evaluate")
 
@@ -200,18 +230,16 @@ BEHAVIOUR_COLUMNS = (
 
 def render(report: Report) -> str:
     """The page's HTML: one file, no network, the same bytes for the same report."""
-    environment = Environment(
-        loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True
-    )
-    title, evidence = words.headline(report.comparisons, report.models)
-    return environment.get_template("page.html.j2").render(
+    title, evidence = headline(report.comparisons, report.models)
+    return template("page.html.j2").render(
         title=title,
         evidence=evidence,
         verdicts=[
-            (words.verdict(*item), words.evidence(item[1])) for item in list(report.comparisons.items())[1:]
+            (comparison(pair, entry), comparison_numbers(entry))
+            for pair, entry in list(report.comparisons.items())[1:]
         ],
         bars=_bars(report),
-        failures=words.failures(report.results, AVERAGE),
+        failures=failures(report.results, AVERAGE),
         own_scale=any(name != mirrored for name, mirrored in report.mirrors.items()),
         pair=report.pair,
         exact_match=_exact_match(report),
@@ -229,13 +257,9 @@ def render(report: Report) -> str:
         params=_flattened(report.params),
         # trusted text of our own, or JSON that compact_json made safe: everything else is escaped
         data=Markup(compact_json(_browser_data(report))),
-        css=Markup(_text("page.css")),
-        scripts=[Markup(get_plotlyjs()), *(Markup(_text(name)) for name in SCRIPTS)],
+        css=asset("page.css"),
+        scripts=[Markup(get_plotlyjs()), *map(asset, SCRIPTS)],
     )
-
-
-def _text(name: str) -> str:
-    return (TEMPLATES / name).read_text(encoding="utf-8")
 
 
 def _bars(report: Report) -> list[Row]:
@@ -272,7 +296,7 @@ def _exact_match(report: Report) -> Row:
         for model in report.models
     ]
     for index, (name, _) in enumerate(columns):
-        trained = [model for model in report.models if model not in words.GIVEN]
+        trained = [model for model in report.models if model not in GIVEN]
         known = [em for model in trained if (em := report.results[model][name]["em"]) is not None]
         for row in rows:
             em = report.results[row["name"]][name]["em"]
@@ -281,7 +305,7 @@ def _exact_match(report: Report) -> Row:
     heads = [
         {
             "name": name,
-            "mirrors": words.PAPER_DATASETS.get(mirrored, mirrored),
+            "mirrors": PAPER_DATASETS.get(mirrored, mirrored),
             "questions": first[name]["n"] + first[name]["failed"],
         }
         for name, mirrored in columns
@@ -308,8 +332,8 @@ def _pipeline_order(item: tuple[str, Any]) -> tuple[int, str]:
 def _stages(report: Report) -> list[Row]:
     return [
         {
-            "title": words.STAGES.get(curve.stage, curve.stage),
-            "recipe": words.model_label(curve.recipe),
+            "title": STAGES.get(curve.stage, curve.stage),
+            "recipe": model_label(curve.recipe),
             "figures": [
                 {"id": f"curve-{index}-{number}", "title": figure["title"], "unit": figure["unit"]}
                 for number, figure in enumerate(figures(curve))
@@ -369,8 +393,8 @@ def write_report(
     """
     if not models or not mirrors:
         raise UserError("a report needs at least one model and one data set")
-    if tables.AVERAGE in mirrors:
-        raise UserError(f"no data set may be called {tables.AVERAGE!r}: the results have that row already")
+    if results.AVERAGE in mirrors:
+        raise UserError(f"no data set may be called {results.AVERAGE!r}: the results have that row already")
     paper_exact_match(pair)  # an unknown pair is refused before any work
     datasets = list(mirrors)
     scores = read_scores(evaluation, models, datasets, first)
@@ -379,12 +403,12 @@ def write_report(
     report = Report(
         models=list(models),
         mirrors=dict(mirrors),
-        results=tables.results(scores, datasets),
-        behaviour=tables.behaviour(scores, datasets),
-        comparisons=tables.comparisons(scores),
-        arcap=tables.arcap(measured),
-        arcap_comparisons=tables.arcap_comparisons(measured),
-        diagnosis=tables.diagnosis(diagnoses, datasets),
+        results=results.results(scores, datasets),
+        behaviour=results.behaviour(scores, datasets),
+        comparisons=results.comparisons(scores),
+        arcap=results.arcap(measured),
+        arcap_comparisons=results.arcap_comparisons(measured),
+        diagnosis=results.diagnosis(diagnoses, datasets),
         curves=[curve for curve in read_curves(plots) if curve.recipe in models],
         questions=reader_data(evaluation, models, keys, diagnoses),
         metrics=read_metrics(metrics),

@@ -144,7 +144,7 @@ class ConvergesFaster:
 @dataclass(frozen=True)
 class AtLeast:
     count: int
-    parts: "tuple[Condition, ...]"
+    parts: "tuple[Criterion, ...]"
 
 
 @dataclass(frozen=True)
@@ -152,10 +152,10 @@ class Untested:
     why: str
 
 
-Condition = Contrast | Trains | Outlasts | ConvergesFaster | AtLeast | Untested
+Criterion = Contrast | Trains | Outlasts | ConvergesFaster | AtLeast | Untested
 
 
-def both(*parts: Condition) -> AtLeast:
+def both(*parts: Criterion) -> AtLeast:
     return AtLeast(len(parts), parts)
 
 
@@ -181,7 +181,7 @@ class Claim:
     name: str
     statement: str
     source: str
-    condition: Condition
+    criterion: Criterion
     pair: str | None = None  # of the paper's models, where the claim is about this one alone
     needs: str | None = None  # the row of a recipe that the default table does not have
 

@@ -10,39 +10,41 @@ from itertools import combinations, pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.results import AVERAGE
 from dgpo_core.reporting.formats import GIVEN, as_json, model_label, write_texts
-from dgpo_core.reporting.reproduction.claims import Claim, Condition, Contrast, Untested, beats, both
-from dgpo_core.reporting.reproduction.markdown import sizes_markdown
-from dgpo_core.reporting.reproduction.page import render_sizes
-from dgpo_core.reporting.reproduction.pooling import Measured, Samples, entry, pool, read_runs
-from dgpo_core.reporting.reproduction.records import (
+from dgpo_core.reporting.reproduction.claims import Claim, Contrast, Criterion, Untested, beats, both
+from dgpo_core.reporting.reproduction.render import sizes_markdown, sizes_page
+from dgpo_core.reporting.reproduction.seeds import (
     RECORD,
-    Record,
+    Samples,
+    SeedRecord,
+    SeedResults,
+    entry,
     find_records,
+    pool,
     read_record,
+    read_runs,
     require_comparable,
+    stacked,
 )
-from dgpo_core.reporting.reproduction.verdicts import Judge, judge, of_contrasts, published
+from dgpo_core.reporting.reproduction.verdicts import Judge, of_contrasts, published
 
 COMPARED = (*GIVEN, "ppo", "kd", "dgpo")
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Pair:
+class ModelPair:
     """A profile's student and teacher, and what its seeds measured: model -> seed -> EM of every question."""
 
     name: str
-    record: Record
+    record: SeedRecord
     commits: dict[str, str]  # seed -> of the code that it ran
     em: dict[str, dict[int, Samples]]
 
     def given(self, role: str) -> tuple[str, float]:
-        """(family, parameters) of the student or the teacher; the paper's name of it where not counted."""
+        """Return (family, parameters) of student or teacher, by its name in the paper where not counted."""
         if role in self.record.parameters:
             return self.record.families.get(role, ""), self.record.parameters[role]
         large, _, small = self.record.pair.partition("-to-")
@@ -53,7 +55,7 @@ class Pair:
 
 
 def write_sizes(folder: Path, out: Path) -> list[str]:
-    """Write sizes.json, sizes.md and sizes.html from every record below `folder`; returns the profiles.
+    """Write sizes.json, sizes.md and sizes.html from every record below `folder`, and return the profiles.
 
     Raises UserError for none, a broken one, and seeds of a profile that cannot be compared.
     """
@@ -62,20 +64,20 @@ def write_sizes(folder: Path, out: Path) -> list[str]:
     )
     rows = [_row(pair) for pair in pairs]
     seeds = _common_seeds(pairs)
-    bench = Judge(_merged(pairs, seeds), _paper(pairs), {})
-    verdicts = [judge(bench, claim, "") for claim in claims(pairs if seeds else [])]
+    judge = Judge(_merged(pairs, seeds), _paper(pairs), {})
+    verdicts = [judge.verdict(claim, "") for claim in claims(pairs if seeds else [])]
     found = {"models": list(COMPARED), "seeds": seeds, "pairs": rows, "verdicts": verdicts}
     texts = {
         "sizes.json": as_json(found),
         "sizes.md": sizes_markdown(found),
-        "sizes.html": render_sizes(found),
+        "sizes.html": sizes_page(found),
     }
     write_texts(out, texts)
     return [pair.name for pair in pairs]
 
 
-def claims(pairs: list[Pair]) -> list[Claim]:
-    """What the paper says across its pairs of models, as conditions on these pairs."""
+def claims(pairs: list[ModelPair]) -> list[Claim]:
+    """Return what the paper says across its pairs of models, as claims about these pairs."""
     students = list({pair.given("student"): pair for pair in pairs if "ppo" in pair.em}.values())
     return [
         Claim(
@@ -117,21 +119,21 @@ def claims(pairs: list[Pair]) -> list[Claim]:
     ]
 
 
-def _all_of(conditions: Iterable[Condition], otherwise: str) -> Condition:
-    parts = tuple(conditions)
+def _all_of(criteria: Iterable[Criterion], otherwise: str) -> Criterion:
+    parts = tuple(criteria)
     return both(*parts) if parts else Untested(otherwise)
 
 
-def _of_one_family(students: list[Pair]) -> list[tuple[Pair, Pair]]:
-    """(smaller, next larger)"""
-    families: dict[str, list[Pair]] = {}
+def _of_one_family(students: list[ModelPair]) -> list[tuple[ModelPair, ModelPair]]:
+    """Return (smaller, next larger) students of the same family."""
+    families: dict[str, list[ModelPair]] = {}
     for pair in students:
         families.setdefault(pair.given("student")[0], []).append(pair)
     return [two for own in families.values() for two in pairwise(own)]
 
 
-def _of_one_student(pairs: list[Pair]) -> list[tuple[Pair, Pair]]:
-    """(with the smaller teacher, with the larger one)"""
+def _of_one_student(pairs: list[ModelPair]) -> list[tuple[ModelPair, ModelPair]]:
+    """Return (with the smaller teacher, with the larger one) of the same student."""
     return [
         (first, second)
         for first, second in combinations(pairs, 2)
@@ -140,8 +142,8 @@ def _of_one_student(pairs: list[Pair]) -> list[tuple[Pair, Pair]]:
     ]
 
 
-def _read(folder: Path) -> list[Pair]:
-    records: dict[str, dict[int, tuple[Path, Record]]] = {}
+def _read(folder: Path) -> list[ModelPair]:
+    records: dict[str, dict[int, tuple[Path, SeedRecord]]] = {}
     for path in find_records(folder):
         record = read_record(path)
         own = records.setdefault(record.profile, {})
@@ -155,7 +157,7 @@ def _read(folder: Path) -> list[Pair]:
     return [_pair(name, own) for name, own in records.items()]
 
 
-def _pair(name: str, records: dict[int, tuple[Path, Record]]) -> Pair:
+def _pair(name: str, records: dict[int, tuple[Path, SeedRecord]]) -> ModelPair:
     first = require_comparable(list(records.values()))
     em: dict[str, dict[int, Samples]] = {}
     for model in COMPARED:
@@ -167,10 +169,10 @@ def _pair(name: str, records: dict[int, tuple[Path, Record]]) -> Pair:
                 seed: Samples(values.keys, values.values[[row]]) for row, seed in enumerate(measured.seeds)
             }
     commits = {str(seed): record.commit for seed, (_, record) in sorted(records.items())}
-    return Pair(name, first, commits, em)
+    return ModelPair(name, first, commits, em)
 
 
-def _row(pair: Pair) -> Row:
+def _row(pair: ModelPair) -> Row:
     paper_of = published(pair.record.pair)
     return {
         "profile": pair.name,
@@ -179,30 +181,30 @@ def _row(pair: Pair) -> Row:
         "parameters": pair.record.parameters,
         "commits": pair.commits,
         "exact_match": {
-            model: entry(pool(_stacked(own, sorted(own))), sorted(own), paper_of(model, AVERAGE))
+            model: entry(pool(_of_seeds(own, sorted(own))), sorted(own), paper_of(model, AVERAGE))
             for model, own in pair.em.items()
         },
     }
 
 
-def _stacked(samples: Mapping[int, Samples], seeds: list[int]) -> Samples:
-    return Samples(samples[seeds[0]].keys, np.concatenate([samples[seed].values for seed in seeds]))
+def _of_seeds(samples: Mapping[int, Samples], seeds: list[int]) -> Samples:
+    return stacked([samples[seed] for seed in seeds])
 
 
-def _common_seeds(pairs: list[Pair]) -> list[int]:
+def _common_seeds(pairs: list[ModelPair]) -> list[int]:
     every = [set(own) for pair in pairs for own in pair.em.values()]
     return sorted(set.intersection(*every)) if len(pairs) > 1 else []
 
 
-def _merged(pairs: list[Pair], seeds: list[int]) -> Measured:
+def _merged(pairs: list[ModelPair], seeds: list[int]) -> SeedResults:
     em = {
-        pair.label(model): _stacked(own, seeds) for pair in pairs for model, own in pair.em.items() if seeds
+        pair.label(model): _of_seeds(own, seeds) for pair in pairs for model, own in pair.em.items() if seeds
     }
-    return Measured(seeds, list(em), pairs[0].record.mirrors, em, {}, {})
+    return SeedResults(seeds, list(em), pairs[0].record.mirrors, em, {}, {})
 
 
-def _paper(pairs: list[Pair]) -> Callable[[Contrast], float | None]:
-    """(contrast of labels) -> the paper's figure of the pairs that the labels' profiles stand for."""
+def _paper(pairs: list[ModelPair]) -> Callable[[Contrast], float | None]:
+    """Return (contrast of labels) -> the paper's figure of the pairs that their profiles stand for."""
     cells = {pair.label(model): (pair.record.pair, model) for pair in pairs for model in COMPARED}
     of_cells = of_contrasts(lambda label, quantity: published(cells[label][0])(cells[label][1], quantity))
 

@@ -1,7 +1,4 @@
-"""From claims and measurements to verdicts; the rule is the package's docstring.
-
-Names of quantities and contrasts, for people.
-"""
+"""Judge the claims by what the seeds measured, and say so in words. The rule is the package's docstring."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -10,56 +7,97 @@ from typing import Any
 from dgpo_core.evaluation.results import AVERAGE, MEASUREMENTS
 from dgpo_core.evaluation.statistics import CONFIDENCE
 from dgpo_core.reporting import paper
-from dgpo_core.reporting.formats import PAPER_DATASETS, model_label
+from dgpo_core.reporting.formats import MINUS, PAPER_DATASETS, model_label
 from dgpo_core.reporting.reproduction.claims import (
     AtLeast,
     Claim,
-    Condition,
     Contrast,
     ConvergesFaster,
+    Criterion,
     Outlasts,
     Training,
     Trains,
     Untested,
     assess,
 )
-from dgpo_core.reporting.reproduction.pooling import Measured, Pooled, combined, entry, pool
+from dgpo_core.reporting.reproduction.seeds import PooledEstimate, SeedResults, combined, entry, pool
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced at our scale", "not reproduced", "not tested"
 VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_TESTED)
+BEFORE_COLLAPSE = (  # sections B.3 and 5.6
+    "The paper reports PPO at step 200 and DGPO without cold start just before their collapse; "
+    "ours are the models that the runs evaluated."
+)
+# in the order of table 5; what the paper lacks comes last
+MEASUREMENT_LABELS = {
+    "source_em_nq": "source referencing, NQ",
+    "source_em_nq_thinking": "source referencing with thinking, NQ",
+    "source_em_musique": "source referencing, MuSiQue",
+    "source_em_musique_thinking": "source referencing with thinking, MuSiQue",
+    "query_hit_nq": "query rewriting, hit, NQ",
+    "thinking_hit_musique": "thinking, hit, MuSiQue",
+    "thinking_searches_musique": "thinking, searches, MuSiQue",
+    "thinking_hit_nq": "thinking, hit, NQ",
+    "thinking_searches_nq": "thinking, searches, NQ",
+}
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Finding:
-    """What became of a condition: None where it was not tested. `numbers` only of a contrast."""
+class CriterionResult:
+    """Whether a criterion holds (None: not tested), and why. Only a contrast has `numbers`."""
 
     label: str
     holds: bool | None
     evidence: str
     remark: str = ""  # why it does not hold, in a few words
     numbers: Row | None = None
-    parts: "list[Finding]" = field(default_factory=list)
+    parts: "list[CriterionResult]" = field(default_factory=list)
 
-    def leaves(self) -> "list[Finding]":
+    def leaves(self) -> "list[CriterionResult]":
         return [leaf for part in self.parts for leaf in part.leaves()] if self.parts else [self]
 
 
 @dataclass(frozen=True)
 class Judge:
-    """Tests against what was measured; `paper_of` gives the paper's figure of a contrast."""
+    """Tests claims against what the seeds measured; `paper_of` gives the paper's figure of a contrast."""
 
-    measured: Measured
+    results: SeedResults
     paper_of: Callable[[Contrast], float | None]
     trainings: dict[str, list[Training]]
-    done: dict[tuple[Condition, float], Finding] = field(default_factory=dict)  # claims share contrasts
+    done: dict[tuple[Criterion, float], CriterionResult] = field(
+        default_factory=dict
+    )  # claims share contrasts
 
-    def find(self, test: Condition, confidence: float = CONFIDENCE) -> Finding:
+    def verdict(self, claim: Claim, pair: str) -> Row:
+        """Judge a claim: an entry of verdicts.json. `pair` is the paper's that the runs stand for."""
+        test: Criterion = claim.criterion
+        if claim.pair and claim.pair != pair:
+            test = Untested(f"not run: these runs stand for {pair}")
+        if claim.needs and claim.needs.partition(":")[0] not in self.results.models:
+            test = Untested(f"not run: needs the line `{claim.needs}` under recipes.reinforce in params.yaml")
+        finding = self.find(test)
+        verdict = {True: REPRODUCED, False: NOT_REPRODUCED, None: NOT_TESTED}[finding.holds]
+        return {
+            "claim": claim.name,
+            "statement": claim.statement,
+            "source": claim.source,
+            "verdict": verdict,
+            "remark": finding.remark,
+            "evidence": finding.evidence,
+            "tests": [
+                {"label": leaf.label, "holds": leaf.holds, "evidence": leaf.evidence, "numbers": leaf.numbers}
+                for leaf in finding.leaves()
+            ],
+        }
+
+    def find(self, test: Criterion, confidence: float = CONFIDENCE) -> CriterionResult:
+        """Test a criterion, with its intervals at the level `confidence`."""
         if (test, confidence) not in self.done:
             self.done[test, confidence] = self._find(test, confidence)
         return self.done[test, confidence]
 
-    def _find(self, test: Condition, confidence: float) -> Finding:
+    def _find(self, test: Criterion, confidence: float) -> CriterionResult:
         match test:
             case Contrast():
                 return self._contrast(test, confidence)
@@ -72,31 +110,33 @@ class Judge:
             case AtLeast():
                 return self._at_least(test, confidence)
             case Untested():
-                return Finding("", None, test.why)
+                return CriterionResult("", None, test.why)
 
-    def _contrast(self, test: Contrast, confidence: float) -> Finding:
+    def _contrast(self, test: Contrast, confidence: float) -> CriterionResult:
         label = contrast_label(test)
-        samples = [self.measured.of(model, quantity) for _, model, quantity in test.terms]
+        samples = [self.results.of(model, quantity) for _, model, quantity in test.terms]
         missing = [term for term, own in zip(test.terms, samples, strict=True) if own is None or not own.keys]
         if missing:
-            return Finding(label, None, f"not run: {', '.join(dict.fromkeys(_needs(t) for t in missing))}")
+            return CriterionResult(
+                label, None, f"not run: {', '.join(dict.fromkeys(_needs(t) for t in missing))}"
+            )
         weighted = [(term[0], own) for term, own in zip(test.terms, samples, strict=True) if own is not None]
         pooled = pool(combined(weighted), confidence, signed=len(weighted) > 1)
-        numbers = entry(pooled, self.measured.seeds, self.paper_of(test)) | {
+        numbers = entry(pooled, self.results.seeds, self.paper_of(test)) | {
             "confidence": round(confidence, 6)
         }
         holds, remark = _within(test, pooled)
-        return Finding(label, holds, _joined(remark, numbers_text(numbers)), remark, numbers)
+        return CriterionResult(label, holds, _joined(remark, numbers_text(numbers)), remark, numbers)
 
-    def _trains(self, test: Trains) -> Finding:
+    def _trains(self, test: Trains) -> CriterionResult:
         label = f"{model_label(test.model)}: training {' or '.join(test.states)}"
         trainings = self.trainings.get(test.model)
         if not trainings:
-            return Finding(label, None, f"no training curve of {model_label(test.model)}")
+            return CriterionResult(label, None, f"no training curve of {model_label(test.model)}")
         agree = [training.state in test.states for training in trainings]
         states = self._by_seed([training_text(training) for training in trainings])
         remark = _disagreement(agree)
-        return Finding(label, all(agree), _joined(remark, states), remark)
+        return CriterionResult(label, all(agree), _joined(remark, states), remark)
 
     def _both_trained(
         self,
@@ -104,21 +144,21 @@ class Judge:
         verb: str,
         holds: Callable[[Training, Training], bool],
         text: Callable[[Training], str],
-    ) -> Finding:
-        """Does it hold of the two recipes' trainings, with every seed?"""
+    ) -> CriterionResult:
+        """Test whether it holds of the two recipes' trainings with every seed."""
         label = f"{model_label(test.first)} {verb} {model_label(test.second)}"
         first, second = (self.trainings.get(model) for model in (test.first, test.second))
         if not first or not second:
             lacking = test.first if not first else test.second
-            return Finding(label, None, f"no training curve of {model_label(lacking)}")
+            return CriterionResult(label, None, f"no training curve of {model_label(lacking)}")
         pairs = list(zip(first, second, strict=True))
         agree = [holds(ours, theirs) for ours, theirs in pairs]
         texts = [f"{text(ours)} against {text(theirs)}" for ours, theirs in pairs]
         remark = _disagreement(agree)
-        return Finding(label, all(agree), _joined(remark, self._by_seed(texts)), remark)
+        return CriterionResult(label, all(agree), _joined(remark, self._by_seed(texts)), remark)
 
-    def _at_least(self, test: AtLeast, confidence: float) -> Finding:
-        """Three-valued: what was not tested may still turn out either way, unless the rest decides."""
+    def _at_least(self, test: AtLeast, confidence: float) -> CriterionResult:
+        """Test in three values: what was not tested may turn out either way, unless the rest decides."""
         level = 1 - (1 - confidence) / (len(test.parts) - test.count + 1)
         parts = [self.find(part, level) for part in test.parts]
         hold = [part for part in parts if part.holds]
@@ -130,10 +170,10 @@ class Judge:
             text += f"; not: {_listed(fail)}"
         if untested := [part for part in parts if part.holds is None]:
             text += f"; not tested: {_listed(untested)}"
-        return Finding(_group_label(parts), holds, text, remark, None, parts)
+        return CriterionResult(_group_label(parts), holds, text, remark, None, parts)
 
     def _by_seed(self, texts: Sequence[str]) -> str:
-        return ", ".join(f"seed {seed} {text}" for seed, text in zip(self.measured.seeds, texts, strict=True))
+        return ", ".join(f"seed {seed} {text}" for seed, text in zip(self.results.seeds, texts, strict=True))
 
 
 def _disagreement(agree: Sequence[bool]) -> str:
@@ -144,14 +184,14 @@ def _joined(remark: str, text: str) -> str:
     return f"{remark}: {text}" if remark else text
 
 
-def _group_label(parts: Sequence[Finding]) -> str:
-    """What a group of contrasts on one quantity is about, for the lists of an enclosing group."""
+def _group_label(parts: Sequence[CriterionResult]) -> str:
+    """Say what a group of contrasts on one quantity is about, for the lists of an enclosing group."""
     tails = {part.label.rpartition(" · ")[2] for part in parts}
     return tails.pop() if len(tails) == 1 else f"{len(parts)} comparisons"
 
 
-def _listed(parts: Sequence[Finding]) -> str:
-    """Labels `what · on what` in one line; what all of them share is said once."""
+def _listed(parts: Sequence[CriterionResult]) -> str:
+    """List labels `what · on what` in one line, and say once what all of them share."""
     labels = [part.label.partition(" · ") for part in parts]
     heads, tails = {head for head, _, _ in labels}, {tail for _, _, tail in labels}
     if len(labels) > 1 and len(tails) == 1:
@@ -180,8 +220,8 @@ def _faster(ours: Training, theirs: Training) -> bool:
     return ours.converged < theirs.converged
 
 
-def _within(test: Contrast, pooled: Pooled) -> tuple[bool | None, str]:
-    """Does the interval, and does every seed's own mean, lie between the bounds?"""
+def _within(test: Contrast, pooled: PooledEstimate) -> tuple[bool | None, str]:
+    """Test whether the interval and every seed's own mean lie between the bounds; say why not."""
     low, high = pooled.estimate.low, pooled.estimate.high
     if low != low or high != high:
         return None, "too few questions for an interval"
@@ -196,7 +236,7 @@ def _within(test: Contrast, pooled: Pooled) -> tuple[bool | None, str]:
 
 
 def numbers_text(numbers: Row) -> str:
-    """The numbers behind a contrast in one line, every seed's own among them."""
+    """Write the numbers behind a contrast in one line, every seed's own among them."""
     low, high = numbers["ci95"]
     seeds = ", ".join(f"seed {seed} {signed(mean)}" for seed, mean in numbers["seeds"].items())
     level = f"{100 * numbers['confidence']:.3g} %"
@@ -215,10 +255,10 @@ def _convergence_text(training: Training) -> str:
     return training.state if training.converged is None else f"converged at step {training.converged}"
 
 
-def trainings(measured: Measured) -> dict[str, list[Training]]:
-    """Of every recipe that left an EM curve, one a seed."""
+def trainings(results: SeedResults) -> dict[str, list[Training]]:
+    """Assess the trainings, one a seed, of every recipe that left an EM curve with each."""
     found: dict[str, list[Training]] = {}
-    for recipe, curves in measured.curves.items():
+    for recipe, curves in results.curves.items():
         own = [training for curve in curves if (training := assess(curve))]
         if len(own) == len(curves):
             found[recipe] = own
@@ -226,7 +266,7 @@ def trainings(measured: Measured) -> dict[str, list[Training]]:
 
 
 def published(pair: str) -> Callable[[str, str], float | None]:
-    """(model, quantity) -> the paper's figure, where it gives one."""
+    """Return the function (model, quantity) -> the paper's figure, or None where it gives none."""
     exact_match = paper.paper_exact_match(pair)
     arcap = paper.paper_arcap() if pair == paper.ARCAP_PAIR else {}
 
@@ -239,7 +279,7 @@ def published(pair: str) -> Callable[[str, str], float | None]:
 
 
 def of_contrasts(paper_of: Callable[[str, str], float | None]) -> Callable[[Contrast], float | None]:
-    """(contrast) -> the paper's figure, where it gives one of each term: (model, quantity)."""
+    """Return the function (contrast) -> the paper's figure, or None where a term has none."""
 
     def figure(test: Contrast) -> float | None:
         figures = [paper_of(model, quantity) for _, model, quantity in test.terms]
@@ -249,48 +289,6 @@ def of_contrasts(paper_of: Callable[[str, str], float | None]) -> Callable[[Cont
     return figure
 
 
-def judge(judge_: Judge, claim: Claim, pair: str) -> Row:
-    """One entry of verdicts.json."""
-    test: Condition = claim.condition
-    if claim.pair and claim.pair != pair:
-        test = Untested(f"not run: these runs stand for {pair}")
-    if claim.needs and claim.needs.partition(":")[0] not in judge_.measured.models:
-        test = Untested(f"not run: needs the line `{claim.needs}` under recipes.reinforce in params.yaml")
-    finding = judge_.find(test)
-    verdict = {True: REPRODUCED, False: NOT_REPRODUCED, None: NOT_TESTED}[finding.holds]
-    return {
-        "claim": claim.name,
-        "statement": claim.statement,
-        "source": claim.source,
-        "verdict": verdict,
-        "remark": finding.remark,
-        "evidence": finding.evidence,
-        "tests": [
-            {"label": leaf.label, "holds": leaf.holds, "evidence": leaf.evidence, "numbers": leaf.numbers}
-            for leaf in finding.leaves()
-        ],
-    }
-
-
-MINUS = "\N{MINUS SIGN}"
-BEFORE_COLLAPSE = (  # sections B.3 and 5.6
-    "The paper reports PPO at step 200 and DGPO without cold start just before their collapse; "
-    "ours are the models that the runs evaluated."
-)
-# in the order of table 5; what the paper lacks comes last
-MEASUREMENT_LABELS = {
-    "source_em_nq": "source referencing, NQ",
-    "source_em_nq_thinking": "source referencing with thinking, NQ",
-    "source_em_musique": "source referencing, MuSiQue",
-    "source_em_musique_thinking": "source referencing with thinking, MuSiQue",
-    "query_hit_nq": "query rewriting, hit, NQ",
-    "thinking_hit_musique": "thinking, hit, MuSiQue",
-    "thinking_searches_musique": "thinking, searches, MuSiQue",
-    "thinking_hit_nq": "thinking, hit, NQ",
-    "thinking_searches_nq": "thinking, searches, NQ",
-}
-
-
 def quantity_label(quantity: str) -> str:
     if quantity == AVERAGE:
         return "average EM"
@@ -298,7 +296,7 @@ def quantity_label(quantity: str) -> str:
 
 
 def contrast_label(test: Contrast) -> str:
-    """`DGPO − KD · average EM`; what all terms share, model or quantity, is said once."""
+    """Write `DGPO − KD · average EM`; what all terms share, model or quantity, is said once."""
     models = {model for _, model, _ in test.terms}
     quantities = {quantity for _, _, quantity in test.terms}
     if len(models) == 1 and len(quantities) > 1:
@@ -309,7 +307,7 @@ def contrast_label(test: Contrast) -> str:
 
 
 def _sum(parts: list[tuple[float, str]]) -> str:
-    """Positive terms first: `with − without`, never `− without + with`."""
+    """Write a sum with its positive terms first: `with − without`, never `− without + with`."""
     ordered = sorted(parts, key=lambda part: part[0] < 0)
     texts = [name if abs(weight) == 1 else f"{abs(weight):g} × {name}" for weight, name in ordered]
     rest = [
@@ -320,7 +318,7 @@ def _sum(parts: list[tuple[float, str]]) -> str:
 
 
 def bound_text(test: Contrast, low: float) -> str:
-    """The bound that an interval reaches across."""
+    """Write the bound that an interval reaches across."""
     return f"{(test.above if low <= test.above else test.below):g}".replace("-", MINUS)
 
 

@@ -13,7 +13,7 @@ from dgpo_core.agent.episode import write_episodes
 from dgpo_core.config.params import PromoteConfig
 from dgpo_core.evaluation.diagnosis import SCHEMA
 from dgpo_core.evaluation.promotion import MADE, Candidate, Evidence, Made, read_evidence
-from dgpo_core.evaluation.results import QUANTITIES, Measured, Scores
+from dgpo_core.evaluation.results import QUANTITIES, Measurement, Scores
 
 DATASETS = ["onehop", "hard"]
 MEASUREMENTS = ("source_em_nq", "query_hit_nq", "thinking_searches_nq")
@@ -63,7 +63,7 @@ def in_memory(model: Model, questions: int = 150, world: int = 0) -> Evidence:
     arcap = {}
     for name in MEASUREMENTS:
         values = right(model, name, model.arcap, questions, world).astype(float)
-        arcap[name] = Measured(
+        arcap[name] = Measurement(
             [key for _, key in keys[:questions]], np.zeros(questions, dtype=np.bool_), values
         )
     flagged = np.random.default_rng([world, model.seed]).random(len(keys)) < model.several_answers

@@ -12,8 +12,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from dgpo_core.errors import UserError
-from dgpo_core.reporting import formats as words
 from dgpo_core.reporting.episodes import compact_json
+from dgpo_core.reporting.formats import comparison, comparison_numbers
 from dgpo_core.reporting.page import CHECK_COLUMNS, FAILURE_COLUMNS
 from dgpo_core.reporting.paper import paper_arcap, paper_exact_match
 from tests.dgpo_core.reporting.synthetic import HOSTILE, MIRRORS, Run, make_run
@@ -177,9 +177,9 @@ def test_own_scale_is_only_claimed_for_data_sets_that_mirror(run: Run) -> None:
 )
 def test_verdict_says_no_more_than_the_interval(mean: float, ci95: list[float], expected: str) -> None:
     entry = {"mean": mean, "ci95": ci95, "n": 100}
-    assert words.verdict("dgpo-kd", entry) == expected
+    assert comparison("dgpo-kd", entry) == expected
     includes = None not in ci95 and ci95[0] <= 0 <= ci95[1]
-    assert ("includes 0" in words.evidence(entry)) == includes
+    assert ("includes 0" in comparison_numbers(entry)) == includes
 
 
 MISSING = [

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dgpo_core.evaluation.results import MEASUREMENTS
-from dgpo_core.reporting.reproduction.tables import write_reproduction
+from dgpo_core.reporting.reproduction.report import write_reproduction
 from tests.dgpo_core.reporting.synthetic import MIRRORS
 
 Row = dict[str, Any]

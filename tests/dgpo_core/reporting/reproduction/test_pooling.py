@@ -5,8 +5,9 @@ import pytest
 from numpy.typing import NDArray
 from scipy import stats
 
+from dgpo_core.evaluation.results import Key
 from dgpo_core.evaluation.statistics import RESAMPLES, SEED
-from dgpo_core.reporting.reproduction.pooling import Key, Samples, combined, entry, pool
+from dgpo_core.reporting.reproduction.seeds import Samples, combined, entry, pool
 
 NAN = float("nan")
 

@@ -9,14 +9,15 @@ import pytest
 from safetensors.numpy import save_file
 
 from dgpo_core.errors import UserError
-from dgpo_core.reporting.reproduction.records import RECORD, Record, families, keep, parameter_counts, pool
+from dgpo_core.reporting.reproduction.report import pool_seeds
+from dgpo_core.reporting.reproduction.seeds import RECORD, SeedRecord, families, keep, parameter_counts
 from tests.dgpo_core.reporting.reproduction.synthetic import MODELS, Runs, coin, curve, make_runs
 from tests.dgpo_core.reporting.synthetic import MIRRORS
 
 LEVELS = {"student": 0.02, "teacher": 0.8, "kd": 0.3, "dgpo": 0.75}
 
 
-def record(seed: int, **other: object) -> Record:
+def record(seed: int, **other: object) -> SeedRecord:
     fields = {
         "profile": "tiny",
         "seed": seed,
@@ -26,7 +27,7 @@ def record(seed: int, **other: object) -> Record:
         "pair": "qwen2.5-3b-to-0.5b",
         "first": {},
     }
-    return Record.model_validate(fields | other)
+    return SeedRecord.model_validate(fields | other)
 
 
 @pytest.fixture
@@ -44,7 +45,7 @@ def test_seeds_of_two_places_give_the_report_of_one(runs: Runs, tmp_path: Path) 
     here = keep(runs.roots[2], tmp_path / "here", record(2))
     there = keep(runs.roots[1], tmp_path / "there", record(1))
     shutil.rmtree(runs.folder)
-    pool([there, here], tmp_path / "pooled")
+    pool_seeds([there, here], tmp_path / "pooled")
     pooled = tmp_path / "pooled"
     runs.write(tmp_path / "direct", commits={1: "1" * 40, 2: "2" * 40}, parameters={"student": 15})
     for name in ("tables.json", "verdicts.json", "results.md", "index.html"):
@@ -56,7 +57,7 @@ def test_seeds_of_two_places_give_the_report_of_one(runs: Runs, tmp_path: Path) 
 def test_seeds_that_are_not_finished_are_pooled_on_what_all_have(runs: Runs, tmp_path: Path) -> None:
     whole = keep(runs.roots[1], tmp_path / "a", record(1))
     part = keep(runs.roots[2], tmp_path / "a", record(2, models=["dgpo", "kd"]))
-    pooled = pool([whole, part], tmp_path / "pooled")
+    pooled = pool_seeds([whole, part], tmp_path / "pooled")
     assert pooled.models == ["kd", "dgpo"]
     assert pooled.left_out == {"student": [2], "teacher": [2]}
     found = json.loads((tmp_path / "pooled/tables.json").read_text())
@@ -64,7 +65,7 @@ def test_seeds_that_are_not_finished_are_pooled_on_what_all_have(runs: Runs, tmp
     assert set(found["exact_match"]["kd"]["average"]["seeds"]) == {"1", "2"}
     other = keep(runs.roots[2], tmp_path / "b", record(3, models=["student"]))
     with pytest.raises(UserError, match="no model is in all of them"):
-        pool([part, other], tmp_path / "none")
+        pool_seeds([part, other], tmp_path / "none")
 
 
 def test_a_seed_that_ran_again_takes_the_place_of_the_old_one(runs: Runs, tmp_path: Path) -> None:
@@ -77,16 +78,16 @@ def test_a_seed_that_ran_again_takes_the_place_of_the_old_one(runs: Runs, tmp_pa
 def test_what_cannot_be_pooled_is_refused_by_name(runs: Runs, tmp_path: Path) -> None:
     first = keep(runs.roots[1], tmp_path / "a", record(1))
     with pytest.raises(UserError, match="nothing to report"):
-        pool([], tmp_path / "out")
+        pool_seeds([], tmp_path / "out")
     other = keep(runs.roots[2], tmp_path / "b", record(2, profile="tiny-llama", first={"nq": 3}))
     with pytest.raises(UserError, match=r"2/record\.json: not comparable with .*: profile, first"):
-        pool([first, other], tmp_path / "out")
+        pool_seeds([first, other], tmp_path / "out")
     again = keep(runs.roots[2], tmp_path / "c", record(1))
     with pytest.raises(UserError, match=r"seed 1 is in .*a/1 too"):
-        pool([first, again], tmp_path / "out")
+        pool_seeds([first, again], tmp_path / "out")
     (again / RECORD).write_text("{}")
     with pytest.raises(UserError, match=r"c/1/record\.json: "):
-        pool([again], tmp_path / "out")
+        pool_seeds([again], tmp_path / "out")
     with pytest.raises(UserError, match=r"seed 2: .*ppo/questions\.parquet: No such file"):
         keep(runs.roots[2], tmp_path / "d", record(2, models=["ppo"]))
     assert not (tmp_path / "out").exists() and not (tmp_path / "d" / "2").exists()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from dgpo_core.errors import UserError
-from dgpo_core.reporting.reproduction.records import RECORD, Record, keep
+from dgpo_core.reporting.reproduction.seeds import RECORD, SeedRecord, keep
 from dgpo_core.reporting.reproduction.sizes import COMPARED, write_sizes
 from tests.browser import CHROMIUM, browse
 from tests.dgpo_core.reporting.reproduction.synthetic import coin, make_runs
@@ -34,7 +34,7 @@ def reproduced(
     runs.save()
     for seed, root in runs.roots.items():
         fields = {"profile": profile, "seed": seed, "commit": "c" * 40, "models": models, "mirrors": MIRRORS}
-        record = Record.model_validate(fields | {"pair": QWEN, "first": {}} | other)
+        record = SeedRecord.model_validate(fields | {"pair": QWEN, "first": {}} | other)
         path = keep(root, folder / profile / "seeds", record) / RECORD
         counts = {"student": sizes[0], "teacher": sizes[1]}
         known = {"parameters": counts, "families": dict.fromkeys(counts, "qwen2")}
@@ -58,10 +58,10 @@ def test_smallest_student_first_with_what_was_run(folder: Path) -> None:
     assert write_sizes(folder, folder) == ["small", "large"]
     header, rule, *rows = (folder / "sizes.md").read_text().splitlines()[2:6]
     assert header.count("|") == rule.count("|") == rows[0].count("|")
-    assert rows[0].startswith("| small | qwen2 1.00 M | qwen2 9.00 M | **0.000** [0.000, ")
+    assert rows[0].startswith(f"| small (as {QWEN}) | qwen2 1.00 M | qwen2 9.00 M | **0.000** [0.000, ")
     assert "not run" in rows[0] and "; seeds 0.000; paper 0.006" in rows[0]
-    assert rows[1].startswith("| large | qwen2 4.00 M |") and "; paper 0.298" in rows[1]
-    assert rows[1].endswith(f"| {QWEN} | {'c' * 8} |")
+    assert rows[1].startswith(f"| large (as {QWEN}) | qwen2 4.00 M |") and "; paper 0.298" in rows[1]
+    assert rows[1].endswith(f"| {'c' * 8} |")
     page = (folder / "sizes.html").read_text()
     assert page.index("small · qwen2 1.00 M") < page.index("large · qwen2 4.00 M")
     assert "On the seeds that all pairs ran: 1." in page
@@ -114,7 +114,7 @@ def test_sizes_that_no_record_has_are_the_papers(folder: Path) -> None:
     reproduced(folder, "far", (0, 0), GROWS, pair="qwen2.5-7b-to-0.5b", **unknown)
     reproduced(folder, "near", (0, 0), NEAR, pair=QWEN, **unknown)
     write_sizes(folder, folder)
-    assert "| near | size not known |" in (folder / "sizes.md").read_text()
+    assert f"| near (as {QWEN}) | size not known |" in (folder / "sizes.md").read_text()
     assert verdicts(folder)["rl_small_behind_large"] == "not tested"  # both are the 0.5B
 
 

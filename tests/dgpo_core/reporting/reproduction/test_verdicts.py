@@ -15,9 +15,9 @@ from dgpo_core.reporting.reproduction.claims import (
     INFINITY,
     AtLeast,
     Claim,
-    Condition,
     Contrast,
     ConvergesFaster,
+    Criterion,
     Outlasts,
     State,
     Training,
@@ -27,11 +27,10 @@ from dgpo_core.reporting.reproduction.claims import (
     beats_all,
     both,
 )
-from dgpo_core.reporting.reproduction.pooling import Measured, Samples
+from dgpo_core.reporting.reproduction.seeds import Samples, SeedResults
 from dgpo_core.reporting.reproduction.verdicts import (
-    Finding,
+    CriterionResult,
     Judge,
-    judge,
     of_contrasts,
     published,
     trainings,
@@ -41,7 +40,7 @@ SETS = {"onehop": "nq", "twohop": "hotpotqa"}
 QUESTIONS = 50
 
 
-def measured(**levels: list[float]) -> Measured:
+def measured(**levels: list[float]) -> SeedResults:
     """From each model's share of right answers with each seed: both sets alike, easy questions first."""
     keys = [(name, str(number)) for name in SETS for number in range(QUESTIONS)]
 
@@ -51,10 +50,10 @@ def measured(**levels: list[float]) -> Measured:
 
     seeds = len(next(iter(levels.values())))
     em = {model: values(shares) for model, shares in levels.items()}
-    return Measured(list(range(seeds)), list(levels), SETS, em, {model: {} for model in levels}, {})
+    return SeedResults(list(range(seeds)), list(levels), SETS, em, {model: {} for model in levels}, {})
 
 
-def find(condition: Condition, source: Measured, **states: list[Training]) -> Finding:
+def find(condition: Criterion, source: SeedResults, **states: list[Training]) -> CriterionResult:
     return Judge(source, of_contrasts(published(DEFAULT_PAIR)), states).find(condition)
 
 
@@ -142,7 +141,7 @@ GOOD = {"dgpo": [0.9], "kd": [0.1], "ppo": [0.2], "taid": [0.88]}
         (both(beats("dgpo", "kd"), Untested("no reason")), None),
     ],
 )
-def test_what_was_not_run_leaves_open_only_what_it_can_decide(condition: Condition, holds: bool) -> None:
+def test_what_was_not_run_leaves_open_only_what_it_can_decide(condition: Criterion, holds: bool) -> None:
     assert find(condition, measured(**GOOD)).holds is holds
 
 
@@ -226,12 +225,12 @@ def test_grpo_from_the_raw_student_needs_a_line_of_the_user() -> None:
 
     runs = {"grpo": ended("collapsed", step=20), "ppo": ended("collapsed", step=80)}
     paper_of = of_contrasts(published(DEFAULT_PAIR))
-    without = judge(Judge(measured(ppo=[0.1]), paper_of, {"ppo": runs["ppo"]}), claim, DEFAULT_PAIR)
+    without = Judge(measured(ppo=[0.1]), paper_of, {"ppo": runs["ppo"]}).verdict(claim, DEFAULT_PAIR)
     assert without["verdict"] == "not tested" and f"`{claim.needs}`" in without["evidence"]
-    given = judge(Judge(measured(ppo=[0.1], grpo=[0.1]), paper_of, runs), claim, DEFAULT_PAIR)
+    given = Judge(measured(ppo=[0.1], grpo=[0.1]), paper_of, runs).verdict(claim, DEFAULT_PAIR)
     assert given["verdict"] == "reproduced at our scale"
     swapped = {"grpo": runs["ppo"], "ppo": runs["grpo"]}
-    other = judge(Judge(measured(ppo=[0.1], grpo=[0.1]), paper_of, swapped), claim, DEFAULT_PAIR)
+    other = Judge(measured(ppo=[0.1], grpo=[0.1]), paper_of, swapped).verdict(claim, DEFAULT_PAIR)
     assert other["verdict"] == "not reproduced"
 
 
@@ -246,7 +245,7 @@ def test_claim_about_other_models_is_not_tested_unless_they_were_run() -> None:
     source = measured(dgpo=[0.9], kd=[0.1], ppo=[0.1])
     claim = next(claim for claim in CLAIMS if claim.pair == "llama3-8b-to-1b")
     for pair, verdict in ((DEFAULT_PAIR, "not tested"), (claim.pair or "", "reproduced at our scale")):
-        row = judge(Judge(source, of_contrasts(published(pair)), {}), claim, pair)
+        row = Judge(source, of_contrasts(published(pair)), {}).verdict(claim, pair)
         assert row["verdict"] == verdict
 
 
@@ -256,7 +255,7 @@ def test_names_are_unique_sources_given_and_pairs_known() -> None:
     assert {claim.pair for claim in CLAIMS} <= {None, *paper_pairs()}
 
 
-def agrees(condition: Condition, figure: Callable[[str, str], float | None]) -> bool | None:
+def agrees(condition: Criterion, figure: Callable[[str, str], float | None]) -> bool | None:
     """Do the paper's own point figures fulfil the condition? None where it gives no such figure."""
     match condition:
         case Contrast():
@@ -276,4 +275,4 @@ def agrees(condition: Condition, figure: Callable[[str, str], float | None]) -> 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
 def test_the_papers_own_figures_never_contradict_its_claim(claim: Claim) -> None:
     """A condition that the paper itself does not fulfil would be our misreading."""
-    assert agrees(claim.condition, published(claim.pair or DEFAULT_PAIR)) is not False
+    assert agrees(claim.criterion, published(claim.pair or DEFAULT_PAIR)) is not False

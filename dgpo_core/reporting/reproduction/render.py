@@ -1,0 +1,539 @@
+"""Tables, claims and curves of a reproduction, written as Markdown and as self-contained HTML.
+
+Both show the same tables: a `Table` is made once, of cells that know both forms.
+"""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from dgpo_core.evaluation.results import AVERAGE
+from dgpo_core.reporting.curves import Curve, seed_panels
+from dgpo_core.reporting.episodes import compact_json
+from dgpo_core.reporting.formats import (
+    COLOURS,
+    DASH,
+    GIVEN,
+    PAPER_DATASETS,
+    asset,
+    colour_of,
+    model_label,
+    template,
+)
+from dgpo_core.reporting.reproduction.claims import GROUPS, INVALID_RISE, LENGTH_DRIFT, NEAR_ZERO, PROFILED
+from dgpo_core.reporting.reproduction.verdicts import (
+    BEFORE_COLLAPSE,
+    MEASUREMENT_LABELS,
+    REPRODUCED,
+    VERDICTS,
+    numbers_text,
+    signed,
+)
+from dgpo_core.text import markdown_cell
+
+SHARE_LIMIT, COUNT_LIMIT = 0.3, 3.0  # differences beyond stand at the edge of their track
+HOLDS = {True: "correct", False: "wrong", None: "failed"}  # classes of the style sheet
+CLASSES = dict(zip(VERDICTS, HOLDS.values(), strict=True))
+STATE_CLASSES = {"stable": "correct", "collapsed": "wrong", "fell": "wrong"}
+SCRIPTS = ("theme.js", "charts.js", "reproduction.js")
+# the curves of figures 4 and 6
+FIGURES = ("ppo", "grpo", "dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")
+Row = dict[str, Any]
+
+
+# --- tables: cells that Markdown and page both show ---------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Head:
+    """A row's head; `colour` is that of a model."""
+
+    label: str
+    colour: int | None = None
+    notes: tuple[str, ...] = ()
+    kind: ClassVar = "head"
+
+    @property
+    def plain(self) -> str:
+        return _with_notes(self.label, self.notes)
+
+
+@dataclass(frozen=True)
+class Words:
+    """A text with small print below it; `css` is its class in the style sheet."""
+
+    text: str
+    notes: tuple[str, ...] = ()
+    css: str = ""
+    bold: bool = False
+    kind: ClassVar = "words"
+
+    @property
+    def plain(self) -> str:
+        return ": ".join(filter(None, [self.text, ", ".join(self.notes)]))
+
+
+@dataclass(frozen=True)
+class Figure:
+    """An entry of the JSON files: mean, interval, every seed and the paper. None: it was not run.
+
+    `places` are the page's decimals (Markdown has three); `published` replaces the entry's own figure of the
+    paper.
+    """
+
+    entry: Row | None
+    places: int = 3
+    is_signed: bool = False
+    published: str = ""
+    best: bool = False
+    kind: ClassVar = "figure"
+
+    @property
+    def value(self) -> str:
+        return "not run" if self.entry is None else self._form(self.entry["mean"])
+
+    @property
+    def interval(self) -> str:
+        low, high = self.entry["ci95"] if self.entry else (None, None)
+        between = "to" if self.is_signed else DASH
+        return "" if low is None else f"{self._form(low)} {between} {self._form(high)}"
+
+    @property
+    def seeds(self) -> str:
+        return " · ".join(map(self._form, self.entry["seeds"].values())) if self.entry else ""
+
+    @property
+    def paper(self) -> str:
+        known = self.entry and self.entry["paper"] is not None
+        return self.published or (self._form(self.entry["paper"]) if self.entry and known else "")
+
+    @property
+    def plain(self) -> str:
+        if self.entry is None:
+            return f"not run{f'; paper {self.published}' if self.published else ''}"
+        if self.entry["mean"] is None:
+            return f"{DASH} ({self.entry['n']} questions)"
+        exact = replace(self, places=3)
+        low, high = self.entry["ci95"]
+        interval = "" if low is None else f" [{exact._form(low)}, {exact._form(high)}]"
+        seeds = ", ".join(map(exact._form, self.entry["seeds"].values()))
+        return f"**{exact.value}**{interval}; seeds {seeds}{f'; paper {exact.paper}' if exact.paper else ''}"
+
+    def _form(self, value: float | None) -> str:
+        return DASH if value is None else signed(value) if self.is_signed else f"{value:.{self.places}f}"
+
+
+@dataclass(frozen=True)
+class Chips:
+    """States of trainings as coloured marks; `otherwise` where there is none."""
+
+    states: tuple[str, ...]
+    otherwise: str
+    kind: ClassVar = "chips"
+
+    @property
+    def marks(self) -> list[tuple[str, str]]:
+        return [(state, STATE_CLASSES.get(state, "failed")) for state in self.states]
+
+    @property
+    def plain(self) -> str:
+        return ", ".join(self.states) or self.otherwise
+
+
+@dataclass(frozen=True)
+class Strip:
+    """A number drawn around zero: on the page only."""
+
+    track: Row
+    kind: ClassVar = "strip"
+    plain: ClassVar = ""
+
+
+Cell = Head | Words | Figure | Chips | Strip
+
+
+@dataclass(frozen=True)
+class Column:
+    """The head of a column; `drawn`: the page alone has it."""
+
+    label: str
+    notes: tuple[str, ...] = ()
+    css: str = ""
+    drawn: bool = False
+
+
+@dataclass(frozen=True)
+class Table:
+    """What Markdown and page show in rows and columns."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Sequence[Cell]]
+
+    def markdown(self) -> str:
+        """Write the table as Markdown, without what only a page can draw."""
+        shown = [index for index, column in enumerate(self.columns) if not column.drawn]
+        heads = [_with_notes(self.columns[index].label, self.columns[index].notes) for index in shown]
+        rows = [[row[index].plain for index in shown] for row in self.rows]
+        lines = [heads, ["---"] * len(heads), *rows]
+        return "".join(f"| {' | '.join(map(markdown_cell, line))} |\n" for line in lines)
+
+
+def _with_notes(text: str, notes: Sequence[str]) -> str:
+    return f"{text} ({', '.join(notes)})" if notes else text
+
+
+def _head(model: str, models: Iterable[str] = ()) -> Head:
+    """`models` are those of the report: recipes that the paper does not have may be among them."""
+    return Head(model_label(model), colour_of(model, models))
+
+
+def exact_match_table(tables: Row) -> Table:
+    """Make table 2; the best trained recipe of each data set is marked."""
+    own, names = tables["exact_match"], [*tables["mirrors"], AVERAGE]
+    means = {
+        name: {model: entry[name]["mean"] for model, entry in own.items() if model not in GIVEN}
+        for name in names
+    }
+    best = {
+        name: max((mean for mean in column.values() if mean is not None), default=None)
+        for name, column in means.items()
+    }
+    first = next(iter(own.values()))
+    columns = [Column(name, (_plays(tables, name), f"{first[name]['n']:,} questions")) for name in names]
+    rows: list[list[Cell]] = []
+    for model, entries in own.items():
+        is_best = {
+            name: (mean := means[name].get(model)) is not None and mean == best[name] for name in names
+        }
+        rows.append([_head(model, own), *(Figure(entries[name], best=is_best[name]) for name in names)])
+    return Table([Column("Recipe"), *columns], rows)
+
+
+def _plays(tables: Row, name: str) -> str:
+    if name == AVERAGE:
+        return "over the sets"
+    role = tables["mirrors"][name]
+    return f"as {PAPER_DATASETS.get(role, role)}"
+
+
+def model_pairs_table(tables: Row) -> Table:
+    """Make table 3: a row for each recipe, a column for each pair of models."""
+    found = {(row["model"], row["pair"]): row for row in tables["model_pairs"]}
+    pairs = list(dict.fromkeys(pair for _, pair in found))
+    rows: list[list[Cell]] = [
+        [
+            _head(model),
+            *(
+                Figure(found[model, pair]["ours"], published=f"{found[model, pair]['paper']:.3f}")
+                for pair in pairs
+            ),
+        ]
+        for model in dict.fromkeys(model for model, _ in found)
+    ]
+    return Table([Column("Average EM"), *map(Column, pairs)], rows)
+
+
+def arcap_table(tables: Row) -> Table:
+    """Make table 5."""
+    names = _measurements(tables)
+    rows: list[list[Cell]] = [
+        [
+            _head(model, tables["arcap"]),
+            *(Figure(own[name], 2 if "searches" in name else 3) for name in names),
+        ]
+        for model, own in tables["arcap"].items()
+    ]
+    return Table([Column("Recipe"), *(Column(MEASUREMENT_LABELS[name]) for name in names)], rows)
+
+
+def _measurements(tables: Row) -> list[str]:
+    return [name for name in MEASUREMENT_LABELS if any(name in own for own in tables["arcap"].values())]
+
+
+def ablations_table(tables: Row) -> Table:
+    """Make table 6 with the variants of figure 6."""
+    rows: list[list[Cell]] = []
+    for row in tables["ablations"]:
+        recipe, difference = row["recipe"], row["minus_dgpo"]
+        track = difference_track([(difference, f"m{COLOURS[recipe]}")], counts=False)
+        rows.append(
+            [
+                _head(recipe),
+                Words(row["row"], (row["reported"],), "text"),
+                *(Words(row[setting]) for setting in ("cold_start", "rl", "kl_penalty")),
+                Figure(row["exact_match"] and row["exact_match"][AVERAGE]),
+                Figure(difference, is_signed=True) if recipe != "dgpo" else Words(""),
+                Strip(track),
+            ]
+        )
+    columns = [Column("Recipe"), Column("In the paper", css="text")]
+    columns += map(Column, ("Cold start", "RL", "KL penalty", "Average EM", "Minus DGPO"))
+    return Table([*columns, Column("±0.3", drawn=True)], rows)
+
+
+def stability_table(tables: Row) -> Table:
+    """Make the table of how every training ended."""
+    rows: list[list[Cell]] = []
+    for recipe, own in tables["stability"].items():
+        seeds, paper = own["seeds"] or {}, own["paper"]
+        evidence = tuple(training_text(seed, state) for seed, state in seeds.items())
+        reported = Words(DASH, css="wide")
+        if paper:
+            quote = f"“{paper['quote']}” ({paper['source']})"
+            reported = Words(paper["training"], (quote,), "wide", bold=True)
+        states = Chips(tuple(state["state"] for state in seeds.values()), "no training curve")
+        rows.append([_head(recipe, tables["exact_match"]), states, Words("", evidence, "wide"), reported])
+    columns = [Column(label, css="text") for label in ("Each seed", "Evidence", "Paper")]
+    return Table([Column("Recipe"), *columns], rows)
+
+
+def sizes_table(found: Row) -> Table:
+    """Make the table of all pairs of models."""
+    rows: list[list[Cell]] = [
+        [
+            Head(pair["profile"], notes=(f"as {pair['pair']}",)),
+            *(Words(given_text(pair, role)) for role in GIVEN),
+            *(Figure(pair["exact_match"].get(model)) for model in found["models"]),
+            Words(commits_text(pair["commits"]), css="text"),
+        ]
+        for pair in found["pairs"]
+    ]
+    measured = [Column(f"EM, {model_label(model)}") for model in found["models"]]
+    given = [Column("Profile"), Column("Student"), Column("Teacher")]
+    return Table([*given, *measured, Column("Code", css="text")], rows)
+
+
+def training_text(seed: str, state: Row) -> str:
+    """Say how one seed's training ended."""
+    where = f" at step {state['step']}" if state["step"] is not None else ""
+    drift = f"; {state['drift']}" if state["drift"] else ""
+    levels = f"EM {state['best']:.3f} at best, {state['last']:.3f} at the end of {state['steps']} steps"
+    return f"seed {seed}: {state['state']}{where} ({levels}{drift})"
+
+
+def given_text(pair: Row, role: str) -> str:
+    """Say family and size of the pair's student or teacher."""
+    family, count = pair["families"].get(role, ""), pair["parameters"].get(role)
+    return f"{family} {'size not known' if count is None else f'{count / 1e6:,.2f} M'}".strip()
+
+
+def commits_text(commits: Mapping[str, str]) -> str:
+    """Say the one commit, or each seed's."""
+    if len(set(commits.values())) == 1:
+        return next(iter(commits.values()))[:8]
+    return ", ".join(f"seed {seed} {commit[:8]}" for seed, commit in sorted(commits.items()))
+
+
+def seeds_text(seeds: Sequence[int]) -> str:
+    """Say which seeds there are, and what a single one leaves open."""
+    if len(seeds) == 1:
+        return f"one seed ({seeds[0]}): nothing is said of others"
+    return f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
+
+
+# --- Markdown: fragments for docs/results.md ----------------------------------------------------------------
+
+
+def markdown(tables: Row, verdicts: Sequence[Row]) -> str:
+    """Write the tables and verdicts of one pair of models."""
+    counts = Counter(row["verdict"] for row in verdicts)
+    summary = ", ".join(f"{counts[name]} {name}" for name in VERDICTS)
+    commits = tables["commits"]
+    code = f"\nCode: commit{'s' * (len(set(commits.values())) > 1)} {commits_text(commits)}.\n"
+    sections = [
+        f"## Reproduction, {seeds_text(tables['seeds'])}\n\n"
+        "A cell: the mean over the seeds, question by question; its 95 % bootstrap interval over questions,\n"
+        "stratified by data set; each seed's own mean; the paper's figure. A claim counts as reproduced only "
+        f"when\nthe interval lies on its side and so does every seed.\n{code if commits else ''}",
+        f"### Claims\n\n{summary}, of {len(verdicts)} claims.\n",
+        _claims_table(verdicts).markdown(),
+        "### Exact match (table 2)\n",
+        exact_match_table(tables).markdown(),
+        f"{BEFORE_COLLAPSE}\n",
+        "### Other models (table 3)\n",
+        model_pairs_table(tables).markdown(),
+        "### ARCap (table 5)\n",
+        arcap_table(tables).markdown(),
+        "### Ablations (table 6, figure 6)\n",
+        ablations_table(tables).markdown(),
+        "### Training (figures 4 and 6)\n",
+        stability_table(tables).markdown(),
+    ]
+    return "\n".join(sections)
+
+
+def sizes_markdown(found: Row) -> str:
+    """Write the table and the claims about all pairs of models."""
+    seeds = ", ".join(map(str, found["seeds"])) or "none"
+    sections = [
+        "### Sizes and families (figure 3, table 3)\n",
+        sizes_table(found).markdown(),
+        f"On the seeds that all of them ran ({seeds}):\n",
+        _claims_table(found["verdicts"]).markdown(),
+    ]
+    return "\n".join(sections)
+
+
+def _claims_table(verdicts: Sequence[Row]) -> Table:
+    rows = [
+        [
+            Words(row["statement"]),
+            Words(row["source"]),
+            Words(f"**{row['verdict']}**"),
+            Words(row["evidence"]),
+        ]
+        for row in verdicts
+    ]
+    return Table([*map(Column, ("claim", "paper", "verdict", "evidence"))], rows)
+
+
+# --- pages: one file each, no network, the same bytes for the same tables -----------------------------------
+
+
+def page(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]]) -> str:
+    """Write the page of one pair of models."""
+    drawn = seed_panels(curves)
+    recipes = list(dict.fromkeys(trace["model"] for panel in drawn for trace in panel["traces"]))
+    counts = Counter(row["verdict"] for row in verdicts)
+    data = {
+        "models": [_model(name, tables["exact_match"]) for name in tables["exact_match"]],
+        "figures": [name for name in recipes if name in FIGURES],
+        "charts": {f"curve-{index}": {"traces": panel["traces"]} for index, panel in enumerate(drawn)},
+        "radars": {},
+    }
+    by_name = {row["claim"]: row for row in verdicts}
+    return template("reproduction.html.j2").render(
+        title=f"{counts[REPRODUCED]} of {len(verdicts)} claims reproduced at our scale",
+        seeds=seeds_text(tables["seeds"]),
+        counts=[(name, CLASSES[name], counts[name]) for name in VERDICTS],
+        groups=[
+            {"title": title, "claims": [_claim(by_name[claim.name]) for claim in claims]}
+            for title, claims in GROUPS
+        ],
+        pair=tables["pair"],
+        own_scale=any(name != role for name, role in tables["mirrors"].items()),
+        bars_rows=_bars({model: own[AVERAGE] for model, own in tables["exact_match"].items()}),
+        exact_match=exact_match_table(tables),
+        model_pairs=model_pairs_table(tables),
+        arcap=arcap_table(tables),
+        arcap_cards=[
+            {
+                "title": MEASUREMENT_LABELS[name],
+                "bars": _bars({m: own[name] for m, own in tables["arcap"].items() if m in PROFILED}),
+            }
+            for name in _measurements(tables)
+        ],
+        ablations=ablations_table(tables),
+        panels=drawn,
+        recipes=[_model(name, tables["exact_match"]) for name in recipes],
+        stability=stability_table(tables),
+        invalid_rise=INVALID_RISE,
+        length_drift=LENGTH_DRIFT,
+        near_zero=NEAR_ZERO,
+        before_collapse=BEFORE_COLLAPSE,
+        data=Markup(compact_json(data)),
+        css=asset("page.css") + asset("reproduction.css"),
+        scripts=[Markup(get_plotlyjs()), *map(asset, SCRIPTS)],
+    )
+
+
+def sizes_page(found: Row) -> str:
+    """Write the page of all pairs of models: a card for each recipe, a bar for each pair."""
+    pairs = found["pairs"]
+    top = top_of(entry for pair in pairs for entry in pair["exact_match"].values())
+    cards = []
+    for name in found["models"]:
+        colour, role = colour_of(name, found["models"]), "teacher" if name == "teacher" else "student"
+        bars = [
+            _bar(f"{pair['profile']} · {given_text(pair, role)}", colour, pair["exact_match"][name], top)
+            for pair in pairs
+            if name in pair["exact_match"]
+        ]
+        cards.append({"title": model_label(name), "bars": bars})
+    seeds = ", ".join(map(str, found["seeds"])) or "none"
+    return template("sizes.html.j2").render(
+        pairs=len(pairs),
+        table=sizes_table(found),
+        cards=cards,
+        claims=[_claim(row) for row in found["verdicts"]],
+        compared=f"On the seeds that all pairs ran: {seeds}.",
+        css=asset("page.css") + asset("reproduction.css"),
+        theme=asset("theme.js"),
+    )
+
+
+def _model(name: str, models: Iterable[str]) -> Row:
+    return {"name": name, "label": model_label(name), "colour": colour_of(name, models)}
+
+
+def _claim(row: Row) -> Row:
+    tests = [_test(test) for test in row["tests"]]
+    numbers = [(test["numbers"], HOLDS[test["holds"]]) for test in row["tests"] if test["numbers"]]
+    counts = any("searches" in test["label"] for test in row["tests"])
+    return row | {
+        "class": CLASSES[row["verdict"]],
+        "track": difference_track(numbers, counts) if numbers else None,
+        "tests": tests if len(tests) > 1 else [],
+    }
+
+
+def _test(test: Row) -> Row:
+    numbers, css = test["numbers"], HOLDS[test["holds"]]
+    return test | {
+        "class": css,
+        "track": difference_track([(numbers, css)], "searches" in test["label"]) if numbers else None,
+        "text": numbers_text(numbers) if numbers else test["evidence"],
+    }
+
+
+def _bars(entries: dict[str, Row]) -> list[Row]:
+    top = top_of(entries.values())
+    return [
+        _bar(model_label(model), colour_of(model, entries), entry, top) for model, entry in entries.items()
+    ]
+
+
+def _bar(label: str, colour: int, entry: Row, top: float) -> Row:
+    known = [entry] if entry["mean"] is not None else []
+    track = {"zero": "0.00", "marks": [_mark(own, 0.0, top) | {"class": f"m{colour}"} for own in known]}
+    return {"label": label, "colour": colour, "track": track, "cell": Figure(entry)}
+
+
+def difference_track(entries: Sequence[tuple[Row | None, str]], counts: bool) -> Row:
+    """Place each entry's mean, interval, seeds and figure of the paper around zero, in percent of the track.
+
+    The second of each pair is the mark's class in the style sheet: its colour.
+    """
+    limit = COUNT_LIMIT if counts else SHARE_LIMIT
+    known = [(entry, colour) for entry, colour in entries if entry and entry["mean"] is not None]
+    marks = [_mark(entry, -limit, limit) | {"class": colour} for entry, colour in known]
+    return {"zero": "50.00", "marks": marks}
+
+
+def top_of(entries: Iterable[Row]) -> float:
+    """Return the end of a common scale from zero, somewhat beyond the highest value."""
+    values: list[float] = [
+        value
+        for entry in entries
+        for value in (entry["mean"], entry["ci95"][1], entry["paper"], *entry["seeds"].values())
+        if value is not None
+    ]
+    return 1.02 * max([0.1, *values])
+
+
+def _mark(entry: Row, start: float, end: float) -> Row:
+    def place(value: float) -> str:
+        return f"{100 * min(1.0, max(0.0, (value - start) / (end - start))):.2f}"
+
+    low, high = entry["ci95"]
+    return {
+        "mean": place(entry["mean"]),
+        "low": None if low is None else place(low),
+        "width": None if low is None else f"{float(place(high)) - float(place(low)):.2f}",
+        "seeds": [place(mean) for mean in entry["seeds"].values() if mean is not None],
+        "paper": None if entry["paper"] is None else place(entry["paper"]),
+    }

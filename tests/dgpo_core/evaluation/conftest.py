@@ -1,0 +1,1 @@
+from tests.dgpo_core.reporting.conftest import reported, run  # noqa: F401  fixtures
