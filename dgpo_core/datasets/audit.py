@@ -57,8 +57,8 @@ class AnswerSearch:
 def asked_in_training(questions: Splits) -> dict[tuple[str, str], int]:
     """Return how many questions of each held-out split are asked in training too, of any set.
 
-    Questions are the same by letters and digits, as gold contexts are joined. Test questions are compared with
-    the validation questions too, which come from the same file as those of training.
+    Questions are the same by letters and digits, as gold contexts are joined. Test questions are compared
+    with the validation questions too, which come from the same file as those of training.
     """
     known = {
         split: {letters(q.question) for (_, own), items in questions.items() if own == split for q in items}
