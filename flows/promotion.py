@@ -1,4 +1,4 @@
-"""A run's model offered as champion: the gate decides, and a person, where `promote.approval` wants one."""
+"""Offer a run's model as champion: the gate decides, and a person, where `promote.approval` wants one."""
 
 import sys
 from datetime import timedelta
@@ -30,7 +30,7 @@ class Approval(RunInput):
 def offer(tree: Path) -> str:
     """Decide about the model of `tree` with its settings, ask if asked for, and promote what passes.
 
-    A sentence about how it ended. Raises UserError when nothing can be decided.
+    Returns a sentence about how it ended. Raises UserError when nothing can be decided.
     """
     from tasks.commands.promote import KEPT, PROMOTED  # brings torch: not for runs that offer nothing
 
@@ -67,6 +67,6 @@ def _own_challenger(tree: Path) -> Version:
 
 
 def _decide(tree: Path, version: str, flag: str) -> tuple[int, str]:
-    """Exit code and words of `dgpo promote` in the run's worktree."""
+    """Run `dgpo promote` in the run's worktree and return its exit code and its words."""
     command = [sys.executable, "-m", "tasks.commands.cli", "promote", "--version", version, flag]
     return run_group(command, tree, {**environment(), "COLUMNS": "110"}, get_run_logger().info)

@@ -27,7 +27,7 @@ from flows.server import API_URL, START_TIMEOUT, server_command
 from tasks.commands.cli import run_as
 from tasks.project.process import run_program
 from tasks.project.progress import duration
-from tasks.project.servers import FOLDER, MARK, Record, leader, members, path, read, write
+from tasks.project.servers import FOLDER, MARK, ServiceRecord, leader, members, path, read, write
 from tasks.tracking.store import ARTIFACTS, artifact_root, local_path, prepare, tracking_uri
 
 NAMES = ("prefect", "mlflow")
@@ -42,7 +42,7 @@ console = Console(highlight=False, soft_wrap=True)
 class Service:
     """What is needed to start a server, and to know that it is up."""
 
-    record: Record
+    record: ServiceRecord
     port: int
     port_option: str  # of `dgpo up`
     environment: dict[str, str]
@@ -51,7 +51,7 @@ class Service:
 def prefect(port: int) -> Service:
     command, environment = server_command(port)
     page = f"http://127.0.0.1:{port}"
-    record = Record("prefect", "", command, API_URL, f"{page}/api", f"{page}/api/health", page)
+    record = ServiceRecord("prefect", "", command, API_URL, f"{page}/api", f"{page}/api/health", page)
     return Service(record, port, "--prefect-port", environment)
 
 
@@ -63,7 +63,7 @@ def mlflow(port: int) -> Service:
     root = artifact_root(local) if local else Path(ARTIFACTS).resolve()
     artifacts = ["--default-artifact-root", root.as_uri()]
     command = [sys.executable, "-m", "mlflow", "server", *listen, *artifacts]
-    record = Record("mlflow", "", command, STORE_URL, page, f"{page}/health", page)
+    record = ServiceRecord("mlflow", "", command, STORE_URL, page, f"{page}/health", page)
     # The store by environment: it may have a password in it, and everybody can read a command line.
     return Service(record, port, "--mlflow-port", {BACKEND: store, "DO_NOT_TRACK": "1"})
 
@@ -97,7 +97,7 @@ def down(folder: Path = FOLDER, names: Sequence[str] = NAMES) -> list[str]:
     return ended
 
 
-def state(record: Record | None) -> str:
+def state(record: ServiceRecord | None) -> str:
     if record is None:
         return "stopped"
     if leader(record) is None:
@@ -136,7 +136,7 @@ def _start(service: Service, folder: Path) -> bool:
     return True
 
 
-def _wait_until_healthy(record: Record, folder: Path, new: bool) -> None:
+def _wait_until_healthy(record: ServiceRecord, folder: Path, new: bool) -> None:
     begin, deadline = time.monotonic(), time.monotonic() + START_TIMEOUT
     with console.status("") as status:
         while not _answers(record.health):
@@ -152,7 +152,7 @@ def _wait_until_healthy(record: Record, folder: Path, new: bool) -> None:
     console.print(f"{record.name}: {how}, {record.page}")
 
 
-def _end(record: Record) -> bool:
+def _end(record: ServiceRecord) -> bool:
     """End all its processes; whether there were any. Those that ignore SIGTERM are killed."""
     found = members(record)
     for action in (psutil.Process.terminate, psutil.Process.kill):
@@ -194,7 +194,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _log(record: Record, folder: Path) -> Path:
+def _log(record: ServiceRecord, folder: Path) -> Path:
     return folder / f"{record.name}.log"
 
 

@@ -1,4 +1,4 @@
-"""What a model's turn asks for, and whether a whole response has the protocol's form."""
+"""The action that a turn of the model holds, and the protocol's form of a whole response."""
 
 import re
 from dataclasses import dataclass
@@ -23,14 +23,14 @@ class ActionKind(StrEnum):
 
 @dataclass(frozen=True)
 class Action:
-    """`content` is the query or answer, trimmed; empty for an invalid action."""
+    """A search or an answer; `content` is the query or answer, trimmed, and empty for an invalid action."""
 
     kind: ActionKind
     content: str = ""
 
 
 def parse_action(turn_text: str) -> Action:
-    """The first complete `<search>` or `<answer>` of one turn of the model."""
+    """Return the first complete `<search>` or `<answer>` of one turn of the model."""
     match = _ACTION.search(turn_text)
     if match is None or not (content := trimmed(match[2])):  # an empty query or answer is no action
         return Action(ActionKind.INVALID)
@@ -38,13 +38,13 @@ def parse_action(turn_text: str) -> Action:
 
 
 def last_answer(response_text: str) -> str | None:
-    """The prediction: the last complete `<answer>` of the response (not of the prompt), unless empty."""
+    """Return the prediction: the last complete `<answer>` of the response, unless it is empty."""
     answers = _ANSWER.findall(response_text)
     return trimmed(answers[-1]) or None if answers else None
 
 
 def is_well_formed(model_turns: list[str]) -> bool:
-    """Whether the turns are think -> (search -> information -> think)* -> answer."""
+    """Return whether the turns are think -> (search -> information -> think)* -> answer."""
     if not model_turns:
         return False
     *searches, reply = model_turns

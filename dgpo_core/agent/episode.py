@@ -16,7 +16,7 @@ Decode = Callable[[list[int]], Any]  # a tokenizer's `decode`: token ids -> text
 
 
 class Owner(IntEnum):
-    """Who wrote a token."""
+    """The writer of a token."""
 
     PROMPT = 0
     MODEL = 1
@@ -32,7 +32,7 @@ class Outcome(StrEnum):
 
 
 class Ending(StrEnum):
-    """Why an episode ended."""
+    """The reason why an episode ended."""
 
     ANSWERED = "answered"
     BUDGET = "budget"  # no turn left
@@ -124,39 +124,29 @@ def model_runs(owners: "Sequence[int] | np.ndarray") -> tuple[np.ndarray, np.nda
     return changes[::2], changes[1::2]
 
 
+_TEXT, _TEXTS, _FLOATS = pa.string(), pa.list_(pa.string()), pa.list_(pa.float32())
+_SEARCH = pa.struct([("query", _TEXT), ("passage_ids", _TEXTS), ("scores", _FLOATS), ("hit", pa.bool_())])
 SCHEMA = pa.schema(
     [
-        ("question_id", pa.string()),
-        ("dataset", pa.string()),
-        ("question", pa.string()),
-        ("golden_answers", pa.list_(pa.string())),
+        ("question_id", _TEXT),
+        ("dataset", _TEXT),
+        ("question", _TEXT),
+        ("golden_answers", _TEXTS),
         ("sample", pa.int32()),
         ("token_ids", pa.list_(pa.int32())),
         ("owners", pa.list_(pa.int8())),
-        ("logprobs", pa.list_(pa.float32())),
-        ("response", pa.string()),
-        ("prediction", pa.string()),
-        ("outcome", pa.string()),
-        ("ending", pa.string()),
+        ("logprobs", _FLOATS),
+        ("response", _TEXT),
+        ("prediction", _TEXT),
+        ("outcome", _TEXT),
+        ("ending", _TEXT),
         ("well_formed", pa.bool_()),
         ("hit", pa.bool_()),
         ("generations", pa.int32()),
         ("invalid_actions", pa.int32()),
         ("cut_turns", pa.int32()),
-        (
-            "searches",
-            pa.list_(
-                pa.struct(
-                    [
-                        ("query", pa.string()),
-                        ("passage_ids", pa.list_(pa.string())),
-                        ("scores", pa.list_(pa.float32())),
-                        ("hit", pa.bool_()),
-                    ]
-                )
-            ),
-        ),
-        ("failure", pa.string()),
+        ("searches", pa.list_(_SEARCH)),
+        ("failure", _TEXT),
     ]
 )
 
@@ -169,7 +159,7 @@ def write_episodes(path: Path, episodes: list[Episode], metadata: dict[str, str]
 
 
 def read_episodes(path: Path) -> list[Episode]:
-    """Raises UserError when the file is missing or is no table of episodes."""
+    """Read a table. Raises UserError when the file is missing or is no table of episodes."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -187,7 +177,7 @@ def read_episodes(path: Path) -> list[Episode]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """What `write_episodes` was given as metadata."""
+    """Return the metadata that `write_episodes` was given."""
     raw = pq.read_schema(path).metadata or {}
     return {key.decode(): value.decode() for key, value in raw.items()}
 

@@ -1,9 +1,7 @@
-"""The agent loop: generate, act, append (docs/method.md, "The protocol").
+"""The agent loop: generate, act, append (docs/method.md, "The protocol"); and collections of many episodes.
 
-It knows token ids, an engine and a retriever. Token-in, token-out: sampled ids are kept as they are, and each
-text of the environment is tokenised once, when it is appended.
-
-Many episodes in chunks, each kept on disk when done: a killed collection continues where it was.
+The loop knows token ids, an engine and a retriever. Token-in, token-out: sampled ids are kept as they are,
+and each text of the environment is tokenised once, when it is appended.
 """
 
 import hashlib
@@ -48,8 +46,8 @@ class Task:
 
 
 @dataclass
-class _Running:
-    """An episode under way."""
+class _State:
+    """What is known so far of an episode that runs."""
 
     task: Task
     ids: list[int]
@@ -59,8 +57,7 @@ class _Running:
     searches: list[Search] = field(default_factory=list)
     invalid_actions: int = 0
     cut_turns: int = 0
-    query: str | None = None  # waits for an answer
-    answer: bool = False
+    query: str | None = None  # the search that is to be answered
     ending: Ending | None = None
     failure: str | None = None
     cache: EpisodeCache = field(default_factory=EpisodeCache)
@@ -73,7 +70,7 @@ class _Running:
 
 class EpisodeRunner(Protocol):
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
-        """One episode a task, in order."""
+        """Run one episode a task, and return them in the tasks' order."""
         ...
 
 
@@ -87,7 +84,7 @@ class AgentLoop:
         self._config, self._top_k = config, top_k
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
-        """One episode a task, in order. A failing retriever makes an episode `failed`, never wrong.
+        """Run one episode a task; return them in order. A failing retriever makes one `failed`, never wrong.
 
         Raises NotFinite for a model that gives no numbers.
         """
@@ -107,24 +104,26 @@ class AgentLoop:
             self._answer_searches([episode for episode in going if episode.query is not None])
         return [self._record(episode) for episode in running]
 
-    def _is_last(self, episode: _Running, turn: int) -> bool:
+    def _is_last(self, episode: _State, turn: int) -> bool:
         return turn == self._config.max_turns or episode.task.single_turn
 
-    def _start(self, task: Task) -> _Running:
+    def _start(self, task: Task) -> _State:
         ids = encode_prompt(task.question.question, self._config.instruction, self._tokenizer)
-        episode = _Running(task, ids, [Owner.PROMPT] * len(ids), [0.0] * len(ids))
+        episode = _State(task, ids, [Owner.PROMPT] * len(ids), [0.0] * len(ids))
         if task.opening:
             episode.append(self._encode(task.opening), Owner.ENVIRONMENT)
         return episode
 
-    def _with_room(self, running: list[_Running]) -> list[_Running]:
+    def _with_room(self, running: list[_State]) -> list[_State]:
+        """Return the episodes that go on, and end those whose context is full."""
         active = [episode for episode in running if episode.ending is None]
         for episode in active:
             if len(episode.ids) >= self._config.max_context:
                 episode.ending = Ending.LENGTH
         return [episode for episode in active if episode.ending is None]
 
-    def _generate(self, active: list[_Running], turn: int, sampling: Sampling) -> None:
+    def _generate(self, active: list[_State], turn: int, sampling: Sampling) -> None:
+        """Let the model write a turn of each episode."""
         for episode in active:
             episode.cache.renew = not self._is_last(episode, turn)
         requests = [
@@ -148,8 +147,8 @@ class AgentLoop:
                     raise NotFinite("log-probability of a sampled token", value)
             self._act(episode, generation, last=self._is_last(episode, turn))
 
-    def _act(self, episode: _Running, generation: Generation, last: bool) -> None:
-        """Append what the model wrote, and note or answer what it asks for."""
+    def _act(self, episode: _State, generation: Generation, last: bool) -> None:
+        """Append what the model wrote, and note the search or the answer that it holds."""
         written = self._tokenizer.decode(generation.token_ids)
         first = not episode.turn_texts
         episode.turn_texts.append(written)
@@ -158,7 +157,7 @@ class AgentLoop:
         # an opening may end inside a tag that the model is to complete
         action = parse_action(_open_tag(episode.task.opening) + written if first else written)
         if action.kind is ActionKind.ANSWER:
-            episode.answer, episode.ending = True, Ending.ANSWERED
+            episode.ending = Ending.ANSWERED
         elif action.kind is ActionKind.SEARCH:
             episode.query = action.content
         else:
@@ -166,7 +165,8 @@ class AgentLoop:
             if not last:
                 episode.append(self._encode(prompts.INVALID_ACTION), Owner.ENVIRONMENT)
 
-    def _answer_searches(self, waiting: list[_Running]) -> None:
+    def _answer_searches(self, waiting: list[_State]) -> None:
+        """Search for all queries at once, and append what was found."""
         if not waiting:
             return
         queries = [episode.query or "" for episode in waiting]
@@ -195,7 +195,7 @@ class AgentLoop:
         raise AssertionError("unreachable: tenacity returns or raises")
 
     def _information(self, hits: list[Hit]) -> list[int]:
-        """Retrieved passages as ids; cut inside a passage's text, so the closing tag always stays."""
+        """Return retrieved passages as ids; cut inside a passage's text, so that the closing tag stays."""
         if self._config.documents == "release":
             return self._release_information(hits)
         ids: list[int] = []
@@ -215,7 +215,7 @@ class AgentLoop:
         return [*self._encode(prompts.INFORMATION_PREFIX), *ids, *self._encode(prompts.INFORMATION_SUFFIX)]
 
     def _release_information(self, hits: list[Hit]) -> list[int]:
-        """The same as the release has it: tokens of one text, cut anywhere; the closing tag stays."""
+        """Return them as the release has them: tokens of one text, cut anywhere; the closing tag stays."""
         passages = [(hit.passage.title, hit.passage.text) for hit in hits]
         closing = self._encode(prompts.INFORMATION_SUFFIX)
         room = len(self._encode(prompts.INFORMATION_PREFIX)) + self._config.max_information
@@ -226,7 +226,7 @@ class AgentLoop:
     def _encode(self, text: str) -> list[int]:
         return encode_text(text, self._tokenizer)
 
-    def _record(self, episode: _Running) -> Episode:
+    def _record(self, episode: _State) -> Episode:
         question = episode.task.question
         prompt_length = sum(owner == Owner.PROMPT for owner in episode.owners)
         response = self._tokenizer.decode(episode.ids[prompt_length:])
@@ -256,8 +256,8 @@ class AgentLoop:
             failure=episode.failure,
         )
 
-    def _prediction(self, episode: _Running) -> str | None:
-        """The last complete answer of the model: tags that it left open never reach into its next turn."""
+    def _prediction(self, episode: _State) -> str | None:
+        """Return the model's last complete answer: tags left open never reach into its next turn."""
         if self._config.answer_scope == "prompt_and_response":  # the release's: the prompt's example is one
             return last_answer(self._tokenizer.decode(episode.ids))
         opened = _open_tag(episode.task.opening)
@@ -267,12 +267,12 @@ class AgentLoop:
 
 @lru_cache(maxsize=1000)
 def _holds_answer(passage: Passage, answers: tuple[str, ...]) -> bool:
-    """`contains_answer`, kept: the episodes of a question find the same passages."""
+    """Cache `contains_answer`: the episodes of a question find the same passages."""
     return contains_answer(passage.contents, answers)
 
 
 def _open_tag(opening: str) -> str:
-    """`<answer>` when the opening leaves that tag open, else nothing."""
+    """Return `<answer>` when the opening leaves that tag open, else nothing."""
     return "<answer>" if opening.endswith("<answer>") else ""
 
 
@@ -284,10 +284,11 @@ def collect(
     state: Path,
     progress: Callable[[int, int, float], None],
 ) -> list[Episode]:
-    """Episodes of all tasks, in order. `progress` gets done, total and the EM so far.
+    """Run all tasks and return their episodes in order. `progress` gets done, total and the EM so far.
 
-    Chunks are cut the same way every time, so an interrupted collection gives the same episodes. Raises
-    InfrastructureError when every episode of a chunk failed: something is down, and what is done is kept.
+    Each chunk is kept in `state` when it is done, and chunks are cut the same way every time: a killed
+    collection continues where it was, and gives the same episodes. Raises InfrastructureError when every
+    episode of a chunk failed: something is down, and what is done is kept.
     """
     state.mkdir(parents=True, exist_ok=True)
     episodes: list[Episode] = []
@@ -309,11 +310,11 @@ def collect(
 
 
 def em_of(episodes: list[Episode]) -> float:
-    """Share of correct among the episodes that did not fail; nan when there is none."""
+    """Return the share of correct among the episodes that did not fail; nan when there is none."""
     counted = [episode for episode in episodes if episode.outcome is not Outcome.FAILED]
     return sum(episode.correct for episode in counted) / len(counted) if counted else float("nan")
 
 
 def stable_seed(*parts: object) -> int:
-    """A 32-bit seed from names and numbers, the same in every process."""
+    """Return a 32-bit seed from names and numbers, the same in every process."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:4], "little")

@@ -1,6 +1,6 @@
 """Every text that the environment puts into an episode, in Search-R1's wording, which the paper follows.
 
-Text to token ids: what people and documents write never becomes one of the model's control tokens.
+Texts become token ids here too: what people and documents write never becomes a control token of the model.
 """
 
 from collections.abc import Iterable
@@ -73,12 +73,12 @@ def information(passages: Iterable[tuple[str, str]], form: Documents = "plain") 
 
 
 def message_text(question: str, instruction: str) -> str:
-    """What the user says; `instruction` is a key of INSTRUCTIONS."""
+    """Return the user's message; `instruction` is a key of INSTRUCTIONS."""
     return INSTRUCTIONS[instruction].format(question=with_question_mark(question))
 
 
 def prompt_text(question: str, instruction: str, tokenizer: Any) -> str:
-    """The first text of an episode: the user's message through the model's chat template, if it has one."""
+    """Return an episode's first text: the user's message in the model's chat template, if it has one."""
     message = message_text(question, instruction)
     if not tokenizer.chat_template:
         return message
@@ -101,7 +101,7 @@ def known_ids(tokenizer: Any) -> int:
 
 
 def encode_text(text: str, tokenizer: Any) -> list[int]:
-    """Ids of a text of the environment; `<|im_end|>` in a passage is ordinary characters."""
+    """Return the ids of a text of the environment; `<|im_end|>` in a passage is ordinary characters."""
     ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
     return ids
 
@@ -112,7 +112,7 @@ def encode_start(text: str, tokenizer: Any, count: int) -> list[int]:
 
 
 def encode_prompt(question: str, instruction: str, tokenizer: Any) -> list[int]:
-    """Ids of `prompts.prompt_text`, in which only the chat template writes control tokens."""
+    """Return the ids of `prompt_text`, in which only the chat template writes control tokens."""
     text = prompt_text(question, instruction, tokenizer)
     message = message_text(question, instruction)
     if message not in text:

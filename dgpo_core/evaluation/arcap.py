@@ -19,7 +19,7 @@ Run = Callable[[list[Task], str], list[Episode]]  # (tasks, name of the measurem
 
 
 @dataclass(frozen=True)
-class Row:
+class ArcapValue:
     """One question's value in one measurement; `failed` values count nowhere."""
 
     measurement: str
@@ -29,7 +29,7 @@ class Row:
 
 
 def gold_context(question: Question, role: str) -> list[tuple[str, str]]:
-    """(title, text) of what a perfect search would return; empty where that is not known.
+    """Return (title, text) of what a perfect search would find; empty where that is not known.
 
     For `nq` the annotated long answer, for `musique` all supporting paragraphs.
     """
@@ -42,8 +42,8 @@ def gold_context(question: Question, role: str) -> list[tuple[str, str]]:
 
 def source_referencing(
     role: str, dataset: str, questions: list[Question], seed: int, run: Run, form: prompts.Documents = "plain"
-) -> list[Row]:
-    """EM with the gold context given, in `form`: in a forced answer, and with thinking and searching allowed.
+) -> list[ArcapValue]:
+    """Measure EM with the gold context given in `form`: in a forced answer, and with thinking and searching.
 
     Questions without a known gold context (docs/data.md, the join) are not asked.
     """
@@ -66,16 +66,16 @@ def source_referencing(
     return rows
 
 
-def query_rewriting(role: str, episodes: list[Episode]) -> list[Row]:
-    """Whether the *first* query's passages hold a golden answer; without a query they do not."""
+def query_rewriting(role: str, episodes: list[Episode]) -> list[ArcapValue]:
+    """Measure whether the *first* query's passages hold a golden answer; without a query they do not."""
     return [
         _row(f"query_hit_{role}", episode, float(bool(episode.searches) and episode.searches[0].hit))
         for episode in episodes
     ]
 
 
-def thinking(role: str, episodes: list[Episode]) -> list[Row]:
-    """Final hit ratio and number of searches over whole episodes, counted from their structure."""
+def thinking(role: str, episodes: list[Episode]) -> list[ArcapValue]:
+    """Measure the final hit and the number of searches over whole episodes, from their structure."""
     return [
         row
         for episode in episodes
@@ -86,9 +86,10 @@ def thinking(role: str, episodes: list[Episode]) -> list[Row]:
     ]
 
 
-def _row(measurement: str, episode: Episode, value: float) -> Row:
-    return Row(measurement, episode.question_id, value, episode.outcome is Outcome.FAILED)
+def _row(measurement: str, episode: Episode, value: float) -> ArcapValue:
+    return ArcapValue(measurement, episode.question_id, value, episode.outcome is Outcome.FAILED)
 
 
-def as_table(rows: list[Row]) -> pa.Table:
+def as_table(rows: list[ArcapValue]) -> pa.Table:
+    """Return the columns measurement, question_id, value and failed."""
     return pa.Table.from_pylist([vars(row) for row in rows])

@@ -1,8 +1,7 @@
-"""A model's evaluation as evidence: what it says, and how it was made, so that two can be compared.
+"""Whether a model may take the champion's place: two evaluations, the conditions on them, and the decision.
 
-A folder of evidence holds an evaluation's `questions`, `arcap` and `diagnosis` (Parquet) and `made.json`.
-
-The decision: every condition with its figures, whether it holds, and why.
+A kept evaluation is a folder with an evaluation's `questions`, `arcap` and `diagnosis` (Parquet) and how it
+was made (`made.json`), so that two can be compared.
 
 Against a champion, all differences are paired over the same questions (those that failed for neither), with
 bootstrap intervals of 95 %:
@@ -17,8 +16,6 @@ every condition that is not met, so its probability is at most that of a single 
 needs no correction. The price is power: with many conditions a good challenger is refused more often.
 
 Without a champion, the gain is measured against the student, and nothing is tested for being worse.
-
-A decision as text, for people: Markdown that is kept with the version, and cells for the terminal.
 """
 
 import hashlib
@@ -56,12 +53,12 @@ from dgpo_core.evaluation.statistics import (
 from dgpo_core.text import markdown_cell
 
 TABLES = ("questions.parquet", "arcap.parquet", "diagnosis.parquet")
-MADE = "made.json"
+SETUP = "made.json"  # in the folder of a kept evaluation
 
 
 @dataclass(frozen=True)
-class Made:
-    """How an evaluation was made.
+class Setup:
+    """How an evaluation was made (`made.json`).
 
     `model`: SHA-256 of the evaluated folder. `index`: the index's digest. `settings`: of the evaluation, by
     dotted key. `code`: DVC's hash of each source that it ran.
@@ -73,36 +70,37 @@ class Made:
     code: dict[str, str]
 
     def as_json(self) -> str:
+        """Return the content of `made.json`."""
         return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
 
 
 @dataclass(frozen=True)
-class Evidence:
+class Evaluation:
     """What one model answered. `questions` identifies the asked questions with their golden answers."""
 
-    made: Made
+    setup: Setup
     questions: str
     scores: Scores
     arcap: dict[str, Measurement]
     diagnoses: dict[Key, Row]
 
 
-def read_evidence(folder: Path, datasets: Sequence[str]) -> Evidence:
-    """Raises UserError naming the file that is missing, malformed or lacks a data set."""
+def read_evaluation(folder: Path, datasets: Sequence[str]) -> Evaluation:
+    """Read a kept evaluation. Raises UserError naming a file that is missing or malformed or lacks a set."""
     root, name = folder.parent, folder.name
     scores = read_scores(root, [name], datasets)[name]
     arcap = read_arcap(root, [name])[name]
     diagnoses = read_diagnoses(root, [name], scores.keys)[name]
-    return Evidence(_made(folder / MADE), _questions(folder), scores, arcap, diagnoses)
+    return Evaluation(read_setup(folder), _questions(folder), scores, arcap, diagnoses)
 
 
-def differences(ours: Evidence, theirs: Evidence) -> list[str]:
-    """Why two evaluations cannot be compared; empty when they were made alike."""
+def differences(ours: Evaluation, theirs: Evaluation) -> list[str]:
+    """Say why two evaluations cannot be compared; nothing when they were made alike."""
     found = []
     if ours.questions != theirs.questions:
         found.append("they were asked other questions")
-    if ours.made.index != theirs.made.index:
-        found.append(f"they searched other indexes ({ours.made.index[:12]}, {theirs.made.index[:12]})")
+    if ours.setup.index != theirs.setup.index:
+        found.append(f"they searched other indexes ({ours.setup.index[:12]}, {theirs.setup.index[:12]})")
     if ours.arcap.keys() != theirs.arcap.keys():
         found.append(f"only one was measured in {', '.join(sorted(ours.arcap.keys() ^ theirs.arcap.keys()))}")
     found += [
@@ -110,19 +108,27 @@ def differences(ours: Evidence, theirs: Evidence) -> list[str]:
         for name in sorted(ours.arcap.keys() & theirs.arcap.keys())
         if ours.arcap[name].question_ids != theirs.arcap[name].question_ids
     ]
-    if unlike := _unlike(ours.made.settings, theirs.made.settings):
+    mine, other = ours.setup.settings, theirs.setup.settings
+    if unlike := [
+        f"{k} {json.dumps(mine.get(k))}, {json.dumps(other.get(k))}" for k in unlike_keys(mine, other)
+    ]:
         found.append(f"they were evaluated with other settings: {'; '.join(unlike)}")
-    code = [
-        key for key in ours.made.code | theirs.made.code if _differs(ours.made.code, theirs.made.code, key)
-    ]
-    if code:
-        found.append(f"they were evaluated by other code: {', '.join(sorted(code))}")
+    if code := unlike_keys(ours.setup.code, theirs.setup.code):
+        found.append(f"they were evaluated by other code: {', '.join(code)}")
     return found
 
 
-def _made(path: Path) -> Made:
+def unlike_keys(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
+    """Return the keys that only one of the two has, or with another value, sorted."""
+    every = ours.keys() | theirs.keys()
+    return sorted(k for k in every if k not in ours or k not in theirs or ours[k] != theirs[k])
+
+
+def read_setup(folder: Path) -> Setup:
+    """Read how a kept evaluation was made. Raises UserError."""
+    path = folder / SETUP
     try:
-        return Made(**json.loads(path.read_text(encoding="utf-8")))
+        return Setup(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"{path}: not the origin of an evaluation: {error}") from error
 
@@ -131,15 +137,6 @@ def _questions(folder: Path) -> str:
     rows = read_rows(folder / TABLES[0], ("dataset", "question_id", "question", "golden_answers"))
     asked = sorted([r["dataset"], r["question_id"], r["question"], r["golden_answers"]] for r in rows)
     return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
-
-
-def _unlike(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
-    keys = sorted(key for key in {**ours, **theirs} if _differs(ours, theirs, key))
-    return [f"{key} {json.dumps(ours.get(key))}, {json.dumps(theirs.get(key))}" for key in keys]
-
-
-def _differs(ours: Mapping[str, Any], theirs: Mapping[str, Any], key: str) -> bool:
-    return key not in ours or key not in theirs or bool(ours[key] != theirs[key])
 
 
 Values = NDArray[np.float64]
@@ -176,21 +173,22 @@ class Decision:
 
     @property
     def gain(self) -> Condition | None:
+        """Return the condition on the gain, unless the decision was refused."""
         return next((condition for condition in self.conditions if condition.kind == "gain"), None)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON: floats to 6 digits, None where there is no value."""
+        """Return it for JSON: floats to 6 digits, None where there is no value."""
         found: dict[str, Any] = rounded(asdict(self))
         return found
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A model and the folder of its evidence; `model` is the SHA-256 of its registered bytes."""
+    """A model and the folder of its evaluation; `model` is the SHA-256 of its registered bytes."""
 
     name: str
     model: str
-    evidence: Path
+    folder: Path
 
 
 def decide(
@@ -200,10 +198,10 @@ def decide(
     datasets: Sequence[str],
     config: PromoteConfig,
 ) -> Decision:
-    """Whether `challenger` takes the champion's place, or the first place when there is none.
+    """Decide whether `challenger` takes the champion's place, or the first place when there is none.
 
-    `student` is what the first champion is compared with. Never raises for evidence that is missing,
-    malformed or about something else: that is refused.
+    `student` is what the first champion is compared with. Never raises for an evaluation that is
+    missing, malformed or of something else: that is refused.
     """
     other = champion or student
     rival = champion.name if champion else None
@@ -227,25 +225,25 @@ def decide(
     return Decision(verdict, challenger.name, rival, reasons, conditions, told, config.model_dump())
 
 
-def _checked(candidate: Candidate, datasets: Sequence[str]) -> Evidence:
-    """Raises UserError that names the candidate."""
+def _checked(candidate: Candidate, datasets: Sequence[str]) -> Evaluation:
+    """Read a candidate's evaluation, of its own bytes. Raises UserError that names the candidate."""
     try:
-        evidence = read_evidence(candidate.evidence, datasets)
+        evaluation = read_evaluation(candidate.folder, datasets)
     except UserError as error:
-        # where the evidence lies at the moment is nobody's business
-        raise UserError(f"{candidate.name}: {str(error).replace(f'{candidate.evidence}/', '')}") from error
-    if evidence.made.model != candidate.model:
+        # where the evaluation lies at the moment is nobody's business
+        raise UserError(f"{candidate.name}: {str(error).replace(f'{candidate.folder}/', '')}") from error
+    if evaluation.setup.model != candidate.model:
         raise UserError(
-            f"{candidate.name}: its evaluation is of other bytes ({evidence.made.model[:12]}) than its "
+            f"{candidate.name}: its evaluation is of other bytes ({evaluation.setup.model[:12]}) than its "
             f"own ({candidate.model[:12]}); evaluate it again"
         )
-    return evidence
+    return evaluation
 
 
 def _too_few(
-    ours: Evidence, theirs: Evidence, other: str, datasets: Sequence[str], config: PromoteConfig
+    ours: Evaluation, theirs: Evaluation, other: str, datasets: Sequence[str], config: PromoteConfig
 ) -> list[str]:
-    """Data sets and measurements without enough questions that count, and a rival that failed too often."""
+    """Name data sets and measurements with too few questions, and a rival that failed too often."""
     counts = {name: len(_paired_em(ours, theirs, name)) for name in datasets}
     counts |= {name: len(_paired(ours.arcap[name], theirs.arcap[name])) for name in ours.arcap}
     reasons = [
@@ -260,14 +258,14 @@ def _too_few(
 
 
 def judged(
-    ours: Evidence,
-    theirs: Evidence,
+    ours: Evaluation,
+    theirs: Evaluation,
     other: str,
     against_champion: bool,
     datasets: Sequence[str],
     config: PromoteConfig,
 ) -> list[Condition]:
-    """Every condition for two evaluations that were made alike; `other` is the rival's name."""
+    """Judge every condition on two evaluations that were made alike; `other` is the rival's name."""
     how = Resampling(config.samples, config.seed)
     em = {name: _paired_em(ours, theirs, name) for name in datasets}
     minimum = config.min_gain if against_champion else config.first_min_gain
@@ -344,8 +342,8 @@ def _condition(
     return Condition(name, kind, passed, estimate.mean, estimate.low, estimate.high, estimate.n, bound, why)
 
 
-def _paired_em(ours: Evidence, theirs: Evidence, dataset: str) -> Values:
-    """Differences of EM (-1, 0 or 1), one a question of the set that failed for neither."""
+def _paired_em(ours: Evaluation, theirs: Evaluation, dataset: str) -> Values:
+    """Return differences of EM (-1, 0 or 1), one a question of the set that failed for neither."""
     mine = np.array([key[0] == dataset for key in ours.scores.keys], dtype=np.bool_)
     differences: Values = (ours.scores.values["em"] - theirs.scores.values["em"])[mine]
     return differences[~np.isnan(differences)]
@@ -356,25 +354,25 @@ def _paired(ours: Measurement, theirs: Measurement) -> Values:
     return differences[~np.isnan(differences)]
 
 
-def _flags(evidence: Evidence, check: str) -> Values:
-    """1, 0, or nan where the check does not apply; one a question, in the order of the questions."""
-    flags = [row[check] for row in evidence.diagnoses.values()]
+def _flags(evaluation: Evaluation, check: str) -> Values:
+    """Return 1, 0, or nan where the check does not apply; one a question, in the questions' order."""
+    flags = [row[check] for row in evaluation.diagnoses.values()]
     return np.array([math.nan if flag is None else float(flag) for flag in flags])
 
 
-def _failures(evidence: Evidence) -> dict[str, tuple[float, int]]:
-    """(share that failed, number) of the episodes of the test sets, and of ARCap's values."""
-    arcap = np.concatenate([measured.failed for measured in evidence.arcap.values()])
-    parts = {"episodes of the test sets": evidence.scores.failed, "values of ARCap": arcap}
+def _failures(evaluation: Evaluation) -> dict[str, tuple[float, int]]:
+    """Return (share that failed, number) of the episodes of the test sets, and of ARCap's values."""
+    arcap = np.concatenate([measured.failed for measured in evaluation.arcap.values()])
+    parts = {"episodes of the test sets": evaluation.scores.failed, "values of ARCap": arcap}
     return {name: (float(failed.mean()), failed.size) for name, failed in parts.items()}
 
 
-def _judged(evidence: Evidence) -> list[str]:
-    return [name for name in evidence.arcap if not name.startswith(BEHAVIOUR)]
+def _judged(evaluation: Evaluation) -> list[str]:
+    return [name for name in evaluation.arcap if not name.startswith(BEHAVIOUR)]
 
 
-def _told(ours: Evidence, theirs: Evidence, how: Resampling) -> dict[str, dict[str, float]]:
-    """Differences that are no condition."""
+def _told(ours: Evaluation, theirs: Evaluation, how: Resampling) -> dict[str, dict[str, float]]:
+    """Return the differences that are no condition."""
     told = {}
     for name in ours.arcap.keys() - set(_judged(ours)):
         values = _paired(ours.arcap[name], theirs.arcap[name])
@@ -388,7 +386,7 @@ NO_CHAMPION = "There is no champion yet: only absolute conditions, and the gain 
 
 
 def headline(decision: Decision) -> str:
-    """The verdict in one sentence."""
+    """Say the verdict in one sentence."""
     rival = f"in place of {decision.champion}" if decision.champion else "as the first champion"
     if decision.verdict == "refused":
         return f"Refused: {decision.challenger} cannot be judged {rival}"
@@ -400,7 +398,7 @@ def headline(decision: Decision) -> str:
 
 
 def cells(condition: Condition) -> tuple[str, ...]:
-    """A row of the table under HEADS."""
+    """Write a condition as a row of the table under HEADS."""
     signed = condition.kind in ("gain", "not_worse") or condition.name.endswith("difference")
     interval = f"{_number(condition.low, signed)} to {_number(condition.high, signed)}"
     bound = f"{'>' if condition.kind in ('gain', 'not_worse') else '≤'} {condition.bound:g}"
@@ -416,6 +414,7 @@ def cells(condition: Condition) -> tuple[str, ...]:
 
 
 def markdown(decision: Decision) -> str:
+    """Write the decision as it is kept with the version."""
     lines = [f"# {markdown_cell(headline(decision))}", ""]
     if not decision.champion:
         lines += [NO_CHAMPION, ""]

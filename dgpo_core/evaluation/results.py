@@ -1,13 +1,13 @@
-"""What the evaluation, the training stages and the audits left behind, read and checked.
+"""What the evaluation of models left behind: read and checked, as tables of a run, and compared in pairs.
 
-Tables of a run as plain dictionaries, ready for JSON.
+Tables are plain dictionaries, ready for JSON.
 """
 
 import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from types import MappingProxyType
@@ -60,6 +60,14 @@ _DIAGNOSIS_COLUMNS = ("dataset", "question_id", "outcome", "first_failure", *CHE
 
 Key = tuple[str, str]  # (data set, question id)
 EVERY: Mapping[str, int] = MappingProxyType({})  # question of every set
+Table = dict[str, Any]
+# first minus second: what RL adds, what distillation adds, what is left to the teacher
+PAIRS = (("dgpo", "kd"), ("kd", "student"), ("teacher", "dgpo"))
+BEHAVIOUR = ("f1", "sub_em", "hit", "searches", "well_formed", "unanswered", "invalid", "cut", "model_tokens")
+AVERAGE = "average"
+COMPARED = ("em", "f1")  # of two models, beside ARCap
+NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
+_Pair = tuple[NDArray[np.float64], NDArray[np.float64]]  # two models' values of the same questions
 
 
 @dataclass(frozen=True)
@@ -74,10 +82,11 @@ class Scores:
     values: dict[str, NDArray[np.float64]]
 
     def of(self, quantity: str, dataset: str) -> NDArray[np.float64]:
-        """The values of one data set, failed questions left out; may be empty."""
+        """Return the values of one data set without failed questions; may be empty."""
         return self.values[quantity][self._in(dataset) & ~self.failed]
 
     def failures(self, dataset: str) -> int:
+        """Count the failed questions of a data set."""
         return int((self._in(dataset) & self.failed).sum())
 
     def _in(self, dataset: str) -> NDArray[np.bool_]:
@@ -87,7 +96,7 @@ class Scores:
 def read_scores(
     evaluation: Path, models: Sequence[str], datasets: Sequence[str], first: Mapping[str, int] = EVERY
 ) -> dict[str, Scores]:
-    """Every model's test questions; of the sets in `first` only so many, in the file's order.
+    """Read every model's test questions; of the sets in `first` only so many, in the file's order.
 
     Raises UserError naming the file when one is missing or malformed, and when the models were not asked
     the same questions: nothing could be compared then.
@@ -141,7 +150,7 @@ def _quantity(path: Path, rows: list[Row], failed: NDArray[np.bool_], name: str)
 
 @dataclass(frozen=True)
 class Measurement:
-    """One ARCap measurement of a model: an entry a question, sorted by id; values are nan where failed."""
+    """One ARCap measurement of a model: an entry a question, sorted by id. Values are nan where failed."""
 
     question_ids: list[str]
     failed: NDArray[np.bool_]
@@ -149,7 +158,7 @@ class Measurement:
 
 
 def read_arcap(evaluation: Path, models: Sequence[str]) -> dict[str, dict[str, Measurement]]:
-    """Every model's measurements; those that were not made are absent.
+    """Read every model's measurements of ARCap; those that were not made are absent.
 
     Raises UserError naming the file when one is missing or malformed, and when two models were not asked the
     same questions in a measurement.
@@ -187,7 +196,7 @@ def _measurements(path: Path) -> dict[str, Measurement]:
 
 
 def read_diagnoses(evaluation: Path, models: Sequence[str], keys: Sequence[Key]) -> dict[str, dict[Key, Row]]:
-    """Every model's diagnoses of the test questions `keys`, in their order.
+    """Read every model's diagnoses of the test questions `keys`, in their order.
 
     Raises UserError naming the file when one is missing or malformed or is about other questions.
     """
@@ -210,7 +219,7 @@ def _diagnoses(path: Path, keys: Sequence[Key]) -> dict[Key, Row]:
 
 
 def read_rows(path: Path, columns: Sequence[str], filters: Any = None) -> list[Row]:
-    """The rows of a Parquet file, `columns` only; raises UserError when file, column or rows are missing."""
+    """Read `columns` of a Parquet file. Raises UserError when file, column or rows are missing."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     try:
@@ -225,7 +234,7 @@ def read_rows(path: Path, columns: Sequence[str], filters: Any = None) -> list[R
 
 
 def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
-    """`<stage>.json` of every stage, by stage name; raises UserError for anything but flat JSON objects."""
+    """Read `<stage>.json` of every stage, by name. Raises UserError for anything but flat JSON objects."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     return {path.stem: _flat(path) for path in sorted(folder.glob("*.json"))}
@@ -241,15 +250,8 @@ def _flat(path: Path) -> dict[str, Any]:
     return content
 
 
-Table = dict[str, Any]
-# first minus second: what RL adds, what distillation adds, what is left to the teacher
-PAIRS = (("dgpo", "kd"), ("kd", "student"), ("teacher", "dgpo"))
-BEHAVIOUR = ("f1", "sub_em", "hit", "searches", "well_formed", "unanswered", "invalid", "cut", "model_tokens")
-AVERAGE = "average"
-
-
 def results(scores: Mapping[str, Scores], datasets: Sequence[str]) -> dict[str, Table]:
-    """{model: {data set: {em, f1, sub_em, n, failed, ci95}, ..., "average": the same}}.
+    """Return {model: {data set: {em, f1, sub_em, n, failed, ci95}, ..., "average": the same}}.
 
     The average is the mean over the data sets, its interval stratified by them; `n` counts the questions
     that did not fail. Without any such question in a data set, its means and the average are None.
@@ -275,7 +277,7 @@ def _model_results(scores: Scores, datasets: Sequence[str]) -> Table:
 
 
 def behaviour(scores: Mapping[str, Scores], datasets: Sequence[str]) -> dict[str, Table]:
-    """{model: {quantity of BEHAVIOUR: {mean, ci95, n}}}, averaged over the data sets."""
+    """Return {model: {quantity of BEHAVIOUR: {mean, ci95, n}}}, averaged over the data sets."""
     return {
         model: {name: _entry(_over(own, name, datasets)) for name in BEHAVIOUR}
         for model, own in scores.items()
@@ -283,17 +285,17 @@ def behaviour(scores: Mapping[str, Scores], datasets: Sequence[str]) -> dict[str
 
 
 def comparisons(scores: Mapping[str, Scores]) -> dict[str, Table]:
-    """{"dgpo-kd": {mean, ci95, n}, ...}: paired EM differences on the pooled questions.
+    """Return {"dgpo-kd": {mean, ci95, n}, ...}: paired EM differences on the pooled questions.
 
     The pairs of PAIRS whose models both exist, or neighbours where no such pair does; only questions that
-    failed for neither. Any other pair: `comparison.compare`.
+    failed for neither. Any other pair: `compare`.
     """
     em = {model: own.values["em"] for model, own in scores.items()}
     return {name: _paired(em[first], em[second]) for name, first, second in _pairs(em)}
 
 
 def arcap(measured: Mapping[str, Mapping[str, Measurement]]) -> dict[str, Table]:
-    """{model: {measurement: {mean, ci95, n, failed}}}, from each measurement's values and failures."""
+    """Return {model: {measurement: {mean, ci95, n, failed}}}, from each measurement's values and failures."""
     return {
         model: {
             name: _pooled(values.values[~values.failed]) | {"failed": int(values.failed.sum())}
@@ -304,7 +306,7 @@ def arcap(measured: Mapping[str, Mapping[str, Measurement]]) -> dict[str, Table]
 
 
 def arcap_comparisons(measured: Mapping[str, Mapping[str, Measurement]]) -> dict[str, dict[str, Table]]:
-    """{"dgpo-kd": {measurement: {mean, ci95, n}}, ...}: paired differences on the same questions.
+    """Return {"dgpo-kd": {measurement: {mean, ci95, n}}, ...}: paired differences on the same questions.
 
     As in `comparisons`; only measurements that both models have.
     """
@@ -319,7 +321,7 @@ def arcap_comparisons(measured: Mapping[str, Mapping[str, Measurement]]) -> dict
 
 
 def diagnosis(diagnoses: Mapping[str, Mapping[Key, Row]], datasets: Sequence[str]) -> dict[str, Table]:
-    """{model: {first_failures, by_dataset, hacking, failed}}; failed episodes count in `failed` alone.
+    """Return {model: {first_failures, by_dataset, hacking, failed}}; failed episodes count in `failed` alone.
 
     `first_failures` {failure: {mean, ci95, n}}: shares of the questions, averaged over the data sets; with
     the average EM they add up to 1. `by_dataset` {data set: {failure: number of questions}}.
@@ -352,11 +354,8 @@ def _model_diagnosis(rows: list[Row], datasets: Sequence[str]) -> Table:
     }
 
 
-NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
-
-
 def _pairs(models: Iterable[str]) -> list[tuple[str, str, str]]:
-    """(name, first, second) of those of PAIRS that there are, else of each model and the one before it."""
+    """Return (name, first, second) of the PAIRS that there are, else of each model and the one before it."""
     there = list(models)
     pairs = [(first, second) for first, second in PAIRS if first in there and second in there]
     pairs = pairs or [(second, first) for first, second in pairwise(there)]
@@ -364,8 +363,8 @@ def _pairs(models: Iterable[str]) -> list[tuple[str, str, str]]:
 
 
 def _paired(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Table:
-    both = ~(np.isnan(ours) | np.isnan(theirs))  # nan: failed
-    return _entry(paired_difference(ours[both], theirs[both]) if both.any() else NOTHING)
+    first, second = _answered((ours, theirs))
+    return _entry(paired_difference(first, second) if first.size else NOTHING)
 
 
 def _pooled(values: NDArray[np.float64]) -> Table:
@@ -378,7 +377,7 @@ def _over(scores: Scores, quantity: str, datasets: Sequence[str]) -> Estimate:
 
 def _stratified(strata: Sequence[NDArray[np.float64]]) -> Estimate:
     if any(values.size == 0 for values in strata):
-        return Estimate(math.nan, math.nan, math.nan, sum(values.size for values in strata))
+        return replace(NOTHING, n=sum(values.size for values in strata))
     return mean_of_means(strata)
 
 
@@ -392,8 +391,94 @@ def _entry(estimate: Estimate) -> Table:
     return {"mean": rounded(estimate.mean), "ci95": interval, "n": estimate.n}
 
 
+def compare(
+    evaluation: Path,
+    first: str,
+    second: str,
+    datasets: Sequence[str],
+    asked: Mapping[str, int] = EVERY,
+) -> dict[str, Any]:
+    """Compare two models question by question.
+
+    Returns {models, em and f1: {datasets: {name: row}, average: row, pooled: row}, arcap: {name: row}}. A row
+    is {first, second, difference, ci95, n, excludes_zero}: means over the `n` questions that failed for
+    neither, first - second with its paired 95 % interval, and whether that leaves 0 out. `average` is the
+    mean over the data sets, as in results.json; `pooled` is over all questions, as in comparisons.json. Of
+    the data sets in `asked` only so many questions count; of ARCap's measurements those of both models.
+
+    Raises UserError for a model that was not evaluated, and for models that were asked different questions.
+    """
+    for model in (first, second):
+        _require_evaluated(evaluation, model)
+    scores = read_scores(evaluation, [first, second], datasets, asked)
+    measured = read_arcap(evaluation, [first, second])
+    return {
+        "models": [first, second],
+        **{name: _compared_quantity(scores[first], scores[second], name, datasets) for name in COMPARED},
+        "arcap": {
+            name: _compared_pooled((own.values, measured[second][name].values))
+            for name, own in measured[first].items()
+            if name in measured[second]
+        },
+    }
+
+
+def _require_evaluated(evaluation: Path, model: str) -> None:
+    found = sorted(path.parent.name for path in evaluation.glob("*/questions.parquet"))
+    if model not in found:
+        there = f"evaluated are {', '.join(found)}" if found else "no model is"
+        raise UserError(f"{evaluation / model}: {model!r} is not evaluated; {there}")
+
+
+def _compared_quantity(ours: Scores, theirs: Scores, name: str, datasets: Sequence[str]) -> Row:
+    of = np.array([dataset for dataset, _ in ours.keys])
+    first, second = ours.values[name], theirs.values[name]
+    strata = {dataset: (first[of == dataset], second[of == dataset]) for dataset in datasets}
+    return {
+        "datasets": {dataset: _compared_pooled(pair) for dataset, pair in strata.items()},
+        "average": _compared_average(list(strata.values())),
+        "pooled": _compared_pooled((first, second)),
+    }
+
+
+def _compared_pooled(pair: _Pair) -> Row:
+    first, second = _answered(pair)
+    if not first.size:
+        return _comparison(math.nan, math.nan, NOTHING)
+    return _comparison(float(first.mean()), float(second.mean()), paired_difference(first, second))
+
+
+def _compared_average(strata: Sequence[_Pair]) -> Row:
+    pairs = [_answered(pair) for pair in strata]
+    if not all(first.size for first, _ in pairs):
+        return _comparison(math.nan, math.nan, NOTHING)
+    difference = mean_of_means([first - second for first, second in pairs], signed=True)
+    ours, theirs = ([values.mean() for values in own] for own in zip(*pairs, strict=True))
+    return _comparison(float(np.mean(ours)), float(np.mean(theirs)), difference)
+
+
+def _answered(pair: _Pair) -> _Pair:
+    """Return the values of the questions that failed for neither."""
+    first, second = pair
+    both = ~(np.isnan(first) | np.isnan(second))
+    return first[both], second[both]
+
+
+def _comparison(first: float, second: float, difference: Estimate) -> Row:
+    values = {
+        "first": first,
+        "second": second,
+        "difference": difference.mean,
+        "ci95": [difference.low, difference.high],
+        "n": difference.n,
+        "excludes_zero": difference.low > 0 or difference.high < 0,
+    }
+    result: Row = rounded(values)
+    return result
+
+
 def rounded(value: Any) -> Any:
-    """Floats to 6 digits, nan and infinities to None (JSON has neither); lists and dictionaries in depth."""
+    """Round floats to 6 digits, in depth; nan and infinities, which JSON has not, become None."""
     if isinstance(value, dict):
         return {key: rounded(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -21,7 +21,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.serving.events import EpisodeCancelled, EpisodeEnd, EpisodeRecord, Event
+from dgpo_core.serving.events import EpisodeCancelled, EpisodeEnd, Event
 from dgpo_core.serving.openai_format import ChatRequest, Completion, error
 from dgpo_core.serving.queue import NotReady, QueueFull, RequestQueue
 
@@ -128,13 +128,15 @@ def make_app(
         headers = _ignored(body.ignored)
         try:
             events = queue.submit(body.agent_request()).events(request.is_disconnected)
-            first = await anext(events)  # until here an error has a status of its own
+            event = await anext(events)  # until here an error has a status of its own
             if body.stream:
                 wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-                stream = _stream(body.model, first, events, wants_usage)
+                stream = _stream(body.model, event, events, wants_usage)
                 headers |= _UNBUFFERED
                 return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
-            return JSONResponse(Completion(body.model).whole(await _last(first, events)), headers=headers)
+            while not isinstance(event, EpisodeEnd):
+                event = await anext(events)
+            return JSONResponse(Completion(body.model).whole(event.episode), headers=headers)
         except Exception as caught:
             return error_reply(caught).response()
 
@@ -159,34 +161,20 @@ def _ignored(names: list[str]) -> dict[str, str]:
     return {IGNORED: ", ".join(ascii(name)[1:-1] for name in names)[:LONGEST_HEADER]} if names else {}
 
 
-async def _last(first: Event, events: AsyncIterator[Event]) -> EpisodeRecord:
-    """Return the finished episode. Raises InfrastructureError for one that failed: it has no answer."""
-    event = first
-    while not isinstance(event, EpisodeEnd):
-        event = await anext(events)
-    if event.episode.failure is not None:
-        raise InfrastructureError(event.episode.failure)
-    return event.episode
-
-
 async def _stream(
     model: str, first: Event, events: AsyncIterator[Event], wants_usage: bool
 ) -> AsyncIterator[str]:
     """Yield server-sent events; what goes wrong now can only be said in one of them."""
     completion = Completion(model)
     yield _sse(completion.opening())
-    event = first
+    event: Event | None = first
     try:
-        while not isinstance(event, EpisodeEnd):
+        while event is not None:
             for chunk in completion.chunks(event):
                 yield _sse(chunk)
-            event = await anext(events)
-        if event.episode.failure is not None:
-            raise InfrastructureError(event.episode.failure)
-        for chunk in completion.chunks(event):
-            yield _sse(chunk)
-        if wants_usage:
-            yield _sse(completion.usage(event.episode))
+            if isinstance(event, EpisodeEnd) and wants_usage:
+                yield _sse(completion.usage(event.episode))
+            event = await anext(events, None)
     except Exception as caught:
         yield _sse(error_reply(caught).body)
     yield "data: [DONE]\n\n"

@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from dgpo_core.errors import InfrastructureError
 from dgpo_core.serving.events import AgentRequest, EpisodeCancelled, EpisodeEnd, Event, QueuePosition
 
 if TYPE_CHECKING:  # the service listens while torch and transformers are imported
@@ -112,7 +113,8 @@ class QueuedRequest:
     async def events(self, is_disconnected: Callable[[], Awaitable[bool]]) -> AsyncGenerator[Event, None]:
         """Yield the events, the last one EpisodeEnd. Raises what the episode raised.
 
-        Raises EpisodeCancelled when the client has disconnected. Whoever stops reading ends the episode.
+        Raises InfrastructureError for an episode that failed, and EpisodeCancelled when the client has
+        disconnected. Whoever stops reading ends the episode.
         """
         look = time.monotonic()
         try:
@@ -140,7 +142,10 @@ def _run(agent: "Agent", queued: QueuedRequest) -> None:
     try:
         if queued.cancelled:
             raise EpisodeCancelled
-        queued.put(EpisodeEnd(episode=agent.ask(queued.request, queued.put, lambda: queued.cancelled)))
+        record = agent.ask(queued.request, queued.put, lambda: queued.cancelled)
+        if record.failure is not None:  # it has no answer, not even none
+            raise InfrastructureError(record.failure)
+        queued.put(EpisodeEnd(episode=record))
     except Exception as error:
         queued.put(error)
 

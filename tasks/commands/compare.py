@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dgpo_core.config.params import load_params
-from dgpo_core.evaluation.comparison import compare as compare_models
+from dgpo_core.evaluation.results import compare as compare_models
 from dgpo_core.reporting.formats import DASH, digits
 from tasks.project.paths import EVALUATION
 

@@ -11,8 +11,8 @@ import sys
 
 from dgpo_core.errors import UserError
 from tasks.commands.preflight import preflight
-from tasks.project.dvc import require_dvc
-from tasks.project.process import LockFilter, at_work, exit_on_signals
+from tasks.project.dvc import LockFilter, at_work, require_dvc
+from tasks.project.process import exit_on_signals
 from tasks.project.servers import adopt
 from tasks.tracking.runs import PIPELINE_RUN, Pipeline
 

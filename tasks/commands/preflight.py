@@ -1,18 +1,17 @@
-"""What is checked before the first stage runs: a run that must fail should do so at once."""
+"""Check what can be checked before the first stage runs: a run that must fail should do so at once."""
 
 from pathlib import Path
 
+from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
 from dgpo_core.config.params import PARAMS, load_params
-from dgpo_core.training.batches import check_same_vocabulary
-from tasks.commands.checks.hub import cached_file
 
 VOCABULARY = "tokenizer.json"
 
 
 def preflight(root: Path = Path()) -> None:
-    """Raises UserError for parameters that no run can have.
+    """Raise UserError for parameters that no run can have.
 
     Nothing is downloaded: of models that are still on the hub alone, `teach` compares the vocabularies.
     """
@@ -21,12 +20,23 @@ def preflight(root: Path = Path()) -> None:
     params = load_params(root / PARAMS)
     files = [_vocabulary(root, source) for source in (params.models.student, params.models.teacher)]
     if params.recipes.need_one_vocabulary and None not in files:
+        from dgpo_core.training.batches import check_same_vocabulary  # it imports torch
+
         check_same_vocabulary(*(Tokenizer.from_file(str(file)) for file in files))
 
 
 def _vocabulary(root: Path, source: str) -> Path | None:
-    """The file of a model in a folder, or of one in the hub's cache."""
+    """Return the tokenizer's file of a model in a folder, or of one in the hub's cache."""
     if not (root / source).is_dir():
         return cached_file(source, VOCABULARY)
     file = root / source / VOCABULARY
     return file if file.is_file() else None
+
+
+def cached_file(name: str, file: str) -> Path | None:
+    """Return where a file of a model on the hub was downloaded to, or None."""
+    try:
+        found = try_to_load_from_cache(name, file)
+    except ValueError:  # not a name of the hub
+        return None
+    return Path(found) if isinstance(found, str) else None  # else: not there, or known not to exist

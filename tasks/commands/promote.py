@@ -1,7 +1,6 @@
 """`dgpo promote` and `dgpo rollback`: who is champion. Every change of the champion goes through here."""
 
 import contextlib
-import json
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -14,13 +13,14 @@ from dgpo_core.config.params import Params, load_params
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.promotion import (
     HEADS,
-    MADE,
     NO_CHAMPION,
+    SETUP,
     Candidate,
     Decision,
     cells,
     decide,
     headline,
+    read_setup,
 )
 from tasks.project.dvc import read_lock
 from tasks.tracking.evaluations import BASE, record_evaluations
@@ -46,7 +46,7 @@ def promote(number: str | None, dry_run: bool, yes: bool) -> int:
         if champion and champion.number == version.number:
             print(f"{version.name} is the champion already")
             return PROMOTED
-        decision = judge(registry, params, version, champion)
+        decision = decide_about(registry, params, version, champion)
         _print(decision)
         if not dry_run:
             registry.store_decision(version, decision)
@@ -64,7 +64,7 @@ def promote(number: str | None, dry_run: bool, yes: bool) -> int:
 
 
 def _how_to_offer(registry: Registry, params: Params) -> str:
-    """What to do where nothing was offered yet."""
+    """Say what to do where nothing was offered yet."""
     known = ", ".join(version.name for version in registry.versions())
     if not known:
         return "no model is registered; run the pipeline (`make demo`), or `dgpo register`"
@@ -74,8 +74,8 @@ def _how_to_offer(registry: Registry, params: Params) -> str:
     )
 
 
-def judge(registry: Registry, params: Params, version: Version, champion: Version | None) -> Decision:
-    """The decision about `version`, from the evaluations that are kept with the versions. Changes nothing.
+def decide_about(registry: Registry, params: Params, version: Version, champion: Version | None) -> Decision:
+    """Decide about `version` from the evaluations that are kept with the versions, and change nothing.
 
     Raises UserError when a version was rolled back, has no evaluation or no weights.
     """
@@ -89,7 +89,7 @@ def judge(registry: Registry, params: Params, version: Version, champion: Versio
         own = stack.enter_context(registry.evaluation(version))
         rival = (
             Candidate(champion.name, champion.hash, stack.enter_context(registry.evaluation(champion)))
-            if (champion)
+            if champion
             else None
         )
         if not champion and not (own / BASE).is_dir():
@@ -123,14 +123,13 @@ def rollback(reason: str) -> None:
 
 
 def _student(folder: Path) -> Candidate:
-    """The student as it was evaluated beside the challenger; it is no registered model."""
-    path = folder / MADE
-    model = json.loads(path.read_text(encoding="utf-8"))["model"] if path.is_file() else ""
+    """Return the student as it was evaluated beside the challenger; it is no registered model."""
+    model = read_setup(folder).model if (folder / SETUP).is_file() else ""
     return Candidate("the student", model, folder)
 
 
 def _with_cure(decision: Decision, version: Version, champion: Version | None) -> Decision:
-    """A refusal says what to do."""
+    """Add to a refusal what to do."""
     if decision.verdict == "refused":
         both = [each.reference for each in (version, champion) if each]
         again = " and ".join(f"`dgpo evaluate {reference}`" for reference in both)

@@ -1,8 +1,8 @@
 """`dgpo rehearse`: every stage of a profile once, in miniature, in a folder of its own.
 
-The stages are the real programs; models have the true architecture scaled down and random weights, the data a
-handful of passages and questions in the published formats. So what a long run would trip over at its third
-stage (a key, a format, a vocabulary, a missing package) is seen in minutes and without a GPU.
+The stages are the real programs, in the order of dvc.yaml; dgpo_core.rehearsal makes models and data. So
+what a long run would trip over at its third stage (a key, a format, a vocabulary, a missing package) is seen
+in minutes and without a GPU.
 """
 
 import json
@@ -18,17 +18,15 @@ from typing import Any, Literal
 
 from rich.console import Console
 
-from dgpo_core.agent import prompts
-from dgpo_core.config.params import Params, load_params, resolve_profile
-from dgpo_core.config.recipes import STUDENT, Recipes
+from dgpo_core.config.params import load_params, resolve_profile
 from dgpo_core.config.yaml_text import as_text
+from dgpo_core.datasets.records import write_jsonl
+from dgpo_core.files import write_text
 from dgpo_core.planning.architectures import config_of
-from dgpo_core.rehearsal import settings as files
-from dgpo_core.rehearsal.settings import scaled_down
 from tasks.commands.use import profile_path
 from tasks.project.paths import CORPUS, QUESTIONS
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT = 1800.0  # seconds for one stage
 LOGS = Path("logs")
 
@@ -44,7 +42,7 @@ class Outcome:
 
 
 def rehearse(profile: str | None, keep: bool, as_json: bool) -> int:
-    """Run the rehearsal and print how each stage went; 1 when one failed (its folder then stays)."""
+    """Rehearse and print how each stage went. Return 1 when one failed, whose folder stays, else 0."""
     resolved = resolve_profile(profile_path(profile)) if profile else load_params().model_dump(mode="json")
     console = Console(highlight=False, soft_wrap=True, stderr=as_json, markup=False)
     folder = Path(tempfile.mkdtemp(prefix="dgpo-rehearsal-"))
@@ -70,103 +68,73 @@ def rehearse(profile: str | None, keep: bool, as_json: bool) -> int:
 
 
 def prepare(folder: Path, resolved: dict[str, Any]) -> list[str]:
-    """Write params.yaml, models and data of a rehearsal; notes on what stands in for what."""
-    import torch  # takes seconds, so the command's help does not wait for it
+    """Write params.yaml, dvc.yaml, models and data. Return notes on what stands in for what."""
+    import torch  # it takes seconds, and the command's help does not wait for it
 
-    from dgpo_core.rehearsal import models
-    from dgpo_core.rehearsal.models import build_tokenizer
+    from dgpo_core import rehearsal
+    from dgpo_core.models import save_model
 
     sources = resolved["models"]
-    params, notes = scaled_down(resolved, torch.cuda.is_available())
-    texts = [passage.contents for passage in files.passages()]
-    texts += [question.question for question in files.questions("nq", "train")]
+    params, notes = rehearsal.scaled_down(resolved, torch.cuda.is_available())
+    write_text(folder / "params.yaml", as_text(params))
+    shutil.copyfile(ROOT / "dvc.yaml", folder / "dvc.yaml")
+    texts = [passage.contents for passage in rehearsal.passages()]
+    texts += [question.question for question in rehearsal.questions("nq", "train")]
     family = config_of(sources["student"])["model_type"]
-    tokenizer = build_tokenizer(family, [*texts, *lines()])
-    models.save_random_student(sources["student"], tokenizer, folder / params["models"]["student"])
-    episodes = [scripted(tokenizer, params, number) for number in range(4)]
-    loss = models.save_taught_teacher(
-        sources["teacher"], tokenizer, episodes, folder / params["models"]["teacher"]
+    tokenizer = rehearsal.build_tokenizer(family, [*texts, *rehearsal.TURNS])
+    student = rehearsal.random_model(sources["student"], tokenizer, seed=1)
+    save_model(student, tokenizer, folder / params["models"]["student"])
+    teacher = rehearsal.random_model(sources["teacher"], tokenizer, seed=2)
+    loss = rehearsal.learn_by_heart(teacher, rehearsal.episodes(tokenizer, params))
+    save_model(teacher, tokenizer, folder / params["models"]["teacher"])
+    notes.append(
+        f"the teacher has random weights and learned four episodes by heart ({loss:.3f} nats a token)"
     )
-    notes.append(f"the teacher has random weights and learned one episode by heart ({loss:.3f} nats a token)")
     if params["retrieval"]["encoder"]["kind"] == "dense":
-        models.save_encoder(texts, folder / "models/encoder")
+        rehearsal.save_encoder(texts, folder / "models/encoder")
     train, test = params["questions"]["train"], params["questions"]["test"]
     if params["data"]["source"] == "published":
-        files.write_published(folder / "published", train, test)
+        rehearsal.write_published(folder / "published", train, test)
     else:  # the teacher knows nothing of the embedded world
-        files.write_corpus(folder / CORPUS)
-        files.write_question_sets(folder / QUESTIONS, [*train, *test])
+        write_jsonl(folder / CORPUS, rehearsal.passages())
+        rehearsal.write_question_sets(folder / QUESTIONS, [*train, *test])
         notes.append("data: a handful of passages and questions stand in for the embedded world")
-    (folder / "params.yaml").write_text(as_text(params), encoding="utf-8")
     return notes
 
 
-def lines() -> tuple[str, str]:
-    """What the teacher says: a search, and after the information an answer."""
-    return f"<search> {files.QUERY} </search>", f"<answer> {files.ANSWER} </answer>"
+def programs(folder: Path) -> list[tuple[str, str]]:
+    """Return (stage, command) of the graph in `folder` in order, without those whose outputs are there."""
+    from dvc.repo import Repo
+    from dvc.repo.reproduce import plan_repro
 
-
-def scripted(tokenizer: Any, params: dict[str, Any], number: int) -> Any:
-    """An episode that the teacher is to know, with other passages for each `number`."""
-    from dgpo_core.training.batches import TokenSequence
-
-    def encode(text: str) -> list[int]:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
-
-    question = files.questions("nq", "train")[number]
-    found = files.passages()[number : number + params["retrieval"]["top_k"]]
-    form = params["protocol"]["documents"]
-    documents = "".join(prompts.document(i, p.title, p.text, form) for i, p in enumerate(found, 1))
-    room = params["protocol"]["max_information"]
-    search, answer = (encode(line) for line in lines())
-    ids = encode(prompts.prompt_text(question.question, params["protocol"]["instruction"], tokenizer))
-    own = list(range(len(ids), len(ids) + len(search)))
-    ids += search + encode(prompts.INFORMATION_PREFIX) + encode(documents)[:room]
-    ids += encode(prompts.INFORMATION_SUFFIX)
-    own += range(len(ids), len(ids) + len(answer))
-    return TokenSequence(ids + answer, own)
-
-
-def programs(params: Params) -> list[tuple[str, list[str]]]:
-    """(stage as DVC names it, arguments of `python -m`), in an order in which they can run."""
-    published = ["data"] if params.data.source == "published" else []
-    simple = [*published, "index", "teach", "filter", "distributions"]
-    made = [(name, [f"tasks.{name}"]) for name in simple]
-    for name in in_order(params.recipes):
-        kind = "distill" if name in params.recipes.distill else "reinforce"
-        made.append((f"{kind}@{name}", [f"tasks.{kind}", name]))
-    made += [(f"evaluate@{model}", ["tasks.stages.evaluate", model]) for model in params.compare]
-    return [*made, ("report", ["tasks.stages.report"])]
-
-
-def in_order(recipes: Recipes) -> list[str]:
-    """Every recipe after the one that it starts from."""
-    done: list[str] = []
-    while len(done) < len(recipes.all):
-        done += [n for n, row in recipes.all.items() if n not in done and row.start in (STUDENT, *done)]
-    return done
+    prepared = ["base-model", "given"]
+    if load_params(folder / "params.yaml").data.source == "world":
+        prepared.append("data")
+    with Repo(str(folder), uninitialized=True) as repo:
+        stages = [(stage.name, stage.cmd) for stage in plan_repro(repo.index.graph)]
+    return [(name, command) for name, command in stages if name.split("@")[0] not in prepared]
 
 
 def run(folder: Path, console: Console) -> list[Outcome]:
     """Run all programs in `folder`, up to the first that fails."""
-    stages = programs(load_params(folder / "params.yaml"))
+    stages = programs(folder)
     (folder / LOGS).mkdir()
     outcomes: list[Outcome] = []
-    for name, arguments in stages:
+    for name, command in stages:
         if any(outcome.state == "failed" for outcome in outcomes):
             outcomes.append(Outcome(name, "not run"))
             continue
-        outcomes.append(_run_one(folder, name, arguments))
+        outcomes.append(_run_one(folder, name, command))
         console.print(f"{outcomes[-1].state:8} {name:24} {outcomes[-1].seconds:6.1f} s")
     return outcomes
 
 
-def _run_one(folder: Path, name: str, arguments: list[str]) -> Outcome:
+def _run_one(folder: Path, name: str, command: str) -> Outcome:
     log, started = folder / LOGS / f"{name}.log", time.monotonic()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DVC_")}
     environment |= {
         "PYTHONPATH": str(ROOT),
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
         "HF_HUB_OFFLINE": "1",  # nothing is to be fetched
         "MLFLOW_TRACKING_URI": f"sqlite:///{folder / 'mlflow.db'}",
         "MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING": "false",
@@ -174,7 +142,8 @@ def _run_one(folder: Path, name: str, arguments: list[str]) -> Outcome:
     with log.open("w", encoding="utf-8") as output:
         try:
             code = subprocess.run(
-                [sys.executable, "-m", *arguments],
+                command,
+                shell=True,
                 cwd=folder,
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -1,13 +1,14 @@
 """Stage `evaluate`: one model on every test set, its ARCap, and why its wrong answers are wrong."""
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dgpo_core.agent.answers import contains_answer, token_f1
 from dgpo_core.agent.episode import Episode, Outcome, write_episodes
 from dgpo_core.agent.loop import AgentLoop, Task, collect, em_of
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.evaluation import arcap, diagnosis
-from dgpo_core.evaluation.tables import write_question_table
 from dgpo_core.models import load_tokenizer
 from tasks.project.paths import EVALUATION, INDEX, METRICS, QUESTIONS, questions_file
 from tasks.stages.agents import agent_loop, tasks_for
@@ -29,7 +30,7 @@ def evaluate(model: str) -> None:
         episodes = evaluator.test_sets()
         rows = evaluator.arcap(episodes)
         folder = run.output(out)
-        write_question_table(folder / "questions.parquet", episodes)
+        pq.write_table(question_table(episodes), folder / "questions.parquet", compression="zstd")
         write_episodes(folder / "episodes.parquet", episodes, {"index": index.digest})
         pq.write_table(arcap.as_table(rows), folder / "arcap.parquet", compression="zstd")
         diagnoses = diagnosis.diagnose(episodes, evaluator.asked(), tokenizer.decode)
@@ -61,9 +62,9 @@ class Evaluator:
         ]
         return self._collect(tasks, "test")
 
-    def arcap(self, episodes: list[Episode]) -> list[arcap.Row]:
+    def arcap(self, episodes: list[Episode]) -> list[arcap.ArcapValue]:
         """All measurements for which a test set plays the part."""
-        rows: list[arcap.Row] = []
+        rows: list[arcap.ArcapValue] = []
         for role in ("nq", "musique"):
             dataset = self._params.questions.playing(role)
             if dataset is None:
@@ -102,6 +103,33 @@ def summarize(params: Params, episodes: list[Episode]) -> dict[str, float]:
     summary["average"] = sum(summary.values()) / len(summary)
     summary["failed"] = sum(e.outcome is Outcome.FAILED for e in episodes)
     return summary
+
+
+def question_table(episodes: list[Episode]) -> pa.Table:
+    """Return one row of metrics an episode, in order: the columns that reports and paired tests read."""
+    return pa.Table.from_pylist([_question_row(episode) for episode in episodes])
+
+
+def _question_row(episode: Episode) -> dict[str, object]:
+    return {
+        "dataset": episode.dataset,
+        "question_id": episode.question_id,
+        "question": episode.question,
+        "golden_answers": episode.golden_answers,
+        "prediction": episode.prediction,
+        "outcome": str(episode.outcome),
+        "em": episode.correct,
+        "f1": token_f1(episode.prediction, episode.golden_answers),
+        "sub_em": contains_answer(episode.prediction, episode.golden_answers),
+        "hit": episode.hit,
+        "searches": len(episode.searches),
+        "generations": episode.generations,
+        "well_formed": episode.well_formed,
+        "invalid_actions": episode.invalid_actions,
+        "cut_turns": episode.cut_turns,
+        "ending": str(episode.ending),
+        "model_tokens": episode.model_tokens,
+    }
 
 
 if __name__ == "__main__":

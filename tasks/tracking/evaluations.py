@@ -1,6 +1,5 @@
-"""Evaluations of registered models: DVC's, as dvc.lock ties them to a model's bytes, and new ones."""
+"""Keep evaluations with registered models: DVC's, tied to a model's bytes by dvc.lock, and new ones."""
 
-import json
 import os
 import shutil
 import subprocess
@@ -18,13 +17,14 @@ from dgpo_core.config.recipes import STUDENT
 from dgpo_core.config.retrieval import parse_location
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
-from dgpo_core.evaluation.promotion import MADE, TABLES, Made
+from dgpo_core.evaluation.promotion import SETUP, TABLES, Setup, read_setup, unlike_keys
 from dgpo_core.temporary import temporary_folder
 from tasks.project.dvc import Lock, LockedStage, dvc_md5, read_lock, upstream
 from tasks.project.files import content_hash
+from tasks.project.git import changed_files
 from tasks.project.paths import EVALUATION, GIVEN, INDEX, MODELS, QUESTIONS
 from tasks.stages.inputs import model_source
-from tasks.tracking.lineage import CODE, build, earlier_origin, origin, trained_models, uncommitted
+from tasks.tracking.lineage import CODE, build, earlier_origin, origin, trained_models
 from tasks.tracking.registry import AGAIN, DVC, Registry, Version, store
 from tasks.tracking.runs import flatten
 
@@ -35,7 +35,7 @@ SOURCES = Path(__file__).resolve().parents[1]
 def record_evaluations(
     registry: Registry, params: Params, lock: Lock, root: Path = Path(), offered: str | None = None
 ) -> dict[str, str]:
-    """Keep DVC's evaluations with the versions that they are of; {recipe: why not} of the others.
+    """Keep DVC's evaluations with the versions that they are of. Returns {recipe: why not} of the others.
 
     An evaluation belongs to a version when dvc.lock says that it was made of the version's bytes, and the
     folder is still what dvc.lock says. One that was made with other settings than the kept one counts only
@@ -62,8 +62,8 @@ def record_evaluations(
     return problems
 
 
-def own_challenger(registry: Registry, params: Params, lock: Lock, root: Path = Path()) -> Version | None:
-    """The version of the model of `promote.recipe` that is in the working tree `root`."""
+def _own_challenger(registry: Registry, params: Params, lock: Lock, root: Path = Path()) -> Version | None:
+    """Return the version of the model of `promote.recipe` that is in the working tree `root`."""
     recipe = params.challenger
     if recipe is None or (stage := trained_models(params, lock, root).get(recipe)) is None:
         return None
@@ -76,13 +76,13 @@ def offer(registry: Registry, params: Params, lock: Lock, root: Path = Path()) -
     Raises UserError for one that has no version or no evaluation, that was asked too few questions to be
     judged, or that was made with parameters that no commit has.
     """
-    recipe, version = params.challenger, own_challenger(registry, params, lock, root)
+    recipe, version = params.challenger, _own_challenger(registry, params, lock, root)
     if recipe is None or version is None:
         raise UserError(
             f"no version is this working tree's model of {recipe or 'a compared recipe'}: train it "
             "(`dvc repro`), or bring it back (`dvc checkout`), then `dgpo register`"
         )
-    if uncommitted(PARAMS, root):
+    if changed_files(PARAMS, root=root, untracked=True):
         raise UserError(f"{version.name} cannot be offered: {PARAMS} has changes that no commit has")
     if other := _other_parameters(recipe, lock, root):
         raise UserError(
@@ -145,7 +145,7 @@ def evaluate_again(reference: str) -> None:
             evidence = project / "evidence"
             index = read_metadata(project / EVALUATION / recipe / "episodes.parquet")["index"]
             settings = _settings(LockedStage("", {}, {}, params.model_dump(mode="json")))
-            made = Made(version.hash, index, settings, _code())
+            made = Setup(version.hash, index, settings, _code())
             _copy(project / EVALUATION / recipe, evidence, made)
             lock = read_lock()
             base = model_source(params, STUDENT)
@@ -156,24 +156,19 @@ def evaluate_again(reference: str) -> None:
 
 
 def _may_replace(registry: Registry, version: Version, folder: Path) -> bool:
-    """Whether the evaluation in `folder` may count instead of the kept one: of the same settings, or of more
-    questions with otherwise the same."""
+    """Decide whether the evaluation in `folder` may count instead of the kept one: with the same settings, or
+    with more questions and otherwise the same."""
     try:
         with registry.evaluation(version) as kept:
-            ours, theirs = (json.loads((each / MADE).read_bytes())["settings"] for each in (folder, kept))
-            more = _questions(folder) > _questions(kept)
-    except (UserError, OSError, ValueError, KeyError):
+            other = unlike_keys(read_setup(folder).settings, read_setup(kept).settings)
+            ours, theirs = (pq.read_metadata(each / TABLES[0]).num_rows for each in (folder, kept))
+    except (UserError, OSError, ValueError):
         return True  # there is none, or it is gone
-    other = {key for key in ours | theirs if ours.get(key) != theirs.get(key)}
-    return not other or (other == {"evaluate.questions"} and more)
-
-
-def _questions(folder: Path) -> int:
-    return int(pq.read_metadata(folder / TABLES[0]).num_rows)
+    return not other or (other == ["evaluate.questions"] and ours > theirs)
 
 
 def _other_parameters(recipe: str, lock: Lock, root: Path) -> list[str]:
-    """Keys that training or evaluation had other values of than params.yaml has now."""
+    """Return the keys that training or evaluation had other values of than params.yaml has now."""
     evaluation = lock.get(f"evaluate@{recipe}")
     paths = [(MODELS / recipe).as_posix(), *(evaluation.deps if evaluation else ())]
     made = [*upstream(lock, paths).values(), *([evaluation] if evaluation else [])]
@@ -200,26 +195,26 @@ def _assemble(model: str, digest: str, lock: Lock, folder: Path, root: Path) -> 
     source = root / source
     code = {path: md5 for path, md5 in stage.deps.items() if path.startswith(CODE)}
     index = read_metadata(source / "episodes.parquet")["index"]
-    _copy(source, folder, Made(digest, index, _settings(stage), code))
+    _copy(source, folder, Setup(digest, index, _settings(stage), code))
     return True
 
 
-def _copy(evaluation: Path, folder: Path, made: Made) -> None:
+def _copy(evaluation: Path, folder: Path, made: Setup) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name in TABLES:
         shutil.copyfile(evaluation / name, folder / name)
-    (folder / MADE).write_text(made.as_json(), encoding="utf-8")
+    (folder / SETUP).write_text(made.as_json(), encoding="utf-8")
 
 
 def _average(path: Path) -> float:
-    """Mean over the data sets of EM, of the questions that did not fail."""
+    """Average EM over the data sets, of the questions that did not fail."""
     table = pq.read_table(path, columns=["dataset", "em", "outcome"]).to_pandas()
     answered = table[table["outcome"] != "failed"]
     return float(answered.groupby("dataset")["em"].mean().mean())
 
 
 def _settings(stage: LockedStage) -> dict[str, Any]:
-    """What an evaluation's figures depend on, by dotted key."""
+    """Return what an evaluation's figures depend on, by dotted key."""
     keys = (
         "evaluate.sampling",
         "evaluate.seed",
@@ -232,14 +227,14 @@ def _settings(stage: LockedStage) -> dict[str, Any]:
 
 
 def _code() -> dict[str, str]:
-    """DVC's hash of the sources that the stage depends on."""
+    """Return DVC's hash of each source that the stage depends on."""
     stages = read_yaml(SOURCES / "dvc.yaml")["stages"]
     paths = [path for path in stages["evaluate"]["do"]["deps"] if path.startswith(CODE)]
     return {path: dvc_md5(SOURCES / path) or "" for path in paths}
 
 
 def _project(project: Path, params: Params, recipe: str, folder: Path) -> None:
-    """A working directory for the stage `evaluate`, in which the version is the model of its recipe.
+    """Make a working directory for the stage `evaluate`, in which the version is the model of its recipe.
 
     Folders that we name relative to ours are named absolutely there.
     """
@@ -257,7 +252,7 @@ def _project(project: Path, params: Params, recipe: str, folder: Path) -> None:
 
 
 def _lend_index(folder: Path) -> None:
-    """Our shards, and a manifest of them by which the encoder is found from any working directory."""
+    """Link our shards, with a manifest by which the encoder is found from any working directory."""
     from dgpo_core.retrieval.shards import read_manifest, write_manifest  # imports torch
 
     manifest = read_manifest(INDEX)
@@ -269,6 +264,6 @@ def _lend_index(folder: Path) -> None:
 
 
 def _environment() -> dict[str, str]:
-    """Ours, but the stage's run goes to a store of its own, and it belongs to no pipeline."""
+    """Return our environment without the store that our runs go to and the pipeline that they belong to."""
     left = {"MLFLOW_TRACKING_URI", "DGPO_PIPELINE_RUN", "DVC_STAGE"}
     return {key: value for key, value in os.environ.items() if key not in left} | {"PYTHONPATH": str(SOURCES)}

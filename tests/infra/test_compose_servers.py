@@ -18,7 +18,7 @@ import pytest
 
 from dgpo_core.config.params import Params, resolve_profile
 from flows.process import end_group
-from tasks.commands.checks.services import named
+from tasks.commands.checks import store
 from tests.conftest import ROOT
 from tests.infra.composition import load, secrets
 from tests.infra.test_services import free_port
@@ -199,7 +199,7 @@ class TestMlflow:
         monkeypatch.delenv("PREFECT_API_URL", raising=False)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         tiny = Params.model_validate(resolve_profile(ROOT / "profiles/tiny.yaml"))
-        assert [(f.subject, f.level) for f in named(tiny)] == [("MLFLOW_TRACKING_URI", "ok")]
+        assert [(f.subject, f.level) for f in store(tiny)] == [("MLflow", "ok")]
 
     def test_no_secret_is_on_its_command_line_or_in_its_log(self, place: Place, url: str) -> None:
         command = " ".join(place.services["mlflow"]["command"] + place.services["prefect"]["command"])

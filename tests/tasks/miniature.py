@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from dgpo_core.config.params import resolve_profile
+from dgpo_core.config.params import overlay, resolve_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,11 +35,7 @@ MINIATURE: dict[str, dict[str, Any]] = {
 
 def make_project(folder: Path, recipes: list[str] | None = None, **sections: dict[str, Any]) -> None:
     """Write a params.yaml of the tiny profile, made small, and link the models, into `folder`."""
-    params = resolve_profile(ROOT / "profiles" / "tiny.yaml", recipes)
-    for name, changes in {**MINIATURE, **sections}.items():
-        for key, value in changes.items():
-            old = params[name].get(key)
-            params[name][key] = {**old, **value} if isinstance(old, dict) else value
+    params = overlay(resolve_profile(ROOT / "profiles/tiny.yaml", recipes), {**MINIATURE, **sections})
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (folder / "models").mkdir()
     for name in ("student", "teacher"):

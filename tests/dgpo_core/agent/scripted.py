@@ -1,7 +1,10 @@
-"""An engine that writes given texts, and retrievers that answer or fail as told."""
+"""An engine that writes given texts, a retriever that answers as told, and a reference for real engines."""
 
 from collections.abc import Callable
 from typing import Any
+
+import torch
+from transformers import PreTrainedModel
 
 from dgpo_core.agent.engine import FinishReason, Generation, Request
 from dgpo_core.config.agent import Sampling
@@ -52,3 +55,19 @@ class Answering:
         self.queries += queries
         hits = [Hit(passage, 9.0 - i) for i, passage in enumerate(self.passages[:top_k])]
         return [hits for _ in queries]
+
+
+def forward_logprobs(
+    model: PreTrainedModel, request: Request, ids: list[int], sampling: Sampling
+) -> torch.Tensor:
+    """Log-probabilities [tokens, vocabulary] of the continuation `ids`, by one pass over the whole text."""
+    with torch.inference_mode():
+        logits: torch.Tensor = model(torch.tensor([request.token_ids + ids])).logits[0].float()
+    return (logits / (sampling.temperature or 1.0)).log_softmax(-1)[len(request.token_ids) - 1 : -1]
+
+
+def own_logprobs(model: PreTrainedModel, request: Request, ids: list[int], sampling: Sampling) -> list[float]:
+    """The log-probabilities of `ids` themselves."""
+    table = forward_logprobs(model, request, ids, sampling)
+    found: list[float] = table[torch.arange(len(ids)), ids].tolist()
+    return found

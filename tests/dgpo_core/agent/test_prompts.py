@@ -21,7 +21,7 @@ from dgpo_core.agent.prompts import (
     with_question_mark,
 )
 from dgpo_core.datasets.records import Passage
-from dgpo_core.rehearsal.models import build_tokenizer as rehearsal_tokenizer
+from dgpo_core.rehearsal import build_tokenizer as rehearsal_tokenizer
 from dgpo_core.world.tokenizer import build_tokenizer
 
 PAPER = (

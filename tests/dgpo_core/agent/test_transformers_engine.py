@@ -18,7 +18,7 @@ from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.agent.transformers_engine import TransformersEngine, _Row, preallocated_cache
 from dgpo_core.config.agent import GREEDY, ProtocolConfig, RolloutConfig, Sampling
 from dgpo_core.models import build_model
-from tests.dgpo_core.agent.scripted import Answering
+from tests.dgpo_core.agent.scripted import Answering, forward_logprobs, own_logprobs
 from tests.dgpo_core.making import SHAPE, padded, question, tiny_model
 
 WARM = Sampling(temperature=0.7)
@@ -39,14 +39,6 @@ def prompts(count: int = 9, vocabulary: int = 300) -> list[Request]:
         Request([rng.randrange(vocabulary) for _ in range(rng.randint(1, 30))], rng.randint(1, 14), (i, 5))
         for i in range(count)
     ]
-
-
-def forward_logprobs(
-    model: PreTrainedModel, request: Request, ids: list[int], temperature: float
-) -> torch.Tensor:
-    with torch.inference_mode():
-        logits: torch.Tensor = model(torch.tensor([request.token_ids + ids])).logits[0].float() / temperature
-    return logits.log_softmax(-1)[len(request.token_ids) - 1 : -1]
 
 
 MakeEngine = Callable[..., TransformersEngine]
@@ -79,16 +71,15 @@ def test_logprobs_are_those_of_a_forward_pass(
 ) -> None:
     requests = prompts()
     for request, answer in zip(requests, engine.generate(requests, sampling, NEVER), strict=True):
-        table = forward_logprobs(model, request, answer.token_ids, sampling.temperature or 1.0)
-        expected = table[torch.arange(len(answer.token_ids)), answer.token_ids]
-        assert answer.logprobs == pytest.approx(expected.tolist(), abs=1e-4)
+        expected = own_logprobs(model, request, answer.token_ids, sampling)
+        assert answer.logprobs == pytest.approx(expected, abs=1e-4)
 
 
 def test_samples_follow_the_distribution(engine: TransformersEngine, model: PreTrainedModel) -> None:
     """Each token is the inverse of the cumulative distribution at the request's next uniform number."""
     requests = prompts()
     for request, answer in zip(requests, engine.generate(requests, WARM, NEVER), strict=True):
-        table = forward_logprobs(model, request, answer.token_ids, WARM.temperature).double().exp().numpy()
+        table = forward_logprobs(model, request, answer.token_ids, WARM).double().exp().numpy()
         uniforms = np.random.default_rng(request.seed).random(request.max_new_tokens)
         for probabilities, uniform, token in zip(table, uniforms, answer.token_ids, strict=False):
             cumulative = probabilities.cumsum()
@@ -208,10 +199,10 @@ def test_eos_of_the_tokenizer_alone(parrot: tuple[PreTrainedModel, PreTrainedTok
 
 def test_bfloat16_runs(make_engine: MakeEngine, model: PreTrainedModel) -> None:
     engine = make_engine(precision="bfloat16")
-    (answer,) = engine.generate([Request([1, 2, 3], 5, (0,))], Sampling(), NEVER)
-    table = forward_logprobs(model, Request([1, 2, 3], 5, (0,)), answer.token_ids, 1.0)
-    expected = table[torch.arange(len(answer.token_ids)), answer.token_ids]
-    assert answer.logprobs == pytest.approx(expected.tolist(), abs=0.3)
+    request = Request([1, 2, 3], 5, (0,))
+    (answer,) = engine.generate([request], Sampling(), NEVER)
+    expected = own_logprobs(model, request, answer.token_ids, Sampling())
+    assert answer.logprobs == pytest.approx(expected, abs=0.3)
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(), WARM])
@@ -406,11 +397,10 @@ def test_an_episode_reads_each_token_once(
 def test_bfloat16_keeps_too(make_engine: MakeEngine, model: PreTrainedModel) -> None:
     engine, cache, history = make_engine(precision="bfloat16"), EpisodeCache(), [4, 5, 6]
     for turn in range(3):
-        (answer,) = engine.generate([Request(list(history), 6, (turn,), cache)], Sampling(), NEVER)
-        with torch.inference_mode():
-            logits = model(torch.tensor([history + answer.token_ids])).logits[0, len(history) - 1 : -1]
-        expected = logits.float().log_softmax(-1)[torch.arange(len(answer.token_ids)), answer.token_ids]
-        assert answer.logprobs == pytest.approx(expected.tolist(), abs=0.3)
+        request = Request(list(history), 6, (turn,), cache)
+        (answer,) = engine.generate([request], Sampling(), NEVER)
+        expected = own_logprobs(model, request, answer.token_ids, Sampling())
+        assert answer.logprobs == pytest.approx(expected, abs=0.3)
         history += [*answer.token_ids, 9, 10]
         keys, values = cache.content.states[0]
         assert (keys.dtype, values.dtype) == (torch.float32, torch.bfloat16)  # the planner counts 6 bytes

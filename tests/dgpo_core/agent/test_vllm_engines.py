@@ -37,6 +37,7 @@ from dgpo_core.retrieval.index import Index
 from dgpo_core.training.weight_sync import EngineSync, SyncedLoop
 from dgpo_core.world.facts import World
 from dgpo_core.world.questions import Article, write_questions
+from tests.dgpo_core.agent.scripted import forward_logprobs, own_logprobs
 from tests.dgpo_core.making import padded
 from tests.vllm_server import serving
 
@@ -153,10 +154,7 @@ def test_logprobs_are_those_at_the_temperature(
     for sampling in (WARM, Sampling(temperature=1.5), GREEDY):
         asked = requests(words, 4, 12)
         for request, answer in zip(asked, engine.generate(asked, sampling, NEVER), strict=True):
-            with torch.inference_mode():
-                logits = teacher(torch.tensor([request.token_ids + answer.token_ids])).logits[0]
-            table = (logits / (sampling.temperature or 1.0)).log_softmax(-1)[len(request.token_ids) - 1 : -1]
-            close(answer.logprobs, table[torch.arange(len(answer.token_ids)), answer.token_ids].tolist())
+            close(answer.logprobs, own_logprobs(teacher, request, answer.token_ids, sampling))
 
 
 @pytest.mark.parametrize("where", ["in-process", "server"])
@@ -174,13 +172,11 @@ def test_rows_without_a_token_are_never_sampled(
             engine = VllmEngine(wider, words, config(tmp_path), 1024)
         for sampling in (GREEDY, WARM):
             for request, answer in zip(asked, engine.generate(asked, sampling, NEVER), strict=True):
-                with torch.inference_mode():
-                    logits = reference.model(torch.tensor([request.token_ids + answer.token_ids])).logits[0]
-                table = (logits / (sampling.temperature or 1.0)).log_softmax(-1)[len(request.token_ids) - 1 :]
-                own = table[torch.arange(len(answer.token_ids)), answer.token_ids]
-                close(answer.logprobs, own.tolist())
+                ids = answer.token_ids
+                close(answer.logprobs, own_logprobs(reference.model, request, ids, sampling))
                 if sampling == GREEDY:
-                    assert answer.token_ids == table.argmax(-1)[:-1].tolist()
+                    table = forward_logprobs(reference.model, request, ids, sampling)
+                    assert ids == table.argmax(-1).tolist()
 
 
 def test_endings(

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from dgpo_core.agent.episode import write_episodes
 from dgpo_core.config.params import PromoteConfig
 from dgpo_core.evaluation.diagnosis import SCHEMA
-from dgpo_core.evaluation.promotion import MADE, Candidate, Evidence, Made, read_evidence
+from dgpo_core.evaluation.promotion import SETUP, Candidate, Evaluation, Setup, read_evaluation
 from dgpo_core.evaluation.results import QUANTITIES, Measurement, Scores
 
 DATASETS = ["onehop", "hard"]
@@ -42,8 +42,8 @@ class Model:
         return cls(dict.fromkeys(DATASETS, em), **others)
 
     @property
-    def made(self) -> Made:
-        return Made(self.sha256, self.index, self.settings, self.code)
+    def setup(self) -> Setup:
+        return Setup(self.sha256, self.index, self.settings, self.code)
 
 
 def right(model: Model, name: str, chance: float, questions: int, world: int) -> np.ndarray:
@@ -54,8 +54,8 @@ def right(model: Model, name: str, chance: float, questions: int, world: int) ->
     return np.where(shared, difficulty, own.random(questions)) < chance
 
 
-def in_memory(model: Model, questions: int = 150, world: int = 0) -> Evidence:
-    """What `read_evidence` would read."""
+def in_memory(model: Model, questions: int = 150, world: int = 0) -> Evaluation:
+    """What `read_evaluation` would read."""
     keys = [(dataset, f"q{i:04d}") for dataset in DATASETS for i in range(questions)]
     correct = [right(model, name, model.em[name], questions, world) for name in DATASETS]
     failed = np.array([int(key[1:]) < model.failed for _, key in keys])
@@ -75,29 +75,29 @@ def in_memory(model: Model, questions: int = 150, world: int = 0) -> Evidence:
         }
         for i, key in enumerate(keys)
     }
-    return Evidence(
-        model.made, "asked", Scores(keys, failed, dict.fromkeys(QUANTITIES, em)), arcap, diagnoses
+    return Evaluation(
+        model.setup, "asked", Scores(keys, failed, dict.fromkeys(QUANTITIES, em)), arcap, diagnoses
     )
 
 
 def write_evaluation(folder: Path, model: Model, questions: int = 150, world: int = 0) -> Path:
     """The files of the stage `evaluate`, with the same content."""
-    evidence = in_memory(model, questions, world)
+    evaluation = in_memory(model, questions, world)
     folder.mkdir(parents=True, exist_ok=True)
     rows, diagnoses = [], []
     for (dataset, name), em, failed in zip(
-        evidence.scores.keys, evidence.scores.values["em"], evidence.scores.failed, strict=True
+        evaluation.scores.keys, evaluation.scores.values["em"], evaluation.scores.failed, strict=True
     ):
         outcome = "failed" if failed else "correct" if em == 1 else "wrong"
         rows.append(_question(dataset, name, outcome))
         flags = dict.fromkeys(("without_evidence", "repeats_question", "several_answers"))
-        flags = flags if failed else evidence.diagnoses[dataset, name]
+        flags = flags if failed else evaluation.diagnoses[dataset, name]
         first = "bad_query" if outcome == "wrong" else None
         same = {"dataset": dataset, "question_id": name, "outcome": outcome}
         diagnoses.append({**same, "first_failure": first, **flags})
     measured = [
         {"measurement": name, "question_id": each, "value": float(value), "failed": False}
-        for name, own in evidence.arcap.items()
+        for name, own in evaluation.arcap.items()
         for each, value in zip(own.question_ids, own.values, strict=True)
     ]
     pq.write_table(pa.Table.from_pylist(rows), folder / "questions.parquet")
@@ -108,10 +108,10 @@ def write_evaluation(folder: Path, model: Model, questions: int = 150, world: in
 
 
 def candidate(folder: Path, name: str, model: Model, questions: int = 150, world: int = 0) -> Candidate:
-    """A model with its evidence on disk."""
+    """A model with its evaluation on disk."""
     write_evaluation(folder / name, model, questions, world)
-    (folder / name / MADE).write_text(model.made.as_json())
-    read_evidence(folder / name, DATASETS)  # a mistake of this file shows here
+    (folder / name / SETUP).write_text(model.setup.as_json())
+    read_evaluation(folder / name, DATASETS)  # a mistake of this file shows here
     return Candidate(name, model.sha256, folder / name)
 
 

@@ -153,7 +153,7 @@ def test_the_same_ids_with_other_texts_are_other_questions(folder: Path) -> None
     ours = candidate(folder, "challenger", Model.of(0.9))
     import pyarrow.parquet as pq
 
-    path = ours.evidence / "questions.parquet"
+    path = ours.folder / "questions.parquet"
     table = pq.read_table(path)
     rows = table.to_pylist()
     rows[7]["golden_answers"] = ["Tarn"]
@@ -189,10 +189,10 @@ def test_too_few_questions_are_refused(folder: Path) -> None:
 
 def test_a_missing_or_broken_file_is_refused(folder: Path) -> None:
     ours = candidate(folder, "challenger", Model.of(0.9))
-    (ours.evidence / "arcap.parquet").write_bytes(b"PAR1")
+    (ours.folder / "arcap.parquet").write_bytes(b"PAR1")
     theirs, student = candidate(folder, "champion", CHAMPION), candidate(folder, "student", STUDENT)
     assert "arcap.parquet: not a readable" in decide(ours, theirs, student, DATASETS, CONFIG).reasons[0]
-    (ours.evidence / "made.json").unlink()
+    (ours.folder / "made.json").unlink()
     assert decide(ours, theirs, student, DATASETS, CONFIG).verdict == "refused"
 
 

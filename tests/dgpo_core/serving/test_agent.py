@@ -3,7 +3,6 @@
 import re
 
 import pytest
-from transformers import PreTrainedModel
 
 from dgpo_core.agent.episode import Ending
 from dgpo_core.datasets.records import Passage, Question
@@ -12,7 +11,7 @@ from dgpo_core.models import load_tokenizer
 from dgpo_core.serving.agent import Agent, sources
 from dgpo_core.serving.events import AgentRequest, Event, RetrievedPassage, SearchResult
 from tests.dgpo_core.agent.scripted import Answering
-from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
+from tests.dgpo_core.serving.conftest import TEACHER, MakeAgent
 
 
 def ignore(_event: Event) -> None:
@@ -21,10 +20,6 @@ def ignore(_event: Event) -> None:
 
 def never() -> bool:
     return False
-
-
-def agent_with(teacher: PreTrainedModel, retriever: Answering) -> Agent:
-    return Agent("teacher", teacher, load_tokenizer(TEACHER), retriever, PROTOCOL, FLOAT32, 3)
 
 
 def test_steps_are_the_text_of_the_episode(agent: Agent, questions: list[Question]) -> None:
@@ -108,22 +103,22 @@ def test_impossible_temperatures_are_refused(agent: Agent, temperature: float) -
         agent.ask(AgentRequest("Who", temperature), ignore, never)
 
 
+@pytest.mark.usefixtures("no_pauses")
 def test_a_dead_retriever_gives_a_failure_and_no_answer(
-    teacher: PreTrainedModel, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+    make_agent: MakeAgent, questions: list[Question]
 ) -> None:
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _seconds: None)
     retriever = Answering(failures=99)
-    record = agent_with(teacher, retriever).ask(AgentRequest(questions[0].question), ignore, never)
+    record = make_agent(retriever).ask(AgentRequest(questions[0].question), ignore, never)
     assert (record.answer, record.ending, record.sources) == (None, Ending.FAILURE, [])
     assert record.failure == "the index is down" and retriever.calls == 3
 
 
+@pytest.mark.usefixtures("no_pauses")
 def test_a_short_failure_of_the_retriever_is_told_once(
-    teacher: PreTrainedModel, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+    make_agent: MakeAgent, questions: list[Question]
 ) -> None:
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _seconds: None)
     retriever = Answering([Passage("7", "Ada", "Ada was born in Paris.")], failures=1)
     events: list[Event] = []
-    record = agent_with(teacher, retriever).ask(AgentRequest(questions[0].question), events.append, never)
+    record = make_agent(retriever).ask(AgentRequest(questions[0].question), events.append, never)
     assert record.failure is None
     assert [event for event in events if isinstance(event, SearchResult)] == record.searches

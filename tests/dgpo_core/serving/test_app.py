@@ -9,15 +9,12 @@ from typing import Any
 
 import httpx
 import pytest
-from transformers import PreTrainedModel
 
 from dgpo_core.datasets.records import Question
-from dgpo_core.models import load_tokenizer
-from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.events import AgentRequest, EpisodeCancelled, EpisodeRecord
 from tests.dgpo_core.agent.scripted import Answering
-from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
+from tests.dgpo_core.serving.conftest import Gate, MakeAgent
 from tests.dgpo_core.serving.service import serving
 
 CHAT = "/v1/chat/completions"
@@ -244,28 +241,9 @@ def test_while_loading_it_says_so() -> None:
         assert client.get("/v1/models/teacher").status_code == 503
 
 
-class Turnstile(Answering):
-    """Holds each search until it is let through."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.reached, self.opened = threading.Event(), threading.Event()
-
-    def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
-        self.reached.set()
-        assert self.opened.wait(20)
-        return super().search(queries, top_k)
-
-
-def agent_with(teacher: PreTrainedModel, retriever: Answering) -> Agent:
-    return Agent("teacher", teacher, load_tokenizer(TEACHER), retriever, PROTOCOL, FLOAT32, 3)
-
-
-def test_a_dead_retriever_is_no_answer(
-    teacher: PreTrainedModel, questions: list[Question], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _seconds: None)
-    with serving(agent_with(teacher, Answering(failures=99))) as client:
+@pytest.mark.usefixtures("no_pauses")
+def test_a_dead_retriever_is_no_answer(make_agent: MakeAgent, questions: list[Question]) -> None:
+    with serving(make_agent(Answering(failures=99))) as client:
         response = client.post(CHAT, json=body(questions[0].question))
         error = response.json()["error"]
         assert (response.status_code, error["code"]) == (503, "infrastructure_failure")
@@ -276,9 +254,9 @@ def test_a_dead_retriever_is_no_answer(
 
 
 def test_a_bug_tells_nothing_of_the_inside(
-    teacher: PreTrainedModel, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+    make_agent: MakeAgent, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    broken = agent_with(teacher, Answering())
+    broken = make_agent(Answering())
     monkeypatch.setattr(broken, "_top_k", "secret")
     with serving(broken) as client:
         response = client.post(CHAT, json=body(questions[0].question))
@@ -288,10 +266,10 @@ def test_a_bug_tells_nothing_of_the_inside(
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_disconnects_ends_the_episode(
-    teacher: PreTrainedModel, questions: list[Question], monkeypatch: pytest.MonkeyPatch, stream: bool
+    make_agent: MakeAgent, questions: list[Question], monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    retriever = Turnstile()
-    agent = agent_with(teacher, retriever)
+    retriever = Gate()
+    agent = make_agent(retriever)
     stopped = threading.Event()
 
     def ask(*arguments: Any) -> EpisodeRecord:

@@ -1,24 +1,20 @@
 """The page in a real browser, asking a real agent about a real index, with a hostile document in it."""
 
 import json
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from transformers import PreTrainedModel
 
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.datasets.records import Passage, Question
-from dgpo_core.models import load_tokenizer
-from dgpo_core.retrieval.index import Index, index_passages
-from dgpo_core.retrieval.ranking import Hit
+from dgpo_core.retrieval.index import index_passages
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.app import PAGE
 from dgpo_core.serving.events import AgentRequest
 from dgpo_core.world.questions import Article
 from tests.browser import CHROMIUM, Page, browse
-from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
+from tests.dgpo_core.serving.conftest import Gate, MakeAgent
 from tests.dgpo_core.serving.service import serving
 
 HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title='owned'</script>"
@@ -26,31 +22,20 @@ HOSTILE = "<img src=x onerror=\"document.title='owned'\"><script>document.title=
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
 
 
-class Gated:
-    """The real index; holds searches while the gate is closed."""
-
-    def __init__(self, index: Index) -> None:
-        self.digest, self._index = index.digest, index
-        self.opened = threading.Event()
-        self.opened.set()
-
-    def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
-        assert self.opened.wait(20)
-        return self._index.search(queries, top_k)
-
-
 @pytest.fixture(scope="module")
-def retriever(articles: list[Article], questions: list[Question]) -> Gated:
+def retriever(articles: list[Article], questions: list[Question]) -> Gate:
     """With a document that is found for the first question."""
     passages = [passage for article in articles for passage in article.passages]
     golden = questions[0].metadata["golden_passages"][0]
     hostile = Passage("evil", f"{golden['title']} {HOSTILE}", f"{golden['text']} {HOSTILE}")
-    return Gated(index_passages([*passages, hostile], EncoderConfig(kind="bm25")))
+    gate = Gate(index_passages([*passages, hostile], EncoderConfig(kind="bm25")))
+    gate.opened.set()
+    return gate
 
 
 @pytest.fixture(scope="module")
-def agent(teacher: PreTrainedModel, retriever: Gated) -> Agent:
-    return Agent("teacher", teacher, load_tokenizer(TEACHER), retriever, PROTOCOL, FLOAT32, 3)
+def agent(make_agent: MakeAgent, retriever: Gate) -> Agent:
+    return make_agent(retriever)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +97,7 @@ def test_hostile_text_stays_text(browser: Page, questions: list[Question]) -> No
     assert browser.evaluate("document.title") == "Ask the agent"
 
 
-def test_stop_ends_the_episode(browser: Page, retriever: Gated, questions: list[Question]) -> None:
+def test_stop_ends_the_episode(browser: Page, retriever: Gate, questions: list[Question]) -> None:
     retriever.opened.clear()
     ask(browser, questions[0].question)
     browser.wait_for("document.querySelector('.step.search')")
@@ -156,7 +141,7 @@ def test_it_fits_a_phone_in_light_and_dark(
 
 def test_the_page_is_self_contained_and_writes_no_markup() -> None:
     html = PAGE.read_text(encoding="utf-8")
-    for way in (
+    markup = (
         "innerHTML",
         "outerHTML",
         "insertAdjacentHTML",
@@ -164,6 +149,6 @@ def test_the_page_is_self_contained_and_writes_no_markup() -> None:
         "eval(",
         "http://",
         "https://",
-    ):
-        assert way not in html
+    )
+    assert not any(way in html for way in markup)
     assert html.count("src=") == 0 and html.count("<script>") == 1

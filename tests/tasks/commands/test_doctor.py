@@ -52,9 +52,8 @@ def project(dvc_repository: Path) -> Path:
 def test_the_embedded_world_needs_nothing(project: Path) -> None:
     code, found = doctor(project)
     assert code == 0, found
-    assert found["hub"]["message"] == "nothing is needed from it"
-    assert found["GPUs"]["level"] == found["disk"]["level"] == found["host memory"]["level"] == "ok"
-    assert found["DVC"]["level"] == "warning"  # no remote in this one
+    assert {finding["level"] for finding in found.values()} == {"ok"}
+    assert {"disk", "host memory", "models.student", "MLflow", "git and DVC"} < found.keys()
 
 
 def test_the_papers_profile_without_a_gpu_and_without_a_network(project: Path) -> None:
@@ -62,9 +61,8 @@ def test_the_papers_profile_without_a_gpu_and_without_a_network(project: Path) -
     code, found = doctor(project, HF_ENDPOINT="http://127.0.0.1:9")
     assert code == 1
     assert found["GPUs"]["level"] == "error" and "dgpo use tiny" in found["GPUs"]["advice"]
-    assert found["hub"]["level"] == "error" and "retrieval.encoder.model" in found["hub"]["advice"]
-    assert "accept the licence" in found["models.student"]["advice"]
-    assert "HF_TOKEN" in found["models.teacher"]["advice"]
+    for name in ("models.student", "models.teacher", "retrieval.encoder.model"):
+        assert found[name]["level"] == "error" and "the hub is not reachable" in found[name]["message"]
     servers = ("retrieval.location", "rollout.server.student", "rollout.server.teacher")
     assert [found[name]["level"] for name in servers] == ["warning"] * 3  # started later, none is up
 

@@ -195,17 +195,17 @@ def test_what_cannot_be_offered_says_why(own_store: Path, empty_dvc_repository: 
 
 def test_of_two_promotions_at_once_one_is_told(two: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Somebody else promotes while this one decides."""
-    decided = promotion.judge
+    decided = promotion.decide_about
 
     def slow(registry: Registry, *arguments: object) -> object:
         decision = decided(registry, *arguments)  # type: ignore[arg-type]
-        monkeypatch.setattr(promotion, "judge", decided)
+        monkeypatch.setattr(promotion, "decide_about", decided)
         train(two, "kd", "another kd", Model.of(0.9, arcap=0.9, seed=8))
         register_trained(challenger=True)
         assert promote("3", dry_run=False, yes=True) == PROMOTED
         return decision
 
-    monkeypatch.setattr(promotion, "judge", slow)
+    monkeypatch.setattr(promotion, "decide_about", slow)
     with pytest.raises(UserError, match=r"the champion changed meanwhile \(now version 3 \(kd\)\)"):
         promote("2", dry_run=False, yes=True)
     with store() as registry:

@@ -10,7 +10,7 @@ import pytest
 
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import UserError
-from dgpo_core.evaluation.promotion import read_evidence
+from dgpo_core.evaluation.promotion import read_evaluation
 from tasks.commands.recreate import OTHER, SAME, show
 from tasks.tracking.evaluations import evaluate_again, register_trained
 from tasks.tracking.registry import store
@@ -172,4 +172,4 @@ def test_a_real_model_is_made_again(
         made = json.loads((evidence / "made.json").read_text())
         assert made["model"] == version.hash
         datasets = list(load_params().questions.test)
-        assert set(read_evidence(evidence, datasets).arcap) >= {"source_em_nq", "query_hit_nq"}
+        assert set(read_evaluation(evidence, datasets).arcap) >= {"source_em_nq", "query_hit_nq"}

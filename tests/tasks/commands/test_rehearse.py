@@ -1,34 +1,34 @@
 """`dgpo rehearse`: the same stages as DVC's, and a whole rehearsal."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from dgpo_core.agent.episode import read_episodes
-from dgpo_core.config.params import load_params, paper_recipes
-from flows.dag import read_dag
-from tasks.commands.rehearse import in_order, programs, rehearse
+from dgpo_core.config.params import paper_recipes, resolve_profile
+from dgpo_core.config.yaml_text import as_text
+from tasks.commands.rehearse import programs, rehearse
 from tasks.project import paths
 from tests.tasks.miniature import ROOT
 
 
-def test_it_runs_the_stages_of_the_graph() -> None:
-    graph = {name for name in read_dag(ROOT) if not name.startswith(("base-model@", "given@"))}
-    params = load_params(ROOT / "params.yaml")
-    # of the embedded world the rehearsal writes the data itself
-    assert graph - {"data"} == {name for name, _ in programs(params)}
-    published = params.model_copy(update={"data": params.data.model_copy(update={"source": "published"})})
-    assert graph == {name for name, _ in programs(published)}
-
-
-def test_recipes_come_after_those_that_they_start_from() -> None:
+@pytest.mark.parametrize(("profile", "first"), [("tiny", "index"), ("paper-qwen-3b", "data")])
+def test_it_runs_the_stages_of_the_graph_in_order(tmp_path: Path, profile: str, first: str) -> None:
+    shutil.copyfile(ROOT / "dvc.yaml", tmp_path / "dvc.yaml")
+    params = resolve_profile(ROOT / f"profiles/{profile}.yaml", ["all"])
+    (tmp_path / "params.yaml").write_text(as_text(params))
+    found = programs(tmp_path)
+    order = [name for name, _ in found]
     recipes = paper_recipes(["all"])
-    order = in_order(recipes)
-    assert sorted(order) == sorted(recipes.all)
+    kinds = {name: "distill" if name in recipes.distill else "reinforce" for name in recipes.all}
+    place = {name: order.index(f"{kind}@{name}") for name, kind in kinds.items()}
+    assert (order[0], order[-1]) == (first, "report")
     for name, row in recipes.all.items():
-        assert row.start == "student" or order.index(row.start) < order.index(name)
+        assert row.start == "student" or place[row.start] < place[name]
+    assert dict(found)["evaluate@kd"] == "exec python -m tasks.stages.evaluate kd"
 
 
 @pytest.mark.slow

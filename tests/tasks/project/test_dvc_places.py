@@ -10,10 +10,10 @@ import dvc  # noqa: F401 - sets up its loggers, to a stream that outlives a test
 import pytest
 
 from dgpo_core.errors import UserError
-from tasks.commands.checks.repository import default_remote, repository
+from tasks.commands.checks import repository
 from tasks.commands.pipeline import main
 from tasks.project.dvc import problems, require_dvc
-from tests.tasks.commands.checks.test_checks import profile
+from tests.tasks.commands.test_checks import profile
 
 RECORD = Path(".dvc/tmp/rwlock")
 
@@ -102,7 +102,6 @@ def test_a_record_that_a_killed_dvc_left_half_written_is_removed(checkout: Path,
 
 def test_a_remote_that_is_not_defined(checkout: Path) -> None:
     local("[core]\n    remote = nosuch\n")
-    assert default_remote() == ("nosuch", None)
     (found,) = [f for f in repository(profile("tiny")) if f.subject == "DVC"]
     assert found.level == "error" and "names 'nosuch'" in found.message
     require_dvc()  # a run needs none

@@ -1,16 +1,13 @@
 """Episodes as rows of metrics."""
 
 from dataclasses import replace
-from pathlib import Path
-
-import pyarrow.parquet as pq
 
 from dgpo_core.agent.episode import Search
-from dgpo_core.evaluation.tables import write_question_table
+from tasks.stages.evaluate import question_table
 from tests.dgpo_core.making import random_episode
 
 
-def test_one_row_an_episode_in_order(tmp_path: Path) -> None:
+def test_one_row_an_episode_in_order() -> None:
     right = replace(
         random_episode(1, correct=True),
         golden_answers=["Paris"],
@@ -18,8 +15,7 @@ def test_one_row_an_episode_in_order(tmp_path: Path) -> None:
         searches=[Search("q", ["1"], [1.0], hit=True)],
     )
     wrong = replace(random_episode(2, correct=False), cut_turns=2)
-    write_question_table(tmp_path / "deep" / "t.parquet", [right, wrong])
-    first, second = pq.read_table(tmp_path / "deep" / "t.parquet").to_pylist()
+    first, second = question_table([right, wrong]).to_pylist()
     assert (first["question_id"], first["em"], first["sub_em"], first["searches"]) == ("q1", True, True, 1)
     assert first["f1"] == 2 / 3
     assert (second["question_id"], second["em"], second["f1"], second["sub_em"]) == ("q2", False, 0.0, False)

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 
 from dgpo_core.errors import UserError
-from dgpo_core.evaluation.comparison import compare
-from dgpo_core.evaluation.results import MEASUREMENTS
+from dgpo_core.evaluation.results import MEASUREMENTS, compare
 from dgpo_core.evaluation.statistics import mean_of_means, paired_difference
 from tests.dgpo_core.reporting.synthetic import MIRRORS, Run
 

@@ -1,1 +1,0 @@
-"""The checks of `dgpo doctor`, a file for each kind of thing: each returns findings and raises nothing."""
