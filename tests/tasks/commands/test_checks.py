@@ -25,7 +25,7 @@ from tasks.tracking.runs import connect
 from tests.dgpo_core.retrieval.test_service import served
 from tests.tasks.commands.test_preflight import other_vocabulary
 from tests.tasks.miniature import ROOT, make_project
-from tests.tasks.tracking.test_mlflow_faults import server
+from tests.tasks.tracking.test_store import server
 
 NOWHERE = "http://127.0.0.1:9"
 
