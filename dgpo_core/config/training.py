@@ -1,4 +1,4 @@
-"""Teacher episodes, cold start, reinforcement learning and evaluation; defaults are the paper's (table 8)."""
+"""Sections of the stages that run models; the defaults are the paper's (table 8)."""
 
 from typing import Literal, Self
 
@@ -63,7 +63,7 @@ class ComputeConfig(Section):
 
     @property
     def spawns(self) -> bool:
-        """Whether a training stage starts processes of its own."""
+        """Return whether a training stage starts processes of its own."""
         return self.processes > 1 or self.hostfile is not None or self.engine == "deepspeed"
 
 
