@@ -12,11 +12,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import httpx
 import psutil
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -40,7 +40,7 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Service:
-    """What is needed to start a server, and to know that it is up."""
+    """A server: how it is started, and how it is known to be up."""
 
     record: ServiceRecord
     port: int
@@ -56,7 +56,7 @@ def prefect(port: int) -> Service:
 
 
 def mlflow(port: int) -> Service:
-    """On the store that stages use without a server, so that nothing recorded before is out of sight."""
+    """Describe MLflow's server, on the store that stages use without one: no record is out of sight."""
     store, local = tracking_uri(), local_path(tracking_uri())
     page = f"http://127.0.0.1:{port}"
     listen = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
@@ -69,7 +69,7 @@ def mlflow(port: int) -> Service:
 
 
 def up(services: Sequence[Service], folder: Path = FOLDER) -> list[str]:
-    """Start what does not run and wait until all of it answers; the names of those started now.
+    """Start what does not run and wait until all of it answers. Return the names of those started now.
 
     Raises UserError when a port is taken, MLflow's store cannot be used or a server does not start; those
     that did start stay up.
@@ -84,7 +84,7 @@ def up(services: Sequence[Service], folder: Path = FOLDER) -> list[str]:
 
 
 def down(folder: Path = FOLDER, names: Sequence[str] = NAMES) -> list[str]:
-    """End services with all their processes, also those of a server that crashed; the names of what ran."""
+    """End services with all their processes, also of a server that crashed. Return the names of what ran."""
     if not folder.is_dir():
         return []
     ended = []
@@ -106,7 +106,7 @@ def state(record: ServiceRecord | None) -> str:
 
 
 def _start(service: Service, folder: Path) -> bool:
-    """Whether it was started now: not if it runs, or if the environment names another server."""
+    """Start a server unless it runs or the environment names another. Return whether it was started."""
     new, old = service.record, read(service.record.name, folder)
     if old and leader(old):
         return False
@@ -153,7 +153,7 @@ def _wait_until_healthy(record: ServiceRecord, folder: Path, new: bool) -> None:
 
 
 def _end(record: ServiceRecord) -> bool:
-    """End all its processes; whether there were any. Those that ignore SIGTERM are killed."""
+    """End all its processes, by SIGKILL those that ignore SIGTERM. Return whether there were any."""
     found = members(record)
     for action in (psutil.Process.terminate, psutil.Process.kill):
         for process in found:
@@ -168,7 +168,7 @@ def _end(record: ServiceRecord) -> bool:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Two `dgpo up` at once would start everything twice."""
+    """Hold the folder: two `dgpo up` at once would start everything twice."""
     try:
         with FileLock(folder / "lock", timeout=LOCK_TIMEOUT):
             yield
@@ -178,9 +178,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as response:
-            return bool(response.status == 200)
-    except (OSError, ValueError):
+        return httpx.get(url, timeout=2).status_code == httpx.codes.OK
+    except httpx.HTTPError:
         return False
 
 

@@ -35,7 +35,7 @@ def load_results(path: Path) -> Results:
 
 
 def rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """Return column names and a row a data set: EM of each model with its 95 % interval, average last."""
+    """Return column names, and a row per data set: EM of each model with its 95 % interval, average last."""
     names = {name: None for sets in results.values() for name in sets}  # in order of appearance
     ordered = [name for name in names if name != AVERAGE] + ([AVERAGE] if AVERAGE in names else [])
     table = [
@@ -45,14 +45,13 @@ def rows(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(results: Results) -> str:
-    """Write the table as Markdown."""
+    """Return the table as Markdown."""
     header, table = rows(results)
     lines = [header, ["---"] * len(header), *table]
     return "\n".join(f"| {' | '.join(map(markdown_cell, line))} |" for line in lines)
 
 
 def show(path: Path = RESULTS) -> None:
-    """Print the table. Raises UserError."""
     header, body = rows(load_results(path))
     table = Table(title="Exact match (95 % confidence interval)")
     for index, name in enumerate(header):
