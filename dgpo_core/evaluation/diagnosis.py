@@ -18,10 +18,9 @@ from typing import Any
 import pyarrow as pa
 
 from dgpo_core.agent.actions import ActionKind, parse_action
-from dgpo_core.agent.answers import normalize
 from dgpo_core.agent.episode import Decode, Ending, Episode, Outcome, Search
 from dgpo_core.datasets.records import Question
-from dgpo_core.text import stands_in
+from dgpo_core.text import normalize, stands_in
 
 _ATTEMPT = re.compile(r"<answer>(.*?)(?=</?(?:think|search|information|answer)>|\Z)", re.DOTALL)
 

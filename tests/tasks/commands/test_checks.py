@@ -18,7 +18,7 @@ from dgpo_core.config.params import Params, load_params, resolve_profile
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.retrieval.index import index_passages
-from dgpo_core.retrieval.service import Retrieval, make_app
+from dgpo_core.retrieval.service import RetrieverService, make_app
 from tasks.commands import checks
 from tasks.commands.checks import Finding, ok
 from tasks.tracking.runs import connect
@@ -258,7 +258,7 @@ def test_the_environments_server_must_answer_and_passwords_are_not_shown(
 
 
 def test_a_retriever_service_is_asked_for_its_health(no_variables: None) -> None:
-    loading = Retrieval(top_k=3)
+    loading = RetrieverService(top_k=3)
     with served(make_app(loading)) as url:
         (early,) = with_location(f"retriever+{url}")
         assert early.level == "warning" and "answers 503 to GET /health" in early.message
