@@ -15,6 +15,9 @@ class LoraConfig(Section):
     alpha: PositiveInt = Field(64, description="the adapters' product is scaled by alpha / rank")
 
 
+DEFAULT_ZERO_STAGE = 2  # where compute.zero_stage is null
+
+
 class ComputeConfig(Section):
     """How training runs; changes results by rounding only (but for `lora`, which trains other weights)."""
 
