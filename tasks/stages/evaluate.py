@@ -31,6 +31,7 @@ def evaluate(model: str) -> None:
         episodes = evaluator.test_sets()
         rows = evaluator.arcap(episodes)
         folder = run.output(out)
+        folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(question_table(episodes), folder / "questions.parquet", compression="zstd")
         write_episodes(folder / "episodes.parquet", episodes, {"index": index.digest})
         pq.write_table(arcap.as_table(rows), folder / "arcap.parquet", compression="zstd")
