@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dgpo_core.errors import UserError
-from tasks.project.dvc import require_dvc
-from tasks.project.process import at_work
+from tasks.project.dvc import at_work, require_dvc
 
 DEFAULT_RETRIES = 2
 POOLS = ("cpu", "gpu")
@@ -32,7 +31,7 @@ class Stage:
 
 
 def read_dag(root: Path) -> dict[str, Stage]:
-    """All stages by name, each after its upstream stages.
+    """Return all stages by name, each after its upstream stages.
 
     Raises UserError for a folder without a valid DVC pipeline or where DVC cannot work, and for a bad `meta`.
     """
@@ -58,7 +57,7 @@ def read_dag(root: Path) -> dict[str, Stage]:
 def select(
     stages: Mapping[str, Stage], targets: Iterable[str] = (), from_stage: str | None = None
 ) -> dict[str, Stage]:
-    """Only `targets` and what they need, and of these only `from_stage` and what depends on it.
+    """Choose only `targets` and what they need, and of these only `from_stage` and what depends on it.
 
     Raises UserError for an unknown name, or when nothing is left.
     """
@@ -76,7 +75,7 @@ def select(
 
 
 def downstream(stages: Mapping[str, Stage], name: str) -> set[str]:
-    """The stage and all that depend on it; `stages` must be in order."""
+    """Return the stage and all that depend on it; `stages` must be in order."""
     found = {name}
     for stage in stages.values():
         if found.intersection(stage.upstream):
@@ -99,7 +98,7 @@ def _with_upstream(names: Iterable[str], stages: Mapping[str, Stage]) -> dict[st
 
 
 def _address(root: Path, node: Any) -> str:
-    """The stage's name as `dvc repro` takes it in `root`; DVC's own is relative to the working directory."""
+    """Name the stage as `dvc repro` takes it in `root`; DVC's own name is relative to where we work."""
     folder = Path(node.path).parent.resolve()
     if folder == root.resolve() and node.name:
         return str(node.name)
@@ -108,7 +107,7 @@ def _address(root: Path, node: Any) -> str:
 
 
 def _stage(root: Path, node: Any, upstream: Iterable[Any]) -> Stage:
-    """DVC's edges lead from a stage to what it needs; data files without a command are not our business."""
+    """Make a stage of DVC's node and of its edges, which lead to what it needs; data files do not count."""
     name, meta = _address(root, node), node.meta or {}
     where = f"dvc.yaml: stages.{name}.meta"
     if not isinstance(meta, Mapping):

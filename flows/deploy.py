@@ -50,7 +50,7 @@ class Kind(StrEnum):
 
 
 def job_template(kind: Kind, gpus: int = 0) -> dict[str, Any]:
-    """The base job template of a pool whose runs get `gpus` GPUs each. Raises UserError."""
+    """Return the base job template of a pool whose runs get `gpus` GPUs each. Raises UserError."""
     loaded: dict[str, Any] = json.loads((FOLDER / f"{kind}.json").read_text(encoding="utf-8"))
     variables = loaded["variables"]["properties"]
     match kind:
@@ -81,7 +81,7 @@ RESTARTED = ("pipeline", "reproduce")  # flows; a stage on another worker is sta
 
 
 def automations(deployments: Mapping[str, UUID]) -> list[Automation]:
-    """What the server does about runs of these `deployments` whose machine, worker or process has died.
+    """Say what the server does about runs of these `deployments` whose machine, worker or process died.
 
     Deployments are told by id: other people's flows, tags and deployments may be called as ours are.
     """
@@ -130,7 +130,7 @@ def automations(deployments: Mapping[str, UUID]) -> list[Automation]:
 
 
 def _runs_of(deployments: Iterable[UUID]) -> dict[str, str | list[str]]:
-    """Which related resource an event of one of their runs has."""
+    """Return the related resource that an event of one of their runs has."""
     ids = sorted(f"prefect.deployment.{id_}" for id_ in deployments)
     return {"prefect.resource.id": ids, "prefect.resource.role": "deployment"}
 
@@ -180,7 +180,7 @@ def _prefect_yaml() -> dict[str, Any]:
 
 
 def _full_name(entry: Mapping[str, Any]) -> str:
-    """The name on the server of an entry of prefect.yaml: that of its flow, a slash, its own."""
+    """Return the name on the server of an entry of prefect.yaml: that of its flow, a slash, its own."""
     flow: Any = pydoc.locate(entry["entrypoint"])
     return f"{flow.name}/{entry['name']}"
 
@@ -193,7 +193,7 @@ def _deployment(client: SyncPrefectClient, name: str) -> DeploymentResponse | No
 
 
 def _is_ours(found: DeploymentResponse, entry: Mapping[str, Any]) -> bool:
-    """By its tag; by what it runs where somebody has removed the tag."""
+    """Tell a deployment of ours by its tag, or by what it runs where somebody has removed the tag."""
     return TAG in found.tags or found.entrypoint == entry["entrypoint"]
 
 
@@ -225,7 +225,7 @@ class _Pool:
 
 
 def _pool(client: SyncPrefectClient, name: str, kind: Kind, gpus: int, used: set[str | None]) -> _Pool:
-    """What the pool shall be. Raises UserError for one of another type, or of somebody else's.
+    """Say what the pool shall be. Raise UserError for one of another type, or of somebody else's.
 
     `used`: pools of the deployments that an earlier version, which described none, has left here.
     """
@@ -247,7 +247,7 @@ def _pool(client: SyncPrefectClient, name: str, kind: Kind, gpus: int, used: set
 
 
 def _replace(client: SyncPrefectClient, automation: Automation) -> None:
-    """One automation of each name, with our content; switched off if somebody has switched it off.
+    """Leave one automation of each name, with our content; off if somebody has switched it off.
 
     By the name: those of earlier versions, which acted on everybody's runs, have no tag.
     """

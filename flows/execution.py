@@ -68,7 +68,7 @@ def execute(stage: Stage, tree: Path, log: Callable[[str], None], *, force: bool
 
 
 def environment() -> dict[str, str]:
-    """Ours, with this source tree and this store, whatever working copy the stage runs in."""
+    """Return our environment, with this source tree and this store wherever the stage runs."""
     source = str(Path(tasks.__file__).resolve().parents[1])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     ours = {"PYTHONPATH": os.pathsep.join(paths), "MLFLOW_TRACKING_URI": tracking_uri()}
@@ -76,7 +76,7 @@ def environment() -> dict[str, str]:
 
 
 def _slots(stage: Stage) -> contextlib.AbstractContextManager[None]:
-    """Without such a limit on the server nothing is waited for. Raises StageFailed for more than it has."""
+    """Wait for the stage's slots of the server's limit, if there is one. Raise StageFailed for too many."""
     if not stage.gpus:
         return contextlib.nullcontext()
     with contextlib.suppress(ObjectNotFound), get_client(sync_client=True) as client:
@@ -93,7 +93,7 @@ def _slots(stage: Stage) -> contextlib.AbstractContextManager[None]:
 
 @contextlib.contextmanager
 def _progress(stage: str) -> Iterator[Callable[[str], None]]:
-    """Gives what turns a stage's progress lines into an artifact on the dashboard."""
+    """Give a function that turns a stage's progress lines into an artifact on the dashboard."""
     artifact: UUID | None = None
     shown = time.monotonic()
     context = contextvars.copy_context()  # lines come on another thread, which knows nothing of the run
@@ -120,7 +120,7 @@ def _progress(stage: str) -> Iterator[Callable[[str], None]]:
 
 
 def _explain(stage: str, code: int, log: str, failure: Path) -> StageFailed:
-    """Why `dvc repro` failed: the stage's own word, or DVC's last line."""
+    """Say why `dvc repro` failed: in the stage's own words, or in DVC's last line."""
     if failure.is_file():
         reason = json.loads(failure.read_text(encoding="utf-8"))
         return StageFailed(f"{stage}: {reason['kind']}: {reason['message']}", bool(reason["retryable"]))

@@ -29,11 +29,10 @@ from flows.dag import Stage, read_dag, select
 from flows.process import end_all
 from flows.promotion import offer
 from flows.remote import cancel_all, refuse_without_push
-from flows.schedule import Outcome, Plan, is_stale, run_all
+from flows.schedule import Schedule, StageResult, is_stale, run_all
 from flows.settings import DEFAULTS, PipelineSettings, with_overrides
 from flows.workspace import (
     Workspace,
-    changed_files,
     claim_name,
     enter_project,
     one_at_a_time,
@@ -45,7 +44,8 @@ from tasks.commands.cli import run_as
 from tasks.commands.preflight import preflight
 from tasks.commands.show import RESULTS, load_results, markdown
 from tasks.commands.use import profile_path
-from tasks.project.process import refuse_second
+from tasks.project.dvc import refuse_second
+from tasks.project.git import changed_files
 from tasks.project.progress import duration
 from tasks.tracking.runs import PIPELINE_RUN, Pipeline, experiment_of
 from tasks.tracking.store import tracking_uri
@@ -92,7 +92,7 @@ def pipeline(settings: PipelineSettings = DEFAULTS) -> State[None] | None:
 
 
 def refuse_endless_restarts() -> None:
-    """Raises UserError in a run that automations have started again MAX_RESTARTS times, all in vain."""
+    """Raise UserError in a run that automations have started again MAX_RESTARTS times, all in vain."""
     before = flow_run.run_count - 1
     if before > MAX_RESTARTS:
         raise UserError(
@@ -102,11 +102,11 @@ def refuse_endless_restarts() -> None:
 
 
 def warn_of_changes(root: Path, revision: str = "HEAD") -> None:
-    """Runs work on commits: say so where the checkout has something else.
+    """Warn where the checkout has something that its commit does not have, which is what runs.
 
     Of dvc.lock, which `make demo` writes, nothing is said: what it names comes from DVC's cache in any case.
     """
-    if changed := changed_files(root):
+    if changed := changed_files(".", ":(exclude)dvc.lock", root=root):
         names = ", ".join(changed)
         get_run_logger().warning("%s: not committed, so not part of this run of %s", names, revision)
 
@@ -130,7 +130,7 @@ def _in_workspace(root: Path, name: str, settings: PipelineSettings) -> None:
 
 
 def _each_seed(settings: PipelineSettings) -> None:
-    """A run below this one for each seed; one that fails does not stop the others."""
+    """Run a flow below this one for each seed; one that fails does not stop the others."""
     failures = []
     for seed in settings.seeds:
         state = pipeline(settings.model_copy(update={"seeds": [seed]}), return_state=True)
@@ -141,7 +141,7 @@ def _each_seed(settings: PipelineSettings) -> None:
 
 
 def _open(root: Path, name: str, settings: PipelineSettings) -> Workspace:
-    """The run's worktree with the parameters that the settings ask for."""
+    """Open the run's worktree with the parameters that the settings ask for."""
     warn_of_changes(root, settings.revision)
     workspace = open_workspace(root, name, settings.revision)
     path = workspace.tree / PARAMS
@@ -164,7 +164,7 @@ def _open(root: Path, name: str, settings: PipelineSettings) -> Workspace:
 
 
 def _title(settings: PipelineSettings) -> str:
-    """What is special about a run, for commit messages and headings."""
+    """Say what is special about a run, for commit messages and headings."""
     parts = [settings.profile or PARAMS.name, *settings.overrides]
     parts += [f"seed {seed}" for seed in settings.seeds]
     return ", ".join(parts)
@@ -185,7 +185,7 @@ def _bring_up_to_date(
     if parent.run_id:
         os.environ[PIPELINE_RUN] = parent.run_id
         _link(parent.run_id, "MLflow run")
-    plan = Plan(
+    schedule = Schedule(
         chosen,
         tree,
         workspace,
@@ -194,11 +194,11 @@ def _bring_up_to_date(
         retry_delay_seconds,
         parent.run_id,
     )
-    outcomes: list[Outcome] = []
+    results: list[StageResult] = []
     succeeded = ended = False
     try:
-        outcomes = run_all(plan)
-        succeeded = all(outcome.message == "" for outcome in outcomes)
+        results = run_all(schedule)
+        succeeded = all(result.message == "" for result in results)
     except BaseException as error:
         ended = not isinstance(error, Exception)  # cancelled, or Ctrl-C
         raise
@@ -208,9 +208,9 @@ def _bring_up_to_date(
         os.environ.pop(PIPELINE_RUN, None)
         parent.close(succeeded, list(chosen), ended)
     _link_report(tree)
-    _publish_markdown("pipeline", _summary(outcomes, tree))
+    _publish_markdown("pipeline", _summary(results, tree))
     if not succeeded:
-        raise PipelineFailed("; ".join(outcome.message for outcome in outcomes if outcome.message))
+        raise PipelineFailed("; ".join(result.message for result in results if result.message))
 
 
 def _flow_tags() -> dict[str, str]:
@@ -218,7 +218,7 @@ def _flow_tags() -> dict[str, str]:
 
 
 def _link(run_id: str, text: str, tab: str = "") -> None:
-    """To a page of MLflow's from Prefect's dashboard, where MLflow is a server."""
+    """Link to a page of MLflow's from Prefect's dashboard, where MLflow is a server."""
     uri = without_credentials(tracking_uri())
     if not uri.startswith("http"):
         return
@@ -228,7 +228,7 @@ def _link(run_id: str, text: str, tab: str = "") -> None:
 
 
 def _link_report(tree: Path) -> None:
-    """The report, as the run of its stage keeps it; a worktree has none where the stage was unchanged."""
+    """Link to the report that the run of its stage keeps; a worktree may have none."""
     with contextlib.suppress(OSError, ValueError, KeyError):
         run_id = json.loads((tree / "runs" / "report" / "run.json").read_bytes())["mlflow_run"]
         if run_id:
@@ -236,19 +236,19 @@ def _link_report(tree: Path) -> None:
 
 
 def _forecast(chosen: dict[str, Stage], force: bool) -> str:
-    """What a run would do, as a table."""
+    """Say what a run would do, as a table."""
     lines = ["| stage | |", "| --- | --- |"]
     lines += [f"| {name} | {said or 'unchanged'} |" for name, said in _may_run(chosen, force).items()]
     return "\n".join(lines)
 
 
 def _may_run(chosen: Mapping[str, Stage], force: bool) -> dict[str, str]:
-    """Of each stage whether a run would execute it, in words; empty where it is unchanged for sure."""
-    outcomes: dict[str, Outcome] = {}
+    """Say for each stage whether a run would execute it; empty where it is unchanged for sure."""
+    results: dict[str, StageResult] = {}
     found = {}
     for name, stage in chosen.items():
-        stale = is_stale(stage, outcomes, force)
-        outcomes[name] = Outcome(name, "Completed" if stale else "Unchanged", 0)
+        stale = is_stale(stage, results, force)
+        results[name] = StageResult(name, "Completed" if stale else "Unchanged", 0)
         sure = force or stage.changed
         found[name] = "would run" if sure else "may run: it needs one of these" if stale else ""
     return found
@@ -259,10 +259,10 @@ def _publish_markdown(key: str, text: str) -> None:
     print(text)
 
 
-def _summary(outcomes: Sequence[Outcome], tree: Path) -> str:
+def _summary(results: Sequence[StageResult], tree: Path) -> str:
     lines = ["| stage | state | time | |", "| --- | --- | --- | --- |"]
-    for outcome in outcomes:
-        cells = [outcome.stage, outcome.state, duration(outcome.seconds), outcome.message]
+    for result in results:
+        cells = [result.stage, result.state, duration(result.seconds), result.message]
         lines.append(f"| {' | '.join(map(markdown_cell, cells))} |")
     with contextlib.suppress(UserError):  # no results: not every pipeline or target has them
         lines += ["", markdown(load_results(tree / RESULTS))]

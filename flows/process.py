@@ -74,7 +74,7 @@ def end_all() -> None:
 
 
 def end_group(process: subprocess.Popen[str], grace: float = GRACE) -> None:
-    """SIGTERM to the group of `process`, SIGKILL after `grace` seconds to what is left of it."""
+    """Send SIGTERM to the group of `process`, and SIGKILL after `grace` seconds to what is left of it."""
     deadline = time.monotonic() + grace
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)

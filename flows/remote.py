@@ -51,13 +51,13 @@ _waited_for: set[UUID] = set()
 
 
 def is_elsewhere(stage: Stage) -> bool:
-    """Whether the stage is another pool's; a run that no worker has started runs everything itself."""
+    """Tell whether another pool runs the stage; a run that no worker has started runs everything itself."""
     here = os.environ.get(POOL_VARIABLE)
     return here is not None and stage.pool != here
 
 
 def refuse_without_push(stages: Iterable[Stage], root: Path) -> None:
-    """Raises UserError where another pool has one of these stages and nobody has said how it gets the branch.
+    """Raise UserError where another pool has one of the stages and nobody has said how it gets the branch.
 
     PUSH_VARIABLE says it: 1 pushes the branch to git's remote, 0 is for workers that share one clone.
     """
@@ -138,7 +138,7 @@ def cancel_all() -> None:
 
 
 def _checkout(root: Path, branch: str, commit: str, folder: str) -> Path:
-    """A worktree of this clone at the run's commit; an earlier attempt's, with its progress, if there.
+    """Check the run's commit out in a worktree of this clone, or in an earlier attempt's with its progress.
 
     Raises UserError where the commit is neither in this clone nor on the branch that the remote has.
     """
@@ -157,7 +157,7 @@ def _checkout(root: Path, branch: str, commit: str, folder: str) -> Path:
 
 
 def _unfinished(tags: list[str]) -> FlowRun | None:
-    """The run that an earlier process of this pipeline, killed meanwhile, has started and left."""
+    """Find the run that an earlier process of this pipeline, killed meanwhile, has started and left."""
     with get_client(sync_client=True) as client:
         found = client.read_flow_runs(flow_run_filter=FlowRunFilter(tags=FlowRunFilterTags(all_=tags)))
     return next((child for child in found if child.state and not child.state.is_final()), None)

@@ -29,7 +29,7 @@ UNCHANGED = "Unchanged"
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StageResult:
     """How a stage ended: Prefect's state name and seconds from submission; a message where it failed."""
 
     stage: str
@@ -39,7 +39,7 @@ class Outcome:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Schedule:
     """What is to be done: the stages, in order, where, and how."""
 
     stages: Mapping[str, Stage]
@@ -57,15 +57,17 @@ def _is_retryable(_task: Task[..., Any], _run: Any, state: State[Any]) -> bool:
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=_is_retryable)
-def run_stage(stage: Stage, plan: Plan, stale: bool) -> State[None]:
+def run_stage(stage: Stage, schedule: Schedule, stale: bool) -> State[None]:
     """Bring one stage up to date; one that is not stale is not even looked at. Raises StageFailed."""
     name = UNCHANGED
     try:
-        if stale and is_elsewhere(stage) and plan.workspace:
-            plan.workspace.save(f"{plan.tree.name}: before {stage.name}")
-            name = run_elsewhere(stage, plan.workspace, force=plan.force, pipeline_run=plan.pipeline_run)
+        if stale and is_elsewhere(stage) and schedule.workspace:
+            schedule.workspace.save(f"{schedule.tree.name}: before {stage.name}")
+            name = run_elsewhere(
+                stage, schedule.workspace, force=schedule.force, pipeline_run=schedule.pipeline_run
+            )
         elif stale:
-            name = execute(stage, plan.tree, get_run_logger().info, force=plan.force, pull=False)
+            name = execute(stage, schedule.tree, get_run_logger().info, force=schedule.force, pull=False)
     except Ended as end:
         how = Cancelled if end.cancelled or is_cancelled(str(flow_run.id)) else Crashed
         return how(
@@ -75,70 +77,75 @@ def run_stage(stage: Stage, plan: Plan, stale: bool) -> State[None]:
 
 
 def is_cancelled(run: str) -> bool:
-    """Whether somebody has cancelled the flow run, going by the server; False where it does not say."""
+    """Tell whether somebody has cancelled the flow run, going by the server; False where it does not say."""
     with contextlib.suppress(Exception), get_client(sync_client=True) as client:
         state = client.read_flow_run(UUID(run)).state
         return state is not None and (state.is_cancelling() or state.is_cancelled())
     return False
 
 
-def run_all(plan: Plan) -> list[Outcome]:
+def run_all(schedule: Schedule) -> list[StageResult]:
     """Run the stages inside a flow, at most `max_parallel` side by side.
 
     A stage is stale when DVC said so at the start or a stage that it needs was executed meanwhile; `dvc
     repro` then decides. One whose upstream failed is not run; the others are.
     """
-    order = TopologicalSorter({s.name: set(s.upstream) & set(plan.stages) for s in plan.stages.values()})
+    order = TopologicalSorter(
+        {s.name: set(s.upstream) & set(schedule.stages) for s in schedule.stages.values()}
+    )
     order.prepare()
     futures: dict[str, PrefectFuture[Any]] = {}
     started: dict[str, float] = {}
-    outcomes: dict[str, Outcome] = {}
+    results: dict[str, StageResult] = {}
     ready: list[str] = []
     while order.is_active():
         ready += order.get_ready()
-        running = [name for name in futures if name not in outcomes]
-        for name in ready[: plan.max_parallel - len(running)]:
+        running = [name for name in futures if name not in results]
+        for name in ready[: schedule.max_parallel - len(running)]:
             ready.remove(name)
             started[name] = time.monotonic()
-            futures[name] = _submit(plan.stages[name], plan, futures, outcomes)
+            futures[name] = _submit(schedule.stages[name], schedule, futures, results)
             running.append(name)
         finished = next(as_completed([futures[name] for name in running]))
         finished.wait()  # the future is told of its final state a moment later
         name = next(name for name in running if futures[name] is finished)
-        outcomes[name] = _outcome(name, finished, time.monotonic() - started[name])
+        results[name] = _result(name, finished, time.monotonic() - started[name])
         order.done(name)
-    return list(outcomes.values())
+    return list(results.values())
 
 
-def is_stale(stage: Stage, outcomes: Mapping[str, Outcome], force: bool) -> bool:
-    """Whether the stage may have something to do, given how the stages that it needs have ended."""
-    touched = any(outcomes[name].state != UNCHANGED for name in stage.upstream if name in outcomes)
+def is_stale(stage: Stage, results: Mapping[str, StageResult], force: bool) -> bool:
+    """Tell whether the stage may have something to do, given how the stages that it needs have ended."""
+    touched = any(results[name].state != UNCHANGED for name in stage.upstream if name in results)
     return force or stage.changed or touched
 
 
 def _submit(
-    stage: Stage, plan: Plan, futures: Mapping[str, PrefectFuture[Any]], outcomes: Mapping[str, Outcome]
+    stage: Stage,
+    schedule: Schedule,
+    futures: Mapping[str, PrefectFuture[Any]],
+    results: Mapping[str, StageResult],
 ) -> PrefectFuture[Any]:
     named = run_stage.with_options(
         name=stage.name,
         task_run_name=stage.name,
         retries=stage.retries,
-        retry_delay_seconds=exponential_backoff(plan.retry_delay_seconds),
+        retry_delay_seconds=exponential_backoff(schedule.retry_delay_seconds),
         retry_jitter_factor=0.5,  # two stages that met at a lock should not meet there again
     )
     # Upstream futures are finished here; naming them draws the graph on the dashboard, and Prefect itself
     # then leaves a stage with a failed upstream as `NotReady`.
     upstream = [futures[name] for name in stage.upstream if name in futures]
-    stale = is_stale(stage, outcomes, plan.force)
-    return named.submit(stage, plan, stale, wait_for=upstream, return_state=False)
+    stale = is_stale(stage, results, schedule.force)
+    return named.submit(stage, schedule, stale, wait_for=upstream, return_state=False)
 
 
-def _outcome(name: str, finished: PrefectFuture[Any], seconds: float) -> Outcome:
+def _result(name: str, finished: PrefectFuture[Any], seconds: float) -> StageResult:
     state = finished.state
     label = state.name or ""
     if state.is_completed():
-        return Outcome(name, label, seconds)
+        return StageResult(name, label, seconds)
     if state.is_pending():
-        return Outcome(name, label, 0, f"{name} was not run: a stage that it needs failed")
+        return StageResult(name, label, 0, f"{name} was not run: a stage that it needs failed")
     error = finished.result(raise_on_failure=False)
-    return Outcome(name, label, seconds, str(error) or label)
+    return StageResult(name, label, seconds, str(error) or label)

@@ -10,8 +10,6 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +20,7 @@ import typer
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from flows.process import end_group
 from tasks.project import servers as services
-from tasks.stages.stage import main as run_program
+from tasks.project.process import run_program
 
 API_URL = "PREFECT_API_URL"
 PORT = 4200
@@ -31,7 +29,7 @@ START_TIMEOUT = 120.0  # seconds; 6-8 on an idle machine
 
 @contextlib.contextmanager
 def local_server(port: int) -> Iterator[str]:
-    """The URL of the server's API on 127.0.0.1. Raises UserError when it does not start."""
+    """Give the URL of a server's API on 127.0.0.1. Raise UserError when it does not start."""
     url = f"http://127.0.0.1:{port}/api"
     if answers(url):
         yield url
@@ -56,7 +54,7 @@ def local_server(port: int) -> Iterator[str]:
 
 
 def server_command(port: int) -> tuple[list[str], dict[str, str]]:
-    """(command, what it needs in its environment) of a Prefect server on 127.0.0.1."""
+    """Return (command, what it needs in its environment) of a Prefect server on 127.0.0.1."""
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     return command, {
         "PREFECT_HOME": str(Path(os.environ.get("PREFECT_HOME", ".prefect")).resolve()),
@@ -68,7 +66,7 @@ def server_command(port: int) -> tuple[list[str], dict[str, str]]:
 
 
 def named_server(port: int | None = None) -> str | None:
-    """URL of the API that is to be used, whether it answers or not; None where nothing names one.
+    """Return the URL of the API that is to be used, whether it answers or not; None where nothing names one.
 
     PREFECT_API_URL names it, or `port`, or `dgpo up`. A port that was asked for counts more than `dgpo up`.
     """
@@ -81,7 +79,7 @@ def named_server(port: int | None = None) -> str | None:
 
 
 def running_server(port: int | None = None) -> str:
-    """URL of the API of the server that is to be used. Raises UserError where it does not answer."""
+    """Return the URL of the API that is to be used. Raise UserError where it does not answer."""
     url = named_server(port) or f"http://127.0.0.1:{PORT}/api"
     if not answers(url):
         hint = "dgpo up" if url.endswith("/api") else "an API's address ends with /api"
@@ -104,11 +102,10 @@ def answers_of(url: str) -> Iterator[None]:
 
 
 def answers(url: str) -> bool:
-    """Whether a Prefect API answers at `url`."""
+    """Tell whether a Prefect API answers at `url`."""
     try:
-        with urllib.request.urlopen(f"{url}/health", timeout=2) as response:
-            return bool(response.read().strip() == b"true")
-    except (OSError, ValueError):
+        return httpx.get(f"{url}/health", timeout=2, follow_redirects=True).text.strip() == "true"
+    except (httpx.HTTPError, httpx.InvalidURL):
         return False
 
 
@@ -142,7 +139,7 @@ def around(
 
 @contextlib.contextmanager
 def _server(port: int | None) -> Iterator[str]:
-    """The named server, or a local one. Raises UserError when it does not answer."""
+    """Give the named server, or a local one. Raise UserError when it does not answer."""
     named = named_server(port)
     if named and named == os.environ.get(API_URL):
         if not answers(named):
@@ -154,7 +151,7 @@ def _server(port: int | None) -> Iterator[str]:
 
 
 def _wait_through_interrupts(child: subprocess.Popen[bytes]) -> int:
-    """Ctrl-C reaches the child too, and it is the child's to decide how it ends."""
+    """Wait for the child, which Ctrl-C reaches too: how it ends is its to decide."""
     while True:
         with contextlib.suppress(KeyboardInterrupt):
             return child.wait()

@@ -45,7 +45,7 @@ DEFAULTS = PipelineSettings()
 
 
 def with_overrides(params: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """A copy of params.yaml's content with `key=value` laid over it; values are YAML,
+    """Return a copy of params.yaml's content with `key=value` laid over it; values are YAML,
     read as DVC reads params.yaml (version 1.2: 1e-5 is a number).
 
     Whether a key exists is for the validation of the whole to say. Raises ValueError.

@@ -5,7 +5,6 @@ starts again finds its worktree and continues in it.
 """
 
 import contextlib
-import fcntl
 import os
 import re
 import subprocess
@@ -13,14 +12,16 @@ import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from dgpo_core.config.params import PARAMS, read_yaml, validated
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from dgpo_core.files import write_text
+from tasks.project.dvc import BUSY
 from tasks.project.git import alone, ask, git
-from tasks.project.process import BUSY
 from tasks.project.servers import adopt
 from tasks.tracking.store import tracking_uri
 
@@ -37,7 +38,7 @@ IDENTITY = {"name": "dgpo pipeline", "email": "pipeline@localhost"}
 
 
 def project_root() -> Path:
-    """The checkout that a worker serves: $DGPO_ROOT, or the working directory."""
+    """Return the checkout that a worker serves: $DGPO_ROOT, or the working directory."""
     root = Path(os.environ.get(ROOT_VARIABLE) or ".").resolve()
     if not (root / "dvc.yaml").is_file():
         raise UserError(f"{root}: no dvc.yaml; start the worker in the project, or set {ROOT_VARIABLE}")
@@ -97,11 +98,11 @@ class Workspace:
             return git("rev-parse", "HEAD", cwd=self.tree)
 
     def remove(self) -> None:
-        """The worktree goes; its branch, the DVC cache and MLflow keep what it has made."""
+        """Remove the worktree; its branch, the DVC cache and MLflow keep what it has made."""
         remove_worktree(self.root, self.tree)
 
     def discard(self) -> None:
-        """The worktree goes, and its branch unless an earlier attempt has committed something on it."""
+        """Remove the worktree, and its branch unless an earlier attempt has committed something on it."""
         with alone(self.root):
             self.remove()
             if self.branch and git("rev-parse", self.branch, cwd=self.root) == self.commit:
@@ -109,13 +110,13 @@ class Workspace:
 
 
 def plain_name(name: str) -> str:
-    """A name for a worktree and its branch, as git and file systems take it."""
+    """Make a name for a worktree and its branch, as git and file systems take it."""
     plain = re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".-") or "run"
     return plain.replace("..", ".").removesuffix(".lock")
 
 
 def claim_name(root: Path, run_name: str, run_id: str) -> str:
-    """The name of a run's worktree and branch: the run's own, made plain.
+    """Claim the name of a run's worktree and branch: the run's own, made plain.
 
     People may give two runs the same name; the second one gets a part of its id too. The same run has the
     same name whenever it starts again.
@@ -132,15 +133,8 @@ def claim_name(root: Path, run_name: str, run_id: str) -> str:
     raise UserError(f"{run_name}: two runs of this name with the same id: {run_id}")
 
 
-def changed_files(root: Path) -> list[str]:
-    """Tracked files with changes that no commit has, but dvc.lock: it says what this checkout has made."""
-    return git(
-        "--no-optional-locks", "diff", "--name-only", "HEAD", "--", ".", ":(exclude)dvc.lock", cwd=root
-    ).splitlines()
-
-
 def open_workspace(root: Path, name: str, revision: str = "HEAD", *, keep_lock: bool = False) -> Workspace:
-    """The worktree of run `name`, on its branch; as it was left when there is one.
+    """Open the worktree of run `name` on its branch, as it was left when there is one.
 
     `keep_lock`: for a worktree that is used again and again, without a branch (`flows.reproduce`): code and
     settings are those of `revision`, and dvc.lock says what the worktree has already made.
@@ -181,28 +175,17 @@ def one_at_a_time(root: Path, name: str) -> Iterator[None]:
     A run that was taken for dead and started again may be alive: two must not write into one worktree.
     """
     path = root / RUNS / f"{name}.lock"
-    path.parent.mkdir(exist_ok=True)
-    while True:
-        with path.open("w") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                print(f"another process works in {RUNS / name}: waiting until it ends", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            if not _is_at(path, file):
-                continue  # who had it has removed it: a lock that nobody else will look for
-            try:
-                yield
-            finally:
-                path.unlink(missing_ok=True)  # while it is held
-            return
-
-
-def _is_at(path: Path, file: IO[str]) -> bool:
-    """Whether the open file is still the one of that name."""
-    with contextlib.suppress(FileNotFoundError):
-        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
-    return False
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        print(f"another process works in {RUNS / name}: waiting until it ends", flush=True)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)  # while it is held
+        lock.release()
 
 
 def share_cache(root: Path, tree: Path) -> None:
@@ -230,19 +213,19 @@ def restore_outputs(tree: Path) -> None:
 
 
 def has_remote(root: Path) -> bool:
-    """Whether other clones can be reached through git."""
+    """Tell whether other clones can be reached through git."""
     return REMOTE in git("remote", cwd=root).split()
 
 
 def has_storage(root: Path) -> bool:
-    """Whether DVC has a default remote."""
+    """Tell whether DVC has a default remote."""
     with contextlib.suppress(UserError):  # DVC's answer where there is none
         return bool(dvc("config", "core.remote", cwd=root))
     return False
 
 
 def may_push() -> bool:
-    """Whether whoever started the worker lets runs push to git's remote."""
+    """Tell whether whoever started the worker lets runs push to git's remote."""
     return os.environ.get(PUSH_VARIABLE, "").lower() in ("1", "true", "yes", "on")
 
 

@@ -1,11 +1,12 @@
-"""What the environment needs, installed: `python -m infra.install PLACE [EXTRA]`, as make calls it.
+"""Install what the environment needs: `python -m infra.install PLACE [EXTRA]`, as make calls it.
 
-Only the standard library. pip writes into a log, which is shown when it fails. Beforehand is said which build
-of torch pip takes and how large that is: from the package index everybody on Linux gets the one with CUDA.
-Without an NVIDIA GPU torch's own index of CPU builds is used where TORCH_INDEX names it and it answers.
+Only the standard library is used. pip writes into a log, which is shown when it fails. The program says
+beforehand which build of torch pip takes and how large it is: from the package index everybody on Linux gets
+the one with CUDA. Without an NVIDIA GPU torch's own index of CPU builds is used where TORCH_INDEX names it
+and it answers.
 
-A checkout that was moved or copied is told by the stamp, which holds the environment's place and Python:
-programs and the link to the sources are then directed to the new place, and nothing is installed again.
+The stamp holds the environment's place and Python, and so tells a checkout that was moved or copied: programs
+and the link to the sources are then directed to the new place, and nothing is installed again.
 """
 
 import json
@@ -33,8 +34,8 @@ HEAD = re.compile(
 )
 
 
-class Refused(Exception):
-    """What the user asked for cannot be had; the text says what to do."""
+class Refusal(Exception):
+    """The user asked for something that cannot be had; the text says what to do."""
 
 
 @dataclass(frozen=True)
@@ -49,31 +50,31 @@ def choose(wanted: str, index: str, gpu: bool, answers: bool) -> Choice:
     """Return where torch comes from.
 
     `wanted`: TORCH, of `auto`, `cuda` and `cpu`. `index`: TORCH_INDEX, or empty; `answers`: whether it does.
-    Raise Refused for another `wanted`, and for `cpu` from an index that does not answer.
+    Raise Refusal for another `wanted`, and for `cpu` from an index that does not answer.
     """
     if wanted not in TORCH:
-        raise Refused(f"TORCH={wanted}: one of {', '.join(TORCH)}")
+        raise Refusal(f"TORCH={wanted}: one of {', '.join(TORCH)}")
     if not index or wanted == "cuda" or (wanted == "auto" and gpu):
         return Choice()
     if answers:
         return Choice(index)
     silent = f"TORCH_INDEX={index} does not answer within {ANSWER:.0f} s"
     if wanted == "cpu":
-        raise Refused(silent)
+        raise Refusal(silent)
     return Choice(note=f"{silent}; ")
 
 
 def announce(wanted: str, gpu: bool, cuda: bool | None, note: str = "") -> str:
     """Return what is said before the installation. `cuda`: of the build that pip takes; None: unknown.
 
-    Raise Refused for TORCH=cpu where pip knows no CPU build.
+    Raise Refusal for TORCH=cpu where pip knows no CPU build.
     """
     if cuda is None:
         return f"{note}installing into the environment"
     size = SIZES[cuda]
     hint = "TORCH_INDEX=<address of torch's CPU builds, as its installation page has it>"
     if cuda and wanted == "cpu":
-        raise Refused(f"TORCH=cpu: pip finds torch with CUDA only ({size}); add {hint}")
+        raise Refusal(f"TORCH=cpu: pip finds torch with CUDA only ({size}); add {hint}")
     what = f"{note}installing torch {'with CUDA' if cuda else 'for the processor'}, {size} in all"
     if cuda and not gpu and wanted == "auto":
         return f"{what}; this machine has no NVIDIA GPU: `make demo {hint}` takes {SIZES[False]} instead"
@@ -144,7 +145,7 @@ def shebang(python: str) -> bytes:
 
 
 def install(extra: str, environment: Mapping[str, str], log: Path) -> None:
-    """Install the project with `extra` ("" for none). Raise Refused, or CalledProcessError when pip fails."""
+    """Install the project with `extra` ("" for none). Raise Refusal, or CalledProcessError when pip fails."""
     wanted, index = environment.get("TORCH") or "auto", environment.get("TORCH_INDEX", "")
     gpu = has_gpu()
     choice = choose(wanted, index, gpu, bool(index) and answers(index))
@@ -185,7 +186,7 @@ def main(now: str, extra: str = "") -> int:
                 return 0
         install(extra, os.environ, log)
         stamp.write_text(f"{now}\n", encoding="utf-8")
-    except Refused as error:
+    except Refusal as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except subprocess.CalledProcessError as error:

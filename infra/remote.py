@@ -1,8 +1,8 @@
-"""Outputs to and from DVC's remote: `dgpo push` and `dgpo pull`.
+"""Send outputs to DVC's remote and get them from there: `dgpo push` and `dgpo pull`.
 
-`dvc push` and `dvc pull` with two additions. Without a remote `dvc pull` lists every output as missing and
-does not say that nobody has pushed. And `dvc push --run-cache` sends the records of earlier runs, not their
-outputs, so that nobody else can go back to them.
+They are `dvc push` and `dvc pull` with two additions. Without a remote `dvc pull` lists every output as
+missing and does not say that nobody has pushed. And `dvc push --run-cache` sends the records of earlier runs,
+not their outputs, so that nobody else can go back to them.
 """
 
 import sys
@@ -38,7 +38,7 @@ def pull() -> None:
 
 
 def _remote() -> tuple[str, bool]:
-    """(address of the default remote, whether it is a folder that is not there). Raises UserError."""
+    """Return the default remote's address, and whether it is a folder that is not there. Raises UserError."""
     require_dvc()
     try:
         with Repo() as repo:
@@ -50,7 +50,7 @@ def _remote() -> tuple[str, bool]:
 
 
 def _push_history() -> None:
-    """Outputs of every run on record, as far as `dvc gc` has left them."""
+    """Send the outputs of every run on record, as far as `dvc gc` has left them."""
     with Repo() as repo:
         found = set()
         for record in repo.stage_cache.push(None):

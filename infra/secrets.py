@@ -1,7 +1,7 @@
-"""The passwords of infra/compose.yaml: `python3 -m infra.secrets` writes infra/.env, once.
+"""Write infra/.env, the passwords of infra/compose.yaml: `dgpo secrets`, or `python3 -m infra.secrets`.
 
-Only the standard library, so that it runs where nothing is installed. A value that is there is never changed,
-what a newer version needs is added, and no value is printed.
+Only the standard library is used, so that it runs where nothing is installed. A value that is there is never
+changed, what a newer version needs is added, and no value is printed.
 """
 
 import os
@@ -36,7 +36,7 @@ GENERATED: dict[str, Callable[[], str]] = {
 
 
 def write(file: Path = ENV) -> list[str]:
-    """Add what is missing to `file`, readable by its owner only; returns the names added."""
+    """Add what is missing to `file`, which its owner alone can read. Return the names added."""
     old = file.read_text(encoding="utf-8") if file.exists() else HEAD
     present = {line.split("=", 1)[0].strip() for line in old.splitlines() if "=" in line}
     missing = [name for name in GENERATED if name not in present]

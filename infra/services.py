@@ -12,11 +12,11 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import httpx
 import psutil
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -27,7 +27,7 @@ from flows.server import API_URL, START_TIMEOUT, server_command
 from tasks.commands.cli import run_as
 from tasks.project.process import run_program
 from tasks.project.progress import duration
-from tasks.project.servers import FOLDER, MARK, Record, leader, members, path, read, write
+from tasks.project.servers import FOLDER, MARK, ServiceRecord, leader, members, path, read, write
 from tasks.tracking.store import ARTIFACTS, artifact_root, local_path, prepare, tracking_uri
 
 NAMES = ("prefect", "mlflow")
@@ -40,9 +40,9 @@ console = Console(highlight=False, soft_wrap=True)
 
 @dataclass(frozen=True)
 class Service:
-    """What is needed to start a server, and to know that it is up."""
+    """A server: how it is started, and how it is known to be up."""
 
-    record: Record
+    record: ServiceRecord
     port: int
     port_option: str  # of `dgpo up`
     environment: dict[str, str]
@@ -51,25 +51,25 @@ class Service:
 def prefect(port: int) -> Service:
     command, environment = server_command(port)
     page = f"http://127.0.0.1:{port}"
-    record = Record("prefect", "", command, API_URL, f"{page}/api", f"{page}/api/health", page)
+    record = ServiceRecord("prefect", "", command, API_URL, f"{page}/api", f"{page}/api/health", page)
     return Service(record, port, "--prefect-port", environment)
 
 
 def mlflow(port: int) -> Service:
-    """On the store that stages use without a server, so that nothing recorded before is out of sight."""
+    """Describe MLflow's server, on the store that stages use without one: no record is out of sight."""
     store, local = tracking_uri(), local_path(tracking_uri())
     page = f"http://127.0.0.1:{port}"
     listen = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     root = artifact_root(local) if local else Path(ARTIFACTS).resolve()
     artifacts = ["--default-artifact-root", root.as_uri()]
     command = [sys.executable, "-m", "mlflow", "server", *listen, *artifacts]
-    record = Record("mlflow", "", command, STORE_URL, page, f"{page}/health", page)
+    record = ServiceRecord("mlflow", "", command, STORE_URL, page, f"{page}/health", page)
     # The store by environment: it may have a password in it, and everybody can read a command line.
     return Service(record, port, "--mlflow-port", {BACKEND: store, "DO_NOT_TRACK": "1"})
 
 
 def up(services: Sequence[Service], folder: Path = FOLDER) -> list[str]:
-    """Start what does not run and wait until all of it answers; the names of those started now.
+    """Start what does not run and wait until all of it answers. Return the names of those started now.
 
     Raises UserError when a port is taken, MLflow's store cannot be used or a server does not start; those
     that did start stay up.
@@ -84,7 +84,7 @@ def up(services: Sequence[Service], folder: Path = FOLDER) -> list[str]:
 
 
 def down(folder: Path = FOLDER, names: Sequence[str] = NAMES) -> list[str]:
-    """End services with all their processes, also those of a server that crashed; the names of what ran."""
+    """End services with all their processes, also of a server that crashed. Return the names of what ran."""
     if not folder.is_dir():
         return []
     ended = []
@@ -97,7 +97,7 @@ def down(folder: Path = FOLDER, names: Sequence[str] = NAMES) -> list[str]:
     return ended
 
 
-def state(record: Record | None) -> str:
+def state(record: ServiceRecord | None) -> str:
     if record is None:
         return "stopped"
     if leader(record) is None:
@@ -106,7 +106,7 @@ def state(record: Record | None) -> str:
 
 
 def _start(service: Service, folder: Path) -> bool:
-    """Whether it was started now: not if it runs, or if the environment names another server."""
+    """Start a server unless it runs or the environment names another. Return whether it was started."""
     new, old = service.record, read(service.record.name, folder)
     if old and leader(old):
         return False
@@ -136,7 +136,7 @@ def _start(service: Service, folder: Path) -> bool:
     return True
 
 
-def _wait_until_healthy(record: Record, folder: Path, new: bool) -> None:
+def _wait_until_healthy(record: ServiceRecord, folder: Path, new: bool) -> None:
     begin, deadline = time.monotonic(), time.monotonic() + START_TIMEOUT
     with console.status("") as status:
         while not _answers(record.health):
@@ -152,8 +152,8 @@ def _wait_until_healthy(record: Record, folder: Path, new: bool) -> None:
     console.print(f"{record.name}: {how}, {record.page}")
 
 
-def _end(record: Record) -> bool:
-    """End all its processes; whether there were any. Those that ignore SIGTERM are killed."""
+def _end(record: ServiceRecord) -> bool:
+    """End all its processes, by SIGKILL those that ignore SIGTERM. Return whether there were any."""
     found = members(record)
     for action in (psutil.Process.terminate, psutil.Process.kill):
         for process in found:
@@ -168,7 +168,7 @@ def _end(record: Record) -> bool:
 
 @contextlib.contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Two `dgpo up` at once would start everything twice."""
+    """Hold the folder: two `dgpo up` at once would start everything twice."""
     try:
         with FileLock(folder / "lock", timeout=LOCK_TIMEOUT):
             yield
@@ -178,9 +178,8 @@ def _alone(folder: Path) -> Iterator[None]:
 
 def _answers(url: str) -> bool:
     try:
-        with urllib.request.urlopen(url, timeout=2) as response:
-            return bool(response.status == 200)
-    except (OSError, ValueError):
+        return httpx.get(url, timeout=2).status_code == httpx.codes.OK
+    except httpx.HTTPError:
         return False
 
 
@@ -194,7 +193,7 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _log(record: Record, folder: Path) -> Path:
+def _log(record: ServiceRecord, folder: Path) -> Path:
     return folder / f"{record.name}.log"
 
 

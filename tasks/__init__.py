@@ -8,10 +8,9 @@ import os
 import sys
 
 from dgpo_core.installed import require_installed
+from tasks.project.process import die_with_parent
 
 require_installed()
-
-from tasks.project.process import die_with_parent  # noqa: E402 - it needs psutil
 
 # Before torch is imported: two OpenMP threads that spin at barriers are up to 50 times slower beside any
 # other busy process.

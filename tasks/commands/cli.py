@@ -391,7 +391,7 @@ def lineage(
     verify: Annotated[bool, typer.Option("--verify", help="train it again and compare the bytes")] = False,
 ) -> None:
     """Print what a model was made of, and how to make it again."""
-    from tasks.commands.recreate import show
+    from tasks.commands.lineage import show
 
     raise typer.Exit(show(model, as_json, params, verify))
 

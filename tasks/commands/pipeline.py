@@ -11,16 +11,16 @@ import sys
 
 from dgpo_core.errors import UserError
 from tasks.commands.preflight import preflight
-from tasks.project.dvc import require_dvc
-from tasks.project.process import LockFilter, at_work, exit_on_signals
+from tasks.project.dvc import LockFilter, at_work, require_dvc
+from tasks.project.process import exit_on_signals
 from tasks.project.servers import adopt
 from tasks.tracking.runs import PIPELINE_RUN, Pipeline
 
 
 def main(arguments: list[str]) -> int:
-    """Exit code of `dvc repro`, or 2 for what keeps every run from starting: parameters, DVC's places.
+    """Run the pipeline. Return the exit code of `dvc repro`, or 2 for what keeps every run from starting.
 
-    Under a flow, which has opened the pipeline's run, it opens none.
+    Under a flow, which has opened the pipeline's run in MLflow, none is opened.
     """
     exit_on_signals()
     if {"-h", "--help"}.intersection(arguments):
@@ -68,7 +68,7 @@ def reproduce(arguments: list[str]) -> int:
 
 
 def planned(arguments: list[str]) -> list[str]:
-    """Names of the stages that `dvc repro` with these arguments looks at, in order; none if it refuses."""
+    """Return the stages that `dvc repro` with these arguments looks at, in order; none if it refuses."""
     from dvc.cli import DvcParserError, parse_args
     from dvc.exceptions import DvcException
     from dvc.repo import Repo

@@ -18,7 +18,7 @@ Results = dict[str, dict[str, dict[str, Any]]]
 
 
 def load_results(path: Path) -> Results:
-    """{model: {data set: {"em", "f1", "sub_em", "n", "ci95"}}}. Raises UserError."""
+    """Read {model: {data set: {"em", "f1", "sub_em", "n", "ci95"}}}. Raises UserError."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -35,7 +35,7 @@ def load_results(path: Path) -> Results:
 
 
 def rows(results: Results) -> tuple[list[str], list[list[str]]]:
-    """(column names, a row of cells per data set): EM of each model with its 95 % interval, average last."""
+    """Return column names, and a row per data set: EM of each model with its 95 % interval, average last."""
     names = {name: None for sets in results.values() for name in sets}  # in order of appearance
     ordered = [name for name in names if name != AVERAGE] + ([AVERAGE] if AVERAGE in names else [])
     table = [
@@ -45,7 +45,7 @@ def rows(results: Results) -> tuple[list[str], list[list[str]]]:
 
 
 def markdown(results: Results) -> str:
-    """The table as Markdown."""
+    """Return the table as Markdown."""
     header, table = rows(results)
     lines = [header, ["---"] * len(header), *table]
     return "\n".join(f"| {' | '.join(map(markdown_cell, line))} |" for line in lines)

@@ -1,4 +1,4 @@
-"""Resolve a profile into params.yaml: `dgpo use tiny [recipes of the paper's table, or all]`."""
+"""`dgpo use`: resolve a profile, with rows of the paper's table, into params.yaml."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def use(profile: str, recipes: list[str]) -> None:
 
 
 def profile_path(profile: str, root: Path = Path()) -> Path:
-    """Raises UserError with the profiles that there are."""
+    """Return a profile's file. Raises UserError with the profiles that there are."""
     path = root / PROFILES / f"{profile}.yaml"
     if not path.is_file():
         known = (

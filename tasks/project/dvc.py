@@ -1,15 +1,18 @@
-"""What DVC has recorded (dvc.lock) and kept (its cache), read as files while DVC holds its locks.
+"""DVC as it is in a checkout: what it has recorded and kept, what it needs to work, and who works with it.
 
-What DVC needs besides the project: settings that can be read, and folders in which it can write.
-
-Looked at before DVC starts: it answers with a traceback, or only when a stage has run for hours and its
-outputs cannot be kept.
+dvc.lock and the cache are read as files, while DVC may hold its locks. What DVC needs besides the project
+(settings that can be read, folders in which it can write) is looked at before DVC starts: it answers with a
+traceback, or only when a stage has run for hours and its outputs cannot be kept. Who holds its locks is said
+in place of DVC's advice to delete them.
 """
 
+import contextlib
 import getpass
 import hashlib
 import json
+import logging
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -17,10 +20,13 @@ import tempfile
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from datetime import datetime
 from functools import reduce
 from operator import getitem
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
@@ -42,7 +48,7 @@ class LockedStage:
     params: dict[str, Any]
 
     def param(self, key: str) -> Any:
-        """Of a dotted key, which was recorded itself or with its section. Raises KeyError."""
+        """Return a value by its dotted key; it or one of its sections was recorded. Raise KeyError."""
         sections = key.split(".")
         for length in range(len(sections), 0, -1):
             if (name := ".".join(sections[:length])) in self.params:
@@ -54,7 +60,7 @@ Lock = Mapping[str, LockedStage]
 
 
 def read_lock(root: Path = Path()) -> dict[str, LockedStage]:
-    """Every stage that has run, by name; empty where nothing has. Raises UserError for a broken file."""
+    """Return every stage that has run, by name. Raise UserError for a broken file."""
     path = root / LOCK
     if not path.is_file():
         return {}
@@ -69,7 +75,7 @@ def read_lock(root: Path = Path()) -> dict[str, LockedStage]:
 
 
 def parse_lock(text: str) -> dict[str, LockedStage]:
-    """The stages of a lock file's text. Raises ValueError, KeyError, TypeError or AttributeError."""
+    """Read the text of a lock file. Raise ValueError, KeyError, TypeError or AttributeError."""
     return {name: _stage(entry) for name, entry in parse(text)["stages"].items()}
 
 
@@ -81,12 +87,12 @@ def _stage(entry: Mapping[str, Any]) -> LockedStage:
 
 
 def maker(lock: Lock, path: str) -> str | None:
-    """The stage that writes `path`."""
+    """Name the stage that writes `path`."""
     return next((name for name, stage in lock.items() if path in stage.outs), None)
 
 
 def upstream(lock: Lock, paths: Iterable[str]) -> dict[str, LockedStage]:
-    """The stages that make `paths` and all that those need, each after its own upstream stages."""
+    """Return the stages that make `paths` and all that those need, each after its own upstream stages."""
     found: dict[str, LockedStage] = {}
     for path in paths:
         name = maker(lock, path)
@@ -99,7 +105,7 @@ def upstream(lock: Lock, paths: Iterable[str]) -> dict[str, LockedStage]:
 
 
 def dvc_md5(path: Path) -> str | None:
-    """DVC's md5 of a file or folder, as dvc.lock has it; None where there is none."""
+    """Compute DVC's md5 of a file or folder, as dvc.lock has it; None where there is none."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "md5").hexdigest()
@@ -114,7 +120,7 @@ def dvc_md5(path: Path) -> str | None:
 
 
 def cache_folder(root: Path = Path()) -> Path | None:
-    """DVC's cache, which worktrees share; None where there is no project of DVC."""
+    """Find DVC's cache, which worktrees share; None where there is no project of DVC."""
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
     done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
     return None if done.returncode else root / done.stdout.strip()
@@ -251,7 +257,7 @@ def mend_record(root: Path) -> None:
 
 
 def _readable(record: Path) -> bool:
-    """Whether DVC can read the record, or there is none."""
+    """Tell whether DVC can read the record, or there is none."""
     from dvc.rwlock import SCHEMA
     from voluptuous import Invalid
 
@@ -278,3 +284,66 @@ def _unusable(folder: Path) -> str | None:
             return None
     except OSError as error:
         return os.strerror(error.errno or 0)
+
+
+BUSY = "another run is at work here"  # how the sentence begins
+
+
+class LockFilter(logging.Filter):
+    """Keep what DVC logs of a lock that another process holds from the terminal, and remember it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.hit = False
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        from dvc.lock import LockError
+
+        error = record.exc_info[1] if record.exc_info else None
+        while error is not None and not isinstance(error, LockError):
+            error = error.__cause__
+        self.hit = self.hit or error is not None
+        return error is None
+
+
+def refuse_second(root: Path = Path()) -> None:
+    """Raise UserError where another process executes a stage of the checkout `root`."""
+    if _holders(root / FOLDER / "tmp", reading=False):
+        raise UserError(at_work(root))
+
+
+def at_work(root: Path = Path()) -> str:
+    """Say which other process works in the checkout `root`, at which stage and since when, if known."""
+    for pid in _holders(root / FOLDER / "tmp"):
+        with contextlib.suppress(psutil.Error):
+            process = psutil.Process(pid)
+            stage, since = _stage_of(process)
+            where = f", at {stage} since {datetime.fromtimestamp(since):%H:%M}" if stage else ""
+            return (
+                f"{BUSY}{where} (process {pid}): wait for it or end it; beside it run `dvc exp run --temp`, "
+                "or from the dashboard"
+            )
+    return f"{BUSY}, or was a moment ago: try again"
+
+
+def _holders(folder: Path, reading: bool = True) -> list[int]:
+    """Find living processes that hold a lock to write some paths; with `reading`, any of DVC's locks."""
+    found: list[int] = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        record = json.loads((folder / RECORD).read_bytes())
+        found += [holder["pid"] for holder in record.get("write", {}).values()]
+        if reading:
+            found += [holder["pid"] for holders in record.get("read", {}).values() for holder in holders]
+    with contextlib.suppress(OSError):
+        if reading:
+            found += [int(number) for number in re.findall(r"\d+", (folder / "lock").read_text())[:1]]
+    return [pid for pid in dict.fromkeys(found) if pid != os.getpid() and psutil.pid_exists(pid)]
+
+
+def _stage_of(process: psutil.Process) -> tuple[str | None, float]:
+    """Return (stage that DVC's process has started, when), or None and when it was started itself."""
+    for child in process.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            if name := child.environ().get("DVC_STAGE"):
+                return name, child.create_time()
+    return None, process.create_time()

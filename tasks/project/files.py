@@ -9,7 +9,7 @@ from dgpo_core.files import put, remove
 
 
 def content_hash(path: Path) -> str:
-    """SHA-256 of a file, or of a folder's relative names and contents. Raises UserError if it is missing."""
+    """Compute the SHA-256 of a file, or of a folder's names and contents. Raise UserError for none."""
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
@@ -33,7 +33,7 @@ class Outputs:
         self._places: dict[Path, Path] = {}  # output -> where it is written
 
     def place(self, path: Path) -> Path:
-        """Where to write the output `path`; the folder above is there."""
+        """Return where to write the output `path`; the folder above is there."""
         if path not in self._places:
             place = self._folder / str(len(self._places)) / path.name
             place.parent.mkdir(parents=True)
@@ -42,11 +42,11 @@ class Outputs:
 
     @property
     def latest(self) -> Path | None:
-        """The output that was asked for last: most likely the one that is being written."""
+        """Return the output that was asked for last: most likely the one that is being written."""
         return next(reversed(self._places), None)
 
     def has(self, path: Path) -> bool:
-        """Whether the output has been written."""
+        """Tell whether the output has been written."""
         return path in self._places and self._places[path].exists()
 
     def publish(self) -> None:

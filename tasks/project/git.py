@@ -1,4 +1,4 @@
-"""git in a repository that others use too: flows, stages, a person at a terminal.
+"""git in a repository that others use too, such as flows, stages and a person at a terminal.
 
 git's locks are files: who finds one fails at once. So whatever writes takes turns (`alone`), and where
 somebody else's git holds a lock, the command is tried again for a while.
@@ -49,7 +49,7 @@ def git(*arguments: str | Path, cwd: Path) -> str:
         delay = min(1.5 * delay, 2.0)
 
 
-def ask(*arguments: str, root: Path = Path(), timeout: float | None = None) -> str | None:
+def ask(*arguments: str | Path, root: Path = Path(), timeout: float | None = None) -> str | None:
     """Return what git prints; None when it fails, is not there or takes longer than `timeout` seconds.
 
     For questions: git takes no lock for them, somebody may be working here.
@@ -58,6 +58,23 @@ def ask(*arguments: str, root: Path = Path(), timeout: float | None = None) -> s
         done = _run(root, "--no-optional-locks", *arguments, timeout=timeout)
         return done.stdout if done.returncode == 0 else None
     return None
+
+
+def head(root: Path = Path()) -> str:
+    """Return the commit that is checked out; an empty string outside git."""
+    return (ask("rev-parse", "HEAD", root=root) or "").strip()
+
+
+def changed_files(
+    *places: str | Path, root: Path = Path(), untracked: bool = False, timeout: float | None = None
+) -> list[str] | None:
+    """List the files among `places` (git's path patterns) that differ from the commit; None outside git.
+
+    With `untracked` also those that no commit has and git does not ignore.
+    """
+    those = () if untracked else ("--untracked-files=no",)
+    status = ask("status", "--porcelain", *those, "--", *(places or (".",)), root=root, timeout=timeout)
+    return None if status is None else [line[3:] for line in status.splitlines()]
 
 
 @contextlib.contextmanager

@@ -1,11 +1,8 @@
-"""How a program of ours ends, with its parent and by signals; and who has DVC's locks in a checkout."""
+"""How a program of ours ends: with an exit code and one line, with its parent, and cleanly on signals."""
 
 import contextlib
 import ctypes
-import json
-import logging
 import os
-import re
 import resource
 import signal
 import sys
@@ -13,12 +10,9 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn
-
-import psutil
 
 from dgpo_core.errors import InfrastructureError, UserError
 
@@ -27,7 +21,7 @@ TERMINATED = 128 + signal.SIGTERM
 
 
 def die_with_parent() -> None:
-    """On Linux, have the kernel send SIGTERM to this process when its parent dies (elsewhere: nothing).
+    """Have the kernel send SIGTERM to this process when its parent dies, on Linux (elsewhere: nothing).
 
     `dvc repro` does not end its stage when it is killed; without this the stage would go on, unseen.
     """
@@ -89,17 +83,17 @@ def one_line(error: BaseException) -> str:
 
 
 def is_worker() -> bool:
-    """Whether this is one of several processes that a launcher has started for a stage (launch.py)."""
+    """Tell whether this is one of several processes that a launcher has started for a stage (launch.py)."""
     return "LOCAL_RANK" in os.environ
 
 
 def follows() -> bool:
-    """Whether this is a worker, and not the one that writes."""
+    """Tell whether this is a worker, and not the one that writes."""
     return is_worker() and os.environ["RANK"] != "0"
 
 
 def die_with_stage(grace: float) -> None:
-    """SIGKILL this worker `grace` seconds after its parent's death: inside a collective whose partners are
+    """Kill this worker `grace` seconds after its parent's death: inside a collective whose partners are
     gone, Python never gets to the SIGTERM that `die_with_parent` has ordered."""
     parent = os.getppid()
 
@@ -151,70 +145,6 @@ def began(pid: int) -> str | None:
 
 
 def peak_memory() -> int:
-    """Peak resident memory of this process, in bytes."""
+    """Return the peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-BUSY = "another run is at work here"  # how the sentence begins
-DVC_TMP = Path(".dvc", "tmp")
-
-
-class LockFilter(logging.Filter):
-    """Keeps what DVC logs of a lock that another process holds from the terminal, and remembers it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.hit = False
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        from dvc.lock import LockError
-
-        error = record.exc_info[1] if record.exc_info else None
-        while error is not None and not isinstance(error, LockError):
-            error = error.__cause__
-        self.hit = self.hit or error is not None
-        return error is None
-
-
-def refuse_second(root: Path = Path()) -> None:
-    """Raises UserError where another process executes a stage of the checkout `root`."""
-    if _holders(root / DVC_TMP, reading=False):
-        raise UserError(at_work(root))
-
-
-def at_work(root: Path = Path()) -> str:
-    """Say which other process works in the checkout `root`, at which stage and since when, if known."""
-    for pid in _holders(root / DVC_TMP):
-        with contextlib.suppress(psutil.Error):
-            process = psutil.Process(pid)
-            stage, since = _stage(process)
-            where = f", at {stage} since {datetime.fromtimestamp(since):%H:%M}" if stage else ""
-            return (
-                f"{BUSY}{where} (process {pid}): wait for it or end it; beside it run `dvc exp run --temp`, "
-                "or from the dashboard"
-            )
-    return f"{BUSY}, or was a moment ago: try again"
-
-
-def _holders(folder: Path, reading: bool = True) -> list[int]:
-    """Processes that live and hold a lock to write some paths; with `reading`, any of DVC's locks."""
-    found: list[int] = []
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        record = json.loads((folder / "rwlock").read_bytes())
-        found += [holder["pid"] for holder in record.get("write", {}).values()]
-        if reading:
-            found += [holder["pid"] for holders in record.get("read", {}).values() for holder in holders]
-    with contextlib.suppress(OSError):
-        if reading:
-            found += [int(number) for number in re.findall(r"\d+", (folder / "lock").read_text())[:1]]
-    return [pid for pid in dict.fromkeys(found) if pid != os.getpid() and psutil.pid_exists(pid)]
-
-
-def _stage(process: psutil.Process) -> tuple[str | None, float]:
-    """(stage that DVC's process has started, when), or None and when it was started itself."""
-    for child in process.children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            if name := child.environ().get("DVC_STAGE"):
-                return name, child.create_time()
-    return None, process.create_time()

@@ -76,13 +76,13 @@ class Reporter:
         return f"{duration((total - done) / speed)} left" if speed else ""
 
     def _speed(self) -> float:
-        """Units a second, lately; 0 while it is not known."""
+        """Return the units a second, lately; 0 while it is not known."""
         (start, first), (now, done) = self._recent[0], self._recent[-1]
         return (done - first) / (now - start) if now > start else 0.0
 
 
 def duration(seconds: float) -> str:
-    """12 -> `12s`, 83 -> `1m23s`, 3720 -> `1h02m`."""
+    """Write seconds shortly: 12 -> `12s`, 83 -> `1m23s`, 3720 -> `1h02m`."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"

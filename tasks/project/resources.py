@@ -33,7 +33,7 @@ FULL = ("database or disk is full", "No space left on device")  # SQLite; whoeve
 
 
 def resource_error(error: BaseException, place: Path) -> UserError | ResourceError | None:
-    """What to tell of an error of the machine; None for every other error.
+    """Put an error of the machine into words; None for every other error.
 
     `place` is named where the error names no file: what was being written.
     """
@@ -56,7 +56,7 @@ def resource_error(error: BaseException, place: Path) -> UserError | ResourceErr
 
 
 def _said(text: str) -> int | None:
-    """The system's number of an error in a library's message."""
+    """Find the system's number of an error in a library's message."""
     if any(words in text for words in FULL):
         return errno.ENOSPC
     found = SAID.search(text)
@@ -68,7 +68,7 @@ def _is_path(filename: object) -> bool:
 
 
 def _in_the_way(path: Path) -> UserError | None:
-    """A file where a folder is needed, or the other way round; otherwise the program is wrong."""
+    """Name a file where a folder is needed, or the other way round; otherwise the program is wrong."""
     for part in (path, *path.parents):
         if part.is_file():
             return UserError(f"{part}: a file is where a folder is needed; move it away")
@@ -76,7 +76,7 @@ def _in_the_way(path: Path) -> UserError | None:
 
 
 def _room(path: Path) -> str:
-    """How much is left where `path` is or would be."""
+    """Say how much room is left where `path` is or would be."""
     for part in (path, *path.absolute().parents):
         try:
             return f" ({shutil.disk_usage(part).free // 2**20:,} MiB are free there)"

@@ -1,9 +1,8 @@
-"""A service that listens at once, loads meanwhile, and ends cleanly: what `serve` and `retriever` share.
+"""Servers: how a program of ours listens, and the records of those that `dgpo up` keeps running here.
 
-The servers that `dgpo up` keeps running on here: their records, and what everything else needs to know.
-
-Whoever starts a program of ours from the working directory uses them without being told: `adopt` puts their
-addresses into the environment, where nothing is set yet.
+`dgpo serve` and `dgpo retriever` listen at once, load meanwhile and end cleanly (`listen`, `run`). Whoever
+starts a program of ours in the working directory uses the servers of `dgpo up` without being told: `adopt`
+puts their addresses into the environment, where nothing is set yet.
 """
 
 import asyncio
@@ -13,18 +12,20 @@ import socket
 from collections.abc import Awaitable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import psutil
-import uvicorn
 from pydantic import TypeAdapter, ValidationError
 
 from dgpo_core.errors import UserError
 from dgpo_core.files import write_json
 
+if TYPE_CHECKING:
+    import uvicorn
+
 
 def listen(host: str, port: int) -> socket.socket:
-    """Raises UserError when nothing can listen there."""
+    """Listen there. Raise UserError when nothing can."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -34,7 +35,7 @@ def listen(host: str, port: int) -> socket.socket:
         raise UserError(f"{place}: cannot listen there ({reason}); choose another") from None
 
 
-def run(server: uvicorn.Server, listening: socket.socket, load: Awaitable[None], ready: str) -> None:
+def run(server: "uvicorn.Server", listening: socket.socket, load: Awaitable[None], ready: str) -> None:
     """Serve until a signal; `load` runs beside, and `ready` is printed (its {url} filled in) when it is done.
 
     What `load` raises ends the server and is raised.
@@ -42,7 +43,7 @@ def run(server: uvicorn.Server, listening: socket.socket, load: Awaitable[None],
     asyncio.run(_run(server, listening, load, ready))
 
 
-async def _run(server: uvicorn.Server, listening: socket.socket, load: Awaitable[None], ready: str) -> None:
+async def _run(server: "uvicorn.Server", listening: socket.socket, load: Awaitable[None], ready: str) -> None:
     serving = asyncio.create_task(server.serve(sockets=[listening]))
     loading = asyncio.ensure_future(load)
     await asyncio.wait({serving, loading}, return_when=asyncio.FIRST_COMPLETED)
@@ -60,13 +61,11 @@ def _url(listening: socket.socket) -> str:
 
 FOLDER = Path(".services")
 MARK = "DGPO_SERVICE"  # environment: a service's token, which everything that it starts inherits
-CLOCK_TOLERANCE = (
-    2.0  # seconds: start times are told relative to a boot time that the clock's correction moves
-)
+CLOCK_TOLERANCE = 2.0  # seconds: the boot time, to which start times are relative, moves with the clock
 
 
 @dataclass(frozen=True)
-class Record:
+class ServiceRecord:
     """A service that was started: who it is as a process, and where it answers."""
 
     name: str
@@ -85,18 +84,18 @@ def path(name: str, folder: Path = FOLDER) -> Path:
     return folder / f"{name}.json"
 
 
-def write(record: Record, folder: Path = FOLDER) -> None:
+def write(record: ServiceRecord, folder: Path = FOLDER) -> None:
     write_json(path(record.name, folder), {**asdict(record), "place": _place(folder)})
 
 
-def read(name: str, folder: Path = FOLDER) -> Record | None:
-    """None where there is none, or a copied one of another checkout, whose server works on that one's store.
+def read(name: str, folder: Path = FOLDER) -> ServiceRecord | None:
+    """Read a service's record: None where there is none, or a copied one, whose server is another checkout's.
 
     Raises UserError for a file that is no record.
     """
     file = path(name, folder)
     try:
-        record = TypeAdapter(Record).validate_json(file.read_bytes())
+        record = TypeAdapter(ServiceRecord).validate_json(file.read_bytes())
         return record if record.place in ("", _place(folder)) else None
     except FileNotFoundError:
         return None
@@ -106,13 +105,13 @@ def read(name: str, folder: Path = FOLDER) -> Record | None:
 
 
 def _place(folder: Path) -> str:
-    """What stays the same when the folder is moved, and does not when it is copied."""
+    """Identify the folder by what stays the same when it is moved, and does not when it is copied."""
     found = folder.stat()
     return f"{found.st_dev}:{found.st_ino}"
 
 
-def leader(record: Record) -> psutil.Process | None:
-    """The process that was started, if it still runs: a later one with its number is another's."""
+def leader(record: ServiceRecord) -> psutil.Process | None:
+    """Return the process that was started, if it still runs: a later one with its number is another's."""
     try:
         process = psutil.Process(record.pid) if record.pid else None
         if (
@@ -127,8 +126,8 @@ def leader(record: Record) -> psutil.Process | None:
     return None
 
 
-def members(record: Record) -> list[psutil.Process]:
-    """Everything of it that runs: what carries its token, and its process group while its leader lives."""
+def members(record: ServiceRecord) -> list[psutil.Process]:
+    """List all of it that runs: what carries its token, and its process group while its leader lives."""
     first = leader(record)
     found = []
     for process in psutil.process_iter():

@@ -1,116 +1,60 @@
-"""What a stage read and wrote, as MLflow records it: data sets, small files, and pointers to large ones.
+"""What every stage program shares: state that survives a kill, outputs that are complete or absent, records.
 
-Imports mlflow's entities; each function is a job for the thread of `tasks.tracking.runs.StageRun`.
+    def run() -> None:
+        with stage("distill@kd", config={...}, inputs=[...], outputs=[MODEL]) as current:
+            save(model, current.output(MODEL))
 
-What every stage program shares: state that survives a kill, progress, tracking, and how it ends.
+    if __name__ == "__main__":
+        stage_main("distill", run)
 
-def run() -> None:
-    with stage("distill@kd", config={...}, inputs=[...], outputs=[MODEL]) as current:
-        save(model, current.output(MODEL))
-
-if __name__ == "__main__":
-    stage_main("distill", run)
+From top to bottom: `stage_main` runs the program, `stage` the stage; `_open_state` decides by the fingerprint
+whether an unfinished run is continued or begun again; what follows is about several processes that are one
+stage, about failures, and about the record of the run.
 """
 
+import argparse
 import json
 import os
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from tasks.project.files import content_hash
-from tasks.project.paths import MODELS, PLOTS, REPORTS
-from tasks.tracking.lineage import locked_outputs
-
-if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
-import argparse
-import fcntl
 import platform
 import re
 import shutil
 import sys
 import textwrap
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import IO, Literal, NoReturn, SupportsFloat
+from pathlib import Path
+from typing import Any, Literal, NoReturn, SupportsFloat
 
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from dgpo_core.config.params import read_yaml
 from dgpo_core.errors import InfrastructureError, NotFinite, ResourceError, UserError
 from dgpo_core.files import remove, write_json, write_text
-from tasks.project.files import Outputs
+from tasks.project.files import Outputs, content_hash
+from tasks.project.git import head
 from tasks.project.process import follows, is_worker, one_line, peak_memory, run_program
 from tasks.project.progress import Reporter
 from tasks.project.resources import resource_error
 from tasks.project.servers import adopt
-from tasks.tracking.lineage import Origin, git_commit, labels, origin, stage_labels
+from tasks.tracking.lineage import Origin, labels, origin, stage_labels
 from tasks.tracking.registry import WEIGHTS_PATIENCE, registration
-from tasks.tracking.runs import CLOSE_TIMEOUT, StageRun, Untracked, flatten, numbers
-
-COPIED = (PLOTS, REPORTS)  # curves and report: for people, and small
-MAX_COPY = 10_000_000  # bytes of one file; the report's page stays below 8 MB
-MAX_DIGEST = 36  # characters, by MLflow's limit: DVC's digest of a folder fits, our SHA-256 is cut
-
-
-def log_inputs(client: "MlflowClient", run_id: str, stage: str, hashes: Mapping[str, str]) -> None:
-    """Inputs (path -> content hash) as MLflow data sets, by name and digest; nothing of them is loaded.
-
-    Under DVC the digest is DVC's, as dvc.lock has it of the stage that made the file; otherwise, and for
-    files that no stage makes, it is the beginning of ours.
-    """
-    from mlflow.entities import Dataset, DatasetInput, InputTag
-
-    made = locked_outputs().values() if os.environ.get("DVC_STAGE") else ()
-    known = {path: md5 for outputs in made for path, md5 in outputs.items()}
-    inputs = []
-    for path, digest in hashes.items():
-        source = json.dumps({"uri": Path(path).resolve().as_uri()})
-        dataset = Dataset(path, known.get(path, digest)[:MAX_DIGEST], "local", source)
-        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", _context(stage, Path(path)))]))
-    if inputs:
-        client.log_inputs(run_id, inputs)
-
-
-def log_outputs(client: "MlflowClient", run_id: str, pointers: Mapping[str, Mapping[str, Any]]) -> None:
-    """`outputs.json` with what `pointer` says of every output, and the files of COPIED folders themselves."""
-    client.log_dict(run_id, dict(pointers), "outputs.json")
-    for path in map(Path, pointers):
-        if any(path.is_relative_to(folder) for folder in COPIED):
-            for file in _files(path):
-                if file.stat().st_size <= MAX_COPY:
-                    client.log_artifact(run_id, str(file), file.parent.as_posix())
-
-
-def describe(outputs: Sequence[Path]) -> dict[str, dict[str, Any]]:
-    """{path: {"sha256", "bytes", "files"}} of each output: enough to know it again, wherever it is kept."""
-    return {
-        path.as_posix(): {
-            "sha256": content_hash(path),
-            "bytes": sum(file.stat().st_size for file in _files(path)),
-            "files": len(_files(path)),
-        }
-        for path in outputs
-    }
-
-
-def _context(stage: str, path: Path) -> str:
-    """What an input is for: MLflow shows it beside the data set's name."""
-    if path.is_relative_to(MODELS):
-        return "model"
-    return "evaluation" if stage.startswith(("evaluate@", "report")) else "training"
-
-
-def _files(path: Path) -> list[Path]:
-    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
-
+from tasks.tracking.runs import (
+    CLOSE_TIMEOUT,
+    StageRun,
+    Untracked,
+    describe,
+    flatten,
+    log_inputs,
+    log_outputs,
+    numbers,
+)
 
 STATE, RUNS = Path(".state"), Path("runs")
+# in the stage's state
 FINGERPRINT, FAILURE, TRACKING_RUN, OUTPUTS = "fingerprint.json", "failure.json", "mlflow_run", "outputs"
 SAME_FAULT = 10.0  # seconds in which one of several processes tells a fault that all of them have
 QUICK_CLOSE = 5.0  # seconds: whoever ends us waits about ten before SIGKILL
@@ -118,6 +62,75 @@ QUICK_CLOSE = 5.0  # seconds: whoever ends us waits about ten before SIGKILL
 
 class Busy(UserError):
     """Another process runs the stage."""
+
+
+def main(function: Callable[[], None]) -> NoReturn:
+    """Run a program that may be a stage of DVC, with the servers of `dgpo up`; see `run_program`.
+
+    Why it failed is left in `.state/<stage>/failure.json`, because `dvc repro` exits 255 whatever happened.
+    """
+    dvc_stage = os.environ.get("DVC_STAGE")  # set by DVC; errors before `stage()` belong to it too
+
+    def run() -> None:
+        if dvc_stage and not is_worker():
+            remove(_failure_file(dvc_stage))
+        adopt()
+        function()
+
+    def failed(error: BaseException) -> None:
+        if dvc_stage:
+            _record_failure(dvc_stage, error)
+
+    run_program(run, failed)
+
+
+def stage_main(name: str, function: Callable[..., None], argument: str | None = None) -> NoReturn:
+    """Run the program of a stage of dvc.yaml: `function`, with its one `argument` if it has one.
+
+    `--help` says what the stage reads and writes; any other use of the command line ends with 2. See
+    `main`.
+    """
+
+    def run() -> None:
+        parser = argparse.ArgumentParser(
+            prog=f"python -m tasks.stages.{name.replace('-', '_')}",
+            description=sys.modules["__main__"].__doc__,
+            epilog=_graph(name, argument),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        if argument:
+            parser.add_argument(argument, help=f"which one: the stage is {name}@<{argument}>")
+        function(*vars(parser.parse_args()).values())
+
+    main(run)
+
+
+def _graph(name: str, argument: str | None, file: Path = Path("dvc.yaml")) -> str:
+    """Describe what the stage reads besides the sources and what it writes, as dvc.yaml has it."""
+    if not file.is_file():
+        return ""
+    node = read_yaml(file)["stages"][name]
+    node = node.get("do", node)
+
+    def paths(*keys: str) -> list[str]:
+        entries = [entry for key in keys for entry in node.get(key, ())]
+        names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
+        filled = [re.sub(r"\$\{(key|item)\}", f"<{argument}>", text) for text in names]
+        return [text.replace("${item.start}", "<its start>") for text in filled]
+
+    parts = {
+        "reads": [path for path in paths("deps") if not path.startswith(("tasks/", "dgpo_core/"))],
+        "parameters": paths("params"),
+        "writes": paths("outs", "metrics", "plots"),
+    }
+    lines = [
+        textwrap.fill(f"{title + ':':12}{', '.join(items)}", 100, subsequent_indent=" " * 12)
+        for title, items in parts.items()
+        if items
+    ]
+    return "\n".join(
+        [*lines, f"`dvc repro {name}{f'@<{argument}>' if argument else ''}` runs it with what it needs."]
+    )
 
 
 @dataclass
@@ -136,7 +149,7 @@ class Run:
     models: dict[str, Path] = field(default_factory=dict)  # recipe -> folder, to be registered
 
     def output(self, path: Path) -> Path:
-        """Where to write the output `path`, in place of which it is put when the stage has succeeded."""
+        """Return where to write the output `path`; it is put into its place when the stage has succeeded."""
         assert self.outputs is not None, "only the process that leads writes"
         return self.outputs.place(path)
 
@@ -149,11 +162,11 @@ class Run:
         self.reporter.note(text)
 
     def metrics(self, step: int, values: Mapping[str, SupportsFloat]) -> None:
-        """Values of one step for MLflow's curves, such as {"train/em": 0.1}; sent in batches."""
+        """Send values of one step for MLflow's curves, such as {"train/em": 0.1}; they go in batches."""
         self.tracker.metrics(step, numbers(values))
 
     def summary(self, values: Mapping[str, SupportsFloat]) -> None:
-        """Final metrics of the stage."""
+        """Record final metrics of the stage."""
         self.final |= numbers(values)
         self.tracker.metrics(0, numbers(values))
 
@@ -161,8 +174,12 @@ class Run:
         """Register the output `folder` as a version of the registered model, once it is there."""
         self.models[recipe] = folder
 
-    def published(self, outputs: Sequence[Path]) -> None:
-        """Tell MLflow of the outputs, which are complete and where they belong."""
+    def track_inputs(self) -> None:
+        """Tell MLflow of the inputs."""
+        self.tracker.submit(lambda client, run_id: log_inputs(client, run_id, self.stage, self.inputs))
+
+    def track_outputs(self, outputs: Sequence[Path]) -> None:
+        """Tell MLflow of the outputs, which are complete and where they belong, and of the models."""
         pointers = describe(outputs)
         self.tracker.submit(lambda client, run_id: log_outputs(client, run_id, pointers))
         if self.origin:  # read before training began; otherwise somebody has broken params.yaml or dvc.lock
@@ -193,28 +210,32 @@ def stage(
     started, clock = datetime.now(UTC), time.monotonic()
     products = Outputs(STATE / name / OUTPUTS)
     with ExitStack() as held:
-        with _recorded(name, products):
+        # 1. Take the stage, fingerprint it, and continue or begin.
+        with _failures_recorded(name, products):
             held.enter_context(_alone(name))
             hashes = {path.as_posix(): content_hash(path) for path in inputs}
             state = _open_state(name, {"config": dict(config), "inputs": hashes})
         _wait_for_all()  # the others read the state
         tags = {**stage_labels(name), **labels(), **{f"input.{path}": hash for path, hash in hashes.items()}}
         tracker = StageRun(name, config, tags, state / TRACKING_RUN)
-        tracker.submit(lambda client, run_id: log_inputs(client, run_id, name, hashes))
         run = Run(name, state, Reporter(name), tracker, products, hashes, origin())
+        run.track_inputs()
         status = "FINISHED"
         try:
-            with _recorded(name, products), _named(name):
+            with _failures_recorded(name, products), _named(name):
+                # 2. Run the body.
                 yield run
+                # 3. Put all outputs into their places, or none.
                 missing = [str(path) for path in outputs if not (products.has(path) or path.exists())]
                 if missing:
                     raise RuntimeError(f"stage {name} ended without writing {', '.join(missing)}")
                 products.publish()
-                run.published(outputs)
+                run.track_outputs(outputs)
         except BaseException as error:
             status = "FAILED" if isinstance(error, Exception) else "KILLED"
             raise
         finally:
+            # 4. Record the run; what a failed one has done stays in the state.
             run.reporter.close()
             tracker.close(status, QUICK_CLOSE if status == "KILLED" else CLOSE_TIMEOUT)
             _write_run(run, status, started, time.monotonic() - clock)
@@ -223,10 +244,55 @@ def stage(
 
 
 @contextmanager
-def _recorded(name: str, products: Outputs) -> Iterator[None]:
-    """When the body fails: remove what it has written, and leave why in failure.json.
+def _alone(name: str) -> Iterator[None]:
+    """Keep other processes from running the stage in this folder; raise Busy while one does.
 
-    An error of the machine is raised as what there is to tell of it (resources.py).
+    DVC's stages are alone anyway: this is for those who start programs by hand. The kernel frees the lock of
+    a process that is killed.
+    """
+    path = STATE / f"{name}.lock"
+    path.parent.mkdir(exist_ok=True)
+    try:
+        lock = FileLock(path).acquire(timeout=0)
+    except Timeout:
+        raise Busy(f"{name}: another process runs this stage here; wait until it ends") from None
+    with lock:
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _open_state(name: str, fingerprint: dict[str, Any]) -> Path:
+    """Return the stage's state folder, emptied unless it belongs to the same fingerprint."""
+    state = STATE / name
+    text = json.dumps(fingerprint, indent=2, sort_keys=True)
+    kept = state / FINGERPRINT
+    if not (kept.is_file() and kept.read_text(encoding="utf-8") == text):
+        if kept.is_file():
+            print(f"[{name}] begins again: {_difference(kept, fingerprint)}", flush=True)
+        remove(state)
+        write_text(kept, text)
+    remove(state / FAILURE)
+    remove(state / OUTPUTS)
+    return state
+
+
+def _difference(kept: Path, fingerprint: Mapping[str, Any]) -> str:
+    """Name the settings and inputs that are not those of the unfinished run."""
+    try:
+        before, now = flatten(json.loads(kept.read_text(encoding="utf-8"))), flatten(fingerprint)
+    except ValueError:
+        return f"{kept} is not readable"
+    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    return ", ".join(key.removeprefix("config.").removeprefix("inputs.") for key in changed) + " changed"
+
+
+@contextmanager
+def _failures_recorded(name: str, products: Outputs) -> Iterator[None]:
+    """When the body fails, remove what it has written and leave why in failure.json.
+
+    An error of the machine is raised in the words of `resource_error`.
     """
     try:
         yield
@@ -243,41 +309,39 @@ def _recorded(name: str, products: Outputs) -> Iterator[None]:
         raise
 
 
+def _record_failure(stage: str, error: BaseException) -> None:
+    """Write why the stage failed, as far as that can be written: it is on standard error too."""
+    kind: Literal["user", "infrastructure", "bug"] = "bug"
+    if isinstance(error, UserError):
+        kind = "user"
+    elif isinstance(error, InfrastructureError) or not isinstance(error, Exception):
+        kind = "infrastructure"  # the latter: somebody stopped it, and trying again is up to them
+    retryable = isinstance(error, InfrastructureError) and not isinstance(error, ResourceError)
+    path, name = _failure_file(stage), os.environ.get("DVC_STAGE") or stage
+    failure = {"stage": name, "kind": kind, "retryable": retryable, "message": one_line(error)}
+    with suppress(OSError):
+        if path.exists() and (is_worker() or isinstance(error, SystemExit)):
+            return  # what failed first is the reason; the other processes fail because of it
+        write_json(path, failure)
+
+
+def _failure_file(stage: str) -> Path:
+    """Return where a failure's reason is; DVC's name of the stage counts more than its own."""
+    return STATE / (os.environ.get("DVC_STAGE") or stage) / FAILURE
+
+
 @contextmanager
-def _alone(name: str) -> Iterator[None]:
-    """Keep other processes from running the stage in this folder; a killed one's lock is gone with it.
-
-    Raises Busy. DVC's stages are alone anyway: this is for those who start programs by hand.
-    """
-    path = STATE / f"{name}.lock"
-    path.parent.mkdir(exist_ok=True)
-    with _locked(path, name):
-        try:
-            yield
-        finally:
-            path.unlink(missing_ok=True)
-
-
-def _locked(path: Path, name: str) -> IO[str]:
-    """Open `path` with the kernel's lock on it, until it is closed. Raise Busy where another has it."""
-    while True:
-        file = path.open("a")
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            with suppress(FileNotFoundError):
-                if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                    return file
-        except BlockingIOError:
-            file.close()
-            raise Busy(f"{name}: another process runs this stage here; wait until it ends") from None
-        except OSError:
-            return file  # a file system that knows no locks
-        file.close()  # its holder has removed it meanwhile
+def _named(stage_name: str) -> Iterator[None]:
+    """Say in which stage a number is not finite: whoever computes it does not know."""
+    try:
+        yield
+    except NotFinite as error:
+        raise UserError(f"{stage_name}: {error}") from error
 
 
 @contextmanager
 def _following(name: str) -> Iterator[Run]:
-    """The stage in a process that writes nothing but why it failed."""
+    """Run the stage in a process that follows another one: it writes nothing but why it failed."""
     _wait_for_all()
     with Path(os.devnull).open("w") as nowhere:
         try:
@@ -286,25 +350,15 @@ def _following(name: str) -> Iterator[Run]:
         except Exception as error:
             error = resource_error(error, STATE / name) or error
             if _failed_elsewhere(name):
-                time.sleep(
-                    SAME_FAULT
-                )  # the first process that ends, ends all: let it be the one that says why
+                # The first process that ends, ends all: let it be the one that says why.
+                time.sleep(SAME_FAULT)
                 raise SystemExit(2 if isinstance(error, UserError) else 1) from None
             _record_failure(name, error)
             raise error from error.__cause__
 
 
-@contextmanager
-def _named(stage_name: str) -> Iterator[None]:
-    """Say in which stage a number is none: whoever computes it does not know."""
-    try:
-        yield
-    except NotFinite as error:
-        raise UserError(f"{stage_name}: {error}") from error
-
-
 def _wait_for_all() -> None:
-    """Where several processes are the stage; only they have torch by now, which is slow to import."""
+    """Wait where several processes are the stage; only they have torch by now, which is slow to import."""
     if is_worker():
         from dgpo_core.training import parallel
 
@@ -312,131 +366,17 @@ def _wait_for_all() -> None:
 
 
 def _failed_elsewhere(name: str) -> bool:
-    """Whether another process has failed, and said why: mostly all fail alike, or because of one."""
-    path, end = _failure_path(name), time.monotonic() + SAME_FAULT
+    """Tell whether another process has failed and said why: mostly all fail alike, or because of one."""
+    path, end = _failure_file(name), time.monotonic() + SAME_FAULT
     while not path.is_file() and time.monotonic() < end:
         time.sleep(0.1)
     return path.is_file()
 
 
-def main(function: Callable[[], None]) -> NoReturn:
-    """Run a program that may be a stage of DVC, see `run_program`, with the servers of `dgpo up`.
-
-    Why it failed is left in `.state/<stage>/failure.json`, because `dvc repro` exits 255 whatever happened.
-    """
-    dvc_stage = os.environ.get("DVC_STAGE")  # set by DVC; errors before `stage()` belong to it too
-
-    def run() -> None:
-        if dvc_stage and not is_worker():
-            remove(STATE / dvc_stage / FAILURE)
-        adopt()
-        function()
-
-    def failed(error: BaseException) -> None:
-        if dvc_stage:
-            _record_failure(dvc_stage, error)
-
-    run_program(run, failed)
-
-
-def stage_main(name: str, function: Callable[..., None], argument: str | None = None) -> NoReturn:
-    """Run the program of a stage of dvc.yaml: `function`, with its one `argument` if it has one. See `main`.
-
-    `--help` says what the stage reads and writes; any other use of the command line ends with 2.
-    """
-
-    def run() -> None:
-        parser = argparse.ArgumentParser(
-            prog=f"python -m tasks.{name.replace('-', '_')}",
-            description=sys.modules["__main__"].__doc__,
-            epilog=_graph(name, argument),
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        if argument:
-            parser.add_argument(argument, help=f"which one: the stage is {name}@<{argument}>")
-        function(*vars(parser.parse_args()).values())
-
-    main(run)
-
-
-def _graph(name: str, argument: str | None, file: Path = Path("dvc.yaml")) -> str:
-    """Return what dvc.yaml says of the stage: what it reads besides the sources, and what it writes."""
-    if not file.is_file():
-        return ""
-    node = read_yaml(file)["stages"][name]
-    node = node.get("do", node)
-
-    def paths(*keys: str) -> list[str]:
-        entries = [entry for key in keys for entry in node.get(key, ())]
-        names = [next(iter(entry)) if isinstance(entry, dict) else entry for entry in entries]
-        filled = [re.sub(r"\$\{(key|item)\}", f"<{argument}>", text) for text in names]
-        return [text.replace("${item.start}", "<its start>") for text in filled]
-
-    parts = {
-        "reads": [path for path in paths("deps") if not path.startswith(("tasks/", "dgpo_core/"))],
-        "parameters": paths("params"),
-        "writes": paths("outs", "metrics", "plots"),
-    }
-    lines = [
-        textwrap.fill(f"{title + ':':12}{', '.join(items)}", 100, subsequent_indent=" " * 12)
-        for title, items in parts.items()
-        if items
-    ]
-    return "\n".join(
-        [*lines, f"`dvc repro {name}{f'@<{argument}>' if argument else ''}` runs it with what it needs."]
-    )
-
-
-def _record_failure(name: str, error: BaseException) -> None:
-    """Leave why the stage failed, where that can be written."""
-    kind: Literal["user", "infrastructure", "bug"] = "bug"
-    if isinstance(error, UserError):
-        kind = "user"
-    elif isinstance(error, InfrastructureError) or not isinstance(error, Exception):
-        kind = "infrastructure"  # the latter: somebody stopped it, and trying again is up to them
-    retryable = isinstance(error, InfrastructureError) and not isinstance(error, ResourceError)
-    path = _failure_path(name)
-    stage_name = os.environ.get("DVC_STAGE") or name
-    failure = {"stage": stage_name, "kind": kind, "retryable": retryable, "message": one_line(error)}
-    with suppress(OSError):  # it is on standard error too
-        if path.exists() and (is_worker() or isinstance(error, SystemExit)):
-            return  # what failed first is the reason; the other processes fail because of it
-        write_json(path, failure)
-
-
-def _failure_path(name: str) -> Path:
-    return STATE / (os.environ.get("DVC_STAGE") or name) / FAILURE
-
-
-def _open_state(name: str, fingerprint: dict[str, Any]) -> Path:
-    """The stage's state folder, emptied unless it belongs to the same fingerprint."""
-    state = STATE / name
-    text = json.dumps(fingerprint, indent=2, sort_keys=True)
-    kept = state / FINGERPRINT
-    if not (kept.is_file() and kept.read_text(encoding="utf-8") == text):
-        if kept.is_file():
-            print(f"[{name}] begins again: {_difference(kept, fingerprint)}", flush=True)
-        remove(state)
-        write_text(kept, text)
-    remove(state / FAILURE)
-    remove(state / OUTPUTS)
-    return state
-
-
-def _difference(kept: Path, fingerprint: Mapping[str, Any]) -> str:
-    """Which settings and inputs are not those of the unfinished run."""
-    try:
-        before, now = flatten(json.loads(kept.read_text(encoding="utf-8"))), flatten(fingerprint)
-    except ValueError:
-        return f"{kept} is not readable"
-    changed = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    return ", ".join(key.removeprefix("config.").removeprefix("inputs.") for key in changed) + " changed"
-
-
 def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None:
-    """What is true of this execution only, and so of no output: times, machine, ids.
+    """Record what is true of this execution only, and so of no output: times, machine, ids.
 
-    Where it cannot be written, it is said: the stage has ended as it has.
+    Where that cannot be written, say so: the stage has ended as it has.
     """
     record = {
         "stage": run.stage,
@@ -447,7 +387,7 @@ def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None
         "peak_memory_bytes": peak_memory(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "git": git_commit(),
+        "git": head(),
         "mlflow_run": run.tracker.run_id,
         "summary": run.final,
     }

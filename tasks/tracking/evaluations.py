@@ -21,9 +21,10 @@ from dgpo_core.evaluation.promotion import SETUP, TABLES, Setup, read_setup, unl
 from dgpo_core.temporary import temporary_folder
 from tasks.project.dvc import Lock, LockedStage, dvc_md5, read_lock, upstream
 from tasks.project.files import content_hash
+from tasks.project.git import changed_files
 from tasks.project.paths import EVALUATION, GIVEN, INDEX, MODELS, QUESTIONS
 from tasks.stages.inputs import model_source
-from tasks.tracking.lineage import CODE, build, earlier_origin, origin, trained_models, uncommitted
+from tasks.tracking.lineage import CODE, build, earlier_origin, origin, trained_models
 from tasks.tracking.registry import AGAIN, DVC, Registry, Version, store
 from tasks.tracking.runs import flatten
 
@@ -81,7 +82,7 @@ def offer(registry: Registry, params: Params, lock: Lock, root: Path = Path()) -
             f"no version is this working tree's model of {recipe or 'a compared recipe'}: train it "
             "(`dvc repro`), or bring it back (`dvc checkout`), then `dgpo register`"
         )
-    if uncommitted(PARAMS, root):
+    if changed_files(PARAMS, root=root, untracked=True):
         raise UserError(f"{version.name} cannot be offered: {PARAMS} has changes that no commit has")
     if other := _other_parameters(recipe, lock, root):
         raise UserError(

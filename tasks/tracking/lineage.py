@@ -1,9 +1,7 @@
-"""What a run was made of, in words that can be compared: commit, settings, dvc.lock. Knows no MLflow.
+"""Where runs and trained models come from, in words that can be compared: commit, settings, dvc.lock.
 
-Where a trained model comes from: written down when it is registered, read when somebody asks.
-
-The lineage is a JSON artifact of the model's version. It is built from what was true when training began
-(`Origin`) and never from what is checked out when it is read.
+Tags say it of every run. A trained model has a lineage, a JSON artifact of its version: it is built from what
+was true when training began (`Origin`), never from what is checked out when it is read. Knows no MLflow.
 """
 
 import hashlib
@@ -22,7 +20,7 @@ from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
 from tasks.project.dvc import LOCK, Lock, LockedStage, dvc_md5, read_lock, upstream
 from tasks.project.files import content_hash
-from tasks.project.git import ask
+from tasks.project.git import changed_files, head
 from tasks.project.paths import CORPUS, INDEX, METRICS, MODELS
 
 PROFILES = Path("profiles")
@@ -32,61 +30,44 @@ NAMED = {"distill": "recipe", "reinforce": "recipe", "evaluate": "model", "base-
 
 
 def locked_outputs(root: Path = Path()) -> dict[str, dict[str, str]]:
-    """Stage -> path -> DVC's md5; empty without a dvc.lock that can be read: tracking goes on."""
+    """Return stage -> path -> DVC's md5; empty without a dvc.lock that can be read: tracking goes on."""
     with suppress(OSError, UserError):
         return {name: stage.outs for name, stage in read_lock(root).items()}
     return {}
 
 
 def lock_digest(root: Path = Path()) -> str | None:
-    """SHA-256 of dvc.lock."""
+    """Compute the SHA-256 of dvc.lock."""
     with suppress(OSError):
         return hashlib.sha256((root / LOCK).read_bytes()).hexdigest()
     return None
 
 
-def git_commit(root: Path = Path()) -> str:
-    """The commit that is checked out; empty outside git."""
-    return (ask("rev-parse", "HEAD", root=root) or "").strip()
-
-
-def git_dirty(root: Path = Path()) -> bool | None:
-    """Whether a tracked file differs from the commit, RECORDED ones aside; None outside git."""
-    others = [f":(exclude){path}" for path in RECORDED]
-    changed = ask("status", "--porcelain", "--untracked-files=no", "--", ".", *others, root=root)
-    return None if changed is None else bool(changed)
-
-
-def uncommitted(path: Path, root: Path = Path()) -> bool:
-    """Return whether a file differs from the commit, or is in none; False outside git, where nothing is."""
-    return bool(ask("status", "--porcelain", "--", str(path), root=root))
-
-
 def labels(root: Path = Path()) -> dict[str, str]:
-    """Tags of every run: commit, whether that is all of the code, profile and seed, as far as known."""
-    found = {"git.commit": commit} if (commit := git_commit(root)) else {}
-    if (dirty := git_dirty(root)) is not None:
-        found["git.dirty"] = str(dirty).lower()
+    """Return tags of every run, as far as known: commit, whether it is all of the code, profile, seed."""
+    found = {"git.commit": commit} if (commit := head(root)) else {}
+    if (changed := changed_files(".", *(f":(exclude){path}" for path in RECORDED), root=root)) is not None:
+        found["git.dirty"] = str(bool(changed)).lower()
     if params := settings(root):
         found |= {"profile": params.profile, "seed": str(params.seed)}
     return found
 
 
 def stage_labels(stage: str) -> dict[str, str]:
-    """What the part after `@` names: `distill@kd` -> {"recipe": "kd"}, `evaluate@kd` -> {"model": "kd"}."""
+    """Name what stands after `@`: `distill@kd` -> {"recipe": "kd"}, `evaluate@kd` -> {"model": "kd"}."""
     kind, _, item = stage.partition("@")
     return {NAMED[kind]: item} if item and kind in NAMED else {}
 
 
 def settings(root: Path = Path()) -> Params | None:
-    """params.yaml; None where it is missing or invalid, which the stage that reads it will say."""
+    """Read params.yaml; None where it is missing or invalid, which the stage that reads it will say."""
     with suppress(UserError):
         return load_params(root / PARAMS)
     return None
 
 
 def changed_settings(params: Params, root: Path = Path()) -> dict[str, Any]:
-    """The sections of params.yaml that somebody edited: what differs from its profile, nested as there.
+    """Find the sections of params.yaml that somebody edited: what differs from its profile, nested as there.
 
     Which of the paper's recipes were chosen is no difference; a row that the paper does not have is one.
     Empty for a profile that there is not.
@@ -136,14 +117,14 @@ class Origin:
 
 
 def origin() -> Origin | None:
-    """As it is now; None where parameters or lock cannot be read, which the stage itself complains of."""
+    """Return what a training that starts now starts from; None where parameters or lock cannot be read."""
     with suppress(UserError):
         return Origin(code(), load_params(), read_lock())
     return None
 
 
 def earlier_origin(stage: str, now: Origin) -> Origin:
-    """Of a training that has ended: parameters from dvc.lock; the commit only if it has the same sources.
+    """Rebuild what an ended training started from: its parameters are in dvc.lock.
 
     Raises UserError for parameters that this version does not know.
     """
@@ -168,13 +149,12 @@ def earlier_origin(stage: str, now: Origin) -> Origin:
 
 
 def code(root: Path = Path()) -> Code:
-    """The checked-out commit."""
-    status = ask("status", "--porcelain", "--", *SOURCES, root=root) or ""
-    return Code(git_commit(root), [line[3:] for line in status.splitlines()])
+    """Return the commit that is checked out, and the sources that differ from it."""
+    return Code(head(root), changed_files(*SOURCES, root=root, untracked=True) or [])
 
 
 def build(recipe: str, start: Origin, inputs: Mapping[str, str], folder: Path) -> Lineage:
-    """The lineage of the model in `folder`, trained from `start` on `inputs` (path -> SHA-256).
+    """Describe the model in `folder`, trained from `start` on `inputs` (path -> SHA-256).
 
     Raises UserError when the folder is missing.
     """
@@ -207,7 +187,7 @@ def build(recipe: str, start: Origin, inputs: Mapping[str, str], folder: Path) -
 
 
 def changed_parameters(params: Params) -> Iterator[tuple[str, tuple[Any, Any]]]:
-    """(dotted key, (default, value)) of every parameter that differs from its default."""
+    """Give (dotted key, (default, value)) of every parameter that differs from its default."""
     default = _flat(Params(profile=params.profile).model_dump(mode="json"))
     own = _flat(params.model_dump(mode="json"))
     for key in sorted(default | own):
@@ -216,7 +196,7 @@ def changed_parameters(params: Params) -> Iterator[tuple[str, tuple[Any, Any]]]:
 
 
 def differences(lineage: Lineage, root: Path = Path()) -> list[str]:
-    """How this checkout differs from what the model was made of."""
+    """Say how this checkout differs from what the model was made of."""
     found, now = [], code(root)
     if now.commit != lineage["code"]["commit"]:
         found.append(f"code: commit {now.commit[:12] or 'none'} is checked out")
@@ -239,7 +219,7 @@ def differences(lineage: Lineage, root: Path = Path()) -> list[str]:
 
 
 def commands(lineage: Lineage, reference: str) -> list[str]:
-    """What makes the model again in a fresh working tree; nothing where no commit has its sources."""
+    """List the commands that make the model again in a fresh working tree; none without its sources."""
     if not lineage["code"]["commit"] or lineage["code"]["dirty"]:
         return []
     return [
@@ -250,12 +230,12 @@ def commands(lineage: Lineage, reference: str) -> list[str]:
 
 
 def parameters(lineage: Lineage) -> str:
-    """The params.yaml of the training."""
+    """Return the params.yaml of the training."""
     return as_text(lineage["params"])
 
 
 def text(lineage: Lineage, reference: str, differing: Sequence[str]) -> str:
-    """For people."""
+    """Describe a lineage for people."""
     made, index = lineage["code"], lineage["index"]
     dirty = f", with other sources in {', '.join(made['dirty'])}" if made["dirty"] else ""
     kept = lineage["filter"]
@@ -291,11 +271,11 @@ def _stage(recipe: str, params: Params) -> str:
 
 
 def _command(recipe: str, params: Params) -> str:
-    return f"exec python -m tasks.{_stage(recipe, params).replace('@', ' ')}"
+    return f"exec python -m tasks.stages.{_stage(recipe, params).replace('@', ' ')}"
 
 
 def _chain(recipe: str, params: Params) -> Iterator[str]:
-    """The recipe and those that it starts from."""
+    """Give the recipe and those that it starts from."""
     while recipe in params.recipes.all:
         yield recipe
         recipe = params.recipes.all[recipe].start
@@ -314,7 +294,7 @@ def _index(inputs: Mapping[str, str], locked: Mapping[str, str]) -> dict[str, An
 
 
 def _model(source: str, inputs: Mapping[str, str]) -> dict[str, str | None]:
-    """A given model: its folder's hashes, or the revision of the hub's that this machine has."""
+    """Identify a given model: by its folder's hashes, or by the hub's revision that this machine has."""
     if Path(source).is_dir():
         md5, sha256 = dvc_md5(Path(source)), inputs.get(source) or content_hash(Path(source))
         return {"source": source, "sha256": sha256, "md5": md5, "revision": None}
@@ -326,7 +306,7 @@ def _model(source: str, inputs: Mapping[str, str]) -> dict[str, str | None]:
 
 
 def _filter(recipe: str, params: Params, locked: Mapping[str, str]) -> dict[str, Any]:
-    """Which teacher episodes the distillations of the chain trained on, and the share that was kept."""
+    """Say which teacher episodes the distillations of the chain trained on, and the share that was kept."""
     rows = [params.recipes.all[name] for name in _chain(recipe, params)]
     on_teacher = [row for row in rows if isinstance(row, Distillation) and row.episodes != "student"]
     rule = "no teacher episodes"
@@ -365,7 +345,7 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def trained_models(params: Params, lock: Lock, root: Path = Path()) -> dict[str, str]:
-    """{recipe: stage} of the recipes whose model in the working tree `root` is the one of dvc.lock."""
+    """Return {recipe: stage} of the recipes whose model in the working tree `root` is the one of dvc.lock."""
     found = {}
     for recipe in params.recipes.all:
         stage, path = _stage(recipe, params), (MODELS / recipe).as_posix()

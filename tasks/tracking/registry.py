@@ -1,17 +1,15 @@
-"""A trained folder as an MLflow model, which everybody loads who has MLflow and transformers.
+"""The registered model `search-agent` in MLflow: versions, evaluations, and aliases that people trust.
 
-The registered model `search-agent` in MLflow: versions, their evaluations, and the aliases that people trust.
+Every trained model is a version; what belongs to it are artifacts of the run that trained it:
 
-Imports mlflow, besides `tracking.py`; that and torch only where they are used, because every stage imports
-this file. Every trained model is a version; what belongs to it are artifacts of the run that trained it:
-
-    models/search-agent/        pointer.json; with `promote.log_weights` an MLflow model, whose `model/` is
-                                the trained folder byte for byte
+    models/search-agent/        pointer.json; with `promote.log_weights` an MLflow model, for all who have
+                                MLflow and transformers; its `model/` is the trained folder byte for byte
     promotion/lineage.json      see tasks/tracking/lineage.py
-    promotion/<digest>/         an evaluation (and the student's, in `student/`), see dgpo_core/promotion
-    promotion/decisions/        every decision about the version
+    promotion/<digest>/         an evaluation (and the student's, in `student/`)
+    promotion/decisions/        every decision about the version, see dgpo_core/evaluation/promotion.py
 
-Aliases: `challenger` (the model that was offered last), `champion`, `previous`.
+Aliases: `challenger` (the model that was offered last), `champion`, `previous`. mlflow and torch are imported
+where they are used, because every stage imports this file.
 """
 
 import json
@@ -42,7 +40,7 @@ if TYPE_CHECKING:
 
 
 def save_mlflow_model(folder: Path, saved: Path, name: str) -> None:
-    """An MLflow model of the transformers flavour; `saved/model` is the folder byte for byte."""
+    """Save an MLflow model of the transformers flavour; `saved/model` is the folder byte for byte."""
     import mlflow.transformers
     import torch
     import transformers
@@ -89,7 +87,7 @@ class Version:
 
     @property
     def name(self) -> str:
-        """For people: `version 3 (dgpo)`."""
+        """Return the name for people: `version 3 (dgpo)`."""
         return f"version {self.number} ({self.tags.get('recipe', '?')})"
 
     @property
@@ -98,12 +96,12 @@ class Version:
 
     @property
     def hash(self) -> str:
-        """SHA-256 of the model's folder."""
+        """Return the SHA-256 of the model's folder."""
         return self.tags["hash"]
 
 
 def registration(recipe: str, start: lineage.Origin, inputs: Mapping[str, str], folder: Path) -> Job:
-    """What a training stage hands to its tracker: the model becomes a version of the registered model."""
+    """Make the job by which a training stage's model becomes a version of the registered model."""
 
     def job(client: "MlflowClient", run_id: str) -> None:
         made = lineage.build(recipe, start, inputs, folder)
@@ -119,7 +117,7 @@ class Registry:
         self._client = client
 
     def register(self, made: lineage.Lineage, folder: Path, run_id: str, log_weights: bool) -> Version:
-        """The version of the bytes in `folder`: a new one, with run `run_id`, or the known one."""
+        """Return the version of the bytes in `folder`: a new one, with run `run_id`, or the known one."""
         version = self.with_tag("hash", made["hash"]) or self._create(made, folder, run_id)
         self._client.set_tag(run_id, "model_version", version.reference)
         if log_weights and version.tags["weights"] != "artifact":
@@ -127,7 +125,7 @@ class Registry:
         return self.version(version.number)
 
     def version(self, number: str) -> Version:
-        """Raises UserError when there is none."""
+        """Return the version with this number. Raise UserError when there is none."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -139,16 +137,16 @@ class Registry:
         raise UserError(f"{NAME} has no version {number}; there are: {known}")
 
     def versions(self) -> list[Version]:
-        """Oldest first."""
+        """List all versions, the oldest first."""
         found = [_version(found) for found in self._client.search_model_versions(f"name='{NAME}'")]
         return sorted(found, key=lambda version: int(version.number))
 
     def with_tag(self, key: str, value: str) -> Version | None:
-        """The newest version whose tag `key` is `value`."""
+        """Find the newest version whose tag `key` is `value`."""
         return next((v for v in reversed(self.versions()) if v.tags.get(key) == value), None)
 
     def alias(self, alias: str) -> Version | None:
-        """The version that has the alias."""
+        """Find the version that has the alias."""
         from mlflow.exceptions import MlflowException
 
         try:
@@ -159,7 +157,7 @@ class Registry:
             raise
 
     def named(self, reference: str) -> Version:
-        """The version of `models:/search-agent@champion`, `models:/search-agent/3` or a recipe's newest one.
+        """Find the version of `models:/search-agent@champion`, `.../3` or a recipe's newest one.
 
         Raises UserError.
         """
@@ -232,7 +230,7 @@ class Registry:
 
     @contextmanager
     def evaluation(self, version: Version) -> Iterator[Path]:
-        """The version's evaluation in a temporary folder. Raises UserError when it has none."""
+        """Give the version's evaluation in a temporary folder. Raise UserError when it has none."""
         place = version.tags.get("evaluation")
         if not place:
             raise UserError(
@@ -243,7 +241,7 @@ class Registry:
             yield self._download(version, place, folder, f"`dgpo evaluate {version.reference}`")
 
     def lineage_of(self, version: Version) -> lineage.Lineage:
-        """As it was written when the version was registered."""
+        """Return the lineage as it was written when the version was registered."""
         with temporary_folder("lineage") as folder:
             cure = "delete the version on MLflow's page of the model, then `dgpo register`"
             path = self._download(version, LINEAGE, folder, cure)
@@ -251,7 +249,7 @@ class Registry:
         return stored
 
     def folder(self, version: Version) -> Path:
-        """The version's model folder with weights: as an artifact, in the working tree, or in DVC's cache.
+        """Find the version's folder with weights: as an artifact, in the working tree, or in DVC's cache.
 
         What is returned has the version's hash. Raises UserError that says where to look for the weights.
         """
@@ -271,13 +269,13 @@ class Registry:
         )
 
     def new_run(self, name: str) -> str:
-        """An ended run, for what is registered outside of a stage."""
+        """Make an ended run, for what is registered outside of a stage."""
         run_id = start_run(self._client, name, {"kind": "register"})
         self._client.set_terminated(run_id)
         return run_id
 
     def _download(self, version: Version, place: str, folder: Path, cure: str) -> Path:
-        """An artifact of the version's run in `folder`. Raises UserError with the cure when it is gone."""
+        """Download an artifact of the version's run to `folder`. Raise UserError when it is gone."""
         from mlflow.exceptions import MlflowException
 
         where = self._client.get_run(version.run_id).info.artifact_uri
@@ -290,7 +288,7 @@ class Registry:
             raise UserError(f"{version.name}: what MLflow kept of it is gone ({gone}): {cure}") from error
 
     def _artifact(self, version: Version, fetched: Path) -> Path | None:
-        """The logged folder: where MLflow keeps it if that is this machine, else a copy."""
+        """Find the logged folder: where MLflow keeps it if that is this machine, else a copy."""
         from mlflow.artifacts import download_artifacts
         from mlflow.exceptions import MlflowException
 
@@ -342,7 +340,7 @@ class Registry:
 
 
 def model_folder(reference: str) -> Path:
-    """A folder with the weights of `models:/search-agent@champion`, `models:/search-agent/3` or a recipe.
+    """Find a folder with the weights of `models:/search-agent@champion`, a version or a recipe.
 
     Its bytes are the registered ones. Raises UserError, and InfrastructureError when the store fails.
     """

@@ -1,11 +1,10 @@
-"""MLflow: one run for each executed stage, under the run of its pipeline.
-
-Besides this file `registry`, `run_data`, `pipeline_summary` and `traces` import it, with a client from here.
+"""MLflow runs: one for each executed stage, under the run of its pipeline.
 
 The store is MLFLOW_TRACKING_URI (a server, say) or `mlflow.db` in the working directory, with artifacts in
-`mlruns/` beside it. Everything after the import and the making of a new store happens on a thread of its own,
-in order and in batches: a slow store does not slow training down, and a broken one is warned of once and
-otherwise ignored.
+`mlruns/` beside it. `connect` gives its client, to the other modules of this folder too. A stage works with
+the store on a thread of its own, in order and in batches: a slow store does not slow training down, and a
+broken one is warned of once and otherwise ignored. MLflow's own asynchronous logging would do for metrics
+only, not for artifacts, traces and versions, and nothing limits how long its end takes.
 """
 
 import json
@@ -17,13 +16,15 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, SupportsFloat
 
+from tasks.project.files import content_hash
+from tasks.project.paths import MODELS, PLOTS, REPORTS
 from tasks.project.process import began
-from tasks.tracking.lineage import changed_settings, labels, settings
+from tasks.tracking.lineage import changed_settings, labels, locked_outputs, settings
 from tasks.tracking.store import (
     EXPERIMENT,
     artifact_root,
@@ -129,7 +130,7 @@ def close_left_over(client: "MlflowClient") -> None:
 
 
 def experiment_of(run_id: str) -> str:
-    """Id of the experiment that a run belongs to. Raises what MLflow raises."""
+    """Return the id of the experiment that a run belongs to. Raise what MLflow raises."""
     return str(connect().get_run(run_id).info.experiment_id)
 
 
@@ -273,7 +274,7 @@ class StageRun:
         return run_id
 
     def _start_monitor(self, run_id: str) -> None:
-        """MLflow's own samples of processor, memory, disk, network and GPU, unless its variable says no."""
+        """Start MLflow's own samples of the machine and its GPUs, unless its variable says no."""
         os.environ.setdefault("MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING", "true")
         from mlflow.environment_variables import MLFLOW_ENABLE_SYSTEM_METRICS_LOGGING
         from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
@@ -325,17 +326,74 @@ class Untracked(StageRun):
         self.run_id = None
 
     def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Nothing is kept."""
+        """Keep nothing."""
 
     def submit(self, job: Job, patience: float = 0.0) -> None:
-        """Nothing is done."""
+        """Do nothing."""
 
     def close(self, status: str, timeout: float = CLOSE_TIMEOUT) -> None:
-        """Nothing is open."""
+        """Close nothing: nothing is open."""
+
+
+COPIED = (PLOTS, REPORTS)  # curves and report: for people, and small
+MAX_COPY = 10_000_000  # bytes of one file; the report's page stays below 8 MB
+MAX_DIGEST = 36  # characters, by MLflow's limit: DVC's digest of a folder fits, our SHA-256 is cut
+
+
+def log_inputs(client: "MlflowClient", run_id: str, stage: str, hashes: Mapping[str, str]) -> None:
+    """Log inputs (path -> content hash) as MLflow data sets, by name and digest; nothing of them is loaded.
+
+    Under DVC the digest is DVC's, as dvc.lock has it of the stage that made the file; otherwise, and for
+    files that no stage makes, it is the beginning of ours.
+    """
+    from mlflow.entities import Dataset, DatasetInput, InputTag
+
+    made = locked_outputs().values() if os.environ.get("DVC_STAGE") else ()
+    known = {path: md5 for outputs in made for path, md5 in outputs.items()}
+    inputs = []
+    for path, digest in hashes.items():
+        source = json.dumps({"uri": Path(path).resolve().as_uri()})
+        dataset = Dataset(path, known.get(path, digest)[:MAX_DIGEST], "local", source)
+        inputs.append(DatasetInput(dataset, [InputTag("mlflow.data.context", _context(stage, Path(path)))]))
+    if inputs:
+        client.log_inputs(run_id, inputs)
+
+
+def _context(stage: str, path: Path) -> str:
+    """Say what an input is for: MLflow shows it beside the data set's name."""
+    if path.is_relative_to(MODELS):
+        return "model"
+    return "evaluation" if stage.startswith(("evaluate@", "report")) else "training"
+
+
+def log_outputs(client: "MlflowClient", run_id: str, pointers: Mapping[str, Mapping[str, Any]]) -> None:
+    """Log `outputs.json` with what `describe` says of every output, and the files of COPIED folders."""
+    client.log_dict(run_id, dict(pointers), "outputs.json")
+    for path in map(Path, pointers):
+        if any(path.is_relative_to(folder) for folder in COPIED):
+            for file in _files(path):
+                if file.stat().st_size <= MAX_COPY:
+                    client.log_artifact(run_id, str(file), file.parent.as_posix())
+
+
+def describe(outputs: Sequence[Path]) -> dict[str, dict[str, Any]]:
+    """Return {path: {"sha256", "bytes", "files"}} of each output: enough to know it again anywhere."""
+    return {
+        path.as_posix(): {
+            "sha256": content_hash(path),
+            "bytes": sum(file.stat().st_size for file in _files(path)),
+            "files": len(_files(path)),
+        }
+        for path in outputs
+    }
+
+
+def _files(path: Path) -> list[Path]:
+    return [path] if path.is_file() else sorted(file for file in path.rglob("*") if file.is_file())
 
 
 def log_params(client: "MlflowClient", run_id: str, values: Mapping[str, str]) -> None:
-    """Parameters of a run, in requests of a size that MLflow takes."""
+    """Log parameters of a run, in requests of a size that MLflow takes."""
     from mlflow.entities import Param
 
     params = [Param(name, value[:MAX_PARAM_LENGTH]) for name, value in values.items()]
@@ -344,7 +402,7 @@ def log_params(client: "MlflowClient", run_id: str, values: Mapping[str, str]) -
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"a": {"b": 1}} -> {"a.b": "1"}; lists and None as JSON."""
+    """Join nested keys by dots: {"a": {"b": 1}} -> {"a.b": "1"}; lists and None become JSON."""
     flat: dict[str, str] = {}
     for key, value in values.items():
         name = f"{prefix}{key}"
@@ -356,13 +414,13 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
-    """The finite numbers among `values` (tensors and numpy scalars too), as MLflow takes them."""
+    """Select the finite numbers among `values` (tensors and numpy scalars too), as MLflow takes them."""
     floats = {name: float(value) for name, value in values.items() if isinstance(value, SupportsFloat)}
     return {name: value for name, value in floats.items() if math.isfinite(value)}
 
 
 def warn(error: Exception) -> None:
-    """Tracking is a convenience: its failure is said in one line and never ends a stage."""
+    """Say in one line that tracking failed: it is a convenience, and never ends a stage."""
     with suppress(OSError):  # the terminal may be closed by now
         print(f"warning: MLflow does not record this run: {explained(error)}", file=sys.stderr, flush=True)
 

@@ -1,9 +1,9 @@
-"""MLflow's local store, an sqlite file: whole or not there, and at home in the folder in which it lies.
+"""MLflow's store: a local sqlite file that is whole or not there, or a server that answers in seconds.
 
-`prepare` is called before anything opens a store. MLflow itself would make the tables in the calling process,
-which may be killed in the middle of it, and would look for artifacts where the store once was.
-
-What stands in the way at MLflow's store or server, as one line that says what to do. Imports no MLflow.
+`prepare` is called before anything opens a local store. MLflow itself would make the tables in the calling
+process, which may be killed in the middle of it, and would look for artifacts where the store once was. What
+stands in the way at a store or server is told in one line that says what to do. Nothing here imports MLflow,
+except the process that makes a store.
 """
 
 import os
@@ -184,7 +184,7 @@ def _make(path: Path) -> None:
         with tempfile.TemporaryDirectory(prefix=f"{path.name}-making-", dir=path.parent) as folder:
             new = Path(folder) / path.name
             command = [sys.executable, "-m", "tasks.tracking.store", str(new), artifact_root(path).as_uri()]
-            sources = str(Path(__file__).resolve().parents[1])
+            sources = str(Path(__file__).resolve().parents[2])
             paths = os.pathsep.join([sources, *filter(None, [os.environ.get("PYTHONPATH")])])
             env = {**os.environ, "PYTHONPATH": paths}
             # in the store's folder: MLflow's own first experiment is kept relative to it
@@ -259,7 +259,7 @@ def _reading(path: Path) -> sqlite3.Connection:
 
 @contextmanager
 def _alone(path: Path) -> Iterator[None]:
-    """Only one process makes or moves the store; the kernel frees the lock of one that is killed."""
+    """Let only one process make or move the store; the kernel frees the lock of one that is killed."""
     from filelock import FileLock
 
     with FileLock(path.with_name(f"{path.name}.lock"), timeout=STORE_PATIENCE):
@@ -321,7 +321,7 @@ def explained(error: Exception) -> UserError | InfrastructureError:
 
 
 def _other_version(uri: str) -> str:
-    """What a failure may come of: a server of another MLflow than this one."""
+    """Say whether a failure may come of a server of another MLflow than this one."""
     if not uri.startswith("http"):
         return ""
     from importlib.metadata import version
@@ -338,7 +338,7 @@ def _other_version(uri: str) -> str:
 
 
 def _command(text: str) -> str:
-    """A command for the store in use, to be pasted; MLflow's own default is `mlflow.db` where one is."""
+    """Write a command for the store in use, to be pasted; MLflow's own default is `mlflow.db`."""
     uri = tracking_uri()
     if local_path(uri) == STORE.resolve():
         return text

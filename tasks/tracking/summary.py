@@ -29,7 +29,7 @@ MAX_NOTE = 8000  # characters, by MLflow's limit
 
 
 @dataclass(frozen=True)
-class Made:
+class StageSummary:
     """A stage, what this pipeline did with it, and the run that made its output (None: unknown)."""
 
     stage: str
@@ -54,24 +54,24 @@ def summarize(
             _log(client, child.info.run_id, tags=_output_tags(outputs, stage))
     left = "unchanged" if succeeded else "not executed"
     stages = [
-        _made(stage, children[stage].info.status, children[stage])
+        _stage_summary(stage, children[stage].info.status, children[stage])
         if stage in children
-        else _made(stage, left, _maker(client, experiment, outputs, stage))
+        else _stage_summary(stage, left, _maker(client, experiment, outputs, stage))
         for stage in dict.fromkeys([*(outputs if planned is None else planned), *children])
     ]
-    executed = sum(made.state == "executed" for made in stages)
+    executed = sum(each.state == "executed" for each in stages)
     tags = {NOTE: note(stages), "stages": f"{executed} executed of {len(stages)}"}
     tags |= {"dvc.lock": digest} if (digest := lock_digest(root)) else {}
-    reported = succeeded and "report" in {made.stage for made in stages}
+    reported = succeeded and "report" in {each.stage for each in stages}
     _log(client, run_id, tags, results(root) if reported else {})
-    client.log_dict(run_id, {"stages": [asdict(made) for made in stages]}, "stages.json")
+    client.log_dict(run_id, {"stages": [asdict(each) for each in stages]}, "stages.json")
     for path in (root / LOCK, root / PARAMS):
         if path.is_file():
             client.log_artifact(run_id, str(path))
 
 
 def results(root: Path) -> dict[str, float]:
-    """The report's `em/<model>/<data set or average>` and `arcap/<model>/<measurement>`; none without one."""
+    """Read the report's `em/<model>/<data set>` and `arcap/<model>/<measurement>`, if there is one."""
     found: dict[str, float | None] = {}
     with suppress(OSError, ValueError):
         for model, sets in json.loads((root / REPORTS / "results.json").read_bytes()).items():
@@ -81,16 +81,16 @@ def results(root: Path) -> dict[str, float]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def note(stages: Iterable[Made]) -> str:
-    """The stages as a Markdown table with links to the runs, cut to what MLflow takes."""
+def note(stages: Iterable[StageSummary]) -> str:
+    """Write the stages as a Markdown table with links to the runs, cut to what MLflow takes."""
     lines = ["| stage | state | time | run |", "| --- | --- | --- | --- |"]
     length, more = sum(map(len, lines)) + 100, 0
-    for made in stages:
+    for each in stages:
         link = (
-            f"[{made.run_id[:8]}](#/experiments/{made.experiment}/runs/{made.run_id})" if made.run_id else ""
+            f"[{each.run_id[:8]}](#/experiments/{each.experiment}/runs/{each.run_id})" if each.run_id else ""
         )
-        time = "" if made.seconds is None else duration(made.seconds)
-        line = f"| {made.stage} | {made.state} | {time} | {link or 'unknown'} |"
+        time = "" if each.seconds is None else duration(each.seconds)
+        line = f"| {each.stage} | {each.state} | {time} | {link or 'unknown'} |"
         length += len(line) + 1
         if length > MAX_NOTE:
             more += 1
@@ -100,14 +100,14 @@ def note(stages: Iterable[Made]) -> str:
 
 
 def _children(client: "MlflowClient", experiment: str, parent: str) -> dict[str, "Run"]:
-    """The newest run of each stage that this pipeline executed."""
+    """Find the newest run of each stage that this pipeline executed."""
     mine = f"tags.`mlflow.parentRunId` = '{parent}'"
     runs = client.search_runs([experiment], mine, order_by=["attributes.start_time ASC"])
     return {run.data.tags["stage"]: run for run in runs if "stage" in run.data.tags}
 
 
 def _maker(client: "MlflowClient", experiment: str, outputs: Outputs, stage: str) -> "Run | None":
-    """The newest finished run of `stage` whose outputs had the digests that dvc.lock has now."""
+    """Find the newest finished run of `stage` whose outputs had the digests that dvc.lock has now."""
     tags = _output_tags(outputs, stage)
     if not tags:
         return None
@@ -118,13 +118,13 @@ def _maker(client: "MlflowClient", experiment: str, outputs: Outputs, stage: str
     return found[0] if found else None
 
 
-def _made(stage: str, state: str, run: "Run | None") -> Made:
+def _stage_summary(stage: str, state: str, run: "Run | None") -> StageSummary:
     if run is None:
-        return Made(stage, state)
+        return StageSummary(stage, state)
     start, end = run.info.start_time, run.info.end_time
     seconds = (end - start) / 1000 if end else None
     state = {"FINISHED": "executed"}.get(state, state.lower())
-    return Made(stage, state, run.info.run_id, run.info.experiment_id, seconds)
+    return StageSummary(stage, state, run.info.run_id, run.info.experiment_id, seconds)
 
 
 def _output_tags(outputs: Outputs, stage: str) -> dict[str, str]:

@@ -1,6 +1,4 @@
-"""An episode as a tree of steps: turns of the model and searches, with the text and tokens of each.
-
-Episodes as MLflow traces: what the model wrote, searched and found, with its scores.
+"""Episodes as MLflow traces: what the model wrote, searched and found, with its scores.
 
 A root AGENT span with question and answer; below it an LLM span for each turn and a RETRIEVER span for each
 search. Episodes run in batches and keep no times, so all spans have the moment in which they were recorded,
@@ -45,7 +43,7 @@ class Step:
 
 
 def sample(episodes: list[Episode], limit: int) -> list[Episode]:
-    """At most `limit` episodes: failed ones first, then evenly over data sets, one a question.
+    """Choose at most `limit` episodes: failed ones first, then evenly over data sets, one a question.
 
     The questions are those of the report's reader, and so the same for every model.
     """
@@ -56,7 +54,7 @@ def sample(episodes: list[Episode], limit: int) -> list[Episode]:
 
 
 def steps(episode: Episode, decode: Decode) -> list[Step]:
-    """Turns of the model, each followed by the search that it asked for.
+    """Cut the episode into the turns of the model, each followed by the search that it asked for.
 
     The input of a turn is all that stood before it. A search that was asked for and not answered because
     the retriever failed is a step with an error; after the last turn none is asked.
@@ -88,7 +86,7 @@ def steps(episode: Episode, decode: Decode) -> list[Step]:
 
 
 def documents(search: Search, shown: str) -> list[dict[str, Any]]:
-    """What a search found, in MLflow's form of documents, with the text that the model was shown.
+    """Write what a search found in MLflow's form of documents, with the text that the model was shown.
 
     A passage for which there was no room left has empty contents.
     """
@@ -104,7 +102,7 @@ def documents(search: Search, shown: str) -> list[dict[str, Any]]:
 
 
 def _split_title(document: str) -> tuple[str, str]:
-    """Title and text of `title) text`; a title may hold brackets itself."""
+    """Split `title) text` into title and text; a title may hold brackets itself."""
     depth = 1
     for place, character in enumerate(document):
         depth += {"(": 1, ")": -1}.get(character, 0)
@@ -142,7 +140,7 @@ def trace_episodes(
 
 
 def traced(run: Run, rollout: Rollout, decode: Decode, every: int, limit: int) -> Rollout:
-    """`rollout`, with a few episodes of each `every`-th step recorded: TRAINING_EPISODES, `limit` at most."""
+    """Record a few episodes of each `every`-th step of `rollout`: TRAINING_EPISODES, `limit` at most."""
 
     def remembered(questions: list[int], step: int) -> list[Episode]:
         episodes = rollout(questions, step)
@@ -167,7 +165,7 @@ def send(client: "MlflowClient", run_id: str, recorded: list[Recorded]) -> None:
 
 
 def make_trace(recorded: Recorded, experiment: str, run_id: str) -> "Trace":
-    """MLflow's entities for one episode."""
+    """Make MLflow's entities for one episode."""
     from mlflow.entities import Trace, TraceData, TraceInfo, TraceLocation, TraceState
 
     episode = recorded.episode
@@ -208,7 +206,7 @@ def make_trace(recorded: Recorded, experiment: str, run_id: str) -> "Trace":
 
 
 def _assessments(episode: Episode, trace: str) -> "list[Assessment]":
-    """The golden answers, and the scores of an episode that did not fail."""
+    """Return the golden answers, and the scores of an episode that did not fail."""
     from mlflow.entities import AssessmentSource, Expectation, Feedback
 
     source = AssessmentSource("CODE", SCORER)
@@ -225,7 +223,7 @@ def _assessments(episode: Episode, trace: str) -> "list[Assessment]":
 
 
 def _span(trace: bytes, place: int, now: int, step: Step) -> "Span":
-    """Span number `place` of a trace, 0 the root; they start a microsecond apart, which keeps their order."""
+    """Make span number `place` of a trace, 0 the root; starts a microsecond apart keep their order."""
     from mlflow.entities import Span
 
     attributes = {

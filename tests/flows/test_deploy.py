@@ -55,7 +55,7 @@ def test_which_server_is_meant(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     assert named_server() is None
     assert named_server(4277) == "http://127.0.0.1:4277/api"
-    up = services.Record("prefect", "", [], "PREFECT_API_URL", "http://127.0.0.1:4288/api", "", "")
+    up = services.ServiceRecord("prefect", "", [], "PREFECT_API_URL", "http://127.0.0.1:4288/api", "", "")
     services.FOLDER.mkdir()
     services.write(up)
     assert named_server() is None  # it has crashed

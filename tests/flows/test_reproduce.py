@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
-from typing import IO
 
 import pytest
 import yaml
@@ -170,8 +169,8 @@ def test_a_twin_of_a_living_run_waits_before_it_touches_anything(
     waits, refused = threading.Event(), threading.Event()
     flock = fcntl.flock
 
-    def announced(file: IO[str] | int, operation: int) -> None:
-        if not isinstance(file, int) and file.name.endswith("tiny-seed-1.lock"):  # the others are git's
+    def announced(file: int, operation: int) -> None:
+        if Path(f"/proc/self/fd/{file}").readlink().name == "tiny-seed-1.lock":  # the others are git's
             waits.set()
         flock(file, operation)
 

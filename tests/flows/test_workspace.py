@@ -8,7 +8,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO
 
 import pytest
 import yaml
@@ -17,7 +16,6 @@ from dgpo_core.errors import InfrastructureError, UserError
 from flows import workspace
 from flows.workspace import (
     PUSH_VARIABLE,
-    changed_files,
     claim_name,
     one_at_a_time,
     open_workspace,
@@ -25,6 +23,7 @@ from flows.workspace import (
     publish,
     restore_outputs,
 )
+from tasks.project.git import changed_files
 from tests.conftest import ROOT
 
 GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
@@ -85,7 +84,7 @@ def test_a_run_has_files_branch_and_the_shared_cache(root: Path) -> None:
     assert commit == git("rev-parse", "runs/calm-otter") != git("rev-parse", "HEAD")
     assert git("show", "--stat", "--format=%an: %s", commit).startswith("dgpo pipeline: seed 7")
     assert set(git("diff", "--name-only", "HEAD", commit).split()) == {"params.yaml", "dvc.lock"}
-    assert not changed_files(root)
+    assert changed_files(root=root) == []
     made.remove()
     assert not made.tree.exists()
     # what it made is in the cache of the checkout
@@ -168,14 +167,6 @@ def test_bad_revision_and_bad_root(root: Path, monkeypatch: pytest.MonkeyPatch) 
         project_root()
 
 
-def test_changed_are_tracked_files_but_not_what_every_run_writes(root: Path) -> None:
-    (root / "note.txt").write_text("mine")
-    (root / "dvc.lock").write_text((root / "dvc.lock").read_text() + "# results of this machine\n")
-    assert changed_files(root) == []
-    (root / "params.yaml").write_text("profile: x\n")
-    assert changed_files(root) == ["params.yaml"]
-
-
 def test_credentials_come_along_and_stay_private(root: Path) -> None:
     subprocess.run(
         [sys.executable, "-m", "dvc", "remote", "add", "--local", "far", "s3://bucket"], cwd=root, check=True
@@ -230,7 +221,7 @@ def test_who_waited_and_who_comes_later_take_turns(
     about_to_lock, inside, leave, third = (threading.Event() for _ in range(4))
     flock = fcntl.flock
 
-    def announced(file: IO[str], operation: int) -> None:
+    def announced(file: int, operation: int) -> None:
         about_to_lock.set()
         flock(file, operation)
 

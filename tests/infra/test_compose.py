@@ -1,4 +1,4 @@
-"""infra/compose.yaml and infra/Dockerfile without an engine: the specification's schema, and our rules."""
+"""infra/compose.yaml and infra/Dockerfile without an engine: our rules."""
 
 import fnmatch
 import importlib.metadata
@@ -14,14 +14,21 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jsonschema import Draft7Validator
+import typer.main
 
+from dgpo_core.config.retrieval import parse_location
 from infra.secrets import GENERATED
+from tasks.commands.cli import app
 from tests.conftest import ROOT
 from tests.infra.composition import COMPOSE, VARIABLE, load, secrets
 
-# The specification's schema as docker-compose 1.29.2 has it (Apache-2.0).
-SCHEMA = Path(__file__).parent / "compose_spec.json"
+TOP = {"name", "services", "networks", "volumes"}
+SERVICE = {
+    "build", "cap_drop", "command", "depends_on", "deploy", "environment", "healthcheck", "image", "init",
+    "logging", "networks", "ports", "profiles", "restart", "security_opt", "shm_size", "stop_grace_period",
+    "user", "volumes",
+}  # fmt: skip
+HEALTHCHECK = {"test", "interval", "timeout", "retries", "start_period"}
 OURS = "dgpo:"
 RUNTIME = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
@@ -35,17 +42,14 @@ def resolved(tmp_path: Path) -> dict[str, Any]:
     return services
 
 
-def test_the_specification_accepts_it(tmp_path: Path) -> None:
-    loaded = load(secrets(tmp_path))
-    del loaded["name"]  # younger than this schema
-    for service in loaded["services"].values():  # an engine turns interpolated numbers into numbers
-        for device in service["deploy"]["resources"].get("reservations", {}).get("devices", []):
-            device["count"] = int(device["count"])
-    errors = [
-        f"{list(e.absolute_path)}: {e.message}"
-        for e in Draft7Validator(json.loads(SCHEMA.read_text())).iter_errors(loaded)
-    ]
-    assert not errors
+def test_no_setting_is_misspelt() -> None:
+    """As far as that shows without an engine, which has the whole specification."""
+    assert {key for key in raw if not key.startswith("x-")} == TOP
+    for name, service in SERVICES.items():
+        assert set(service) <= SERVICE, name
+        assert set(service["healthcheck"]) <= HEALTHCHECK, name
+        assert set(service["deploy"]) == {"resources"}, name
+        assert set(service["deploy"]["resources"]) <= {"limits", "reservations"}, name
 
 
 def test_an_engine_accepts_it(tmp_path: Path) -> None:
@@ -53,16 +57,7 @@ def test_an_engine_accepts_it(tmp_path: Path) -> None:
     if not docker or subprocess.run([docker, "compose", "version"], capture_output=True).returncode:
         pytest.skip("no `docker compose` here")
     secrets(tmp_path)
-    command = [
-        docker,
-        "compose",
-        "--env-file",
-        str(tmp_path / ".env"),
-        "-f",
-        str(COMPOSE),
-        "config",
-        "--quiet",
-    ]
+    command = [docker, "compose", "--env-file", str(tmp_path / ".env"), "-f", str(COMPOSE), "config", "-q"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 
@@ -173,22 +168,22 @@ def test_only_the_servers_reach_postgres() -> None:
 
 
 @pytest.mark.parametrize("name", [name for name, it in SERVICES.items() if it["image"].startswith(OURS)])
-def test_commands_exist(name: str) -> None:
-    import typer.main
-
-    from tasks.commands.cli import app
-
-    match SERVICES[name]["command"]:
+def test_commands_exist_and_take_their_options(name: str) -> None:
+    command = SERVICES[name]["command"]
+    match command:
         case ["python", "-m", module, *_]:
             assert importlib.util.find_spec(module)
-        case ["dgpo", command, *_]:
-            group = typer.main.get_command(app)
-            known = getattr(group, "commands", {})
-            assert command in known
+        case ["dgpo", subcommand, *arguments]:
+            group: Any = typer.main.get_command(app)
+            given = group.commands[subcommand].make_context(subcommand, [*arguments]).params
+            assert f":{given['port']}/health" in SERVICES[name]["healthcheck"]["test"][-1]
+            assert SERVICES[name]["ports"][0].endswith(f":{given['port']}")
+            if "location" in given:
+                assert parse_location(given["location"]) == ("server", "http://qdrant:6333")
         case [program, *_]:
             scripts = {s.name for s in importlib.metadata.entry_points(group="console_scripts")}
             assert program in scripts
-    for argument in SERVICES[name]["command"]:
+    for argument in command:
         if argument.startswith("/app/infra/"):
             assert (ROOT / argument.removeprefix("/app/")).is_file(), argument
 
@@ -201,21 +196,6 @@ def test_the_worker_takes_the_options_that_it_gets() -> None:
     for name in ("worker-cpu", "worker-gpu"):
         options = [argument for argument in SERVICES[name]["command"] if argument.startswith("--")]
         assert options and all(option in shown for option in options)
-
-
-def test_the_retriever_takes_the_options_that_it_gets() -> None:
-    import typer.main
-
-    from dgpo_core.config.retrieval import parse_location
-    from tasks.commands.cli import app
-
-    _, name, *arguments = SERVICES["retriever"]["command"]
-    command = typer.main.get_command(app).commands[name]  # type: ignore[attr-defined]
-    given = command.make_context(name, arguments).params
-    assert parse_location(given["location"]) == ("server", "http://qdrant:6333")
-    check = SERVICES["retriever"]["healthcheck"]["test"][-1]
-    assert f":{given['port']}/health" in check
-    assert SERVICES["retriever"]["ports"][0].endswith(f":{given['port']}")
 
 
 def test_qdrant_of_the_image_fits_the_client() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from infra import install
-from infra.install import Choice, Refused, announce, brings_cuda, choose, moved, shebang
+from infra.install import Choice, Refusal, announce, brings_cuda, choose, moved, shebang
 from tests.conftest import ROOT
 
 INDEX = "https://torch.example/cpu"
@@ -31,9 +31,9 @@ def test_the_index_of_cpu_builds_is_for_machines_without_a_gpu_or_whoever_asks()
 def test_an_index_that_does_not_answer_is_said_or_refused() -> None:
     silent = choose("auto", INDEX, gpu=False, answers=False)
     assert silent.index is None and silent.note == f"TORCH_INDEX={INDEX} does not answer within 5 s; "
-    with pytest.raises(Refused, match="does not answer"):
+    with pytest.raises(Refusal, match="does not answer"):
         choose("cpu", INDEX, gpu=False, answers=False)
-    with pytest.raises(Refused, match="TORCH=gpu: one of auto, cuda, cpu"):
+    with pytest.raises(Refusal, match="TORCH=gpu: one of auto, cuda, cpu"):
         choose("gpu", "", gpu=False, answers=False)
     assert not install.answers("http://127.0.0.1:9/simple") and not install.answers("no address")
 
@@ -46,7 +46,7 @@ def test_what_is_installed_is_said_before_with_its_size() -> None:
     assert "5.9 GB in all; this machine has no NVIDIA GPU: `make demo TORCH_INDEX=" in needless
     assert "takes 2.2 GB instead" in needless
     with pytest.raises(
-        Refused, match=r"TORCH=cpu: pip finds torch with CUDA only \(5.9 GB\); add TORCH_INDEX="
+        Refusal, match=r"TORCH=cpu: pip finds torch with CUDA only \(5.9 GB\); add TORCH_INDEX="
     ):
         announce("cpu", False, True)
     assert announce("cpu", False, None, "so; ") == "so; installing into the environment"

@@ -18,7 +18,7 @@ import pytest
 
 from dgpo_core.errors import UserError
 from infra.services import Service, _last_line, down, mlflow, prefect, state, up
-from tasks.project.servers import MARK, Record, adopt, leader, members, read, write
+from tasks.project.servers import MARK, ServiceRecord, adopt, leader, members, read, write
 from tests.conftest import ROOT
 
 # A server whose child goes on when it is killed, as uvicorn's workers do.
@@ -39,10 +39,10 @@ def small(name: str = "mlflow", code: str = SERVER) -> Service:
     port = free_port()
     url = f"http://127.0.0.1:{port}/"
     command = [sys.executable, "-c", code, str(port)]
-    return Service(Record(name, "", command, "A_URL", url, url, url), port, "--a-port", {})
+    return Service(ServiceRecord(name, "", command, "A_URL", url, url, url), port, "--a-port", {})
 
 
-def recorded(folder: Path, name: str = "mlflow") -> Record:
+def recorded(folder: Path, name: str = "mlflow") -> ServiceRecord:
     record = read(name, folder)
     assert record is not None
     return record

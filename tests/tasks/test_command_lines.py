@@ -26,10 +26,10 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 
 def run(monkeypatch: pytest.MonkeyPatch, program: str, *arguments: str) -> object:
-    """The exit code of `python -m tasks.<program> <arguments>`."""
+    """The exit code of `python -m tasks.stages.<program> <arguments>`."""
     monkeypatch.setattr(sys, "argv", [program, *arguments])
     with pytest.raises(SystemExit) as ended:
-        runpy.run_module(f"tasks.{program}", run_name="__main__", alter_sys=True)
+        runpy.run_module(f"tasks.stages.{program}", run_name="__main__", alter_sys=True)
     return ended.value.code
 
 
@@ -40,7 +40,7 @@ def test_help_says_what_a_stage_reads_and_writes(
     assert run(monkeypatch, program, "--help") == 0
     said = capsys.readouterr().out
     name = program.replace("_", "-")
-    assert f"usage: python -m tasks.{program} [-h]" in said and f"Stage `{name}`: " in said
+    assert f"usage: python -m tasks.stages.{program} [-h]" in said and f"Stage `{name}`: " in said
     assert "\nwrites: " in said and f"`dvc repro {name}" in said
     assert "dgpo_core" not in said and "${" not in said
 
@@ -63,7 +63,7 @@ def test_a_stage_with_an_argument_wants_one(
         assert run(monkeypatch, program, *arguments) == 2
         last = capsys.readouterr().err.splitlines()[-1]
         wanted = f"required: {argument}" if not arguments else "unrecognized arguments"
-        assert last.startswith(f"python -m tasks.{program}: error: ") and wanted in last
+        assert last.startswith(f"python -m tasks.stages.{program}: error: ") and wanted in last
 
 
 @pytest.mark.parametrize("program", ALONE)
@@ -72,11 +72,3 @@ def test_a_stage_without_an_argument_wants_none(
 ) -> None:
     assert run(monkeypatch, program, "kd") == 2
     assert "error: unrecognized arguments: kd" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("program", ["show", "use"])
-def test_programs_that_are_commands_have_their_help(
-    program: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, program, "--help") == 0
-    assert f"Usage: dgpo {program}" in capsys.readouterr().out

@@ -58,7 +58,7 @@ def prepared(alone: Path, folder: Path, compute: dict[str, Any]) -> None:
 
 def run(stage: str, recipe: str, folder: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", f"tasks.{stage}", recipe]
+    command = [sys.executable, "-m", f"tasks.stages.{stage}", recipe]
     subprocess.run(command, cwd=folder, env=environment, check=True)
 
 

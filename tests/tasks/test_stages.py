@@ -201,7 +201,7 @@ def test_killed_training_continues_to_the_same_model(
     copy_inputs(finished, workplace)
     if module == "distill":
         shutil.rmtree(workplace / paths.MODELS / "kd")
-    command = [sys.executable, "-m", f"tasks.{module}", recipe]
+    command = [sys.executable, "-m", f"tasks.stages.{module}", recipe]
     checkpoint = workplace / ".state" / f"{module}@{recipe}" / "checkpoint.pt"
     killed = subprocess.Popen(command, cwd=workplace)
     while killed.poll() is None and not checkpoint.exists():

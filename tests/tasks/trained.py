@@ -67,7 +67,7 @@ def write_lock(folder: Path) -> None:
         graph[f"evaluate@{name}"] = (deps, [f"evaluation/{name}"])
     stages = {
         name: {
-            "cmd": f"exec python -m tasks.{name.replace('@', ' ')}",
+            "cmd": f"exec python -m tasks.stages.{name.replace('@', ' ')}",
             "deps": [{"path": path, "md5": md5(folder, path)} for path in deps],
             "params": {"params.yaml": {key: params[key] for key in sections} | {"seed": params["seed"]}},
             "outs": [{"path": path, "md5": md5(folder, path)} for path in outs],

@@ -11,7 +11,7 @@ import pytest
 from dgpo_core.errors import UserError
 from flows.dag import read_dag
 from tasks.commands.pipeline import planned
-from tasks.project.process import refuse_second
+from tasks.project.dvc import refuse_second
 from tasks.tracking.runs import connect
 
 STAGE = """

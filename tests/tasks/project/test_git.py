@@ -12,7 +12,7 @@ import pytest
 
 from dgpo_core.errors import InfrastructureError, UserError
 from tasks.project import git as module
-from tasks.project.git import TURN, alone, ask, git
+from tasks.project.git import TURN, alone, ask, changed_files, git, head
 
 WHO = ("-c", "user.name=t", "-c", "user.email=t@example.org")
 
@@ -103,6 +103,20 @@ def test_outside_of_git(workplace: Path) -> None:
     with pytest.raises(UserError, match="no such folder"):
         git("status", cwd=workplace / "nowhere")
     assert ask("rev-parse", "HEAD", root=workplace) is None
+    assert (head(), changed_files()) == ("", None)
+
+
+def test_the_state_of_a_checkout(repository: Path) -> None:
+    for name in ("dvc.lock", "params.yaml"):
+        Path(name).write_text("1")
+    git("add", ".", cwd=repository)
+    git(*WHO, "commit", "-qm", "second", cwd=repository)
+    assert head() == git("rev-parse", "HEAD", cwd=repository)
+    assert changed_files() == []
+    for name in ("dvc.lock", "params.yaml", "new"):
+        Path(name).write_text("2")
+    assert changed_files() == ["dvc.lock", "params.yaml"]
+    assert changed_files(".", ":(exclude)dvc.lock", untracked=True) == ["params.yaml", "new"]
 
 
 def test_threads_and_processes_take_turns_and_may_enter_twice(repository: Path) -> None:

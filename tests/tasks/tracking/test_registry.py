@@ -15,8 +15,8 @@ import yaml
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.models import save_model
 from dgpo_core.world.tokenizer import build_tokenizer
+from tasks.commands.lineage import show
 from tasks.commands.promote import promote
-from tasks.commands.recreate import show
 from tasks.project.dvc import dvc_md5
 from tasks.project.files import content_hash
 from tasks.stages.stage import stage

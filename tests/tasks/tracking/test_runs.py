@@ -127,7 +127,7 @@ def test_inputs_are_data_sets_with_their_digests(workplace: Path, monkeypatch: p
 def test_curves_are_copied_and_large_outputs_only_named(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("tasks.stages.stage.MAX_COPY", 20)
+    monkeypatch.setattr("tasks.tracking.runs.MAX_COPY", 20)
     with stage("train", config={}, outputs=[Path("models/kd"), Path("plots/kd.csv"), Path("reports")]):
         for path, text in {
             "models/kd/weights": "x" * 1000,

@@ -9,7 +9,7 @@ import yaml
 from dgpo_core.config.params import resolve_profile
 from tasks.stages.stage import stage
 from tasks.tracking.runs import PIPELINE_RUN, Pipeline, connect
-from tasks.tracking.summary import MAX_NOTE, Made, note, results
+from tasks.tracking.summary import MAX_NOTE, StageSummary, note, results
 from tests.tasks.miniature import ROOT
 
 
@@ -127,7 +127,7 @@ def test_no_report_means_no_results(workplace: Path) -> None:
 
 
 def test_note_is_cut_to_what_mlflow_takes() -> None:
-    stages = [Made(f"stage@{number}", "executed", "0" * 32, "1", 61.0) for number in range(200)]
+    stages = [StageSummary(f"stage@{number}", "executed", "0" * 32, "1", 61.0) for number in range(200)]
     text = note(stages)
     rows = sum(line.startswith("| stage@") for line in text.splitlines())
     assert len(text) <= MAX_NOTE

@@ -11,7 +11,7 @@ import pytest
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.promotion import read_evaluation
-from tasks.commands.recreate import OTHER, SAME, show
+from tasks.commands.lineage import OTHER, SAME, show
 from tasks.tracking.evaluations import evaluate_again, register_trained
 from tasks.tracking.registry import store
 from tests.conftest import make_workplace

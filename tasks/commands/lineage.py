@@ -22,19 +22,19 @@ SAME, OTHER = 0, 1  # exit codes
 
 @dataclass(frozen=True)
 class Verification:
-    """What came out with other bytes: the model (None: it is the same), and outputs on the way to it."""
+    """Outputs that came out with other bytes: the model (None if it is the same), and those before it."""
 
     model: str | None
     others: list[str]
 
 
 def show(reference: str, as_json: bool, params: bool, verify: bool) -> int:
-    """Print the lineage of a model in one of its forms; returns the exit code. Raises UserError."""
+    """Print the lineage of a model in one of its forms. Return the exit code. Raises UserError."""
     with store() as registry:
         version = registry.named(reference)
         stored = registry.lineage_of(version)
     if verify:
-        return _print_verification(version.reference, verified(stored))
+        return _print_verification(version.reference, verify_by_training(stored))
     if params:
         print(lineage.parameters(stored), end="")
         return SAME
@@ -48,7 +48,7 @@ def show(reference: str, as_json: bool, params: bool, verify: bool) -> int:
     return SAME
 
 
-def verified(stored: lineage.Lineage) -> Verification:
+def verify_by_training(stored: lineage.Lineage) -> Verification:
     """Make the model again in a worktree of its commit, with an empty cache.
 
     Takes as long as the training and all that it needs. Raises UserError when the commit does not have what
@@ -71,13 +71,13 @@ def verified(stored: lineage.Lineage) -> Verification:
             for name, stage in stored["stages"].items():
                 if _differing(stage["outs"], tree):  # base models come with the commit
                     _run([sys.executable, "-m", "dvc", "repro", "--single-item", name], tree, shown=True)
-            return _compared(stored, tree)
+            return _compare(stored, tree)
         finally:
             with alone(Path()):
                 git("worktree", "remove", "--force", tree, cwd=Path())
 
 
-def _compared(stored: lineage.Lineage, tree: Path) -> Verification:
+def _compare(stored: lineage.Lineage, tree: Path) -> Verification:
     (folder,) = stored["stages"][stored["stage"]]["outs"]
     others = [
         f"{name}: {path} is {dvc_md5(tree / path)}, was {stage['outs'][path]}"
@@ -95,7 +95,7 @@ def _differing(outs: Mapping[str, str], tree: Path) -> list[str]:
 
 
 def _print_verification(reference: str, found: Verification) -> int:
-    """Exit code: whether the model is the same; what was made on the way to it is told."""
+    """Print what came out. Return the exit code: whether the model is the same."""
     if found.model is None:
         print(f"{reference}: made again, byte for byte")
     else:
@@ -109,7 +109,7 @@ def _print_verification(reference: str, found: Verification) -> int:
 
 
 def _run(command: list[str], folder: Path, shown: bool = False) -> None:
-    """Raises UserError when the command fails."""
+    """Run a command in `folder`. Raises UserError when it fails."""
     left = {"DGPO_PIPELINE_RUN", "DVC_STAGE", "DVC_ROOT", "MLFLOW_TRACKING_URI"}
     environment = {key: value for key, value in os.environ.items() if key not in left}
     # the worktree's sources, not ours; its runs go to a store of its own, which goes with it
