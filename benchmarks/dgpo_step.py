@@ -30,8 +30,8 @@ from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture, table
 from dgpo_core.training.batches import TokenModel
-from dgpo_core.training.engines import FrozenModel, Optimization, TrainingEngine, training_engine
-from dgpo_core.training.optimizer import constant
+from dgpo_core.training.engines import FrozenModel, TrainingEngine, training_engine
+from dgpo_core.training.optimizer import Optimization, constant
 from dgpo_core.training.reinforce import Critic, Experience, ExperienceMaker, Updater
 
 PROMPT, TURN, INFORMATION = (150, 220), (25, 160), (350, 500)  # tokens: least and most of a part
@@ -134,15 +134,17 @@ class Clock:
 
 
 class TimedMaker(ExperienceMaker):
-    """ExperienceMaker whose passes are timed by what they are for."""
+    """Times what the student's and the reference's log-probabilities take."""
 
     def __init__(self, clock: Clock, **parts: Any) -> None:
         super().__init__(**parts)
-        self._logprobs = clock.time("policy log-probabilities", super()._logprobs)  # type: ignore[method-assign]
+        self._policy_logprobs = clock.time("policy log-probabilities", super()._policy_logprobs)  # type: ignore[method-assign]
         self._reference_logprobs = clock.time("teacher", super()._reference_logprobs)  # type: ignore[method-assign]
 
 
 class TimedUpdater(Updater):
+    """Times what the actor's and the critic's gradients take."""
+
     def __init__(self, clock: Clock, **parts: Any) -> None:
         super().__init__(**parts)
         self._actor_gradient = clock.time("actor gradient", super()._actor_gradient)  # type: ignore[method-assign]

@@ -1,6 +1,6 @@
 """Peak memory of log-probabilities and KL over a real vocabulary: `python -m benchmarks.logprobs_memory`.
 
-Forward and backward of `distillation_terms` at the shapes of Qwen2.5 (student 896 wide, teacher 2,048 wide,
+Forward and backward of `distillation_losses` at the shapes of Qwen2.5 (student 896 wide, teacher 2,048 wide,
 151,936 words, bfloat16, or float32 with `--float32`): in chunks with recomputation, and with
 [tokens x vocabulary] held as a whole. Every measurement is a process of its own. A batch of 64 episodes of
 2,048 trained tokens is 131,072 tokens; other numbers of tokens can be given as arguments.
@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from dgpo_core.objectives.logprobs import CHUNK, distillation_terms
+from dgpo_core.objectives.logprobs import CHUNK, distillation_losses
 
 STUDENT, TEACHER, VOCABULARY = 896, 2048, 151_936
 TOKENS = (1024, 2048, 4096, 16_384, 131_072)
@@ -31,7 +31,7 @@ def measure(tokens: int, chunk: int, dtype: torch.dtype) -> dict[str, float]:
     teacher_hidden = torch.randn(tokens, TEACHER, dtype=dtype)
     targets = torch.randint(VOCABULARY, (tokens,))
     before, start = _peak(), time.perf_counter()
-    cross_entropy, kl = distillation_terms(hidden, head, teacher_hidden, teacher_head, targets, chunk=chunk)
+    cross_entropy, kl = distillation_losses(hidden, head, teacher_hidden, teacher_head, targets, chunk=chunk)
     (cross_entropy + kl).mean().backward()
     return {"gib": _peak() - before, "seconds": time.perf_counter() - start}
 

@@ -1,9 +1,9 @@
 """The plan's estimates beside measurements, on the CPU: `python -m benchmarks.training_step`.
 
-First small models, each in a process of its own: one policy update (`training/update.py`) with torch's FLOP
-counter, and what the process's memory grew by. Then the published shapes: parameters and FLOPs of a forward
-and backward pass without any weights (fake tensors), and bytes that autograd keeps in two layers (of real
-tensors: with fake ones attention takes another path). Small models also with checkpointing and adapters.
+First small models, each in a process of its own: one policy update (`training/reinforce.py`) with torch's
+FLOP counter, and what the process's memory grew by. Then the published shapes: parameters and FLOPs of a
+forward and backward pass without any weights (fake tensors), and bytes that autograd keeps in two layers (of
+real tensors: with fake ones attention takes another path). Small models also with checkpointing and adapters.
 """
 
 import itertools
@@ -25,10 +25,10 @@ from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture, table
 from dgpo_core.planning.holding import Holding, trained_parameters
 from dgpo_core.training.batches import TokenModel, TokenSequence, collate, counted_hidden
-from dgpo_core.training.engines import Optimization, training_engine
-from dgpo_core.training.optimizer import constant
+from dgpo_core.training.engines import training_engine
+from dgpo_core.training.optimizer import Optimization, constant
 from dgpo_core.training.parallel import autocast
-from dgpo_core.training.reinforce import Experience, Updater
+from dgpo_core.training.reinforce import GRPOExperience, Updater
 
 SMALL = {
     "qwen2, 4 layers": {
@@ -118,18 +118,17 @@ def measure(config: dict[str, Any], compute: ComputeConfig) -> Numbers:
     ids = torch.randint(config["vocab_size"], (EPISODES, LENGTH)).tolist()
     positions = list(range(LENGTH - COUNTED, LENGTH))
     zeros = [torch.zeros(COUNTED) for _ in ids]
-    experience = Experience(
+    experience = GRPOExperience(
         sequences=[TokenSequence(row, positions) for row in ids],
         old_logprobs=zeros,
-        advantages=[torch.ones(COUNTED) for _ in ids],
-        value_sequences=[],
-        values=[],
-        returns=[],
-        kl=[],
-        rewards=[],
-        gated=[False] * len(ids),
+        sampled_logprobs=None,
+        correct=torch.ones(len(ids), dtype=torch.bool),
+        gate=torch.zeros(len(ids)),
+        kl=zeros,
         kl_outside=[],
-        reference=[None] * len(ids),
+        rewards=[torch.ones(1) for _ in ids],
+        advantages=[torch.ones(COUNTED) for _ in ids],
+        reference_logprobs=[None] * len(ids),
     )
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
         updater.update(experience, list(range(EPISODES)))

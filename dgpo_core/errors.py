@@ -1,4 +1,4 @@
-"""Errors that are the user's to fix, told apart from bugs."""
+"""Errors that users or operators can mend, told apart from bugs."""
 
 import math
 import re
@@ -33,12 +33,12 @@ class ResourceError(InfrastructureError):
 
 
 def first_line(error: Exception) -> str:
-    """What libraries explain in paragraphs, for a message of one line."""
+    """Return the first line of what a library explains in paragraphs."""
     return str(error).strip().split("\n")[0]
 
 
 def without_credentials(text: str) -> str:
-    """`text` with the user and password of each URL in it (`https://<user>:<password>@host`) left out.
+    """Return `text` without the user and password of each URL in it (`https://<user>:<password>@host`).
 
     For whatever is printed, logged or shown on a page: addresses come from users, with all that is in them.
     """

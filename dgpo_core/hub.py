@@ -1,4 +1,4 @@
-"""Failures on the way to the Hugging Face hub, told apart from what is not there or not allowed."""
+"""Tell failures on the way to the Hugging Face hub apart from what is not there or not allowed."""
 
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
@@ -7,7 +7,7 @@ HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
 
 
 def unreachable(error: BaseException) -> bool:
-    """Whether `error`, or what it came of, is a connection that failed or a fault of the hub's own."""
+    """Return whether `error`, or its cause, is a connection that failed or a fault of the hub's own."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, LocalEntryNotFoundError | ConnectionError):

@@ -1,9 +1,9 @@
-"""Whether this Python is that of the project's environment; only the standard library is needed to ask."""
+"""Check that this Python is that of the project's environment, with the standard library alone."""
 
 import importlib.util
 import sys
 
-FIRST = ("pydantic", "rich", "ruamel", "typer", "yaml")  # of what is installed, what programs import first
+FIRST = ("pydantic", "rich", "ruamel", "typer")  # of what is installed, what programs import first
 
 
 def require_installed() -> None:

@@ -5,7 +5,6 @@ Three parts: settings laid over a profile, a handful of passages and questions i
 weights, and tokenizers that behave as Qwen2's and Llama 3's do.
 """
 
-import copy
 import json
 from collections.abc import Iterable
 from importlib.util import find_spec
@@ -26,7 +25,7 @@ from transformers import (
 )
 
 from dgpo_core.agent import prompts
-from dgpo_core.config.params import laid_over
+from dgpo_core.config.params import overlay
 from dgpo_core.datasets.published import TEST_SPLITS
 from dgpo_core.datasets.records import Passage, Question, write_jsonl
 from dgpo_core.models import load_tokenizer, save_model
@@ -93,7 +92,7 @@ def scaled_down(resolved: dict[str, Any], cuda: bool) -> tuple[dict[str, Any], l
 
     `resolved` is a params.yaml's content; `cuda` whether a GPU can be used.
     """
-    params, notes = laid_over(copy.deepcopy(resolved), SMALL), []
+    params, notes = overlay(resolved, SMALL), []
     if params["compute"]["device"] != "cpu" and not cuda:
         params["compute"]["device"] = "cpu"
         notes.append("no GPU: everything runs on the processor")

@@ -49,7 +49,7 @@ def _lock(folder: Path) -> FileLock:
 
 
 def _remove(folder: Path) -> None:
-    """While its lock is held. The lock's file goes last: without it nobody would look at the folder again."""
+    """Remove a folder whose lock is held; the lock's file goes last, else nobody would look there again."""
     shutil.rmtree(folder, ignore_errors=True)
     if not folder.exists():
         folder.with_name(folder.name + OWNER).unlink(missing_ok=True)

@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
-import yaml
 from prefect import get_client
 from prefect.automations import Automation
 from prefect.client.orchestration import SyncPrefectClient
@@ -34,6 +33,7 @@ from prefect.events.actions import ChangeFlowRunState
 from prefect.exceptions import ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
+from dgpo_core.config.params import read_yaml
 from dgpo_core.errors import UserError
 from flows.dag import POOLS
 from flows.execution import GPU_LIMIT
@@ -142,7 +142,7 @@ def deploy(gpus: int = 1, kind: Kind = Kind.PROCESS, nightly: bool | None = None
     UserError when `prefect deploy` refuses, and, before anything is changed, when something of somebody
     else's has one of our names.
     """
-    entries = {_full_name(entry): entry for entry in _prefect_yaml()["deployments"]}
+    entries = {_full_name(entry): entry for entry in read_yaml(PREFECT_YAML)["deployments"]}
     with get_client(sync_client=True) as client:
         before = {name: _deployment(client, name) for name in entries}
         for name, found in before.items():
@@ -172,11 +172,6 @@ def deploy(gpus: int = 1, kind: Kind = Kind.PROCESS, nightly: bool | None = None
     print(f"work pools: {', '.join(pool.name for pool in pools)}; limit {GPU_LIMIT}: {gpus}")
     print(f"deployments of {PREFECT_YAML.name}, 2 automations")
     print(f"nightly run ({NIGHTLY}): {NIGHTLY_WORDS[nightly]}")
-
-
-def _prefect_yaml() -> dict[str, Any]:
-    loaded: dict[str, Any] = yaml.safe_load(PREFECT_YAML.read_text(encoding="utf-8"))
-    return loaded
 
 
 def _full_name(entry: Mapping[str, Any]) -> str:

@@ -4,22 +4,13 @@ Texts are compared in one Unicode spelling (dgpo_core/text.py), which SQuAD's ru
 """
 
 import re
-import string
-import unicodedata
 from collections import Counter
 from collections.abc import Iterable, Iterator
 
-from dgpo_core.text import canonical, remover
+from dgpo_core.text import canonical, lower_unpunctuated, normalize, without_articles
 
-_without_punctuation = remover(re.escape(string.punctuation))
-_ARTICLES = re.compile(r"\b(a|an|the)\b")
 _SPACE = re.compile(r"\s")
 PIECE = 10_000  # characters of a long text that are looked at together
-
-
-def normalize(text: str) -> str:
-    """Return `text` in lower case, without punctuation and articles, with single spaces, in one spelling."""
-    return _words(_bare(text))
 
 
 def comparable(text: str) -> str:
@@ -28,16 +19,6 @@ def comparable(text: str) -> str:
     Empty for a text of white space only: that is no answer.
     """
     return normalize(text) or " ".join(canonical(text).lower().split())
-
-
-def _bare(text: str) -> str:
-    """Return `text` in lower case, without punctuation, in one spelling."""
-    bare = _without_punctuation(canonical(text).lower())
-    return unicodedata.normalize("NFC", bare)  # what stood apart may stand together now
-
-
-def _words(bare: str) -> str:
-    return " ".join(_ARTICLES.sub(" ", bare).split())
 
 
 def exact_match(prediction: str | None, golden_answers: Iterable[str]) -> bool:
@@ -56,8 +37,8 @@ def contains_answer(text: str | None, golden_answers: Iterable[str]) -> bool:
     """
     if text is None:
         return False
-    bare = _bare(text)
-    if not any(map(_words, _pieces(bare))):
+    bare = lower_unpunctuated(text)
+    if not any(map(without_articles, _pieces(bare))):
         return exact_match(text, golden_answers)
     answers = filter(None, map(normalize, golden_answers))
     # most of the work is articles and spaces: a long text is spared it as far as the answer is found without
@@ -70,7 +51,7 @@ def _parts(bare: str, answers: list[str]) -> Iterator[str]:
     overlap = max(map(len, answers))
     part = ""
     for piece in _pieces(bare):
-        part = " ".join(filter(None, (part[-overlap:], _words(piece))))
+        part = " ".join(filter(None, (part[-overlap:], without_articles(piece))))
         yield part
 
 

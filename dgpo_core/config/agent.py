@@ -1,6 +1,6 @@
-"""The search protocol's limits and how rollouts sample.
+"""Sections about episodes: the search protocol's limits, sampling, and the engine that generates.
 
-Which engine generates, and its settings; none of them changes what is sampled, up to rounding.
+No setting of an engine changes what is sampled, up to rounding.
 """
 
 from typing import Literal
@@ -29,6 +29,8 @@ class ProtocolConfig(Section):
 
 
 class Sampling(Section):
+    """How tokens are drawn."""
+
     temperature: NonNegativeFloat = Field(1.0, description="0 is greedy")
 
 

@@ -1,4 +1,4 @@
-"""What all configuration sections share."""
+"""The base of all sections of params.yaml."""
 
 from typing import Any, ClassVar
 
@@ -8,8 +8,8 @@ from pydantic import BaseModel, ConfigDict, field_validator
 class Section(BaseModel):
     """A part of params.yaml: unknown keys are refused, and values are never changed after loading."""
 
-    # keys that say where and how something runs, or judge its result, and change none but by rounding: what
-    # was begun under one value goes on under another
+    # Keys that say where and how something runs, or judge its result, and change no result but by rounding:
+    # what was begun under one value goes on under another, and dvc.yaml does not watch them.
     FREE: ClassVar[frozenset[str]] = frozenset()
 
     model_config = ConfigDict(
@@ -19,7 +19,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _within_64_bits(cls, value: Any) -> Any:
-        """Whole numbers are what torch, numpy, Parquet and Qdrant can take, seeds too."""
+        """Refuse whole numbers, seeds too, that torch, numpy, Parquet and Qdrant cannot take."""
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise ValueError("must fit into 64 bits: below 2**63")
         return value

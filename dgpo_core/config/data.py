@@ -1,9 +1,4 @@
-"""Where corpus and questions come from: the embedded world or the published data sets.
-
-Which question sets are trained and tested on.
-
-Embedded world and base models.
-"""
+"""Sections about data: corpus and question sets, published or of the embedded world, and its base models."""
 
 import re
 from typing import Literal, Self
@@ -24,8 +19,8 @@ class Limits(Section):
 class PublishedConfig(Section):
     """The paper's data sets (docs/data.md).
 
-    Each place is a local path or `hf://datasets/<owner>/<name>[@<revision>]/<path>`; the corpus
-    and the files of MuSiQue and NQ may end in .gz.
+    Each is a local path or `hf://datasets/<owner>/<name>[@<revision>]/<path>`; the corpus and the files of
+    MuSiQue and NQ may end in .gz.
     """
 
     questions: str = Field(
@@ -66,6 +61,8 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # becomes part of paths and of 
 
 
 class QuestionSetsConfig(Section):
+    """Which question sets are trained and tested on."""
+
     train: list[str] = Field(["nq", "hotpotqa"], min_length=1)
     test: dict[str, str] = Field(
         {name: name for name in PAPER_SETS},
@@ -84,7 +81,7 @@ class QuestionSetsConfig(Section):
         return self
 
     def playing(self, role: str) -> str | None:
-        """The set that plays the part of the paper's data set `role`, if any."""
+        """Return the set that plays the part of the paper's data set `role`, if any."""
         return next((name for name, part in self.test.items() if part == role), None)
 
 
@@ -98,7 +95,7 @@ class QuestionCounts(Section):
 
 
 class WorldConfig(Section):
-    """The generated encyclopedia (`dgpo_core.datasets.world`)."""
+    """The generated encyclopedia (`dgpo_core.world`)."""
 
     seed: NonNegativeInt = 1
     passages: int = Field(2000, ge=100, description="about how many passages")
@@ -157,7 +154,7 @@ class PhaseConfig(Section):
         return self
 
     def passages(self, step: int) -> int:
-        """Passages of a reading example of `step`, which counts from 0."""
+        """Return how many passages a reading example of `step` has; steps count from 0."""
         if step < self.one_passage * self.steps:
             return 1
         return 2 if step < (self.one_passage + self.two_passages) * self.steps else 3

@@ -1,10 +1,6 @@
-"""Where the stages that run models are executed; nothing that they make depends on it.
+"""params.yaml as a whole: sections, loading, profiles resolved into it, errors with the key's path."""
 
-When a trained model takes the champion's place (docs/promotion.md).
-
-params.yaml as a whole: loading it, resolving a profile into it, and errors with the key's path.
-"""
-
+import copy
 import difflib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -47,7 +43,7 @@ from dgpo_core.errors import UserError
 
 
 class WorkersConfig(Section):
-    """Read by dvc.yaml into the stages' `meta`, which DVC does not hash."""
+    """Where stages that run models are executed: hints in dvc.yaml's `meta`, which DVC does not hash."""
 
     pool: Literal["cpu", "gpu"] = Field("gpu", description="pool whose workers run the stages with models")
     gpus: NonNegativeInt = Field(1, description="slots of Prefect's limit `gpu` that such a stage takes")
@@ -57,7 +53,7 @@ class WorkersConfig(Section):
 
 
 class PromoteConfig(Section):
-    """What a challenger must show; intervals are paired bootstrap intervals of 95 %."""
+    """When a model takes the champion's place (docs/promotion.md), by paired bootstrap intervals of 95 %."""
 
     recipe: str | None = Field(None, description="whose model challenges; null: the last recipe of compare")
     min_gain: NonNegativeFloat = Field(
@@ -182,21 +178,21 @@ class Params(Section):
         return self
 
     def distillation(self, name: str) -> Distillation:
-        """Raises UserError with the names there are."""
+        """Return a row of recipes.distill. Raises UserError with the names there are."""
         return _row(self.recipes.distill, "distill", name)
 
     def reinforcement(self, name: str) -> Reinforcement:
-        """Raises UserError with the names there are."""
+        """Return a row of recipes.reinforce. Raises UserError with the names there are."""
         return _row(self.recipes.reinforce, "reinforce", name)
 
     @property
     def challenger(self) -> str | None:
-        """The recipe whose model may become champion; None where no recipe is compared."""
+        """Return the recipe whose model may become champion; None where no recipe is compared."""
         trained = [name for name in self.compare if name in self.recipes.all]
         return self.promote.recipe or (trained[-1] if trained else None)
 
     def sections(self, *names: str) -> dict[str, Any]:
-        """Some of the keys as plain values, without what is free: what a stage's checkpoints belong to."""
+        """Return sections as plain values without their free keys: what a stage's checkpoints depend on."""
         free = {name: set(getattr(getattr(self, name), "FREE", ())) for name in names}
         return self.model_dump(include=set(names), exclude=free)
 
@@ -208,7 +204,7 @@ def _row(rows: dict[str, Row], group: str, name: str) -> Row:
 
 
 def load_params(path: Path = PARAMS) -> Params:
-    """The validated parameters. Raises UserError with file, key and what is wrong, for the first few keys."""
+    """Load and validate params.yaml. Raises UserError with file, key and what is wrong, for a few keys."""
     if not path.exists():
         raise UserError(
             f"{path}: no such file; run it in the checkout's root (`dgpo use <profile>` writes one)"
@@ -219,7 +215,7 @@ def load_params(path: Path = PARAMS) -> Params:
 def resolve_profile(
     path: Path, recipes: list[str] | None = None, own: Recipes = NO_RECIPES
 ) -> dict[str, Any]:
-    """A profile's differences laid over the defaults: what params.yaml holds, in full.
+    """Lay a profile's differences over the defaults: the whole content of params.yaml.
 
     `recipes` names rows of the paper's table (`all`: every one) or of `own`, in place of the profile's.
     Unless the profile says who is evaluated, it is the two given models and all recipes. A profile may name
@@ -236,26 +232,26 @@ def resolve_profile(
 
 
 def _extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """A profile with those that it extends. Raises UserError for profiles that extend each other."""
+    """Lay a profile over those that it extends. Raises UserError for profiles that extend each other."""
     if path in seen:
         raise UserError(f"{path}: extends itself: {' -> '.join(p.stem for p in (*seen, path))}")
     own = read_yaml(path)
     if not (below := own.pop("extends", None)):
         return own
-    return laid_over(_extended(path.with_name(f"{below}.yaml"), (*seen, path)), own)
+    return overlay(_extended(path.with_name(f"{below}.yaml"), (*seen, path)), own)
 
 
-def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """Merge mappings in depth; everything else is replaced, also by a mapping that is empty."""
-    merged = dict(below)
+def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Lay `above` over `below`: mappings are merged in depth, all else and an empty mapping replace."""
+    merged = copy.deepcopy(below)
     for key, value in above.items():
-        deep = isinstance(value, dict) and value and isinstance(merged.get(key), dict)
-        merged[key] = laid_over(merged[key], value) if deep else value
+        both = value and isinstance(value, dict) and isinstance(merged.get(key), dict)
+        merged[key] = overlay(merged[key], value) if both else copy.deepcopy(value)
     return merged
 
 
 def paper_recipes(names: list[str], own: Recipes = NO_RECIPES) -> Recipes:
-    """Rows of the paper's table (`all`: every one) and those that they start from. Raises UserError.
+    """Select rows of the paper's table (`all`: every one) and those that they start from. Raises UserError.
 
     Rows of `own` can be named too; where the table has the name, its row counts.
     """
@@ -268,7 +264,7 @@ def paper_recipes(names: list[str], own: Recipes = NO_RECIPES) -> Recipes:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping, read as DVC reads params.yaml. Raises UserError."""
+    """Read a file that holds a mapping, as DVC reads params.yaml. Raises UserError."""
     try:
         content = parse(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -285,7 +281,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def validated(content: dict[str, Any], path: Path = PARAMS) -> Params:
-    """The parameters of `path`'s content. Raises UserError with file, key and what is wrong."""
+    """Validate the content of `path`. Raises UserError with file, key and what is wrong."""
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -302,7 +298,7 @@ def validated(content: dict[str, Any], path: Path = PARAMS) -> Params:
 
 
 def nearest_key(unknown: Sequence[str]) -> str | None:
-    """The key that was meant by one that there is not: its neighbour by spelling, or its name elsewhere."""
+    """Find the key that was meant by an unknown one: its neighbour by spelling, or its name elsewhere."""
     *sections, name = unknown
     keys = []
     for key in _keys(Params):
@@ -318,7 +314,7 @@ def nearest_key(unknown: Sequence[str]) -> str | None:
 
 
 def _keys(kind: type[BaseModel], above: str = "") -> Iterator[str]:
-    """Dotted keys of a section and all below it; `*` where users choose the names."""
+    """Yield the dotted keys of a section and all below it; `*` where users choose the names."""
     for name, field in kind.model_fields.items():
         yield f"{above}{name}"
         for section, between in _sections(field.annotation):
@@ -326,7 +322,7 @@ def _keys(kind: type[BaseModel], above: str = "") -> Iterator[str]:
 
 
 def _sections(annotation: Any) -> Iterator[tuple[type[BaseModel], str]]:
-    """Sections that a value of this type holds, each with what stands between it and the value's key."""
+    """Yield the sections that a value of this type holds, each with what stands before its keys."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         yield annotation, ""
     elif get_origin(annotation) is dict:

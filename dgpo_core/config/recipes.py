@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from dgpo_core.config.base import Section
 
-# of a recipe, and so of folders, of DVC's stages and, two of them joined by -, of the reports' pairs
+# A recipe's name: part of folders' and DVC stages' names and, two of them joined by -, of the reports' pairs.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*")
 TABLE = Path(__file__).with_name("recipes.yaml")  # the paper's rows
 STUDENT, TEACHER = "student", "teacher"  # the given models
@@ -73,7 +73,7 @@ class Recipes(Section):
 
     @property
     def need_one_vocabulary(self) -> bool:
-        """Of student and teacher: whether any recipe trains on the teacher's tokens or distributions."""
+        """Return whether student and teacher must have one: a recipe trains on the teacher's tokens."""
         return bool(self.distill) or any(row.reference == "teacher" for row in self.reinforce.values())
 
     @model_validator(mode="after")
@@ -98,7 +98,7 @@ class Recipes(Section):
         return self
 
     def with_others(self, others: "Recipes") -> "Recipes":
-        """These rows, and those of `others` whose names are not among them."""
+        """Add the rows of `others` whose names are not taken."""
         taken = self.all.keys()
         return Recipes(
             distill=self.distill | {name: row for name, row in others.distill.items() if name not in taken},
@@ -106,7 +106,7 @@ class Recipes(Section):
         )
 
     def only(self, names: Iterable[str]) -> "Recipes":
-        """The named rows and those that they start from. Raises ValueError for a name that there is not."""
+        """Select the named rows and those that they start from. Raises ValueError for an unknown name."""
         rows, wanted = self.all, set()
         for name in names:
             while name != STUDENT and name not in wanted:

@@ -1,4 +1,4 @@
-"""Encoder and index."""
+"""Sections about retrieval: the encoder, and the index with its location."""
 
 from typing import Any, Literal, NamedTuple, Self
 from urllib.parse import urlsplit
@@ -52,16 +52,16 @@ class QdrantConfig(Section):
     upload_parallel: PositiveInt = Field(4, description="requests at the same time")
 
     def built(self) -> dict[str, str | int]:
-        """The settings that a collection is built with; the others may change without a new one."""
+        """Return the settings that a collection is built with; the others may change without a new one."""
         names = {"shards", "replicas", "quantization", "hnsw_m", "hnsw_ef_construct"}
         return self.model_dump(include=names)
 
 
 class Location(NamedTuple):
-    """Where the index is searched. `place`: a folder for `folder`, a URL for `server` and `service`."""
+    """Where the index is searched; `address` is the path of a folder, or the URL of a server or service."""
 
     kind: Literal["memory", "embedded", "folder", "server", "service"]
-    place: str = ""
+    address: str = ""
 
 
 LOCATIONS = (
@@ -71,7 +71,7 @@ LOCATIONS = (
 
 
 def parse_location(text: str) -> Location:
-    """Raises ValueError for what is no location, and for a URL with credentials (not repeating it)."""
+    """Parse `retrieval.location`. Raises ValueError for what is none, and for credentials, not repeated."""
     if text == "memory":
         return Location("memory")
     if text == "embedded":
@@ -88,6 +88,8 @@ def parse_location(text: str) -> Location:
 
 
 class RetrievalConfig(Section):
+    """The index: its encoder, where it is searched, and how many passages a query gets."""
+
     # the vectors are the stage index's; how near a server's approximate search comes, `min_recall` decides
     FREE = frozenset(
         {"precision", "vectors", "location", "qdrant", "shard_size", "recall_queries", "min_recall"}
@@ -118,7 +120,7 @@ class RetrievalConfig(Section):
 
     @property
     def has_encoder(self) -> bool:
-        """Whether a model encodes queries here; BM25 is none, and a retriever service has its own."""
+        """Return whether a model encodes queries here: not BM25, nor a service, which has its own."""
         return self.encoder.kind != "bm25" and parse_location(self.location).kind != "service"
 
     @model_validator(mode="after")

@@ -1,4 +1,4 @@
-"""Teacher episodes, cold start, reinforcement learning and evaluation; defaults are the paper's (table 8)."""
+"""Sections of the stages that run models; the defaults are the paper's (table 8)."""
 
 from typing import Literal, Self
 
@@ -13,6 +13,9 @@ class LoraConfig(Section):
 
     rank: PositiveInt = 32
     alpha: PositiveInt = Field(64, description="the adapters' product is scaled by alpha / rank")
+
+
+DEFAULT_ZERO_STAGE = 2  # where compute.zero_stage is null
 
 
 class ComputeConfig(Section):
@@ -60,7 +63,7 @@ class ComputeConfig(Section):
 
     @property
     def spawns(self) -> bool:
-        """Whether a training stage starts processes of its own."""
+        """Return whether a training stage starts processes of its own."""
         return self.processes > 1 or self.hostfile is not None or self.engine == "deepspeed"
 
 

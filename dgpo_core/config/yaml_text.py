@@ -1,39 +1,48 @@
 """YAML as DVC has it, version 1.2: 1e-6 and 010 are numbers (10), `no`, `on` and 1:30 are texts.
 
-What we write means the same in version 1.1 too, which PyYAML and others read.
+What is written here means the same in version 1.1 too, which PyYAML and others read.
 """
 
+import io
 import re
 from typing import Any
 
-import yaml
 from ruamel.yaml import YAML
 from ruamel.yaml.error import MarkedYAMLError, YAMLError
-
-# Texts that only 1.2 takes for numbers: PyYAML would not quote them.
-NUMBERS = re.compile(
-    r"[-+]?(0o[0-7_]+|[0-9][0-9_]*(\.[0-9_]*)?([eE][-+]?[0-9]+)?|\.[0-9_]+([eE][-+]?[0-9]+)?)$|[-+][0-9_]+$"
-)
+from ruamel.yaml.nodes import ScalarNode
+from ruamel.yaml.representer import SafeRepresenter
+from ruamel.yaml.resolver import implicit_resolvers
 
 # Line breaks of 1.1 that 1.2 takes for letters: written as they are, the two read different texts.
 BREAKS = re.compile("[\x85\u2028\u2029]")
+# What one of the two versions takes for something other than a text.
+NO_TEXT = [pattern for _versions, _tag, pattern, _first in implicit_resolvers]
 
 
-class _Dumper(yaml.SafeDumper):
-    """PyYAML's, which also quotes texts that the two versions would read differently."""
+class _Representer(SafeRepresenter):
+    """Quotes texts, and writes numbers, so that both versions read the same."""
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+    def text(self, text: str) -> ScalarNode:
+        ambiguous = any(pattern.match(text) for pattern in NO_TEXT)
+        style = '"' if BREAKS.search(text) else "'" if ambiguous else None  # only in " they are escaped
+        return self.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+    def number(self, number: float) -> ScalarNode:
+        node = self.represent_float(number)
+        if "." not in node.value:  # 1e-06 is a text in version 1.1
+            node.value = node.value.replace("e", ".0e")
+        return node
 
 
-def _text(dumper: _Dumper, text: str) -> yaml.ScalarNode:
-    style = '"' if BREAKS.search(text) else None  # in these quotes they are escaped
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-_Dumper.add_representer(str, _text)
-_Dumper.add_implicit_resolver("tag:yaml.org,2002:float", NUMBERS, list("-+.0123456789"))
+_Representer.add_representer(str, _Representer.text)
+_Representer.add_representer(float, _Representer.number)
 
 
 def parse(text: str) -> Any:
-    """The content of a YAML document. Raises ValueError with the line and what is wrong there."""
+    """Return the content of a YAML document. Raise ValueError with the line and what is wrong there."""
     try:
         return YAML(typ="safe", pure=True).load(text)
     except YAMLError as error:
@@ -45,5 +54,11 @@ def parse(text: str) -> Any:
 
 
 def as_text(content: Any) -> str:
-    """Plain values as a YAML document, their keys in the order that they have."""
-    return yaml.dump(content, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
+    """Write plain values as a YAML document, with their keys in the order that they have."""
+    yaml = YAML(typ="safe", pure=True)
+    yaml.Representer = _Representer
+    yaml.default_flow_style = False
+    yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # None by default
+    stream = io.StringIO()
+    yaml.dump(content, stream)
+    return stream.getvalue()

@@ -1,13 +1,12 @@
-"""What questions and corpus say of each other: answers that no passage has, questions of two splits."""
+"""An audit of questions and corpus: answers that no passage has, and questions of two splits."""
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
-from dgpo_core.agent.answers import normalize
 from dgpo_core.datasets.records import Passage, Question
-from dgpo_core.text import letters, stands_in
+from dgpo_core.text import letters, normalize, stands_in
 
 Splits = Mapping[tuple[str, str], Sequence[Question]]  # (set, train, dev or test) -> questions
 FEW_ANSWERABLE = 0.5  # a share of questions below this is worth a remark
@@ -58,8 +57,8 @@ class AnswerSearch:
 def asked_in_training(questions: Splits) -> dict[tuple[str, str], int]:
     """Return how many questions of each held-out split are asked in training too, of any set.
 
-    Questions are the same by letters and digits, as gold.py joins. Test questions are also compared with the
-    validation questions, which come from the same file as those of training.
+    Questions are the same by letters and digits, as gold contexts are joined. Test questions are compared
+    with the validation questions too, which come from the same file as those of training.
     """
     known = {
         split: {letters(q.question) for (_, own), items in questions.items() if own == split for q in items}
@@ -75,14 +74,14 @@ def asked_in_training(questions: Splits) -> dict[tuple[str, str], int]:
 
 @dataclass(frozen=True)
 class Audit:
-    """`counts` for the stage's metrics; `remarks` are lines for whoever should know."""
+    """The result of an audit: `counts` for the stage's metrics, `remarks` as lines for people."""
 
     counts: dict[str, float]
     remarks: list[str]
 
 
 def audit(questions: Splits, answers: AnswerSearch) -> Audit:
-    """Look over all splits once `answers` has read the corpus (docs/data.md says what is counted)."""
+    """Audit all splits, once `answers` has read the corpus (docs/data.md says what is counted)."""
     counts: dict[str, float] = {}
     remarks = []
     leaked = asked_in_training(questions)

@@ -14,51 +14,43 @@ from typing import Any
 
 from dgpo_core.datasets.records import Question, read_jsonl
 from dgpo_core.errors import UserError
-from dgpo_core.text import letters as _letters
+from dgpo_core.text import letters
 
 TAG = re.compile(r"<[^>]+>")  # a token of HTML in NQ's simplified form
+TYPES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object"}
 
 
 @dataclass(frozen=True)
 class Gold:
-    """What an original file has for a question; `metadata` is empty where its annotators found nothing."""
+    """A question in an original file; `metadata` is empty where the annotators found no gold context."""
 
     question: str
     answers: tuple[str, ...]
     metadata: dict[str, Any]
 
 
-@dataclass(frozen=True)
-class Joined:
-    """The questions in their order; how many got a gold context, and for what reasons the others did not."""
+def add_gold(
+    questions: Sequence[Question], golds: Iterable[Gold], origins: str
+) -> tuple[list[Question], dict[str, int]]:
+    """Give each question the metadata of its partner; memory holds partners only.
 
-    questions: list[Question]
-    counts: dict[str, int]
-
-
-def join(questions: Sequence[Question], golds: Iterable[Gold], source: str) -> Joined:
-    """Give each question the metadata of its partner; only those of the questions are kept in memory.
-
-    Raises UserError naming `source` when not a single question has a partner.
+    Returns the questions in their order, and counts: how many got a gold context, and why the others did not.
+    Raises UserError naming `origins` when not a single question has a partner.
     """
-    wanted = {_letters(question.question) for question in questions}
+    wanted = {letters(question.question) for question in questions}
     partners: dict[str, list[Gold]] = defaultdict(list)
     for gold in golds:
-        if (key := _letters(gold.question)) in wanted:
+        if (key := letters(gold.question)) in wanted:
             partners[key].append(gold)
-    joined, counts = (
-        [],
-        Counter({"joined": 0, "not_found": 0, "other_answer": 0, "no_gold": 0, "ambiguous": 0}),
-    )
+    joined = []
+    counts = dict.fromkeys(("joined", "not_found", "other_answer", "no_gold", "ambiguous"), 0)
     for question in questions:
-        verdict, metadata = _partner(question, partners[_letters(question.question)])
+        verdict, metadata = _partner(question, partners[letters(question.question)])
         counts[verdict] += 1
         joined.append(replace(question, metadata={**question.metadata, **metadata}))
     if not counts["joined"]:
-        raise UserError(
-            f"{source}: has a gold context for none of {len(questions)} questions: {dict(counts)}"
-        )
-    return Joined(joined, dict(counts))
+        raise UserError(f"{origins}: has a gold context for none of {len(questions)} questions: {counts}")
+    return joined, counts
 
 
 def _partner(question: Question, candidates: list[Gold]) -> tuple[str, dict[str, Any]]:
@@ -67,15 +59,15 @@ def _partner(question: Question, candidates: list[Gold]) -> tuple[str, dict[str,
     known = [gold for gold in candidates if gold.metadata]
     if not known:
         return "no_gold", {}
-    golden = {_letters(answer) for answer in question.golden_answers}
-    sharing = [gold.metadata for gold in known if golden & {_letters(answer) for answer in gold.answers}]
+    golden = {letters(answer) for answer in question.golden_answers}
+    sharing = [gold.metadata for gold in known if golden & {letters(answer) for answer in gold.answers}]
     if not sharing:
         return "other_answer", {}
     return ("joined", sharing[0]) if all(other == sharing[0] for other in sharing) else ("ambiguous", {})
 
 
 def read_musique(path: Path) -> Iterator[Gold]:
-    """MuSiQue's own file: the supporting paragraphs in their order. Raises UserError with file and line."""
+    """Read MuSiQue's own file: supporting paragraphs in their order. Raises UserError with file and line."""
     return read_jsonl(path, _musique)
 
 
@@ -93,7 +85,7 @@ def _musique(row: dict[str, Any]) -> Gold:
 
 
 def read_nq(path: Path) -> Iterator[Gold]:
-    """NQ's own file, in its original form or the simplified one. Raises UserError with file and line.
+    """Read NQ's own file, in its original form or the simplified one. Raises UserError with file and line.
 
     Long answers of annotators who also gave a short one come first, then those that more annotators chose.
     """
@@ -124,7 +116,7 @@ def _natural_question(row: dict[str, Any]) -> Gold:
 
 
 def _tokens(row: dict[str, Any]) -> list[Any]:
-    """The page's tokens; None for those of HTML, which are part of no text."""
+    """Return the page's tokens; None for those of HTML, which are part of no text."""
     if "document_tokens" not in row:
         text: str = _typed(row, "document_text", str)
         return [None if TAG.fullmatch(token) else token for token in text.split(" ")]
@@ -151,7 +143,7 @@ def _span(answer: dict[str, Any]) -> tuple[int, int]:
 def _typed(row: dict[str, Any], key: str, kind: type) -> Any:
     value = row.get(key)
     if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-        raise ValueError(f'key "{key}" must be {_NAMES[kind]}')
+        raise ValueError(f'key "{key}" must be {TYPES[kind]}')
     return value
 
 
@@ -160,6 +152,3 @@ def _objects(row: dict[str, Any], key: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not all(isinstance(item, dict) for item in value):
         raise ValueError(f'key "{key}" must be a list of objects')
     return value
-
-
-_NAMES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object"}

@@ -1,25 +1,23 @@
-"""Which files hold the paper's questions, and how many there must be (paper, table 9).
+"""The published data sets: the paper's seven question sets and wiki-18, or files in their formats.
 
-Where a published file is: on this machine, or on the Hugging Face hub, which is asked for it once.
-
-The seven question sets of FlashRAG, with gold contexts, and validation questions held out.
-
-wiki-18, or a corpus in its format, from a plain or gzipped file: one passage at a time.
+Files are on this machine or on the Hugging Face hub. Questions come from FlashRAG, with gold contexts from
+the original files where these are given, and validation questions are held out of the training sets. A corpus
+is read one passage at a time, plain or gzipped.
 """
 
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download
+from huggingface_hub import HfUri, hf_hub_download, parse_hf_uri
 from huggingface_hub.errors import (
     EntryNotFoundError,
+    HfUriError,
     HFValidationError,
     LocalEntryNotFoundError,
     RepositoryNotFoundError,
@@ -27,145 +25,129 @@ from huggingface_hub.errors import (
 )
 
 from dgpo_core.config.data import PublishedConfig, QuestionSetsConfig
-from dgpo_core.datasets.gold import join, read_musique, read_nq
+from dgpo_core.datasets.gold import add_gold, read_musique, read_nq
 from dgpo_core.datasets.records import Passage, Question, read_corpus, read_questions
 from dgpo_core.errors import InfrastructureError, UserError, first_line
 from dgpo_core.files import replacement
 from dgpo_core.hub import HTTP_ERROR
 from dgpo_core.text import letters, trimmed
 
-# the split of FlashRAG's that the paper tests on
-TEST_SPLITS = {
-    "nq": "test",
-    "triviaqa": "test",
-    "popqa": "test",
-    "hotpotqa": "dev",
-    "2wikimultihopqa": "dev",
-    "musique": "dev",
-    "bamboogle": "test",
+# The catalogue: how many questions each set has (paper, table 9), and which split of FlashRAG's is tested on.
+TRAIN_QUESTIONS = {"nq": 79_168, "hotpotqa": 90_447}
+TEST_QUESTIONS = {
+    "nq": 3_610,
+    "triviaqa": 11_313,
+    "popqa": 14_267,
+    "hotpotqa": 7_405,
+    "2wikimultihopqa": 12_576,
+    "musique": 2_417,
+    "bamboogle": 125,
 }
-QUESTIONS = {
-    ("nq", "train"): 79_168,
-    ("hotpotqa", "train"): 90_447,
-    ("nq", "test"): 3_610,
-    ("triviaqa", "test"): 11_313,
-    ("popqa", "test"): 14_267,
-    ("hotpotqa", "test"): 7_405,
-    ("2wikimultihopqa", "test"): 12_576,
-    ("musique", "test"): 2_417,
-    ("bamboogle", "test"): 125,
-}
+TEST_SPLITS = dict.fromkeys(TEST_QUESTIONS, "test") | dict.fromkeys(
+    ("hotpotqa", "2wikimultihopqa", "musique"), "dev"
+)
 PASSAGES = 21_015_324  # of wiki-18
 
-
-SCHEME = "hf://"
-_HUB = re.compile(r"hf://datasets/(?P<repository>[^/@]+/[^/@]+)(@(?P<revision>[^/]+))?/(?P<file>.+)")
+SETTING = "data.published"  # where params.yaml names the files
+HUB = "hf://"
+GOLD = {"musique": read_musique, "nq": read_nq}  # the sets whose original files are read for gold contexts
+REPORT_EVERY = 20_000  # passages
+Split = tuple[str, str]  # (set, train or test)
 
 
 @dataclass(frozen=True)
-class Fetched:
-    """`path` is the file on this machine, `origin` where it came from: on the hub with the commit."""
+class DataFile:
+    """A file on this machine; `origin` says where it came from: on the hub with the commit."""
 
     path: Path
     origin: str
 
 
-@dataclass(frozen=True)
-class HubFile:
-    """A file of a data set on the hub; `revision` None is the newest."""
-
-    repository: str
-    file: str
-    revision: str | None
-
-
-def hub_file(place: str, setting: str) -> HubFile | None:
-    """What `hf://datasets/<owner>/<name>[@<revision>]/<path>` names; None for a path on this machine.
+def hub_file(address: str, setting: str) -> HfUri | None:
+    """Parse `hf://datasets/<owner>/<name>[@<revision>]/<path>`; None for a path on this machine.
 
     Raises UserError naming `setting` for what is neither.
     """
-    if not place.startswith(SCHEME):
+    if not address.startswith(HUB):
         return None
-    if not (match := _HUB.fullmatch(place)):
-        raise UserError(f"{setting}: {place}: must be hf://datasets/<owner>/<name>[@<revision>]/<path>")
-    return HubFile(match["repository"], match["file"], match["revision"])
-
-
-def fetch(place: str, setting: str) -> Fetched:
-    """The file at `place`, as `hub_file` reads it.
-
-    What is on the hub goes to the hub's own cache (HF_HOME), is there for the next time, and a broken
-    download continues. Raises UserError naming `setting` when there is no such file, InfrastructureError
-    when the hub cannot be reached.
-    """
-    wanted = hub_file(place, setting)
-    if wanted is None:
-        path = Path(place)
-        if not path.is_file():
-            raise UserError(f"{setting}: {place}: no such file")
-        return Fetched(path, place)
-    repository, file = wanted.repository, wanted.file
     try:
-        path = Path(hf_hub_download(repository, file, repo_type="dataset", revision=wanted.revision))
+        parsed = parse_hf_uri(address)
+    except HfUriError:
+        parsed = None
+    if parsed is None or parsed.type != "dataset" or not parsed.path_in_repo:
+        raise UserError(f"{setting}: {address}: must be hf://datasets/<owner>/<name>[@<revision>]/<path>")
+    return parsed
+
+
+def fetch(address: str, setting: str) -> DataFile:
+    """Return the file at `address`, a path or an address on the hub, which is downloaded once.
+
+    Downloads go to the hub's own cache (HF_HOME), and broken ones continue. Raises UserError naming `setting`
+    when there is no such file, InfrastructureError when the hub cannot be reached.
+    """
+    wanted = hub_file(address, setting)
+    if wanted is None:
+        if not Path(address).is_file():
+            raise UserError(f"{setting}: {address}: no such file")
+        return DataFile(Path(address), address)
+    where = f"{setting}: {address}"
+    try:
+        path = hf_hub_download(wanted.id, wanted.path_in_repo, repo_type="dataset", revision=wanted.revision)
     except (RepositoryNotFoundError, RevisionNotFoundError, HFValidationError) as error:
-        raise UserError(f"{setting}: {place}: {first_line(error)}") from error
+        raise UserError(f"{where}: {first_line(error)}") from error
     except LocalEntryNotFoundError as error:  # not in the cache, and no answer from the hub
-        raise InfrastructureError(f"{setting}: {place}: cannot reach the hub: {first_line(error)}") from error
+        raise InfrastructureError(f"{where}: cannot reach the hub: {first_line(error)}") from error
     except EntryNotFoundError as error:
-        raise UserError(f"{setting}: {place}: no such file there: {first_line(error)}") from error
+        raise UserError(f"{where}: no such file there: {first_line(error)}") from error
     except (HTTP_ERROR, OSError, RuntimeError) as error:  # RuntimeError: the hub's storage Xet
-        raise InfrastructureError(f"{setting}: {place}: the download failed: {first_line(error)}") from error
-    return Fetched(path, f"{SCHEME}datasets/{repository}@{_commit(path)}/{file}")
+        raise InfrastructureError(f"{where}: the download failed: {first_line(error)}") from error
+    return DataFile(Path(path), f"{HUB}datasets/{wanted.id}@{_commit(Path(path))}/{wanted.path_in_repo}")
 
 
 def _commit(path: Path) -> str:
-    """The hub's cache keeps a file below datasets--<owner>--<name>/snapshots/<commit>/."""
-    cached = max(place for place, part in enumerate(path.parts) if part.startswith("datasets--"))
+    """Read the commit from a path in the hub's cache: .../datasets--<owner>--<name>/snapshots/<commit>/..."""
+    cached = max(number for number, part in enumerate(path.parts) if part.startswith("datasets--"))
     return path.parts[cached + 2]
-
-
-SETTING = "data.published"
-Split = tuple[str, str]  # (set, train or test)
-GOLD = {"musique": read_musique, "nq": read_nq}  # the sets whose original files are joined
 
 
 @dataclass(frozen=True)
 class QuestionFiles:
-    """The files of a run: of each split that is trained or tested on, and with the gold contexts of a set."""
+    """The files of a run: one for each split that is trained or tested on, and the original files of sets."""
 
-    splits: dict[Split, Fetched]
-    gold: dict[str, list[Fetched]]
+    splits: dict[Split, DataFile]
+    gold: dict[str, list[DataFile]]
 
     @property
-    def named(self) -> dict[str, Fetched]:
-        """What each file is for -> the file."""
+    def named(self) -> dict[str, DataFile]:
+        """Return all files by what they are for."""
         named = {f"{name}/{split}": file for (name, split), file in self.splits.items()}
         for name, files in self.gold.items():
             named |= {f"{name}/gold/{number}": file for number, file in enumerate(files)}
         return named
 
 
-def split_places(config: PublishedConfig, sets: QuestionSetsConfig) -> dict[Split, str]:
-    """Where the file of each split is that is trained or tested on."""
+def split_addresses(config: PublishedConfig, sets: QuestionSetsConfig) -> dict[Split, str]:
+    """Return the address of each split's file that is trained or tested on."""
     names = {(name, "train"): f"{name}/train" for name in sets.train}
     names |= {(name, "test"): f"{name}/{TEST_SPLITS[name]}" for name in sets.test}
     return {split: f"{config.questions.rstrip('/')}/{name}.jsonl" for split, name in names.items()}
 
 
-def gold_places(config: PublishedConfig, sets: QuestionSetsConfig) -> dict[str, list[str]]:
-    """Where the original files are of the sets that are tested on and have any given."""
-    places: dict[str, list[str]] = {name: getattr(config, name) for name in GOLD if name in sets.test}
-    return {name: listed for name, listed in places.items() if listed}
+def gold_addresses(config: PublishedConfig, sets: QuestionSetsConfig) -> dict[str, list[str]]:
+    """Return the addresses of the original files that are given for tested sets."""
+    addresses: dict[str, list[str]] = {name: getattr(config, name) for name in GOLD if name in sets.test}
+    return {name: listed for name, listed in addresses.items() if listed}
 
 
 def fetch_questions(config: PublishedConfig, sets: QuestionSetsConfig) -> QuestionFiles:
-    """Raises UserError for a file that does not exist, InfrastructureError when the hub cannot be reached."""
+    """Fetch all files of questions. Raises as `fetch` does."""
     splits = {
-        split: fetch(place, f"{SETTING}.questions") for split, place in split_places(config, sets).items()
+        split: fetch(address, f"{SETTING}.questions")
+        for split, address in split_addresses(config, sets).items()
     }
     gold = {
-        name: [fetch(place, f"{SETTING}.{name}") for place in listed]
-        for name, listed in gold_places(config, sets).items()
+        name: [fetch(address, f"{SETTING}.{name}") for address in listed]
+        for name, listed in gold_addresses(config, sets).items()
     }
     return QuestionFiles(splits, gold)
 
@@ -173,7 +155,7 @@ def fetch_questions(config: PublishedConfig, sets: QuestionSetsConfig) -> Questi
 def load_questions(
     config: PublishedConfig, files: QuestionFiles
 ) -> tuple[dict[Split, list[Question]], dict[str, int]]:
-    """(set, split) -> questions, with split train, dev or test; and counts of what was left out or joined.
+    """Read the questions by (set, split: train, dev or test), and count what was left out or joined.
 
     FlashRAG's metadata is left out: nothing reads it, and HotpotQA's has ten paragraphs a question. Raises
     UserError with file and line, and for a count that is not the paper's.
@@ -183,7 +165,8 @@ def load_questions(
     for (name, split), file in files.splits.items():
         found = read_questions(file.path, _without_metadata)
         if config.check_counts:
-            check_count(f"{name}/{split}", len(found), QUESTIONS[name, split], file.origin)
+            expected = (TRAIN_QUESTIONS if split == "train" else TEST_QUESTIONS)[name]
+            _check_count(f"{name}/{split}", len(found), expected, file.origin)
         found, empty = _without_empty_answers(found)
         counts |= {f"{name}_{split}_empty_answers": empty} if empty else {}
         if split == "train":
@@ -192,8 +175,10 @@ def load_questions(
         else:
             questions[name, split] = found[: config.limits.test]
             if name in files.gold:
-                questions[name, split], lost = _with_gold(name, questions[name, split], files.gold[name])
-                counts |= {f"{name}_gold_{reason}": count for reason, count in lost.items()}
+                golds = chain.from_iterable(GOLD[name](part.path) for part in files.gold[name])
+                origins = ", ".join(part.origin for part in files.gold[name])
+                questions[name, split], reasons = add_gold(questions[name, split], golds, origins)
+                counts |= {f"{name}_gold_{reason}": count for reason, count in reasons.items()}
     return questions, counts
 
 
@@ -202,7 +187,7 @@ def _without_metadata(row: dict[str, Any]) -> Question:
 
 
 def _without_empty_answers(questions: list[Question]) -> tuple[list[Question], int]:
-    """The questions without golden answers of white space alone, and how many of these there were."""
+    """Drop golden answers of white space alone; return the questions, and how many answers were dropped."""
     kept = [
         replace(question, golden_answers=tuple(filter(trimmed, question.golden_answers)))
         for question in questions
@@ -211,8 +196,8 @@ def _without_empty_answers(questions: list[Question]) -> tuple[list[Question], i
     return kept, sum(len(before.golden_answers) - len(after.golden_answers) for before, after in both)
 
 
-def check_count(what: str, found: int, expected: int, origin: str) -> None:
-    """Raises UserError naming set, split, found and expected number when they differ."""
+def _check_count(what: str, found: int, expected: int, origin: str) -> None:
+    """Raise UserError naming set, split, found and expected number when they differ."""
     if found != expected:
         raise UserError(
             f"{origin}: {what} has {found:,} records, but the paper (table 9) has {expected:,}; "
@@ -223,7 +208,7 @@ def check_count(what: str, found: int, expected: int, origin: str) -> None:
 def hold_out(name: str, questions: list[Question], count: int) -> tuple[list[Question], list[Question]]:
     """Return (training, validation questions), in their order: those with the lowest hashes are held out.
 
-    Questions that ask the same (by letters and digits, as gold.py joins) stay together, so `count` is of
+    Questions that ask the same (by letters and digits) stay together, so `count` is of
     different ones. Raise UserError when nothing would be left to train on.
     """
     asked = [(letters(question.question), question) for question in questions]
@@ -246,27 +231,16 @@ def _rank(name: str, text: str) -> bytes:
     return hashlib.sha256(f"{name}\n{text}".encode()).digest()
 
 
-def _with_gold(
-    name: str, questions: list[Question], files: list[Fetched]
-) -> tuple[list[Question], dict[str, int]]:
-    golds = chain.from_iterable(GOLD[name](file.path) for file in files)
-    joined = join(questions, golds, ", ".join(file.origin for file in files))
-    return joined.questions, joined.counts
-
-
-REPORT_EVERY = 20_000
-
-
 def write_corpus(
     config: PublishedConfig,
-    source: Fetched,
+    source: DataFile,
     target: Path,
     progress: Callable[[int, int], None],
     read: Callable[[Passage], None] = lambda _: None,
 ) -> int:
-    """Check every line of `source` and write it to `target`, which appears complete; the number of passages.
+    """Check every line of `source`, write it to `target`, which appears complete, and count the passages.
 
-    Memory does not grow with wiki-18's size. `progress` gets (passages so far, expected), `read` each
+    Memory does not grow with wiki-18's size. `progress` gets (passages so far, expected), `read` gets each
     passage. Raises UserError with file and line, and for a count that is not the paper's.
     """
     limit = config.limits.passages
@@ -281,6 +255,6 @@ def write_corpus(
         if not count:
             raise UserError(f"{source.origin}: no passages in this file")
         if config.check_counts and count != limit:
-            check_count("the corpus", count, PASSAGES, source.origin)
+            _check_count("the corpus", count, PASSAGES, source.origin)
         progress(count, count)
     return count

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 from dgpo_core.errors import UserError
 from dgpo_core.text import trimmed
 
-Record = TypeVar("Record")
+T = TypeVar("T")
 _IDS = ("id", "_id", "docid")
 _ANSWERS = ("golden_answers", "answer", "answers")
 _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair, as JSON escapes it; most come in pairs
@@ -26,6 +26,8 @@ _HALF = re.compile(r"\\u[dD][89a-fA-F]")  # of a surrogate pair, as JSON escapes
 
 @dataclass(frozen=True)
 class Passage:
+    """A passage of a corpus; `contents` is the form in which it is stored and encoded."""
+
     id: str
     title: str
     text: str
@@ -57,7 +59,7 @@ class Passage:
 
 @dataclass(frozen=True)
 class Question:
-    """`metadata` may hold "golden_passages" [{"id", "title", "text"}] and "long_answers" [str].
+    """A question; `metadata` may hold "golden_passages" [{"id", "title", "text"}] and "long_answers" [str].
 
     Passages of another corpus than the searched one (the published gold contexts) have no "id".
     """
@@ -124,7 +126,7 @@ class UniqueIds:
         self._others: set[str] = set()
 
     def add(self, name: str) -> bool:
-        """Whether `name` is new."""
+        """Add an id and return whether it is new."""
         number = _number(name)
         if self._first is None:
             self._first = self._next = -1 if number is None else number
@@ -138,25 +140,26 @@ class UniqueIds:
 
 
 def _number(name: str) -> int | None:
-    """What `name` is the usual way to write of, if it is a number of at most 18 digits."""
+    """Return the number of at most 18 digits that `name` is the usual way to write of, if it is one."""
     plain = len(name) <= 18 and name.isascii() and name.isdigit() and (name == "0" or name[0] != "0")
     return int(name) if plain else None
 
 
 def write_jsonl(path: Path, records: Iterable[Passage | Question]) -> None:
+    """Write passages or questions, one a line."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", encoding="utf-8") as file:
         for record in records:
             file.write(json.dumps(record.to_json(), ensure_ascii=False) + "\n")
 
 
-def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], Record]) -> Iterator[Record]:
-    """Read what `parse` makes of each line's object, as `read_lines` does."""
+def read_jsonl(path: Path, parse: Callable[[dict[str, Any]], T]) -> Iterator[T]:
+    """Yield what `parse` makes of each line's object, as `read_lines` does."""
     return (record for _, record in read_lines(path, lambda row, _: parse(row)))
 
 
-def read_lines(path: Path, parse: Callable[[dict[str, Any], int], Record]) -> Iterator[tuple[int, Record]]:
-    """Read (line number, what `parse` makes of its object and number), line by line.
+def read_lines(path: Path, parse: Callable[[dict[str, Any], int], T]) -> Iterator[tuple[int, T]]:
+    """Yield (line number, what `parse` makes of its object and number), line by line.
 
     A path that ends in .gz is unpacked. Lines of white space alone are no records, and a byte order mark at
     the start is no part of the first. Raise UserError with file and line for what is not JSON in UTF-8, for
@@ -182,7 +185,7 @@ def _decoded(path: Path, number: int, line: bytes) -> str:
         raise UserError(f"{path}:{number}: not in UTF-8, save the file so: {error}") from error
 
 
-def _parsed(path: Path, number: int, text: str, parse: Callable[[dict[str, Any], int], Record]) -> Record:
+def _parsed(path: Path, number: int, text: str, parse: Callable[[dict[str, Any], int], T]) -> T:
     try:
         row = json.loads(text)
         if not isinstance(row, dict):
@@ -205,7 +208,7 @@ def unquoted(title: str) -> str:
 
 
 def _lines(text: str) -> str:
-    """Windows' line ends as all others."""
+    """Return `text` with Windows' line ends as all others."""
     return text.replace("\r\n", "\n")
 
 
@@ -232,7 +235,7 @@ def _with_id(row: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _answers(row: dict[str, Any]) -> tuple[str, ...]:
-    """Golden answers of any of the forms; those of "answer" with MuSiQue's "answer_aliases"."""
+    """Return golden answers of any of the forms; those of "answer" with MuSiQue's "answer_aliases"."""
     given = [key for key in _ANSWERS if key in row]
     if not given:
         raise ValueError(f'key "golden_answers" is missing; {_keys(row)}')
@@ -257,7 +260,7 @@ def _as_list(value: Any) -> list[Any]:
 
 
 def _keys(row: dict[str, Any]) -> str:
-    """What is there instead, for an error."""
+    """Return the keys that are there instead, for an error."""
     return f"its keys are {', '.join(json.dumps(key) for key in list(row)[:10]) or 'none'}"
 
 

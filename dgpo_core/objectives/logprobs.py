@@ -1,111 +1,117 @@
-"""Log-probabilities from hidden states, in chunks: [tokens, vocabulary] is never held as a whole.
+"""Log-probabilities from hidden states, in chunks: logits [N, V] are never held as a whole.
 
-Shapes: N tokens, H hidden size, V vocabulary. Every function takes the hidden states that *predict* the
-targets, that is, of the positions one before them.
+Shapes: N tokens, H hidden size, V vocabulary, K ids of TopK. Every function takes the hidden states that
+*predict* the targets, that is, those of the positions one before them. Results are float32, in nats.
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Int
+from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from dgpo_core.objectives.divergences import Divergence, forward_kl
 
 CHUNK = 1024  # tokens whose logits exist at one time
 
-REST = 1e-6  # least mass of the tokens that were not kept
+REST = 1e-6  # least mass of the tokens outside of TopK
 
-Pair = tuple[torch.Tensor, torch.Tensor]
+PerToken = tuple[Float[Tensor, " N"], Float[Tensor, " N"]]  # two values of each token
 
 
 @dataclass(frozen=True)
 class TopK:
-    """The likeliest of the first `vocabulary` ids at N positions: `ids` and `logprobs` (nats), [N, k]."""
+    """The likeliest of the first `vocabulary` ids at each of N positions, with their log-probabilities."""
 
-    ids: torch.Tensor
-    logprobs: torch.Tensor
+    ids: Int[Tensor, "N K"]
+    logprobs: Float[Tensor, "N K"]
     vocabulary: int
 
 
 def token_logprobs(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    targets: torch.Tensor,
+    hidden: Float[Tensor, "N H"],
+    head: Float[Tensor, "V H"],
+    targets: Int[Tensor, " N"],
     temperature: float = 1.0,
     chunk: int = CHUNK,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-probability of each target and entropy of each distribution, float32 [N], nats.
+) -> PerToken:
+    """Return the log-probability of each target and the entropy of each distribution.
 
-    `hidden` [N, H], `head` [V, H] (the output embedding), `targets` [N] int64. Differentiable; the logits of
-    a chunk are computed again in the backward pass.
+    `head` is the output embedding. Differentiable; the logits of a chunk are computed again in the backward
+    pass.
     """
 
-    def terms(part: slice) -> Pair:
+    def values(part: slice) -> PerToken:
         logprobs = _logprobs(hidden[part], head, temperature)
         entropy = -(logprobs.exp() * logprobs).sum(-1)
         return logprobs.gather(-1, targets[part, None])[:, 0], entropy
 
-    return _in_chunks(terms, len(targets), chunk, hidden)
+    return _in_chunks(values, len(targets), chunk, hidden)
 
 
-def distillation_terms(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
-    teacher_hidden: torch.Tensor,
-    teacher_head: torch.Tensor,
-    targets: torch.Tensor,
+def distillation_losses(
+    hidden: Float[Tensor, "N H"],
+    head: Float[Tensor, "V H"],
+    teacher_hidden: Float[Tensor, "N teacher_H"],
+    teacher_head: Float[Tensor, "teacher_V teacher_H"],
+    targets: Int[Tensor, " N"],
     divergence: Divergence = forward_kl,
     temperature: float = 1.0,
     chunk: int = CHUNK,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy of the targets and full-vocabulary divergence, float32 [N], nats (eq. 1).
+) -> PerToken:
+    """Return the cross-entropy of the targets and the full-vocabulary divergence of each token (eq. 1).
 
     The two models may pad their vocabularies differently: both distributions are taken over the shared
     prefix of ids, at `temperature`. Differentiable in `hidden` and `head` only.
     """
     shared = min(len(head), len(teacher_head))
 
-    def terms(part: slice) -> Pair:
+    def losses(part: slice) -> PerToken:
         student = _logprobs(hidden[part], head[:shared], temperature)
         with torch.no_grad():
             teacher = _logprobs(teacher_hidden[part], teacher_head[:shared], temperature)
         return -student.gather(-1, targets[part, None])[:, 0], divergence(teacher, student)
 
-    return _in_chunks(terms, len(targets), chunk, hidden)
+    return _in_chunks(losses, len(targets), chunk, hidden)
 
 
-def cached_terms(
-    hidden: torch.Tensor,
-    head: torch.Tensor,
+def cached_losses(
+    hidden: Float[Tensor, "N H"],
+    head: Float[Tensor, "V H"],
     top: TopK,
-    targets: torch.Tensor,
+    targets: Int[Tensor, " N"],
     divergence: Divergence = forward_kl,
     chunk: int = CHUNK,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As `distillation_terms`, from the teacher's kept distributions over the first `top.vocabulary` ids.
+) -> PerToken:
+    """Return what `distillation_losses` does, from the teacher's stored distributions.
 
-    Both distributions are taken over the kept tokens and one bucket for all others: a KL, Jensen-Shannon or
-    skew KL of theirs is at most the full one (data processing inequality); TAID's, whose target blends
-    logits, may be on either side. Each is equal to it when the whole vocabulary was kept.
+    Both distributions are taken over the stored tokens and one bucket for all others: a KL, Jensen-Shannon
+    or skew KL of theirs is at most the full one (data processing inequality); TAID's, whose target blends
+    logits, may be on either side. Each is equal to it when the whole vocabulary was stored.
     """
 
-    def terms(part: slice) -> Pair:
+    def losses(part: slice) -> PerToken:
         student = _logprobs(hidden[part], head[: top.vocabulary], 1.0)
         cross_entropy = -student.gather(-1, targets[part, None])[:, 0]
-        kept = student.gather(-1, top.ids[part])
-        if kept.shape[-1] == top.vocabulary:
-            return cross_entropy, divergence(top.logprobs[part], kept)
-        return cross_entropy, divergence(with_rest(top.logprobs[part]), with_rest(kept))
+        own = student.gather(-1, top.ids[part])
+        if own.shape[-1] == top.vocabulary:
+            return cross_entropy, divergence(top.logprobs[part], own)
+        return cross_entropy, divergence(with_rest(top.logprobs[part]), with_rest(own))
 
-    return _in_chunks(terms, len(targets), chunk, hidden)
+    return _in_chunks(losses, len(targets), chunk, hidden)
 
 
 @torch.no_grad()
 def top_distributions(
-    hidden: torch.Tensor, head: torch.Tensor, vocabulary: int, k: int | None, chunk: int = CHUNK
+    hidden: Float[Tensor, "N H"],
+    head: Float[Tensor, "V H"],
+    vocabulary: int,
+    k: int | None,
+    chunk: int = CHUNK,
 ) -> TopK:
-    """The `k` likeliest of the first `vocabulary` ids at each of N positions; None keeps them all."""
+    """Return the `k` likeliest of the first `vocabulary` ids at each position; None: all of them."""
     k = min(k or vocabulary, vocabulary)
     pieces = [
         _logprobs(hidden[i : i + chunk], head[:vocabulary], 1.0).topk(k) for i in range(0, len(hidden), chunk)
@@ -117,15 +123,15 @@ def top_distributions(
     )
 
 
-def with_rest(logprobs: torch.Tensor) -> torch.Tensor:
-    """Log-probabilities [..., k] of some tokens, and of all others together in one more: [..., k + 1]."""
+def with_rest(logprobs: Float[Tensor, "... K"]) -> Float[Tensor, "... K+1"]:
+    """Append the log-probability of all other tokens together."""
     # below 0 by so much that the rest keeps some mass: its logarithm stays finite, and its gradient
-    kept = logprobs.logsumexp(-1, keepdim=True).clamp(max=-REST)
-    return torch.cat([logprobs, (-kept.expm1()).log()], -1)
+    mass = logprobs.logsumexp(-1, keepdim=True).clamp(max=-REST)
+    return torch.cat([logprobs, (-mass.expm1()).log()], -1)
 
 
-def engine_gap(trainer: torch.Tensor, engine: torch.Tensor) -> dict[str, float]:
-    """How far two computations of the same log-probabilities, flat, are apart: nats, and the ratio of pi."""
+def engine_gap(trainer: Float[Tensor, " N"], engine: Float[Tensor, " N"]) -> dict[str, float]:
+    """Measure how far two computations of the same log-probabilities are apart: nats, and the ratio of pi."""
     difference = trainer - engine
     return {
         "engine_gap_mean": difference.abs().mean().item(),
@@ -134,15 +140,17 @@ def engine_gap(trainer: torch.Tensor, engine: torch.Tensor) -> dict[str, float]:
     }
 
 
-def _logprobs(hidden: torch.Tensor, head: torch.Tensor, temperature: float) -> torch.Tensor:
+def _logprobs(
+    hidden: Float[Tensor, "N H"], head: Float[Tensor, "V H"], temperature: float
+) -> Float[Tensor, "N V"]:
     logits = torch.nn.functional.linear(hidden, head).float()
     return (logits / temperature).log_softmax(-1)
 
 
-def _in_chunks(terms: Callable[[slice], Pair], count: int, chunk: int, like: torch.Tensor) -> Pair:
-    """`terms` of slices of at most `chunk` tokens, joined; the backward pass computes them again."""
+def _in_chunks(values: Callable[[slice], PerToken], count: int, chunk: int, like: Tensor) -> PerToken:
+    """Join `values` of slices of at most `chunk` tokens; the backward pass computes them again."""
     parts = [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
-    pieces = [checkpoint(terms, part, use_reentrant=False) for part in parts]
+    pieces = [checkpoint(values, part, use_reentrant=False) for part in parts]
     if not pieces:
         empty = like.new_zeros(0, dtype=torch.float32)
         return empty, empty

@@ -1,6 +1,6 @@
 """PPO and GRPO on model tokens: advantages, clipped surrogate, value loss (eq. 2; paper, section 4.3).
 
-Shapes: E episodes, T model tokens of the longest one, `mask` [E, T] with 1 on real tokens. Losses are
+`mask` is 1 on real tokens, of which the longest episode has as many as the tensors are wide. Losses are
 returned per token, so that the caller sums them with one denominator however the batch is cut.
 """
 
@@ -8,12 +8,17 @@ from collections import defaultdict
 from collections.abc import Hashable, Sequence
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+EpisodeTokens = Float[Tensor, "episodes tokens"]
+Tokens = Float[Tensor, " tokens"]  # of all episodes, one after the other
 
 
 def gae(
-    rewards: torch.Tensor, values: torch.Tensor, mask: torch.Tensor, gamma: float, lam: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Generalised advantage estimates and returns, [E, T] each (Schulman et al., 2016).
+    rewards: EpisodeTokens, values: EpisodeTokens, mask: EpisodeTokens, gamma: float, lam: float
+) -> tuple[EpisodeTokens, EpisodeTokens]:
+    """Return generalised advantage estimates and returns (Schulman et al., 2016).
 
     An episode ends with its last masked token, after which the value is 0.
     """
@@ -29,11 +34,13 @@ def gae(
     return advantages, (advantages + values) * mask
 
 
-def group_advantages(rewards: torch.Tensor, groups: Sequence[Hashable], eps: float = 1e-6) -> torch.Tensor:
-    """GRPO: (r - mean) / (std + eps) within the episodes of one question, [E] (Shao et al., 2024).
+def group_advantages(
+    rewards: Float[Tensor, " episodes"], groups: Sequence[Hashable], eps: float = 1e-6
+) -> Float[Tensor, " episodes"]:
+    """Return (r - mean) / (std + eps) within the episodes of one question (GRPO; Shao et al., 2024).
 
-    `rewards` [E]; `groups` has each episode's question. The standard deviation is the unbiased one (n - 1),
-    as in verl and TRL. An episode alone in its group has nothing to be compared with: 0.
+    `groups` has each episode's question. The standard deviation is the unbiased one (n - 1), as in verl and
+    TRL. An episode alone in its group has nothing to be compared with: 0.
     """
     members: dict[Hashable, list[int]] = defaultdict(list)
     for i, group in zip(range(len(rewards)), groups, strict=True):
@@ -47,8 +54,8 @@ def group_advantages(rewards: torch.Tensor, groups: Sequence[Hashable], eps: flo
     return advantages
 
 
-def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Zero mean and unit variance over masked entries (unbiased variance, as verl's masked_whiten)."""
+def whiten(values: EpisodeTokens, mask: EpisodeTokens) -> EpisodeTokens:
+    """Scale masked entries to zero mean and unit variance (unbiased, as verl's masked_whiten)."""
     count = mask.sum()
     mean = (values * mask).sum() / count
     variance = ((values - mean).square() * mask).sum() / (count - 1).clamp(min=1)
@@ -56,32 +63,30 @@ def whiten(values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def clipped_surrogate(
-    logprobs: torch.Tensor, old_logprobs: torch.Tensor, advantages: torch.Tensor, clip: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Per-token loss -min(rho A, clip(rho) A) and whether the clip was active (eq. 2)."""
+    logprobs: Tokens, old_logprobs: Tokens, advantages: Tokens, clip: float
+) -> tuple[Tokens, Bool[Tensor, " tokens"]]:
+    """Return each token's loss -min(rho A, clip(rho) A) and whether the clip was active (eq. 2)."""
     ratio = (logprobs - old_logprobs).exp()
     plain = -advantages * ratio
     clipped = -advantages * ratio.clamp(1 - clip, 1 + clip)
     return torch.maximum(plain, clipped), clipped > plain
 
 
-def importance_weights(logprobs: torch.Tensor, sampled_logprobs: torch.Tensor, cap: float) -> torch.Tensor:
-    """min(pi / mu, cap) of each token, flat: truncated importance sampling (Ionides, 2008; Yao et al., 2025).
+def importance_weights(logprobs: Tokens, sampled_logprobs: Tokens, cap: float) -> Tokens:
+    """Return min(pi / mu, cap): truncated importance sampling (Ionides, 2008; Yao et al., 2025).
 
     `logprobs` are the trainer's before the update, `sampled_logprobs` those that the engine sampled with, mu.
     """
     return (logprobs - sampled_logprobs).exp().clamp(max=cap)
 
 
-def value_loss(
-    values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float
-) -> torch.Tensor:
-    """Per-token max of the squared errors with and without clipping the change of the value."""
+def value_loss(values: Tokens, old_values: Tokens, returns: Tokens, clip: float) -> Tokens:
+    """Return the larger of the squared errors with and without clipping the change of the value."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     return torch.maximum((values - returns).square(), (clipped - returns).square())
 
 
-def explained_variance(values: torch.Tensor, returns: torch.Tensor) -> float:
-    """1 - Var[returns - values] / Var[returns] over flat tensors; nan when the returns do not vary."""
+def explained_variance(values: Tokens, returns: Tokens) -> float:
+    """Return 1 - Var[returns - values] / Var[returns]; nan when the returns do not vary."""
     variance = returns.var()
     return float(1 - (returns - values).var() / variance) if variance > 0 else float("nan")

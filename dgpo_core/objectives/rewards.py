@@ -1,11 +1,13 @@
 """Token rewards under a gate: eq. 4 of the paper and its variants (docs/method.md, "Equations").
 
-Shapes: E episodes, T model tokens of the longest one; `mask` [E, T] is 1 on real tokens, a prefix of a row.
+`mask` is 1 on real tokens, which are a prefix of each row.
 """
 
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 Guidance = Literal["selective", "uniform", "none"]
 KlEstimator = Literal["k1", "k2", "k3", "abs", "full"]
@@ -13,8 +15,10 @@ K3_MAX = 10.0  # of k3's value, as in the released code
 K3_MAX_LOG_RATIO = 20.0  # as in verl: beyond it the value is at its bound, and exp() stays finite
 
 
-def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor, estimator: KlEstimator) -> torch.Tensor:
-    """Per-token estimate of KL[policy || reference] from the sampled tokens' log-probabilities, nats.
+def kl_estimate(
+    logprobs: Float[Tensor, " tokens"], reference: Float[Tensor, " tokens"], estimator: KlEstimator
+) -> Float[Tensor, " tokens"]:
+    """Estimate KL[policy || reference] at each token from the sampled tokens' log-probabilities, nats.
 
     k1, k2, k3 are Schulman's estimators ("Approximating KL divergence", 2020); `full` is no estimate from
     samples, and raises ValueError (see `divergences.reverse_kl`). Differentiable, for use in a loss: there,
@@ -34,8 +38,8 @@ def kl_estimate(logprobs: torch.Tensor, reference: torch.Tensor, estimator: KlEs
     raise ValueError(f"{estimator!r} needs the whole distributions, not the sampled tokens")
 
 
-def gate(correct: torch.Tensor, guidance: Guidance) -> torch.Tensor:
-    """Which episodes are pulled towards the reference: float [E] of 0 and 1; `correct` bool [E].
+def gate(correct: Bool[Tensor, " episodes"], guidance: Guidance) -> Float[Tensor, " episodes"]:
+    """Return 1 for the episodes that are pulled towards the reference, 0 for the others.
 
     selective: the wrong ones (DGPO, eq. 4). uniform: all. none: no episode.
     """
@@ -45,9 +49,13 @@ def gate(correct: torch.Tensor, guidance: Guidance) -> torch.Tensor:
 
 
 def token_rewards(
-    correct: torch.Tensor, kl: torch.Tensor, mask: torch.Tensor, open_gate: torch.Tensor, beta: float
-) -> torch.Tensor:
-    """Reward of each model token, [E, T] (eqs. 3 and 4): EM on the last one, -beta * KL where gated."""
+    correct: Bool[Tensor, " episodes"],
+    kl: Float[Tensor, "episodes tokens"],
+    mask: Float[Tensor, "episodes tokens"],
+    open_gate: Float[Tensor, " episodes"],
+    beta: float,
+) -> Float[Tensor, "episodes tokens"]:
+    """Return each token's reward (eqs. 3 and 4): EM on the last one, -beta * KL where the gate is open."""
     rewards = -beta * kl * open_gate[:, None] * mask
     last = mask.sum(1).long() - 1
     rows = torch.arange(len(mask), device=mask.device)

@@ -3,11 +3,10 @@ training/deepspeed_engine.py), split by ZeRO (Rajbhandari et al. 2020, arXiv:191
 
 from dataclasses import dataclass
 
-from dgpo_core.config.training import ComputeConfig
+from dgpo_core.config.training import DEFAULT_ZERO_STAGE, ComputeConfig
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture
 
-ZERO_STAGE = 2  # where compute.zero_stage is null
 BUCKET = 5e8  # elements that DeepSpeed reduces at once (zero_optimization.reduce_bucket_size)
 LIVE = 1e9  # elements up to which ZeRO-3 leaves weights whole (stage3_max_live_parameters)
 Parts = dict[str, float]
@@ -15,7 +14,7 @@ Parts = dict[str, float]
 
 def zero_stage(compute: ComputeConfig) -> int | None:
     """Of DeepSpeed's ZeRO, None with plain torch."""
-    return (compute.zero_stage or ZERO_STAGE) if compute.engine == "deepspeed" else None
+    return (compute.zero_stage or DEFAULT_ZERO_STAGE) if compute.engine == "deepspeed" else None
 
 
 def trained_parameters(shape: Architecture, compute: ComputeConfig, critic: bool = False) -> int:
@@ -49,7 +48,7 @@ class Holding:
         """Weights in the precision of compute, float32 masters and moments; gradients are summed in float32,
         which ZeRO-1 does beside those in bfloat16. ZeRO-3 trains a copy of a model that generates."""
         compute, shares, width = self.compute, self.compute.processes, self._width
-        zero, numbers = zero_stage(compute) or ZERO_STAGE, trained_parameters(shape, compute, critic)
+        zero, numbers = zero_stage(compute) or DEFAULT_ZERO_STAGE, trained_parameters(shape, compute, critic)
         weights = width * self._whole(shape, critic)
         beside = 2 if width == 2 and not compute.offload else 0
         sums: float = (4 + beside) * numbers if zero == 1 else 4 * numbers / shares

@@ -6,7 +6,7 @@ from functools import partial
 from dgpo_core.config.params import Params
 from dgpo_core.config.recipes import STUDENT, TEACHER, Distillation, Reinforcement
 from dgpo_core.config.retrieval import RetrievalConfig, parse_location
-from dgpo_core.datasets.published import SCHEME
+from dgpo_core.datasets.published import HUB
 from dgpo_core.planning import passes
 from dgpo_core.planning.architectures import Architecture
 from dgpo_core.planning.generation import Generation, Generator, Parts, added, shared
@@ -118,7 +118,7 @@ class Planner:
         if in_process(retrieval):
             host += (2 if self.encoder else 1) * vectors + text  # dense ones in float32
         # a published index has float32, and stays in the hub's cache
-        downloaded = 2 * vectors if any(place.startswith(SCHEME) for place in retrieval.vectors) else 0.0
+        downloaded = 2 * vectors if any(place.startswith(HUB) for place in retrieval.vectors) else 0.0
         disk = 2 * (vectors + 0.4 * text) + downloaded
         return Estimate("index", gpus, {}, host, disk, *self._encoding())
 

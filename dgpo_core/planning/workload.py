@@ -3,20 +3,10 @@
 from dataclasses import dataclass
 
 from dgpo_core.config.params import Params
+from dgpo_core.datasets.published import PASSAGES, TEST_QUESTIONS, TRAIN_QUESTIONS
 from dgpo_core.errors import UserError
 from dgpo_core.planning.episodes import EpisodeLengths
 
-# (train, test) questions as published: table 9 of the paper.
-PUBLISHED = {
-    "nq": (79_168, 3_610),
-    "triviaqa": (0, 11_313),
-    "popqa": (0, 14_267),
-    "hotpotqa": (90_447, 7_405),
-    "2wikimultihopqa": (0, 12_576),
-    "musique": (0, 2_417),
-    "bamboogle": (0, 125),
-}
-WIKI_18 = 21_015_324  # passages of the paper's corpus
 PASSAGE_WORDS = 100.0  # of wiki-18, by its making
 TOKENS_A_WORD = 1.4  # English in vocabularies of 30,000 and more
 PASSAGE_BYTES = 680.0  # of wiki-18 with id and title as JSON, on average
@@ -46,11 +36,11 @@ def expected_counts(params: Params) -> tuple[dict[str, int], dict[str, int], int
     """Training and test questions of each set and passages, before any stage has run: the published ones, or
     the embedded world's. Raises UserError for a set that is neither."""
     names = [*params.questions.train, *params.questions.test]
-    if all(name in PUBLISHED for name in names):
-        train = {name: PUBLISHED[name][0] for name in params.questions.train}
-        return train, {name: PUBLISHED[name][1] for name in params.questions.test}, WIKI_18
+    if all(name in TEST_QUESTIONS for name in names):
+        train = {name: TRAIN_QUESTIONS.get(name, 0) for name in params.questions.train}
+        return train, {name: TEST_QUESTIONS[name] for name in params.questions.test}, PASSAGES
     world = params.world.questions
-    if any(name in PUBLISHED for name in names):
+    if any(name in TEST_QUESTIONS for name in names):
         raise UserError("questions: the sets are partly published ones and partly the embedded world's")
     train = dict.fromkeys(params.questions.train, world.train)
     test = {name: world.hard if name == "hard" else world.test for name in params.questions.test}

@@ -1,8 +1,8 @@
-"""A retriever service as the index: the field's POST /retrieve (Search-R1's server; docs/serve.md).
+"""A client of a retriever service: the field's POST /retrieve (Search-R1's server; docs/serve.md).
 
 No answer, a broken one or one of another index is an InfrastructureError, never an empty result. The services
 of the field answer in more than one way: a passage without an id is known by its contents, one without a
-score by its place, and of more passages than were asked for the first count.
+score by its rank, and of more passages than were asked for the first count.
 """
 
 import hashlib
@@ -15,7 +15,8 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from dgpo_core.datasets.records import Passage, unquoted
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.retrieval.ranking import Hit, batches, text_bytes
+from dgpo_core.retrieval.ranking import Hit
+from dgpo_core.retrieval.request_size import batches, text_bytes
 
 INDEX_HEADER = "X-Index-Digest"
 TIMEOUT = httpx.Timeout(60.0, connect=5.0)  # seconds; a batch of queries may have to be encoded on a CPU
@@ -27,18 +28,18 @@ OVERLOADED = (408, 425, 429)  # beside what begins with 5: asked again later, it
 
 
 class ServedIndex(NamedTuple):
-    """What a service says of its index; `passages` is 0 where it does not say."""
+    """The index that a service says it has; `passages` is 0 where it does not say."""
 
     digest: str
     passages: int
 
 
-class Unreadable(InfrastructureError):
-    """An answer that is not as a retriever's."""
+class InvalidAnswer(InfrastructureError):
+    """An answer that is not in a retriever's format."""
 
 
 class ServiceClient:
-    """`digest`: the index that the service must have; every answer is compared with it."""
+    """Searches at a service; every answer must be of the index that `digest` names."""
 
     def __init__(self, url: str, digest: str) -> None:
         self._url, self._digest = url, digest
@@ -46,7 +47,7 @@ class ServiceClient:
         self._check(describe_service(url).digest)
 
     def hits(self, queries: list[str], top_k: int) -> list[list[Hit]]:
-        """Passages and scores of each query, best first, as the service has them.
+        """Return the best passages of each query, best first, as the service ranks them.
 
         Raises InfrastructureError when there is no answer, or none that can be trusted; UserError with the
         service's reason when it refuses the request.
@@ -62,10 +63,10 @@ class ServiceClient:
         return found
 
     def require(self, queries: list[str], top_k: int) -> None:
-        """Ask for the first time. Raise UserError when no answer is as a retriever's, or all find nothing."""
+        """Ask for the first time. Raise UserError when an answer is no retriever's, or no query finds any."""
         try:
             found = self.hits(queries, top_k)
-        except Unreadable as error:
+        except InvalidAnswer as error:
             raise UserError(f"retrieval.location: {error}") from error
         if not any(found):
             raise UserError(
@@ -85,7 +86,7 @@ class ServiceClient:
         try:
             return list(_results(response, len(queries), top_k))
         except ValueError as error:
-            raise Unreadable(
+            raise InvalidAnswer(
                 f"{self._url}/retrieve does not answer as a retriever does (docs/serve.md): {error}"
             ) from error
 
@@ -101,7 +102,7 @@ class ServiceClient:
 
 
 def describe_service(url: str) -> ServedIndex:
-    """Which index a service has. One of others does not say; its index is then known by its address alone.
+    """Ask a service which index it has; where it does not say, the address stands for the index.
 
     Raises InfrastructureError when there is no service, or one that is not ready.
     """
@@ -139,7 +140,7 @@ def _hits(items: list[Any]) -> list[Hit]:
     passages = [_passage(item.get("document", item) if isinstance(item, dict) else item) for item in items]
     scores = [_score(item.get("score")) for item in items]
     if None in scores:
-        return [Hit(passage, 1 / place) for place, passage in enumerate(passages, 1)]
+        return [Hit(passage, 1 / rank) for rank, passage in enumerate(passages, 1)]
     return [Hit(passage, score) for passage, score in zip(passages, scores, strict=True) if score is not None]
 
 
@@ -161,12 +162,12 @@ def _passage(document: Any) -> Passage:
 
 
 def _valid(text: str) -> str:
-    """Without half surrogate pairs, which JSON can escape and nothing can write."""
+    """Replace half surrogate pairs, which JSON can escape and nothing can write."""
     return text.encode("utf-8", "replace").decode()
 
 
 def _score(value: Any) -> float | None:
-    """A number; None for null, nothing and what is not finite. Raise ValueError for all else."""
+    """Return a number; None for null, nothing and what is not finite. Raise ValueError for all else."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
@@ -175,7 +176,7 @@ def _score(value: Any) -> float | None:
 
 
 def _request(client: httpx.Client, method: str, url: str, **content: Any) -> httpx.Response:
-    """Tried again while nobody answers or the service is overloaded; errors of the service are raised."""
+    """Send a request, again while nobody answers or the service is overloaded; raise the service's errors."""
     retrying = Retrying(
         retry=retry_if_exception_type(InfrastructureError),
         stop=stop_after_attempt(ATTEMPTS),

@@ -1,20 +1,10 @@
-"""Scripts that write no spaces between words, made searchable by words.
+"""Texts to vectors: BM25 as Qdrant computes it, E5 and its like, or any model of sentence-transformers."""
 
-BM25 counts words, and to a tokeniser that cuts at spaces a Chinese sentence is one. So runs of these scripts
-are cut into pairs of neighbouring characters, as the field does for Chinese, Japanese and Korean (Lucene's
-CJKAnalyzer), and into single ones where one alone can be a word. Every other text stays as it is.
-
-Text to vectors: BM25 as Qdrant computes it, E5 and its like, or any model of sentence-transformers.
-"""
-
-import re
-import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
@@ -27,34 +17,10 @@ from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import InfrastructureError, UserError, first_line
 from dgpo_core.hub import HTTP_ERROR, unreachable
-from dgpo_core.text import canonical, start_of
-
-_WORDS = (  # one character can be a word: Han, Hangul
-    "\u3005\u3007\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U000323af\u1100-\u11ff\uac00-\ud7a3"
-)
-_LETTERS = (  # Hiragana and Katakana (marks included), Thai, Lao, Khmer, Myanmar; no digits
-    "\u3041-\u3096\u3099\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66-\uff9f"
-    "\u0e01-\u0e3a\u0e40-\u0e4e\u0e81-\u0ece\u0edc-\u0edf\u1780-\u17d3\u1000-\u103f\u1050-\u108f"
-)
-_RUN = re.compile(f"[{_WORDS}{_LETTERS}]+")
-_WORD = re.compile(f"[{_WORDS}]")
-
-
-def spaced(text: str) -> str:
-    """Return `text` with what can be words in its unspaced runs apart; without such runs, `text` itself."""
-    return text if text.isascii() else _RUN.sub(lambda run: f" {' '.join(_terms(run[0]))} ", text)
-
-
-def _terms(run: str) -> list[str]:
-    # marks above and below are left out: Qdrant's tokeniser would cut the pair at them
-    characters = [c for c in unicodedata.normalize("NFC", run) if unicodedata.category(c)[0] != "M"]
-    if len(characters) == 1:
-        return characters
-    pairs = [first + second for first, second in pairwise(characters)]
-    return [*pairs, *(character for character in characters if _WORD.match(character))]
-
+from dgpo_core.text import canonical, spaced, start_of
 
 BUFFER = 64  # batches whose texts are sorted by length together
+OnEncoded = Callable[[int], None]  # is told that so many more texts are encoded
 
 
 @dataclass(frozen=True)
@@ -64,15 +30,10 @@ class SparseVector:
 
 
 Vector = SparseVector | list[float]
-Tell = Callable[[int], None]  # so many more texts are encoded
-
-
-def silent(_: int) -> None:
-    """A Tell for those who do not ask."""
 
 
 class Encoder(Protocol):
-    """`size` is the dimension of dense vectors, None for sparse ones."""
+    """Encodes texts as vectors; `size` is the dimension of dense ones, None for sparse ones."""
 
     @property
     def size(self) -> int | None: ...
@@ -81,8 +42,8 @@ class Encoder(Protocol):
 
     def encode_queries(self, texts: list[str]) -> list[Vector]: ...
 
-    def passage_column(self, texts: list[str], tell: Tell) -> pa.Array:
-        """The passages' vectors as shards store them (dense ones in float16), telling how many are done."""
+    def passage_column(self, texts: list[str], on_encoded: OnEncoded) -> pa.Array:
+        """Encode passages as a column of a shard (dense vectors in float16), telling how many are done."""
         ...
 
 
@@ -90,7 +51,7 @@ class Bm25Encoder:
     """Qdrant's own BM25: term weights here (stemmed English words), IDF in the index.
 
     Texts go in in one Unicode spelling, so that a word finds itself however it was written; scripts without
-    spaces by pairs of characters (unspaced.py).
+    spaces go in by pairs of characters (`spaced`).
     """
 
     size: int | None = None
@@ -104,26 +65,26 @@ class Bm25Encoder:
     def encode_queries(self, texts: list[str]) -> list[Vector]:
         return [_sparse(self._bm25.embed_query(_words(text))) for text in texts]
 
-    def passage_column(self, texts: list[str], tell: Tell) -> pa.Array:
+    def passage_column(self, texts: list[str], on_encoded: OnEncoded) -> pa.Array:
         fields = [("indices", pa.list_(pa.uint32())), ("values", pa.list_(pa.float32()))]
         vectors = [asdict(_sparse(self._bm25.embed_document(_words(text)))) for text in texts]
-        tell(len(texts))
+        on_encoded(len(texts))
         return pa.array(vectors, type=pa.struct(fields))
 
 
 def _words(text: str) -> str:
-    """Return `text` as BM25 takes it apart: in one spelling, words apart in every script."""
+    """Return `text` as BM25 splits it into terms: in one spelling, with words apart in every script."""
     return spaced(canonical(text))
 
 
 def _sparse(vector: Any) -> SparseVector:
-    """Terms in the order of their ids: the engine's own order changes from process to process."""
+    """Order the terms by their ids: the engine's own order changes from process to process."""
     pairs = sorted(zip(vector.indices, vector.values, strict=True))
     return SparseVector([index for index, _ in pairs], [value for _, value in pairs])
 
 
-class _DenseEncoder(ABC):
-    """What dense encoders share. `_encode` gets one buffer of texts at a time, with their prefixes."""
+class DenseEncoder(ABC):
+    """Adds prefixes, and checks the vectors that `_encode` makes of one buffer of texts at a time."""
 
     size: int
 
@@ -131,25 +92,27 @@ class _DenseEncoder(ABC):
         self._config = config
 
     @abstractmethod
-    def _encode(self, texts: list[str], query: bool, tell: Tell) -> NDArray[np.float32]:
-        """[texts, size], the vector of each text, of length 1."""
+    def _encode(self, texts: list[str], query: bool, on_encoded: OnEncoded) -> NDArray[np.float32]:
+        """Encode texts as [texts, size] vectors of length 1."""
 
     def encode_passages(self, texts: list[str]) -> list[Vector]:
-        return self._in_buffers(texts, False, silent).tolist()  # type: ignore[no-any-return]
+        return self._in_buffers(texts, False).tolist()  # type: ignore[no-any-return]
 
     def encode_queries(self, texts: list[str]) -> list[Vector]:
-        return self._in_buffers(texts, True, silent).tolist()  # type: ignore[no-any-return]
+        return self._in_buffers(texts, True).tolist()  # type: ignore[no-any-return]
 
-    def passage_column(self, texts: list[str], tell: Tell) -> pa.Array:
-        return dense_column(self._in_buffers(texts, False, tell))
+    def passage_column(self, texts: list[str], on_encoded: OnEncoded) -> pa.Array:
+        return dense_column(self._in_buffers(texts, False, on_encoded))
 
-    def _in_buffers(self, texts: list[str], query: bool, tell: Tell) -> NDArray[np.float32]:
+    def _in_buffers(
+        self, texts: list[str], query: bool, on_encoded: OnEncoded = lambda count: None
+    ) -> NDArray[np.float32]:
         prefix = self._config.query_prefix if query else self._config.passage_prefix
         vectors = np.empty((len(texts), self.size), np.float32)
         step = BUFFER * self._config.batch_size
         for start in range(0, len(texts), step):
             buffer = [prefix + text for text in texts[start : start + step]]
-            vectors[start : start + step] = self._encode(buffer, query, tell)
+            vectors[start : start + step] = self._encode(buffer, query, on_encoded)
         if not np.isfinite(vectors).all():
             raise UserError(
                 f"retrieval.encoder.model: {self._config.model!r} makes vectors that are not numbers; where "
@@ -158,8 +121,8 @@ class _DenseEncoder(ABC):
         return vectors
 
 
-class DenseEncoder(_DenseEncoder):
-    """Mean pooling over tokens, L2-normalised (E5's model card); inner product is the cosine.
+class MeanPoolingEncoder(DenseEncoder):
+    """Encodes by mean pooling over tokens, L2-normalised (E5's model card): inner product is the cosine.
 
     Texts of similar length share a batch, so that little padding is computed; the next batches are tokenised
     while the model computes. Raises UserError for a model that cannot be loaded.
@@ -168,7 +131,7 @@ class DenseEncoder(_DenseEncoder):
     def __init__(self, config: EncoderConfig, device: str = "cpu", precision: str = "float32") -> None:
         super().__init__(config)
         self._device = device
-        with _naming(config):
+        with _errors_with_model(config):
             self._tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
             dtype = getattr(torch, precision)
             model = AutoModel.from_pretrained(config.model, revision=config.revision, dtype=dtype)
@@ -176,7 +139,7 @@ class DenseEncoder(_DenseEncoder):
         self.size = int(model.config.hidden_size)
 
     @torch.inference_mode()
-    def _encode(self, texts: list[str], query: bool, tell: Tell) -> NDArray[np.float32]:
+    def _encode(self, texts: list[str], query: bool, on_encoded: OnEncoded) -> NDArray[np.float32]:
         longest_first = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
         size = self._config.batch_size
         batches = [longest_first[start : start + size] for start in range(0, len(texts), size)]
@@ -188,7 +151,7 @@ class DenseEncoder(_DenseEncoder):
                 hidden = self._model(**inputs).last_hidden_state.float()
                 mask = inputs["attention_mask"][..., None].float()
                 pooled.append(torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1))
-                tell(len(batch))
+                on_encoded(len(batch))
         vectors = np.empty((len(texts), self.size), np.float32)
         vectors[longest_first] = torch.cat(pooled).cpu().numpy()
         return vectors
@@ -203,11 +166,10 @@ class DenseEncoder(_DenseEncoder):
         return self._tokenizer.encode(text, verbose=False)  # type: ignore[no-any-return]  # of a text too long
 
 
-class SentenceTransformersEncoder(_DenseEncoder):
-    """Any model of the library sentence-transformers (extra `encoders`), with its pooling and prompts.
+class SentenceTransformersEncoder(DenseEncoder):
+    """Encodes by any model of sentence-transformers (extra `encoders`), with its pooling and prompts.
 
-    Vectors are normalised, whatever the model does. Raises UserError where the library or the model is
-    missing.
+    Vectors are normalised, whatever the model does. Raises UserError where library or model is missing.
     """
 
     def __init__(self, config: EncoderConfig, device: str = "cpu", precision: str = "float32") -> None:
@@ -219,7 +181,7 @@ class SentenceTransformersEncoder(_DenseEncoder):
                 "retrieval.encoder.kind: sentence-transformers is not installed; "
                 "pip install -c constraints/main.txt -e '.[encoders]'"
             ) from error
-        with _naming(config):
+        with _errors_with_model(config):
             self._model = SentenceTransformer(
                 config.model, revision=config.revision, device=device, model_kwargs={"dtype": precision}
             )
@@ -227,7 +189,7 @@ class SentenceTransformersEncoder(_DenseEncoder):
         self._model.max_seq_length = min(own, config.max_tokens) if own else config.max_tokens
         self.size = int(self._model.get_embedding_dimension() or 0)
 
-    def _encode(self, texts: list[str], query: bool, tell: Tell) -> NDArray[np.float32]:
+    def _encode(self, texts: list[str], query: bool, on_encoded: OnEncoded) -> NDArray[np.float32]:
         encode = self._model.encode_query if query else self._model.encode_document
         vectors = encode(
             [self._start(text) for text in texts],
@@ -235,7 +197,7 @@ class SentenceTransformersEncoder(_DenseEncoder):
             show_progress_bar=False,
             normalize_embeddings=True,
         )
-        tell(len(texts))
+        on_encoded(len(texts))
         return np.asarray(vectors, np.float32)
 
     def _start(self, text: str) -> str:
@@ -246,12 +208,12 @@ class SentenceTransformersEncoder(_DenseEncoder):
 
 
 def dense_column(vectors: NDArray[np.floating]) -> pa.Array:
-    """[passages, size] as shards store it: lists of float16."""
+    """Return [passages, size] as shards store it: lists of float16."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1])
 
 
 @contextmanager
-def _naming(config: EncoderConfig) -> Iterator[None]:
+def _errors_with_model(config: EncoderConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, HTTP_ERROR) as error:
@@ -262,8 +224,8 @@ def _naming(config: EncoderConfig) -> Iterator[None]:
 def make_encoder(
     config: EncoderConfig, average_words: float, device: str = "cpu", precision: str = "float32"
 ) -> Encoder:
-    """`average_words` is the corpus's mean passage length, which BM25 needs; dense encoders use the rest."""
+    """Make the encoder of `config`; `average_words` is the corpus's mean passage length, for BM25 alone."""
     if config.kind == "bm25":
         return Bm25Encoder(average_words)
-    kind = DenseEncoder if config.kind == "dense" else SentenceTransformersEncoder
+    kind = MeanPoolingEncoder if config.kind == "dense" else SentenceTransformersEncoder
     return kind(config, device, precision)

@@ -1,6 +1,6 @@
-"""The index that agents search: one class, whatever `retrieval.location` names.
+"""The index that agents search: one class, whatever `retrieval.location` names; and its recall.
 
-How much of what an exact search finds the finished index finds too.
+Recall is how much of what an exact search finds the finished index finds too.
 """
 
 import os
@@ -27,42 +27,43 @@ from dgpo_core.retrieval.collection import (
     index_digest,
     stored_content,
 )
-from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, Vector, make_encoder, spaced
+from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, Vector, make_encoder
 from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
 from dgpo_core.retrieval.qdrant_server import MEMORY, Progress, QdrantBackend, connect, ensure, refusal
-from dgpo_core.retrieval.ranking import RRF_DEPTH, Hit, Scored, Window, fuse, rank
+from dgpo_core.retrieval.ranking import RRF_DEPTH, Candidate, Hit, Window, fuse, rank
 from dgpo_core.retrieval.shards import read_manifest
+from dgpo_core.text import spaced
 
-REMEMBERED = 100_000  # queries whose hits are kept
-REMEMBERED_TEXT = 200_000_000  # characters of their passages: 2,000 a query, with passages of 100 words
+CACHED_QUERIES = 100_000  # queries whose hits are kept
+CACHED_TEXT = 200_000_000  # characters of their passages: 2,000 a query, with passages of 100 words
 DIGITS = 4  # of a score
 
 
 class Searcher:
-    """Encoded queries to a backend; with `lexical` in two rankings that are fused."""
+    """Encodes queries and asks a backend; with `lexical` for two rankings, which it fuses."""
 
     def __init__(self, backend: Backend, encoder: Encoder, lexical: Encoder | None = None) -> None:
         self._backend = backend
         self._encoders = {ENCODED: encoder} if lexical is None else {ENCODED: encoder, LEXICAL: lexical}
 
-    def search(self, queries: list[str], top_k: int, exact: bool = False) -> list[list[Scored]]:
-        """The best points of each query, best first. `exact`: without graph and quantisation."""
+    def search(self, queries: list[str], top_k: int, exact: bool = False) -> list[list[Candidate]]:
+        """Return the best candidates of each query, best first; `exact`: without graph and quantisation."""
         if len(self._encoders) == 1:
             return self._rank(ENCODED, queries, top_k, exact)
         rankings = [self._rank(name, queries, max(RRF_DEPTH, top_k), exact) for name in self._encoders]
         return [fuse(list(both), top_k) for both in zip(*rankings, strict=True)]
 
-    def _rank(self, name: str, queries: list[str], top_k: int, exact: bool) -> list[list[Scored]]:
+    def _rank(self, name: str, queries: list[str], top_k: int, exact: bool) -> list[list[Candidate]]:
         vectors = self._encoders[name].encode_queries(queries)
 
-        def query(some: list[Vector], limit: int, window: Window | None = None) -> list[list[Scored]]:
+        def query(some: list[Vector], limit: int, window: Window | None = None) -> list[list[Candidate]]:
             return self._backend.query(name, some, limit, exact, window)
 
         return rank(query, vectors, top_k)
 
     def hits(self, queries: list[str], top_k: int) -> list[list[Hit]]:
         found = self.search(queries, top_k)
-        return [[Hit(point.passage, round(point.score, DIGITS)) for point in points] for points in found]
+        return [[Hit(one.passage, round(one.score, DIGITS)) for one in candidates] for candidates in found]
 
     def close(self) -> None:
         self._backend.close()
@@ -74,8 +75,8 @@ class Index:
     def __init__(self, digest: str, source: Searcher | ServiceClient) -> None:
         self.digest = digest
         self._source = source
-        self._known: dict[tuple[str, int], list[Hit]] = {}  # the most recently used ones last
-        self._text = 0  # characters in `_known`
+        self._cache: dict[tuple[str, int], list[Hit]] = {}  # the most recently used ones last
+        self._text = 0  # characters in `_cache`
 
     def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
         """Return the best passages of each query, best first.
@@ -100,25 +101,25 @@ class Index:
             raise InfrastructureError(f"the index failed: {error}") from error
         known = {query: hits for query, hits in found.items() if hits is not None}
         for query, hits in known.items():
-            self._known[query, top_k] = hits
+            self._cache[query, top_k] = hits
             self._text += _length(hits)
-        while len(self._known) > REMEMBERED or self._text > REMEMBERED_TEXT:
-            self._forget(next(iter(self._known)))
+        while len(self._cache) > CACHED_QUERIES or self._text > CACHED_TEXT:
+            self._forget(next(iter(self._cache)))
         return [known[query] for query in queries]
 
     def _forget(self, key: tuple[str, int]) -> list[Hit] | None:
-        """Return what is known, which is not kept any longer; None where it is not known."""
-        hits = self._known.pop(key, None)
+        """Return what is remembered, and keep it no longer; None where nothing is."""
+        hits = self._cache.pop(key, None)
         self._text -= _length(hits or [])
         return hits
 
     @property
     def searcher(self) -> Searcher | None:
-        """What can be compared with an exact search; None where a service searches."""
+        """Return what can be compared with an exact search; None where a service searches."""
         return self._source if isinstance(self._source, Searcher) else None
 
     def close(self) -> None:
-        """Release what the index holds; later searches fail."""
+        """Release files and connections; later searches fail."""
         self._source.close()
 
 
@@ -132,7 +133,7 @@ def open_index(
     progress: Progress = lambda done, total, what: None,
     accept: Callable[[Searcher], None] = lambda searcher: None,
 ) -> Index:
-    """The index that a folder of shards describes, at `config.location`; made there where it is missing.
+    """Open the index that a folder of shards describes at `config.location`; make it there if it is missing.
 
     `accept` is given a server's new collection before readers see it, and refuses it by raising.
     Raises UserError for a folder without an index, InfrastructureError when the location fails.
@@ -140,7 +141,7 @@ def open_index(
     manifest, location = read_manifest(folder), parse_location(config.location)
     if location.kind == "service":
         digest = index_digest(manifest.digest, config.hybrid) if manifest.shards else manifest.digest
-        return Index(digest, ServiceClient(location.place, digest))
+        return Index(digest, ServiceClient(location.address, digest))
     if not manifest.shards:
         raise UserError(
             f"{folder}: has no vectors, because it was made of a retriever service's index; for "
@@ -161,9 +162,9 @@ def open_index(
 
     try:
         if location.kind in ("embedded", "folder"):
-            backend = EmbeddedBackend(content, Path(location.place) if location.place else None)
+            backend = EmbeddedBackend(content, Path(location.address) if location.address else None)
             return Index(content.digest, Searcher(backend, encoder, lexical))
-        client = connect(location.place or MEMORY, qdrant)
+        client = connect(location.address or MEMORY, qdrant)
         ensure(client, content, qdrant, progress, partial(accept_in, client))
         return Index(content.digest, collection(client, content.name))
     except (InfrastructureError, UserError):
@@ -173,7 +174,7 @@ def open_index(
 
 
 def index_passages(passages: list[Passage], config: EncoderConfig) -> Index:
-    """An embedded index of passages that are in memory, without shards on disk."""
+    """Make an embedded index of passages that are in memory, without shards on disk."""
     average_words = sum(len(spaced(passage.contents).split()) for passage in passages) / len(passages)
     encoder = make_encoder(config, average_words)
     content = encoded_content(passages, encoder)
@@ -187,7 +188,7 @@ def _explained(location: str, error: Exception) -> Exception:
     if reason := refusal(error):
         return UserError(f"retrieval.location: {location}: {reason}")
     if number := _system_error(error):
-        place = Path(parse_location(location).place or tempfile.gettempdir())
+        place = Path(parse_location(location).address or tempfile.gettempdir())
         free = shutil.disk_usage(next(p for p in (place, *place.absolute().parents) if p.exists())).free
         return ResourceError(
             f"cannot build the index in {place}, where {free / 2**20:,.0f} MiB are free: "
@@ -198,7 +199,7 @@ def _explained(location: str, error: Exception) -> Exception:
 
 
 def _system_error(error: Exception) -> int | None:
-    """The system's number of an error on disk; the embedded engine has it in its text alone."""
+    """Return the system's number of an error on disk; the embedded engine has it in its text alone."""
     if isinstance(error, ResponseHandlingException):  # of the way to a server
         return None
     found = re.search(r"os error (\d+)", str(error))
@@ -207,18 +208,18 @@ def _system_error(error: Exception) -> int | None:
 
 @dataclass(frozen=True)
 class Recall:
-    """`share`: mean share of the exact best passages that were found, None where no query finds any.
+    """Recall against exact search: the mean `share` of the exact best passages that were found.
 
-    `silent` of the `queries` find nothing, whatever the search.
+    `share` is None where no query finds any; `without_hits` of the `queries` find nothing, however searched.
     """
 
     share: float | None
     queries: int
-    silent: int
+    without_hits: int
 
 
 def search_recall(searcher: Searcher, queries: list[str], top_k: int) -> Recall:
-    """Measure the best `top_k` passages of `queries`, without those that find nothing in an exact search."""
+    """Measure recall@`top_k` over `queries`, without those that find nothing in an exact search."""
     found, exact = (searcher.search(queries, top_k, exact=exactly) for exactly in (False, True))
     shares = [
         len({p.number for p in first} & {p.number for p in best}) / len(best)
@@ -229,19 +230,19 @@ def search_recall(searcher: Searcher, queries: list[str], top_k: int) -> Recall:
     return Recall(share, len(queries), len(queries) - len(shares))
 
 
-def require_recall(measured: Recall, config: RetrievalConfig) -> None:
+def require_recall(recall: Recall, config: RetrievalConfig) -> None:
     """Raise UserError when the measured recall is below `config.min_recall`, or of no query at all."""
-    if measured.share is None:
+    if recall.share is None:
         raise UserError(
-            f"retrieval.encoder: {measured.silent} of {measured.queries} validation questions find nothing: "
-            "the corpus has none of their words. BM25 knows the forms of English words and of no other "
+            f"retrieval.encoder: {recall.without_hits} of {recall.queries} validation questions find nothing:"
+            " the corpus has none of their words. BM25 knows the forms of English words and of no other "
             "language: a dense encoder of that language may find more (kind: dense); recall_queries: 0 does "
             "not ask"
         )
-    if not measured.share >= config.min_recall:
+    if not recall.share >= config.min_recall:
         stronger = {"binary": ", or retrieval.qdrant.quantization: int8", "int8": ", or none", "none": ""}
         raise UserError(
-            f"retrieval.min_recall: recall@{config.top_k} against exact search is {measured.share:.4f}, "
+            f"retrieval.min_recall: recall@{config.top_k} against exact search is {recall.share:.4f}, "
             f"below {config.min_recall}; raise retrieval.qdrant.hnsw_ef or .oversampling (searches take "
             "longer), then .hnsw_m and .hnsw_ef_construct (builds anew)"
             f"{stronger[config.qdrant.quantization]}"

@@ -13,9 +13,10 @@ from filelock import FileLock, Timeout
 
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.files import replacement
-from dgpo_core.retrieval.collection import Content, Point, payload, point_bytes, scored
+from dgpo_core.retrieval.collection import Content, Point, candidate, payload, point_bytes
 from dgpo_core.retrieval.encoders import SparseVector, Vector
-from dgpo_core.retrieval.ranking import Scored, Window, batches
+from dgpo_core.retrieval.ranking import Candidate, Window
+from dgpo_core.retrieval.request_size import batches
 from dgpo_core.temporary import temporary_folder
 
 UPSERT = 1000
@@ -25,7 +26,7 @@ ENGINE = "engine"
 
 
 class EmbeddedBackend:
-    """A collection that only this process sees.
+    """A Backend whose collection only this process sees.
 
     Without a `folder` it is filled anew by every process and removed at its end. In a folder it stays and is
     opened again; an unfinished one is made again. One process at a time can use a folder.
@@ -40,11 +41,11 @@ class EmbeddedBackend:
             folder = held.enter_context(temporary_folder("qdrant"))
         else:
             held.callback(_lock(folder / f"{content.name}.lock").release)
-        place = folder / content.name
-        if not place.is_dir():
-            _build(place, content)
-        self._engine = edge.EdgeShard.load(str(place / ENGINE))
-        with np.load(place / TERMS) as terms:
+        target = folder / content.name
+        if not target.is_dir():
+            _build(target, content)
+        self._engine = edge.EdgeShard.load(str(target / ENGINE))
+        with np.load(target / TERMS) as terms:
             self._terms = {name: _frequencies(terms[name]) for name in terms.files}
 
     def query(
@@ -54,9 +55,9 @@ class EmbeddedBackend:
         limit: int,
         exact: bool = False,
         window: Window | None = None,
-    ) -> list[list[Scored]]:
+    ) -> list[list[Candidate]]:
         sparse = name in self._terms
-        within = edge.Filter(must=[edge.HasIdCondition(set(window.numbers))]) if window else None
+        condition = edge.Filter(must=[edge.HasIdCondition(set(window.numbers))]) if window else None
         results = []
         for vector in vectors:
             nearest = edge.Query.Nearest(_vector(vector), using=name)
@@ -67,16 +68,16 @@ class EmbeddedBackend:
                     with_payload=True,
                     with_vector=[name] if sparse else False,
                     params=edge.SearchParams(exact=exact),
-                    filter=within,
+                    filter=condition,
                     score_threshold=window.score if window else None,
                 )
             )
-            points = [scored(p, self._score(name, vector, p) if sparse else None) for p in found]
+            points = [candidate(p, self._score(name, vector, p) if sparse else None) for p in found]
             results.append(sorted(points, key=lambda point: -point.score))
         return results
 
     def _score(self, name: str, query: Vector, point: Any) -> float:
-        """The inner product with Qdrant's IDF, exactly rounded.
+        """Compute the inner product with Qdrant's IDF, exactly rounded.
 
         The engine adds the terms in float32 and in an order that is drawn when a collection is built: its
         scores differ by 2e-7 of their value from one build to the next, enough to change the last digit kept.
@@ -97,8 +98,8 @@ class EmbeddedBackend:
         self._release()
 
 
-def _build(place: Path, content: Content) -> None:
-    """Fill the folder `place`, which is there when it is complete."""
+def _build(target: Path, content: Content) -> None:
+    """Fill the folder `target`, which is there when it is complete."""
     config = edge.EdgeConfig(
         vectors={
             name: edge.EdgeVectorParams(size=size, distance=edge.Distance.Dot)
@@ -112,7 +113,7 @@ def _build(place: Path, content: Content) -> None:
         },
         wal_enabled=False,
     )
-    with replacement(place) as unfinished:
+    with replacement(target) as unfinished:
         unfinished.mkdir()
         engine = edge.EdgeShard.create(str(unfinished / ENGINE), config)
         terms: dict[str, Counter[int]] = {n: Counter() for n, size in content.vectors.items() if size is None}
@@ -135,7 +136,7 @@ def _frequencies(pairs: np.ndarray) -> dict[int, int]:
 
 
 def _idf(points: int, containing: int) -> float:
-    """Qdrant's modifier `idf`: BM25's inverse document frequency, never negative."""
+    """Return Qdrant's modifier `idf`: BM25's inverse document frequency, never negative."""
     return math.log((points - containing + 0.5) / (containing + 0.5) + 1)
 
 

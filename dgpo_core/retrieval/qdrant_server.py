@@ -1,9 +1,7 @@
-"""Search in a collection on a Qdrant server or cluster, or in qdrant-client's memory; what it refuses.
+"""A Qdrant server or cluster, or qdrant-client's memory: searches, builds and the care of collections.
 
-A collection on a Qdrant server, from nothing to the one that readers see.
-
-Created without a graph (HNSW off), filled in parallel, indexed at once, measured, and only then given the
-alias by which readers know it: blue/green. A load that was killed goes on where it was.
+A collection is created without a graph (HNSW off), filled in parallel, indexed at once, measured, and only
+then given the alias by which readers know it: blue/green. A load that was killed goes on where it was.
 Source: Qdrant's guides on bulk uploads, large collections and quantisation.
 """
 
@@ -14,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
@@ -25,9 +24,10 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_expo
 
 from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.errors import InfrastructureError, UserError, first_line
-from dgpo_core.retrieval.collection import Content, Part, Point, describe_ours, payload, point_bytes, scored
+from dgpo_core.retrieval.collection import Content, Part, Point, candidate, payload, point_bytes
 from dgpo_core.retrieval.encoders import SparseVector, Vector
-from dgpo_core.retrieval.ranking import Scored, Window, batches, vector_bytes
+from dgpo_core.retrieval.ranking import Candidate, Window
+from dgpo_core.retrieval.request_size import batches, vector_bytes
 
 TIMEOUT = 60  # seconds for a request
 EXACT_TIMEOUT = 600  # an exact search may have to read all original vectors from disk
@@ -40,10 +40,19 @@ REFUSED = (
     grpc.StatusCode.UNIMPLEMENTED,
 )
 REQUEST_BYTES = 16 * 2**20  # of what is sent at once; a server takes 32 MiB unless it is told otherwise
+OLDEST_SERVER = (1, 19)  # the first with `memory`
+ATTEMPTS = 8  # of one request: about a minute, in which a server restarts
+LONGEST_WAIT = 30.0  # seconds between two of them
+POLL = 0.5  # seconds between looks at the optimisers
+CALM = 4  # looks in a row that must say green: between two jobs they are idle for a moment
+PROBE = 10_000  # ids in one question for what is there
+OURS = "dgpo"  # key of the metadata by which a collection is known as one of this pipeline
+
+Progress = Callable[[int, int, str], None]  # done, total, what is done
 
 
 def connect(url: str, config: QdrantConfig) -> QdrantClient:
-    """A client of the server at `url`; its key, if it wants one, is QDRANT_API_KEY of the environment.
+    """Return a client of the server at `url`; its key is QDRANT_API_KEY of the environment, if it wants one.
 
     `https://` speaks TLS, gRPC too; certificates are checked (SSL_CERT_FILE names an authority of your own).
     """
@@ -61,7 +70,7 @@ def connect(url: str, config: QdrantConfig) -> QdrantClient:
 
 
 class QdrantBackend:
-    """`collection`: a name, or an alias, which may come to mean another collection meanwhile."""
+    """A Backend; `collection` is a name, or an alias, which may come to mean another collection meanwhile."""
 
     def __init__(self, client: QdrantClient, collection: str, config: QdrantConfig) -> None:
         self._client, self._collection, self._config = client, collection, config
@@ -73,7 +82,7 @@ class QdrantBackend:
         limit: int,
         exact: bool = False,
         window: Window | None = None,
-    ) -> list[list[Scored]]:
+    ) -> list[list[Candidate]]:
         within = models.Filter(must=[models.HasIdCondition(has_id=list(window.numbers))]) if window else None
         found = []
         for batch in batches(vectors, 1 if exact else len(vectors), REQUEST_BYTES, vector_bytes):
@@ -91,7 +100,7 @@ class QdrantBackend:
             ]
             timeout = EXACT_TIMEOUT if exact else None
             found += self._client.query_batch_points(self._collection, requests, timeout=timeout)
-        return [[scored(point) for point in response.points] for response in found]
+        return [[candidate(point) for point in response.points] for response in found]
 
     def _params(self, vector: Vector, exact: bool) -> models.SearchParams | None:
         if isinstance(vector, SparseVector):  # its inverted index is exact by itself
@@ -143,17 +152,8 @@ def to_qdrant(vector: Vector) -> Any:
     return vector
 
 
-OLDEST_SERVER = (1, 19)  # the first with `memory`
-ATTEMPTS = 8  # of one request: about a minute, in which a server restarts
-LONGEST_WAIT = 30.0  # seconds between two of them
-POLL = 0.5  # seconds between looks at the optimisers
-CALM = 4  # looks in a row that must say green: between two jobs they are idle for a moment
-PROBE = 10_000  # ids in one question for what is there
-Progress = Callable[[int, int, str], None]  # done, total, what is done
-
-
 def collection_name(alias: str, config: QdrantConfig) -> str:
-    """The alias, which names passages and encoder, and a digest of the settings of the build."""
+    """Return a collection's name: the alias, which names its content, and a digest of how it is built."""
     recipe = hashlib.sha256(json.dumps(config.built(), sort_keys=True).encode()).hexdigest()
     return f"{alias}-{recipe[:6]}"
 
@@ -165,10 +165,10 @@ def ensure(
     progress: Progress,
     accept: Callable[[str], None],
 ) -> None:
-    """Readers of the alias `content.name` get a complete collection built with these settings.
+    """Ensure that readers of the alias `content.name` get a complete collection built with these settings.
 
-    If that is not so yet, one is built and given to `accept`, which refuses it by raising; only then the
-    alias is switched. Raises InfrastructureError when points are missing or cannot be indexed.
+    Where they do not yet, build one and give it to `accept`, which refuses it by raising; only then switch
+    the alias. Raise InfrastructureError when points are missing or cannot be indexed.
     """
     name = collection_name(content.name, config)
     if alias_target(client, content.name) == name:
@@ -184,7 +184,7 @@ def ensure(
 
 
 def _require_version(client: QdrantClient) -> None:
-    """An older server would ignore where vectors are to be kept, and take all of the memory."""
+    """Refuse an older server: it would ignore where vectors are to be kept, and take all of the memory."""
     version = client.info().version
     if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_SERVER:
         oldest = ".".join(map(str, OLDEST_SERVER))
@@ -192,7 +192,7 @@ def _require_version(client: QdrantClient) -> None:
 
 
 def create(client: QdrantClient, name: str, content: Content, config: QdrantConfig) -> None:
-    """An empty collection without a graph: built while points come, it would be built again and again."""
+    """Create an empty collection without a graph, which would be built again and again while points come."""
     client.create_collection(
         name,
         vectors_config={
@@ -214,7 +214,7 @@ def create(client: QdrantClient, name: str, content: Content, config: QdrantConf
         shard_number=config.shards,
         replication_factor=config.replicas,
         hnsw_config=models.HnswConfigDiff(m=0, ef_construct=config.hnsw_ef_construct),
-        metadata=describe_ours(content.digest, content.count, config.built()),
+        metadata={OURS: {"digest": content.digest, "points": content.count, **config.built()}},
     )
 
 
@@ -233,7 +233,7 @@ def _quantization(config: QdrantConfig) -> Any:
 def upload(
     client: QdrantClient, name: str, content: Content, config: QdrantConfig, progress: Progress
 ) -> None:
-    """Send the parts that the server does not have. Raises InfrastructureError if points are missing then."""
+    """Send the parts that the server does not have. Raise InfrastructureError if points are missing then."""
     present = _count(client, name)
     if present < content.count:
         missing = [part for part in content.parts if present == 0 or not _has(client, name, part)]
@@ -286,7 +286,7 @@ def _count(client: QdrantClient, name: str) -> int:
 
 
 def _has(client: QdrantClient, name: str, part: Part) -> bool:
-    """Whether every point of a part is there; the server is asked, for it alone knows what it has kept."""
+    """Ask the server whether it has every point of a part: it alone knows what it has kept."""
     end = part.first + part.count
     for start in range(part.first, end, PROBE):
         ids = list(range(start, min(start + PROBE, end)))
@@ -298,7 +298,7 @@ def _has(client: QdrantClient, name: str, part: Part) -> bool:
 
 
 def wait_until_green(client: QdrantClient, name: str, progress: Progress) -> None:
-    """Until the optimisers have nothing to do. Raises InfrastructureError when they have failed."""
+    """Wait until the optimisers have nothing to do. Raise InfrastructureError when they have failed."""
     calm = 0
     while calm < CALM:
         info = _persist(lambda: client.get_collection(name))
@@ -311,13 +311,13 @@ def wait_until_green(client: QdrantClient, name: str, progress: Progress) -> Non
 
 
 def alias_target(client: QdrantClient, alias: str) -> str | None:
-    """The collection that readers of `alias` get."""
+    """Return the collection that readers of `alias` get, None where there is none."""
     found = [a.collection_name for a in client.get_aliases().aliases if a.alias_name == alias]
     return found[0] if found else None
 
 
 def switch(client: QdrantClient, alias: str, name: str) -> None:
-    """Readers of `alias` get the collection `name` from now on: at once, and never none."""
+    """Give readers of `alias` the collection `name` from now on: at once, and never none."""
     operations: list[Any] = []
     if alias_target(client, alias) is not None:
         operations.append(models.DeleteAliasOperation(delete_alias=models.DeleteAlias(alias_name=alias)))
@@ -326,7 +326,7 @@ def switch(client: QdrantClient, alias: str, name: str) -> None:
 
 
 def _persist(call: Callable[[], Any]) -> Any:
-    """The result of a call that may be repeated, tried again while the server or the way to it fails."""
+    """Make a call that may be repeated, again and again while the server or the way to it fails."""
     retrying = Retrying(
         retry=retry_if_exception(is_transient),
         stop=stop_after_attempt(ATTEMPTS),
@@ -337,7 +337,7 @@ def _persist(call: Callable[[], Any]) -> Any:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether trying again can help: no connection, too much load, a restart; not what the server refuses."""
+    """Return whether trying again can help: no connection, much load, a restart; not what is refused."""
     if isinstance(error, Exception) and refusal(error) is not None:
         return False
     match error:
@@ -354,3 +354,52 @@ def is_transient(error: BaseException) -> bool:
             )
             return isinstance(error, grpc.Call) and error.code() in codes
     return False
+
+
+@dataclass(frozen=True)
+class Collection:
+    """A collection on a server; `alias` is None where its readers use another one of the same content."""
+
+    name: str
+    alias: str | None
+    points: int
+    status: str
+    digest: str
+
+
+def list_collections(client: QdrantClient) -> list[Collection]:
+    """Return the collections that this pipeline has snapshot, by name."""
+    aliases = {alias.collection_name: alias.alias_name for alias in client.get_aliases().aliases}
+    found = []
+    for name in sorted(collection.name for collection in client.get_collections().collections):
+        info = client.get_collection(name)
+        about = (info.config.metadata or {}).get(OURS)
+        if about:
+            points = info.points_count or 0
+            found.append(Collection(name, aliases.get(name), points, str(info.status), about["digest"]))
+    return found
+
+
+def remove_collection(client: QdrantClient, name: str) -> None:
+    """Delete a collection. Raise UserError for one that readers use, and for one of another program."""
+    found = {collection.name: collection for collection in list_collections(client)}
+    if name not in found:
+        raise UserError(f"{name}: no collection of this pipeline; there are {', '.join(found) or 'none'}")
+    if alias := found[name].alias:
+        raise UserError(
+            f"{name}: readers use it, as {alias}; it is removable when another one has that alias"
+        )
+    client.delete_collection(name)
+
+
+def snapshot_collection(client: QdrantClient, name: str) -> models.SnapshotDescription:
+    """Make one file on the server with vectors, payloads and index; it takes as long as copying them."""
+    snapshot = client.create_snapshot(name, wait=True)
+    if snapshot is None:
+        raise UserError(f"{name}: the server has made no snapshot; see its log")
+    return snapshot
+
+
+def restore_collection(client: QdrantClient, name: str, source: str) -> None:
+    """Make collection `name` of a snapshot: a file:///... of the server, or a URL that it can fetch."""
+    client.recover_snapshot(name, location=source, priority=models.SnapshotPriority.SNAPSHOT, wait=True)

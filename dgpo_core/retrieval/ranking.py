@@ -1,28 +1,25 @@
-"""What a search returns, and who can be asked.
-
-Rankings that are the same whatever engine made them: ties, and the fusion of two rankings.
+"""What a search returns, and rankings that are the same whatever engine made them.
 
 Qdrant ranks equal scores as it likes, differently in each build of the same collection, and its own fusion
 (prefetch and RRF) inherits that: on the embedded world 15 % of the fused top 3 changed from one build to the
 next. So ties are resolved here, and rankings are fused here, by the same formula.
-
-Requests of a size that servers take: cut by the number of their parts, and by their bytes.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
+from typing import Protocol
 
 from dgpo_core.datasets.records import Passage
-from dgpo_core.retrieval.encoders import SparseVector, Vector
+from dgpo_core.retrieval.encoders import Vector
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A passage and its score: BM25, inner product or, of a fused ranking, the sum of reciprocal ranks.
+    """A passage as agents get it, with its score.
 
-    Of a service that gives no scores, the reciprocal rank.
+    The score is BM25's, the inner product, or the sum of reciprocal ranks of a fused ranking; it is the
+    reciprocal rank where a service gives no scores.
     """
 
     passage: Passage
@@ -35,21 +32,21 @@ class Retriever(Protocol):
     digest: str
 
     def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
-        """Best passages of each query, best first. Raises InfrastructureError when the index fails."""
+        """Return the best passages of each query, best first. Raise InfrastructureError when that fails."""
         ...
 
 
-SPARE = 8  # hits fetched beyond those asked for, to see ties
-WIDEST = 100  # hits; beyond that many ties only the first of them are looked for, passage by passage
-FIRST_BLOCK, LARGEST_BLOCK = 100, 3200  # passages that are looked at together then
+SPARE = 8  # candidates fetched beyond those asked for, to see ties
+WIDEST = 100  # candidates; where more tie, only the first of them are looked for, passage by passage
+FIRST_BLOCK, LARGEST_BLOCK = 100, 3200  # passages that are then looked at together
 TIE = 1e-5  # relative difference of scores that is rounding: Qdrant adds a score's terms in any order
 RRF_K = 60  # Cormack, Clarke and Büttcher (2009)
-RRF_DEPTH = 50  # places of each ranking that count
+RRF_DEPTH = 50  # ranks of each ranking that count
 
 
 @dataclass(frozen=True)
-class Scored:
-    """A point that was found; `number` is the passage's place in the corpus."""
+class Candidate:
+    """A passage that a search has found; `number` is its position in the corpus, from 0."""
 
     number: int
     passage: Passage
@@ -58,7 +55,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class Window:
-    """Which points a search is about: those with these numbers, and with this score at least."""
+    """Limits of a search: passages with these numbers, and with at least this score."""
 
     numbers: range
     score: float
@@ -67,16 +64,16 @@ class Window:
 class Query(Protocol):
     def __call__(
         self, vectors: list[Vector], limit: int, /, window: Window | None = None
-    ) -> list[list[Scored]]:
-        """Return the best points of each vector, best first; of equal ones any."""
+    ) -> list[list[Candidate]]:
+        """Return the best `limit` candidates of each vector, best first; any of equal ones."""
         ...
 
 
-def rank(query: Query, vectors: list[Vector], top_k: int) -> list[list[Scored]]:
-    """Return the best `top_k` of each vector, best first; equal scores in the order of the corpus.
+def rank(query: Query, vectors: list[Vector], top_k: int) -> list[list[Candidate]]:
+    """Return the best `top_k` candidates of each vector; equal scores in the order of the corpus.
 
-    More are asked for until the last place is no tie. Where a great many tie, as copies of one passage do,
-    only the first are looked for: the price does not grow with their number.
+    More are fetched until the last rank is no tie. Where very many tie, as copies of a passage do, only the
+    first of the corpus are looked for: the price does not grow with their number.
     """
     limit = top_k + SPARE
     results = query(vectors, limit)
@@ -87,85 +84,56 @@ def rank(query: Query, vectors: list[Vector], top_k: int) -> list[list[Scored]]:
             (results[i],) = query([vector], wider)
         if cut:
             results[i] = _with_first_ties(query, vector, results[i], top_k)
-    return [_ordered(points)[:top_k] for points in results]
+    return [_ordered(found)[:top_k] for found in results]
 
 
-def _cuts_a_tie(points: list[Scored], limit: int, top_k: int) -> bool:
-    """Whether points that tie with place `top_k` may be missing from the `limit` best ones."""
-    return len(points) >= limit and _tied(points[top_k - 1], points[-1])
+def _cuts_a_tie(found: list[Candidate], limit: int, top_k: int) -> bool:
+    """Return whether candidates that tie with rank `top_k` may be missing from the `limit` best ones."""
+    return len(found) >= limit and _tied(found[top_k - 1], found[-1])
 
 
-def _with_first_ties(query: Query, vector: Vector, points: list[Scored], top_k: int) -> list[Scored]:
-    """Return `points` and the first ones of the corpus that tie with place `top_k`.
+def _with_first_ties(query: Query, vector: Vector, found: list[Candidate], top_k: int) -> list[Candidate]:
+    """Return `found` and the first passages of the corpus that tie with rank `top_k`.
 
-    `points` has all better ones, and some that tie: the first that tie are not behind those.
+    `found` has all better ones, and some that tie: the first that tie do not come after those.
     """
-    known = {point.number: point for point in points}
-    lowest = points[top_k - 1].score - 2 * TIE * abs(points[top_k - 1].score)
+    known = {candidate.number: candidate for candidate in found}
+    lowest = found[top_k - 1].score - 2 * TIE * abs(found[top_k - 1].score)
     start, size = 0, FIRST_BLOCK
     while True:
         best = _ordered(known.values())[:top_k]
-        end = 1 + max(point.number for point in best if _tied(point, best[-1]))
+        end = 1 + max(candidate.number for candidate in best if _tied(candidate, best[-1]))
         if start >= end:
             return list(known.values())
         numbers = range(start, min(start + size, end))
-        (found,) = query([vector], len(numbers), window=Window(numbers, lowest))
-        known |= {point.number: point for point in found}
+        (block,) = query([vector], len(numbers), window=Window(numbers, lowest))
+        known |= {candidate.number: candidate for candidate in block}
         start, size = numbers.stop, min(2 * size, LARGEST_BLOCK)
 
 
-def fuse(rankings: list[list[Scored]], top_k: int) -> list[Scored]:
-    """Reciprocal rank fusion: the score is the sum of 1 / (RRF_K + rank) over the rankings, rank from 1."""
+def fuse(rankings: list[list[Candidate]], top_k: int) -> list[Candidate]:
+    """Fuse rankings by reciprocal ranks: a score is the sum of 1 / (RRF_K + rank), rank from 1."""
     scores: dict[int, float] = {}
-    points: dict[int, Scored] = {}
+    found: dict[int, Candidate] = {}
     for ranking in rankings:
-        for place, point in enumerate(ranking, 1):
-            points[point.number] = point
-            scores[point.number] = scores.get(point.number, 0.0) + 1 / (RRF_K + place)
+        for position, candidate in enumerate(ranking, 1):
+            found[candidate.number] = candidate
+            scores[candidate.number] = scores.get(candidate.number, 0.0) + 1 / (RRF_K + position)
     best = sorted(scores, key=lambda number: (-scores[number], number))[:top_k]
-    return [Scored(number, points[number].passage, scores[number]) for number in best]
+    return [Candidate(number, found[number].passage, scores[number]) for number in best]
 
 
-def _ordered(points: Iterable[Scored]) -> list[Scored]:
-    groups: list[list[Scored]] = []
-    for point in sorted(points, key=lambda point: -point.score):
-        if groups and _tied(groups[-1][-1], point):
-            groups[-1].append(point)
+def _ordered(found: Iterable[Candidate]) -> list[Candidate]:
+    groups: list[list[Candidate]] = []
+    for candidate in sorted(found, key=lambda candidate: -candidate.score):
+        if groups and _tied(groups[-1][-1], candidate):
+            groups[-1].append(candidate)
         else:
-            groups.append([point])
-    return [point for group in groups for point in sorted(group, key=lambda point: point.number)]
+            groups.append([candidate])
+    return [
+        candidate for group in groups for candidate in sorted(group, key=lambda candidate: candidate.number)
+    ]
 
 
-def _tied(first: Scored, second: Scored) -> bool:
+def _tied(first: Candidate, second: Candidate) -> bool:
     return math.isclose(first.score, second.score, rel_tol=TIE)
-
-
-T = TypeVar("T")
-JSON_CHARACTER = 6  # bytes at most: a control character is \\u0001
-JSON_NUMBER = 26  # bytes at most, with its comma: -1.2345678901234567e-300
-
-
-def batches(items: Iterable[T], most: int, most_bytes: int, size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Cut into lists of at most `most` items and `most_bytes` bytes; an item that is larger is alone."""
-    batch: list[T] = []
-    total = 0
-    for item in items:
-        own = size(item)
-        if batch and (len(batch) == most or total + own > most_bytes):
-            yield batch
-            batch, total = [], 0
-        batch.append(item)
-        total += own
-    if batch:
-        yield batch
-
-
-def text_bytes(text: str) -> int:
-    """Return how many bytes a text takes in a request, at most."""
-    return JSON_CHARACTER * len(text)
-
-
-def vector_bytes(vector: Vector) -> int:
-    """Return how many bytes a vector takes in a request, at most."""
-    numbers = 2 * len(vector.indices) if isinstance(vector, SparseVector) else len(vector)
-    return JSON_NUMBER * numbers

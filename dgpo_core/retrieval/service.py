@@ -1,11 +1,10 @@
-"""Concurrent searches in common batches: whatever waits while one batch is searched makes up the next.
-
-The retriever as an HTTP service: the field's POST /retrieve, so that Search-R1's clients work with it.
+"""The retriever as an HTTP service: the field's POST /retrieve, so that Search-R1's clients work with it.
 
     {"queries": [str], "topk": 3, "return_scores": true} -> {"result": [[{"document": {...}, "score": s}]]}
 
 A document is {"id", "contents"} with contents = '"Title"\\ntext'. Without `return_scores` the inner list has
 the documents themselves, as in Search-R1's server. Keys that it does not know are ignored, as there.
+Concurrent requests are searched in common batches: what waits while one is searched makes up the next.
 """
 
 import asyncio
@@ -37,35 +36,42 @@ from dgpo_core.retrieval.client import INDEX_HEADER
 from dgpo_core.retrieval.index import Index
 from dgpo_core.retrieval.ranking import Hit, Retriever
 
+MAX_TOP_K = 100
+MAX_QUERIES = 10_000  # in one request
+MAX_QUERY = 100_000  # characters
+MAX_BODY = 64 * 2**20  # bytes of a request
+LARGEST_BATCH = 512  # queries in one search
+log = logging.getLogger("uvicorn.error")
+
 
 @dataclass
-class _Request:
+class _Search:
     queries: list[str]
     top_k: int
     answer: asyncio.Future[list[list[Hit]]]
 
 
 class Batcher:
-    """One search at a time, in a thread, of at most `largest` queries (or of one request that has more).
+    """Searches for concurrent requests in batches, one at a time, in a thread.
 
-    Nothing waits for company: alone, a request is searched at once. `observe` is told the number of queries
-    and the seconds of each search.
+    A batch has at most `largest` queries, or one request that has more. Nothing waits for company: alone, a
+    request is searched at once. `observe` is told the number of queries and the seconds of each search.
     """
 
     def __init__(self, retriever: Retriever, largest: int, observe: Callable[[int, float], None]) -> None:
         self._retriever, self._largest, self._observe = retriever, largest, observe
-        self._waiting: deque[_Request] = deque()
+        self._waiting: deque[_Search] = deque()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="search")
         self._worker: asyncio.Task[None] | None = None
 
     @property
     def waiting(self) -> int:
-        """Queries that wait for a search."""
+        """Return how many queries wait for a search."""
         return sum(len(request.queries) for request in self._waiting)
 
     async def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
         """Return what the retriever finds. Raise what it raises, but no UserError about others' queries."""
-        request = _Request(queries, top_k, asyncio.get_running_loop().create_future())
+        request = _Search(queries, top_k, asyncio.get_running_loop().create_future())
         self._waiting.append(request)
         if self._worker is None or self._worker.done():
             self._worker = asyncio.create_task(self._work())
@@ -75,7 +81,7 @@ class Batcher:
         while self._waiting:
             await self._answer(self._next())
 
-    async def _answer(self, batch: list[_Request]) -> None:
+    async def _answer(self, batch: list[_Search]) -> None:
         queries = [query for request in batch for query in request.queries]
         search = partial(self._retriever.search, queries, batch[0].top_k)
         started = time.perf_counter()
@@ -97,10 +103,10 @@ class Batcher:
             if not request.answer.done():  # else: its client has left
                 request.answer.set_result(own)
 
-    def _next(self) -> list[_Request]:
-        """The oldest request and the others that want as many passages, as far as they fit."""
+    def _next(self) -> list[_Search]:
+        """Take the oldest request, and the others that want as many passages, as far as they fit."""
         first = self._waiting.popleft()
-        batch, room, left = [first], self._largest - len(first.queries), deque[_Request]()
+        batch, room, left = [first], self._largest - len(first.queries), deque[_Search]()
         for request in self._waiting:
             if request.top_k == first.top_k and len(request.queries) <= room:
                 batch.append(request)
@@ -114,16 +120,8 @@ class Batcher:
         self._thread.shutdown(wait=False)
 
 
-MAX_TOP_K = 100
-MAX_QUERIES = 10_000  # in one request
-MAX_QUERY = 100_000  # characters
-MAX_BODY = 64 * 2**20  # bytes of a request
-LARGEST_BATCH = 512  # queries in one search
-log = logging.getLogger("uvicorn.error")
-
-
 def _searchable(query: object) -> object:
-    """Refuse what one client alone must hear of: it would fail a search that others share, or hold it up."""
+    """Refuse a query that would fail a search that other clients share, or hold it up."""
     if isinstance(query, str):
         if any("\ud800" <= character <= "\udfff" for character in query):
             raise ValueError("not valid Unicode: half a surrogate pair")
@@ -139,7 +137,7 @@ class RetrieveRequest(BaseModel):
 
 
 class Metrics:
-    """What Prometheus is told."""
+    """The service's metrics for Prometheus."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -166,8 +164,8 @@ class Metrics:
         self.search_seconds.observe(seconds)
 
 
-class Retrieval:
-    """The index while it is loaded (`open` not called yet), ready, and closed."""
+class RetrieverService:
+    """The state of the service: loading its index until `open` is called, then ready, then closed."""
 
     def __init__(self, top_k: int) -> None:
         self.top_k = top_k
@@ -182,23 +180,23 @@ class Retrieval:
         self.batcher = Batcher(index, LARGEST_BATCH, self.metrics.observe)
 
     def close(self) -> None:
-        """After the last request: the index's files and connections are released."""
+        """Release the index's files and connections, after the last request."""
         if self.batcher is not None:
             self.batcher.close()
         if self.index is not None:
             self.index.close()
 
 
-def make_app(retrieval: Retrieval) -> FastAPI:
-    """The service; `retrieval` may be opened later, until then it says that it is not ready."""
+def make_app(service: RetrieverService) -> FastAPI:
+    """Make the web application of `service`, which says that it is not ready until it is opened."""
     app = FastAPI(title="DGPO retriever", docs_url=None, redoc_url=None)
 
     @app.post("/retrieve")
     async def retrieve(body: RetrieveRequest) -> Response:
-        if retrieval.index is None or retrieval.batcher is None:
+        if service.index is None or service.batcher is None:
             return _problem(HTTPStatus.SERVICE_UNAVAILABLE, "the index is being loaded (see /health)")
         try:
-            found = await retrieval.batcher.search(body.queries, body.topk or retrieval.top_k)
+            found = await service.batcher.search(body.queries, body.topk or service.top_k)
         except UserError as error:
             return _problem(HTTPStatus.UNPROCESSABLE_ENTITY, str(error))
         except InfrastructureError as error:
@@ -207,19 +205,19 @@ def make_app(retrieval: Retrieval) -> FastAPI:
             log.error("a search ended with a bug", exc_info=error)
             return _problem(HTTPStatus.INTERNAL_SERVER_ERROR, "an error in the service; its log says more")
         result = [[_item(hit, body.return_scores) for hit in hits] for hits in found]
-        return JSONResponse({"result": result}, headers={INDEX_HEADER: retrieval.index.digest})
+        return JSONResponse({"result": result}, headers={INDEX_HEADER: service.index.digest})
 
     @app.get("/health")
     async def health() -> Response:
-        """200 when queries are answered, 503 while the index is loaded."""
-        if retrieval.index is None:
+        """Answer 200 when queries are answered, 503 while the index is loaded."""
+        if service.index is None:
             return JSONResponse({"status": "loading"}, HTTPStatus.SERVICE_UNAVAILABLE)
-        known = {"index": retrieval.index.digest, "passages": retrieval.passages, "topk": retrieval.top_k}
+        known = {"index": service.index.digest, "passages": service.passages, "topk": service.top_k}
         return JSONResponse({"status": "ready", **known})
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(generate_latest(retrieval.metrics.registry), media_type=CONTENT_TYPE_LATEST)
+        return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
     @app.middleware("http")
     async def count(request: Request, call: Any) -> Response:
@@ -231,8 +229,8 @@ def make_app(retrieval: Retrieval) -> FastAPI:
         else:
             response = await call(request)
         if request.url.path == "/retrieve":
-            retrieval.metrics.requests.labels(response.status_code).inc()
-            retrieval.metrics.seconds.observe(time.perf_counter() - started)
+            service.metrics.requests.labels(response.status_code).inc()
+            service.metrics.seconds.observe(time.perf_counter() - started)
         return response
 
     @app.exception_handler(RequestValidationError)

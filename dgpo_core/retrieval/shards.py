@@ -1,11 +1,7 @@
-"""Vectors of a published flat faiss index, read from its file or the parts it was split into.
+"""An index on disk: passages with their vectors in Parquet shards, and a manifest that says what they are of.
 
-The format is faiss's own (faiss/impl/index_write.cpp, IndexFlat): a header, then the vectors as float32, row
-by row. Reading it here needs neither faiss nor the parts put together, nor wiki-18's 64 GB in memory.
-
-Shards are encoded and written: on every GPU, one process each, or in this process on the CPU.
-
-Encoded passages on disk: Parquet shards and a manifest that names what they were made of.
+Vectors are encoded on every GPU, one process each, or in this process on the CPU; or they are taken from a
+published flat faiss index, its file or the parts that it was split into.
 """
 
 import hashlib
@@ -36,22 +32,93 @@ from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.files import replacement
 from dgpo_core.retrieval.encoders import (
     Encoder,
+    OnEncoded,
     SparseVector,
-    Tell,
     Vector,
     dense_column,
     make_encoder,
-    spaced,
 )
+from dgpo_core.text import spaced
 
-# type, dimension, vectors, two unused numbers, trained, metric, number of floats that follow
+MANIFEST = "manifest.json"
+READ_AT_ONCE = 1000  # passages of a shard
+SURVEY_REPORT = 20_000  # passages
+WAIT = 0.2  # seconds between two looks at the encoding processes
+SAME = 0.95  # cosine of an imported vector and our own of the same passage: rounding leaves above 0.99
+# Of a flat faiss index: type, dimension, vectors, two unused numbers, trained, metric, floats that follow.
 HEADER = struct.Struct("<4siqqq?iQ")
 FLAT = (b"IxFI", b"IxF2")  # by inner product, by L2 distance
+Progress = Callable[[float, float, str], None]  # (done, total, unit)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Describes an index: `digest` identifies passages and encoder, `collection` is its name in Qdrant."""
+
+    collection: str
+    digest: str
+    passages: int
+    average_words: float
+    dense_size: int | None
+    encoder: dict[str, str | int | None]
+    shards: list[str]
+
+    @property
+    def encoder_config(self) -> EncoderConfig:
+        return EncoderConfig.model_validate(self.encoder)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read the manifest of an index. Raises UserError when `folder` holds no complete one."""
+    path = folder / MANIFEST
+    try:
+        return Manifest(**json.loads(path.read_text()))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file; run the index stage first") from None
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: not an index manifest: {error}") from error
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
+
+
+def write_shard(path: Path, passages: list[Passage], vectors: pa.Array) -> None:
+    """Write a shard, which appears complete or not at all."""
+    table = pa.table(
+        {
+            "id": [passage.id for passage in passages],
+            "title": [passage.title for passage in passages],
+            "text": [passage.text for passage in passages],
+            "vector": vectors,
+        }
+    )
+    with replacement(path) as part:
+        pq.write_table(table, part, compression="zstd")
+
+
+def read_shard(path: Path) -> Iterator[tuple[Passage, Vector]]:
+    """Yield passages with their vectors in the corpus's order, of which some at a time are in memory."""
+    with pq.ParquetFile(path) as file:
+        for rows in file.iter_batches(READ_AT_ONCE):
+            columns = (rows.column(name).to_pylist() for name in ("id", "title", "text"))
+            for row in zip(*columns, _vectors(rows.column("vector")), strict=True):
+                yield Passage(*row[:3]), row[3]
+
+
+def _vectors(column: pa.Array) -> list[Vector]:
+    if pa.types.is_struct(column.type):
+        return [SparseVector(vector["indices"], vector["values"]) for vector in column.to_pylist()]
+    numbers = column.flatten().to_numpy().astype(np.float32)
+    return numbers.reshape(len(column), -1).tolist()  # type: ignore[no-any-return]
 
 
 class FlatIndex:
-    """`count` vectors of `size` numbers; `digest` identifies the files' contents.
+    """The vectors of a flat faiss index: `count` of `size` numbers; `digest` identifies the files' contents.
 
+    The format is faiss's own (faiss/impl/index_write.cpp, IndexFlat): a header, then the vectors as float32,
+    row by row. Reading it here needs neither faiss nor the parts put together, nor wiki-18's 64 GB in memory.
     Raises UserError for files that are not one whole flat index.
     """
 
@@ -77,7 +144,7 @@ class FlatIndex:
             )
 
     def rows(self, start: int, stop: int) -> NDArray[np.float32]:
-        """[stop - start, size], read from disk. Raises UserError for vectors that are not of length 1."""
+        """Read [stop - start, size] from disk. Raises UserError for vectors that are not of length 1."""
         width = 4 * self.size
         data = self._bytes(HEADER.size + start * width, HEADER.size + stop * width)
         vectors = np.frombuffer(data, "<f4").reshape(stop - start, self.size)
@@ -91,7 +158,7 @@ class FlatIndex:
         return vectors
 
     def _bytes(self, start: int, stop: int) -> bytes:
-        """Bytes of the parts as if they were one file; fewer where it ends before."""
+        """Read bytes of the parts as if they were one file; fewer where it ends before."""
         pieces, offset = [], 0
         for part, size in zip(self._parts, self._sizes, strict=True):
             first, last = max(start - offset, 0), min(stop - offset, size)
@@ -103,12 +170,9 @@ class FlatIndex:
         return b"".join(pieces)
 
 
-WAIT = 0.2  # seconds between two looks at the workers
-
-
 @dataclass(frozen=True)
 class Job:
-    """A shard to write: `first` is the place of its first passage in the corpus."""
+    """A shard to write; `first` is the position of its first passage in the corpus."""
 
     path: Path
     first: int
@@ -116,26 +180,12 @@ class Job:
 
 
 def visible_devices() -> list[str]:
-    """Every GPU that this process sees (CUDA_VISIBLE_DEVICES chooses), or the CPU."""
+    """Return every GPU that this process sees (CUDA_VISIBLE_DEVICES chooses), or the CPU."""
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
 
 
-def write_shard(path: Path, passages: list[Passage], vectors: pa.Array) -> None:
-    """The shard appears complete or not at all."""
-    table = pa.table(
-        {
-            "id": [passage.id for passage in passages],
-            "title": [passage.title for passage in passages],
-            "text": [passage.text for passage in passages],
-            "vector": vectors,
-        }
-    )
-    with replacement(path) as part:
-        pq.write_table(table, part, compression="zstd")
-
-
 def encode_shards(
-    jobs: Iterator[Job], make: Callable[[str], Encoder], devices: list[str], tell: Tell
+    jobs: Iterator[Job], make: Callable[[str], Encoder], devices: list[str], on_encoded: OnEncoded
 ) -> None:
     """Write the shards of `jobs`, with an encoder made by `make(device)` for each of `devices`.
 
@@ -146,113 +196,78 @@ def encode_shards(
     if len(devices) == 1:
         encoder = make(devices[0])
         for job in jobs:
-            _encode(job, encoder, tell)
+            _encode(job, encoder, on_encoded)
         return
     context = multiprocessing.get_context("spawn")
-    todo, told = context.Queue(maxsize=len(devices)), context.Queue()
+    tasks, reports = context.Queue(maxsize=len(devices)), context.Queue()
     workers = {
-        device: context.Process(target=_work, args=(make, device, todo, told), daemon=True)
+        device: context.Process(target=_work, args=(make, device, tasks, reports), daemon=True)
         for device in devices
     }
     try:
         for worker in workers.values():
             worker.start()
-        for task in chain(jobs, repeat(None, len(devices))):
-            _hand_over(task, todo, lambda: _listen(workers, told, tell))
+        for job_or_end in chain(jobs, repeat(None, len(devices))):
+            _hand_over(job_or_end, tasks, lambda: _listen(workers, reports, on_encoded))
         for worker in workers.values():
             while worker.is_alive():
                 worker.join(WAIT)
-                _listen(workers, told, tell)
-        _listen(workers, told, tell)
+                _listen(workers, reports, on_encoded)
+        _listen(workers, reports, on_encoded)
     finally:
         for worker in workers.values():
             worker.kill()
             worker.join()
 
 
-def _encode(job: Job, encoder: Encoder, tell: Tell) -> None:
-    column = encoder.passage_column([passage.contents for passage in job.passages], tell)
+def _encode(job: Job, encoder: Encoder, on_encoded: OnEncoded) -> None:
+    column = encoder.passage_column([passage.contents for passage in job.passages], on_encoded)
     write_shard(job.path, job.passages, column)
 
 
-def _hand_over(job: Job | None, todo: Any, listen: Callable[[], None]) -> None:
+def _hand_over(job: Job | None, tasks: Any, listen: Callable[[], None]) -> None:
     while True:
         listen()
         try:
-            todo.put(job, timeout=WAIT)
+            tasks.put(job, timeout=WAIT)
             return
         except queue.Full:
             continue
 
 
-def _listen(workers: dict[str, Any], told: Any, tell: Tell) -> None:
-    """Pass on what the workers tell; raise what went wrong in them."""
+def _listen(workers: dict[str, Any], reports: Any, on_encoded: OnEncoded) -> None:
+    """Pass on what the workers report; raise what went wrong in them."""
     while True:
         try:
-            news = told.get_nowait()
+            report = reports.get_nowait()
         except queue.Empty:
             break
-        if isinstance(news, UserError):
-            raise news
-        if isinstance(news, Exception):
-            raise InfrastructureError(f"encoding failed: {news}") from news
-        tell(news)
+        if isinstance(report, UserError):
+            raise report
+        if isinstance(report, Exception):
+            raise InfrastructureError(f"encoding failed: {report}") from report
+        on_encoded(report)
     for device, worker in workers.items():
         if worker.exitcode:
             raise InfrastructureError(f"the process that encodes on {device} ended with {worker.exitcode}")
 
 
-def _work(make: Callable[[str], Encoder], device: str, todo: Any, told: Any) -> None:
+def _work(make: Callable[[str], Encoder], device: str, tasks: Any, reports: Any) -> None:
     threading.Thread(target=_end_with_parent, daemon=True).start()
     try:
         encoder = make(device)
-        while (job := todo.get()) is not None:
-            _encode(job, encoder, told.put)
+        while (job := tasks.get()) is not None:
+            _encode(job, encoder, reports.put)
     except Exception as error:
-        told.put(error)
+        reports.put(error)
 
 
 def _end_with_parent() -> None:
-    """A parent that was killed ends nobody; without it, this process would wait for jobs for ever."""
+    """End when the parent does: one that was killed ends nobody, and this process would wait for ever."""
     parent = multiprocessing.parent_process()
     assert parent
     parent.join()
     os._exit(1)
-
-
-MANIFEST = "manifest.json"
-READ_AT_ONCE = 1000  # passages of a shard
-SURVEY_REPORT = 20_000  # passages
-SAME = 0.95  # cosine of an imported vector and our own of the same passage: rounding leaves above 0.99
-Progress = Callable[[float, float, str], None]  # (done, total, unit)
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What an index is: `digest` identifies passages and encoder, `collection` is its name in Qdrant."""
-
-    collection: str
-    digest: str
-    passages: int
-    average_words: float
-    dense_size: int | None
-    encoder: dict[str, str | int | None]
-    shards: list[str]
-
-    @property
-    def encoder_config(self) -> EncoderConfig:
-        return EncoderConfig.model_validate(self.encoder)
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """Raises UserError when `folder` holds no complete index."""
-    path = folder / MANIFEST
-    try:
-        return Manifest(**json.loads(path.read_text()))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file; run the index stage first") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not an index manifest: {error}") from error
 
 
 def build_shards(
@@ -267,7 +282,7 @@ def build_shards(
     """Encode a corpus into `folder`, or take its vectors from `imported`.
 
     Shards that are already there are kept: a killed run continues, with the same bytes. Encodes on `devices`,
-    by default every visible GPU or the CPU. Raises UserError for a corpus with mistakes, and for imported
+    by default on every visible GPU or the CPU. Raises UserError for a corpus with mistakes, and for imported
     vectors that are not those of its passages.
     """
     folder.mkdir(parents=True, exist_ok=True)
@@ -276,19 +291,19 @@ def build_shards(
     encoder = make_encoder(config.encoder, average_words)
     done = 0
 
-    def tell(more: int) -> None:
+    def on_encoded(more: int) -> None:
         nonlocal done
         done += more
         progress(done, count, "passages")
 
-    jobs = _missing(corpus, folder, config.shard_size, tell)
+    jobs = _missing(corpus, folder, config.shard_size, on_encoded)
     if imported is not None:
         _check_shape(imported, count, encoder)
-        _import_shards(jobs, imported, encoder, tell)
+        _import_shards(jobs, imported, encoder, on_encoded)
     elif encoder.size is None:
-        encode_shards(jobs, lambda _: encoder, ["cpu"], tell)
+        encode_shards(jobs, lambda _: encoder, ["cpu"], on_encoded)
     else:
-        encode_shards(jobs, make, list(devices) or visible_devices(), tell)
+        encode_shards(jobs, make, list(devices) or visible_devices(), on_encoded)
     settings = config.encoder.model_dump()
     identity: list[object] = [corpus_digest, settings, config.shard_size]
     if imported is not None:
@@ -311,31 +326,11 @@ def build_shards(
     return manifest
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / MANIFEST).write_text(json.dumps(asdict(manifest), indent=2) + "\n")
-
-
-def read_shard(path: Path) -> Iterator[tuple[Passage, Vector]]:
-    """Passages with their vectors, in the corpus's order; some at a time are in memory."""
-    with pq.ParquetFile(path) as file:
-        for rows in file.iter_batches(READ_AT_ONCE):
-            columns = (rows.column(name).to_pylist() for name in ("id", "title", "text"))
-            for row in zip(*columns, _vectors(rows.column("vector")), strict=True):
-                yield Passage(*row[:3]), row[3]
-
-
-def _vectors(column: pa.Array) -> list[Vector]:
-    if pa.types.is_struct(column.type):
-        return [SparseVector(vector["indices"], vector["values"]) for vector in column.to_pylist()]
-    numbers = column.flatten().to_numpy().astype(np.float32)
-    return numbers.reshape(len(column), -1).tolist()  # type: ignore[no-any-return]
-
-
 def _survey(corpus: Path, progress: Progress) -> tuple[int, float, str, bool]:
-    """Number of passages, mean words a passage, SHA-256, whether any is in a script without spaces.
+    """Read every line, so that bad ones stop us early.
 
-    Reads every line, so bad ones stop us early.
+    Returns the number of passages, the mean words a passage, their SHA-256, and whether any is in a script
+    without spaces.
     """
     count = words = size = 0
     unspaced = False
@@ -355,15 +350,15 @@ def _survey(corpus: Path, progress: Progress) -> tuple[int, float, str, bool]:
     return count, words / count, digest.hexdigest(), unspaced
 
 
-def _missing(corpus: Path, folder: Path, size: int, tell: Tell) -> Iterator[Job]:
-    """The shards that are still to be written; `tell` is told of the others."""
+def _missing(corpus: Path, folder: Path, size: int, on_encoded: OnEncoded) -> Iterator[Job]:
+    """Yield the shards that are still to be written; `on_encoded` is told of the others."""
     passages = read_corpus(corpus)
     for number in itertools.count():
         if not (chunk := list(itertools.islice(passages, size))):
             return
         path = folder / _name(number)
         if path.exists():
-            tell(len(chunk))
+            on_encoded(len(chunk))
         else:
             yield Job(path, number * size, chunk)
 
@@ -382,8 +377,8 @@ def _check_shape(imported: FlatIndex, count: int, encoder: Encoder) -> None:
         )
 
 
-def _import_shards(jobs: Iterator[Job], imported: FlatIndex, encoder: Encoder, tell: Tell) -> None:
-    """Of each shard one passage is encoded, to see whether the vectors are those of these passages."""
+def _import_shards(jobs: Iterator[Job], imported: FlatIndex, encoder: Encoder, on_encoded: OnEncoded) -> None:
+    """Write imported vectors; encode a passage of each shard, to see whether they are the passages' own."""
     for job in jobs:
         vectors = imported.rows(job.first, job.first + len(job.passages))
         (own,) = encoder.encode_passages([job.passages[0].contents])
@@ -393,4 +388,4 @@ def _import_shards(jobs: Iterator[Job], imported: FlatIndex, encoder: Encoder, t
                 f"(cosine {cosine:.3f}): another corpus, another order, another encoder, or other prefixes"
             )
         write_shard(job.path, job.passages, dense_column(vectors))
-        tell(len(job.passages))
+        on_encoded(len(job.passages))

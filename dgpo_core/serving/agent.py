@@ -6,7 +6,6 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from dgpo_core.agent import prompts
-from dgpo_core.agent.answers import normalize
 from dgpo_core.agent.episode import Decode, Episode
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.agent.prompts import encode_prompt, encode_start
@@ -24,7 +23,7 @@ from dgpo_core.serving.events import (
     SourcePassage,
 )
 from dgpo_core.serving.streaming import EventStream, TagSplitter, WatchedEngine, WatchedRetriever
-from dgpo_core.text import stands_in
+from dgpo_core.text import normalize, stands_in
 
 
 class Agent:

@@ -1,6 +1,7 @@
-"""Training stops at the first number that is none: no weights are changed by it, and no model is saved.
+"""What keeps a training loop safe: a checkpoint on disk, and a stop at the first quantity that is no number.
 
-Progress of a training loop on disk: killed at any moment, the next run continues exactly.
+A run that is killed at any moment is continued exactly. A quantity that is nan or infinite changes no
+weights, and no model is saved.
 """
 
 import math
@@ -27,7 +28,7 @@ def require_finite(quantities: Mapping[str, float]) -> None:
 
 @contextmanager
 def training_step(step: int, lower: Callable[[str], str]) -> Iterator[None]:
-    """Raise a NotFinite from inside with the step and, from `lower(quantity)`, the setting to lower."""
+    """Add the step, and the setting to lower from `lower(quantity)`, to a NotFinite that is raised inside."""
     try:
         yield
     except NotFinite as error:
@@ -38,7 +39,7 @@ def training_step(step: int, lower: Callable[[str], str]) -> Iterator[None]:
 
 
 class Checkpoint:
-    """One file that holds the newest state, replaced by atomic rename.
+    """Keeps the newest state in one file, replaced by atomic rename.
 
     Several processes that train together read the same file; the first one writes it.
     """
@@ -48,6 +49,7 @@ class Checkpoint:
         self.path = folder / "checkpoint.pt"
 
     def save(self, state: dict[str, Any]) -> None:
+        """Replace the state on disk by this one."""
         if not leads():
             return
         with replacement(self.path) as part, part.open("wb") as file:
@@ -56,13 +58,17 @@ class Checkpoint:
             os.fsync(file.fileno())  # else a power failure could leave the new name with no content
 
     def load(self) -> dict[str, Any] | None:
-        """The newest state, or None when there is none. Raises UserError for a file that is damaged."""
+        """Return the newest state, or None when there is none.
+
+        Raise UserError for a file that is damaged, or that code of another version has written.
+        """
         if not self.path.is_file():
             return None
         try:
             state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=False, mmap=True)
-        except (RuntimeError, EOFError, UnpicklingError) as error:
+        except (RuntimeError, EOFError, UnpicklingError, ImportError, AttributeError) as error:
             raise UserError(
-                f"{self.path}: not readable ({first_line(error)}); delete it, and the stage begins again"
+                f"{self.path}: not readable: damaged, or of another version of this code "
+                f"({first_line(error)}); delete it, and the stage begins again"
             ) from error
         return state

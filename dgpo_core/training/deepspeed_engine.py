@@ -1,7 +1,7 @@
 """DeepSpeed's ZeRO as a training engine: the only file that imports deepspeed.
 
-bfloat16 weights with float32 masters, or float32; AdamW is torch's, so nothing is compiled. Of a checkpoint
-every parameter and its moments are gathered whole: what is saved does not depend on how it was split.
+Weights are bfloat16 with float32 masters, or float32; AdamW is torch's, so nothing is compiled. A checkpoint
+has every parameter and its moments gathered whole: what is saved does not depend on how it was split.
 """
 
 import copy
@@ -22,22 +22,20 @@ from deepspeed.utils import (
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import PreTrainedModel
 
-from dgpo_core.config.training import ComputeConfig
+from dgpo_core.config.training import DEFAULT_ZERO_STAGE, ComputeConfig
 from dgpo_core.training.batches import TokenSequence, backbone_of, collate, head_of
-from dgpo_core.training.engines import Optimization
-from dgpo_core.training.optimizer import adamw
+from dgpo_core.training.optimizer import Optimization, adamw
 from dgpo_core.training.parallel import leads, processes, rank
 
 # on a CPU DeepSpeed would compile a collective of its own (40 s); gloo has one
 deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
 
-ZERO_STAGE = 2  # where compute.zero_stage is null
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PERSISTENT = 10_000  # elements up to which stage 3 keeps a weight whole: norms and biases
 
 
 class ZeroEngine:
-    """Optimiser state, gradients and, with stage 3, weights are split over the processes.
+    """Splits optimiser state, gradients and, with stage 3, weights over the processes.
 
     Stages 1 and 2 train `module` in place. Stage 3 trains a copy where the module is to be `published`: then
     its weights are gathered into `module` once, before thousands of tokens are generated.
@@ -48,7 +46,7 @@ class ZeroEngine:
     def __init__(
         self, module: torch.nn.Module, how: Optimization, compute: ComputeConfig, published: bool
     ) -> None:
-        self._stage = compute.zero_stage or ZERO_STAGE
+        self._stage = compute.zero_stage or DEFAULT_ZERO_STAGE
         self._module = module
         self._trained = copy.deepcopy(module) if published and self._stage == 3 else module
         exact = [p.detach().float().cpu() for p in module.parameters() if p.requires_grad]
@@ -80,7 +78,7 @@ class ZeroEngine:
         return self._engine(*inputs)
 
     def backward(self, loss: torch.Tensor) -> None:
-        # DeepSpeed averages over processes, whose passes are shares of one sum
+        # DeepSpeed averages over processes, whose micro-batches are shares of one sum
         self._engine.backward(loss * processes(), scale_wrt_gas=False)
 
     def step(self) -> float:
@@ -106,23 +104,23 @@ class ZeroEngine:
             parameter.data.copy_(value)
 
     def state_dict(self) -> dict[str, Any]:
-        """Only the first process, which saves it, has the tensors."""
+        """Return the state; only the first process, which saves it, has the tensors."""
         steps = self._steps()
         state: dict[str, Any] = {"schedule": self._schedule.state_dict(), "steps": steps, "parameters": {}}
         self._link_moments()
         names = [name for name, p in self._trained.named_parameters() if p.requires_grad]
         for name, parameter in zip(names, self._parameters(), strict=True):
             moments = MOMENTS if steps else ()
-            kept = [self._whole(parameter, key) for key in (None, *moments)]
+            whole = [self._whole(parameter, key) for key in (None, *moments)]
             if leads():
-                state["parameters"][name] = kept
+                state["parameters"][name] = whole
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if state["steps"]:
             self._make_moments()
-        for parameter, kept in zip(self._parameters(), state["parameters"].values(), strict=True):
-            for key, value in zip((None, *MOMENTS), kept, strict=False):
+        for parameter, whole in zip(self._parameters(), state["parameters"].values(), strict=True):
+            for key, value in zip((None, *MOMENTS), whole, strict=False):
                 self._set(parameter, value, key)
         for moments in self._optimizer_states():
             moments["step"].fill_(state["steps"])
@@ -132,15 +130,18 @@ class ZeroEngine:
         self.publish()
 
     def _make_moments(self) -> None:
-        """AdamW has no state before its first step: take one, of gradient 0; all that it does is replaced."""
+        """Take a step of gradient 0, before which AdamW has no state; all that it does is replaced."""
         result = self(collate([TokenSequence([0, 0], [1])], self.device))
         self.backward(0 * result.sum())
         self._engine.step()
         self._link_moments()
 
     def _link_moments(self) -> None:
-        """Stages 1 and 2 of DeepSpeed 0.19 look for moments after they have stepped the first of our two
-        parameter groups, and so never find those of the second: look again."""
+        """Let stages 1 and 2 look for moments again.
+
+        DeepSpeed 0.19 looks after it has stepped the first of our two parameter groups, and so never finds
+        those of the second.
+        """
         if self._stage < 3 and self._optimizer_states():
             zero = self._engine.optimizer
             zero._hp_optimizer_states_linked = False
@@ -153,11 +154,11 @@ class ZeroEngine:
         return list(self._optimizer.state.values())
 
     def _steps(self) -> int:
-        """Updates so far."""
+        """Return the number of updates so far."""
         return int(next((moments["step"] for moments in self._optimizer_states()), torch.tensor(0)))
 
     def _whole(self, parameter: torch.nn.Parameter, moment: str | None = None) -> torch.Tensor:
-        """The float32 master of a parameter, or one of its moments, on the CPU."""
+        """Return the float32 master of a parameter, or one of its moments, on the CPU."""
         whole: torch.Tensor
         if moment is None:
             whole = safe_get_full_fp32_param(parameter)
@@ -183,8 +184,8 @@ class ZeroEngine:
             parameter.data.copy_(value)
 
 
-def held_frozen(model: PreTrainedModel, compute: ComputeConfig) -> tuple[Any, torch.Tensor]:
-    """Backbone and output embedding of a model that is not trained, in the precision of compute.
+def frozen_parts(model: PreTrainedModel, compute: ComputeConfig) -> tuple[Any, torch.Tensor]:
+    """Return backbone and output embedding of a model that is not trained, in the precision of compute.
 
     With `split_teacher` the backbone's weights are split. The output embedding stays whole: the student's
     backward pass uses it too.
@@ -199,7 +200,7 @@ def held_frozen(model: PreTrainedModel, compute: ComputeConfig) -> tuple[Any, to
 
 
 def _to(module: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Parameters only: rotary frequencies stay float32."""
+    """Convert parameters only: rotary frequencies stay float32."""
     for parameter in module.parameters():
         parameter.data = parameter.data.to(dtype)
 
@@ -210,8 +211,8 @@ def _config(compute: ComputeConfig, stage: int) -> dict[str, Any]:
     if compute.offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": compute.device == "cuda"}
     return {
-        "train_micro_batch_size_per_gpu": 1,  # a name only: passes are cut by tokens
-        "managed_gradient_accumulation": False,  # as many passes a step as there are
+        "train_micro_batch_size_per_gpu": 1,  # a name only: micro-batches are cut by tokens
+        "managed_gradient_accumulation": False,  # as many micro-batches a step as there are
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": compute.precision == "bfloat16"},
@@ -224,7 +225,7 @@ def _trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
 
 
 def _part(parameter: Any, value: torch.Tensor) -> torch.Tensor:
-    """This process's part of a weight that stage 3 has cut into equal ones, the last padded with zeros."""
+    """Cut out this process's part of a weight, of equal ones in stage 3, the last padded with zeros."""
     size = parameter.ds_tensor.numel()
     flat = value.flatten()
     flat = torch.nn.functional.pad(flat, (0, size * processes() - flat.numel()))

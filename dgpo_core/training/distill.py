@@ -1,10 +1,23 @@
-"""Distillation: the student learns the teacher's distributions (eq. 1; docs/method.md, "Recipes")."""
+"""Distillation: the student learns the teacher's distributions (eq. 1; docs/method.md, "Recipes").
 
+`Distiller.train` repeats one step:
+
+(1) episodes: of the teacher, fresh ones of the student, or both (`episode_sources`);
+(2) the teacher's distributions at the tokens that the model wrote: stored ones, or those of a live teacher;
+(3) loss: cross-entropy of the tokens and a divergence between teacher and student (eq. 1), averaged over the
+    batch's model tokens;
+(4) update;
+(5) adapt: TAID's share of the teacher in the target, DistiLLM's share of student episodes.
+"""
+
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dgpo_core.agent.episode import Episode
@@ -13,28 +26,21 @@ from dgpo_core.config.training import ComputeConfig, DistillConfig
 from dgpo_core.errors import UserError
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
-from dgpo_core.objectives.logprobs import cached_terms, distillation_terms
-from dgpo_core.training import optimizer as optim
+from dgpo_core.objectives.logprobs import cached_losses, distillation_losses
 from dgpo_core.training.batches import (
     TokenBatch,
     TokenModel,
     TokenSequence,
     check_ids,
-    collate,
-    episode_metrics,
-    micro_batches,
     model_sequence,
-    sampled_entropy,
     shared_ids,
 )
 from dgpo_core.training.checkpoint import Checkpoint, require_finite, training_step
-from dgpo_core.training.engines import FrozenModel, Optimization, training_engine
-from dgpo_core.training.episode_sources import EpisodeSource
-from dgpo_core.training.parallel import added, passes
-from dgpo_core.training.taid import Interpolation
+from dgpo_core.training.engines import FrozenModel, token_batches, training_engine
+from dgpo_core.training.episode_sources import EpisodeSource, Metrics, episode_metrics, sampled_entropy
+from dgpo_core.training.optimizer import Optimization, cosine
+from dgpo_core.training.parallel import all_sum
 from dgpo_core.training.teacher_cache import TeacherCache
-
-Metrics = dict[str, float]
 
 
 @dataclass
@@ -57,17 +63,13 @@ class Distiller:
     def __post_init__(self) -> None:
         config, taid = self.config, self.config.taid
         self.vocabulary = shared_ids(self.known, self.student, self.teacher)
-        self.taid = Interpolation(self.source.steps, taid.start, taid.end, taid.step_size, taid.decay)
+        self.taid = TaidSchedule(self.source.steps, taid.start, taid.end, taid.step_size, taid.decay)
         on_policy = self.recipe.episodes == "student"
         own = config.on_policy if on_policy else config
-        how = Optimization(
-            own.learning_rate,
-            config.weight_decay,
-            config.max_grad_norm,
-            optim.cosine(self.source.steps, own.warmup_steps),
-        )
+        schedule = cosine(self.source.steps, own.warmup_steps)
+        settings = Optimization(own.learning_rate, config.weight_decay, config.max_grad_norm, schedule)
         self._rate = f"distill.{'on_policy.' if on_policy else ''}learning_rate (now {own.learning_rate:g})"
-        self.engine = training_engine(TokenModel(self.student, self.vocabulary), how, self.compute)
+        self.engine = training_engine(TokenModel(self.student, self.vocabulary), settings, self.compute)
         self.frozen = None
         if self.teacher is not None:
             self.frozen = FrozenModel(self.teacher, self.compute, self.vocabulary)
@@ -78,10 +80,11 @@ class Distiller:
         evaluate: Callable[[], float],
         report: Callable[[int, list[Metrics]], None],
     ) -> list[Metrics]:
-        """Rows of metrics, one a step; `dev_em` is in the rows of the looks. Resumes if it can.
+        """Train and return one row of metrics a step, with `dev_em` where the student was validated.
 
-        `report` is given the number of steps and the rows so far. Raises NotFinite at the first step with a
-        metric that is no number; the checkpoint is then the last one before it.
+        Resume from the checkpoint exactly. `report` is called with the number of steps and the rows so far.
+        Raise NotFinite at the first step with a metric that is no number; the checkpoint is then the last one
+        before it.
         """
         source = self.source
         parts: dict[str, Any] = {"student": self.engine, "source": source, "taid": self.taid}
@@ -91,32 +94,37 @@ class Distiller:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
         elif source.held_out:
-            source.looked(self.loss(source.held_out))
+            source.validated(self.loss(source.held_out))
         for step in range(len(rows), source.steps):
-            looks = (step + 1) % source.per_look == 0 or step + 1 == source.steps
+            validates = (step + 1) % source.validate_every == 0 or step + 1 == source.steps
             with training_step(step + 1, lambda _: self._rate):
+                # (1) Episodes: a student that writes some needs its newest weights.
                 if self.recipe.episodes != "teacher":
                     self.engine.publish()
-                row = self._step(source.batch(step), step)
-                if looks:
+                row = self._learn(source.batch(step), step)
+                if validates:
                     self.engine.publish()
                     row["dev_em"] = evaluate()
                     if source.held_out:
                         row["validation_loss"] = self.loss(source.held_out)
-                        source.looked(row["validation_loss"])
+                        source.validated(row["validation_loss"])
             rows.append({"step": step + 1, **row})
             report(source.steps, rows)
-            if looks:
+            if validates:
                 checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
         self.engine.finish()
         return rows
 
-    def _step(self, episodes: list[Episode], step: int) -> Metrics:
+    def _learn(self, episodes: list[Episode], step: int) -> Metrics:
+        """Do (2) to (5) with a step's episodes and return the step's metrics."""
         if not episodes:  # not one with a token of the student
             return {"episodes": 0.0}
-        row = self._accumulate([self._sequence(episode) for episode in episodes])
+        # (2), (3) The teacher's distributions, and the gradient of the loss.
+        row = self._gradient([self._sequence(episode) for episode in episodes])
+        # (4) Update.
         row["learning_rate"] = self.engine.learning_rate
         row["grad_norm"] = self.engine.step()
+        # (5) Adapt TAID's target; DistiLLM's source adapts to the validation loss.
         if self.recipe.objective == "taid":
             row["taid_t"] = self.taid.t
             self.taid.update(row["loss"], step + 1)
@@ -128,68 +136,67 @@ class Distiller:
 
     @torch.no_grad()
     def loss(self, episodes: list[Episode]) -> float:
-        """The objective on `episodes`, nats a token. Raises NotFinite."""
-        loss = self._sums([self._sequence(episode) for episode in episodes])["loss"]
+        """Return the objective on `episodes`, nats a token. Raise NotFinite."""
+        loss = self._averages([self._sequence(episode) for episode in episodes])["loss"]
         require_finite({"validation loss": loss})
         return loss
 
     def _sequence(self, episode: Episode) -> TokenSequence:
+        """Return the episode's model tokens with their stored distributions, if there are any."""
         check_ids([episode], self.vocabulary)
-        sequence = model_sequence(episode)
-        kept = self.cache.get(episode) if self.cache else None
-        if kept is None and self.teacher is None and self.recipe.objective != "ce":
+        stored = self.cache.get(episode) if self.cache else None
+        if stored is None and self.teacher is None and self.recipe.objective != "ce":
             raise UserError(
                 f"no distributions of the teacher's episode of {episode.dataset} {episode.question_id} were "
                 "kept: run the stage distributions again, or set distill.teacher: live"
             )
-        return replace(sequence, teacher=kept)
+        return replace(model_sequence(episode), teacher=stored)
 
-    def _accumulate(self, sequences: list[TokenSequence]) -> Metrics:
-        """Gradient of one batch; the losses are averages over its model tokens, however it is cut."""
-        return self._sums(sequences, self.engine.backward)
+    def _gradient(self, sequences: list[TokenSequence]) -> Metrics:
+        """Add up the gradient of one batch, and return its averages."""
+        return self._averages(sequences, self.engine.backward)
 
-    def _sums(
-        self, sequences: list[TokenSequence], then: Callable[[torch.Tensor], None] | None = None
+    def _averages(
+        self, sequences: list[TokenSequence], backward: Callable[[Tensor], None] | None = None
     ) -> Metrics:
-        """Averages over the model tokens; `then` gets each micro-batch's share of the loss."""
+        """Average the losses over the model tokens, however they are cut into micro-batches."""
         tokens = sum(len(sequence.positions) for sequence in sequences)
         weights = self._weights()
         totals = dict.fromkeys(["loss", *weights], 0.0)
-        lengths = [len(sequence.ids) for sequence in sequences]
-        parts = micro_batches(lengths, self.compute.micro_batch_tokens)
-        for part, counts in passes(parts, self.engine.lockstep):
-            batch = collate([sequences[i] for i in part], self.engine.device)
-            terms = {name: values.sum() / tokens for name, values in self._terms(batch).items()}
-            loss = sum((weights[name] * terms[name] for name in weights), torch.tensor(0.0))
-            if then:
-                then(loss if counts else 0 * loss)
+        for _, batch, counts in token_batches(self.engine, sequences, self.compute.micro_batch_tokens):
+            losses = {name: values.sum() / tokens for name, values in self._losses(batch).items()}
+            loss = sum((weights[name] * losses[name] for name in weights), torch.tensor(0.0))
+            if backward:
+                backward(loss if counts else 0 * loss)
             if not counts:
                 continue
-            for name, value in (("loss", loss), *terms.items()):
+            for name, value in (("loss", loss), *losses.items()):
                 totals[name] += value.item()
-        return added(totals)
+        return all_sum(totals)
 
     def _weights(self) -> dict[str, float]:
-        """What each term counts in the loss."""
+        """Return the weights of the losses (eq. 1)."""
         if self.recipe.objective == "kd":
             return {"ce": self.config.ce_weight, "divergence": self.config.kl_weight}
         return {"ce": 1.0} if self.recipe.objective == "ce" else {"ce": 0.0, "divergence": 1.0}
 
-    def _terms(self, batch: TokenBatch) -> dict[str, torch.Tensor]:
-        """Cross-entropy and, with a teacher, divergence of every counted token, [N] each."""
+    def _losses(self, batch: TokenBatch) -> dict[str, Float[Tensor, " N"]]:
+        """Return cross-entropy and, with a teacher, divergence of every counted token."""
         if self.recipe.objective == "ce":
             return {"ce": -self.engine(batch)}
-        divergence, kept, frozen = self._divergence(), batch.teacher, self.frozen
-        if kept is not None:
-            terms = self.engine(batch, lambda h, head: cached_terms(h, head, kept, batch.targets, divergence))
+        divergence, stored, frozen = self._divergence(), batch.teacher, self.frozen
+        if stored is not None:
+            losses = self.engine(
+                batch, lambda h, head: cached_losses(h, head, stored, batch.targets, divergence)
+            )
         else:
             assert frozen is not None
             theirs = frozen.hidden(batch)
-            terms = self.engine(
+            losses = self.engine(
                 batch,
-                lambda h, head: distillation_terms(h, head, theirs, frozen.head, batch.targets, divergence),
+                lambda h, head: distillation_losses(h, head, theirs, frozen.head, batch.targets, divergence),
             )
-        return dict(zip(("ce", "divergence"), terms, strict=True))
+        return dict(zip(("ce", "divergence"), losses, strict=True))
 
     def _divergence(self) -> Divergence:
         match self.recipe.objective:
@@ -204,3 +211,47 @@ class Distiller:
             case "jsd":
                 return divergences.generalized_jsd(self.config.jsd_beta)
         return divergences.forward_kl
+
+
+@dataclass
+class TaidSchedule:
+    """Decides the teacher's share in TAID's target, `t` (Shing et al., 2025; `divergences.taid`).
+
+    The share rises at least linearly from `start` to `end` over `total_steps`, and faster while the loss
+    falls: `trend` is the moving average of the loss's relative fall, with weight `decay` on the past.
+    """
+
+    total_steps: int
+    start: float = 0.4
+    end: float = 1.0
+    step_size: float = 5e-4
+    decay: float = 0.99
+
+    def __post_init__(self) -> None:
+        self.t = self.start
+        self.trend = 0.0
+        self.previous_loss: float | None = None
+
+    def update(self, loss: float, step: int) -> None:
+        """Set the `t` of the next update, given the training loss of update number `step` (from 1).
+
+        The first loss has nothing to be compared with and leaves `t` alone, as in the released code.
+        """
+        if self.previous_loss is not None:
+            fall = (self.previous_loss - loss) / (self.previous_loss + 1e-15)
+            self.trend = self.decay * self.trend + (1 - self.decay) * fall
+            adaptive = self.t + self.step_size * _sigmoid(self.trend) * (1 - self.t)
+            linear = self.start + (self.end - self.start) * step / self.total_steps
+            self.t = min(self.end, max(linear, adaptive))
+        self.previous_loss = loss
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"t": self.t, "trend": self.trend, "previous_loss": self.previous_loss}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.t, self.trend, self.previous_loss = state["t"], state["trend"], state["previous_loss"]
+
+
+def _sigmoid(x: float) -> float:
+    # of the tanh: exp() would overflow after a loss that has exploded
+    return 0.5 * (1 + math.tanh(x / 2))

@@ -4,26 +4,28 @@ Plain torch holds everything in every process; DeepSpeed splits it (`compute.zer
 interface, whatever the engine and the number of processes.
 """
 
-from dataclasses import dataclass
+from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dgpo_core.config.training import ComputeConfig
-from dgpo_core.training.batches import Result, Terms, TokenBatch, backbone_of, counted_hidden, head_of
-from dgpo_core.training.optimizer import Schedule, Stepper, adamw
-from dgpo_core.training.parallel import add_gradients, autocast
-
-
-@dataclass(frozen=True)
-class Optimization:
-    """AdamW's settings; `schedule` is a factor on the learning rate by update."""
-
-    learning_rate: float
-    weight_decay: float
-    max_grad_norm: float
-    schedule: Schedule
+from dgpo_core.objectives.logprobs import PerToken
+from dgpo_core.training.batches import (
+    HeadFunction,
+    TokenBatch,
+    TokenSequence,
+    backbone_of,
+    collate,
+    counted_hidden,
+    head_of,
+    micro_batches,
+)
+from dgpo_core.training.optimizer import Optimization, Stepper, adamw
+from dgpo_core.training.parallel import add_gradients, autocast, padded_share
 
 
 class TrainingEngine(Protocol):
@@ -34,24 +36,24 @@ class TrainingEngine(Protocol):
 
     @property
     def learning_rate(self) -> float:
-        """At the next update."""
+        """Return the rate of the next update."""
         ...
 
     @property
     def lockstep(self) -> bool:
-        """Whether processes must make equally many passes: weights or gradients travel in each."""
+        """Return whether processes must make equally many calls: weights or gradients travel in each."""
         ...
 
     def __call__(self, *inputs: Any) -> Any:
-        """The module's forward, in the precision of compute."""
+        """Run the module's forward, in the precision of compute."""
         ...
 
-    def backward(self, loss: torch.Tensor) -> None:
-        """Add this process's share of the gradient: the shares of all passes and processes are summed."""
+    def backward(self, loss: Float[Tensor, ""]) -> None:
+        """Add a micro-batch's share of the gradient: those of all micro-batches and processes are summed."""
         ...
 
     def step(self) -> float:
-        """Clip, update, clear; returns the gradient's norm before clipping.
+        """Clip, update and clear; return the gradient's norm before clipping.
 
         With a norm that is nan or infinite the engine is spent: stop, and save nothing of it.
         """
@@ -66,7 +68,7 @@ class TrainingEngine(Protocol):
         ...
 
     def state_dict(self) -> dict[str, Any]:
-        """Trained weights, optimiser and schedule, whole: any number of processes can go on from it."""
+        """Return weights, optimiser and schedule, whole: any number of processes can go on from them."""
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
@@ -75,9 +77,9 @@ class TrainingEngine(Protocol):
 def training_engine(
     module: torch.nn.Module, how: Optimization, compute: ComputeConfig, published: bool = True
 ) -> TrainingEngine:
-    """The engine that `compute` names, around `module`, whose trainable parameters (float32) it updates.
+    """Put the engine that `compute` names around `module`, whose trainable parameters (float32) it updates.
 
-    `published` says whether `publish` and `finish` will be asked for.
+    `published` says whether `publish` and `finish` will be called.
     """
     if compute.engine == "deepspeed":
         from dgpo_core.training.deepspeed_engine import ZeroEngine
@@ -86,8 +88,21 @@ def training_engine(
     return TorchEngine(module, how, compute)
 
 
+def token_batches(
+    engine: TrainingEngine, sequences: list[TokenSequence], max_tokens: int
+) -> Iterator[tuple[list[int], TokenBatch, bool]]:
+    """Yield this process's micro-batches of at most `max_tokens` padded tokens (or one sequence) each.
+
+    With each come the indices of its sequences, and whether it counts: an engine in lockstep is also given
+    micro-batches that do not (`padded_share`), whose loss must be 0.
+    """
+    parts = micro_batches([len(sequence.ids) for sequence in sequences], max_tokens)
+    for part, counts in padded_share(parts, engine.lockstep):
+        yield part, collate([sequences[i] for i in part], engine.device), counts
+
+
 class TorchEngine:
-    """Everything in every process; float32 weights, computing in bfloat16 under autocast."""
+    """Holds everything in every process: float32 weights, which compute in bfloat16 under autocast."""
 
     lockstep = False
 
@@ -109,7 +124,7 @@ class TorchEngine:
         with autocast(self._compute):
             return self.module(*inputs)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def backward(self, loss: Float[Tensor, ""]) -> None:
         loss.backward()
 
     def step(self) -> float:
@@ -117,7 +132,7 @@ class TorchEngine:
         return self._stepper.step()
 
     def publish(self) -> None:
-        """The module is the one that is trained."""
+        """Do nothing: the module is the one that is trained."""
 
     def finish(self) -> None:
         self.module.float()
@@ -134,7 +149,7 @@ class TorchEngine:
 
 
 class FrozenModel:
-    """A language model that is only asked: the teacher, or the model that training starts from.
+    """Holds a language model that is not trained: the teacher, or the model that training starts from.
 
     Its distributions are over the first `vocabulary` ids; None: over all that it has rows for.
     """
@@ -142,21 +157,21 @@ class FrozenModel:
     def __init__(self, model: PreTrainedModel, compute: ComputeConfig, vocabulary: int | None = None) -> None:
         self._compute = compute
         if compute.engine == "deepspeed":
-            from dgpo_core.training.deepspeed_engine import held_frozen
+            from dgpo_core.training.deepspeed_engine import frozen_parts
 
-            self.backbone, head = held_frozen(model, compute)
+            self.backbone, head = frozen_parts(model, compute)
         else:
             self.backbone, head = backbone_of(model), head_of(model).detach()
-        self.head = head[:vocabulary]
+        self.head: Float[Tensor, "V H"] = head[:vocabulary]
 
     @torch.no_grad()
-    def __call__(self, batch: TokenBatch, terms: Terms[Result]) -> Result:
-        """`terms` of the counted tokens."""
+    def __call__(self, batch: TokenBatch, function: HeadFunction) -> PerToken:
+        """Call `function` with the counted tokens' hidden states and the output embedding."""
         with autocast(self._compute):
-            return terms(counted_hidden(self.backbone, batch), self.head)
+            return function(counted_hidden(self.backbone, batch), self.head)
 
     @torch.no_grad()
-    def hidden(self, batch: TokenBatch) -> torch.Tensor:
-        """[N, H] at the positions that predict the counted tokens."""
+    def hidden(self, batch: TokenBatch) -> Float[Tensor, "N H"]:
+        """Return the last hidden states at the positions that predict the counted tokens."""
         with autocast(self._compute):
             return counted_hidden(self.backbone, batch)

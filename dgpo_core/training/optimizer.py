@@ -2,18 +2,29 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
-Schedule = Callable[[int], float]
+Schedule = Callable[[int], float]  # update, from 0 on -> factor on the learning rate
+
+
+@dataclass(frozen=True)
+class Optimization:
+    """Settings of AdamW and its schedule."""
+
+    learning_rate: float
+    weight_decay: float
+    max_grad_norm: float
+    schedule: Schedule
 
 
 def adamw(
     parameters: list[torch.nn.Parameter], learning_rate: float, weight_decay: float
 ) -> torch.optim.AdamW:
-    """AdamW (0.9, 0.999) with decay on matrices only."""
+    """Return AdamW (0.9, 0.999) with decay on matrices only."""
     groups = [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
@@ -22,7 +33,7 @@ def adamw(
 
 
 def cosine(total_steps: int, warmup_steps: int = 0) -> Schedule:
-    """Factor on the learning rate: linear warm-up, then a half cosine to zero."""
+    """Return a schedule of linear warm-up, then a half cosine to zero."""
 
     def factor(step: int) -> float:
         if step < warmup_steps:
@@ -34,7 +45,7 @@ def cosine(total_steps: int, warmup_steps: int = 0) -> Schedule:
 
 
 def trapezoid(total_steps: int, warmup_steps: int, decay_share: float = 0.3) -> Schedule:
-    """Factor on the learning rate: linear warm-up, 1, and a linear end over the last `decay_share`."""
+    """Return a schedule of linear warm-up, 1, and a linear fall to 0 over the last `decay_share`."""
 
     def factor(step: int) -> float:
         return min(1.0, (step + 1) / max(1, warmup_steps), (total_steps - step) / (decay_share * total_steps))
@@ -43,12 +54,12 @@ def trapezoid(total_steps: int, warmup_steps: int, decay_share: float = 0.3) -> 
 
 
 def constant(warmup_steps: int = 0) -> Schedule:
-    """Factor on the learning rate: linear warm-up, then 1."""
+    """Return a schedule of linear warm-up, then 1."""
     return lambda step: min(1.0, (step + 1) / warmup_steps) if warmup_steps else 1.0
 
 
 class Stepper:
-    """The optimisers of one model and their schedule: clipped, stepped, cleared and saved as one."""
+    """Clips, steps, clears and saves the optimisers of one model and their schedule as one."""
 
     def __init__(self, *optimizers: torch.optim.Optimizer, schedule: Schedule, max_grad_norm: float) -> None:
         self._parts = [(optimizer, LambdaLR(optimizer, schedule)) for optimizer in optimizers]
@@ -56,7 +67,7 @@ class Stepper:
 
     @property
     def learning_rate(self) -> float:
-        """Of the first optimiser's first group, at the next step."""
+        """Return the first optimiser's rate of its first group at the next step."""
         return float(self._parts[0][1].get_last_lr()[0])
 
     def step(self) -> float:
@@ -78,6 +89,6 @@ class Stepper:
         return {"parts": [[part.state_dict() for part in pair] for pair in self._parts]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for (optimizer, schedule), kept in zip(self._parts, state["parts"], strict=True):
-            optimizer.load_state_dict(kept[0])
-            schedule.load_state_dict(kept[1])
+        for (optimizer, schedule), saved in zip(self._parts, state["parts"], strict=True):
+            optimizer.load_state_dict(saved[0])
+            schedule.load_state_dict(saved[1])

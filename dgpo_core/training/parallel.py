@@ -1,11 +1,9 @@
-"""Data parallelism: every process holds the whole batch and works on its share of the passes.
+"""Data parallelism: every process holds the whole batch and works on its share of the micro-batches.
 
 What the shares give is added up: gradients before an update, sums of losses before they are read. As every
 process knows the whole batch, averages have the same denominators whatever the number of processes, and the
 update is that of one process to rounding. The processes are those of torch.distributed's default group;
 without one (a single process) nothing is sent.
-
-Device and precision of training passes.
 """
 
 import contextlib
@@ -41,44 +39,46 @@ def group(device: str) -> Iterator[None]:
 
 
 def processes() -> int:
+    """Return how many processes train together."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """Return this process's number, from 0 on."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def leads() -> bool:
-    """Whether this is the one process that writes."""
+    """Return whether this is the one process that writes."""
     return rank() == 0
 
 
 def wait() -> None:
-    """Until all processes are here."""
+    """Return when all processes have called this."""
     if processes() > 1:
-        added({"here": 1.0})
+        all_sum({"here": 1.0})
 
 
 def share(items: Iterable[Item]) -> list[Item]:
-    """This process's items, every `processes()`-th: neighbours in a list sorted by size are dealt out."""
+    """Return this process's items, every `processes()`-th: neighbours in a sorted list are dealt out."""
     return list(items)[rank() :: processes()]
 
 
-def passes(items: Iterable[Item], lockstep: bool) -> list[tuple[Item, bool]]:
-    """This process's items, and whether each counts.
+def padded_share(items: Iterable[Item], lockstep: bool) -> list[tuple[Item, bool]]:
+    """Return this process's items, each with whether it counts.
 
-    In `lockstep` every process gets equally many: where the items do not go round, the first one is made
+    In `lockstep` every process gets equally many: where the items do not go round, the first one is given
     once more and does not count.
     """
     everything = list(items)
     own = [(item, True) for item in share(everything)]
     longest = -(-len(everything) // processes())
-    filled = [(item, False) for item in everything[:1] if lockstep and len(own) < longest]
-    return own + filled
+    padding = [(item, False) for item in everything[:1] if lockstep and len(own) < longest]
+    return own + padding
 
 
-def joined(own: list[Item]) -> list[Item]:
-    """The items of all processes' results, in the order of the list whose `share` each has worked on."""
+def gather(own: list[Item]) -> list[Item]:
+    """Collect the results of all processes, in the order of the list whose `share` each has worked on."""
     if processes() == 1:
         return own
     parts: list[Any] = [None] * processes()
@@ -87,8 +87,8 @@ def joined(own: list[Item]) -> list[Item]:
     return [part[i] for i in range(width) for part in parts if i < len(part)]
 
 
-def added(totals: dict[str, float]) -> dict[str, float]:
-    """Sums over all processes; every process must have the same keys in the same order."""
+def all_sum(totals: dict[str, float]) -> dict[str, float]:
+    """Add up numbers over all processes; every process must have the same keys in the same order."""
     if processes() == 1:
         return totals
     values = torch.tensor(list(totals.values()), dtype=torch.float64)
@@ -111,7 +111,7 @@ def add_gradients(module: torch.nn.Module) -> None:
 
 
 def autocast(config: ComputeConfig) -> contextlib.AbstractContextManager[Any]:
-    """bfloat16 compute over float32 weights, or plain float32; DeepSpeed's weights are bfloat16."""
+    """Return the precision to compute in: bfloat16 over float32 weights, or that of the weights."""
     if config.precision == "float32" or config.engine == "deepspeed":
         return contextlib.nullcontext()
     return torch.autocast(torch.device(config.device).type, dtype=torch.bfloat16)

@@ -1,6 +1,6 @@
 """The teacher's distributions on its own episodes, computed once for all epochs and recipes.
 
-Of each token that the teacher wrote its likeliest successors are kept, and with them a certificate: what this
+The likeliest ids in the place of each token that the teacher wrote are stored, with a certificate: what this
 costs in KL, measured against the full vocabulary, and which tokenizer and vocabulary they belong to.
 """
 
@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from dgpo_core.agent.episode import Episode
@@ -24,8 +26,9 @@ from dgpo_core.errors import UserError
 from dgpo_core.files import replacement
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
-from dgpo_core.objectives.logprobs import TopK, cached_terms, distillation_terms, top_distributions
+from dgpo_core.objectives.logprobs import TopK, cached_losses, distillation_losses, top_distributions
 from dgpo_core.training.batches import (
+    TokenBatch,
     backbone_of,
     check_ids,
     collate,
@@ -44,12 +47,12 @@ TAID = TaidConfig()
 
 @dataclass(frozen=True)
 class Certificate:
-    """What the kept distributions are and what they cost.
+    """Says what the stored distributions are and what they cost, in nats a token.
 
-    `kl_error_*` (nats a token): by how much KL[teacher || student] from them is below that over the full
-    vocabulary, for the untrained student on `sample_tokens` tokens; `rest_*`: the teacher's mass outside.
-    `taid_error_*`: the same of TAID's divergence at its first t, where most of the target is the student's
-    own; it may be off to either side, so the largest is an absolute value.
+    `kl_error_*` is by how much KL[teacher || student] from them is below that over the full vocabulary, for
+    the untrained student on `sample_tokens` tokens. `taid_error_*` is the same for TAID's divergence at its
+    first t, where most of the target is the student's own; it may be off to either side, so the largest is an
+    absolute value. `rest_*` is the teacher's mass outside of the stored ids.
     """
 
     tokenizer: str
@@ -68,17 +71,17 @@ class Certificate:
 
 
 def fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of the vocabulary, id by id."""
+    """Return the SHA-256 of the vocabulary, id by id."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
 
 
-def key_of(episode: Episode) -> str:
-    """Of an episode's tokens: the distributions belong to them and to nothing else."""
+def episode_key(episode: Episode) -> str:
+    """Return the SHA-256 of the episode's tokens: distributions belong to them and to nothing else."""
     return hashlib.sha256(np.asarray(episode.token_ids, dtype=np.int64).tobytes()).hexdigest()
 
 
-def keep_distributions(
+def build_cache(
     folder: Path,
     episodes: Sequence[Episode],
     teacher: PreTrainedModel,
@@ -93,38 +96,40 @@ def keep_distributions(
 
     The sample is drawn over all episodes, always the same: they lie data set after data set.
     Every `config.chunk` episodes have a file, which appears complete: interrupted, the next call with the
-    same folder goes on behind the last one. No more than one chunk is in memory. Raises NotFinite for a model
+    same folder goes on behind the last one. No more than one chunk is in memory. Raise NotFinite for a model
     that gives no numbers.
     """
     vocabulary = shared_ids(known_ids(tokenizer), student, teacher)
     check_ids(episodes, vocabulary)
     k = min(config.top_k or vocabulary, vocabulary)
     folder.mkdir(parents=True, exist_ok=True)
+    # (1) The likeliest ids at each model token, file after file.
     for start in range(0, len(episodes), config.chunk):
         path, chunk = folder / f"{start:08d}.arrow", episodes[start : start + config.chunk]
         if not path.exists():
-            kept: dict[int, TopK] = {}
-            for some in _likeliest(chunk, teacher, vocabulary, k, compute):
-                kept |= some
-                progress(start + len(kept), len(episodes))
-            _write(path, chunk, [kept[i] for i in range(len(chunk))])
+            stored: dict[int, TopK] = {}
+            for some in _top_k(chunk, teacher, vocabulary, k, compute):
+                stored |= some
+                progress(start + len(stored), len(episodes))
+            _write(path, chunk, [stored[i] for i in range(len(chunk))])
         progress(start + len(chunk), len(episodes))
-    drawn = random.Random(0).sample(episodes, min(config.sample, len(episodes)))
-    full, error = _measured(drawn, teacher, student, vocabulary, k, compute, divergences.forward_kl)
-    taid_full, taid_error = _measured(
-        drawn, teacher, student, vocabulary, k, compute, divergences.taid(taid.start)
-    )
-    rest = _rest(folder, k)
+    # (2) What they cost, against the full vocabulary.
+    sample = random.Random(0).sample(episodes, min(config.sample, len(episodes)))
+    kl, kl_error = _errors(sample, teacher, student, vocabulary, k, compute, divergences.forward_kl)
+    own_taid = divergences.taid(taid.start)
+    taid_kl, taid_error = _errors(sample, teacher, student, vocabulary, k, compute, own_taid)
+    rest = _mass_outside(folder, k)
+    # (3) Certificate.
     certificate = Certificate(
         tokenizer=fingerprint(tokenizer),
         vocabulary=vocabulary,
         top_k=k,
         episodes=len(episodes),
-        sample_tokens=len(error),
-        kl_full_mean=_rounded(full.mean()),
-        kl_error_mean=_rounded(error.mean()),
-        kl_error_max=_rounded(error.max()),
-        taid_full_mean=_rounded(taid_full.mean()),
+        sample_tokens=len(kl_error),
+        kl_full_mean=_rounded(kl.mean()),
+        kl_error_mean=_rounded(kl_error.mean()),
+        kl_error_max=_rounded(kl_error.max()),
+        taid_full_mean=_rounded(taid_kl.mean()),
         taid_error_mean=_rounded(taid_error.mean()),
         taid_error_max=_rounded(taid_error.abs().max()),
         rest_mean=_rounded(rest.mean()),
@@ -135,29 +140,32 @@ def keep_distributions(
     return certificate
 
 
-@torch.no_grad()
-def _likeliest(
-    episodes: Sequence[Episode],
-    teacher: PreTrainedModel,
-    vocabulary: int,
-    k: int,
-    compute: ComputeConfig,
-) -> Iterator[dict[int, TopK]]:
-    """One micro-batch after the other: the likeliest tokens at the model tokens of `episodes[i]`, by i."""
+def _batches(
+    episodes: Sequence[Episode], device: torch.device, compute: ComputeConfig
+) -> Iterator[tuple[list[int], TokenBatch]]:
+    """Yield micro-batches of the episodes' model tokens, with the episodes' indices."""
     sequences = [model_sequence(episode) for episode in episodes]
     for part in micro_batches([len(s.ids) for s in sequences], compute.micro_batch_tokens):
-        batch = collate([sequences[i] for i in part], teacher.device)
+        yield part, collate([sequences[i] for i in part], device)
+
+
+@torch.no_grad()
+def _top_k(
+    episodes: Sequence[Episode], teacher: PreTrainedModel, vocabulary: int, k: int, compute: ComputeConfig
+) -> Iterator[dict[int, TopK]]:
+    """Yield the likeliest ids at the model tokens of `episodes[i]`, by i, one micro-batch after the other."""
+    for part, batch in _batches(episodes, teacher.device, compute):
         with autocast(compute):
             hidden = counted_hidden(backbone_of(teacher), batch)
             top = top_distributions(hidden, head_of(teacher), vocabulary, k)
         logprobs = top.logprobs.cpu()
         require_finite({"teacher's log-probability": logprobs.sum().item()})
         pieces = zip(part, batch.split(top.ids.cpu().int()), batch.split(logprobs), strict=True)
-        yield {i: TopK(ids, logprobs, vocabulary) for i, ids, logprobs in pieces}
+        yield {i: TopK(ids, own, vocabulary) for i, ids, own in pieces}
 
 
 @torch.no_grad()
-def _measured(
+def _errors(
     episodes: Sequence[Episode],
     teacher: PreTrainedModel,
     student: PreTrainedModel,
@@ -165,26 +173,24 @@ def _measured(
     k: int,
     compute: ComputeConfig,
     divergence: Divergence,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """At each model token the divergence, and by how much it is more than from the kept tokens."""
-    sequences = [model_sequence(episode) for episode in episodes]
+) -> tuple[Float[Tensor, " N"], Float[Tensor, " N"]]:
+    """Return the divergence at each model token, and by how much it is more than from the stored ids."""
     full, errors = [], []
-    for part in micro_batches([len(s.ids) for s in sequences], compute.micro_batch_tokens):
-        batch = collate([sequences[i] for i in part], teacher.device)
+    for _, batch in _batches(episodes, teacher.device, compute):
         with autocast(compute):
             hidden = counted_hidden(backbone_of(teacher), batch)
             top = top_distributions(hidden, head_of(teacher), vocabulary, k)
             own = counted_hidden(backbone_of(student), batch)
             heads = head_of(student)[:vocabulary], head_of(teacher)[:vocabulary]
-            exact = distillation_terms(own, heads[0], hidden, heads[1], batch.targets, divergence)[1]
-            near = cached_terms(own, heads[0], top, batch.targets, divergence)[1]
+            exact = distillation_losses(own, heads[0], hidden, heads[1], batch.targets, divergence)[1]
+            near = cached_losses(own, heads[0], top, batch.targets, divergence)[1]
         full.append(exact.cpu())
         errors.append((exact - near).cpu())
     return torch.cat(full), torch.cat(errors)
 
 
-def _rest(folder: Path, k: int) -> torch.Tensor:
-    """The teacher's mass outside of the kept tokens, at each model token of all files."""
+def _mass_outside(folder: Path, k: int) -> Float[Tensor, " N"]:
+    """Return the teacher's mass outside of the stored ids at each model token of all files."""
     rests = []
     for path in _files(folder):
         flat = _read(path)["logprobs"].combine_chunks().flatten().to_numpy()
@@ -193,10 +199,13 @@ def _rest(folder: Path, k: int) -> torch.Tensor:
 
 
 class TeacherCache:
-    """Kept distributions by episode."""
+    """Finds stored distributions by episode."""
 
     def __init__(self, folder: Path, tokenizer: Any) -> None:
-        """Raises UserError when there are none, or when they belong to another tokenizer."""
+        """Open the distributions in `folder`.
+
+        Raise UserError when there are none, or when they belong to another tokenizer.
+        """
         try:
             self.certificate = Certificate(**json.loads((folder / CERTIFICATE).read_text()))
             table = pa.concat_tables(_read(path) for path in _files(folder))
@@ -212,8 +221,8 @@ class TeacherCache:
         self._rows = {key: row for row, key in enumerate(table["key"].to_pylist())}
 
     def get(self, episode: Episode) -> TopK | None:
-        """One row a model token; None for an episode that was not kept."""
-        row = self._rows.get(key_of(episode))
+        """Return the distributions, one row a model token; None for an episode that is not there."""
+        row = self._rows.get(episode_key(episode))
         if row is None:
             return None
         k = self.certificate.top_k
@@ -229,17 +238,17 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path) -> pa.Table:
-    """Mapped into memory: processes that train side by side share it, and what is not used is not read."""
+    """Map a file into memory: processes that train side by side share it, and unused parts are not read."""
     return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
 
 
-def _write(path: Path, episodes: Sequence[Episode], kept: list[TopK]) -> None:
+def _write(path: Path, episodes: Sequence[Episode], stored: list[TopK]) -> None:
     table = pa.table(
         {
-            "key": [key_of(episode) for episode in episodes],
-            "ids": pa.array([top.ids.flatten().numpy() for top in kept], pa.large_list(pa.int32())),
+            "key": [episode_key(episode) for episode in episodes],
+            "ids": pa.array([top.ids.flatten().numpy() for top in stored], pa.large_list(pa.int32())),
             "logprobs": pa.array(
-                [top.logprobs.flatten().numpy() for top in kept], pa.large_list(pa.float32())
+                [top.logprobs.flatten().numpy() for top in stored], pa.large_list(pa.float32())
             ),
         }
     )

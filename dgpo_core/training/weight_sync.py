@@ -1,4 +1,4 @@
-"""Who generates for the model in training: itself, or an engine that is kept the same as it."""
+"""Agent loops around a model in training: it generates itself, or an engine with the same weights does."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -26,9 +26,9 @@ PROBED = Sampling(temperature=1.0)
 class EngineSync:
     """Gives `engine` the weights of `model`, and checks that both then compute the same.
 
-    The probe continues `prompts` (token ids), the same ones each time: what the engine has kept of them from
-    other weights would show, and so would weights that have not arrived. The engine samples from the first
-    `known` ids; None: from all that the model has rows for.
+    The probe continues `prompts` (token ids), the same ones each time: what the engine has cached of them
+    with other weights would show, and so would weights that have not arrived. The engine samples from the
+    first `known` ids; None: from all that the model has rows for.
     """
 
     engine: SeparateEngine
@@ -39,7 +39,7 @@ class EngineSync:
     known: int | None = None
 
     def refresh(self) -> None:
-        """Raises UserError when engine and model disagree, and InfrastructureError when the engine fails."""
+        """Move the weights. Raise UserError when engine and model then disagree."""
         self.engine.refresh(weights_of(self.model))
         gap = self.probe()
         if not gap["engine_gap_mean"] <= self.config.tolerance:  # nan too
@@ -51,9 +51,9 @@ class EngineSync:
             )
 
     def probe(self) -> dict[str, float]:
-        """Distance of the two on tokens that the engine samples, as `engine_gap` gives it.
+        """Measure the `engine_gap` of the two on tokens that the engine samples.
 
-        Raises NotFinite when the model gives no numbers.
+        Raise NotFinite when the model gives no numbers.
         """
         requests = [Request(ids, self.config.tokens, (i,)) for i, ids in enumerate(self.prompts)]
         answers = self.engine.generate(requests, PROBED, ())
@@ -71,21 +71,21 @@ class EngineSync:
 
 
 class SharedLoop:
-    """The agent loop with the model in training itself: of several processes each runs its share."""
+    """Runs the agent loop with the model in training itself: each of several processes runs its share."""
 
     def __init__(self, loop: AgentLoop) -> None:
         self._loop = loop
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
-        """All episodes, in order, in every process."""
-        return parallel.joined(self._loop.run(parallel.share(tasks), sampling))
+        """Return all episodes, in order, in every process."""
+        return parallel.gather(self._loop.run(parallel.share(tasks), sampling))
 
 
 class SyncedLoop:
-    """The agent loop with an engine of its own: before each run the engine gets the model's weights.
+    """Runs the agent loop with an engine of its own, which gets the model's weights before each run.
 
-    Whoever trains moves the weights between two runs. A refresh that belongs to a run cannot be forgotten. Of
-    several processes the first one asks the engine; the others, which have no `sync`, get its episodes.
+    Training moves the weights between two runs; a refresh that belongs to a run cannot be forgotten. The
+    first of several processes asks the engine; the others, which have no `sync`, get its episodes.
     """
 
     def __init__(
@@ -100,8 +100,8 @@ class SyncedLoop:
         self._loop = AgentLoop(sync.engine, tokenizer, retriever, config, top_k) if sync else None
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
-        """All episodes, in order, in every process."""
-        return parallel.joined(self._own(tasks, sampling))
+        """Return all episodes, in order, in every process."""
+        return parallel.gather(self._own(tasks, sampling))
 
     def _own(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
         if self._sync is None or self._loop is None:

@@ -1,14 +1,9 @@
-"""Names made from syllables.
+"""The embedded world: entities with names made from syllables, and facts about them, drawn from a seed.
 
-Every syllable is one consonant and one vowel, so that a name has exactly one division into syllables and
-the embedded tokenizer can give each syllable a token of its own.
+Every syllable is one consonant and one vowel, so that a name has exactly one division into syllables and the
+embedded tokenizer can give each syllable a token of its own.
 
-What the encyclopedia can say: entity types, relations, and their phrasings.
-
-In the templates `{s}` is the subject and `{o}` the object. `questions` are the phrasings of the training
-and the ordinary test questions; `other_questions` appear in the "other phrasings" and hard sets only.
-
-Entities and facts of an embedded world, from a seed.
+The tables say what the encyclopedia can state. In the templates `{s}` is the subject and `{o}` the object.
 """
 
 import random
@@ -29,7 +24,7 @@ class NameMaker:
         self._used: set[str] = set()
 
     def word(self, syllables: int) -> str:
-        """A capitalised word of exactly `syllables` syllables, new to this maker."""
+        """Draw a capitalised word of exactly `syllables` syllables that is new to this maker."""
         for _ in range(1000):
             name = "".join(self._rng.choice(SYLLABLES) for _ in range(syllables)).capitalize()
             if name not in self._used:
@@ -40,7 +35,11 @@ class NameMaker:
 
 @dataclass(frozen=True)
 class Relation:
-    """One kind of fact, `noun of subject is object`."""
+    """One kind of fact: "the `noun` of `subject` is `object`".
+
+    `questions` are the phrasings of the training and the ordinary test questions; `other_questions` appear in
+    the sets `phrasing` and `hard` only.
+    """
 
     subject: str
     noun: str
@@ -267,7 +266,7 @@ def relations_of(entity_type: str) -> list[Relation]:
 
 
 def mention(entity_type: str, name: str) -> str:
-    """How a text speaks of an entity: "the film Karumi", but plain names for people and countries."""
+    """Return how a text speaks of an entity: "the film Karumi", but people and countries by name alone."""
     return name if entity_type in ("person", "country") else f"the {entity_type} {name}"
 
 
@@ -312,7 +311,7 @@ class Fact:
 
     @property
     def kind(self) -> str:
-        """`name`, `word` or `year`."""
+        """Return the kind of the value: `name`, `word` or `year`."""
         if self.relation.object == "year":
             return "year"
         return "word" if self.value.islower() else "name"
@@ -320,10 +319,12 @@ class Fact:
 
 @dataclass
 class World:
+    """Entities, and facts by (key of the subject, noun of the relation)."""
+
     config: WorldConfig
     seed: int
     entities: list[Entity] = field(default_factory=list)
-    facts: dict[tuple[int, str], Fact] = field(default_factory=dict)  # by (subject key, noun)
+    facts: dict[tuple[int, str], Fact] = field(default_factory=dict)
 
     def fact(self, subject: Entity, noun: str) -> Fact:
         return self.facts[subject.key, noun]
@@ -336,12 +337,12 @@ class World:
 
 
 def passages_per_entity(config: WorldConfig) -> float:
-    """Expected number of passages of one entity: two if popular, one if rare."""
+    """Return the expected number of passages of one entity: two if popular, one if rare."""
     return 2.0 - config.rare_share
 
 
 def generate_world(config: WorldConfig, seed: int) -> World:
-    """A world of about `config.passages` passages. Same configuration and seed: same world."""
+    """Generate a world of about `config.passages` passages; configuration and seed decide it."""
     rng = random.Random(f"world-{seed}")
     world = World(config, seed)
     names = NameMaker(rng)
@@ -384,7 +385,7 @@ def _name(
 
 
 def _disambiguate_titles(world: World) -> None:
-    """Titles as encyclopedias write them: the bare name, with the type in brackets where shared."""
+    """Give titles as encyclopedias do: the bare name, with the type in brackets where names are shared."""
     holders: dict[str, int] = {}
     for entity in world.entities:
         holders[entity.name] = holders.get(entity.name, 0) + 1
@@ -421,7 +422,7 @@ def _value(
 
 
 def random_value(world: World, object_type: str, rng: random.Random) -> str:
-    """Any value of `object_type`, for sentences that only look like answers."""
+    """Draw any value of `object_type`, for sentences that only look like answers."""
     if object_type == "year":
         return str(rng.randint(1900, 1999))
     return rng.choice(world.of_type(object_type)).name

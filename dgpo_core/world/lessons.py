@@ -1,12 +1,11 @@
-"""The reading drill: what the embedded base models are pre-trained on.
+"""What the embedded base models learn from: the reading drill, and scripted expert episodes.
 
-A text of three passages, followed by statements and question-answer pairs about them. It teaches to find a
-value in a passage and nothing of the protocol: no tag, no search, no answer format occurs.
+The drill is a text of up to three passages, followed by statements and question-answer pairs about them. It
+teaches to find a value in a passage and nothing of the protocol: no tag, no search, no answer format occurs.
 
-Scripted expert episodes: what the embedded teacher learns the protocol from.
-
-The expert knows the facts of its world, but searches for each of them with the real index. Where that does
-not find the passage it repeats itself until its budget ends, and the episode is thrown away.
+The expert, from whose episodes the teacher learns the protocol, knows the facts of its world, but searches
+for each of them with the real index. Where that does not find the passage it repeats itself until its budget
+ends, and the episode is thrown away.
 """
 
 import random
@@ -27,10 +26,14 @@ from dgpo_core.retrieval.index import index_passages
 from dgpo_core.world.facts import Fact, generate_world
 from dgpo_core.world.questions import Article, Draft, QuestionWriter, ask_about, write_articles
 
-# What predicting a token counts. The names of the text teach to copy; the first token of a value is where it
+# Weights of tokens in the loss. The names of the text teach to copy; the first token of a value is where it
 # must be found, the others follow; a question cannot be foreseen.
 TEXT_WEIGHT, CUE_WEIGHT, FIRST_WEIGHT, VALUE_WEIGHT, END_WEIGHT = 0.5, 0.1, 2.0, 1.0, 0.3
-PASSAGES, MAX_FACTS, SORTED_STEPS = 3, 9, 4
+PASSAGES, MAX_FACTS = 3, 9  # of an example
+SORTED_STEPS = 4  # share a draw that is cut by length, so that little of a batch is padding
+# Shares of the expert's questions of one, two and three hops and of comparisons
+MIXTURE = {"one": 0.25, "two": 0.4, "three": 0.2, "comparison": 0.15}
+HOPS = {"one": 1, "two": 2, "three": 3}
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Example:
 
 
 def statement(fact: Fact) -> str:
-    """The sentence in which the embedded models say what they have read."""
+    """Return the sentence in which the embedded models say what they have read, up to the value."""
     return f"{fact.relation.noun_phrase(fact.subject.mention)} is"
 
 
@@ -59,9 +62,9 @@ class ReadingDrill:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
     def batch(self, seed: int, step: int, size: int, passages: int) -> list[Example]:
-        """The examples of one step, with `passages` passages each.
+        """Draw the examples of one step, with `passages` passages each.
 
-        Four steps share a draw that is cut by length, so that little of a batch is padding.
+        SORTED_STEPS steps share a draw, which is cut by length.
         """
         group, part = divmod(step, SORTED_STEPS)
         drawn = self._group(seed, group, size * SORTED_STEPS, passages)
@@ -96,7 +99,7 @@ PassageFacts = tuple[Passage, list[Fact]]
 def _passages_with_facts(
     config: WorldConfig, seed: int
 ) -> tuple[list[Article], dict[str, list[PassageFacts]]]:
-    """The articles of a world, and its passages by each word of their titles."""
+    """Write the articles of a world; return them, and their passages by each word of the names."""
     articles = write_articles(generate_world(config, seed))
     by_name: dict[str, list[PassageFacts]] = {}
     for article in articles:
@@ -109,7 +112,7 @@ def _passages_with_facts(
 def _choose_passages(
     articles: list[Article], by_name: dict[str, list[PassageFacts]], count: int, rng: random.Random
 ) -> list[PassageFacts]:
-    """`count` passages as a search would return them: mostly of entities that share a word of their names."""
+    """Draw `count` passages as a search would return them: mostly of entities with a word in common."""
     article = rng.choice(articles)
     alike = [pair for word in article.entity.name.split(" ") for pair in by_name[word]]
     pool = {pair[0].id: pair for pair in rng.sample(alike, min(len(alike), 2 * count))}
@@ -127,15 +130,10 @@ def _choose_passages(
     return pairs
 
 
-# shares of one, two and three hops and of comparisons
-MIXTURE = {"one": 0.25, "two": 0.4, "three": 0.2, "comparison": 0.15}
-HOPS = {"one": 1, "two": 2, "three": 3}
-
-
 def expert_examples(
     config: WorldConfig, world_seed: int, count: int, tokenizer: Any, protocol: ProtocolConfig, top_k: int
 ) -> list[Example]:
-    """Correct expert episodes of one world; what the expert wrote has weight 1, all else 0."""
+    """Run expert episodes in one world and return the correct ones; what the expert wrote has weight 1."""
     world = generate_world(config, world_seed)
     articles = write_articles(world)
     passages = [passage for article in articles for passage in article.passages]
@@ -162,18 +160,18 @@ def expert_examples(
 
 
 def _drafts(writer: QuestionWriter, rng: random.Random, count: int) -> Iterator[Draft]:
-    made = 0
-    while made < count:
+    drawn = 0
+    while drawn < count:
         kind = rng.choices(list(MIXTURE), list(MIXTURE.values()))[0]
         other = rng.random() < 0.5
         draft = writer.comparison() if kind == "comparison" else writer.chain(HOPS[kind], other=other)
         if draft is not None:
-            made += 1
+            drawn += 1
             yield draft
 
 
 class ExpertEngine:
-    """Writes the expert's turns; a request's seed is (number of the draft, turn)."""
+    """An engine that writes the expert's turns; a request's seed is (number of the draft, turn)."""
 
     def __init__(self, drafts: list[Draft], texts: dict[tuple[int, str], str], tokenizer: Any) -> None:
         self._drafts, self._texts, self._tokenizer = drafts, texts, tokenizer

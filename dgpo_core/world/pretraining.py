@@ -1,8 +1,6 @@
-"""Muon for the matrices of the layers, whose orthogonalisation computes in a precision of choice.
+"""Building one of the embedded base models: weighted token examples, phase by phase, with Muon.
 
-Supervised training on weighted token examples.
-
-Building one of the embedded base models, phase by phase: reading, and for a teacher the protocol.
+Every model is taught to read; a teacher then learns the protocol from expert episodes.
 """
 
 import math
@@ -26,6 +24,11 @@ from dgpo_core.world.tokenizer import build_tokenizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of https://github.com/KellerJordan/muon, as in torch.optim.Muon
 ITERATIONS, EPSILON = 5, 1e-7
+CHECKPOINT_EVERY = 100  # steps
+# Examples in one pass: the attention of more fills the processor's caches, and is up to three times slower.
+AT_A_TIME = {"reading": 16, "protocol": 4}
+
+Report = Callable[[str, int, dict[str, float]], None]  # phase, its step, metrics
 
 
 class Muon(torch.optim.Optimizer):
@@ -68,7 +71,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalised(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Nearly U V^T of the singular value decomposition, in `dtype`: [m, n], singular values about 1.
+    """Return nearly U V^T of the singular value decomposition, in `dtype`: [m, n], singular values about 1.
 
     Newton-Schulz iterations with coefficients for speed: the values end between 0.5 and 1.5 (Jordan, 2024).
     """
@@ -83,9 +86,6 @@ def orthogonalised(matrix: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     return x.T if is_tall else x
 
 
-CHECKPOINT_EVERY = 100
-
-
 def train_on_examples(
     model: PreTrainedModel,
     config: PhaseConfig,
@@ -95,7 +95,7 @@ def train_on_examples(
     rows: int,
     precision: str,
 ) -> None:
-    """`config.steps` updates of `model` in place; `batch(step)` gives the examples of a step.
+    """Train `model` in place for `config.steps` steps; `batch(step)` gives the examples of a step.
 
     `rows` examples at a time go through the model: the same gradient as all at once, in less memory.
     Compute is in `precision`, "float32" or "bfloat16"; the weights are float32. When it continues from a
@@ -132,7 +132,7 @@ def train_on_examples(
 
 
 def _optimizers(model: PreTrainedModel, config: PhaseConfig, precision: str) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices of the layers, AdamW for the embeddings and vectors.
+    """Make Muon for the matrices of the layers, and AdamW for the embeddings and vectors.
 
     With AdamW alone, copying a value out of a passage takes several times as many steps to learn.
     """
@@ -161,12 +161,12 @@ def _backward(model: PreTrainedModel, examples: list[Example], rows: int, precis
 
 
 def _weight(examples: list[Example]) -> list[float]:
-    """What each example counts in the loss: its first token is predicted from nothing."""
+    """Return the weight of each example in the loss, without its first token: nothing predicts that."""
     return [sum(example.weights[1:]) for example in examples]
 
 
 def weighted_loss(model: PreTrainedModel, examples: list[Example], precision: str) -> torch.Tensor:
-    """Cross-entropy of each next token, averaged with the examples' weights; scalar, nats."""
+    """Compute the cross-entropy of each next token, averaged with the examples' weights; scalar, nats."""
     width = max(len(example.ids) for example in examples)
     ids = torch.zeros(len(examples), width, dtype=torch.long)
     weights = torch.zeros(len(examples), width)
@@ -183,14 +183,8 @@ def weighted_loss(model: PreTrainedModel, examples: list[Example], precision: st
     return (losses * weights[counted]).sum() / weights.sum()
 
 
-# Examples in one pass: the attention of more fills the processor's caches, and is up to three times slower.
-AT_A_TIME = {"reading": 16, "protocol": 4}
-
-Report = Callable[[str, int, dict[str, float]], None]  # phase, its step, metrics
-
-
 class BaseModelBuilder:
-    """Builds from a seed; every phase keeps its progress under `state`, so a killed build continues."""
+    """Builds models from a seed; phases keep their progress under `state`, so a killed build continues."""
 
     def __init__(
         self,
@@ -254,9 +248,9 @@ class BaseModelBuilder:
 
 
 def _batches_by_length(lengths: list[int], steps: int, size: int, seed: int) -> list[list[int]]:
-    """Indices of each step's examples: shuffled epochs, in which neighbours are put together by length.
+    """Return the indices of each step's examples: shuffled epochs, of which SORTED_STEPS steps share a draw.
 
-    As in the reading drill, SORTED_STEPS steps share a draw that is cut by length, so that little is padding.
+    As in the reading drill, a draw is cut by length, so that little of a batch is padding.
     """
     rng = random.Random(f"base-models-{seed}")
     order: list[int] = []

@@ -1,6 +1,4 @@
-"""Articles of the embedded encyclopedia, cut into passages.
-
-The seven question sets of the embedded world.
+"""The articles of the embedded encyclopedia, cut into passages, and its seven question sets.
 
 | set        | stands for      | content                                                | splits           |
 |------------|-----------------|--------------------------------------------------------|------------------|
@@ -24,21 +22,32 @@ from typing import Any
 
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import UserError
-from dgpo_core.world import facts as r
-from dgpo_core.world.facts import Entity, Fact, World, random_value
+from dgpo_core.world.facts import (
+    COMPARISONS,
+    DISTRACTORS,
+    PRONOUNS,
+    Entity,
+    Fact,
+    World,
+    random_value,
+)
+
+TRAIN_SHARE, DEV_SHARE = 0.38, 0.17  # of the facts; the others are tested
 
 
 @dataclass(frozen=True)
 class Article:
+    """An entity's article: its passages, and the facts that each of them states."""
+
     entity: Entity
     passages: list[Passage]
-    facts: list[list[Fact]]  # the facts that each passage states
+    facts: list[list[Fact]]
 
 
 def write_articles(world: World) -> list[Article]:
-    """One article an entity; the passages' ids count through the world in the articles' order."""
+    """Write one article an entity; the passages' ids count through the world in the articles' order."""
     rng = random.Random(f"articles-{world.seed}")
-    by_type = {entity_type: world.of_type(entity_type) for entity_type in r.DISTRACTORS}
+    by_type = {entity_type: world.of_type(entity_type) for entity_type in DISTRACTORS}
     articles, next_id = [], 0
     for entity in world.entities:
         facts = world.facts_of(entity)
@@ -60,32 +69,20 @@ def _text(
     by_type: dict[str, list[Entity]],
     rng: random.Random,
 ) -> str:
-    """Sentences in random order; the first names the subject, later ones may use a pronoun."""
+    """Write sentences in random order; the first names the subject, later ones may use a pronoun."""
     sentences = [(rng.choice(fact.relation.statements), fact.value) for fact in facts]
     for _ in range(world.config.distractors):
-        template, object_type = rng.choice(r.DISTRACTORS[entity.type])
+        template, object_type = rng.choice(DISTRACTORS[entity.type])
         sentences.append((template, random_value(world, object_type, rng)))
     rng.shuffle(sentences)
     written = []
     for position, (template, value) in enumerate(sentences):
         subject = entity.mention
         if position and template.startswith("{s}") and rng.random() < 0.5:
-            subject = r.PRONOUNS.get(entity.type, "It")
+            subject = PRONOUNS.get(entity.type, "It")
         text = template.format(s=subject, o=value)
         written.append(text[0].upper() + text[1:])
     return " ".join(written)
-
-
-TRAIN_SHARE, DEV_SHARE = 0.38, 0.17  # of the facts; the others are tested
-TRAINED_SETS = ("onehop", "twohop")
-TEST_SETS = ("onehop", "twohop", "phrasing", "rare", "comparison", "threehop", "hard")
-MIRRORS = dict(
-    zip(
-        TEST_SETS,
-        ("nq", "hotpotqa", "triviaqa", "popqa", "2wikimultihopqa", "musique", "bamboogle"),
-        strict=True,
-    )
-)
 
 
 @dataclass(frozen=True)
@@ -114,7 +111,7 @@ class QuestionWriter:
             self._by_subject.setdefault(fact.subject.key, []).append(fact)
 
     def chain(self, hops: int, other: bool = False, rare: bool | None = None) -> Draft | None:
-        """A chain of `hops` facts, each about the value of the one before; None when the draw fails."""
+        """Ask for a chain of `hops` facts, each about the value before; None when the draw fails."""
         if not self.facts:
             return None
         fact = self.rng.choice(self.facts)
@@ -135,8 +132,8 @@ class QuestionWriter:
         return Draft(phrasing.format(s=subject), (facts[-1].value,), tuple(facts), "chain")
 
     def comparison(self) -> Draft | None:
-        """Which of two entities of one type has the earlier year."""
-        noun = self.rng.choice(list(r.COMPARISONS))
+        """Ask which of two entities of one type has the earlier year; None when the draw fails."""
+        noun = self.rng.choice(list(COMPARISONS))
         candidates = [fact for fact in self.facts if fact.relation.noun == noun and fact.subject.popular]
         if len(candidates) < 2:
             return None
@@ -144,22 +141,22 @@ class QuestionWriter:
         if first.value == second.value:
             return None
         earlier = min(first, second, key=lambda fact: fact.value).subject
-        text = self.rng.choice(r.COMPARISONS[noun]).format(a=first.subject.name, b=second.subject.name)
+        text = self.rng.choice(COMPARISONS[noun]).format(a=first.subject.name, b=second.subject.name)
         return Draft(text, (earlier.name,), (first, second), "comparison")
 
 
 def fact_split(world: World, fact: Fact) -> str:
-    """`train`, `dev` or `test`, by a hash of the fact: stable whatever else is generated."""
+    """Return `train`, `dev` or `test`, by a hash of the fact: stable whatever else is generated."""
     key = f"{world.seed}-{fact.subject.key}-{fact.relation.noun}"
     draw = hashlib.sha256(key.encode()).digest()[0] / 256
     return "train" if draw < TRAIN_SHARE else "dev" if draw < TRAIN_SHARE + DEV_SHARE else "test"
 
 
 def write_questions(world: World, articles: list[Article]) -> dict[tuple[str, str], list[Question]]:
-    """All questions by (set, split)."""
+    """Write all questions, by (set, split)."""
     rng = random.Random(f"questions-{world.seed}")
     sizes = world.config.questions
-    finish = _Finisher(articles)
+    finish = _QuestionFinisher(articles)
     writers = {split: QuestionWriter(world, split, rng) for split in ("train", "dev", "test")}
     test = writers["test"]
 
@@ -186,7 +183,7 @@ def write_questions(world: World, articles: list[Article]) -> dict[tuple[str, st
     return made
 
 
-class _Finisher:
+class _QuestionFinisher:
     """Turns drafts into questions: no text twice, ids, golden passages and long answers."""
 
     def __init__(self, articles: list[Article]) -> None:
@@ -232,5 +229,5 @@ def _attempts(draft: Callable[[], Draft | None], limit: int) -> Iterator[Draft]:
 
 
 def ask_about(fact: Fact, subject: str, rng: random.Random) -> str:
-    """The ordinary question for one fact."""
+    """Ask for one fact in one of its ordinary phrasings."""
     return rng.choice(fact.relation.questions).format(s=subject)

@@ -6,15 +6,24 @@ left. No chain can begin inside a name, so a name always has the same tokens whe
 """
 
 import re
-from collections.abc import Iterable
 
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import Qwen2Tokenizer
 
 from dgpo_core.agent import prompts
-from dgpo_core.world import facts as r
-from dgpo_core.world.facts import SUFFIXES, SYLLABLES
+from dgpo_core.world.facts import (
+    COMPARISONS,
+    DISTRACTORS,
+    GENRES,
+    INDUSTRIES,
+    OCCUPATIONS,
+    PRONOUNS,
+    RELATIONS,
+    SUFFIXES,
+    SYLLABLES,
+    TYPES,
+)
 
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 CHAT_TEMPLATE = (
@@ -28,7 +37,7 @@ PUNCTUATION = ((".", NEWLINE), ("?", NEWLINE), (NEWLINE, NEWLINE), (SPACE, "("),
 
 
 def build_tokenizer() -> Qwen2Tokenizer:
-    """The tokenizer; the same on every machine, since nothing is drawn or trained."""
+    """Build the tokenizer; it is the same on every machine, since nothing is drawn or trained."""
     merges: dict[tuple[str, str], None] = {}  # ordered: earlier merges are applied first
     for syllable in SYLLABLES:
         merges[syllable[0], syllable[1]] = None
@@ -37,7 +46,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
     for word in sorted(set(re.findall(r"[A-Za-z]+", _static_text()))):
         _chain(SPACE + word, merges)
     merges.update(dict.fromkeys(PUNCTUATION))
-    for word in (*LINE_STARTS, *r.TYPES):  # last: some could begin inside other words
+    for word in (*LINE_STARTS, *TYPES):  # last: some could begin inside other words
         _chain(word, merges)
     vocabulary = [*sorted(ByteLevel.alphabet()), *dict.fromkeys(a + b for a, b in merges)]
     tokenizer = Qwen2Tokenizer(
@@ -63,7 +72,7 @@ def _chain(word: str, merges: dict[tuple[str, str], None]) -> None:
 
 
 def _syllabify(word: str) -> list[str]:
-    """What the merges for names leave of a word: syllables, and the other characters one by one."""
+    """Split a word as the merges for names leave it: into syllables, and other characters one by one."""
     syllables = {*SYLLABLES, *(syllable.capitalize() for syllable in SYLLABLES)}
     starts = {SPACE + syllable.capitalize() for syllable in SYLLABLES}
     pieces, position = [], 0
@@ -77,16 +86,11 @@ def _syllabify(word: str) -> list[str]:
 
 
 def _static_text() -> str:
-    """Every word that templates and prompts put into a text, in the case in which they do."""
+    """Return every word that templates and prompts put into a text, in the case in which they do."""
     parts: list[str] = [EXTRA_WORDS, prompts.SHORT_INSTRUCTION, prompts.INVALID_ACTION]
-    parts += [*r.OCCUPATIONS, *r.INDUSTRIES, *r.GENRES, *r.PRONOUNS.values(), *r.TYPES, "It The the"]
-    for relation in r.RELATIONS:
+    parts += [*OCCUPATIONS, *INDUSTRIES, *GENRES, *PRONOUNS.values(), *TYPES, "It The the"]
+    for relation in RELATIONS:
         parts += [relation.noun, *relation.statements, *relation.questions, *relation.other_questions]
-    parts += [template for templates in r.DISTRACTORS.values() for template, _ in templates]
-    parts += _flat(r.COMPARISONS.values())
-    parts += _flat(SUFFIXES.values())
+    parts += [template for templates in DISTRACTORS.values() for template, _ in templates]
+    parts += [text for texts in (*COMPARISONS.values(), *SUFFIXES.values()) for text in texts]
     return re.sub(r"\{\w*\}|<[^>]*>", " ", " ".join(parts))
-
-
-def _flat(groups: Iterable[tuple[str, ...]]) -> list[str]:
-    return [text for group in groups for text in group]

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from dgpo_core.config.agent import RolloutConfig
 from dgpo_core.config.params import Params
 from dgpo_core.config.retrieval import parse_location
-from dgpo_core.datasets.published import SETTING, gold_places, hub_file, split_places
+from dgpo_core.datasets.published import SETTING, gold_addresses, hub_file, split_addresses
 from dgpo_core.errors import UserError, without_credentials
 from dgpo_core.planning.machine import GIB, Device, Machine
 from tasks.commands.preflight import cached_file, preflight
@@ -164,8 +164,8 @@ def hub(params: Params) -> list[Finding]:
     files = {"retrieval.vectors": params.retrieval.vectors} if params.retrieval.vectors else {}
     if params.data.source == "published":
         config, sets = params.data.published, params.questions
-        named = {"questions": list(split_places(config, sets).values()), "corpus": [config.corpus]}
-        named |= gold_places(config, sets)
+        named = {"questions": list(split_addresses(config, sets).values()), "corpus": [config.corpus]}
+        named |= gold_addresses(config, sets)
         files |= {f"{SETTING}.{name}": places for name, places in named.items()}
     looks: list[Callable[[], Finding]] = [partial(_model, *item) for item in models.items()]
     looks += [partial(_files, *item) for item in files.items()]
@@ -196,7 +196,7 @@ def _files(setting: str, places: list[str]) -> Finding:
             if not Path(place).is_file():
                 return error(setting, f"{place}: no such file", "see docs/data.md for its format")
             continue
-        there = (wanted.repository, wanted.file)
+        there = (wanted.id, wanted.path_in_repo)
         if isinstance(try_to_load_from_cache(*there, None, wanted.revision, "dataset"), str):
             continue
         if refusal := _refusal(*there, "dataset", wanted.revision):

@@ -5,17 +5,24 @@ from qdrant_client import QdrantClient
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.retrieval import parse_location
 from dgpo_core.errors import UserError
-from dgpo_core.retrieval import collection as collections
 from dgpo_core.retrieval.collection import content_name
-from dgpo_core.retrieval.qdrant_server import collection_name, connect
+from dgpo_core.retrieval.qdrant_server import (
+    collection_name,
+    connect,
+    list_collections,
+    remove_collection,
+    restore_collection,
+    snapshot_collection,
+)
 from dgpo_core.retrieval.shards import read_manifest
 from tasks.project.paths import INDEX
 from tasks.stages.inputs import retriever
 
 
 def show() -> None:
+    """Print the collections: points, status, and whether readers use them."""
     client, _ = _server()
-    found = collections.list_collections(client)
+    found = list_collections(client)
     if not found:
         print("no collections of this pipeline")
         return
@@ -27,43 +34,45 @@ def show() -> None:
 
 
 def build() -> None:
-    """What the first stage that needs it would do: load, index, measure, give the alias to it."""
+    """Load, index and measure the collection and give it the alias, as the first stage that needs it does."""
     _, params = _server()
-    made = retriever(params)
-    print(f"index {made.digest[:12]} is searched at {params.retrieval.location}")
+    index = retriever(params)
+    print(f"index {index.digest[:12]} is searched at {params.retrieval.location}")
 
 
 def remove(name: str) -> None:
+    """Delete a collection that no reader uses."""
     client, _ = _server()
-    collections.remove_collection(client, name)
+    remove_collection(client, name)
     print(f"removed {name}")
 
 
 def snapshot() -> None:
-    """Of the collection that this working tree's readers use."""
+    """Make a snapshot of the collection that this working tree's readers use."""
     client, params = _server()
-    name = _wanted(params)
+    name = _name(params)
     if not client.collection_exists(name):
         raise UserError(f"{name}: not on this server yet; dgpo collections build makes it")
-    made = collections.snapshot_collection(client, name)
-    print(f"{params.retrieval.location}/collections/{name}/snapshots/{made.name} ({made.size:,} bytes)")
+    file = snapshot_collection(client, name)
+    print(f"{params.retrieval.location}/collections/{name}/snapshots/{file.name} ({file.size:,} bytes)")
 
 
 def restore(source: str) -> None:
+    """Bring the collection back from a snapshot, and give it the alias."""
     client, params = _server()
-    collections.restore_collection(client, _wanted(params), source)
+    restore_collection(client, _name(params), source)
     build()
 
 
 def _server() -> tuple[QdrantClient, Params]:
-    """Raises UserError when the index is not on a Qdrant server."""
+    """Connect to the server of params.yaml. Raises UserError when the index is not on a Qdrant server."""
     params = load_params()
     location = parse_location(params.retrieval.location)
     if location.kind != "server":
         raise UserError(f"retrieval.location: {params.retrieval.location} is no Qdrant server")
-    return connect(location.place, params.retrieval.qdrant), params
+    return connect(location.address, params.retrieval.qdrant), params
 
 
-def _wanted(params: Params) -> str:
+def _name(params: Params) -> str:
     name = content_name(read_manifest(INDEX), params.retrieval.hybrid)
     return collection_name(name, params.retrieval.qdrant)

@@ -24,11 +24,11 @@ from tasks.project.git import ask
 from tasks.project.paths import MODELS
 from tasks.stages.stage import stage, stage_main
 
-BUILT = "base-models"  # beside DVC's files in its cache: what was built, by the digest of what decides it
+BUILT = "base-models"  # folder in DVC's cache with built models, by the digest of what decides them
 
 
 def bring_up_to_date(name: str) -> None:
-    """What DVC runs: leave, take over or build `models/<name>`. Raises UserError for an unknown name."""
+    """Leave, take over or build `models/<name>`, as DVC runs it. Raises UserError for an unknown name."""
     params, folder = load_params(), MODELS / name
     config = settings(params, name)
     if not in_use(params, name) and folder.is_dir():
@@ -66,7 +66,7 @@ def build(name: str) -> None:
 
 
 def settings(params: Params, name: str) -> dict[str, Any]:
-    """What decides how a model is built; protocol and top k only where it learns from expert episodes."""
+    """Return what decides how a model is built; protocol and top k only where it learns expert episodes."""
     base = params.base_models
     if name not in base.models:
         raise UserError(f"{PARAMS}: base_models.models has no {name!r}, only {sorted(base.models)}")
@@ -80,13 +80,13 @@ def settings(params: Params, name: str) -> dict[str, Any]:
 
 
 def in_use(params: Params, name: str) -> bool:
-    """Whether the pipeline starts from `models/<name>`."""
+    """Return whether the pipeline starts from `models/<name>`."""
     folder = (MODELS / name).resolve()
     return folder in (Path(params.models.student).resolve(), Path(params.models.teacher).resolve())
 
 
 def is_committed(name: str, config: dict[str, Any]) -> bool:
-    """Whether `models/<name>` is what the commit has, built with the same settings by the same code.
+    """Return whether `models/<name>` is as the commit has it, built with the same settings and code.
 
     The commit's dvc.lock says what it was built of, unless the pipeline did not use it then.
     """
@@ -115,7 +115,7 @@ def is_committed(name: str, config: dict[str, Any]) -> bool:
 
 
 def _sources() -> list[str]:
-    """The code that decides the result, as dvc.yaml names it."""
+    """Return the code that decides the result, as dvc.yaml names it."""
     sources: list[str] = read_yaml(Path("dvc.yaml"))["stages"]["base-model"]["do"]["deps"]
     return sources
 

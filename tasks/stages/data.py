@@ -1,7 +1,5 @@
 """Stage `data`: corpus and questions, of the embedded world or of the published data sets."""
 
-from collections.abc import Mapping
-
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.datasets.audit import AnswerSearch, audit
 from dgpo_core.datasets.published import SETTING, fetch, fetch_questions, load_questions, write_corpus
@@ -28,19 +26,25 @@ def write_world(params: Params) -> None:
         passages = [passage for article in articles for passage in article.passages]
         write_jsonl(run.output(CORPUS), passages)
         write_splits(run, questions)
-        counts = {"passages": len(passages), "articles": len(articles), "facts": len(world.facts)}
+        counts: dict[str, float] = {
+            "passages": len(passages),
+            "articles": len(articles),
+            "facts": len(world.facts),
+        }
         summarize(run, counts, questions, sources={})
 
 
 def write_published(params: Params) -> None:
     config = params.data.published
-    asked = fetch_questions(config, params.questions)
+    question_files = fetch_questions(config, params.questions)
     corpus = fetch(config.corpus, f"{SETTING}.corpus")
-    files = {**asked.named, "corpus": corpus}
+    files = {**question_files.named, "corpus": corpus}
     settings = {"data": config.model_dump(), "questions": params.questions.model_dump()}
     inputs = [file.path for file in files.values()]
     with stage("data", config=settings, inputs=inputs, outputs=[CORPUS, QUESTIONS]) as run:
-        questions, joins = load_questions(config, asked)  # first: it takes seconds, the corpus minutes
+        questions, counts = load_questions(
+            config, question_files
+        )  # first: it takes seconds, the corpus minutes
         answers = AnswerSearch(questions)
         passages = write_corpus(
             config,
@@ -54,7 +58,7 @@ def write_published(params: Params) -> None:
         found = audit(questions, answers)
         for remark in found.remarks:
             print(remark, flush=True)
-        summarize(run, {"passages": passages, **joins, **found.counts}, questions, sources)
+        summarize(run, {"passages": passages, **counts, **found.counts}, questions, sources)
 
 
 def write_splits(run: Run, questions: Splits) -> None:
@@ -64,9 +68,9 @@ def write_splits(run: Run, questions: Splits) -> None:
         run.progress(number, len(questions))
 
 
-def summarize(run: Run, counts: Mapping[str, float], questions: Splits, sources: dict[str, str]) -> None:
-    """The stage's metrics: `counts`, the questions of each split, and where everything comes from."""
-    summary = {**counts} | {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
+def summarize(run: Run, counts: dict[str, float], questions: Splits, sources: dict[str, str]) -> None:
+    """Write the stage's metrics: `counts`, the questions of each split, and where everything comes from."""
+    summary = counts | {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
     write_metrics(run.output(METRICS / "data.json"), {**summary, **sources})
     run.summary(summary)
 

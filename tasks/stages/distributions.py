@@ -7,7 +7,7 @@ from dgpo_core.config.params import load_params
 from dgpo_core.models import load_model, load_tokenizer
 from dgpo_core.training.batches import check_same_vocabulary
 from dgpo_core.training.episode_sources import without_failed
-from dgpo_core.training.teacher_cache import CERTIFICATE, keep_distributions
+from dgpo_core.training.teacher_cache import CERTIFICATE, build_cache
 from tasks.project.paths import DISTRIBUTIONS, METRICS, TEACHER_EPISODES
 from tasks.stages.inputs import local, require_episodes
 from tasks.stages.outputs import write_metrics
@@ -32,7 +32,7 @@ def distributions() -> None:
         episodes = without_failed(read_episodes(TEACHER_EPISODES))
         require_episodes(len(episodes), f"episodes in {TEACHER_EPISODES}")
         kept = run.state / "distributions"  # a killed run keeps its finished files
-        certificate = keep_distributions(
+        certificate = build_cache(
             kept,
             episodes,
             load_model(params.models.teacher, params.compute.device),

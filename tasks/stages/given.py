@@ -17,18 +17,18 @@ from tasks.stages.stage import stage_main
 
 
 def link(model: str) -> None:
-    """A link to the model's folder; a file with its name where it is on the hub."""
+    """Link to the model's folder, or write a file with its name where it is on the hub."""
     if model not in (STUDENT, TEACHER):
         raise UserError(f"{model}: the given models are {STUDENT} and {TEACHER}")
-    source, place = Path(model_source(load_params(), model)), GIVEN / model
+    source, given = Path(model_source(load_params(), model)), GIVEN / model
     if not source.is_dir():
-        write_text(place, f"{source}\n")
+        write_text(given, f"{source}\n")
         return
     target = source if source.is_absolute() else Path(os.path.relpath(source, GIVEN))
-    if not (place.is_symlink() and place.readlink() == target):
+    if not (given.is_symlink() and given.readlink() == target):
         GIVEN.mkdir(parents=True, exist_ok=True)
-        remove(place)
-        place.symlink_to(target)
+        remove(given)
+        given.symlink_to(target)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage `index`: encode the corpus, put it into a Qdrant collection, and measure what is found there."""
+"""Stage `index`: encode the corpus, make its Qdrant collection, and measure what searches find there."""
 
 import json
 from pathlib import Path
@@ -20,14 +20,14 @@ def index() -> None:
     params = load_params()
     location = parse_location(params.retrieval.location)
     parts = [fetch(place, "retrieval.vectors").path for place in params.retrieval.vectors]
-    # only what the vectors are made of: after a failure behind them, other settings do not encode anew
+    # only what the vectors are made of: where a later part failed, other settings do not encode anew
     config = params.retrieval.model_dump(include={"encoder", "precision", "vectors", "shard_size"})
     config["served"] = location.kind == "service"
     with stage("index", config=config, inputs=[CORPUS, *parts], outputs=[INDEX]) as run:
         # encoded in the stage's state, so that a killed run keeps its finished shards
         shards = run.state / "shards"
         if location.kind == "service":
-            manifest = _served(location.place, shards, params)
+            manifest = _served(location.address, shards, params)
         else:
             digest = "".join(run.inputs[part.as_posix()] for part in parts)
             imported = FlatIndex(parts, digest) if parts else None
@@ -40,53 +40,50 @@ def index() -> None:
 
 
 def _served(url: str, folder: Path, params: Params) -> Manifest:
-    """Nothing to encode: the index is the one that the service has now.
+    """Describe the index that a service has now: there is nothing to encode.
 
-    Raise UserError when it does not answer the validation questions as a retriever does.
+    Raises UserError when it does not answer the validation questions as a retriever does.
     """
     served = describe_service(url)
     client = ServiceClient(url, served.digest)
     client.require(validation_questions(params), params.retrieval.top_k)
     client.close()
-    manifest = Manifest(
-        "", served.digest, served.passages, 0.0, None, params.retrieval.encoder.model_dump(), []
-    )
+    encoder = params.retrieval.encoder.model_dump()
+    manifest = Manifest("", served.digest, served.passages, 0.0, None, encoder, [])
     write_manifest(folder, manifest)
     return manifest
 
 
 def recall(params: Params, folder: Path) -> dict[str, float]:
-    """`search_recall`: of the top k against exact search. `recall_<set>`: of the gold passages.
+    """Measure `search_recall`, of the top k against exact search, and `recall_<set>`, of gold passages.
 
     The latter is the share of validation questions whose first gold passage is among the top k for the bare
     question. Raises UserError when the former is below retrieval.min_recall.
     """
-    measured: dict[str, float] = {}
+    metrics: dict[str, float] = {}
 
     def accept(searcher: Searcher) -> None:
         found = measured_recall(params, searcher)
         if found is not None and found.share is not None:
-            measured["search_recall"] = found.share
-        if found is not None and found.silent > found.queries / 2:
-            print(
-                f"index: warning: {found.silent} of {found.queries} validation questions find nothing at all"
-            )
+            metrics["search_recall"] = found.share
+        if found is not None and found.without_hits > found.queries / 2:
+            without = f"{found.without_hits} of {found.queries} validation questions"
+            print(f"index: warning: {without} find nothing at all")
 
-    collection = retriever(params, folder, accept)
-    if collection.searcher and not measured:  # nothing had to be made
-        accept(collection.searcher)
+    opened = retriever(params, folder, accept)
+    if opened.searcher and not metrics:  # the collection was there already
+        accept(opened.searcher)
     for name in params.questions.train:
-        questions = [
-            q for q in read_questions(questions_file(name, "dev")) if q.metadata.get("golden_passages")
+        dev = read_questions(questions_file(name, "dev"))
+        with_gold = [question for question in dev if question.metadata.get("golden_passages")]
+        results = opened.search([question.question for question in with_gold], params.retrieval.top_k)
+        found = [
+            question.metadata["golden_passages"][0]["id"] in {hit.passage.id for hit in hits}
+            for question, hits in zip(with_gold, results, strict=True)
         ]
-        found = collection.search([q.question for q in questions], params.retrieval.top_k)
-        hits = [
-            question.metadata["golden_passages"][0]["id"] in {hit.passage.id for hit in passages}
-            for question, passages in zip(questions, found, strict=True)
-        ]
-        if hits:
-            measured[f"recall_{name}"] = sum(hits) / len(hits)
-    return measured
+        if found:
+            metrics[f"recall_{name}"] = sum(found) / len(found)
+    return metrics
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ def _project(project: Path, params: Params, recipe: str, folder: Path) -> None:
     content |= {"compare": [recipe], "promote": {}}
     location = parse_location(params.retrieval.location)
     if location.kind == "folder":  # filled already
-        content["retrieval"]["location"] = f"embedded:{Path(location.place).resolve()}"
+        content["retrieval"]["location"] = f"embedded:{Path(location.address).resolve()}"
     (project / PARAMS).write_text(as_text(content), encoding="utf-8")
     _lend_index(project / INDEX)
     (project / QUESTIONS).symlink_to(QUESTIONS.resolve())

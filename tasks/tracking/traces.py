@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Step:
+class EpisodeSpan:
     """A span of the episode, of one of MLflow's types; `error` is why it failed."""
 
     name: str
@@ -53,13 +53,13 @@ def sample(episodes: list[Episode], limit: int) -> list[Episode]:
     return failed + [others[key] for key in chosen]
 
 
-def steps(episode: Episode, decode: Decode) -> list[Step]:
+def episode_spans(episode: Episode, decode: Decode) -> list[EpisodeSpan]:
     """Cut the episode into the turns of the model, each followed by the search that it asked for.
 
     The input of a turn is all that stood before it. A search that was asked for and not answered because
     the retriever failed is a step with an error; after the last turn none is asked.
     """
-    found: list[Step] = []
+    found: list[EpisodeSpan] = []
     searches = iter(episode.searches)
     for number, turn in enumerate(episode.turns, 1):
         text = decode(episode.token_ids[turn.start : turn.end])
@@ -71,17 +71,19 @@ def steps(episode: Episode, decode: Decode) -> list[Step]:
         }
         attributes = {"turn": number, "action": str(action.kind), "mlflow.chat.tokenUsage": usage}
         prompt = decode(episode.token_ids[: turn.start])
-        found.append(Step(f"turn {number}", "LLM", {"prompt": prompt}, text, attributes))
+        found.append(EpisodeSpan(f"turn {number}", "LLM", {"prompt": prompt}, text, attributes))
         if action.kind is not ActionKind.SEARCH:
             continue
         query = {"query": action.content}
         if search := next(searches, None):
             shown = decode(episode.token_ids[turn.end : turn.reply_end])
             found.append(
-                Step(f"search {number}", "RETRIEVER", query, documents(search, shown), {"hit": search.hit})
+                EpisodeSpan(
+                    f"search {number}", "RETRIEVER", query, documents(search, shown), {"hit": search.hit}
+                )
             )
         elif episode.failure is not None:
-            found.append(Step(f"search {number}", "RETRIEVER", query, [], error=episode.failure))
+            found.append(EpisodeSpan(f"search {number}", "RETRIEVER", query, [], error=episode.failure))
     return found
 
 
@@ -117,11 +119,11 @@ SCORER = "dgpo_core.scoring"
 
 
 @dataclass(frozen=True)
-class Recorded:
+class EpisodeTrace:
     """An episode made ready on the stage's thread: the tokenizer must not be used by two at a time."""
 
     episode: Episode
-    steps: list[Step]
+    spans: list[EpisodeSpan]
     tags: dict[str, str]
 
 
@@ -131,7 +133,9 @@ def trace_episodes(
     """Record a sample of at most `limit` episodes under the stage's run; returns before they are sent."""
     tags = {"stage": run.stage, **stage_labels(run.stage), **(tags or {})}
     try:
-        recorded = [Recorded(each, steps(each, decode), dict(tags)) for each in sample(episodes, limit)]
+        recorded = [
+            EpisodeTrace(each, episode_spans(each, decode), dict(tags)) for each in sample(episodes, limit)
+        ]
     except Exception as error:  # the episodes are good and paid for, whatever stands in their way here
         warn(error)
         return
@@ -152,7 +156,7 @@ def traced(run: Run, rollout: Rollout, decode: Decode, every: int, limit: int) -
     return remembered
 
 
-def send(client: "MlflowClient", run_id: str, recorded: list[Recorded]) -> None:
+def send(client: "MlflowClient", run_id: str, recorded: list[EpisodeTrace]) -> None:
     """Store the traces, linked to the run. The same episode of the same run is the same trace."""
     from mlflow.tracing.client import TracingClient
 
@@ -164,7 +168,7 @@ def send(client: "MlflowClient", run_id: str, recorded: list[Recorded]) -> None:
     store.log_spans(experiment, [span for trace in traces for span in trace.data.spans])
 
 
-def make_trace(recorded: Recorded, experiment: str, run_id: str) -> "Trace":
+def make_trace(recorded: EpisodeTrace, experiment: str, run_id: str) -> "Trace":
     """Make MLflow's entities for one episode."""
     from mlflow.entities import Trace, TraceData, TraceInfo, TraceLocation, TraceState
 
@@ -182,8 +186,8 @@ def make_trace(recorded: Recorded, experiment: str, run_id: str) -> "Trace":
         "invalid_actions": episode.invalid_actions,
     }
     question, answer = {"question": episode.question}, {"answer": episode.prediction}
-    root = Step(name, "AGENT", question, answer, attributes, error=episode.failure if failed else None)
-    spans = [_span(number, place, now, step) for place, step in enumerate([root, *recorded.steps])]
+    root = EpisodeSpan(name, "AGENT", question, answer, attributes, error=episode.failure if failed else None)
+    spans = [_span(number, place, now, span) for place, span in enumerate([root, *recorded.spans])]
     info = TraceInfo(
         trace_id=f"tr-{number.hex()}",
         trace_location=TraceLocation.from_experiment_id(experiment),
@@ -222,7 +226,7 @@ def _assessments(episode: Episode, trace: str) -> "list[Assessment]":
     return made
 
 
-def _span(trace: bytes, place: int, now: int, step: Step) -> "Span":
+def _span(trace: bytes, place: int, now: int, step: EpisodeSpan) -> "Span":
     """Make span number `place` of a trace, 0 the root; starts a microsecond apart keep their order."""
     from mlflow.entities import Span
 

@@ -2,22 +2,50 @@
 
 import copy
 import random
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.config.data import ModelShape, QuestionCounts, WorldConfig
+from dgpo_core.config.recipes import Distillation, Reinforcement
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.models import build_model
-from dgpo_core.training import optimizer as optim
 from dgpo_core.training.batches import TokenModel
-from dgpo_core.training.engines import FrozenModel, Optimization, TorchEngine
+from dgpo_core.training.engines import FrozenModel, TorchEngine
+from dgpo_core.training.optimizer import Optimization, constant
 from dgpo_core.training.reinforce import Critic
 
 SHAPE = ModelShape(hidden_size=32, layers=2, heads=2, intermediate_size=48)
 SMALL_WORLD = WorldConfig(passages=400, questions=QuestionCounts(train=40, dev=10, test=20, hard=8))
+
+
+def exact(tokens: int = 10_000, **changes: Any) -> ComputeConfig:
+    """Compute in float32 on the CPU, `tokens` padded tokens at a time."""
+    values = {"device": "cpu", "precision": "float32", "micro_batch_tokens": tokens}
+    return ComputeConfig.model_validate(values | changes)
+
+
+def reinforcement(algorithm: str = "ppo", guidance: str = "selective") -> Reinforcement:
+    """A recipe that is guided by the teacher, if at all."""
+    reference = "none" if guidance == "none" else "teacher"
+    return Reinforcement.model_validate(
+        {"start": "student", "algorithm": algorithm, "guidance": guidance, "reference": reference}
+    )
+
+
+def distillation(objective: str = "kd", episodes: str = "teacher") -> Distillation:
+    return Distillation.model_validate({"start": "student", "objective": objective, "episodes": episodes})
+
+
+def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
+    """Take the gradients of a module's parameters, at least one, away."""
+    found = [parameter.grad.clone() for parameter in module.parameters() if parameter.grad is not None]
+    assert found
+    module.zero_grad()
+    return found
 
 
 def tiny_model(tokenizer: PreTrainedTokenizerBase, seed: int = 0) -> PreTrainedModel:
@@ -52,7 +80,7 @@ def student_teacher_critic(
 
 def torch_engine(module: torch.nn.Module, compute: ComputeConfig, max_grad_norm: float = 1e9) -> TorchEngine:
     """AdamW with a constant learning rate of 1e-3."""
-    return TorchEngine(module, Optimization(1e-3, 0.01, max_grad_norm, optim.constant()), compute)
+    return TorchEngine(module, Optimization(1e-3, 0.01, max_grad_norm, constant()), compute)
 
 
 def engines(

@@ -5,8 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo_core.files import put, remove, replacement, write_json, write_text
-from dgpo_core.temporary import temporary_folder
+from dgpo_core.files import remove, replacement, write_json, write_text
 
 
 def make_file(path: Path, text: str) -> None:
@@ -61,21 +60,6 @@ def test_a_link_is_replaced_and_not_followed(tmp_path: Path) -> None:
     assert (tmp_path / "elsewhere").read_text() == "old"
     assert (tmp_path / "link").read_text() == "new"
     assert (tmp_path / "data.json").read_text() == '{\n  "a": [\n    null\n  ],\n  "b": 1\n}\n'
-
-
-@pytest.mark.parametrize("new", MAKERS)
-def test_between_two_disks_it_is_copied_beside_its_place_first(
-    new: Callable[[Path, str], None], tmp_path: Path
-) -> None:
-    other = Path("/dev/shm")
-    if not other.is_dir() or other.stat().st_dev == tmp_path.stat().st_dev:
-        pytest.skip("there is no second file system")
-    with temporary_folder("files", other) as folder:
-        new(folder / "source", "new")
-        put(folder / "source", tmp_path / "target")
-        assert list(folder.iterdir()) == []
-    assert content(tmp_path / "target") == "new"
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
 
 
 def test_removing_takes_links_and_not_what_they_lead_to(tmp_path: Path) -> None:

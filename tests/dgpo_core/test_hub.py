@@ -14,7 +14,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.hub import HTTP_ERROR, unreachable
-from dgpo_core.retrieval.encoders import _naming
+from dgpo_core.retrieval.encoders import _errors_with_model
 from tests.conftest import ROOT
 
 LOAD = """
@@ -81,7 +81,10 @@ def test_wrapped_errors_and_others() -> None:
     assert unreachable(wrapped)
     assert not unreachable(OSError("no space left"))
     for error, kind in ((wrapped, InfrastructureError), (OSError("no config.json"), UserError)):
-        with pytest.raises(kind, match=r"retrieval\.encoder\.model: cannot load"), _naming(EncoderConfig()):
+        with (
+            pytest.raises(kind, match=r"retrieval\.encoder\.model: cannot load"),
+            _errors_with_model(EncoderConfig()),
+        ):
             raise error
 
 

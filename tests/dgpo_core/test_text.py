@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo_core.text import canonical, letters, stands_in, trimmed, visible
+from dgpo_core.text import canonical, letters, spaced, stands_in, trimmed, visible
 
 TEXT = st.text(max_size=12) | st.text("eE\u0301\u0327 \u200b\u00ad\u200f\ufeff-?\u0130\u037e\n", max_size=8)
 
@@ -82,3 +82,9 @@ def test_letters(first: str, second: str, same: bool) -> None:
 )
 def test_stands_in(words: str, text: str, expected: bool) -> None:
     assert stands_in(words, text) is expected
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"], max_codepoint=0x0DFF)))
+def test_texts_with_spaces_are_left_as_they_are(text: str) -> None:
+    """Latin, Greek, Cyrillic, Hebrew, Arabic, the scripts of India: the same text, so the same tokens."""
+    assert spaced(text) == text

@@ -5,7 +5,7 @@ from typing import Any
 
 import yaml
 
-from dgpo_core.config.params import laid_over, resolve_profile
+from dgpo_core.config.params import overlay, resolve_profile
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -35,7 +35,7 @@ MINIATURE: dict[str, dict[str, Any]] = {
 
 def make_project(folder: Path, recipes: list[str] | None = None, **sections: dict[str, Any]) -> None:
     """Write a params.yaml of the tiny profile, made small, and link the models, into `folder`."""
-    params = laid_over(resolve_profile(ROOT / "profiles/tiny.yaml", recipes), {**MINIATURE, **sections})
+    params = overlay(resolve_profile(ROOT / "profiles/tiny.yaml", recipes), {**MINIATURE, **sections})
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (folder / "models").mkdir()
     for name in ("student", "teacher"):

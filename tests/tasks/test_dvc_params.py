@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import yaml
 
-from dgpo_core.config.params import Params, resolve_profile
+from dgpo_core.config.params import Params, overlay, resolve_profile
 from tests.conftest import ROOT
 
 STAGES = ("teach", "distributions", "distill", "reinforce", "evaluate")
@@ -21,7 +21,7 @@ def watched(stage: str) -> list[str]:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_dvc_watches_what_decides_the_result(stage: str) -> None:
-    """Of a section all that is not free; where nothing is trained, of `compute` no more than is used."""
+    """All of a section that is not free; where nothing is trained, no more of `compute` than is used."""
     keys = watched(stage)
     for section in SECTIONS:
         deciding = {f"{section}.{key}" for key in PARAMS.sections(section)[section]}
@@ -39,39 +39,23 @@ def test_dvc_watches_all_that_an_index_is_made_of() -> None:
 
 
 @pytest.mark.parametrize(
-    "change",
+    ("change", "goes_on"),
     [
-        {"rollout": {"server": {"student": ["http://other:8101"]}, "batch_tokens": 1024}},
-        {"rollout": {"vllm": {"gpu_memory_utilization": 0.5}}},
-        {"retrieval": {"location": "http://other:6333", "qdrant": {"shards": 2}}},
-        {"compute": {"micro_batch_tokens": 512, "processes": 2}},
-        {"reinforce": {"checkpoint_every": 1}},
+        ({"rollout": {"server": {"student": ["http://other:8101"]}, "batch_tokens": 1024}}, True),
+        ({"rollout": {"vllm": {"gpu_memory_utilization": 0.5}}}, True),
+        ({"retrieval": {"location": "http://other:6333", "qdrant": {"shards": 2}}}, True),
+        ({"compute": {"micro_batch_tokens": 512, "processes": 2}}, True),
+        ({"reinforce": {"checkpoint_every": 1}}, True),
+        ({"rollout": {"precision": "bfloat16"}, "compute": {"precision": "bfloat16"}}, False),
+        ({"retrieval": {"top_k": 5}}, False),
+        ({"compute": {"lora": {"rank": 4}}}, False),
+        ({"seed": 1}, False),
     ],
 )
-def test_unfinished_work_goes_on_elsewhere(change: dict[str, Any]) -> None:
+def test_unfinished_work_goes_on_unless_its_result_would_change(
+    change: dict[str, Any], goes_on: bool
+) -> None:
     names = ("rollout", "retrieval", "compute", "reinforce", "seed")
-    settings = PARAMS.model_dump()
-    for section, values in change.items():
-        settings[section] |= {
-            key: {**settings[section][key], **value} if isinstance(value, dict) else value
-            for key, value in values.items()
-        }
-    changed = Params.model_validate(settings)
-    assert changed != PARAMS and changed.sections(*names) == PARAMS.sections(*names)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"rollout": {"precision": "bfloat16"}, "compute": {"precision": "bfloat16"}},
-        {"retrieval": {"top_k": 5}},
-        {"compute": {"lora": {"rank": 4}}},
-        {"seed": 1},
-    ],
-)
-def test_what_changes_results_begins_again(change: dict[str, Any]) -> None:
-    names = ("rollout", "retrieval", "compute", "reinforce", "seed")
-    settings = PARAMS.model_dump()
-    for key, value in change.items():
-        settings[key] = {**settings[key], **value} if isinstance(value, dict) else value
-    assert Params.model_validate(settings).sections(*names) != PARAMS.sections(*names)
+    changed = Params.model_validate(overlay(PARAMS.model_dump(), change))
+    assert changed != PARAMS
+    assert (changed.sections(*names) == PARAMS.sections(*names)) is goes_on

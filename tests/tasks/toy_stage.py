@@ -15,7 +15,7 @@ from tasks.stages.stage import main, stage
 
 def run(ending: str) -> None:
     with stage("toy", config={}, outputs=[Path("out")]) as current:
-        processes = parallel.added({"one": 1.0})["one"]
+        processes = parallel.all_sum({"one": 1.0})["one"]
         if current.leads:
             current.output(Path("out")).write_text(f"{processes:g}")
         Path(f"pid-{parallel.rank()}").write_text(str(os.getpid()))

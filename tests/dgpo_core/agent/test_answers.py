@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dgpo_core.agent import answers
-from dgpo_core.agent.answers import contains_answer, exact_match, normalize, token_f1
-from dgpo_core.text import canonical
+from dgpo_core.agent.answers import contains_answer, exact_match, token_f1
+from dgpo_core.text import canonical, normalize
 
 TEXT = st.text(max_size=30) | st.lists(
     st.sampled_from(["a", "An", "the", "by", "Paris,", "yes", "no", "U.S.", "x-y", " \n"]), max_size=6

@@ -6,11 +6,11 @@ from typing import Any
 import pytest
 import yaml
 
-from dgpo_core.config.params import Params, load_params, paper_recipes, resolve_profile
+from dgpo_core.config.params import Params, PromoteConfig, load_params, paper_recipes, resolve_profile
 from dgpo_core.config.recipes import Recipes
+from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
-
-ROOT = Path(__file__).parents[3]
+from tests.conftest import ROOT
 
 
 def loaded(folder: Path, content: dict[str, Any]) -> Params:
@@ -251,7 +251,7 @@ def test_committed_parameters_are_the_tiny_profile() -> None:
     lines = (ROOT / "params.yaml").read_text().splitlines()
     committed = [line for line in lines if line and not line.startswith("#")]
     resolved = resolve_profile(ROOT / "profiles" / "tiny.yaml")
-    assert committed == yaml.safe_dump(resolved, sort_keys=False, allow_unicode=True).splitlines()
+    assert committed == as_text(resolved).splitlines()
     assert load_params(ROOT / "params.yaml").model_dump(mode="json") == resolved
 
 
@@ -343,3 +343,34 @@ def test_a_renamed_key_says_its_new_name(tmp_path: Path, part: str) -> None:
     said = rf"reinforce\.{part}_warmup: is now reinforce\.{part}_learning_rate_warmup"
     with pytest.raises(UserError, match=said):
         load_params(path)
+
+
+def challenger(folder: Path, **promote: object) -> object:
+    content = resolve_profile(ROOT / "profiles/tiny.yaml")
+    content["promote"] |= promote
+    (folder / "params.yaml").write_text(yaml.safe_dump(content))
+    return load_params(folder / "params.yaml").challenger
+
+
+def test_the_challenger_is_the_last_compared_recipe_unless_named(tmp_path: Path) -> None:
+    assert challenger(tmp_path) == "dgpo"
+    assert challenger(tmp_path, recipe="kd") == "kd"
+
+
+@pytest.mark.parametrize(
+    ("promote", "message"),
+    [
+        ({"recipe": "ppo"}, "promote.recipe: there is no 'ppo'"),
+        ({"margins": {"nq": 0.1}}, r"promote.margins: \['nq'\] are no test sets"),
+        ({"margin": 0.0}, "promote.margin"),
+        ({"max_hacking": 1.5}, "promote.max_hacking"),
+    ],
+)
+def test_what_a_promotion_cannot_ask_for(tmp_path: Path, promote: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        challenger(tmp_path, **promote)
+
+
+def test_a_data_set_may_have_a_margin_of_its_own() -> None:
+    config = PromoteConfig(margins={"hard": 0.2})
+    assert (config.margin_of("hard"), config.margin_of("onehop")) == (0.2, config.margin)

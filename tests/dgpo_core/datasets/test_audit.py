@@ -3,9 +3,9 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo_core.agent.answers import normalize
 from dgpo_core.datasets.audit import AnswerSearch, audit
 from dgpo_core.datasets.records import Passage, Question
+from dgpo_core.text import normalize
 from dgpo_core.world.facts import generate_world
 from dgpo_core.world.questions import write_articles, write_questions
 from tests.dgpo_core.making import SMALL_WORLD

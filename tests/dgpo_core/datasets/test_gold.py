@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo_core.datasets.gold import Gold, join, read_musique, read_nq
+from dgpo_core.datasets.gold import Gold, add_gold, read_musique, read_nq
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
 from tests.samples import SAMPLES
@@ -63,13 +63,15 @@ def test_both_forms_of_nq_give_the_same(tmp_path: Path) -> None:
 
 
 def test_join_of_the_samples_counts_its_losses() -> None:
-    musique = join(read_questions(SAMPLES / "flashrag/musique/dev.jsonl"), read_musique(MUSIQUE), "m")
-    assert musique.counts == {"joined": 3, "not_found": 1, "other_answer": 0, "no_gold": 0, "ambiguous": 0}
-    assert [len(q.metadata.get("golden_passages", [])) for q in musique.questions] == [3, 2, 3, 0]
+    questions, counts = add_gold(
+        read_questions(SAMPLES / "flashrag/musique/dev.jsonl"), read_musique(MUSIQUE), "m"
+    )
+    assert counts == {"joined": 3, "not_found": 1, "other_answer": 0, "no_gold": 0, "ambiguous": 0}
+    assert [len(q.metadata.get("golden_passages", [])) for q in questions] == [3, 2, 3, 0]
     golds = [*read_nq(ORIGINAL), *read_nq(SIMPLIFIED)]
-    nq = join(read_questions(SAMPLES / "flashrag/nq/test.jsonl"), golds, "n")
-    assert nq.counts == {"joined": 3, "not_found": 1, "other_answer": 0, "no_gold": 1, "ambiguous": 0}
-    assert nq.questions[2].metadata["long_answers"] == ["The Salt Lantern is an opera by Benno Karsk ."]
+    questions, counts = add_gold(read_questions(SAMPLES / "flashrag/nq/test.jsonl"), golds, "n")
+    assert counts == {"joined": 3, "not_found": 1, "other_answer": 0, "no_gold": 1, "ambiguous": 0}
+    assert questions[2].metadata["long_answers"] == ["The Salt Lantern is an opera by Benno Karsk ."]
 
 
 def gold(answer: str, text: str, question: str = "Who wrote it?") -> Gold:
@@ -92,16 +94,16 @@ def gold(answer: str, text: str, question: str = "Who wrote it?") -> Gold:
 def test_partners(golds: list[Gold], reason: str, text: str | None) -> None:
     sure = Question("sure", "Is this found?", ("yes",))
     asked = [Question("q", "Who wrote it?", ("Ada", "A. D. A. L.")), sure]
-    joined = join(asked, [*golds, gold("yes", "x", "is this found")], "file")
-    assert joined.counts[reason] == (2 if reason == "joined" else 1)
-    assert sum(joined.counts.values()) == 2
-    passages = joined.questions[0].metadata.get("golden_passages", [])
+    questions, counts = add_gold(asked, [*golds, gold("yes", "x", "is this found")], "file")
+    assert counts[reason] == (2 if reason == "joined" else 1)
+    assert sum(counts.values()) == 2
+    passages = questions[0].metadata.get("golden_passages", [])
     assert [passage["text"] for passage in passages] == ([text] if text else [])
 
 
 def test_a_file_without_any_partner_is_refused() -> None:
     with pytest.raises(UserError, match=r"other\.jsonl: has a gold context for none of 1 questions"):
-        join([Question("q", "Who?", ("Ada",))], [gold("Ada", "a")], "other.jsonl")
+        add_gold([Question("q", "Who?", ("Ada",))], [gold("Ada", "a")], "other.jsonl")
 
 
 @pytest.mark.parametrize(
@@ -209,5 +211,5 @@ def test_half_a_character_in_a_title_is_the_users_error(tmp_path: Path) -> None:
 
 def test_questions_join_in_either_spelling() -> None:
     gold = Gold(normalize("NFD", "Who is José?"), (normalize("NFD", "Ibáñez"),), {"long_answers": ["x"]})
-    joined = join([Question("1", "who is jos\u200bé", ("Ibáñez",))], [gold], "m")
-    assert joined.counts["joined"] == 1
+    _, counts = add_gold([Question("1", "who is jos\u200bé", ("Ibáñez",))], [gold], "m")
+    assert counts["joined"] == 1

@@ -19,8 +19,8 @@ from dgpo_core.objectives.divergences import (
     taid,
 )
 from dgpo_core.objectives.logprobs import (
-    cached_terms,
-    distillation_terms,
+    cached_losses,
+    distillation_losses,
     token_logprobs,
     top_distributions,
     with_rest,
@@ -55,7 +55,7 @@ def test_token_logprobs(parts: Parts, temperature: float, chunk: int) -> None:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-def test_distillation_terms(parts: Parts, temperature: float, chunk: int) -> None:
+def test_distillation_losses(parts: Parts, temperature: float, chunk: int) -> None:
     hidden, head, teacher_hidden, teacher_head, targets = parts
     student = Categorical(logits=hidden @ head.T / temperature)
     teacher = Categorical(logits=teacher_hidden @ teacher_head[:V].T / temperature)
@@ -64,9 +64,9 @@ def test_distillation_terms(parts: Parts, temperature: float, chunk: int) -> Non
         (forward_kl, kl_divergence(teacher, student)),
         (reverse_kl, kl_divergence(student, teacher)),
     ):
-        terms = distillation_terms(*parts, divergence, temperature, chunk)
+        terms = distillation_losses(*parts, divergence, temperature, chunk)
         torch.testing.assert_close(terms, (-student.log_prob(targets), expected))
-        shorter_teacher = distillation_terms(
+        shorter_teacher = distillation_losses(
             hidden, longer, teacher_hidden, teacher_head[:V], targets, divergence, temperature, chunk
         )
         torch.testing.assert_close(shorter_teacher, terms)
@@ -89,7 +89,7 @@ def test_gradients_do_not_depend_on_the_chunk(parts: Parts, chunk: int) -> None:
     for divergence in DIVERGENCES:
 
         def terms(h: torch.Tensor, w: torch.Tensor, size: int, kind: Divergence = divergence) -> Pair:
-            return distillation_terms(h, w, teacher_hidden, teacher_head, targets, kind, 0.8, size)
+            return distillation_losses(h, w, teacher_hidden, teacher_head, targets, kind, 0.8, size)
 
         torch.testing.assert_close(
             gradients(lambda h, w, of=terms: of(h, w, chunk), hidden, head),
@@ -110,11 +110,11 @@ def test_kept_distributions_do_not_depend_on_the_chunk(parts: Parts, chunk: int,
     for divergence in DIVERGENCES:
 
         def terms(h: torch.Tensor, w: torch.Tensor, size: int, kind: Divergence = divergence) -> Pair:
-            return cached_terms(h, w, whole, targets, kind, size)
+            return cached_losses(h, w, whole, targets, kind, size)
 
         torch.testing.assert_close(terms(hidden, head, chunk), terms(hidden, head, 100))
         if k is None:
-            live = distillation_terms(*parts, divergence, chunk=100)
+            live = distillation_losses(*parts, divergence, chunk=100)
             torch.testing.assert_close(terms(hidden, head, chunk), live)
         torch.testing.assert_close(
             gradients(lambda h, w, of=terms: of(h, w, chunk), hidden, head),
@@ -131,7 +131,7 @@ def test_gradients_are_those_of_plain_torch(parts: Parts) -> None:
         return -student.log_prob(targets), kl_divergence(teacher, student)
 
     def chunked(h: torch.Tensor, w: torch.Tensor) -> Pair:
-        return distillation_terms(h, w, teacher_hidden, teacher_head, targets, chunk=3)
+        return distillation_losses(h, w, teacher_hidden, teacher_head, targets, chunk=3)
 
     torch.testing.assert_close(
         gradients(chunked, hidden, head), gradients(plain, hidden, head), rtol=1e-4, atol=1e-5
@@ -146,7 +146,7 @@ def test_trl_finds_the_same_values_and_gradients(parts: Parts, beta: float, temp
 
     def ours(h: torch.Tensor, w: torch.Tensor) -> Pair:
         kind = generalized_jsd(beta)
-        terms = distillation_terms(h, w, teacher_hidden, teacher_head, targets, kind, temperature, 4)
+        terms = distillation_losses(h, w, teacher_hidden, teacher_head, targets, kind, temperature, 4)
         return terms[1], terms[1]
 
     def trl(h: torch.Tensor, w: torch.Tensor) -> Pair:
@@ -166,8 +166,8 @@ def test_trl_finds_the_same_values_and_gradients(parts: Parts, beta: float, temp
 def test_tokens_do_not_see_each_other(parts: Parts, divergence: Divergence) -> None:
     hidden, head, teacher_hidden, teacher_head, targets = parts
     order = torch.randperm(N, generator=torch.Generator().manual_seed(5))
-    terms = distillation_terms(*parts, divergence, chunk=4)
-    permuted = distillation_terms(
+    terms = distillation_losses(*parts, divergence, chunk=4)
+    permuted = distillation_losses(
         hidden[order], head, teacher_hidden[order], teacher_head, targets[order], divergence, chunk=3
     )
     torch.testing.assert_close(permuted, (terms[0][order], terms[1][order]))
@@ -178,7 +178,7 @@ def test_teacher_gets_no_gradient(parts: Parts, divergence: Divergence) -> None:
     hidden, head, teacher_hidden, teacher_head, targets = parts
     for leaf in (teacher_hidden, teacher_head, head):
         leaf.requires_grad_()
-    cross_entropy, kl = distillation_terms(hidden, head, teacher_hidden, teacher_head, targets, divergence)
+    cross_entropy, kl = distillation_losses(hidden, head, teacher_hidden, teacher_head, targets, divergence)
     (cross_entropy + kl).sum().backward()
     assert teacher_hidden.grad is None
     assert teacher_head.grad is None
@@ -188,7 +188,7 @@ def test_teacher_gets_no_gradient(parts: Parts, divergence: Divergence) -> None:
 def test_no_tokens(parts: Parts) -> None:
     hidden, head, teacher_hidden, teacher_head, targets = (p[:0] if len(p) == N else p for p in parts)
     assert token_logprobs(hidden, head, targets)[0].shape == (0,)
-    assert distillation_terms(hidden, head, teacher_hidden, teacher_head, targets)[1].shape == (0,)
+    assert distillation_losses(hidden, head, teacher_hidden, teacher_head, targets)[1].shape == (0,)
 
 
 @given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([1.0, 30.0]))

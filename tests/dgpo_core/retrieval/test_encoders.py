@@ -1,4 +1,4 @@
-"""Encoders: the dense one against pooling written out by hand, on a real (random) BERT."""
+"""Encoders against the libraries that they stand for, and BM25 in every script."""
 
 import sys
 from pathlib import Path
@@ -8,23 +8,27 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, Transformer
 from transformers import BertModel
 
 from dgpo_core.config.retrieval import EncoderConfig
+from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval import encoders
 from dgpo_core.retrieval.encoders import (
     BUFFER,
     Bm25Encoder,
-    DenseEncoder,
+    MeanPoolingEncoder,
     SentenceTransformersEncoder,
     SparseVector,
     make_encoder,
-    silent,
 )
+from dgpo_core.retrieval.index import index_passages
 from dgpo_core.text import start_of
+from tests.dgpo_core.retrieval.conftest import BM25
 from tests.dgpo_core.retrieval.words import WORDS
 
 
@@ -41,7 +45,7 @@ def pooled(folder: Path, text: str, max_tokens: int = 256) -> np.ndarray:
 
 @pytest.mark.parametrize("batch_size", [1, 2, 64])
 def test_dense_vectors_are_normalised_means(bert: Path, batch_size: int) -> None:
-    encoder = DenseEncoder(EncoderConfig(model=str(bert), batch_size=batch_size))
+    encoder = MeanPoolingEncoder(EncoderConfig(model=str(bert), batch_size=batch_size))
     texts = ["red house", "green green tree house blue red", "blue"]
     for prefix, vectors in (
         ("query: ", encoder.encode_queries(texts)),
@@ -54,7 +58,7 @@ def test_dense_vectors_are_normalised_means(bert: Path, batch_size: int) -> None
 
 
 def test_dense_encoder_cuts_long_texts(bert: Path) -> None:
-    encoder = DenseEncoder(EncoderConfig(model=str(bert), max_tokens=6, query_prefix=""))
+    encoder = MeanPoolingEncoder(EncoderConfig(model=str(bert), max_tokens=6, query_prefix=""))
     (vector,) = encoder.encode_queries(["red green blue house tree tree"])
     np.testing.assert_allclose(np.array(vector), pooled(bert, "red green blue house tree tree", 6), atol=1e-5)
 
@@ -84,7 +88,7 @@ def test_of_a_long_text_the_start_alone_is_read(
 
 
 def test_vectors_that_are_no_numbers_are_refused(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = DenseEncoder(EncoderConfig(model=str(bert)))
+    encoder = MeanPoolingEncoder(EncoderConfig(model=str(bert)))
     weights = encoder._model.embeddings.word_embeddings.weight
     with torch.no_grad():
         weights.fill_(float("nan"))
@@ -94,7 +98,7 @@ def test_vectors_that_are_no_numbers_are_refused(bert: Path, monkeypatch: pytest
 
 def test_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"retrieval\.encoder\.model: cannot load"):
-        DenseEncoder(EncoderConfig(model=str(tmp_path)))
+        MeanPoolingEncoder(EncoderConfig(model=str(tmp_path)))
 
 
 def test_bm25_weights() -> None:
@@ -115,12 +119,14 @@ def test_bm25_finds_a_word_in_every_spelling(text: str) -> None:
     encoder = Bm25Encoder(average_words=4.0)
     assert encoder.encode_passages([text]) == encoder.encode_passages(["José Ibáñez"])
     assert encoder.encode_queries([text]) == encoder.encode_queries(["José Ibáñez"])
-    assert encoder.passage_column([text], silent) == encoder.passage_column(["José Ibáñez"], silent)
+    assert encoder.passage_column([text], lambda count: None) == encoder.passage_column(
+        ["José Ibáñez"], lambda count: None
+    )
 
 
 def test_make_encoder(bert: Path) -> None:
     assert isinstance(make_encoder(EncoderConfig(kind="bm25"), 10.0), Bm25Encoder)
-    assert isinstance(make_encoder(EncoderConfig(kind="dense", model=str(bert)), 10.0), DenseEncoder)
+    assert isinstance(make_encoder(EncoderConfig(kind="dense", model=str(bert)), 10.0), MeanPoolingEncoder)
 
 
 TEXTS = [
@@ -138,7 +144,9 @@ def test_a_real_model_gives_what_sentence_transformers_gives(minilm: Path) -> No
     expected = oracle.encode(TEXTS, show_progress_bar=False)
     for batch_size in (1, 3):
         plain = EncoderConfig(model=str(minilm), query_prefix="", passage_prefix="", batch_size=batch_size)
-        np.testing.assert_allclose(np.array(DenseEncoder(plain).encode_passages(TEXTS)), expected, atol=1e-5)
+        np.testing.assert_allclose(
+            np.array(MeanPoolingEncoder(plain).encode_passages(TEXTS)), expected, atol=1e-5
+        )
     config = EncoderConfig(kind="sentence-transformers", model=str(minilm), batch_size=2)
     encoder = make_encoder(config, 10.0)
     assert isinstance(encoder, SentenceTransformersEncoder)
@@ -163,7 +171,7 @@ def test_prompts_and_prefixes_of_sentence_transformers(bert: Path, tmp_path: Pat
 
 
 def test_columns_are_in_half_precision_and_progress_is_told(bert: Path) -> None:
-    encoder = DenseEncoder(EncoderConfig(model=str(bert), batch_size=1))
+    encoder = MeanPoolingEncoder(EncoderConfig(model=str(bert), batch_size=1))
     texts = ["red house " * (i % 5 + 1) for i in range(BUFFER + 3)]  # more than one buffer
     told: list[int] = []
     column = encoder.passage_column(texts, told.append)
@@ -175,7 +183,7 @@ def test_columns_are_in_half_precision_and_progress_is_told(bert: Path) -> None:
 
 def test_texts_of_similar_length_share_a_batch(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Short and long texts in turn: sorted, hardly any token that is computed is padding."""
-    encoder = DenseEncoder(EncoderConfig(model=str(bert), batch_size=8))
+    encoder = MeanPoolingEncoder(EncoderConfig(model=str(bert), batch_size=8))
     computed = real = 0
     tokenize = encoder._tokenize
 
@@ -195,7 +203,9 @@ def test_texts_of_similar_length_share_a_batch(bert: Path, monkeypatch: pytest.M
 def test_lower_precision_is_close(bert: Path, precision: str) -> None:
     config = EncoderConfig(model=str(bert))
     texts = ["red house", "green green tree house blue red"]
-    exact, rounded = (DenseEncoder(config, "cpu", p).encode_passages(texts) for p in ("float32", precision))
+    exact, rounded = (
+        MeanPoolingEncoder(config, "cpu", p).encode_passages(texts) for p in ("float32", precision)
+    )
     np.testing.assert_allclose(np.array(rounded), np.array(exact), atol=0.05)
     assert rounded != exact
 
@@ -211,3 +221,51 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch, minilm: Path) -> N
 def test_folder_without_a_sentence_transformers_model(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"retrieval\.encoder\.model: cannot load"):
         make_encoder(EncoderConfig(kind="sentence-transformers", model=str(tmp_path / "none")), 10.0)
+
+
+SCRIPTS = {
+    "zh": "茶馆的老板住在河边的旧房子里。1930年代的Paris",
+    "zh2": "老虎住在山上",
+    "ja": "図書館は駅の近くにあります。カフェは休みです",
+    "th": "ร้านหนังสืออยู่ใกล้สถานีรถไฟ",
+    "lo": "ຮ້ານປຶ້ມຢູ່ໃກ້ສະຖານີລົດໄຟ",
+    "km": "ហាងសៀវភៅនៅជិតស្ថានីយ៍រថភ្លើង",
+    "my": "စာအုပ်ဆိုင်သည်ဘူတာရုံအနီးတွင်ရှိသည်",
+    "ko": "도서관은 역에서 가깝다",
+    "en": "The library is near the station.",
+}
+
+
+@pytest.mark.parametrize(
+    ("query", "found"),
+    [
+        ("老板", "zh"), ("旧房子", "zh"), ("paris", "zh"), ("1930", "zh"), ("山", "zh2"),
+        ("図書館", "ja"), ("駅", "ja"), ("カフェ", "ja"), ("カフェはどこ", "ja"),
+        ("สถานี", "th"), ("ร้านหนังสือ", "th"), ("ສະຖານີ", "lo"), ("ស្ថានីយ៍", "km"), ("ဘူတာ", "my"),
+        ("도서관", "ko"), ("역", "ko"), ("\u1103\u1169\u1109\u1165", "ko"),
+        ("libraries", "en"),
+    ],
+)  # fmt: skip
+def test_a_word_finds_its_passage(query: str, found: str) -> None:
+    index = index_passages([Passage(name, name, text) for name, text in SCRIPTS.items()], BM25)
+    (hits,) = index.search([query], 3)
+    assert hits[0].passage.id == found
+
+
+@given(
+    st.lists(
+        st.sampled_from(["the libraries ", "Ann's ", "老板", "駅", "ก่อน", "é", "\u0301", "、"]), max_size=8
+    )
+)
+def test_words_beside_such_runs_are_the_same(parts: list[str]) -> None:
+    encoder = Bm25Encoder(10.0)
+
+    def terms(text: str) -> set[int]:
+        (vector,) = encoder.encode_queries([text])
+        assert isinstance(vector, SparseVector)
+        return set(vector.indices)
+
+    text = "".join(parts)
+    assert terms("libraries Ann's") <= terms(f"the libraries of Ann's {text}")
+    for part in parts:
+        assert terms(part) <= terms(" ".join(parts))

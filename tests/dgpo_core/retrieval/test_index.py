@@ -1,4 +1,4 @@
-"""The index, whatever its location: the same passages from all of them, and failures that are told."""
+"""The index at every location, its failures, and its recall against exact search."""
 
 import os
 import subprocess
@@ -16,9 +16,17 @@ from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval import index as module
 from dgpo_core.retrieval import qdrant_server as loading
-from dgpo_core.retrieval.encoders import Bm25Encoder
-from dgpo_core.retrieval.index import Index, index_passages, open_index
-from dgpo_core.retrieval.ranking import Hit
+from dgpo_core.retrieval.encoders import Bm25Encoder, Vector
+from dgpo_core.retrieval.index import (
+    Index,
+    Recall,
+    Searcher,
+    index_passages,
+    open_index,
+    require_recall,
+    search_recall,
+)
+from dgpo_core.retrieval.ranking import Candidate, Hit, Window
 from dgpo_core.retrieval.shards import read_manifest, write_manifest
 from tests.conftest import ROOT
 from tests.dgpo_core.retrieval.conftest import BM25
@@ -137,24 +145,24 @@ def test_same_query_is_asked_once(index: Index, monkeypatch: pytest.MonkeyPatch)
 def test_only_the_most_recent_queries_are_remembered(
     passages: list[Passage], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(module, "REMEMBERED", 2)
+    monkeypatch.setattr(module, "CACHED_QUERIES", 2)
     made = index_passages(passages[:20], BM25)
     for query in ("a film", "b person", "a film", "c company"):
         made.search([query], 1)
-    assert [query for query, _ in made._known] == ["a film", "c company"]
+    assert [query for query, _ in made._cache] == ["a film", "c company"]
     assert len(made.search(["d", "e", "f"], 1)) == 3
 
 
 def test_long_passages_are_not_remembered_beyond_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "REMEMBERED_TEXT", 5000)
+    monkeypatch.setattr(module, "CACHED_TEXT", 5000)
     made = index_passages([Passage("1", "T", "red house " * 200), Passage("2", "T", "x " * 3000)], BM25)
     for query in ("red", "house", "red house", "a red", "a house", "x"):
         assert made.search([query], 1)[0]
-        assert sum(len(hit.passage.text) for hits in made._known.values() for hit in hits) <= 5000
-    assert [query for query, _ in made._known] == []
+        assert sum(len(hit.passage.text) for hits in made._cache.values() for hit in hits) <= 5000
+    assert [query for query, _ in made._cache] == []
     made.search(["red"], 1)
     made.search(["house"], 1)
-    assert [query for query, _ in made._known] == ["red", "house"], "what there is room for"
+    assert [query for query, _ in made._cache] == ["red", "house"], "what there is room for"
 
 
 def test_query_without_any_known_word(index: Index) -> None:
@@ -271,3 +279,41 @@ def test_a_served_index_has_no_vectors_for_another_location(tmp_path: Path, shar
     write_manifest(tmp_path, replace(manifest, shards=[]))
     with pytest.raises(UserError, match=r"has no vectors.*make it again \(dvc repro --force index\)"):
         open_index(tmp_path, RetrievalConfig(encoder=BM25))
+
+
+class Forgetful:
+    """Ten points with scores 10 to 1, of which an inexact search forgets the best; none for a `none`."""
+
+    def query(
+        self, name: str, vectors: list[Vector], limit: int, exact: bool = False, window: Window | None = None
+    ) -> list[list[Candidate]]:
+        points = [Candidate(i, Passage(str(i), "T", "t"), 10.0 - i) for i in range(10)]
+        return [points[0 if exact else 1 :][:limit] for _ in vectors]
+
+    def close(self) -> None: ...
+
+
+def test_the_share_of_the_exact_best() -> None:
+    searcher = Searcher(Forgetful(), Bm25Encoder(5.0))
+    assert search_recall(searcher, ["a", "b"], 3) == Recall(2 / 3, 2, 0)
+    assert search_recall(searcher, ["a"], 1) == Recall(0.0, 1, 0)
+    assert search_recall(searcher, [], 3) == Recall(None, 0, 0)
+
+
+def test_an_exact_index_finds_everything(index: Index, queries: list[tuple[str, str]]) -> None:
+    assert index.searcher
+    asked = [query for query, _ in queries[:50]]
+    assert search_recall(index.searcher, [*asked, "zzzzqqq"], 3) == Recall(1.0, 51, 1)
+
+
+def test_too_little_is_refused_with_what_to_raise() -> None:
+    config = RetrievalConfig(min_recall=0.9, qdrant=QdrantConfig(quantization="binary"))
+    require_recall(Recall(0.9, 10, 9), config)
+    with pytest.raises(UserError, match=r"recall@3 .* is 0\.8990, below 0\.9; raise .*hnsw_ef.*int8"):
+        require_recall(Recall(0.899, 10, 0), config)
+
+
+def test_a_recall_of_no_query_is_not_fine() -> None:
+    """Where nothing is found, nothing is missed: that is no reason to go on."""
+    with pytest.raises(UserError, match=r"10 of 10 validation questions find nothing.*a dense encoder"):
+        require_recall(Recall(None, 10, 10), RetrievalConfig(min_recall=0.0))

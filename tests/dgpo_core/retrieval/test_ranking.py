@@ -14,15 +14,15 @@ from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, write_jsonl
 from dgpo_core.retrieval.encoders import Vector
 from dgpo_core.retrieval.index import index_passages, open_index, search_recall
-from dgpo_core.retrieval.ranking import RRF_K, Scored, Window, fuse, rank
+from dgpo_core.retrieval.ranking import RRF_K, Candidate, Window, fuse, rank
 from dgpo_core.retrieval.shards import build_shards
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer
 
 PASSAGE = Passage("p", "T", "text")
 
 
-def points(*scored: tuple[int, float]) -> list[Scored]:
-    return [Scored(number, PASSAGE, score) for number, score in scored]
+def points(*scored: tuple[int, float]) -> list[Candidate]:
+    return [Candidate(number, PASSAGE, score) for number, score in scored]
 
 
 class Engine:
@@ -36,7 +36,7 @@ class Engine:
 
     def __call__(
         self, vectors: list[Vector], limit: int, /, window: Window | None = None
-    ) -> list[list[Scored]]:
+    ) -> list[list[Candidate]]:
         self.limits.append(limit)
         asked = self._points
         if window is not None:

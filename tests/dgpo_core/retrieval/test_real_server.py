@@ -19,13 +19,19 @@ from dgpo_core.datasets.records import Passage
 from dgpo_core.retrieval.collection import (
     Backend,
     Content,
+)
+from dgpo_core.retrieval.encoders import Bm25Encoder
+from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
+from dgpo_core.retrieval.qdrant_server import (
+    QdrantBackend,
+    alias_target,
+    collection_name,
+    connect,
+    ensure,
     list_collections,
     restore_collection,
     snapshot_collection,
 )
-from dgpo_core.retrieval.encoders import Bm25Encoder
-from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
-from dgpo_core.retrieval.qdrant_server import QdrantBackend, alias_target, collection_name, connect, ensure
 from dgpo_core.retrieval.ranking import rank
 from tests.dgpo_core.retrieval.conftest import content
 

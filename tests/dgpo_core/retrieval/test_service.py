@@ -1,5 +1,6 @@
-"""The retriever service over real HTTP: Search-R1's contract, batches, errors, metrics; our client."""
+"""The retriever as a service and its client, over HTTP: the field's contract, batches, failures."""
 
+import asyncio
 import json
 import threading
 import time
@@ -22,9 +23,9 @@ from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval import client as client_module
 from dgpo_core.retrieval import service
 from dgpo_core.retrieval.client import ServiceClient, describe_service
-from dgpo_core.retrieval.index import open_index
+from dgpo_core.retrieval.index import Index, index_passages, open_index
 from dgpo_core.retrieval.ranking import Hit
-from dgpo_core.retrieval.service import MAX_QUERIES, MAX_QUERY, MAX_TOP_K, Retrieval, make_app
+from dgpo_core.retrieval.service import MAX_QUERIES, MAX_QUERY, MAX_TOP_K, Batcher, RetrieverService, make_app
 from dgpo_core.retrieval.shards import read_manifest
 from tests.dgpo_core.retrieval.conftest import BM25
 
@@ -45,15 +46,15 @@ def served(app: FastAPI) -> Iterator[str]:
 
 
 @pytest.fixture
-def retrieval(shards: Path) -> Iterator[Retrieval]:
-    made = Retrieval(top_k=3)
+def retrieval(shards: Path) -> Iterator[RetrieverService]:
+    made = RetrieverService(top_k=3)
     made.open(open_index(shards, RetrievalConfig(encoder=BM25)), 150)
     yield made
     made.close()
 
 
 @pytest.fixture
-def url(retrieval: Retrieval) -> Iterator[str]:
+def url(retrieval: RetrieverService) -> Iterator[str]:
     with served(make_app(retrieval)) as address:
         yield address
 
@@ -72,7 +73,7 @@ def search_r1(url: str, queries: list[str], topk: int) -> list[list[str]]:
     ]
 
 
-def test_the_fields_contract(url: str, retrieval: Retrieval, queries: list[tuple[str, str]]) -> None:
+def test_the_fields_contract(url: str, retrieval: RetrieverService, queries: list[tuple[str, str]]) -> None:
     asked = [queries[0][0], queries[5][0]]
     assert retrieval.index
     expected = retrieval.index.search(asked, 2)
@@ -145,7 +146,7 @@ def test_a_request_that_is_too_large_is_not_read(url: str, monkeypatch: pytest.M
 
 
 def test_our_client_gets_what_the_index_gives(
-    url: str, retrieval: Retrieval, queries: list[tuple[str, str]], shards: Path
+    url: str, retrieval: RetrieverService, queries: list[tuple[str, str]], shards: Path
 ) -> None:
     opened = open_index(shards, RetrievalConfig(encoder=BM25, location=f"retriever+{url}"))
     assert retrieval.index
@@ -159,7 +160,7 @@ def test_our_client_gets_what_the_index_gives(
         opened.search(["a"], MAX_TOP_K + 1)
 
 
-def test_another_index_is_not_taken_for_ours(url: str, retrieval: Retrieval) -> None:
+def test_another_index_is_not_taken_for_ours(url: str, retrieval: RetrieverService) -> None:
     with pytest.raises(InfrastructureError, match=r"serves the index .* not 'other', which data/index names"):
         ServiceClient(url, "other")
     assert retrieval.index
@@ -318,7 +319,7 @@ def test_nobody_is_there(quick: None) -> None:
 
 
 def test_it_is_not_ready_while_it_loads(quick: None) -> None:
-    loading = Retrieval(top_k=3)
+    loading = RetrieverService(top_k=3)
     with served(make_app(loading)) as url:
         assert httpx.get(f"{url}/health").status_code == 503
         response = httpx.post(f"{url}/retrieve", json={"queries": ["a"]})
@@ -327,7 +328,7 @@ def test_it_is_not_ready_while_it_loads(quick: None) -> None:
             ServiceClient(url, "d")
 
 
-def test_a_failing_index_is_a_503(url: str, retrieval: Retrieval) -> None:
+def test_a_failing_index_is_a_503(url: str, retrieval: RetrieverService) -> None:
     assert retrieval.index
     retrieval.index.close()
     response = httpx.post(f"{url}/retrieve", json={"queries": ["a query that nobody asked"]})
@@ -338,7 +339,7 @@ def test_a_failing_index_is_a_503(url: str, retrieval: Retrieval) -> None:
 def test_concurrent_requests_share_searches(dense_shards: Path, queries: list[tuple[str, str]]) -> None:
     """Each gets its own answer, and one pass encodes the queries of many."""
     config = RetrievalConfig(encoder=read_manifest(dense_shards).encoder_config)
-    retrieval = Retrieval(top_k=3)
+    retrieval = RetrieverService(top_k=3)
     retrieval.open(open_index(dense_shards, config), 150)
     asked = [query for query, _ in queries[:192]]
     index = open_index(dense_shards, config)
@@ -370,3 +371,61 @@ def test_concurrent_requests_share_searches(dense_shards: Path, queries: list[tu
     assert number - 96 < 96 / 3, "several queries in a search"
     index.close()
     retrieval.close()
+
+
+def searched(
+    index: Index, requests: list[tuple[list[str], int]], largest: int
+) -> tuple[list[Any], list[int]]:
+    """The answers of requests that come at once (exceptions as they are), and the searches' sizes."""
+    sizes: list[int] = []
+
+    async def run() -> list[Any]:
+        batcher = Batcher(index, largest, lambda queries, seconds: sizes.append(queries))
+        answers = await asyncio.gather(*(batcher.search(*r) for r in requests), return_exceptions=True)
+        assert batcher.waiting == 0
+        batcher.close()
+        return list(answers)
+
+    return asyncio.run(run()), sizes
+
+
+def test_batches_hold_what_fits_and_wants_as_many_passages(
+    index: Index, queries: list[tuple[str, str]]
+) -> None:
+    asked = [query for query, _ in queries[:12]]
+    requests = [(asked[0:1], 3), (asked[1:3], 3), (asked[3:4], 2), (asked[4:11], 3), (asked[11:], 3), ([], 3)]
+    answers, sizes = searched(index, requests, largest=4)
+    assert answers == [index.search(some, top_k) for some, top_k in requests]
+    assert sizes == [1 + 2 + 1, 1, 7], "the oldest first; seven are more than fit, and go alone"
+
+
+def test_a_failure_is_everybodys_and_the_next_search_is_another(passages: list[Passage]) -> None:
+    broken = index_passages(passages[:20], BM25)
+    broken.close()
+    answers, sizes = searched(broken, [(["a"], 3), (["b"], 3)], largest=4)
+    assert [type(answer) for answer in answers] == [InfrastructureError] * 2
+    assert sizes == []
+
+
+def test_one_clients_fault_is_its_own(index: Index, queries: list[tuple[str, str]]) -> None:
+    good = [queries[0][0]]
+    answers, _ = searched(index, [(good, 3), (["town \ud800"], 3), (["film"], 3), (good, 3)], largest=9)
+    assert isinstance(answers[1], UserError)
+    assert "not valid Unicode" in str(answers[1])
+    assert [answers[0], answers[2], answers[3]] == [index.search(q, 3) for q in (good, ["film"], good)]
+
+
+def test_a_client_that_leaves_disturbs_nobody(index: Index, queries: list[tuple[str, str]]) -> None:
+    async def run() -> list[list[Hit]]:
+        batcher = Batcher(index, 8, lambda queries, seconds: None)
+        leaving = asyncio.create_task(batcher.search([queries[0][0]], 3))
+        staying = asyncio.create_task(batcher.search([queries[1][0]], 3))
+        await asyncio.sleep(0)
+        leaving.cancel()
+        found = await staying
+        with pytest.raises(asyncio.CancelledError):
+            await leaving
+        batcher.close()
+        return found
+
+    assert asyncio.run(run()) == index.search([queries[1][0]], 3)

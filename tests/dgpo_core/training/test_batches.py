@@ -1,13 +1,23 @@
-"""How episodes are cut into batches."""
+"""How episodes are cut into batches, and pairs of tokenizers that can and cannot share them."""
 
 import itertools
+from pathlib import Path
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.agent.episode import Owner
-from dgpo_core.training.batches import collate, micro_batches, model_sequence, response_sequence
+from dgpo_core.errors import UserError
+from dgpo_core.training.batches import (
+    check_same_vocabulary,
+    collate,
+    micro_batches,
+    model_sequence,
+    response_sequence,
+)
 from tests.dgpo_core.making import random_episode
 
 CPU = torch.device("cpu")
@@ -50,3 +60,15 @@ def test_collate() -> None:
     assert place == len(batch.targets)
     parts = batch.split(batch.targets)
     assert [part.tolist() for part in parts] == [[s.ids[p] for p in s.positions] for s in sequences]
+
+
+def test_vocabularies(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    check_same_vocabulary(tokenizer, tokenizer)
+    tokenizer.save_pretrained(tmp_path)
+    longer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    longer.add_tokens(["<extra>"])
+    check_same_vocabulary(tokenizer, longer)  # more tokens are no contradiction
+    other = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    other.add_tokens(["<other>"])
+    with pytest.raises(UserError, match=r"different tokenizers.* id \d+: '<other>' against '<extra>'"):
+        check_same_vocabulary(other, longer)

@@ -1,4 +1,4 @@
-"""Distillation: gradients against a loop over single tokens' losses, resuming, what is logged."""
+"""Distillation: gradients against a loop over single tokens, resuming, what is logged, TAID's share."""
 
 import math
 import random
@@ -8,48 +8,37 @@ from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.agent.episode import Episode, Owner
-from dgpo_core.config.recipes import Distillation
-from dgpo_core.config.training import ComputeConfig, DistillConfig
+from dgpo_core.config.training import DistillConfig
 from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.reporting.curves import read_curves
 from dgpo_core.reporting.reproduction.claims import assess
 from dgpo_core.training.batches import model_sequence
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.distill import Distiller, Metrics
-from dgpo_core.training.episode_sources import StudentEpisodes, TeacherEpisodes
+from dgpo_core.training.distill import Distiller, TaidSchedule
+from dgpo_core.training.episode_sources import Metrics, StudentEpisodes, TeacherEpisodes
 from tasks.stages.outputs import write_curves
-from tests.dgpo_core.making import padded, random_episode, tiny_model
+from tests.dgpo_core.making import distillation, exact, gradients, padded, random_episode, tiny_model
 
 CONFIG = DistillConfig(epochs=3, batch_size=3, learning_rate=1e-2, ce_weight=0.7, kl_weight=0.4)
 EPISODES = [random_episode(seed) for seed in range(8)]
 
 
-def compute(tokens: int = 10_000) -> ComputeConfig:
-    return ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=tokens)
-
-
 def distiller(
     student: PreTrainedModel, teacher: PreTrainedModel, tokens: int = 10_000, objective: str = "kd"
 ) -> Distiller:
-    recipe = Distillation.model_validate({"start": "student", "objective": objective})
-    source = TeacherEpisodes(EPISODES, CONFIG, seed=0)
-    return Distiller(student, None if objective == "ce" else teacher, recipe, CONFIG, compute(tokens), source)
+    source, live = TeacherEpisodes(EPISODES, CONFIG, seed=0), None if objective == "ce" else teacher
+    return Distiller(student, live, distillation(objective), CONFIG, exact(tokens), source)
 
 
 @pytest.fixture
 def models(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, PreTrainedModel]:
     return tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
-
-
-def gradients(model: PreTrainedModel) -> list[torch.Tensor]:
-    found = [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
-    assert found
-    model.zero_grad()
-    return found
 
 
 def reference_losses(
@@ -73,7 +62,7 @@ def reference_losses(
 @pytest.mark.parametrize("tokens", [1, 60, 10_000])
 def test_loss_and_gradient_are_eq_1(models: tuple[PreTrainedModel, PreTrainedModel], tokens: int) -> None:
     student, teacher = models
-    row = distiller(student, teacher, tokens)._accumulate([model_sequence(e) for e in EPISODES])
+    row = distiller(student, teacher, tokens)._gradient([model_sequence(e) for e in EPISODES])
     found = gradients(student)
     ce, kl = reference_losses(student, teacher, EPISODES)
     (0.7 * ce + 0.4 * kl).backward()
@@ -89,7 +78,7 @@ def test_text_after_the_last_model_token_changes_nothing(
 ) -> None:
     """Information that the model never answered, however long and whatever it says, is no target."""
     made = distiller(*models)
-    row = made._accumulate([model_sequence(e) for e in EPISODES])
+    row = made._gradient([model_sequence(e) for e in EPISODES])
     expected = gradients(models[0])
     rng = random.Random(0)
     longer = [
@@ -100,7 +89,7 @@ def test_text_after_the_last_model_token_changes_nothing(
         )
         for e in EPISODES
     ]
-    assert made._accumulate([model_sequence(e) for e in longer]) == pytest.approx(row, rel=1e-5)
+    assert made._gradient([model_sequence(e) for e in longer]) == pytest.approx(row, rel=1e-5)
     torch.testing.assert_close(gradients(models[0]), expected, rtol=1e-3, atol=1e-6)
 
 
@@ -154,7 +143,7 @@ REFERENCE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {  
 @pytest.mark.parametrize("objective", list(REFERENCE))
 def test_objectives_of_the_baselines(models: tuple[PreTrainedModel, PreTrainedModel], objective: str) -> None:
     student, teacher = models
-    row = distiller(student, teacher, 60, objective)._accumulate([model_sequence(e) for e in EPISODES])
+    row = distiller(student, teacher, 60, objective)._gradient([model_sequence(e) for e in EPISODES])
     found = gradients(student)
     values = []
     for episode in EPISODES:
@@ -178,13 +167,13 @@ def test_validation_loss_steers_the_mixture(tokenizer: PreTrainedTokenizerFast, 
     heard: list[float] = []
 
     class Source(TeacherEpisodes):
-        def looked(self, validation_loss: float) -> None:
-            heard.append(validation_loss)
+        def validated(self, loss: float) -> None:
+            heard.append(loss)
 
     source = Source(EPISODES[1:], CONFIG, 0, held_out=EPISODES[:1])
-    recipe = Distillation(start="student", objective="skew_kl")
+    recipe = distillation("skew_kl")
     student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
-    made = Distiller(student, teacher, recipe, CONFIG, compute(), source)
+    made = Distiller(student, teacher, recipe, CONFIG, exact(), source)
     untrained = made.loss(EPISODES[:1])
     rows = made.train(Checkpoint(tmp_path), lambda: 0.0, lambda *_: None)
     assert heard[0] == pytest.approx(untrained)
@@ -204,10 +193,10 @@ def on_policy(tokenizer: PreTrainedTokenizerFast, folder: Path, kill_at: int | N
         if len(rows) == kill_at:
             raise KeyboardInterrupt
 
-    recipe = Distillation(start="student", objective="reverse_kl", episodes="student")
+    recipe = distillation("reverse_kl", "student")
     source = StudentEpisodes(rollout, 3, ON_POLICY, seed=0)  # every step has the questions 0, 1 and 2
     student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
-    made = Distiller(student, teacher, recipe, ON_POLICY, compute(), source)
+    made = Distiller(student, teacher, recipe, ON_POLICY, exact(), source)
     return made.train(Checkpoint(folder), lambda: 0.0, report)
 
 
@@ -252,10 +241,10 @@ def test_a_rate_that_is_too_high_ends_the_training(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, objective: str
 ) -> None:
     config = CONFIG.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
-    recipe = Distillation.model_validate({"start": "student", "objective": objective})
+    recipe = distillation(objective)
     student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
     source = TeacherEpisodes(EPISODES, config, 0)
-    made = Distiller(student, teacher, recipe, config, compute(), source)
+    made = Distiller(student, teacher, recipe, config, exact(), source)
     done: list[int] = []
     said = r"the loss of step 2 is not a number; lower distill\.learning_rate \(now 1e\+30\)"
     with pytest.raises(NotFinite, match=said):
@@ -270,10 +259,10 @@ def test_what_is_no_number_changes_no_weight_and_no_checkpoint(
     """A teacher that breaks after the first epoch: the checkpoint is that epoch's."""
     student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
     made = distiller(student, teacher)
-    kept: list[dict[str, torch.Tensor]] = []
+    earlier: list[dict[str, torch.Tensor]] = []
 
     def look() -> float:
-        kept.append({name: value.clone() for name, value in student.state_dict().items()})
+        earlier.append({name: value.clone() for name, value in student.state_dict().items()})
         with torch.no_grad():
             teacher.get_output_embeddings().weight[7, 7] = math.inf
         return 0.5
@@ -282,7 +271,7 @@ def test_what_is_no_number_changes_no_weight_and_no_checkpoint(
         made.train(Checkpoint(tmp_path), look, lambda *_: None)
     state = Checkpoint(tmp_path).load()
     assert state is not None and len(state["rows"]) == 3
-    assert all(torch.equal(kept[0][name], value) for name, value in student.state_dict().items())
+    assert all(torch.equal(earlier[0][name], value) for name, value in student.state_dict().items())
 
 
 def test_on_policy_names_its_own_rate_and_warms_up_by_itself(
@@ -291,8 +280,8 @@ def test_on_policy_names_its_own_rate_and_warms_up_by_itself(
     settings = {"warmup_steps": 9, "on_policy": {"steps": 4, "batch_size": 3, "warmup_steps": 2}}
     config = DistillConfig.model_validate(settings)
     source = StudentEpisodes(lambda chosen, _: [random_episode(i) for i in chosen], 20, config, seed=0)
-    recipe = Distillation(start="student", objective="reverse_kl", episodes="student")
-    made = Distiller(tiny_model(tokenizer, 1), tiny_model(tokenizer, 2), recipe, config, compute(), source)
+    recipe = distillation("reverse_kl", "student")
+    made = Distiller(tiny_model(tokenizer, 1), tiny_model(tokenizer, 2), recipe, config, exact(), source)
     rows = made.train(Checkpoint(tmp_path / "a"), lambda: 0.0, lambda *_: None)
     assert [row["learning_rate"] for row in rows] == pytest.approx([5e-7, 1e-6, 1e-6, 5e-7])
 
@@ -313,12 +302,12 @@ def test_rows_without_a_token_count_for_nothing(
     are those without them, and they have none."""
     student, teacher = models
     known = len(student.get_output_embeddings().weight)
-    row = distiller(student, teacher, 60, objective)._accumulate([model_sequence(e) for e in EPISODES])
+    row = distiller(student, teacher, 60, objective)._gradient([model_sequence(e) for e in EPISODES])
     expected = gradients(student)
     wider = padded(student, rows[0])
     made = distiller(wider, padded(teacher, rows[1]), 60, objective)
     made = replace(made, known=known)
-    assert made._accumulate([model_sequence(e) for e in EPISODES]) == pytest.approx(row, rel=1e-4)
+    assert made._gradient([model_sequence(e) for e in EPISODES]) == pytest.approx(row, rel=1e-4)
     for found, plain in zip(gradients(wider), expected, strict=True):
         torch.testing.assert_close(found[: len(plain)], plain, rtol=1e-3, atol=1e-6)
         assert not found[len(plain) :].any()
@@ -331,3 +320,67 @@ def test_an_episode_with_an_id_that_no_token_has_is_named(
     strange = replace(EPISODES[0], token_ids=[*EPISODES[0].token_ids[:-1], made.vocabulary])
     with pytest.raises(UserError, match=rf"onehop q0 has the token {made.vocabulary}.*collect .* again"):
         made.loss([strange])
+
+
+LOSSES = st.lists(st.floats(0, 1e6), min_size=1, max_size=40)
+
+
+def recurrence(losses: list[float], steps: int) -> list[float]:
+    """docs/method.md, "Divergences", line by line; the first loss only becomes the previous one."""
+    t, m, previous, found = 0.4, 0.0, losses[0], [0.4]
+    for step, loss in enumerate(losses[1:], 2):
+        change = (previous - loss) / (previous + 1e-15)
+        m = 0.99 * m + 0.01 * change
+        sigmoid = 1 / (1 + math.exp(-m)) if m > -700 else 0.0
+        t = min(1.0, max(0.4 + (1.0 - 0.4) * step / steps, t + 5e-4 * sigmoid * (1 - t)))
+        previous = loss
+        found.append(t)
+    return found
+
+
+@given(LOSSES)
+def test_taids_share_is_its_recurrence(losses: list[float]) -> None:
+    schedule, found = TaidSchedule(100), []
+    for step, loss in enumerate(losses, 1):
+        schedule.update(loss, step)
+        found.append(schedule.t)
+    assert found == pytest.approx(recurrence(losses, 100), abs=1e-12)
+    assert found == sorted(found)
+
+
+@given(LOSSES)
+def test_taids_share_is_at_least_linear_and_ends_at_its_end(losses: list[float]) -> None:
+    steps = len(losses) + 1
+    schedule = TaidSchedule(steps, start=0.2, end=0.9)
+    for step, loss in enumerate([1.0, *losses], 1):
+        schedule.update(loss, step)
+        assert step == 1 or schedule.t >= 0.2 + 0.7 * step / steps - 1e-12
+        assert schedule.t <= 0.9
+    assert schedule.t == pytest.approx(0.9)
+
+
+def test_taids_share_is_faster_while_the_loss_falls() -> None:
+    falling, rising = TaidSchedule(10**9, decay=0.5), TaidSchedule(10**9, decay=0.5)
+    for step in range(1, 200):
+        falling.update(0.9**step, step)
+        rising.update(1.1**step, step)
+    assert falling.t > rising.t > 0.4
+
+
+def test_taids_share_survives_an_exploding_loss() -> None:
+    schedule = TaidSchedule(10)
+    for step, loss in enumerate([0.0, 1e30, 1e-30, 1e30], 1):
+        schedule.update(loss, step)
+    assert schedule.t == pytest.approx(0.4 + 0.6 * 4 / 10)
+
+
+@given(LOSSES, st.integers(0, 40))
+def test_taids_share_continues_exactly_from_its_state(losses: list[float], kill_at: int) -> None:
+    whole, killed = TaidSchedule(50), TaidSchedule(50)
+    for step, loss in enumerate(losses, 1):
+        if step == kill_at:
+            state, killed = killed.state_dict(), TaidSchedule(50)
+            killed.load_state_dict(state)
+        for schedule in (whole, killed):
+            schedule.update(loss, step)
+        assert whole.t == killed.t

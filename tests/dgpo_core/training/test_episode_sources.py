@@ -11,6 +11,8 @@ from dgpo_core.config.training import DistillConfig, DistillmConfig, OnPolicyCon
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.training.episode_sources import (
     MixedEpisodes,
+    OffPolicySchedule,
+    Origin,
     StudentEpisodes,
     TeacherEpisodes,
     batch_order,
@@ -54,14 +56,14 @@ def test_questions_come_in_shuffled_epochs() -> None:
 
 def test_teacher_episodes_are_cut_into_epochs() -> None:
     source = TeacherEpisodes(TEACHER, CONFIG, seed=0)
-    assert (source.steps, source.per_look, source.held_out) == (30, 10, [])
+    assert (source.steps, source.validate_every, source.held_out) == (30, 10, [])
     epoch = [episode.question_id for step in range(10) for episode in source.batch(step)]
     assert sorted(epoch) == sorted(episode.question_id for episode in TEACHER)
 
 
 def test_students_episodes_are_fresh_and_failed_ones_are_left_out() -> None:
     source = StudentEpisodes(rollout, 20, CONFIG, seed=0)
-    assert (source.steps, source.per_look) == (6, 2)
+    assert (source.steps, source.validate_every) == (6, 2)
     first, second = (source.batch(step) for step in (0, 1))
     assert len(first) == len(second) == 4
     assert not {e.question_id for e in first} & {e.question_id for e in second}
@@ -76,7 +78,7 @@ def test_mixture_starts_with_the_teacher_and_moves_to_the_student() -> None:
     assert {e.question_id for e in early + source.held_out} == {e.question_id for e in TEACHER}
     assert not any(e in source.held_out for e in early)
     for loss in (1.0, 1.1, 1.2):  # the first is the untrained student's, then it rises twice
-        source.looked(loss)
+        source.validated(loss)
     assert source.off_policy.phi == 1
     late = [source.batch(step) for step in range(9, 27)]
     assert not any(e in TEACHER for batch in late for e in batch)
@@ -104,7 +106,7 @@ def test_a_step_whose_episodes_all_failed_is_an_outage() -> None:
     student = StudentEpisodes(down, 20, CONFIG, seed=0)
     mixed = MixedEpisodes(TEACHER, down, 20, CONFIG, seed=0)
     for loss in (1.0, 1.1, 1.2):
-        mixed.looked(loss)
+        mixed.validated(loss)
     for source in (student, mixed):
         with pytest.raises(InfrastructureError, match=r"all . episodes of a step failed: no answer"):
             source.batch(0)
@@ -117,7 +119,7 @@ def test_mixture_continues_exactly(killed_at: int) -> None:
         for step in range(first, last):
             batches.append(source.batch(step))
             if step % 5 == 0:
-                source.looked(1.0 + step / 10)
+                source.validated(1.0 + step / 10)
         return batches
 
     whole = run(MixedEpisodes(TEACHER, rollout, 20, CONFIG, seed=2), 0, 27)
@@ -127,3 +129,44 @@ def test_mixture_continues_exactly(killed_at: int) -> None:
     again = MixedEpisodes(TEACHER, rollout, 20, CONFIG, seed=2)
     again.load_state_dict(killed.state_dict())
     assert run(again, killed_at, 27) == whole[killed_at:]
+
+
+def test_phi_grows_where_validation_gets_worse() -> None:
+    """Against the loss at the last growth: a slow rise counts too, and a fall moves nothing."""
+    schedule, found = OffPolicySchedule(100), []
+    for loss in [2.0, 1.0, 2.05, 2.11, 2.15, 2.30, 1.0, 2.45]:
+        schedule.update(loss)
+        found.append(round(schedule.phi, 10))
+    assert found == [0.0, 0.0, 0.0, 0.1, 0.1, 0.2, 0.2, 0.3]
+    for loss in range(3, 30):
+        schedule.update(loss)
+    assert schedule.phi == 1.0
+
+
+@pytest.mark.parametrize(
+    ("draw", "step", "full", "expected"),
+    [
+        (0.39, 25, True, Origin.REPLAY),
+        (0.29, 25, True, Origin.STUDENT),
+        (0.31, 25, True, Origin.REPLAY),
+        (0.39, 25, False, Origin.STUDENT),
+        (0.40, 25, True, Origin.TEACHER),
+        (0.40, 25, False, Origin.TEACHER),
+        (0.00, 100, True, Origin.REPLAY),
+        (0.00, 100, False, Origin.STUDENT),
+    ],
+)
+def test_origin_by_hand(draw: float, step: int, full: bool, expected: Origin) -> None:
+    schedule = OffPolicySchedule(100)
+    schedule.phi = 0.4
+    assert schedule.origin(draw, step, full) is expected
+
+
+def test_shares_of_the_origins() -> None:
+    """phi of the batches are the student's, and of these 1 - step / total fresh; none at phi 0."""
+    schedule = OffPolicySchedule(100)
+    draws = [(i + 0.5) / 1000 for i in range(1000)]
+    assert {schedule.origin(draw, 1, True) for draw in draws} == {Origin.TEACHER}
+    schedule.phi = 0.5
+    found = [schedule.origin(draw, 80, True) for draw in draws]
+    assert [found.count(origin) for origin in Origin] == [500, 100, 400]

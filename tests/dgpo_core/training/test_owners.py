@@ -18,13 +18,26 @@ from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.agent.episode import Episode, Owner
-from dgpo_core.config.recipes import Distillation, Reinforcement
-from dgpo_core.config.training import ComputeConfig, DistillConfig, DistributionsConfig, ReinforceConfig
+from dgpo_core.config.training import DistillConfig, DistributionsConfig, ReinforceConfig
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
-from dgpo_core.training.reinforce import Critic, Experience, ExperienceMaker, Updater
-from dgpo_core.training.teacher_cache import TeacherCache, keep_distributions
-from tests.dgpo_core.making import engines, random_episode, student_teacher_critic
+from dgpo_core.training.reinforce import (
+    Critic,
+    Experience,
+    ExperienceMaker,
+    PPOExperience,
+    Updater,
+)
+from dgpo_core.training.teacher_cache import TeacherCache, build_cache
+from tests.dgpo_core.making import (
+    distillation,
+    engines,
+    exact,
+    gradients,
+    random_episode,
+    reinforcement,
+    student_teacher_critic,
+)
 
 Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]
 SEEDS = st.lists(st.integers(0, 10**6), min_size=2, max_size=5, unique=True)
@@ -62,18 +75,6 @@ def poisoned(episodes: list[Episode], parts: Parts) -> Iterator[None]:
         yield
 
 
-def gradients(module: torch.nn.Module) -> list[torch.Tensor]:
-    found = [p.grad.clone() for p in module.parameters() if p.grad is not None]
-    module.zero_grad()
-    assert found
-    assert all(gradient.isfinite().all() for gradient in found)
-    return found
-
-
-def compute(tokens: int) -> ComputeConfig:
-    return ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=tokens)
-
-
 def close(first: object, second: object) -> None:
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
 
@@ -93,11 +94,11 @@ def pairs_of_episodes(seeds: list[int]) -> list[Episode]:
 def experience_of(
     parts: Parts, episodes: list[Episode], estimator: Estimator, tokens: int, algorithm: Algorithm = "ppo"
 ) -> Experience:
-    recipe = Reinforcement(start="student", algorithm=algorithm, guidance="uniform", reference="teacher")
+    recipe = reinforcement(algorithm, "uniform")
     config = ReinforceConfig(beta=0.1, kl_estimator=estimator)
-    actor, reference, critic = engines(parts, compute(tokens))
+    actor, reference, critic = engines(parts, exact(tokens))
     valued = critic if algorithm == "ppo" else None
-    return ExperienceMaker(actor, reference, valued, recipe, config, compute(tokens)).make(episodes)
+    return ExperienceMaker(actor, reference, valued, recipe, config, exact(tokens)).make(episodes)
 
 
 @settings(max_examples=15)
@@ -121,24 +122,9 @@ def test_experience_of_grpo(parts: Parts, seeds: list[int], tokens: int) -> None
         found = experience_of(parts, episodes, "k3", tokens, "grpo")
     assert any(advantages.any() for advantages in found.advantages)
     close(found.rewards, clean.rewards)
-    for name in ("old_logprobs", "advantages", "kl", "reference"):
+    for name in ("old_logprobs", "advantages", "kl", "reference_logprobs"):
         close(getattr(found, name), getattr(clean, name))
         assert [len(x) for x in getattr(found, name)] == [e.model_tokens for e in episodes]
-
-
-@settings(max_examples=10)
-@given(SEEDS, st.sampled_from(["k1", "full"]))
-def test_rewards_of_the_whole_response(parts: Parts, seeds: list[int], estimator: Estimator) -> None:
-    """The release's GAE runs over the environment's tokens; even there they are rewarded with nothing."""
-    episodes = [random_episode(seed) for seed in seeds]
-    config = ReinforceConfig(beta=0.1, kl_estimator=estimator, gae_scope="all")
-    recipe = Reinforcement(start="student", guidance="uniform", reference="teacher")
-    found = ExperienceMaker(*engines(parts, compute(10_000)), recipe, config, compute(10_000)).make(episodes)
-    own = experience_of(parts, episodes, estimator, 10_000)
-    for i, episode in enumerate(episodes):
-        mine = torch.tensor([o == Owner.MODEL for o in episode.owners if o != Owner.PROMPT])
-        close(found.rewards[i], torch.zeros(len(mine)).masked_scatter(mine, own.rewards[i]))
-        assert len(found.kl[i]) == len(found.advantages[i]) == episode.model_tokens
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
@@ -151,12 +137,12 @@ def test_updates(parts: Parts, algorithm: Algorithm, seeds: list[int], tokens: i
     config, everyone = ReinforceConfig(beta=0.1, entropy_weight=0.05), list(range(len(episodes)))
 
     def results(budget: int) -> list[object]:
-        trained, _, engine = engines(parts, compute(budget))
+        trained, _, engine = engines(parts, exact(budget))
         valued = engine if algorithm == "ppo" else None
-        updater = Updater(trained, valued, config, compute(budget))
+        updater = Updater(trained, valued, config, exact(budget))
         metrics = list(updater._actor_gradient(experience, everyone).values())
         actor = gradients(student)
-        if valued is None:
+        if valued is None or not isinstance(experience, PPOExperience):
             return [metrics, actor]
         return [metrics, actor, updater._critic_gradient(valued, experience, everyone), gradients(critic)]
 
@@ -165,17 +151,16 @@ def test_updates(parts: Parts, algorithm: Algorithm, seeds: list[int], tokens: i
         close(results(tokens), clean)
 
 
-def distillation(
+def losses_and_gradients(
     parts: Parts, episodes: list[Episode], objective: str, tokens: int, cache: TeacherCache | None = None
 ) -> list[object]:
     """Losses and gradients of one batch, from the teacher itself or from its kept distributions."""
     student, teacher, _ = parts
-    recipe = Distillation.model_validate({"start": "student", "objective": objective})
-    config = DistillConfig()
+    config, live = DistillConfig(), None if cache else teacher
     source = TeacherEpisodes(episodes, config, seed=0)
-    live = None if cache else teacher
-    distiller = Distiller(student, live, recipe, config, compute(tokens), source, cache)
-    row = distiller._accumulate([distiller._sequence(episode) for episode in episodes])
+    recipe = distillation(objective)
+    distiller = Distiller(student, live, recipe, config, exact(tokens), source, cache)
+    row = distiller._gradient([distiller._sequence(episode) for episode in episodes])
     return [list(row.values()), gradients(student)]
 
 
@@ -184,9 +169,9 @@ def distillation(
 @given(SEEDS, TOKENS)
 def test_distillation(parts: Parts, objective: str, seeds: list[int], tokens: int) -> None:
     episodes = [random_episode(seed) for seed in seeds]
-    clean = distillation(parts, episodes, objective, 10_000)
+    clean = losses_and_gradients(parts, episodes, objective, 10_000)
     with poisoned(episodes, parts):
-        close(distillation(parts, episodes, objective, tokens), clean)
+        close(losses_and_gradients(parts, episodes, objective, tokens), clean)
     assert all(parameter.grad is None for parameter in parts[1].parameters())
 
 
@@ -203,11 +188,11 @@ def test_distillation_from_kept_distributions(
         student, teacher, _ = parts
         config = DistributionsConfig(top_k=5, sample=2)
         with TemporaryDirectory() as folder:
-            keep_distributions(
-                Path(folder), episodes, teacher, student, tokenizer, config, compute(budget), lambda *_: None
+            build_cache(
+                Path(folder), episodes, teacher, student, tokenizer, config, exact(budget), lambda *_: None
             )
             cache = TeacherCache(Path(folder), tokenizer)
-            return distillation(parts, episodes, objective, budget, cache)
+            return losses_and_gradients(parts, episodes, objective, budget, cache)
 
     clean = results(10_000)
     with poisoned(episodes, parts):

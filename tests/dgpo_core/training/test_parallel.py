@@ -10,26 +10,25 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import PreTrainedTokenizerFast
 
-from dgpo_core.config.recipes import Distillation, Reinforcement
-from dgpo_core.config.training import ComputeConfig, DistillConfig, ReinforceConfig
+from dgpo_core.config.training import DistillConfig, ReinforceConfig
 from dgpo_core.errors import NotFinite
 from dgpo_core.training import parallel
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
 from dgpo_core.training.reinforce import Reinforcer
-from tests.dgpo_core.making import random_episode, tiny_model
+from tests.dgpo_core.making import distillation, exact, random_episode, reinforcement, tiny_model
 
 pytestmark = pytest.mark.thorough
 
-# small passes: several for each process, and an uneven number of them
-COMPUTE = ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=60)
+# small micro-batches: several for each process, and an uneven number of them
+COMPUTE = exact(60)
 EPISODES = [random_episode(seed) for seed in range(14)]
 
 
 def distilled(tokenizer: PreTrainedTokenizerFast, folder: Path, variant: str) -> dict[str, Any]:
     config = DistillConfig(epochs=2, batch_size=5, learning_rate=1e-3)
-    recipe = Distillation.model_validate({"start": "student", "objective": variant, "episodes": "teacher"})
+    recipe = distillation(variant)
     student, source = tiny_model(tokenizer, 1), TeacherEpisodes(EPISODES, config, 3)
     made = Distiller(student, tiny_model(tokenizer, 2), recipe, config, COMPUTE, source)
     rows = made.train(Checkpoint(folder), lambda: 0.5, lambda *_: None)
@@ -41,15 +40,13 @@ def reinforced(tokenizer: PreTrainedTokenizerFast, folder: Path, variant: str) -
         steps=3, batch_size=8, mini_batch_size=4, group_size=4, actor_learning_rate=1e-3,
         critic_learning_rate=1e-3, entropy_weight=0.01,
     )  # fmt: skip
-    recipe = Reinforcement.model_validate(
-        {"start": "student", "algorithm": variant, "guidance": "selective", "reference": "teacher"}
-    )
+    recipe = reinforcement(variant)
     student = tiny_model(tokenizer, 1)
     trainer = Reinforcer(student, tiny_model(tokenizer, 2), recipe, config, COMPUTE, 3)
 
     def rollout(chosen: list[int], step: int) -> list[Any]:
         own = [random_episode(100 * step + place) for place in parallel.share(range(len(chosen)))]
-        return parallel.joined(own)
+        return parallel.gather(own)
 
     rows = trainer.train(20, rollout, Checkpoint(folder), lambda: 0.5, lambda *_: None)
     return {"rows": rows, "weights": student.state_dict()}
@@ -77,7 +74,7 @@ def diverging(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
     if parallel.rank() == 1:
         with torch.no_grad():
             next(teacher.parameters())[7, 7] = torch.nan
-    config, recipe = DistillConfig(batch_size=14), Distillation(start="student", objective="kd")
+    config, recipe = DistillConfig(batch_size=14), distillation()
     made = Distiller(student, teacher, recipe, config, COMPUTE, TeacherEpisodes(EPISODES, config, 3))
     with pytest.raises(NotFinite) as caught:
         made.train(Checkpoint(folder), lambda: 0.5, lambda *_: None)
@@ -133,6 +130,6 @@ def test_a_parameter_that_no_process_used_keeps_no_gradient(both: list[Any]) -> 
 
 @pytest.mark.parametrize("items", [[], [1], [1, 2, 3, 4, 5]])
 def test_one_process_has_everything(items: list[int]) -> None:
-    assert parallel.joined(parallel.share(items)) == items
-    assert parallel.added({"loss": 1.5}) == {"loss": 1.5}
+    assert parallel.gather(parallel.share(items)) == items
+    assert parallel.all_sum({"loss": 1.5}) == {"loss": 1.5}
     assert (parallel.rank(), parallel.processes()) == (0, 1)

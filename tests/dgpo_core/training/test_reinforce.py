@@ -1,29 +1,431 @@
-"""The loop of PPO: resuming, failed episodes, order of the questions."""
+"""Reinforcement learning step by step, against single episodes computed alone (float32), and its loop."""
 
 import math
 import random
 from collections import Counter
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.agent.episode import Episode, Outcome
-from dgpo_core.config.recipes import Reinforcement
-from dgpo_core.config.training import ComputeConfig, ReinforceConfig
+from dgpo_core.agent.episode import Episode, Outcome, Owner
+from dgpo_core.config.agent import Sampling
+from dgpo_core.config.training import ReinforceConfig
 from dgpo_core.errors import InfrastructureError, NotFinite
+from dgpo_core.training.batches import TokenSequence, collate, model_sequence, response_sequence
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.episode_sources import Rollout
-from dgpo_core.training.reinforce import Metrics, Reinforcer
-from tests.dgpo_core.making import padded, random_episode, tiny_model
+from dgpo_core.training.engines import TorchEngine
+from dgpo_core.training.episode_sources import Metrics, Rollout
+from dgpo_core.training.reinforce import (
+    Critic,
+    ExperienceMaker,
+    GRPOExperience,
+    PPOExperience,
+    Reinforcer,
+    Updater,
+    mini_batches,
+    training_metrics,
+)
+from tests.dgpo_core.making import (
+    engines,
+    exact,
+    gradients,
+    padded,
+    random_episode,
+    reinforcement,
+    student_teacher_critic,
+    tiny_model,
+)
+
+EPISODES = [random_episode(seed, correct=seed % 3 == 0) for seed in range(7)]
+CHOSEN = [4, 0, 3, 5]  # a mini-batch
+Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]
+
+
+def close(first: Any, second: Any, rtol: float = 1e-4, atol: float = 1e-4) -> None:
+    torch.testing.assert_close(first, second, rtol=rtol, atol=atol)
+
+
+def table(model: PreTrainedModel, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities [tokens, vocabulary] by the model's own forward."""
+    logprobs: torch.Tensor = (model(torch.tensor([ids])).logits[0] / temperature).log_softmax(-1)
+    return logprobs
+
+
+def logprobs_of(
+    model: PreTrainedModel, sequence: TokenSequence | Episode, temperature: float = 1.0
+) -> torch.Tensor:
+    """Of the tokens that count, or that the model wrote."""
+    sequence = model_sequence(sequence) if isinstance(sequence, Episode) else sequence
+    own = table(model, sequence.ids, temperature)
+    return torch.stack([own[position - 1, sequence.ids[position]] for position in sequence.positions])
+
+
+# Steps (2) to (6): experience
+
+
+@pytest.fixture
+def parts(tokenizer: PreTrainedTokenizerFast) -> Parts:
+    return student_teacher_critic(tokenizer)
+
+
+def make(
+    parts: Parts,
+    algorithm: str = "ppo",
+    guidance: str = "selective",
+    episodes: list[Episode] = EPISODES,
+    **settings: Any,
+) -> Any:
+    config = ReinforceConfig.model_validate({"beta": 0.1} | settings)
+    actor, teacher, critic = engines(parts, exact())
+    reference = None if guidance == "none" else teacher
+    valued = critic if algorithm == "ppo" else None
+    recipe = reinforcement(algorithm, guidance)
+    return ExperienceMaker(actor, reference, valued, recipe, config, exact()).make(episodes)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("guidance", "temperature"), [("selective", 1.0), ("selective", 0.7), ("uniform", 1.0)]
+)
+def test_rewards_are_eq_4(parts: Parts, guidance: str, temperature: float) -> None:
+    """Standard PPO (uniform) takes the KL from correct episodes too."""
+    student, teacher, _ = parts
+    experience = make(parts, guidance=guidance, sampling=Sampling(temperature=temperature))
+    pulled = [guidance == "uniform" or not episode.correct for episode in EPISODES]
+    assert experience.gate.tolist() == pulled
+    for i, episode in enumerate(EPISODES):
+        old = logprobs_of(student, episode, temperature)
+        kl = (old - logprobs_of(teacher, episode, temperature)) * pulled[i]
+        expected = -0.1 * kl
+        expected[-1] += float(episode.correct)
+        close(experience.old_logprobs[i], old)
+        close(experience.kl[i], kl)
+        close(experience.rewards[i], expected)
+
+
+def test_advantages_are_whitened_reward_to_go_minus_value(parts: Parts) -> None:
+    experience = make(parts)
+    raw = [
+        rewards.flip(0).cumsum(0).flip(0) - values
+        for rewards, values in zip(experience.rewards, experience.values, strict=True)
+    ]
+    flat = torch.cat(raw)
+    close(torch.cat(experience.advantages), (flat - flat.mean()) / flat.std())
+    close(torch.cat(experience.returns), flat + torch.cat(experience.values))
+    assert [len(a) for a in experience.advantages] == [episode.model_tokens for episode in EPISODES]
+
+
+@pytest.mark.parametrize(("guidance", "runs"), [("selective", 4), ("uniform", 7), ("none", 0)])
+def test_reference_runs_only_on_gated_episodes(parts: Parts, guidance: str, runs: int) -> None:
+    seen: list[int] = []
+    parts[1].base_model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    experience = make(parts, guidance=guidance, audit_episodes=0)
+    assert sum(seen) == experience.gate.sum() == runs
+    assert [kl.any() for kl in experience.kl] == experience.gate.bool().tolist()
+
+
+@torch.no_grad()
+def test_full_kl(parts: Parts) -> None:
+    student, teacher, _ = parts
+    experience = make(parts, kl_estimator="full")
+    for kl, episode in zip(experience.kl, EPISODES, strict=True):
+        if not episode.correct:
+            first, second = (table(model, episode.token_ids) for model in (student, teacher))
+            places = [position - 1 for position in model_sequence(episode).positions]
+            close(kl, (first.exp() * (first - second)).sum(-1)[places])
+            assert (kl >= 0).all()
+
+
+def test_release_runs_gae_over_the_environments_tokens_too(parts: Parts) -> None:
+    own, whole = make(parts), make(parts, gae_scope="all")
+    raw, written = [], []
+    for i, episode in enumerate(EPISODES):
+        mine = torch.tensor([owner == Owner.MODEL for owner in episode.owners if owner != Owner.PROMPT])
+        assert len(whole.values[i]) == len(whole.returns[i]) == len(whole.rewards[i]) == len(mine)
+        assert len(whole.advantages[i]) == len(whole.old_logprobs[i]) == episode.model_tokens
+        close(whole.rewards[i][mine], own.rewards[i])
+        assert not whole.rewards[i][~mine].any(), "the environment's tokens are rewarded"
+        close(whole.values[i][mine], own.values[i])
+        raw.append(whole.rewards[i].flip(0).cumsum(0).flip(0) - whole.values[i])
+        written.append(mine)
+    flat = torch.cat(raw)
+    close(torch.cat(whole.advantages), ((flat - flat.mean()) / flat.std())[torch.cat(written)])
+
+
+def test_training_metrics(parts: Parts) -> None:
+    experience = make(parts)
+    metrics = training_metrics(EPISODES, experience)
+    assert metrics["em"] == pytest.approx(3 / 7)
+    assert metrics["reward"] == pytest.approx(sum(float(r.sum()) for r in experience.rewards) / 7)
+    inside = torch.cat([kl for kl, e in zip(experience.kl, EPISODES, strict=True) if not e.correct])
+    assert metrics["kl_inside"] == pytest.approx(float(inside.mean()))
+    assert metrics["response_tokens"] == pytest.approx(sum(e.model_tokens for e in EPISODES) / 7)
+    returns, values = torch.cat(experience.returns), torch.cat(experience.values)
+    expected = 1 - float((returns - values).var() / returns.var())
+    assert metrics["explained_variance"] == pytest.approx(expected, abs=1e-5)
+
+
+@torch.no_grad()
+def test_audit_measures_some_closed_episodes_and_changes_nothing(parts: Parts) -> None:
+    student, teacher, _ = parts
+    audited, plain = (make(parts, audit_episodes=n) for n in (2, 0))
+    correct = [episode for episode in EPISODES if episode.correct][:2]
+    for kl, episode in zip(audited.kl_outside, correct, strict=True):
+        close(kl, logprobs_of(student, episode) - logprobs_of(teacher, episode))
+    assert plain.kl_outside == [] and "kl_outside" not in training_metrics(EPISODES, plain)
+    outside = training_metrics(EPISODES, audited)["kl_outside"]
+    assert outside == pytest.approx(float(torch.cat(audited.kl_outside).mean()))
+    for name in ("advantages", "returns", "kl", "rewards"):
+        close(torch.cat(getattr(audited, name)), torch.cat(getattr(plain, name)))
+
+
+@torch.no_grad()
+def test_grpo_compares_episodes_of_one_question(parts: Parts) -> None:
+    student, teacher, _ = parts
+    names = ["a", "a", "b", "a", "b", "b", "c"]
+    episodes = [replace(e, question_id=name) for e, name in zip(EPISODES, names, strict=True)]
+    experience = make(parts, "grpo", episodes=episodes)
+    rewards = torch.tensor([float(e.correct) for e in episodes])
+    for i, episode in enumerate(episodes):
+        group = rewards[[name == names[i] for name in names]]
+        expected = 0.0 if len(group) == 1 else (rewards[i] - group.mean()) / (group.std() + 1e-6)
+        close(experience.advantages[i], torch.full((episode.model_tokens,), float(expected)))
+        reference = experience.reference_logprobs[i]
+        if episode.correct:
+            assert reference is None and not experience.kl[i].any()
+        else:
+            close(reference, logprobs_of(teacher, episode))
+            gap = logprobs_of(teacher, episode) - logprobs_of(student, episode)
+            close(experience.kl[i], gap.exp() - gap - 1)
+    assert isinstance(experience, GRPOExperience)
+    assert "explained_variance" not in training_metrics(episodes, experience)
+    two = [replace(EPISODES[i], question_id="q", dataset=name) for i, name in ((0, "x"), (1, "x"), (2, "y"))]
+    assert not make(parts, "grpo", episodes=two).advantages[2].any(), "two data sets' questions are compared"
+
+
+def test_grpo_without_guidance_needs_no_reference(parts: Parts) -> None:
+    experience = make(parts, "grpo", "none")
+    assert experience.reference_logprobs == [None] * len(EPISODES) and experience.kl_outside == []
+    assert not any(kl.any() for kl in experience.kl) and not experience.gate.any()
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_gap_between_trainer_and_engine(parts: Parts, algorithm: str) -> None:
+    experience = make(parts, algorithm)
+    own = torch.cat([logprobs_of(parts[0], episode) for episode in EPISODES])
+    engine = torch.tensor(
+        [p for e in EPISODES for p, o in zip(e.logprobs, e.owners, strict=True) if o == Owner.MODEL]
+    )
+    close(torch.cat(experience.sampled_logprobs), engine)
+    gap = {"mean": (own - engine).abs().mean(), "max": (own - engine).abs().max()}
+    metrics = training_metrics(EPISODES, experience)
+    assert metrics["engine_gap_mean"] == pytest.approx(float(gap["mean"]), rel=1e-4)
+    assert metrics["engine_gap_max"] == pytest.approx(float(gap["max"]), rel=1e-4)
+    assert metrics["engine_ratio"] == pytest.approx(float((own - engine).exp().mean()), rel=1e-4)
+    alike = make(parts, algorithm, old_logprobs="rollout")
+    assert alike.sampled_logprobs is None
+    assert not any(key.startswith("engine") for key in training_metrics(EPISODES, alike))
+
+
+# Step (7): update
+
+
+@dataclass
+class Update:
+    """Models, the engine of the critic, and what updates them."""
+
+    student: PreTrainedModel
+    critic: Critic
+    valued: TorchEngine
+    updater: Updater
+
+
+def update_of(parts: Parts, tokens: int = 10_000, **settings: Any) -> Update:
+    values = {"batch_size": 4, "mini_batch_size": 4, "entropy_weight": 0.05} | settings
+    actor, _, valued = engines(parts, exact(tokens))
+    updater = Updater(actor, valued, ReinforceConfig.model_validate(values), exact(tokens))
+    return Update(parts[0], parts[2], valued, updater)
+
+
+def experience_of(scope: str = "model_tokens") -> PPOExperience:
+    """Random old log-probabilities near the policy's, advantages, values and returns."""
+    generator = torch.Generator().manual_seed(1)
+    sequences = [model_sequence(e) for e in EPISODES]
+    valued = sequences if scope == "model_tokens" else [response_sequence(e) for e in EPISODES]
+
+    def draw(of: list[TokenSequence], shift: float = 0.0) -> list[torch.Tensor]:
+        return [torch.randn(len(s.positions), generator=generator) * 0.5 + shift for s in of]
+
+    return PPOExperience(
+        sequences=sequences,
+        old_logprobs=draw(sequences, -6.5),
+        sampled_logprobs=None,
+        correct=torch.tensor([episode.correct for episode in EPISODES]),
+        gate=torch.ones(len(EPISODES)),
+        kl=draw(sequences),
+        kl_outside=[],
+        rewards=draw(valued),
+        advantages=draw(sequences),
+        value_sequences=valued,
+        values=draw(valued),
+        returns=draw(valued),
+    )
+
+
+@pytest.mark.parametrize("tokens", [1, 60, 10_000])
+@pytest.mark.parametrize("cap", [None, 1.5])
+def test_actor_gradient_is_eq_2(parts: Parts, tokens: int, cap: float | None) -> None:
+    """With a cap each token weighs w = min(exp(old - sampled), cap); the entropy is as it was."""
+    update, experience = update_of(parts, tokens, importance_cap=cap), experience_of()
+    sampled = [old + 0.8 * torch.linspace(-1, 1, len(old)) for old in experience.old_logprobs]
+    metrics = update.updater._actor_gradient(replace(experience, sampled_logprobs=sampled), CHOSEN)
+    found = gradients(update.student)
+    objectives, entropies, active = [], [], 0
+    for i in CHOSEN:
+        sequence, old = experience.sequences[i], experience.old_logprobs[i]
+        own = table(update.student, sequence.ids)
+        for place, position in enumerate(sequence.positions):
+            ratio = (own[position - 1, sequence.ids[position]] - old[place]).exp()
+            advantage = float(experience.advantages[i][place])
+            bounded = min(max(float(ratio), 0.8), 1.2)
+            clips = bounded * advantage < float(ratio) * advantage
+            weight = min(math.exp(float(old[place] - sampled[i][place])), cap) if cap else 1.0
+            active += clips
+            objectives.append(weight * (torch.tensor(bounded * advantage) if clips else ratio * advantage))
+            entropies.append(-(own[position - 1].exp() * own[position - 1]).sum())
+    objective, entropy = torch.stack(objectives).mean(), torch.stack(entropies).mean()
+    (-objective - 0.05 * entropy).backward()
+    close(found, gradients(update.student), 1e-3, 1e-6)
+    assert metrics["policy_loss"] == pytest.approx(-float(objective), rel=1e-3)
+    assert metrics["entropy"] == pytest.approx(float(entropy), rel=1e-4)
+    assert metrics["clip_fraction"] == pytest.approx(active / len(objectives))
+    assert 0 < active < len(objectives)
+
+
+@pytest.mark.parametrize("scope", ["model_tokens", "all"])
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_critic_gradient(parts: Parts, tokens: int, scope: str) -> None:
+    update, experience = update_of(parts, tokens), experience_of(scope)
+    reported = update.updater._critic_gradient(update.valued, experience, CHOSEN)
+    found = gradients(update.critic)
+    losses = []
+    for i in CHOSEN:
+        sequence = experience.value_sequences[i]
+        states = update.critic.backbone(input_ids=torch.tensor([sequence.ids])).last_hidden_state[0]
+        values = update.critic.head(states)[[position - 1 for position in sequence.positions], 0]
+        old, target = experience.values[i], experience.returns[i]
+        clipped = old + (values - old).clamp(-0.5, 0.5)
+        losses.append(torch.maximum((values - target) ** 2, (clipped - target) ** 2))
+    loss = 0.5 * torch.cat(losses).mean()
+    loss.backward()
+    assert reported == pytest.approx(float(loss), rel=1e-4)
+    close(found, gradients(update.critic), 1e-3, 1e-6)
+
+
+def test_update_steps_once_a_mini_batch(parts: Parts) -> None:
+    update, before = update_of(parts), tiny_copy(parts[0])
+    metrics = update.updater.update(experience_of(), [5, 4, 3, 2, 1, 0])
+    for engine in (update.updater.actor, update.valued):
+        ((_, schedule),) = engine.state_dict()["stepper"]["parts"]
+        assert schedule["last_epoch"] == 2
+    names = "policy_loss entropy clip_fraction approx_kl actor_grad_norm value_loss critic_grad_norm"
+    assert set(metrics) == set(names.split())
+    assert any(not torch.equal(before[name], value) for name, value in update.student.state_dict().items())
+    assert all(p.grad is None for p in [*update.student.parameters(), *update.critic.parameters()])
+
+
+def tiny_copy(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def test_policy_moves_towards_what_paid(parts: Parts) -> None:
+    update, experience = update_of(parts, batch_size=6, mini_batch_size=6), experience_of()
+    signs = [1.0] * 3 + [-1.0] * 4
+    paid = [torch.full_like(a, sign) for a, sign in zip(experience.advantages, signs, strict=True)]
+
+    @torch.no_grad()
+    def likelihood(indices: range) -> float:
+        return sum(float(logprobs_of(update.student, experience.sequences[i]).sum()) for i in indices)
+
+    good, bad = likelihood(range(3)), likelihood(range(3, 6))
+    for _ in range(3):
+        update.updater.update(replace(experience, advantages=paid), list(range(6)))
+    assert likelihood(range(3)) > good
+    assert likelihood(range(3, 6)) < bad
+
+
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_grpo_has_k3_of_gated_episodes_in_its_loss(parts: Parts, tokens: int) -> None:
+    update, ppo = update_of(parts, tokens, beta=0.3, entropy_weight=0.0), experience_of()
+    generator = torch.Generator().manual_seed(2)
+    references = [
+        torch.randn(len(old), generator=generator) - 6.5 if i % 2 else None
+        for i, old in enumerate(ppo.old_logprobs)
+    ]
+    shared = {name: getattr(ppo, name) for name in GRPOExperience.__dataclass_fields__ if hasattr(ppo, name)}
+
+    def gradient(reference_logprobs: list[torch.Tensor | None]) -> list[torch.Tensor]:
+        experience = GRPOExperience(**shared, reference_logprobs=reference_logprobs)
+        update.updater._actor_gradient(experience, CHOSEN)
+        return gradients(update.student)
+
+    plain, guided = gradient([None] * len(references)), gradient(references)
+    total, count = torch.tensor(0.0), 0
+    for i in CHOSEN:
+        count += len(ppo.sequences[i].positions)
+        if (reference := references[i]) is not None:
+            gap = reference - logprobs_of(update.student, ppo.sequences[i])
+            total = total + (gap.exp() - gap - 1).sum()
+    (0.3 * total / count).backward()
+    difference = [a - b for a, b in zip(guided, plain, strict=True)]
+    close(difference, gradients(update.student), 1e-3, 1e-5)
+
+
+@given(count=st.integers(1, 200), size=st.integers(1, 70))
+def test_mini_batches_keep_the_order_and_are_even(count: int, size: int) -> None:
+    parts = mini_batches(list(range(count)), size)
+    assert [i for part in parts for i in part] == list(range(count))
+    lengths = {len(part) for part in parts}
+    assert max(lengths) <= size and max(lengths) - min(lengths) <= 1
+    assert len(parts) == -(-count // size)
+    if count % size == 0:  # nothing failed: the mini-batches of the paper
+        assert lengths == {size}
+
+
+def test_critic_starts_as_the_students_backbone_with_a_head_that_says_0(
+    tokenizer: PreTrainedTokenizerFast,
+) -> None:
+    student = tiny_model(tokenizer)
+    critic = Critic(student)
+    sequences = [model_sequence(random_episode(seed)) for seed in range(4)]
+    batch = collate(sequences, torch.device("cpu"))
+    assert critic(batch).tolist() == [0.0] * len(batch.targets)
+    torch.nn.init.normal_(critic.head.weight)
+    for sequence, values in zip(sequences, batch.split(critic(batch)), strict=True):
+        states = student.base_model(input_ids=torch.tensor([sequence.ids])).last_hidden_state[0]
+        before = states[[position - 1 for position in sequence.positions]]
+        close(values, critic.head(before)[:, 0], atol=1e-5)
+    with torch.no_grad():
+        for parameter in critic.backbone.parameters():
+            parameter.zero_()
+    assert all(parameter.any() for parameter in student.parameters() if parameter.ndim > 1)
+
+
+# The loop
 
 CONFIG = ReinforceConfig(
     steps=5, batch_size=6, mini_batch_size=3, actor_learning_rate=1e-2, critic_learning_rate=1e-2,
     dev_every=2, checkpoint_every=2,
 )  # fmt: skip
-COMPUTE = ComputeConfig(device="cpu", precision="float32")
 
 
 def rollout(chosen: list[int], step: int) -> list[Episode]:
@@ -32,69 +434,96 @@ def rollout(chosen: list[int], step: int) -> list[Episode]:
     return [replace(episodes[0], outcome=Outcome.FAILED), *episodes[1:]]
 
 
-def trained(
-    tokenizer: PreTrainedTokenizerFast, folder: Path, kill_at: int | None = None, algorithm: str = "ppo"
-) -> tuple[PreTrainedModel, list[Metrics], list[int]]:
-    student = tiny_model(tokenizer, 1)
-    reported: list[int] = []
+def noted(asked: dict[int, list[int]]) -> Rollout:
+    """`rollout`, which writes down the questions of every step."""
+
+    def episodes(chosen: list[int], step: int) -> list[Episode]:
+        asked[step] = chosen
+        return rollout(chosen, step)
+
+    return episodes
+
+
+@dataclass
+class Run:
+    """A training: its student, before and after, and its rows."""
+
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+    rows: list[Metrics]
+
+    @property
+    def changed(self) -> bool:
+        return not equal(self.before, self.after)
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def train(
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    algorithm: str = "ppo",
+    guidance: str = "selective",
+    episodes: Rollout = rollout,
+    teacher: PreTrainedModel | None = None,
+    student: PreTrainedModel | None = None,
+    kill_at: int | None = None,
+    **settings: Any,
+) -> Run:
+    student = student or tiny_model(tokenizer, 1)
+    before = tiny_copy(student)
+    reference = None if guidance == "none" else teacher or tiny_model(tokenizer, 2)
+    config = CONFIG.model_copy(update=settings)
+    recipe = reinforcement(algorithm, guidance)
+    trainer = Reinforcer(student, reference, recipe, config, exact(), 3, known=len(tokenizer))
 
     def report(steps: int, rows: list[Metrics]) -> None:
-        assert steps == 5
+        assert steps == config.steps
         if len(rows) == kill_at:
             raise KeyboardInterrupt
-        reported.append(len(rows))
 
-    recipe = Reinforcement.model_validate(
-        {"start": "student", "algorithm": algorithm, "guidance": "selective", "reference": "teacher"}
-    )
-    trainer = Reinforcer(student, tiny_model(tokenizer, 2), recipe, CONFIG, COMPUTE, 3)
-    return student, trainer.train(20, rollout, Checkpoint(folder), lambda: 0.25, report), reported
+    rows = trainer.train(20, episodes, Checkpoint(folder), lambda: 0.25, report)
+    return Run(before, tiny_copy(student), rows)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_resumed_run_is_bit_identical(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str
 ) -> None:
-    whole, rows, _ = trained(tokenizer, tmp_path / "whole", algorithm=algorithm)
+    whole = train(tokenizer, tmp_path / "whole", algorithm)
     with pytest.raises(KeyboardInterrupt):
-        trained(tokenizer, tmp_path / "killed", kill_at=4, algorithm=algorithm)
+        train(tokenizer, tmp_path / "killed", algorithm, kill_at=4)
     random.seed(5)
     torch.manual_seed(99)  # a new process has another state of the global generators
-    resumed, again, reported = trained(tokenizer, tmp_path / "killed", algorithm=algorithm)
-    assert reported == [3, 4, 5]
-    assert again == rows
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value)
-    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5]
-    assert [row.get("dev_em") for row in rows] == [None, 0.25, None, 0.25, 0.25]
-    for row in rows:
+    asked: dict[int, list[int]] = {}
+    resumed = train(tokenizer, tmp_path / "killed", algorithm, episodes=noted(asked))
+    assert list(asked) == [2, 3, 4]
+    assert resumed.rows == whole.rows and equal(resumed.after, whole.after)
+    assert [row["step"] for row in whole.rows] == [1, 2, 3, 4, 5]
+    assert [row.get("dev_em") for row in whole.rows] == [None, 0.25, None, 0.25, 0.25]
+    for row in whole.rows:
         assert row["gate_excluded"] == pytest.approx(1 / (6 if algorithm == "ppo" else 5))
         assert row["gate_open"] + row["gate_closed"] + row["gate_excluded"] == pytest.approx(1)
-    assert ("value_loss" in rows[0]) == ("explained_variance" in rows[0]) == (algorithm == "ppo")
-    assert any(row["actor_grad_norm"] > 0 for row in rows)
+    first = whole.rows[0]
+    assert ("value_loss" in first) == ("explained_variance" in first) == (algorithm == "ppo")
+    assert any(row["actor_grad_norm"] > 0 for row in whole.rows)
 
 
-def steps(
-    tokenizer: PreTrainedTokenizerFast, folder: Path, episodes: list[Episode]
-) -> tuple[PreTrainedModel, list[Metrics]]:
-    student = tiny_model(tokenizer, 1)
-    config = CONFIG.model_copy(update={"steps": 1, "mini_batch_size": 6})
-    recipe = Reinforcement(start="student", guidance="none")
-    trainer = Reinforcer(student, None, recipe, config, COMPUTE, 3)
-    return student, trainer.train(20, lambda *_: episodes, Checkpoint(folder), lambda: 0.0, lambda *_: None)
+def one_step(tokenizer: PreTrainedTokenizerFast, folder: Path, episodes: list[Episode]) -> Run:
+    return train(tokenizer, folder, guidance="none", episodes=lambda *_: episodes, steps=1, mini_batch_size=6)
 
 
 def test_failed_episodes_are_not_learned_from(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     good = [random_episode(i) for i in range(4)]
     failed = replace(random_episode(9, correct=False), outcome=Outcome.FAILED)
-    first, rows = steps(tokenizer, tmp_path / "a", good)
-    second, others = steps(tokenizer, tmp_path / "b", [*good, failed])
+    first = one_step(tokenizer, tmp_path / "a", good)
+    second = one_step(tokenizer, tmp_path / "b", [*good, failed])
     gate = {"gate_excluded": 0.2, "gate_open": 0.0, "gate_closed": 0.8}
-    assert rows == [{**rows[0], "gate_excluded": 0.0, "gate_open": 0.0, "gate_closed": 1.0}]
-    assert others == [pytest.approx({**rows[0], **gate})]
-    assert all(torch.equal(second.state_dict()[n], v) for n, v in first.state_dict().items())
-    start = tiny_model(tokenizer, 1).state_dict()
-    assert not torch.equal(first.state_dict()["lm_head.weight"], start["lm_head.weight"])
+    assert first.rows == [{**first.rows[0], "gate_excluded": 0.0, "gate_open": 0.0, "gate_closed": 1.0}]
+    assert second.rows == [pytest.approx({**first.rows[0], **gate})]
+    assert first.changed and equal(first.after, second.after)
 
 
 def test_step_without_usable_episodes_changes_nothing(
@@ -103,83 +532,59 @@ def test_step_without_usable_episodes_changes_nothing(
     failed = replace(random_episode(9, correct=False), outcome=Outcome.FAILED)
     silent = random_episode(1, correct=False)
     silent = replace(silent, token_ids=[1, 2], owners=[0, 0], logprobs=[0.0, 0.0])
-    student, rows = steps(tokenizer, tmp_path, [failed, silent])
-    assert rows == [{"step": 1, "gate_excluded": 1.0, "dev_em": 0.0}]
-    start = tiny_model(tokenizer, 1).state_dict()
-    assert all(torch.equal(student.state_dict()[n], v) for n, v in start.items())
+    run = one_step(tokenizer, tmp_path, [failed, silent])
+    assert run.rows == [{"step": 1, "gate_excluded": 1.0, "dev_em": 0.25}]
+    assert not run.changed
 
 
 def test_an_outage_stops_training_which_then_goes_on_exactly(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
     """A step that learns nothing would end as if nothing had happened, and with another model."""
-    config = CONFIG.model_copy(update={"steps": 4, "checkpoint_every": 1})
-    recipe = Reinforcement(start="student", guidance="none")
-
-    def rollout(chosen: list[int], step: int) -> list[Episode]:
-        return [random_episode(100 * step + i) for i in range(len(chosen))]
 
     def broken(chosen: list[int], step: int) -> list[Episode]:
-        made = rollout(chosen, step)
+        episodes = rollout(chosen, step)
         if step == 2:
-            made = [replace(e, outcome=Outcome.FAILED, failure="the index is gone") for e in made]
-        return made
+            return [replace(e, outcome=Outcome.FAILED, failure="the index is gone") for e in episodes]
+        return episodes
 
-    def train(folder: str, source: Rollout) -> dict[str, torch.Tensor]:
-        student = tiny_model(tokenizer, 1)
-        trainer = Reinforcer(student, None, recipe, config, COMPUTE, 3)
-        trainer.train(20, source, Checkpoint(tmp_path / folder), lambda: 0.0, lambda *_: None)
-        return student.state_dict()
-
-    whole = train("whole", rollout)
+    settings: dict[str, Any] = {"guidance": "none", "steps": 4, "checkpoint_every": 1}
+    whole = train(tokenizer, tmp_path / "whole", **settings)
     with pytest.raises(InfrastructureError, match="episodes of a step failed: the index is gone"):
-        train("broken", broken)
-    again = train("broken", rollout)
-    assert all(torch.equal(again[name], value) for name, value in whole.items())
+        train(tokenizer, tmp_path / "broken", episodes=broken, **settings)
+    assert equal(train(tokenizer, tmp_path / "broken", **settings).after, whole.after)
 
 
-def test_grpo_asks_each_question_as_often_as_its_group_is_large(tokenizer: PreTrainedTokenizerFast) -> None:
-    recipe = Reinforcement(start="student", algorithm="grpo", guidance="none")
-    config = ReinforceConfig(batch_size=12, mini_batch_size=6, group_size=5)
-    trainer = Reinforcer(tiny_model(tokenizer, 1), None, recipe, config, COMPUTE, 3)
-    asked = trainer._questions(20, step=0)
-    assert len(asked) == 10 and set(Counter(asked).values()) == {5}
-
-
-def broken(model: PreTrainedModel) -> PreTrainedModel:
-    with torch.no_grad():
-        model.get_output_embeddings().weight[7, 7] = math.nan
-    return model
+def test_grpo_asks_each_question_as_often_as_its_group_is_large(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    asked: dict[int, list[int]] = {}
+    train(tokenizer, tmp_path, "grpo", "none", noted(asked), steps=1, batch_size=12, group_size=5)
+    assert len(asked[0]) == 10 and set(Counter(asked[0]).values()) == {5}
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_a_reference_that_gives_no_numbers_ends_the_training(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str
 ) -> None:
-    recipe = Reinforcement.model_validate(
-        {"start": "student", "algorithm": algorithm, "guidance": "selective", "reference": "teacher"}
-    )
-    student = tiny_model(tokenizer, 1)
-    config = CONFIG.model_copy(update={"checkpoint_every": 1})
-    trainer = Reinforcer(student, broken(tiny_model(tokenizer, 2)), recipe, config, COMPUTE, 3)
+    student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight[7, 7] = math.nan
+    before = tiny_copy(student)
     said = r"the kl_\w+ of step 1 is not a number; lower reinforce\.actor_learning_rate \(now 0\.01\)"
     with pytest.raises(NotFinite, match=said):
-        trainer.train(20, rollout, Checkpoint(tmp_path), lambda: 0.0, lambda *_: None)
+        train(tokenizer, tmp_path, algorithm, teacher=teacher, student=student, checkpoint_every=1)
     assert Checkpoint(tmp_path).load() is None
-    start = tiny_model(tokenizer, 1).state_dict()
-    assert all(torch.equal(value, start[name]) for name, value in student.state_dict().items())
+    assert equal(before, student.state_dict())
 
 
 @pytest.mark.parametrize("part", ["actor", "critic"])
 def test_a_rate_that_is_too_high_ends_the_training_and_is_named(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, part: str
 ) -> None:
-    config = CONFIG.model_copy(update={f"{part}_learning_rate": 1e30, "max_grad_norm": 1e30})
-    trainer = Reinforcer(
-        tiny_model(tokenizer, 1), None, Reinforcement(start="student", guidance="none"), config, COMPUTE, 3
-    )
+    settings: dict[str, Any] = {f"{part}_learning_rate": 1e30, "max_grad_norm": 1e30}
     with pytest.raises(NotFinite, match=rf"of step \d is .*; lower reinforce\.{part}_learning_rate"):
-        trainer.train(20, rollout, Checkpoint(tmp_path), lambda: 0.0, lambda *_: None)
+        train(tokenizer, tmp_path, guidance="none", **settings)
 
 
 @pytest.mark.parametrize("kl", ["k1", "full"])
@@ -187,29 +592,23 @@ def test_a_rate_that_is_too_high_ends_the_training_and_is_named(
 def test_rows_without_a_token_count_for_nothing(
     tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str, kl: str
 ) -> None:
-    """Of the student's head, which may have more than the teacher's: log-probabilities, entropy and both
-    sides of the KL are as without them."""
-    recipe = Reinforcement.model_validate(
-        {"start": "student", "algorithm": algorithm, "guidance": "uniform", "reference": "teacher"}
-    )
-    config = CONFIG.model_copy(update={"steps": 1, "kl_estimator": kl, "batch_size": 12})
+    """Log-probabilities, entropy and both sides of the KL are as without more rows in either head."""
 
-    def train(folder: str, *rows: int) -> Metrics:
+    def row(folder: str, *more: int) -> Metrics:
         student, teacher = (
-            padded(tiny_model(tokenizer, seed), more) for seed, more in zip((1, 2), rows, strict=True)
+            padded(tiny_model(tokenizer, seed), rows) for seed, rows in zip((1, 2), more, strict=True)
         )
-        trainer = Reinforcer(student, teacher, recipe, config, COMPUTE, 3, known=len(tokenizer))
-        (row,) = trainer.train(20, rollout, Checkpoint(tmp_path / folder), lambda: 0.0, lambda *_: None)
-        return row
+        settings: dict[str, Any] = {"steps": 1, "kl_estimator": kl, "batch_size": 12}
+        settings |= {"teacher": teacher, "student": student}
+        return train(tokenizer, tmp_path / folder, algorithm, "uniform", **settings).rows[0]
 
-    plain = train("plain", 0, 0)
-    assert train("student", 64, 0) == pytest.approx(plain, rel=1e-3, abs=1e-6)
-    assert train("teacher", 0, 64) == pytest.approx(plain, rel=1e-3, abs=1e-6)
+    plain = row("plain", 0, 0)
+    assert row("student", 64, 0) == pytest.approx(plain, rel=1e-3, abs=1e-6)
+    assert row("teacher", 0, 64) == pytest.approx(plain, rel=1e-3, abs=1e-6)
 
 
 def test_a_step_without_a_reward_says_so(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     for name, correct in (("none", [False] * 4), ("one", [False, False, True, False])):
-        _, (row,) = steps(
-            tokenizer, tmp_path / name, [random_episode(i, correct=c) for i, c in enumerate(correct)]
-        )
+        episodes = [random_episode(i, correct=c) for i, c in enumerate(correct)]
+        (row,) = one_step(tokenizer, tmp_path / name, episodes).rows
         assert row["unrewarded"] == (name == "none")

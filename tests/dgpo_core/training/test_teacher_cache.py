@@ -8,7 +8,6 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.config.recipes import Distillation
 from dgpo_core.config.training import ComputeConfig, DistillConfig, DistributionsConfig
 from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.training.batches import model_sequence
@@ -18,12 +17,12 @@ from dgpo_core.training.teacher_cache import (
     CERTIFICATE,
     Certificate,
     TeacherCache,
-    keep_distributions,
+    build_cache,
 )
-from tests.dgpo_core.making import padded, random_episode, tiny_model
+from tests.dgpo_core.making import distillation, exact, gradients, padded, random_episode, tiny_model
 
 EPISODES = [random_episode(seed) for seed in range(8)]
-COMPUTE = ComputeConfig(device="cpu", precision="float32", micro_batch_tokens=60)
+COMPUTE = exact(60)
 
 
 @pytest.fixture
@@ -45,13 +44,13 @@ def keep(
 ) -> Certificate:
     student, teacher = models
     config = DistributionsConfig(top_k=top_k, sample=sample)
-    return keep_distributions(folder, EPISODES, teacher, student, tokenizer, config, compute, lambda *_: None)
+    return build_cache(folder, EPISODES, teacher, student, tokenizer, config, compute, lambda *_: None)
 
 
 def distiller(
     models: tuple[PreTrainedModel, PreTrainedModel], cache: TeacherCache | None, objective: str = "kd"
 ) -> Distiller:
-    recipe = Distillation.model_validate({"start": "student", "objective": objective})
+    recipe = distillation(objective)
     config = DistillConfig(ce_weight=0.0)
     source = TeacherEpisodes(EPISODES, config, seed=0)
     student, teacher = models
@@ -59,10 +58,8 @@ def distiller(
 
 
 def result(made: Distiller) -> tuple[float, list[torch.Tensor]]:
-    row = made._accumulate([made._sequence(episode) for episode in EPISODES])
-    gradients = [p.grad.clone() for p in made.student.parameters() if p.grad is not None]
-    made.student.zero_grad()
-    return row["divergence"], gradients
+    row = made._gradient([made._sequence(episode) for episode in EPISODES])
+    return row["divergence"], gradients(made.student)
 
 
 @pytest.mark.parametrize("objective", ["kd", "taid", "skew_kl", "reverse_kl"])
@@ -145,11 +142,11 @@ def test_an_interrupted_run_goes_on_behind_its_last_file(
     config = DistributionsConfig(top_k=5, sample=100, chunk=3)
     arguments = (EPISODES, teacher, student, tokenizer, config, COMPUTE)
     with pytest.raises(KeyboardInterrupt):
-        keep_distributions(tmp_path / "cut", *arguments, kill)
+        build_cache(tmp_path / "cut", *arguments, kill)
     assert done[:2] != [3, 3], "told after every pass, not after every file"
     first = (tmp_path / "cut/00000000.arrow").stat().st_mtime_ns
     (tmp_path / "cut/00000006.part").write_text("half")
-    certificate = keep_distributions(tmp_path / "cut", *arguments, lambda *_: None)
+    certificate = build_cache(tmp_path / "cut", *arguments, lambda *_: None)
     assert (tmp_path / "cut/00000000.arrow").stat().st_mtime_ns == first
     figures, expected = ({**vars(made), "tokenizer": 0} for made in (certificate, whole))
     assert figures == pytest.approx(expected, rel=1e-4)

@@ -14,7 +14,6 @@ import torch.multiprocessing as mp
 from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.agent.episode import Episode
-from dgpo_core.config.recipes import Distillation, Reinforcement
 from dgpo_core.config.training import ComputeConfig, DistillConfig, LoraConfig, ReinforceConfig
 from dgpo_core.errors import NotFinite
 from dgpo_core.models import add_adapters, merged
@@ -24,17 +23,15 @@ from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
 from dgpo_core.training.reinforce import Reinforcer
 from dgpo_core.world.tokenizer import build_tokenizer
-from tests.dgpo_core.making import random_episode, tiny_model
+from tests.dgpo_core.making import distillation, exact, random_episode, reinforcement, tiny_model
 
 EPISODES = [random_episode(seed) for seed in range(14)]
 IDS = torch.tensor([[5, 6, 7, 8]])
 
 
 def compute(**changes: Any) -> ComputeConfig:
-    # small passes: several for each process, and an uneven number of them
-    return ComputeConfig.model_validate(
-        {"device": "cpu", "precision": "float32", "micro_batch_tokens": 60} | changes
-    )
+    """Small micro-batches: several for each process, and an uneven number of them."""
+    return exact(60, **changes)
 
 
 FIRST = {f"zero{stage}": compute(engine="deepspeed", zero_stage=stage) for stage in (1, 2, 3)}
@@ -56,7 +53,7 @@ def distilled(
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     settings = DistillConfig(epochs=2, batch_size=5, learning_rate=1e-3)
-    recipe = Distillation(start="student", objective="kd")
+    recipe = distillation()
     source = TeacherEpisodes(EPISODES, settings, 3)
     seen: list[torch.Tensor] = []
 
@@ -78,13 +75,13 @@ def reinforced(
         steps=4, batch_size=8, mini_batch_size=4, actor_learning_rate=1e-3, critic_learning_rate=1e-3,
         entropy_weight=0.01, kl_estimator="full", checkpoint_every=2,
     )  # fmt: skip
-    recipe = Reinforcement(start="student", guidance="selective", reference="teacher")
+    recipe = reinforcement()
     student = tiny_model(tokenizer, 1)
     trainer = Reinforcer(student, tiny_model(tokenizer, 2), recipe, settings, config, 3)
 
     def rollout(chosen: list[int], step: int) -> list[Episode]:
         own = parallel.share(range(len(chosen)))
-        return parallel.joined([random_episode(100 * step + place) for place in own])
+        return parallel.gather([random_episode(100 * step + place) for place in own])
 
     rows = trainer.train(
         20, rollout, Checkpoint(folder), lambda: 0.5, lambda _, rows: interrupt(len(rows) == kill_at)
@@ -128,7 +125,7 @@ def diverging(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any
     settings = DistillConfig(epochs=2, batch_size=5, learning_rate=1e30, max_grad_norm=1e30)
     results = {}
     for name, config in (FIRST | {"bfloat16": NARROW["bfloat16-zero2"]}).items():
-        recipe, source = Distillation(start="student", objective="kd"), TeacherEpisodes(EPISODES, settings, 3)
+        recipe, source = distillation(), TeacherEpisodes(EPISODES, settings, 3)
         student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
         made = Distiller(student, teacher, recipe, settings, config, source)
         try:

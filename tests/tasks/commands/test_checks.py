@@ -18,14 +18,14 @@ from dgpo_core.config.params import Params, load_params, resolve_profile
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.retrieval.index import index_passages
-from dgpo_core.retrieval.service import Retrieval, make_app
+from dgpo_core.retrieval.service import RetrieverService, make_app
 from tasks.commands import checks
 from tasks.commands.checks import Finding, ok
 from tasks.tracking.runs import connect
 from tests.dgpo_core.retrieval.test_service import served
 from tests.tasks.commands.test_preflight import other_vocabulary
 from tests.tasks.miniature import ROOT, make_project
-from tests.tasks.tracking.test_mlflow_faults import server
+from tests.tasks.tracking.test_store import server
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -258,7 +258,7 @@ def test_the_environments_server_must_answer_and_passwords_are_not_shown(
 
 
 def test_a_retriever_service_is_asked_for_its_health(no_variables: None) -> None:
-    loading = Retrieval(top_k=3)
+    loading = RetrieverService(top_k=3)
     with served(make_app(loading)) as url:
         (early,) = with_location(f"retriever+{url}")
         assert early.level == "warning" and "answers 503 to GET /health" in early.message

@@ -11,7 +11,7 @@ from dgpo_core.config.params import load_params
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval import qdrant_server as loading
 from dgpo_core.retrieval.index import open_index
-from dgpo_core.retrieval.service import Retrieval, make_app
+from dgpo_core.retrieval.service import RetrieverService, make_app
 from dgpo_core.retrieval.shards import read_manifest
 from tasks.commands import collections
 from tasks.stages.index import index
@@ -107,7 +107,7 @@ def test_with_a_service_nothing_is_encoded(project: Path, indexed_project: Path)
     """The stage writes down which index the service has; that one is searched, and no other."""
     made = read_manifest(indexed_project / "data/index")
     config = load_params(indexed_project / "params.yaml").retrieval
-    retrieval = Retrieval(top_k=3)
+    retrieval = RetrieverService(top_k=3)
     retrieval.open(open_index(indexed_project / "data/index", config), made.passages)
     with served(make_app(retrieval)) as url:
         change(project, location=f"retriever+{url}")

@@ -8,10 +8,10 @@ import yaml
 
 from dgpo_core.agent.episode import write_episodes
 from dgpo_core.config.params import Params, resolve_profile
+from dgpo_core.datasets.published import PASSAGES
 from dgpo_core.planning.machine import Machine, device_of
 from dgpo_core.planning.plan import Plan
 from dgpo_core.planning.stages import Estimate
-from dgpo_core.planning.workload import WIKI_18
 from tasks.commands.plan import ENCODER, plan_for, workload
 from tasks.project import paths
 from tests.dgpo_core.making import random_episode
@@ -93,7 +93,7 @@ def test_a_published_index_is_downloaded_and_not_encoded(workplace: Path) -> Non
     assert encoded.flops > 0 and (there.tokens, there.flops, there.seconds, there.gpus) == (0, 0, 0, 0)
     assert there.disk == encoded.disk
     parts = [f"hf://datasets/PeterJinGo/wiki-18-e5-index/part_{name}" for name in ("aa", "ab")]
-    assert index_of(planned(vectors=parts)).disk - encoded.disk == 4 * 768 * WIKI_18
+    assert index_of(planned(vectors=parts)).disk - encoded.disk == 4 * 768 * PASSAGES
 
 
 def test_a_retriever_service_leaves_nothing_to_make(workplace: Path) -> None:

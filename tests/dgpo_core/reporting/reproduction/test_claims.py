@@ -8,7 +8,7 @@ import pytest
 from dgpo_core.agent.episode import Episode
 from dgpo_core.reporting.curves import Curve, read_curves
 from dgpo_core.reporting.reproduction.claims import assess
-from dgpo_core.training.batches import episode_metrics
+from dgpo_core.training.episode_sources import episode_metrics
 from tasks.stages.outputs import write_curves
 from tests.dgpo_core.making import random_episode
 

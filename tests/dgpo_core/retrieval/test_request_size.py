@@ -8,7 +8,7 @@ from qdrant_client import models
 
 from dgpo_core.retrieval.encoders import SparseVector
 from dgpo_core.retrieval.qdrant_server import to_qdrant
-from dgpo_core.retrieval.ranking import batches, text_bytes, vector_bytes
+from dgpo_core.retrieval.request_size import batches, text_bytes, vector_bytes
 
 
 @given(st.lists(st.integers(0, 12)), st.integers(1, 5), st.integers(1, 20))
