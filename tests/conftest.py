@@ -76,3 +76,11 @@ def dvc_repository(workplace: Path, empty_dvc_repository: Path) -> Path:
     """A working directory that is a git + DVC repository without stages."""
     shutil.copytree(empty_dvc_repository, workplace, dirs_exist_ok=True)
     return workplace
+
+
+def alive(pid: int) -> bool:
+    """Tell whether a process runs (a zombie that nobody reaps does not)."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False

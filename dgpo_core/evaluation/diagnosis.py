@@ -1,12 +1,8 @@
-"""What the model itself wrote in an episode; text of the environment never gets here.
+"""Why an episode is wrong: which capability failed first (beyond the paper; docs/method.md, "Diagnosis").
 
-Which evidence a question needs, and which of its searches found it.
-
-What can be said of a query from its words alone.
-
-Checks for ways to score, or to look busy, without searching well (beyond the paper).
-
-Why an episode is wrong: which capability failed first (beyond the paper; docs/method.md, "Diagnosis").
+It follows from what the model itself wrote (no text of the environment gets here), from the evidence that the
+question needs and which search found it, and from the words of each query. Beside it stand checks for ways
+to score, or to look busy, without searching well.
 """
 
 import re
@@ -26,7 +22,7 @@ _ATTEMPT = re.compile(r"<answer>(.*?)(?=</?(?:think|search|information|answer)>|
 
 
 def answer_attempts(turns: list[str]) -> list[str]:
-    """The stripped content of every `<answer>` that the model opened, up to the next tag or its turn's end.
+    """Return the stripped content of each `<answer>` that the model opened, up to the next tag or turn's end.
 
     Unlike the prediction, these include answers that were empty, nested or never closed.
     """
@@ -37,18 +33,18 @@ ANY_HIT = "a passage with a golden answer"  # what is needed where the gold pass
 
 
 def golden_passages(question: Question) -> list[dict[str, Any]]:
-    """{"id", "title", "text"} of each; empty unless the metadata names all of them by their corpus ids."""
+    """Return {"id", "title", "text"} of each; empty unless the metadata names all of them by corpus ids."""
     passages: list[dict[str, Any]] = question.metadata.get("golden_passages") or []
     return passages if all(passage.get("id") for passage in passages) else []
 
 
 def needed(question: Question) -> frozenset[str]:
-    """The ids of all gold passages (one or more a hop); ANY_HIT where they are not known."""
+    """Return the ids of all gold passages (one or more a hop); ANY_HIT where they are not known."""
     return frozenset(str(passage["id"]) for passage in golden_passages(question)) or frozenset({ANY_HIT})
 
 
 def new_evidence(question: Question, searches: list[Search]) -> list[frozenset[str]]:
-    """For each search, the needed evidence that it was the first to retrieve."""
+    """Return for each search the needed evidence that it was the first to retrieve."""
     gains, missing = [], needed(question)
     for search in searches:
         retrieved = {*search.passage_ids, *([ANY_HIT] if search.hit else [])}
@@ -58,7 +54,7 @@ def new_evidence(question: Question, searches: list[Search]) -> list[frozenset[s
 
 
 def missing_evidence(question: Question, searches: list[Search]) -> frozenset[str]:
-    """What none of the searches retrieved."""
+    """Return the needed evidence that none of the searches retrieved."""
     return needed(question).difference(*new_evidence(question, searches))
 
 
@@ -73,17 +69,17 @@ _QUALIFIER = re.compile(r"\s*\([^)]*\)$")  # "Harbour (film)": what tells a titl
 
 
 def content_words(text: str) -> frozenset[str]:
-    """Normalised words without function words; a possessive 's is no part of a word."""
+    """Return normalised words without function words; a possessive 's is no part of a word."""
     return frozenset(normalize(_POSSESSIVE.sub("", text)).split()) - FUNCTION_WORDS
 
 
 def repeats(query: str, texts: list[str]) -> bool:
-    """Whether the normalised query is one of the normalised texts."""
+    """Test whether the normalised query is one of the normalised texts."""
     return normalize(query) in {normalize(text) for text in texts}
 
 
 def is_sensible(query: str, question: Question, earlier: list[str], missing: frozenset[str]) -> bool:
-    """Whether the query, asked after the `earlier` ones, could be expected to find the `missing` evidence.
+    """Test whether a query after the `earlier` ones could be expected to find the `missing` evidence.
 
     It must not repeat an earlier query. It must name a missing gold passage: have more than half of the
     words of its title that the model could know, from the question or from gold passages retrieved before.
@@ -107,7 +103,7 @@ def is_sensible(query: str, question: Question, earlier: list[str], missing: fro
 
 @dataclass(frozen=True)
 class HackingFlags:
-    """None where a check does not apply; of an episode that failed, none does.
+    """What the checks found: None where one does not apply, as none does to an episode that failed.
 
     `without_evidence`: the answer is correct, but not all the evidence was retrieved; so it was guessed or
     known. Of correct episodes only.
@@ -121,7 +117,7 @@ class HackingFlags:
 
 
 def hacking_flags(episode: Episode, question: Question, turns: list[str]) -> HackingFlags:
-    """`turns` is what the model wrote."""
+    """Check an episode; `turns` is what the model wrote."""
     if episode.outcome is Outcome.FAILED:
         return HackingFlags()
     queries = [search.query for search in episode.searches]
@@ -133,7 +129,7 @@ def hacking_flags(episode: Episode, question: Question, turns: list[str]) -> Hac
 
 
 class Failure(StrEnum):
-    """In the order of an episode: to act, to go on searching, to ask, to find, to use, to answer in form."""
+    """Capabilities in the order of an episode: act, go on searching, ask, find, use, answer in form."""
 
     NO_ACTION = "no_action"
     STOPPED_EARLY = "stopped_early"
@@ -145,7 +141,7 @@ class Failure(StrEnum):
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """One question's; `first_failure` is None unless the outcome is wrong."""
+    """One episode's diagnosis; `first_failure` is None unless the outcome is wrong."""
 
     dataset: str
     question_id: str
@@ -157,7 +153,7 @@ class Diagnosis:
 def diagnose(
     episodes: list[Episode], questions: Mapping[tuple[str, str], Question], decode: Decode
 ) -> list[Diagnosis]:
-    """One diagnosis an episode, in order; `questions` are keyed by data set and id."""
+    """Diagnose every episode, in order; `questions` are keyed by data set and id."""
     found = []
     for episode in episodes:
         question = questions[episode.dataset, episode.question_id]
@@ -175,7 +171,7 @@ def diagnose(
 
 
 def first_failure(episode: Episode, question: Question, turns: list[str]) -> Failure | None:
-    """The first capability whose failure the wrong answer depends on; None for an episode that is not wrong.
+    """Find the first failure that the wrong answer depends on; None for an episode that is not wrong.
 
     An answer whose content is right depends on nothing but its form, whatever happened before. `turns` is
     what the model wrote.
@@ -191,7 +187,7 @@ def first_failure(episode: Episode, question: Question, turns: list[str]) -> Fai
 
 
 def _content_is_right(episode: Episode, turns: list[str]) -> bool:
-    """Whether an answer, complete or not, has a golden answer as whole words in it."""
+    """Test whether an answer, complete or not, has a golden answer as whole words in it."""
     attempts = [*answer_attempts(turns), episode.prediction or ""]
     golden = [words for answer in episode.golden_answers if (words := normalize(answer))]
     return any(stands_in(words, normalize(attempt)) for attempt in attempts for words in golden)
@@ -200,8 +196,11 @@ def _content_is_right(episode: Episode, turns: list[str]) -> bool:
 def _search_failure(
     episode: Episode, question: Question, turns: list[str], missing: frozenset[str]
 ) -> Failure:
-    """Evidence is missing. Earlier failures that a later search made good are none: the last searches,
-    after the last one that found something needed, are those that failed."""
+    """Find the first failure where evidence is missing.
+
+    Failures that a later search made good are none: those that failed are the searches after the last one
+    that found something needed.
+    """
     queries = [search.query for search in episode.searches]
     gains = new_evidence(question, episode.searches)
     fruitless = range(1 + max((i for i, gain in enumerate(gains) if gain), default=-1), len(queries))
@@ -216,7 +215,7 @@ def _search_failure(
 
 
 def _answer_failure(episode: Episode, turns: list[str]) -> Failure:
-    """All evidence was retrieved, and no answer has the right content."""
+    """Find the first failure where all evidence was retrieved, and no answer has the right content."""
     if episode.ending is Ending.ANSWERED:
         return Failure.EVIDENCE_NOT_USED
     if answer_attempts(turns[-1:]):  # empty or never closed: nothing could be read from it
@@ -242,7 +241,7 @@ SCHEMA = pa.schema(
 
 
 def as_table(diagnoses: list[Diagnosis]) -> pa.Table:
-    """One row a question; null where a column does not apply."""
+    """Return one row a question; null where a column does not apply."""
     rows = []
     for diagnosis in diagnoses:
         row = asdict(diagnosis)

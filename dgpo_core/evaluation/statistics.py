@@ -34,7 +34,7 @@ DEFAULT = Resampling()
 
 
 def mean_with_interval(values: ArrayLike, signed: bool = False, resampling: Resampling = DEFAULT) -> Estimate:
-    """Mean of `values` (one a question) with a 95 % bootstrap interval.
+    """Average `values` (one a question), with a 95 % bootstrap interval.
 
     `signed`: they are differences of shares, not shares (see `_all_alike`).
     Raises ValueError for no values: an average over nothing is not 0.
@@ -57,7 +57,7 @@ def mean_of_means(
     signed: bool = False,
     resampling: Resampling = DEFAULT,
 ) -> Estimate:
-    """Mean of the strata's means (data sets count alike, whatever their size); `n` counts all values.
+    """Average the strata's means (data sets count alike, whatever their size); `n` counts all values.
 
     The bootstrap is stratified: each stratum is resampled by itself. The interval is nan when a stratum has
     a single value. Raises ValueError for no strata or a stratum without values.
@@ -77,7 +77,7 @@ def mean_of_means(
 
 
 def paired_difference(first: ArrayLike, second: ArrayLike, resampling: Resampling = DEFAULT) -> Estimate:
-    """Mean of first - second over the same questions, with its paired bootstrap interval.
+    """Average first - second over the same questions, with the paired bootstrap interval.
 
     Raises ValueError when the two differ in length.
     """
@@ -88,7 +88,7 @@ def paired_difference(first: ArrayLike, second: ArrayLike, resampling: Resamplin
 
 
 def rate_difference(first: ArrayLike, second: ArrayLike, resampling: Resampling = DEFAULT) -> Estimate:
-    """Rate of first - rate of second over the same questions, each over those that apply to it (not nan).
+    """Subtract two rates over the same questions, each over those that apply to it (not nan).
 
     Whole questions are resampled, so that what both rates share is shared in every sample. The interval is
     nan where a rate has no question; `n` counts the questions that apply to one of them at least.
@@ -112,7 +112,7 @@ def rate_difference(first: ArrayLike, second: ArrayLike, resampling: Resampling 
 
 
 def _all_alike(value: float, n: int, confidence: float, signed: bool) -> Estimate:
-    """`n` equal values, which a bootstrap would take for a law.
+    """Estimate `n` equal values, which a bootstrap would take for a law.
 
     Shares that were always 0 or always 1 get the exact binomial bound (Clopper and Pearson) on the other
     side, differences that were always 0 on both; for any other value there is none.
@@ -140,7 +140,7 @@ def _interval(
     resampling: Resampling = DEFAULT,
     paired: bool = False,
 ) -> tuple[float, float]:
-    """Percentile bootstrap of `statistic` over independent or `paired` samples, from a fixed seed."""
+    """Bootstrap `statistic` over independent or `paired` samples (percentile method), from a fixed seed."""
     result = stats.bootstrap(
         samples,
         statistic,

@@ -32,7 +32,7 @@ Segment = tuple[str, str]
 
 
 def segments(response: str) -> list[Segment]:
-    """(kind, text) in order; the texts of the kinds think, search, information, answer lack their tags.
+    """Split a response into (kind, text); texts of think, search, information and answer lack their tags.
 
     `notice` is the environment's message after an invalid action; `forged` is an information block that the
     model wrote itself (the environment's always follows a search at once); `text` is all the rest.
@@ -58,7 +58,7 @@ def segments(response: str) -> list[Segment]:
 
 
 def sample_questions(keys: Sequence[Key], per_dataset: int) -> list[Key]:
-    """A fixed sample: in turn, each data set's question with the smallest hash, at most `per_dataset` each.
+    """Draw a fixed sample: in turn each data set's question of the smallest hash, at most `per_dataset`.
 
     Any prefix of the list is a fair sample too, so it can be cut for size.
     """
@@ -80,7 +80,7 @@ def reader_data(
     diagnoses: Mapping[str, Mapping[Key, dict[str, Any]]],
     max_bytes: int = MAX_BYTES,
 ) -> list[dict[str, Any]]:
-    """Questions with every model's episode, in the order of `keys`, as many as fit into `max_bytes` of JSON.
+    """Return questions with every model's episode, in `keys`' order, as many as fit into `max_bytes` of JSON.
 
     `diagnoses` are each model's rows of diagnosis.parquet. Raises UserError naming the file that is
     malformed or lacks the episode of a sampled question.
@@ -146,6 +146,6 @@ def _scores(search: Mapping[str, Any]) -> list[float]:
 
 
 def compact_json(value: Any) -> str:
-    """JSON that is safe inside a script element: without `<`, `>` and `&`, nothing can end the element."""
+    """Write JSON that is safe in a script element: without `<`, `>` and `&`, nothing can end the element."""
     text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

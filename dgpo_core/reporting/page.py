@@ -88,8 +88,8 @@ class Report:
     pair: str  # of the paper's models
 
 
-def table(report: Report) -> Row:
-    """Each model's measurements, with the paper's figures."""
+def arcap_table(report: Report) -> Row:
+    """Return each model's measurements of ARCap, with the paper's figures."""
     reference = paper.paper_arcap() if report.pair == paper.ARCAP_PAIR else {}
     rows = []
     for model in report.models:
@@ -104,8 +104,8 @@ def table(report: Report) -> Row:
     return {"groups": groups, "heads": [_kind(name) for name in MEASUREMENTS], "rows": rows}
 
 
-def differences(report: Report) -> list[Row]:
-    """A row a pair of models: the paired differences of the same measurements."""
+def arcap_differences(report: Report) -> list[Row]:
+    """Return a row a pair of models: the paired differences of the same measurements."""
     return [
         {
             "label": f" {MINUS} ".join(model_label(name) for name in pair.split("-")),
@@ -116,7 +116,7 @@ def differences(report: Report) -> list[Row]:
 
 
 def _difference(entry: Mapping[str, Any], places: int) -> Row:
-    """A cell with signs; `best` marks an interval without 0."""
+    """Return a cell with signs; `best` marks an interval without 0."""
     mean, (low, high) = entry["mean"], entry["ci95"]
     known = low is not None and high is not None
     return {
@@ -134,7 +134,7 @@ def _signed(value: float, places: int) -> str:
 
 
 def diagnosis(report: Report) -> Row:
-    """Bars and a table of first failures, and the table of hacking checks."""
+    """Return bars and a table of first failures, and the table of hacking checks."""
     bars, failures, checks = [], [], []
     for model in report.models:
         head, own = model_head(model, report.models), report.diagnosis[model]
@@ -164,7 +164,7 @@ def _share(entry: Mapping[str, Any]) -> Row:
 
 
 def labels() -> Row:
-    """The names of failures and checks that the episode reader shows."""
+    """Return the names of failures and checks that the episode reader shows."""
     return {
         "failures": {str(name): label for name, label, _ in FAILURE_COLUMNS},
         "checks": {name: label for name, label, _ in CHECK_COLUMNS},
@@ -180,12 +180,12 @@ def _kind(measurement: str) -> str:
 
 
 def _playing(report: Report, role: str) -> str:
-    """The data set that plays a role of the paper's; the role itself where none does."""
+    """Return the data set that plays a role of the paper's; the role itself where none does."""
     return next((name for name, mirrored in report.mirrors.items() if mirrored == role), role)
 
 
 def radars(report: Report) -> dict[str, Row]:
-    """This run's, and the paper's where the models are its."""
+    """Return the radar of this run, and the paper's where the models are its."""
     own = {
         model: {name: entry["mean"] for name, entry in entries.items()}
         for model, entries in report.arcap.items()
@@ -198,7 +198,7 @@ def radars(report: Report) -> dict[str, Row]:
 
 
 def _radar(report: Report, means: Mapping[str, Mapping[str, float | None]]) -> Row:
-    """Axes (shares only: searches are counts) and one closed line a model, without unmeasured axes."""
+    """Return the axes (shares only: searches are counts) and one closed line a model; no unmeasured axes."""
     axes = [
         (name, f"{title}<br>{_playing(report, role)}<br>{_kind(name)}")
         for title, group, role in ARCAP_GROUPS
@@ -229,7 +229,7 @@ BEHAVIOUR_COLUMNS = (
 
 
 def render(report: Report) -> str:
-    """The page's HTML: one file, no network, the same bytes for the same report."""
+    """Write the page: one file, no network, the same bytes for the same report."""
     title, evidence = headline(report.comparisons, report.models)
     return template("page.html.j2").render(
         title=title,
@@ -244,8 +244,8 @@ def render(report: Report) -> str:
         pair=report.pair,
         exact_match=_exact_match(report),
         behaviour=_behaviour(report),
-        arcap=table(report),
-        arcap_differences=differences(report),
+        arcap=arcap_table(report),
+        arcap_differences=arcap_differences(report),
         arcap_pair=paper.ARCAP_PAIR,
         diagnosis=diagnosis(report),
         stages=_stages(report),
@@ -263,7 +263,7 @@ def render(report: Report) -> str:
 
 
 def _bars(report: Report) -> list[Row]:
-    """Average EM of each model as a bar with its interval, in percent of a common scale."""
+    """Return the average EM of each model as a bar with its interval, in percent of a common scale."""
     averages = {model: report.results[model][AVERAGE] for model in report.models}
     top = max([0.1, *(value for row in averages.values() for value in (row["em"], row["ci95"][1]) if value)])
     bars = []
@@ -360,7 +360,7 @@ def _browser_data(report: Report) -> Row:
 
 
 def _flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """(dotted key, text) of every leaf, in order."""
+    """Return (dotted key, text) of every leaf, in order."""
     rows: list[tuple[str, str]] = []
     for key, value in values.items():
         name = f"{prefix}{key}"

@@ -12,7 +12,7 @@ ARCAP_PAIR = DEFAULT_PAIR  # the only pair that the paper profiles
 
 
 def paper_exact_match(pair: str = DEFAULT_PAIR) -> dict[str, dict[str, float]]:
-    """{recipe: {the paper's data set or "avg": EM}}; raises UserError for a pair that the paper lacks."""
+    """Return {recipe: {the paper's data set or "avg": EM}}. Raises UserError for a pair that it lacks."""
     rows = [row for row in _rows("exact_match.csv") if row["pair"] == pair]
     if not rows:
         raise UserError(f"the paper has no pair {pair!r}; it has {', '.join(paper_pairs())}")
@@ -20,22 +20,22 @@ def paper_exact_match(pair: str = DEFAULT_PAIR) -> dict[str, dict[str, float]]:
 
 
 def paper_arcap() -> dict[str, dict[str, float]]:
-    """{recipe: {measurement: figure}} for ARCAP_PAIR; measurements that the paper lacks are absent."""
+    """Return {recipe: {measurement: figure}} of ARCAP_PAIR, without measurements that the paper lacks."""
     return {row["recipe"]: _figures(row) for row in _rows("arcap.csv")}
 
 
 def paper_pairs() -> list[str]:
-    """The pairs of models that the paper reports (table 3)."""
+    """Return the pairs of models that the paper reports (table 3)."""
     return list(dict.fromkeys(row["pair"] for row in _rows("exact_match.csv")))
 
 
 def paper_ablations() -> list[dict[str, str]]:
-    """Rows of table 6 and the variants of figure 6, with their settings (table 10)."""
+    """Return the rows of table 6 and the variants of figure 6, with their settings (table 10)."""
     return _rows("ablations.csv")
 
 
 def paper_stability() -> dict[str, dict[str, str]]:
-    """{recipe: {training: stable or collapses, step, quote, source}}, of figures 4 and 6."""
+    """Return {recipe: {training: stable or collapses, step, quote, source}} of figures 4 and 6."""
     return {row["recipe"]: row for row in _rows("stability.csv")}
 
 

@@ -19,6 +19,7 @@ from tasks.tracking.traces import trace_episodes
 
 
 def evaluate(model: str) -> None:
+    """Evaluate one model and write what the report and a promotion read."""
     params = load_params()
     source, out = model_source(params, model), EVALUATION / model
     config = params.sections("evaluate", "protocol", "rollout", "retrieval", "questions") | {"model": source}
@@ -48,13 +49,15 @@ class Evaluator:
         self._params, self._loop, self._run = params, loop, run
 
     def questions(self, dataset: str) -> list[Question]:
+        """Read as many questions of a test set as are asked."""
         return read_questions(questions_file(dataset, "test"))[: self._params.evaluate.questions]
 
     def asked(self) -> dict[tuple[str, str], Question]:
-        """Every test question by data set and id."""
+        """Return every test question by data set and id."""
         return {(name, q.id): q for name in self._params.questions.test for q in self.questions(name)}
 
     def test_sets(self) -> list[Episode]:
+        """Run an episode for every test question."""
         tasks = [
             task
             for name in self._params.questions.test
@@ -63,7 +66,7 @@ class Evaluator:
         return self._collect(tasks, "test")
 
     def arcap(self, episodes: list[Episode]) -> list[arcap.ArcapValue]:
-        """All measurements for which a test set plays the part."""
+        """Measure everything for which a test set plays the part."""
         rows: list[arcap.ArcapValue] = []
         for role in ("nq", "musique"):
             dataset = self._params.questions.playing(role)
@@ -96,7 +99,7 @@ class Evaluator:
 
 
 def summarize(params: Params, episodes: list[Episode]) -> dict[str, float]:
-    """EM of each test set, their average, and how many episodes failed."""
+    """Return EM of each test set, their average, and how many episodes failed."""
     summary: dict[str, float] = {
         name: em_of([e for e in episodes if e.dataset == name]) for name in params.questions.test
     }

@@ -14,7 +14,7 @@ AUDIT = Path("data/correct/audit.csv")
 
 
 def reason(episode: Episode) -> str:
-    """`kept`, or the first thing that keeps an episode from training."""
+    """Return `kept`, or the first thing that keeps an episode from training."""
     if episode.outcome is Outcome.CORRECT:
         return "kept"
     if episode.outcome is Outcome.FAILED:
@@ -27,11 +27,12 @@ def reason(episode: Episode) -> str:
 
 
 def audit(episodes: list[Episode]) -> dict[tuple[str, str], int]:
-    """Number of episodes by (data set, reason), most frequent first."""
+    """Count episodes by (data set, reason), most frequent first."""
     return dict(Counter((e.dataset, reason(e)) for e in episodes).most_common())
 
 
 def filter_episodes() -> None:
+    """Write the correct episodes, and an audit of all."""
     load_params()  # a broken params.yaml stops every stage
     with stage("filter", config={}, inputs=[TEACHER_EPISODES], outputs=[CORRECT_EPISODES, AUDIT]) as run:
         episodes = read_episodes(TEACHER_EPISODES)

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 
 def report() -> None:
+    """Write the report, and keep the evaluations with the registered models."""
     params = load_params()
     models = params.compare
     inputs = [EVALUATION / model for model in models]

@@ -1,6 +1,5 @@
 """The flow on a real Prefect server over a small, real git + DVC repository."""
 
-import contextlib
 import os
 import shutil
 import signal
@@ -14,7 +13,7 @@ from typing import Any
 import pytest
 
 from dgpo_core.errors import UserError
-from tests.conftest import ROOT
+from tests.conftest import ROOT, alive
 from tests.flows.restarts import restarted
 
 GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
@@ -293,10 +292,3 @@ def artifact() -> str:
     with get_client(sync_client=True) as client:
         found = client.read_artifacts(artifact_filter=ours, sort=ArtifactSort.CREATED_DESC, limit=1)
     return str(found[0].data)
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie that nobody reaps does not)."""
-    with contextlib.suppress(FileNotFoundError, ProcessLookupError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    return False

@@ -10,14 +10,7 @@ from pathlib import Path
 import pytest
 
 from flows.process import Ended, end_all, run_group
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie that nobody reaps does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
+from tests.conftest import alive
 
 
 def test_lines_and_exit_code(tmp_path: Path) -> None:

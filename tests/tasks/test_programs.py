@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from tests.conftest import alive
 from tests.tasks.miniature import make_project
 
 PROGRAM = """
@@ -129,14 +130,6 @@ def test_killing_dvc_leaves_no_stage(dvc_repository: Path, number: signal.Signal
         dvc.wait()
         wait_for(lambda: not alive(stage), "the stage ends")
     assert not Path("out.txt").exists()
-
-
-def alive(pid: int) -> bool:
-    """Whether a process runs (a zombie that nobody reaps does not)."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except (FileNotFoundError, ProcessLookupError):
-        return False
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,10 @@
-"""Does a training collapse? (paper, section 3.3, 5.7, figures 4 and 6)
+"""The paper's claims as data: what it says, where, and which criterion on our numbers would agree.
 
-The paper shows curves and calls some of them collapsed. Here, on the EM of the sampled episodes (held-out EM
+`Contrast` quantities are `average` (EM over the data sets), a data set of the paper's (EM), or a measurement
+of ARCap. The margins (`SIMILAR`, `APPROACHING`, near zero) are ours: the paper gives none.
+
+Some claims are about trainings that collapse (section 3.3, 5.7, figures 4 and 6). The paper shows curves and
+calls some of them collapsed. Here, on the EM of the sampled episodes (held-out EM
 where a curve lacks it), as a moving average:
 
 - never learned: it never reaches NEAR_ZERO, so there is nothing to lose;
@@ -11,13 +15,6 @@ where a curve lacks it), as a moving average:
 
 The step is the first from which the EM stays under half of its earlier maximum. A training has converged at
 the first step whose EM is at least CONVERGED of its maximum.
-
-Conditions on our numbers that a claim may put; `verdicts` says whether one holds.
-
-The paper's claims as data: what it says, where, and which condition on our numbers would agree.
-
-`Contrast` quantities are `average` (EM over the data sets), a data set of the paper's (EM), or a measurement
-of ARCap. The margins (`SIMILAR`, `APPROACHING`, near zero) are ours: the paper gives none.
 """
 
 from dataclasses import dataclass
@@ -52,7 +49,7 @@ class Training:
 
 
 def assess(curve: Curve) -> Training | None:
-    """None for a curve without any EM: of such a training nothing can be said."""
+    """Assess a training by its curve; None for a curve without any EM, of which nothing can be said."""
     points = curve.columns.get("em") or curve.columns.get("dev_em")
     if not points:
         return None
@@ -70,7 +67,7 @@ def assess(curve: Curve) -> Training | None:
 
 
 def _lost_from(values: list[float]) -> int | None:
-    """The first place from which each value stays under LOST of the maximum before it."""
+    """Return the first place from which each value stays under LOST of the maximum before it."""
     lost = None
     highest = values[0]
     for index, value in enumerate(values):
@@ -83,7 +80,7 @@ def _lost_from(values: list[float]) -> int | None:
 
 
 def _drift(curve: Curve, before: float, after: float) -> str:
-    """What changed between the best step and the time since the loss; empty where nothing did."""
+    """Say what changed between the best step and the time since the loss; empty where nothing did."""
     found = []
     if levels := _levels(curve.columns.get("invalid_actions"), before, after):
         at_best, since = levels
@@ -97,7 +94,7 @@ def _drift(curve: Curve, before: float, after: float) -> str:
 
 
 def _levels(points: Points | None, before: float, after: float) -> tuple[float, float] | None:
-    """The column near the best step, and its mean from the loss on."""
+    """Return the column near the best step, and its mean from the loss on."""
     since = [value for step, value in points or () if step >= after]
     if not points or not since:
         return None
@@ -143,12 +140,16 @@ class ConvergesFaster:
 
 @dataclass(frozen=True)
 class AtLeast:
+    """At least `count` of the parts hold."""
+
     count: int
     parts: "tuple[Criterion, ...]"
 
 
 @dataclass(frozen=True)
 class Untested:
+    """Our numbers cannot test it, and why."""
+
     why: str
 
 
@@ -156,18 +157,22 @@ Criterion = Contrast | Trains | Outlasts | ConvergesFaster | AtLeast | Untested
 
 
 def both(*parts: Criterion) -> AtLeast:
+    """Require all parts."""
     return AtLeast(len(parts), parts)
 
 
 def beats(first: str, second: str, quantity: str = AVERAGE) -> Contrast:
+    """Require first - second to be above zero."""
     return Contrast(((1.0, first, quantity), (-1.0, second, quantity)))
 
 
 def beats_all(first: str, others: tuple[str, ...], quantity: str = AVERAGE) -> AtLeast:
+    """Require the first model to beat each of the others."""
     return both(*(beats(first, other, quantity) for other in others))
 
 
 def thinking_adds(model: str, role: str, sign: float = 1.0) -> Contrast:
+    """Require thinking to raise source referencing, or with sign -1 to lower it."""
     source = f"source_em_{role}"
     return Contrast(((sign, model, f"{source}_thinking"), (-sign, model, source)))
 
@@ -178,6 +183,8 @@ APPROACHING = 0.9  # of the teacher's EM; the paper's own share is 0.329 / 0.353
 
 @dataclass(frozen=True)
 class Claim:
+    """One of the paper's claims, with its place in the paper."""
+
     name: str
     statement: str
     source: str

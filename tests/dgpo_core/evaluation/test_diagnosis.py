@@ -1,6 +1,7 @@
-"""Every wrong episode has exactly one first failure, and hand-made ones have the one they were made for."""
+"""Evidence and queries of hand-made episodes, their first failures and their hacking flags."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -10,17 +11,26 @@ from transformers import PreTrainedTokenizerFast
 from dgpo_core.agent.episode import Ending, Outcome, Search
 from dgpo_core.datasets.records import Question
 from dgpo_core.evaluation.diagnosis import (
+    ANY_HIT,
     SCHEMA,
     Failure,
     HackingFlags,
     answer_attempts,
     as_table,
+    content_words,
     diagnose,
     first_failure,
+    hacking_flags,
+    is_sensible,
+    missing_evidence,
+    needed,
+    new_evidence,
+    repeats,
 )
 from tests.dgpo_core.evaluation.episodes import ONE_HOP, TWO_HOP, UNKNOWN, episode, search
 from tests.dgpo_core.making import random_episode
 
+RIGHT = "<answer> Velmora </answer>"
 WRONG = "<think> so </think><answer> Tarn </answer>"
 NOTHING = "<think> I wonder </think>"
 FILM, ADA = search("director of Silent Harbour", "1", "8"), search("Ada Quill born", "2", hit=True)
@@ -163,3 +173,103 @@ def test_attempts_are_answers_in_any_shape() -> None:
     ]  # fmt: skip
     assert answer_attempts(["<think> d </think>", "e </answer>", "<answer> f<search> g </search>"]) == ["f"]
     assert answer_attempts([]) == []
+
+
+@pytest.mark.parametrize(
+    ("metadata", "expected"),
+    [
+        ({}, {ANY_HIT}),
+        ({"golden_passages": []}, {ANY_HIT}),
+        ({"golden_passages": [{"id": "1"}, {"title": "B"}]}, {ANY_HIT}),
+        ({"golden_passages": [{"id": "1"}]}, {"1"}),
+    ],
+)
+def test_all_gold_passages_or_any_hit(metadata: dict[str, Any], expected: set[str]) -> None:
+    assert needed(Question("q", "Who?", ("x",), metadata)) == expected
+
+
+def test_each_piece_of_evidence_counts_for_the_search_that_found_it_first() -> None:
+    searches = [search("a", "1", "9"), search("b", "1", hit=True), search("c", "2", "1")]
+    assert new_evidence(TWO_HOP, searches) == [{"1"}, frozenset(), {"2"}]
+    assert missing_evidence(TWO_HOP, searches[:2]) == {"2"}
+    assert not missing_evidence(TWO_HOP, searches)
+    assert new_evidence(UNKNOWN, searches) == [frozenset(), {ANY_HIT}, frozenset()]
+    assert missing_evidence(UNKNOWN, []) == {ANY_HIT}
+
+
+def test_content_words() -> None:
+    assert content_words("Who is the director\N{RIGHT SINGLE QUOTATION MARK}s wife? Ada's.") == {
+        "director", "wife", "ada"
+    }  # fmt: skip
+    assert content_words("what is it?") == frozenset()
+
+
+def test_repeats_ignores_case_and_punctuation() -> None:
+    assert repeats("Where was Ada born?", ["where was ada born"])
+    assert not repeats("Ada born", ["where was ada born"])
+
+
+@pytest.mark.parametrize(
+    ("query", "earlier", "missing", "expected"),
+    [
+        ("Silent Harbour", [], {"1", "2"}, True),
+        ("born director", [], {"1", "2"}, False),
+        ("who made silent harbour?", ["Silent Harbour"], {"1", "2"}, True),
+        ("silent harbour", ["Silent Harbour?"], {"1", "2"}, False),
+        ("Ada Quill", ["Silent Harbour"], {"2"}, True),
+        ("Ada", ["Silent Harbour"], {"2"}, False),
+        ("director of Silent Harbour", ["Silent Harbour"], {"2"}, False),  # its passage is there already
+        ("Ada Quill", [], {"1", "2"}, False),  # nothing has named her yet
+    ],
+)
+def test_sensible_names_a_missing_passage(
+    query: str, earlier: list[str], missing: set[str], expected: bool
+) -> None:
+    assert is_sensible(query, TWO_HOP, earlier, frozenset(missing)) is expected
+
+
+def test_what_stands_in_brackets_is_no_part_of_a_name() -> None:
+    assert not is_sensible("the film Harbour", ONE_HOP, [], frozenset({"1"}))
+    assert is_sensible("the film Silent Harbour", ONE_HOP, [], frozenset({"1"}))
+
+
+def test_a_title_that_nothing_names_leaves_any_content_word() -> None:
+    passage = {"id": "7", "title": "Discography", "text": "..."}
+    question = Question("q", "who sings the harbour song", ("Ada",), {"golden_passages": [passage]})
+    assert is_sensible("harbour song singer", question, [], frozenset({"7"}))
+    assert not is_sensible("who is the president", question, [], frozenset({"7"}))
+
+
+def test_without_gold_passages_only_a_first_query_must_share_a_word() -> None:
+    assert not is_sensible("Ada Quill", UNKNOWN, [], frozenset())
+    assert is_sensible("Ada Quill", UNKNOWN, ["Silent Harbour"], frozenset())
+    assert not is_sensible("who is it", UNKNOWN, ["Silent Harbour"], frozenset())
+
+
+@pytest.mark.parametrize(
+    ("question", "searches", "last", "expected"),
+    [
+        (TWO_HOP, [FILM, ADA], RIGHT, (False, False, False)),
+        (TWO_HOP, [ADA], RIGHT, (True, False, False)),  # half of the evidence
+        (UNKNOWN, [ADA], RIGHT, (False, False, False)),
+        (UNKNOWN, [FILM], RIGHT, (True, False, False)),
+        (TWO_HOP, [], RIGHT, (True, None, False)),
+        (TWO_HOP, [FILM], WRONG, (None, False, False)),
+        (TWO_HOP, [FILM, search(TWO_HOP.question + "?", "1")], WRONG, (None, True, False)),
+        (TWO_HOP, [FILM, ADA], f"<answer> Tarn {RIGHT}", (False, False, True)),
+    ],
+)
+def test_flags(
+    tokenizer: PreTrainedTokenizerFast,
+    question: Question,
+    searches: list[Search],
+    last: str,
+    expected: tuple[bool | None, ...],
+) -> None:
+    made = episode(tokenizer, question, searches, last)
+    assert hacking_flags(made, question, made.turn_texts(tokenizer.decode)) == HackingFlags(*expected)
+
+
+def test_a_failed_episode_has_no_flags(tokenizer: PreTrainedTokenizerFast) -> None:
+    made = replace(episode(tokenizer, TWO_HOP, [], RIGHT), outcome=Outcome.FAILED)
+    assert hacking_flags(made, TWO_HOP, [RIGHT]) == HackingFlags()

@@ -134,6 +134,10 @@ def test_mean_of_means_counts_sets_alike() -> None:
     with pytest.raises(ValueError, match="each stratum"):
         mean_of_means([small, []])
     assert math.isnan(mean_of_means([small, [1.0]]).low)
+    constant = mean_of_means([[1.0, 1.0], [0.0, 0.0, 0.0]])
+    assert (constant.mean, constant.low, constant.high, constant.n) == (0.5, 0.5, 0.5, 5)
+    with pytest.raises(ValueError, match="at least one value"):
+        mean_of_means([])
 
 
 def test_rate_difference_resamples_questions() -> None:
