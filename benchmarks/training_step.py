@@ -78,7 +78,7 @@ CPU_ATTENTION = {
 
 
 def model_of(config: dict[str, Any], compute: ComputeConfig | None = None) -> Any:
-    """With random weights; as `load_student` (tasks/stages/agents.py) does where `compute` is given."""
+    """With random weights; as `load_student` (tasks/stages/rollouts.py) does where `compute` is given."""
     values = {key: value for key, value in config.items() if key != "model_type"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
     if compute and compute.lora:

@@ -261,7 +261,8 @@ def where_command(prefect_port: int = 4200, mlflow_port: int = 5000) -> None:
 if __name__ == "__main__":
     command = sys.argv.pop(1)
     if command == "where":
-        run_program(where_command)
+        ports = (int(os.environ.get("PREFECT_PORT") or 4200), int(os.environ.get("MLFLOW_PORT") or 5000))
+        run_program(lambda: where_command(*ports))
     commands: dict[str, Callable[..., None]] = {
         "up": up_command,
         "ui": ui_command,

@@ -31,7 +31,7 @@ from dgpo_core.models import load_model
 
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
 OVERLOADED = (408, 425, 429)  # beside what begins with 5: asked again later, it may be answered
-START_IT_SO = "start it as docs/vllm.md says"
+HOW_TO_START = "start it as docs/vllm.md says"
 
 
 class VllmServerEngine:
@@ -137,7 +137,7 @@ class _Server:
         if longest < max_context:
             raise UserError(
                 f"{self._name}: max_model_len is {longest}, but protocol.max_context is "
-                f"{max_context}: {START_IT_SO}"
+                f"{max_context}: {HOW_TO_START}"
             )
         # among the likeliest token alone its probability is 1; the raw one is not
         fields = {"temperature": 1.0, "top_k": 1, "max_tokens": 8, "logprobs": 0, "ignore_eos": True}
@@ -159,7 +159,7 @@ class _Server:
         if info.status_code == httpx.codes.NOT_FOUND:  # it allows no changes
             if not same:
                 raise UserError(
-                    f"{self._name}: serves {root}, not {source}, and allows no changes: {START_IT_SO}"
+                    f"{self._name}: serves {root}, not {source}, and allows no changes: {HOW_TO_START}"
                 )
             return True
         with _reading(f"{self._name}/weight_info"):
@@ -206,7 +206,7 @@ class _Server:
     def _checked(self, method: str, path: str, **content: Any) -> httpx.Response:
         answer = self._request(method, path, **content)
         if answer.status_code == httpx.codes.NOT_FOUND:
-            raise UserError(f"{self._name}: there is no {path}: {START_IT_SO}")
+            raise UserError(f"{self._name}: there is no {path}: {HOW_TO_START}")
         if answer.is_client_error:
             raise UserError(f"{self._name}: refuses {path}: {answer.text[:300]}")
         return answer

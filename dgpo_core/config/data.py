@@ -47,7 +47,7 @@ class PublishedConfig(Section):
 
 
 class DataConfig(Section):
-    """What the stage `data` writes."""
+    """The source of corpus and questions."""
 
     source: Literal["published", "world"] = Field(
         "published", description="the published data sets, or the embedded world (section world)"
@@ -61,7 +61,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")  # becomes part of paths and of 
 
 
 class QuestionSetsConfig(Section):
-    """Which question sets are trained and tested on."""
+    """The question sets that are trained and tested on."""
 
     train: list[str] = Field(["nq", "hotpotqa"], min_length=1)
     test: dict[str, str] = Field(

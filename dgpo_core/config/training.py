@@ -228,7 +228,7 @@ class EvaluateConfig(Section):
 
 
 class ReportConfig(Section):
-    """What the reports count."""
+    """The questions that reports count."""
 
     first: dict[str, PositiveInt] = Field(
         {},

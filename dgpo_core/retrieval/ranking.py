@@ -1,4 +1,4 @@
-"""What a search returns, and rankings that are the same whatever engine made them.
+"""Hits and candidates of a search, and rankings that are the same whatever engine searches.
 
 Qdrant ranks equal scores as it likes, differently in each build of the same collection, and its own fusion
 (prefetch and RRF) inherits that: on the embedded world 15 % of the fused top 3 changed from one build to the

@@ -1,7 +1,7 @@
 """OpenAI's format of chat completions, as far as a search agent has it.
 
-What asks for nothing, or says nothing to a model, is taken and changes nothing; what would change the answer
-in a way that the agent does not have is refused.
+A parameter that asks for nothing is accepted and changes nothing. One that would change the answer in a way
+that the agent does not support is refused.
 """
 
 import time
@@ -17,7 +17,7 @@ SEEDS = 2**64  # OpenAI's seeds have a sign, ours have none
 
 
 class Message(BaseModel):
-    """`content` is looked at in the message that is the question, and nowhere else."""
+    """A message of a conversation; `content` is read only where the message is the question."""
 
     role: Literal["system", "developer", "user", "assistant", "tool", "function"]
     content: Any = None

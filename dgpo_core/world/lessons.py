@@ -1,4 +1,4 @@
-"""What the embedded base models learn from: the reading drill, and scripted expert episodes.
+"""Training examples of the embedded base models: the reading drill, and scripted expert episodes.
 
 The drill is a text of up to three passages, followed by statements and question-answer pairs about them. It
 teaches to find a value in a passage and nothing of the protocol: no tag, no search, no answer format occurs.

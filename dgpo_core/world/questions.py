@@ -167,10 +167,10 @@ def write_questions(world: World, articles: list[Article]) -> dict[tuple[str, st
         return writer.comparison() if rng.random() < world.config.comparison_share else writer.chain(2)
 
     counts = {"train": sizes.train, "dev": sizes.dev, "test": sizes.test}
-    made: dict[tuple[str, str], list[Question]] = {}
+    questions: dict[tuple[str, str], list[Question]] = {}
     for name, draft in (("onehop", one_hop), ("twohop", two_hop)):
         for split, writer in writers.items():
-            made[name, split] = finish(name, split, counts[split], partial(draft, writer))
+            questions[name, split] = finish(name, split, counts[split], partial(draft, writer))
     tested: dict[str, Callable[[], Draft | None]] = {
         "phrasing": lambda: test.chain(1, other=True, rare=False),
         "rare": lambda: test.chain(1, rare=True),
@@ -179,8 +179,10 @@ def write_questions(world: World, articles: list[Article]) -> dict[tuple[str, st
         "hard": lambda: test.chain(2, other=True, rare=True),
     }
     for name, draft_test in tested.items():
-        made[name, "test"] = finish(name, "test", sizes.hard if name == "hard" else sizes.test, draft_test)
-    return made
+        questions[name, "test"] = finish(
+            name, "test", sizes.hard if name == "hard" else sizes.test, draft_test
+        )
+    return questions
 
 
 class _QuestionFinisher:
@@ -198,10 +200,10 @@ class _QuestionFinisher:
         self, name: str, split: str, count: int, draft: Callable[[], Draft | None]
     ) -> list[Question]:
         drafts = []
-        for made in _attempts(draft, 400 * count + 1000):
-            if made.text not in self._seen:
-                self._seen.add(made.text)
-                drafts.append(made)
+        for attempt in _attempts(draft, 400 * count + 1000):
+            if attempt.text not in self._seen:
+                self._seen.add(attempt.text)
+                drafts.append(attempt)
             if len(drafts) == count:
                 return [self._question(f"{name}-{split}-{i}", d) for i, d in enumerate(drafts)]
         raise UserError(
@@ -223,9 +225,8 @@ class _QuestionFinisher:
 
 def _attempts(draft: Callable[[], Draft | None], limit: int) -> Iterator[Draft]:
     for _ in range(limit):
-        made = draft()
-        if made is not None:
-            yield made
+        if (attempt := draft()) is not None:
+            yield attempt
 
 
 def ask_about(fact: Fact, subject: str, rng: random.Random) -> str:

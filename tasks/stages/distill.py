@@ -33,7 +33,10 @@ from tasks.project.paths import (
     QUESTIONS,
     TEACHER_EPISODES,
 )
-from tasks.stages.agents import (
+from tasks.stages.inputs import local, model_source, require_episodes, retriever
+from tasks.stages.launch import in_processes
+from tasks.stages.outputs import write_curves, write_metrics
+from tasks.stages.rollouts import (
     DevEvaluator,
     load_student,
     reporter,
@@ -41,9 +44,6 @@ from tasks.stages.agents import (
     training_loop,
     training_rollout,
 )
-from tasks.stages.inputs import local, model_source, require_episodes, retriever
-from tasks.stages.launch import in_processes
-from tasks.stages.outputs import write_curves, write_metrics
 from tasks.stages.stage import stage, stage_main
 
 
@@ -86,8 +86,8 @@ def distill(name: str) -> None:
             return
         save_model(merged(student), tokenizer, run.output(out))
         write_curves(run.output(curves), rows)
-        kept = ("dev_em", "loss", "divergence", "em", "searches")
-        summary: dict[str, float] = {key: rows[-1][key] for key in kept if key in rows[-1]}
+        shown = ("dev_em", "loss", "divergence", "em", "searches")
+        summary: dict[str, float] = {key: rows[-1][key] for key in shown if key in rows[-1]}
         write_metrics(run.output(METRICS / f"distill-{name}.json"), summary)
         run.summary(summary)
         run.register_model(name, out)
@@ -96,7 +96,7 @@ def distill(name: str) -> None:
 def _teacher(
     params: Params, recipe: Distillation, tokenizer: Any
 ) -> tuple[PreTrainedModel | None, TeacherCache | None]:
-    """Where the recipe has the teacher's distributions from: the model, what was kept of it, or both."""
+    """Return what gives the recipe the teacher's distributions: the model, stored ones, or both."""
     check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))  # `ce` imitates its token ids
     if recipe.objective == "ce":
         return None, None
@@ -108,7 +108,7 @@ def _teacher(
 
 
 def episode_source(params: Params, recipe: Distillation, runner: EpisodeRunner) -> EpisodeSource:
-    """The teacher's episodes that the recipe wants, the student's own, or both."""
+    """Return the source of the teacher's episodes, the student's own, or both, as the recipe says."""
     tasks = split_tasks(params, "train", params.seed)
     rollout = training_rollout(runner, tasks, params.distill.sampling, params.seed)
     if recipe.episodes == "student":
@@ -120,7 +120,7 @@ def episode_source(params: Params, recipe: Distillation, runner: EpisodeRunner) 
 
 
 def teacher_episodes(recipe: Distillation) -> list[Episode]:
-    """Raises UserError when there is none."""
+    """Read the teacher's episodes that the recipe learns from. Raise UserError when there is none."""
     path = CORRECT_EPISODES if recipe.correct_only else TEACHER_EPISODES
     episodes = without_failed(read_episodes(path))
     require_episodes(len(episodes), f"episodes in {path}")

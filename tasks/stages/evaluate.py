@@ -11,9 +11,9 @@ from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.evaluation import arcap, diagnosis
 from dgpo_core.models import load_tokenizer
 from tasks.project.paths import EVALUATION, INDEX, METRICS, QUESTIONS, questions_file
-from tasks.stages.agents import agent_loop, tasks_for
 from tasks.stages.inputs import local, model_source, retriever
 from tasks.stages.outputs import write_metrics
+from tasks.stages.rollouts import agent_loop, tasks_for
 from tasks.stages.stage import Run, stage, stage_main
 from tasks.tracking.traces import trace_episodes
 

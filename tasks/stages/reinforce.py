@@ -10,7 +10,10 @@ from dgpo_core.training.batches import check_same_vocabulary
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.reinforce import Reinforcer
 from tasks.project.paths import INDEX, METRICS, MODELS, PLOTS, QUESTIONS
-from tasks.stages.agents import (
+from tasks.stages.inputs import local, model_source, retriever
+from tasks.stages.launch import in_processes
+from tasks.stages.outputs import write_curves, write_metrics
+from tasks.stages.rollouts import (
     DevEvaluator,
     load_student,
     reporter,
@@ -18,9 +21,6 @@ from tasks.stages.agents import (
     training_loop,
     training_rollout,
 )
-from tasks.stages.inputs import local, model_source, retriever
-from tasks.stages.launch import in_processes
-from tasks.stages.outputs import write_curves, write_metrics
 from tasks.stages.stage import stage, stage_main
 from tasks.tracking.traces import traced
 
@@ -65,8 +65,8 @@ def reinforce(name: str) -> None:
         save_model(merged(student), tokenizer, run.output(out))
         write_curves(run.output(curves), rows)
         last = rows[-1]
-        kept = ("dev_em", "em", "searches", "kl_inside", "kl_outside", "entropy")
-        summary = {key: last[key] for key in kept if key in last}
+        shown = ("dev_em", "em", "searches", "kl_inside", "kl_outside", "entropy")
+        summary = {key: last[key] for key in shown if key in last}
         summary["gate_excluded"] = sum(row["gate_excluded"] for row in rows) / len(rows)
         write_metrics(run.output(METRICS / f"reinforce-{name}.json"), summary)
         run.summary(summary)
@@ -76,7 +76,7 @@ def reinforce(name: str) -> None:
 def _reference(
     params: Params, recipe: Reinforcement, start: str, tokenizer: object
 ) -> PreTrainedModel | None:
-    """The frozen model of the KL term: the teacher, the model that RL starts from, or none."""
+    """Return the frozen model of the KL: the teacher, the model that RL starts from, or none."""
     if recipe.reference == "none":
         return None
     if recipe.reference == "initial":

@@ -8,9 +8,9 @@ from dgpo_core.config.params import load_params
 from dgpo_core.models import load_tokenizer
 from dgpo_core.training.batches import check_same_vocabulary
 from tasks.project.paths import INDEX, METRICS, MODELS, QUESTIONS, TEACHER_EPISODES
-from tasks.stages.agents import agent_loop, split_tasks
 from tasks.stages.inputs import local, retriever
 from tasks.stages.outputs import write_metrics
+from tasks.stages.rollouts import agent_loop, split_tasks
 from tasks.stages.stage import stage, stage_main
 
 

@@ -13,7 +13,7 @@ from dgpo_core.config.params import Params, resolve_profile
 from dgpo_core.datasets.records import Question, write_jsonl
 from dgpo_core.errors import InfrastructureError
 from tasks.project.paths import questions_file
-from tasks.stages.agents import DevEvaluator, reporter
+from tasks.stages.rollouts import DevEvaluator, reporter
 from tasks.stages.stage import Run
 from tests.conftest import ROOT
 from tests.dgpo_core.making import random_episode

@@ -1,4 +1,4 @@
-"""The parts that every rollout of a stage needs: a loop around a model, and tasks for it."""
+"""What a stage rolls out with: an agent loop around a model, tasks for it, its validation, its progress."""
 
 from collections.abc import Callable
 from typing import Any
@@ -28,7 +28,7 @@ from tasks.stages.stage import Run
 
 
 def agent_loop(params: Params, source: str, tokenizer: Any, index: Retriever) -> AgentLoop:
-    """The loop of a given model (folder or hub name), which stays as it is."""
+    """Return the loop of a given model (folder or hub name), which stays as it is."""
     engine: Engine | None = separate_engine(params, source, tokenizer)
     if engine is None:
         engine = TransformersEngine(load_model(source, params.compute.device), tokenizer, params.rollout)
@@ -38,7 +38,7 @@ def agent_loop(params: Params, source: str, tokenizer: Any, index: Retriever) ->
 def training_loop(
     params: Params, model: PreTrainedModel, source: str, tokenizer: Any, index: Retriever
 ) -> EpisodeRunner:
-    """Runs episodes of a model in training, loaded from `source`: what it generates is always the model's."""
+    """Return the loop of a model in training, loaded from `source`: its weights are always the newest."""
     top_k = params.retrieval.top_k
     if params.rollout.engine == "transformers":
         shared = TransformersEngine(model, tokenizer, params.rollout)
@@ -55,7 +55,7 @@ def training_loop(
 
 
 def separate_engine(params: Params, source: str, tokenizer: Any) -> SeparateEngine | None:
-    """vLLM as `rollout` says, None for transformers. Raises UserError or InfrastructureError."""
+    """Return vLLM as `rollout` says, None for transformers. Raise UserError or InfrastructureError."""
     config, longest = params.rollout, params.protocol.max_context
     if config.engine == "vllm":
         return VllmEngine(source, tokenizer, config, longest)
@@ -69,7 +69,7 @@ def separate_engine(params: Params, source: str, tokenizer: Any) -> SeparateEngi
 
 
 def load_student(params: Params, start: str) -> PreTrainedModel:
-    """The model that a stage trains, as `compute` wants it: with adapters, with checkpointed activations."""
+    """Load the model that a stage trains, with the adapters and the checkpointing that `compute` asks for."""
     compute = params.compute
     narrow = compute.lora is not None and compute.precision == "bfloat16"  # what is not trained loses nothing
     student = load_model(start, compute.device, torch.bfloat16 if narrow else torch.float32)
@@ -81,7 +81,7 @@ def load_student(params: Params, start: str) -> PreTrainedModel:
 
 
 def training_rollout(runner: EpisodeRunner, tasks: list[Task], sampling: Sampling, seed: int) -> Rollout:
-    """Episodes of the student for a step's questions; every place of every step has a seed of its own."""
+    """Return the rollout of a step's questions; every place of every step has a sampling seed of its own."""
 
     def rollout(chosen: list[int], step: int) -> list[Episode]:
         drawn = [
@@ -94,12 +94,12 @@ def training_rollout(runner: EpisodeRunner, tasks: list[Task], sampling: Samplin
 
 
 def tasks_for(dataset: str, questions: list[Question], seed: int) -> list[Task]:
-    """One episode a question, each with a sampling seed of its own."""
+    """Return one task a question, each with a sampling seed of its own."""
     return [Task(q, dataset, seed=(stable_seed(seed, dataset, q.id),)) for q in questions]
 
 
 def split_tasks(params: Params, split: str, seed: int, limit: int | None = None) -> list[Task]:
-    """Tasks of the training sets' `split`, set after set; at most `limit` questions of each."""
+    """Return tasks of the training sets' `split`, set after set; at most `limit` questions of each."""
     tasks: list[Task] = []
     for name in params.questions.train:
         questions = read_questions(questions_file(name, split))
@@ -108,7 +108,7 @@ def split_tasks(params: Params, split: str, seed: int, limit: int | None = None)
 
 
 class DevEvaluator:
-    """Greedy EM on the validation questions, half of them from each of two training sets.
+    """Measures greedy EM on the validation questions, as many of each training set.
 
     Raises InfrastructureError when all episodes failed: no figure may come of it.
     """
@@ -125,11 +125,11 @@ class DevEvaluator:
 
 
 def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, float]]], None]:
-    """What a trainer tells of its rows so far goes to the progress bar (the `shown`) and to MLflow.
+    """Return a function that takes a trainer's rows to the progress bar (the `shown`) and to MLflow.
 
-    The first step without a reward is said: it is easily taken for one that taught something.
+    The first step without a reward is noted: it is easily taken for one that taught something.
     """
-    told = False
+    noted = False
 
     def report(steps: int, rows: list[dict[str, float]]) -> None:
         step, row = len(rows), rows[-1]
@@ -137,9 +137,9 @@ def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, 
         if looks := [row["dev_em"] for row in rows if "dev_em" in row]:
             values["dev_em"] = looks[-1]
         run.progress(step, steps, **values)
-        nonlocal told
-        if row.get("unrewarded") and not told:
-            told = True
+        nonlocal noted
+        if row.get("unrewarded") and not noted:
+            noted = True
             run.note(
                 f"step {step}: no episode was rewarded. Such a step learns nothing but the KL to the "
                 "reference, where there is one (metric unrewarded)"
