@@ -127,3 +127,8 @@ def question(
     text: str = "Where was Ada born", answers: tuple[str, ...] = ("Paris",), name: str = "q0"
 ) -> Question:
     return Question(name, text, answers)
+
+
+def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:
+    """Copy the weights as they are now."""
+    return {name: value.clone() for name, value in model.state_dict().items()}

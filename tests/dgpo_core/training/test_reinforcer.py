@@ -1,0 +1,220 @@
+"""The loop of reinforcement learning: order, resuming, failed episodes, numbers that are none."""
+
+import math
+import random
+from collections import Counter
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+from dgpo_core.agent.episode import Episode, Outcome
+from dgpo_core.config.training import ReinforceConfig
+from dgpo_core.errors import InfrastructureError, NotFinite
+from dgpo_core.training.checkpoint import Checkpoint
+from dgpo_core.training.episode_sources import Metrics, Rollout
+from dgpo_core.training.reinforce import (
+    Reinforcer,
+)
+from tests.dgpo_core.making import (
+    exact,
+    padded,
+    random_episode,
+    reinforcement,
+    tiny_model,
+    weights_of,
+)
+
+CONFIG = ReinforceConfig(
+    steps=5, batch_size=6, mini_batch_size=3, actor_learning_rate=1e-2, critic_learning_rate=1e-2,
+    dev_every=2, checkpoint_every=2,
+)  # fmt: skip
+
+
+def rollout(chosen: list[int], step: int) -> list[Episode]:
+    """Episodes that depend on the questions and the step alone, one in six failed."""
+    episodes = [random_episode(100 * step + i) for i in chosen]
+    return [replace(episodes[0], outcome=Outcome.FAILED), *episodes[1:]]
+
+
+def noted(asked: dict[int, list[int]]) -> Rollout:
+    """`rollout`, which writes down the questions of every step."""
+
+    def episodes(chosen: list[int], step: int) -> list[Episode]:
+        asked[step] = chosen
+        return rollout(chosen, step)
+
+    return episodes
+
+
+@dataclass
+class Run:
+    """A training: its student, before and after, and its rows."""
+
+    before: dict[str, torch.Tensor]
+    after: dict[str, torch.Tensor]
+    rows: list[Metrics]
+
+    @property
+    def changed(self) -> bool:
+        return not equal(self.before, self.after)
+
+
+def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(second[name], value) for name, value in first.items())
+
+
+def train(
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    algorithm: str = "ppo",
+    guidance: str = "selective",
+    episodes: Rollout = rollout,
+    teacher: PreTrainedModel | None = None,
+    student: PreTrainedModel | None = None,
+    kill_at: int | None = None,
+    **settings: Any,
+) -> Run:
+    student = student or tiny_model(tokenizer, 1)
+    before = weights_of(student)
+    reference = None if guidance == "none" else teacher or tiny_model(tokenizer, 2)
+    config = CONFIG.model_copy(update=settings)
+    recipe = reinforcement(algorithm, guidance)
+    trainer = Reinforcer(student, reference, recipe, config, exact(), 3, known=len(tokenizer))
+
+    def report(steps: int, rows: list[Metrics]) -> None:
+        assert steps == config.steps
+        if len(rows) == kill_at:
+            raise KeyboardInterrupt
+
+    rows = trainer.train(20, episodes, Checkpoint(folder), lambda: 0.25, report)
+    return Run(before, weights_of(student), rows)
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_resumed_run_is_bit_identical(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str
+) -> None:
+    whole = train(tokenizer, tmp_path / "whole", algorithm)
+    with pytest.raises(KeyboardInterrupt):
+        train(tokenizer, tmp_path / "killed", algorithm, kill_at=4)
+    random.seed(5)
+    torch.manual_seed(99)  # a new process has another state of the global generators
+    asked: dict[int, list[int]] = {}
+    resumed = train(tokenizer, tmp_path / "killed", algorithm, episodes=noted(asked))
+    assert list(asked) == [2, 3, 4]
+    assert resumed.rows == whole.rows and equal(resumed.after, whole.after)
+    assert [row["step"] for row in whole.rows] == [1, 2, 3, 4, 5]
+    assert [row.get("dev_em") for row in whole.rows] == [None, 0.25, None, 0.25, 0.25]
+    for row in whole.rows:
+        assert row["gate_excluded"] == pytest.approx(1 / (6 if algorithm == "ppo" else 5))
+        assert row["gate_open"] + row["gate_closed"] + row["gate_excluded"] == pytest.approx(1)
+    first = whole.rows[0]
+    assert ("value_loss" in first) == ("explained_variance" in first) == (algorithm == "ppo")
+    assert any(row["actor_grad_norm"] > 0 for row in whole.rows)
+
+
+def one_step(tokenizer: PreTrainedTokenizerFast, folder: Path, episodes: list[Episode]) -> Run:
+    return train(tokenizer, folder, guidance="none", episodes=lambda *_: episodes, steps=1, mini_batch_size=6)
+
+
+def test_failed_episodes_are_not_learned_from(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    good = [random_episode(i) for i in range(4)]
+    failed = replace(random_episode(9, correct=False), outcome=Outcome.FAILED)
+    first = one_step(tokenizer, tmp_path / "a", good)
+    second = one_step(tokenizer, tmp_path / "b", [*good, failed])
+    gate = {"gate_excluded": 0.2, "gate_open": 0.0, "gate_closed": 0.8}
+    assert first.rows == [{**first.rows[0], "gate_excluded": 0.0, "gate_open": 0.0, "gate_closed": 1.0}]
+    assert second.rows == [pytest.approx({**first.rows[0], **gate})]
+    assert first.changed and equal(first.after, second.after)
+
+
+def test_step_without_usable_episodes_changes_nothing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    failed = replace(random_episode(9, correct=False), outcome=Outcome.FAILED)
+    silent = random_episode(1, correct=False)
+    silent = replace(silent, token_ids=[1, 2], owners=[0, 0], logprobs=[0.0, 0.0])
+    run = one_step(tokenizer, tmp_path, [failed, silent])
+    assert run.rows == [{"step": 1, "gate_excluded": 1.0, "dev_em": 0.25}]
+    assert not run.changed
+
+
+def test_an_outage_stops_training_which_then_goes_on_exactly(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """A step that learns nothing would end as if nothing had happened, and with another model."""
+
+    def broken(chosen: list[int], step: int) -> list[Episode]:
+        episodes = rollout(chosen, step)
+        if step == 2:
+            return [replace(e, outcome=Outcome.FAILED, failure="the index is gone") for e in episodes]
+        return episodes
+
+    settings: dict[str, Any] = {"guidance": "none", "steps": 4, "checkpoint_every": 1}
+    whole = train(tokenizer, tmp_path / "whole", **settings)
+    with pytest.raises(InfrastructureError, match="episodes of a step failed: the index is gone"):
+        train(tokenizer, tmp_path / "broken", episodes=broken, **settings)
+    assert equal(train(tokenizer, tmp_path / "broken", **settings).after, whole.after)
+
+
+def test_grpo_asks_each_question_as_often_as_its_group_is_large(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    asked: dict[int, list[int]] = {}
+    train(tokenizer, tmp_path, "grpo", "none", noted(asked), steps=1, batch_size=12, group_size=5)
+    assert len(asked[0]) == 10 and set(Counter(asked[0]).values()) == {5}
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_a_reference_that_gives_no_numbers_ends_the_training(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str
+) -> None:
+    student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
+    with torch.no_grad():
+        teacher.get_output_embeddings().weight[7, 7] = math.nan
+    before = weights_of(student)
+    said = r"the kl_\w+ of step 1 is not a number; lower reinforce\.actor_learning_rate \(now 0\.01\)"
+    with pytest.raises(NotFinite, match=said):
+        train(tokenizer, tmp_path, algorithm, teacher=teacher, student=student, checkpoint_every=1)
+    assert Checkpoint(tmp_path).load() is None
+    assert equal(before, student.state_dict())
+
+
+@pytest.mark.parametrize("part", ["actor", "critic"])
+def test_a_rate_that_is_too_high_ends_the_training_and_is_named(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, part: str
+) -> None:
+    settings: dict[str, Any] = {f"{part}_learning_rate": 1e30, "max_grad_norm": 1e30}
+    with pytest.raises(NotFinite, match=rf"of step \d is .*; lower reinforce\.{part}_learning_rate"):
+        train(tokenizer, tmp_path, guidance="none", **settings)
+
+
+@pytest.mark.parametrize("kl", ["k1", "full"])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_rows_without_a_token_count_for_nothing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str, kl: str
+) -> None:
+    """Log-probabilities, entropy and both sides of the KL are as without more rows in either head."""
+
+    def row(folder: str, *more: int) -> Metrics:
+        student, teacher = (
+            padded(tiny_model(tokenizer, seed), rows) for seed, rows in zip((1, 2), more, strict=True)
+        )
+        settings: dict[str, Any] = {"steps": 1, "kl_estimator": kl, "batch_size": 12}
+        settings |= {"teacher": teacher, "student": student}
+        return train(tokenizer, tmp_path / folder, algorithm, "uniform", **settings).rows[0]
+
+    plain = row("plain", 0, 0)
+    assert row("student", 64, 0) == pytest.approx(plain, rel=1e-3, abs=1e-6)
+    assert row("teacher", 0, 64) == pytest.approx(plain, rel=1e-3, abs=1e-6)
+
+
+def test_a_step_without_a_reward_says_so(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+    for name, correct in (("none", [False] * 4), ("one", [False, False, True, False])):
+        episodes = [random_episode(i, correct=c) for i, c in enumerate(correct)]
+        (row,) = one_step(tokenizer, tmp_path / name, episodes).rows
+        assert row["unrewarded"] == (name == "none")
