@@ -386,5 +386,6 @@ def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
         with gzip.open(source, "wt", compresslevel=1) as file:
             for i in range(count):
                 file.write(json.dumps({"id": str(i), "contents": f'"T {i}"\n{i} ' + "text " * 20}) + "\n")
-        peaks.append(peak(source, tmp_path / "corpus.jsonl"))
+        # the least of three: threads of other tests allocate too
+        peaks.append(min(peak(source, tmp_path / "corpus.jsonl") for _ in range(3)))
     assert peaks[2] < 1.1 * peaks[1]
