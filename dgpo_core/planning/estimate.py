@@ -226,8 +226,12 @@ class Planner:
         single = replace(lengths, model=lengths.model / lengths.turns, turns=1.0, histories=None)
         sets = self._generate(shape, every, chunk=config.chunk)
         arcap = self._generate(shape, extra, single, chunk=config.chunk)
-        both = [first + second for first, second in zip(sets[:3], arcap[:3], strict=True)]
-        return self._generating(f"evaluate@{model}", model, Generation(*both, *sets[3:]), every + extra)
+        both = sets._replace(
+            tokens=sets.tokens + arcap.tokens,
+            flops=sets.flops + arcap.flops,
+            seconds=sets.seconds + arcap.seconds,
+        )
+        return self._generating(f"evaluate@{model}", model, both, every + extra)
 
     def _generating(self, stage: str, model: str, made: Generation, episodes: float) -> Estimate:
         shape, gpus = self.shape_of(model), self.engine_gpus(model)

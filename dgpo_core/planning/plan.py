@@ -71,14 +71,10 @@ def _finite(value: Any) -> Any:
 
 
 def make_plan(planner: Planner) -> Plan:
-    stages, machine, compute, own = (
-        planner.stages(),
-        planner.machine,
-        planner.params.compute,
-        planner.work.lengths,
-    )
+    """Estimate all stages, and say what does not fit and on which assumptions this rests."""
+    stages, compute, own = planner.stages(), planner.params.compute, planner.work.lengths
     disk = ENVIRONMENT_DISK + planner.models_disk() + sum(stage.disk for stage in stages)
-    assumed, zero = machine.assumptions, zero_stage(compute)
+    assumed, zero = planner.machine.assumptions, zero_stage(compute)
     assumptions = planner.work.sources | {
         "episodes": f"{own.source}; {own.total:.0f} tokens = {own.prompt:.0f} prompt + {own.model:.0f} of "
         f"the model in {own.turns:.1f} turns + {own.environment:.0f} retrieved",
@@ -89,7 +85,7 @@ def make_plan(planner: Planner) -> Plan:
         f"{'plain torch' if zero is None else f'ZeRO-{zero}'}; episodes by {planner.params.rollout.engine}",
     }
     problems = list(_problems(planner, stages, disk))
-    return Plan(machine, assumptions, stages, problems, disk, planner.server())
+    return Plan(planner.machine, assumptions, stages, problems, disk, planner.server())
 
 
 def _problems(planner: Planner, stages: list[Estimate], disk: float) -> Iterator[Problem]:

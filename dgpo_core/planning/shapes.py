@@ -124,6 +124,7 @@ class Architecture:
         return layers + 2 * self.embedding * counted
 
     def attention_flops(self, pairs: float) -> float:
+        """Count attention's two products forward."""
         return 4 * self.layers * self.queries * pairs
 
     def passing(self, tokens: float, precision: str) -> float:

@@ -49,7 +49,7 @@ def plan_for(params: Params, machine: Machine) -> Plan:
 
 
 def workload(params: Params) -> Workload:
-    """What stages of this experiment have measured in this working tree, else what is expected of them."""
+    """Return what this experiment's stages have measured in this working tree, else what is expected."""
     lock = read_lock()
     train, test, passages = expected_counts(params)
     words, sources = PASSAGE_WORDS, {"questions and passages": "expected"}
@@ -81,7 +81,7 @@ def workload(params: Params) -> Workload:
 
 
 def _ran(lock: Lock, stage: str, params: Params, *keys: str) -> bool:
-    """Whether the stage's last run had these parameters: what another profile left here tells nothing."""
+    """Tell whether the stage's last run had these parameters: what another profile left tells nothing."""
     wanted = params.model_dump(mode="json")
     try:
         return all(lock[stage].param(key) == wanted[key] for key in keys)
@@ -90,7 +90,7 @@ def _ran(lock: Lock, stage: str, params: Params, *keys: str) -> bool:
 
 
 def paper_em(params: Params, recipe: str, sets: list[str]) -> float:
-    """The paper's mean EM over `sets`, or over all where a set plays none of the paper's parts."""
+    """Return the paper's mean EM over `sets`, or over all where a set plays none of the paper's parts."""
     row = paper_exact_match(params.pair)[recipe]
     columns = [params.questions.test.get(name, "avg") for name in sets]
     return sum(row[column] for column in columns) / len(columns)
@@ -102,7 +102,7 @@ def _lines(name: str, split: str) -> int:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file. Raises UserError for a file that is no JSON object."""
+    """Read a JSON object, empty where there is no such file. Raises UserError for what is no JSON."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
