@@ -27,8 +27,7 @@ from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.config.agent import RolloutConfig, Sampling
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
-from dgpo_core.planning import passes
-from dgpo_core.planning.architectures import Architecture, table
+from dgpo_core.planning.shapes import Architecture, Training, table
 from dgpo_core.training.batches import TokenModel
 from dgpo_core.training.engines import FrozenModel, TrainingEngine, training_engine
 from dgpo_core.training.optimizer import Optimization, constant
@@ -272,20 +271,16 @@ def flops(settings: Settings, episodes: list[Episode], config: ReinforceConfig) 
     if settings.layers is not None:
         shapes = [dataclasses.replace(shape, layers=settings.layers) for shape in shapes]
     student, teacher = shapes
-    compute = ComputeConfig()  # all weights, every activation kept
-    total = 0.0
-    outside = 0
+    training = Training(student, ComputeConfig())  # all weights, every activation kept
+    total, outside = 0.0, 0
     for episode in episodes:
         n, own = len(episode.token_ids), episode.model_tokens
-        forward = passes.forward_flops(student, n, n**2)
-        head = passes.head_flops(student, own)
-        total += 2 * forward + head  # old log-probabilities, values
-        total += 2 * passes.training_flops(student, n, n**2, compute)
-        total += passes.head_training_flops(student, own, compute)
+        total += student.flops(n, n**2, own) + student.flops(n, n**2)  # old log-probabilities, values
+        total += training.flops(n, n**2, own) + training.flops(n, n**2)  # actor, critic
         audited = episode.correct and outside < config.audit_episodes
         outside += audited
         if not episode.correct or audited:
-            total += passes.forward_flops(teacher, n, n**2) + passes.head_flops(teacher, own)
+            total += teacher.flops(n, n**2, own)
     return total
 
 

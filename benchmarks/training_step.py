@@ -21,9 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dgpo_core.config.training import ComputeConfig, LoraConfig, ReinforceConfig
 from dgpo_core.models import add_adapters
-from dgpo_core.planning import passes
-from dgpo_core.planning.architectures import Architecture, table
-from dgpo_core.planning.holding import Holding, trained_parameters
+from dgpo_core.planning.shapes import Architecture, Training, table
 from dgpo_core.training.batches import TokenModel, TokenSequence, collate, counted_hidden
 from dgpo_core.training.engines import training_engine
 from dgpo_core.training.optimizer import Optimization, constant
@@ -92,15 +90,12 @@ def model_of(config: dict[str, Any], compute: ComputeConfig | None = None) -> An
 
 def estimate(shape: Architecture, compute: ComputeConfig) -> Numbers:
     """Of one update of EPISODES sequences in one pass."""
-    tokens, counted, holding = EPISODES * LENGTH, EPISODES * COUNTED, Holding(compute)
-    memory = sum((holding.trained(shape) | holding.cast(shape, compute.precision)).values())
-    memory += passes.update_bytes(shape, tokens, compute) + passes.head_bytes(shape, counted)
-    flops = passes.training_flops(shape, tokens, tokens * LENGTH, compute)
+    tokens, counted, training = EPISODES * LENGTH, EPISODES * COUNTED, Training(shape, compute)
     return {
-        "parameters": trained_parameters(shape, compute),
-        "flops": flops + passes.head_training_flops(shape, counted, compute),
-        "memory": memory,
-        "saved": passes.activation_bytes(shape, tokens, compute),
+        "parameters": training.parameters,
+        "flops": training.flops(tokens, tokens * LENGTH, counted),
+        "memory": sum((training.states() | training.passes(tokens, counted)).values()),
+        "saved": training.kept(tokens)[0],
     }
 
 
@@ -214,8 +209,8 @@ def main() -> None:
         short = Architecture.from_config(config | SHORT)
         planned = {
             "parameters": shape.parameters,
-            "flops": passes.training_flops(shape, tokens, tokens * LENGTH, compute_of("bfloat16")),
-            "saved": passes.activation_bytes(short, EPISODES * ODD_LENGTH, compute_of("bfloat16")),
+            "flops": Training(shape, compute_of("bfloat16")).flops(tokens, tokens * LENGTH),
+            "saved": Training(short, compute_of("bfloat16")).kept(EPISODES * ODD_LENGTH)[0],
         }
         measured = measure_published(config, "bfloat16")
         print(_row(name, "bfloat16", planned, measured, keys) + " | |", flush=True)

@@ -30,7 +30,7 @@ from dgpo_core.datasets.published import TEST_SPLITS
 from dgpo_core.datasets.records import Passage, Question, write_jsonl
 from dgpo_core.models import load_tokenizer, save_model
 from dgpo_core.objectives.logprobs import token_logprobs
-from dgpo_core.planning.architectures import config_of, published
+from dgpo_core.planning.shapes import config_of, published
 from dgpo_core.training.batches import TokenSequence, backbone_of, collate, counted_hidden, head_of
 
 # What is small in a rehearsal; everything else is the profile's.

@@ -25,7 +25,7 @@ from dgpo_core.config.params import Params
 from dgpo_core.config.retrieval import parse_location
 from dgpo_core.datasets.published import SETTING, gold_addresses, hub_file, split_addresses
 from dgpo_core.errors import UserError, without_credentials
-from dgpo_core.planning.machine import GIB, Device, Machine
+from dgpo_core.planning.workload import GIB, Device, Machine
 from tasks.commands.preflight import cached_file, preflight
 from tasks.project import git
 from tasks.project.dvc import Problem, problems, read_config

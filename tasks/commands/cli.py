@@ -4,6 +4,7 @@ A command imports what it needs when it runs, so that `dgpo --help` is instant. 
 that replace this process.
 """
 
+import math
 import os
 import sys
 from collections.abc import Callable
@@ -424,15 +425,15 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False,
 ) -> None:
     """Estimate memory, disk, tokens, FLOPs, hours and cost of a run (exit code 1: it does not fit)."""
-    from dgpo_core.planning.machine import GIB, PROCESSOR, Assumptions, Machine, device_of
+    from dgpo_core.planning.workload import GIB, PROCESSOR, Assumptions, Machine, device_of
     from tasks.commands.plan import plan as print_plan
 
     machine = Machine(
         gpus,
         device_of(gpu) if gpus else PROCESSOR,
-        None if memory is None else memory * GIB,
-        None if disk is None else disk * 1e9,
-        price,
+        math.inf if memory is None else memory * GIB,
+        math.inf if disk is None else disk * 1e9,
+        math.nan if price is None else price,
         Assumptions(efficiency, decoding, launch / 1000, scheduling / 1000, queries),
     )
     raise typer.Exit(print_plan(profile, params, machine, processes, as_json))

@@ -3,20 +3,27 @@
 import json
 import sys
 from dataclasses import replace
+from math import isnan
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from dgpo_core.config.params import Params, load_params, resolve_profile
 from dgpo_core.errors import UserError
-from dgpo_core.planning.architectures import Architecture, architecture_of
-from dgpo_core.planning.episodes import assumed, first_measured
-from dgpo_core.planning.machine import GIB, Machine
+from dgpo_core.planning.estimate import Planner
 from dgpo_core.planning.plan import Plan, make_plan
-from dgpo_core.planning.stages import Planner
-from dgpo_core.planning.workload import PASSAGE_WORDS, Workload, expected_counts
+from dgpo_core.planning.shapes import architecture_of
+from dgpo_core.planning.workload import (
+    GIB,
+    PASSAGE_WORDS,
+    Machine,
+    Workload,
+    assumed,
+    expected_counts,
+    first_measured,
+)
 from dgpo_core.reporting.paper import paper_exact_match
 from tasks.commands.use import profile_path
 from tasks.project.dvc import Lock, read_lock
@@ -28,25 +35,21 @@ EPISODES = ("models", "protocol", "questions")  # parameters that an episode's l
 
 
 def plan_for(params: Params, machine: Machine) -> Plan:
-    """With what earlier runs in this working tree have measured, else with the paper's figures."""
+    """Plan with what earlier runs in this working tree have measured, else with the paper's figures. An
+    encoder of unknown shape is planned as a usual one, with a note of that."""
     student, teacher = architecture_of(params.models.student), architecture_of(params.models.teacher)
     encoder, work = None, workload(params)
     if params.retrieval.has_encoder:
-        encoder, note = _encoder(params.retrieval.encoder.model)
-        work = replace(work, sources=work.sources | note)
+        try:
+            encoder = architecture_of(params.retrieval.encoder.model)
+        except UserError as why:
+            encoder, note = architecture_of(USUAL), f"{why}; planned as if it were {USUAL}"
+            work = replace(work, sources=work.sources | {ENCODER: note})
     return make_plan(Planner(params, student, teacher, encoder, work, machine))
 
 
-def _encoder(model: str) -> tuple[Architecture, dict[str, str]]:
-    """Its shape, or a usual one and a note of that: there are more encoders than shapes that are known."""
-    try:
-        return architecture_of(model), {}
-    except UserError as why:
-        return architecture_of(USUAL), {ENCODER: f"{why}; planned as if it were {USUAL}"}
-
-
 def workload(params: Params) -> Workload:
-    """What stages of this experiment have measured in this working tree, else what is expected of them."""
+    """Return what this experiment's stages have measured in this working tree, else what is expected."""
     lock = read_lock()
     train, test, passages = expected_counts(params)
     words, sources = PASSAGE_WORDS, {"questions and passages": "expected"}
@@ -78,7 +81,7 @@ def workload(params: Params) -> Workload:
 
 
 def _ran(lock: Lock, stage: str, params: Params, *keys: str) -> bool:
-    """Whether the stage's last run had these parameters: what another profile left here tells nothing."""
+    """Tell whether the stage's last run had these parameters: what another profile left tells nothing."""
     wanted = params.model_dump(mode="json")
     try:
         return all(lock[stage].param(key) == wanted[key] for key in keys)
@@ -87,7 +90,7 @@ def _ran(lock: Lock, stage: str, params: Params, *keys: str) -> bool:
 
 
 def paper_em(params: Params, recipe: str, sets: list[str]) -> float:
-    """The paper's mean EM over `sets`, or over all where a set plays none of the paper's parts."""
+    """Return the paper's mean EM over `sets`, or over all where a set plays none of the paper's parts."""
     row = paper_exact_match(params.pair)[recipe]
     columns = [params.questions.test.get(name, "avg") for name in sets]
     return sum(row[column] for column in columns) / len(columns)
@@ -95,14 +98,11 @@ def paper_em(params: Params, recipe: str, sets: list[str]) -> float:
 
 def _lines(name: str, split: str) -> int:
     path = questions_file(name, split)
-    if not path.is_file():
-        return 0
-    with path.open("rb") as file:
-        return sum(1 for _ in file)
+    return len(path.read_bytes().splitlines()) if path.is_file() else 0
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """Empty where there is no such file. Raises UserError for a file that is no JSON object."""
+    """Read a JSON object, empty where there is no such file. Raises UserError for what is no JSON."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -112,16 +112,9 @@ def _json(path: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) else {}
 
 
-def chosen_params(profile: str | None, file: Path) -> Params:
-    """Of a profile, else of a params.yaml."""
-    if profile is None:
-        return load_params(file)
-    return Params.model_validate(resolve_profile(profile_path(profile)))
-
-
 def plan(profile: str | None, file: Path, machine: Machine, processes: int | None, as_json: bool) -> int:
-    """Print the plan; 1 when something does not fit."""
-    params = chosen_params(profile, file)
+    """Print the plan of a profile, else of a params.yaml; 1 when something does not fit."""
+    params = Params.model_validate(resolve_profile(profile_path(profile))) if profile else load_params(file)
     if processes is not None:
         compute = params.compute.model_copy(update={"processes": processes})
         params = params.model_copy(update={"compute": compute})
@@ -134,36 +127,33 @@ def plan(profile: str | None, file: Path, machine: Machine, processes: int | Non
 
 
 def show(made: Plan, params: Params) -> None:
+    """Print the plan as a table, its assumptions, and what does not fit."""
     console = Console(highlight=False, soft_wrap=True, width=None if sys.stdout.isatty() else 140)
-    machine = made.machine
+    machine, paid = made.machine, not isnan(made.cost)
     place = f"{machine.gpus} x {machine.device.name}" if machine.gpus else "no GPU"
     console.print(f"profile {params.profile} on {place}\n")
-    columns = ["stage", "GPUs", "device memory", "host memory", "disk", "tokens", "FLOPs", "hours"]
-    paid = made.cost is not None
-    table = Table(*columns, *(["cost"] if paid else []), box=None, pad_edge=False)
-    for column in table.columns:
-        column.justify, column.no_wrap = "left" if column is table.columns[0] else "right", True
+    columns = ["GPUs", "device memory", "host memory", "disk", "tokens", "FLOPs", "hours", *["cost"] * paid]
+    table = Table(Column("stage", no_wrap=True), box=None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="right", no_wrap=True)
     for s in made.stages:
-        hours = None if s.seconds is None else s.seconds / 3600
+        hours = s.seconds / 3600
         row = [s.stage, str(s.gpus or "-"), gib(s.device_memory), gib(s.host), gigabytes(s.disk)]
         row += [
             quantity(s.tokens),
             f"{s.flops:.1e}" if s.flops else "-",
-            "?" if hours is None else f"{hours:.1f}",
+            "?" if isnan(hours) else f"{hours:.1f}",
         ]
-        if paid and hours is not None and machine.price is not None:
-            row.append(f"{hours * machine.price * max(1, machine.gpus):.0f}")
-        table.add_row(*row)
+        table.add_row(*row, *[f"{hours * machine.price * max(1, machine.gpus):.0f}"] * paid)
     console.print(table)
-    total = "unknown: name a GPU of the table" if made.hours is None else f"{made.hours:.1f}"
-    cost = f"   cost {made.cost:.0f}" if made.cost is not None else ""
+    total = "unknown: name a GPU of the table" if isnan(made.hours) else f"{made.hours:.1f}"
+    cost = f"   cost {made.cost:.0f}" if paid else ""
     console.print(f"\nhours, one stage after another: {total}{cost}   disk: {gigabytes(made.disk)}")
-    largest = max((s for s in made.stages if s.memory), key=lambda s: s.device_memory, default=None)
-    if largest:
-        parts = ", ".join(f"{name} {gib(size)}" for name, size in largest.memory.items() if size >= GIB / 20)
-        console.print(f"most memory: {largest.stage}: {parts}, and a tenth for what lies between")
+    largest = max(made.stages, key=lambda s: s.device_memory)
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in largest.memory.items() if size >= GIB / 20)
+    console.print(f"most memory: {largest.stage}: {parts}, and a tenth for what lies between")
     if made.server:
-        needs = f"{gib(made.server.memory)} memory, {gigabytes(made.server.disk)} disk"
+        needs = f"{gib(made.server['memory'])} memory, {gigabytes(made.server['disk'])} disk"
         console.print(f"Qdrant server, beside the stages: {needs} (up to twice as much while it indexes)")
     for name, text in made.assumptions.items():
         console.print(f"{name}: {text}")
@@ -186,7 +176,7 @@ def gigabytes(size: float) -> str:
 
 
 def quantity(number: float) -> str:
-    for unit, name in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for unit, name in ((1e12, " T"), (1e9, " G"), (1e6, " M"), (1e3, " k")):
         if number >= unit:
-            return f"{number / unit:.1f} {name}"
+            return f"{number / unit:.1f}{name}"
     return f"{number:.0f}" if number else "-"

@@ -22,7 +22,7 @@ from dgpo_core.config.params import load_params, resolve_profile
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.datasets.records import write_jsonl
 from dgpo_core.files import write_text
-from dgpo_core.planning.architectures import config_of
+from dgpo_core.planning.shapes import config_of
 from tasks.commands.use import profile_path
 from tasks.project.paths import CORPUS, QUESTIONS
 

@@ -5,7 +5,7 @@ import torch
 
 from benchmarks.dgpo_step import Settings, make_episodes, parse, run
 from dgpo_core.agent.episode import Owner
-from dgpo_core.planning import architectures
+from dgpo_core.planning.shapes import table
 
 TINY = {
     "model_type": "qwen2", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -15,7 +15,7 @@ TINY = {
 
 @pytest.fixture
 def tiny_shapes(monkeypatch: pytest.MonkeyPatch) -> Settings:
-    entries = architectures.table()
+    entries = table()
     for name, config in (("small", TINY), ("large", TINY | {"hidden_size": 64, "vocab_size": 320})):
         monkeypatch.setitem(entries, name, {"repositories": [], "tokens": 300, "config": config})
     return Settings(

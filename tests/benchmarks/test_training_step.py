@@ -3,7 +3,7 @@
 import pytest
 
 from benchmarks import training_step as step
-from dgpo_core.planning.architectures import Architecture
+from dgpo_core.planning.shapes import Architecture
 
 CONFIG = {
     "hidden_size": 96,

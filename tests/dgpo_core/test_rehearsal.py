@@ -10,7 +10,7 @@ from dgpo_core.agent import prompts
 from dgpo_core.config.params import Params, resolve_profile
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.models import load_tokenizer
-from dgpo_core.planning.architectures import config_of
+from dgpo_core.planning.shapes import config_of
 from dgpo_core.rehearsal import (
     SMALL,
     build_tokenizer,

@@ -1,6 +1,7 @@
 """Plans: what must grow with what, what does not fit, and that the advice makes it fit."""
 
 import json
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -14,20 +15,24 @@ from hypothesis import strategies as st
 from dgpo_core.config.params import Params, resolve_profile
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.errors import UserError
-from dgpo_core.planning import passes
-from dgpo_core.planning.architectures import Architecture, architecture_of, table
-from dgpo_core.planning.episodes import assumed
-from dgpo_core.planning.holding import Holding
-from dgpo_core.planning.machine import GIB, PROCESSOR, Device, Machine, device_of
+from dgpo_core.planning.estimate import Estimate, Planner
 from dgpo_core.planning.plan import make_plan
-from dgpo_core.planning.stages import Estimate, Planner
-from dgpo_core.planning.workload import Workload, expected_counts
+from dgpo_core.planning.shapes import Architecture, Training, architecture_of, table
+from dgpo_core.planning.workload import (
+    GIB,
+    PROCESSOR,
+    Device,
+    Machine,
+    Workload,
+    assumed,
+    device_of,
+    expected_counts,
+)
 
 PROFILES = Path(__file__).parents[3] / "profiles"
 STUDENT, TEACHER = (
     Architecture.from_config(table()[name]["config"]) for name in ("Qwen2.5-0.5B", "Qwen2.5-3B")
 )
-PRECISIONS = st.sampled_from(["float32", "bfloat16"])
 
 
 def planner(device: Device | None = None, gpus: int = 8, **compute: Any) -> Planner:
@@ -48,37 +53,6 @@ def stage(made: Planner, name: str) -> Estimate:
     return next(s for s in made.stages() if s.stage == name)
 
 
-@given(st.floats(1, 1e6), st.floats(1, 1e6), PRECISIONS)
-def test_memory_and_flops_grow_with_tokens(first: float, second: float, precision: str) -> None:
-    less, more = sorted((first, second))
-    compute = ComputeConfig.model_validate({"precision": precision})
-    assert passes.update_bytes(STUDENT, less, compute) <= passes.update_bytes(STUDENT, more, compute)
-    width = passes.CACHE_WIDTH[precision]
-    assert passes.cache_bytes(STUDENT, less, width) <= passes.cache_bytes(STUDENT, more, width)
-    flops = [passes.training_flops(STUDENT, tokens, tokens**2, compute) for tokens in (less, more)]
-    assert flops == sorted(flops)
-
-
-@given(
-    st.sampled_from(["hidden", "layers", "queries", "keys", "intermediate", "vocabulary"]),
-    st.integers(1, 4096),
-)
-def test_everything_grows_with_every_size(size: str, extra: int) -> None:
-    larger = replace(STUDENT, **{size: getattr(STUDENT, size) + extra})
-    assert larger.parameters > STUDENT.parameters
-    for precision in ("float32", "bfloat16"):
-        compute = ComputeConfig.model_validate({"precision": precision})
-        assert passes.update_bytes(larger, 100, compute) >= passes.update_bytes(STUDENT, 100, compute)
-    assert passes.forward_flops(larger, 10, 100) >= passes.forward_flops(STUDENT, 10, 100)
-
-
-def test_training_is_three_forward_passes_but_for_attention() -> None:
-    assert passes.training_flops(STUDENT, 1000, 0, ComputeConfig()) == 3 * passes.forward_flops(
-        STUDENT, 1000, 0
-    )
-    assert passes.forward_flops(STUDENT, 1, 0) == 2 * STUDENT.matrices
-
-
 @given(st.floats(1.1, 10))
 def test_longer_episodes_cost_more(factor: float) -> None:
     short = planner()
@@ -87,12 +61,12 @@ def test_longer_episodes_cost_more(factor: float) -> None:
     long = replace(short, work=replace(short.work, lengths=lengths))
     for before, after in zip(short.stages(), long.stages(), strict=True):
         assert after.tokens >= before.tokens and after.flops >= before.flops and after.disk >= before.disk
-        assert (after.seconds or 0) >= (before.seconds or 0)
+        assert after.seconds >= before.seconds
 
 
 def test_more_gpus_share_training_and_zero_shares_the_states() -> None:
     one, eight = stage(planner(), "distill@kd"), stage(planner(processes=8), "distill@kd")
-    assert (one.seconds or 0) / 8 <= (eight.seconds or 0) < 0.2 * (one.seconds or 0)
+    assert one.seconds / 8 <= eight.seconds < 0.2 * one.seconds
     assert eight.memory == one.memory
 
 
@@ -104,7 +78,7 @@ MEASURED = {1: (2.0, 6.0, 6.0), 2: (2.0, 2.0, 6.0), 3: (3.0, 2.0, 6.0)}
 @pytest.mark.parametrize("zero", [1, 2, 3])
 def test_zero_splits_what_deepspeed_splits(zero: int) -> None:
     compute = ComputeConfig(engine="deepspeed", processes=2, zero_stage=zero)  # type: ignore[arg-type]
-    parts = Holding(compute).trained(STUDENT)
+    parts = Training(STUDENT, compute).states()
     weights = parts["weights"] + parts.get("weights for rollouts", 0)
     found = (weights, parts["gradients"], parts["optimizer"])
     assert tuple(size / STUDENT.parameters for size in found) == MEASURED[zero]
@@ -140,8 +114,8 @@ def test_a_server_takes_what_was_measured(quantization: str, memory: float, disk
     retrieval = made.params.retrieval.model_copy(update={"qdrant": qdrant})
     server = replace(made, params=made.params.model_copy(update={"retrieval": retrieval})).server()
     assert server is not None
-    assert server.memory - 50 * 21_015_324 == pytest.approx(memory, rel=0.03)
-    assert server.disk - 50 * 21_015_324 == pytest.approx(disk, rel=0.03)
+    assert server["memory"] - 50 * 21_015_324 == pytest.approx(memory, rel=0.03)
+    assert server["disk"] - 50 * 21_015_324 == pytest.approx(disk, rel=0.03)
 
 
 def test_what_does_not_fit_fits_with_the_advice() -> None:
@@ -201,12 +175,12 @@ def test_an_embedded_index_of_all_passages_wants_a_server() -> None:
 def test_a_plan_is_plain_json_also_without_a_gpu_and_without_speed() -> None:
     fast, unknown = make_plan(planner()), make_plan(planner(device_of("80")))
     processor = make_plan(planner(PROCESSOR, gpus=0))
-    assert fast.hours and fast.hours > 0 and unknown.hours is None is processor.hours
+    assert fast.hours > 0 and math.isnan(unknown.hours) and math.isnan(processor.hours)
     for made in (fast, unknown, processor):
         content = json.loads(json.dumps(made.to_json(), allow_nan=False))
         assert {s["stage"] for s in content["stages"]} >= {"index", "teach", "reinforce@dgpo", "evaluate@kd"}
     priced = make_plan(replace(planner(), machine=replace(planner().machine, price=2.0)))
-    assert priced.cost == pytest.approx(2.0 * 8 * (priced.hours or 0))
+    assert priced.cost == pytest.approx(2.0 * 8 * priced.hours)
 
 
 def test_devices_are_named_or_sized() -> None:
@@ -231,7 +205,7 @@ def test_what_is_kept_between_turns_is_not_read_again() -> None:
     assert whole.tokens == pytest.approx(episodes * lengths.total)
     assert half.tokens == pytest.approx((none.tokens + whole.tokens) / 2, rel=1e-3)
     assert none.flops > half.flops > whole.flops
-    assert none.seconds and half.seconds and whole.seconds and none.seconds > half.seconds > whole.seconds
+    assert none.seconds > half.seconds > whole.seconds > 0
     caches = [each.memory["key-value cache"] for each in (none, half, whole)]
     assert caches == sorted(set(caches))
     assert more == whole

@@ -9,9 +9,9 @@ import yaml
 from dgpo_core.agent.episode import write_episodes
 from dgpo_core.config.params import Params, resolve_profile
 from dgpo_core.datasets.published import PASSAGES
-from dgpo_core.planning.machine import Machine, device_of
+from dgpo_core.planning.estimate import Estimate
 from dgpo_core.planning.plan import Plan
-from dgpo_core.planning.stages import Estimate
+from dgpo_core.planning.workload import Machine, device_of
 from tasks.commands.plan import ENCODER, plan_for, workload
 from tasks.project import paths
 from tests.dgpo_core.making import random_episode
@@ -24,17 +24,7 @@ PAIRS = ("paper-qwen-3b", "paper-qwen-7b", "paper-llama-8b")
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_papers_profiles_on_eight_gpus(name: str, workplace: Path) -> None:
     (workplace / "profiles").symlink_to(ROOT / "profiles")
-    arguments = (
-        "plan",
-        "--profile",
-        name,
-        "--gpus",
-        "8",
-        "--gpu",
-        "h200",
-        "--price",
-        "3",
-    )
+    arguments = ("plan", "--profile", name, "--gpus", "8", "--gpu", "h200", "--price", "3")
     done = dgpo(workplace, *arguments, "--json")
     plan = json.loads(done.stdout)
     assert done.returncode == 0 and plan["problems"] == [], done.stderr
@@ -70,7 +60,7 @@ def sentence_transformers(model: object) -> dict[str, str]:
 def test_any_encoder_of_known_shape_is_planned_as_one(workplace: Path, minilm: Path) -> None:
     e5, small = planned(), planned(encoder=sentence_transformers(minilm))
     assert index_of(small).gpus == 8 and 0 < index_of(small).flops < index_of(e5).flops
-    assert e5.server and small.server and 2e9 < small.server.memory < e5.server.memory
+    assert e5.server and small.server and 2e9 < small.server["memory"] < e5.server["memory"]
     assert ENCODER not in small.assumptions
     lexical = planned(encoder={"kind": "bm25"})
     assert index_of(lexical).gpus == index_of(lexical).flops == 0

@@ -9,7 +9,7 @@ import torch
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
 from dgpo_core.errors import UserError
-from dgpo_core.planning.architectures import Architecture, architecture_of, table
+from dgpo_core.planning.shapes import Architecture, architecture_of, table
 
 ROOT = Path(__file__).parents[3]
 PUBLISHED_PARAMETERS = {  # the hub's model cards
