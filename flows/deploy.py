@@ -4,9 +4,6 @@ Creates work pools, the limit on GPUs, the deployments of prefect.yaml, and auto
 runs again. It can be run as often as one likes, from any checkout: what is there is brought to what this
 version wants. Others may use the server too: what is not ours stays as it is, and is named where it has one
 of our names.
-
-The files in infra/work-pools are Prefect's own job templates with our defaults. A pool with GPUs differs from
-one without by a single default, so there is one file a type and the number is put in here.
 """
 
 import json
@@ -17,7 +14,6 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from enum import StrEnum
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -38,32 +34,8 @@ from dgpo_core.errors import UserError
 from flows.dag import POOLS
 from flows.execution import GPU_LIMIT
 from flows.server import API_URL, answers_of, running_server
+from flows.work_pools import Kind, job_template
 from tasks.commands.cli import run_as
-
-FOLDER = Path(__file__).resolve().parents[1] / "infra" / "work-pools"
-
-
-class Kind(StrEnum):
-    PROCESS = "process"
-    DOCKER = "docker"
-    KUBERNETES = "kubernetes"
-
-
-def job_template(kind: Kind, gpus: int = 0) -> dict[str, Any]:
-    """Return the base job template of a pool whose runs get `gpus` GPUs each. Raises UserError."""
-    loaded: dict[str, Any] = json.loads((FOLDER / f"{kind}.json").read_text(encoding="utf-8"))
-    variables = loaded["variables"]["properties"]
-    match kind:
-        case Kind.PROCESS if gpus:
-            raise UserError(
-                "a process pool gives its runs the GPUs of the worker: set CUDA_VISIBLE_DEVICES there"
-            )
-        case Kind.DOCKER if gpus:
-            variables["device_requests"]["default"] = [{"count": gpus, "capabilities": [["gpu"]]}]
-        case Kind.KUBERNETES:
-            variables["gpus"]["default"] = gpus
-    return loaded
-
 
 PREFECT_YAML = Path(__file__).resolve().parents[1] / "prefect.yaml"
 TAG = "dgpo"  # of what is ours on a server; pools have no tags: their description begins with it

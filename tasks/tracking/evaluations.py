@@ -29,7 +29,7 @@ from tasks.tracking.registry import AGAIN, DVC, Registry, Version, store
 from tasks.tracking.runs import flatten
 
 BASE = "student"  # beside a version's evaluation: that of the model that training started from
-SOURCES = Path(__file__).resolve().parents[1]
+SOURCES = Path(__file__).resolve().parents[2]
 
 
 def record_evaluations(

@@ -15,7 +15,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from dgpo_core.errors import UserError
-from flows.deploy import FOLDER, Kind, job_template
+from flows.work_pools import FOLDER, Kind, job_template
 from tests.conftest import ROOT
 from tests.infra.test_services import free_port
 
@@ -126,8 +126,6 @@ class TestSharedServer:
         from prefect.client.schemas.objects import StateType
         from prefect.events import EventTrigger, Posture
         from prefect.events.actions import ChangeFlowRunState
-
-        from flows.deploy import Kind, job_template
 
         everybodys = EventTrigger(
             after={"prefect.flow-run.heartbeat"},
@@ -276,7 +274,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.workers.base import BaseJobConfiguration
 from prefect.workers.process import ProcessWorker
 from pydantic import ConfigDict
-from flows.deploy import Kind, job_template
+from flows.work_pools import Kind, job_template
 
 class Anything(BaseJobConfiguration):
     model_config = ConfigDict(extra="allow")
