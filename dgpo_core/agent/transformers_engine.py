@@ -16,6 +16,7 @@ from transformers import DynamicCache, DynamicLayer, PretrainedConfig, PreTraine
 
 from dgpo_core.agent.engine import FinishReason, Generation, Request, StopCriteria, eos_ids
 from dgpo_core.config.agent import RolloutConfig, Sampling
+from dgpo_core.threads import side_by_side
 
 COMPACT = 0.7  # share of unfinished rows below which the finished ones are taken out of the cache
 
@@ -56,11 +57,16 @@ class TransformersEngine:
         What `on_token` raises ends the generation.
         """
         rows = [_Row(request, sampling) for request in requests]
+        batches = self._batches(rows)
+        self._grant_room(batches)
         self._on_token = on_token
-        self._room = self._config.kept_tokens - sum(row.past for row in rows)
-        with self._precision():
-            for batch in self._batches(rows):
+
+        def run(batch: list[_Row]) -> None:
+            with self._precision():
                 self._run(batch, sampling, stop)
+
+        for _ in side_by_side(run, batches, self.model.device):
+            pass
         return [Generation(row.ids, row.logprobs, row.finish or FinishReason.LENGTH) for row in rows]
 
     def _precision(self) -> contextlib.AbstractContextManager[Any]:
@@ -79,6 +85,18 @@ class TransformersEngine:
                 widths = list(row.widths)
             batches[-1].append(row)
         return batches
+
+    def _grant_room(self, batches: list[list["_Row"]]) -> None:
+        """Decide which rows keep keys and values for their next turn: no more tokens than `kept_tokens`.
+
+        A row needs what it may become, beside what rows without room still have of their last turn.
+        """
+        held = sum(row.past for batch in batches for row in batch)
+        for row in (row for batch in batches for row in batch):
+            own = row.request.cache
+            more = len(row.request.token_ids) + row.request.max_new_tokens - 1 - row.past
+            row.keeps = own is not None and own.renew and held + more <= self._config.kept_tokens
+            held += more if row.keeps else 0
 
     def _run(self, rows: list["_Row"], sampling: Sampling, stop: tuple[str, ...]) -> None:
         """Prefill, then sample one token a step; finished rows leave the batch many at a time."""
@@ -116,22 +134,18 @@ class TransformersEngine:
         ids, new = _left_pad([row.unread for row in rows], device)
         mask = torch.cat([past, new], dim=1)
         for row in rows:  # the cache has a copy
-            self._room += row.past
             row.drop_prefix()
         return cache, ids, mask, (mask.cumsum(1) - 1).clamp(min=0)[:, past.shape[1] :]
 
     def _store_prefixes(self, batch: list["_Row"], cache: DynamicCache, mask: torch.Tensor) -> None:
         """Leave finished rows' keys and values in their caches; `mask` [rows, tokens in the cache]."""
         for place, row in enumerate(batch):
-            own = row.request.cache
-            if row.finish is None or own is None or not own.renew:
+            if row.finish is None or not row.keeps:
                 continue
             # the last token was not read, and what follows it is not the row's
             ids = [*row.request.token_ids, *row.ids[:-1]]
-            if len(ids) <= self._room:
-                self._room -= len(ids)
-                columns = mask[place].nonzero()[: len(ids), 0]
-                own.content = Prefix(ids, _row_states(cache, place, columns))
+            columns = mask[place].nonzero()[: len(ids), 0]
+            row.request.cache.content = Prefix(ids, _row_states(cache, place, columns))
 
     def _append(
         self, batch: list["_Row"], tokens: list[int], logprobs: list[float], stop: tuple[str, ...]
@@ -155,6 +169,7 @@ class _Row:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish: FinishReason | None = None
+        self.keeps = False  # keys and values, for the episode's next turn
         count = request.max_new_tokens if sampling.temperature > 0 else 0
         self.uniforms = np.random.default_rng(request.seed).random(count)
         prefix: Prefix | None = request.cache.content if request.cache else None
