@@ -11,10 +11,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PreTrainedModel
+from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from dgpo_core.agent.episode import Episode, Owner
-from dgpo_core.config.training import DistillConfig
+from dgpo_core.config.training import DistillConfig, TaidConfig
 from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.reporting.curves import read_curves
 from dgpo_core.reporting.reproduction.claims import assess
@@ -25,6 +26,7 @@ from dgpo_core.training.episode_sources import Metrics, StudentEpisodes, Teacher
 from tasks.stages.outputs import write_curves
 from tests.dgpo_core.making import distillation, exact, gradients, padded, random_episode, tiny_model
 
+Models = tuple[PreTrainedModel, PreTrainedModel]  # student, teacher
 CONFIG = DistillConfig(epochs=3, batch_size=3, learning_rate=1e-2, ce_weight=0.7, kl_weight=0.4)
 EPISODES = [random_episode(seed) for seed in range(8)]
 
@@ -37,7 +39,7 @@ def distiller(
 
 
 @pytest.fixture
-def models(tokenizer: PreTrainedTokenizerFast) -> tuple[PreTrainedModel, PreTrainedModel]:
+def models(tokenizer: Tokenizer) -> Models:
     return tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
 
 
@@ -60,7 +62,7 @@ def reference_losses(
 
 
 @pytest.mark.parametrize("tokens", [1, 60, 10_000])
-def test_loss_and_gradient_are_eq_1(models: tuple[PreTrainedModel, PreTrainedModel], tokens: int) -> None:
+def test_loss_and_gradient_are_eq_1(models: Models, tokens: int) -> None:
     student, teacher = models
     row = distiller(student, teacher, tokens)._gradient([model_sequence(e) for e in EPISODES])
     found = gradients(student)
@@ -74,7 +76,7 @@ def test_loss_and_gradient_are_eq_1(models: tuple[PreTrainedModel, PreTrainedMod
 
 
 def test_text_after_the_last_model_token_changes_nothing(
-    models: tuple[PreTrainedModel, PreTrainedModel],
+    models: Models,
 ) -> None:
     """Information that the model never answered, however long and whatever it says, is no target."""
     made = distiller(*models)
@@ -94,7 +96,7 @@ def test_text_after_the_last_model_token_changes_nothing(
 
 
 def trained(
-    tokenizer: PreTrainedTokenizerFast, folder: Path, kill_at: int | None = None, objective: str = "kd"
+    tokenizer: Tokenizer, folder: Path, kill_at: int | None = None, objective: str = "kd"
 ) -> tuple[PreTrainedModel, list[Metrics]]:
     student = tiny_model(tokenizer, 1)
     em = iter([0.1, 0.2, 0.3])
@@ -109,9 +111,7 @@ def trained(
 
 
 @pytest.mark.parametrize("objective", ["kd", "ce", "taid"])
-def test_resumed_run_is_bit_identical(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, objective: str
-) -> None:
+def test_resumed_run_is_bit_identical(tokenizer: Tokenizer, tmp_path: Path, objective: str) -> None:
     whole, rows = trained(tokenizer, tmp_path / "whole", objective=objective)
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert [row.get("dev_em") for row in rows] == [None, None, 0.1, None, None, 0.2, None, None, 0.3]
@@ -126,7 +126,7 @@ def test_resumed_run_is_bit_identical(
         assert torch.equal(resumed.state_dict()[name], value)
 
 
-def test_training_learns_the_episodes(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_training_learns_the_episodes(tokenizer: Tokenizer, tmp_path: Path) -> None:
     _, rows = trained(tokenizer, tmp_path)
     assert rows[-1]["ce"] < 0.8 * rows[0]["ce"]
 
@@ -141,7 +141,7 @@ REFERENCE: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {  
 
 
 @pytest.mark.parametrize("objective", list(REFERENCE))
-def test_objectives_of_the_baselines(models: tuple[PreTrainedModel, PreTrainedModel], objective: str) -> None:
+def test_objectives_of_the_baselines(models: Models, objective: str) -> None:
     student, teacher = models
     row = distiller(student, teacher, 60, objective)._gradient([model_sequence(e) for e in EPISODES])
     found = gradients(student)
@@ -162,7 +162,7 @@ def test_objectives_of_the_baselines(models: tuple[PreTrainedModel, PreTrainedMo
     torch.testing.assert_close(found, gradients(student), rtol=2e-3, atol=1e-6)
 
 
-def test_validation_loss_steers_the_mixture(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+def test_validation_loss_steers_the_mixture(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """DistiLLM's mixture hears of the untrained student's loss first, then once an epoch."""
     heard: list[float] = []
 
@@ -170,7 +170,8 @@ def test_validation_loss_steers_the_mixture(tokenizer: PreTrainedTokenizerFast, 
         def validated(self, loss: float) -> None:
             heard.append(loss)
 
-    source = Source(EPISODES[1:], CONFIG, 0, held_out=EPISODES[:1])
+    source = Source(EPISODES[1:], CONFIG, 0)
+    source.held_out = EPISODES[:1]
     recipe = distillation("skew_kl")
     student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
     made = Distiller(student, teacher, recipe, CONFIG, exact(), source)
@@ -185,7 +186,7 @@ ON_POLICY = DistillConfig.model_validate({"on_policy": {"steps": 4, "batch_size"
 SAMPLED = set("em response_tokens searches hit invalid_actions well_formed no_answer entropy".split())
 
 
-def on_policy(tokenizer: PreTrainedTokenizerFast, folder: Path, kill_at: int | None = None) -> list[Metrics]:
+def on_policy(tokenizer: Tokenizer, folder: Path, kill_at: int | None = None) -> list[Metrics]:
     def rollout(chosen: list[int], step: int) -> list[Episode]:
         return [replace(random_episode(100 * step + i), invalid_actions=step) for i in chosen]
 
@@ -200,9 +201,7 @@ def on_policy(tokenizer: PreTrainedTokenizerFast, folder: Path, kill_at: int | N
     return made.train(Checkpoint(folder), lambda: 0.0, report)
 
 
-def test_on_policy_distillation_logs_what_its_episodes_say(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_on_policy_distillation_logs_what_its_episodes_say(tokenizer: Tokenizer, tmp_path: Path) -> None:
     rows = on_policy(tokenizer, tmp_path)
     for step, row in enumerate(rows):
         episodes = [random_episode(100 * step + i) for i in range(3)]
@@ -213,9 +212,7 @@ def test_on_policy_distillation_logs_what_its_episodes_say(
         assert set(row) > SAMPLED
 
 
-def test_training_goes_on_from_rows_with_fewer_columns(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_training_goes_on_from_rows_with_fewer_columns(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """A checkpoint of an earlier version, which logged EM and searches alone."""
     whole = on_policy(tokenizer, tmp_path / "whole")
     with pytest.raises(KeyboardInterrupt):
@@ -238,7 +235,7 @@ def test_training_goes_on_from_rows_with_fewer_columns(
 
 @pytest.mark.parametrize("objective", ["kd", "ce", "taid", "skew_kl", "reverse_kl"])
 def test_a_rate_that_is_too_high_ends_the_training(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, objective: str
+    tokenizer: Tokenizer, tmp_path: Path, objective: str
 ) -> None:
     config = CONFIG.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
     recipe = distillation(objective)
@@ -253,9 +250,7 @@ def test_a_rate_that_is_too_high_ends_the_training(
     assert Checkpoint(tmp_path).load() is None
 
 
-def test_what_is_no_number_changes_no_weight_and_no_checkpoint(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_what_is_no_number_changes_no_weight_and_no_checkpoint(tokenizer: Tokenizer, tmp_path: Path) -> None:
     """A teacher that breaks after the first epoch: the checkpoint is that epoch's."""
     student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
     made = distiller(student, teacher)
@@ -274,9 +269,7 @@ def test_what_is_no_number_changes_no_weight_and_no_checkpoint(
     assert all(torch.equal(earlier[0][name], value) for name, value in student.state_dict().items())
 
 
-def test_on_policy_names_its_own_rate_and_warms_up_by_itself(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_on_policy_names_its_own_rate_and_warms_up_by_itself(tokenizer: Tokenizer, tmp_path: Path) -> None:
     settings = {"warmup_steps": 9, "on_policy": {"steps": 4, "batch_size": 3, "warmup_steps": 2}}
     config = DistillConfig.model_validate(settings)
     source = StudentEpisodes(lambda chosen, _: [random_episode(i) for i in chosen], 20, config, seed=0)
@@ -296,7 +289,7 @@ def test_on_policy_names_its_own_rate_and_warms_up_by_itself(
 @pytest.mark.parametrize("objective", ["kd", "ce", "taid", "reverse_kl"])
 @pytest.mark.parametrize("rows", [(64, 0), (0, 64), (64, 128)])
 def test_rows_without_a_token_count_for_nothing(
-    models: tuple[PreTrainedModel, PreTrainedModel], objective: str, rows: tuple[int, int]
+    models: Models, objective: str, rows: tuple[int, int]
 ) -> None:
     """Likely ones, of the student or of the teacher, more or fewer than the other has: loss and gradients
     are those without them, and they have none."""
@@ -314,7 +307,7 @@ def test_rows_without_a_token_count_for_nothing(
 
 
 def test_an_episode_with_an_id_that_no_token_has_is_named(
-    models: tuple[PreTrainedModel, PreTrainedModel],
+    models: Models,
 ) -> None:
     made = distiller(*models)
     strange = replace(EPISODES[0], token_ids=[*EPISODES[0].token_ids[:-1], made.vocabulary])
@@ -340,7 +333,7 @@ def recurrence(losses: list[float], steps: int) -> list[float]:
 
 @given(LOSSES)
 def test_taids_share_is_its_recurrence(losses: list[float]) -> None:
-    schedule, found = TaidSchedule(100), []
+    schedule, found = TaidSchedule(100, TaidConfig()), []
     for step, loss in enumerate(losses, 1):
         schedule.update(loss, step)
         found.append(schedule.t)
@@ -351,7 +344,7 @@ def test_taids_share_is_its_recurrence(losses: list[float]) -> None:
 @given(LOSSES)
 def test_taids_share_is_at_least_linear_and_ends_at_its_end(losses: list[float]) -> None:
     steps = len(losses) + 1
-    schedule = TaidSchedule(steps, start=0.2, end=0.9)
+    schedule = TaidSchedule(steps, TaidConfig(start=0.2, end=0.9))
     for step, loss in enumerate([1.0, *losses], 1):
         schedule.update(loss, step)
         assert step == 1 or schedule.t >= 0.2 + 0.7 * step / steps - 1e-12
@@ -360,7 +353,7 @@ def test_taids_share_is_at_least_linear_and_ends_at_its_end(losses: list[float])
 
 
 def test_taids_share_is_faster_while_the_loss_falls() -> None:
-    falling, rising = TaidSchedule(10**9, decay=0.5), TaidSchedule(10**9, decay=0.5)
+    falling, rising = (TaidSchedule(10**9, TaidConfig(decay=0.5)) for _ in range(2))
     for step in range(1, 200):
         falling.update(0.9**step, step)
         rising.update(1.1**step, step)
@@ -368,7 +361,7 @@ def test_taids_share_is_faster_while_the_loss_falls() -> None:
 
 
 def test_taids_share_survives_an_exploding_loss() -> None:
-    schedule = TaidSchedule(10)
+    schedule = TaidSchedule(10, TaidConfig())
     for step, loss in enumerate([0.0, 1e30, 1e-30, 1e30], 1):
         schedule.update(loss, step)
     assert schedule.t == pytest.approx(0.4 + 0.6 * 4 / 10)
@@ -376,10 +369,10 @@ def test_taids_share_survives_an_exploding_loss() -> None:
 
 @given(LOSSES, st.integers(0, 40))
 def test_taids_share_continues_exactly_from_its_state(losses: list[float], kill_at: int) -> None:
-    whole, killed = TaidSchedule(50), TaidSchedule(50)
+    whole, killed = (TaidSchedule(50, TaidConfig()) for _ in range(2))
     for step, loss in enumerate(losses, 1):
         if step == kill_at:
-            state, killed = killed.state_dict(), TaidSchedule(50)
+            state, killed = killed.state_dict(), TaidSchedule(50, TaidConfig())
             killed.load_state_dict(state)
         for schedule in (whole, killed):
             schedule.update(loss, step)
