@@ -104,7 +104,7 @@ class ChatRequest(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        """What was sent and not used: other messages, and unknown parameters that are not null."""
+        """Return what was sent and not used: other messages, and unknown parameters that are not null."""
         others = ["messages"] if len(self.messages) > 1 else []
         return others + [name for name, value in (self.model_extra or {}).items() if value is not None]
 

@@ -44,7 +44,7 @@ class RequestQueue:
 
     @property
     def waiting(self) -> int:
-        """The number of requests behind the one that runs."""
+        """Return the number of requests behind the one that runs."""
         return max(0, len(self._requests) - 1)
 
     def submit(self, request: AgentRequest) -> "QueuedRequest":

@@ -54,7 +54,18 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
             rl(x={"guidance": "none", "algoritm": 1}),
             "x.algoritm: unknown key (found 1), did you mean recipes.reinforce.x.algorithm?",
         ),
+        *(
+            (
+                {"reinforce": {f"{part}_warmup": 0.1}},
+                f"reinforce.{part}_warmup: is now reinforce.{part}_learning_rate_warmup",
+            )
+            for part in ("actor", "critic")
+        ),
         # rules over several keys
+        ({"promote": {"recipe": "ppo"}}, "promote.recipe: there is no 'ppo'"),
+        ({"promote": {"margins": {"onehop": 0.1}}}, "promote.margins: ['onehop'] are no test sets"),
+        ({"promote": {"margin": 0.0}}, "promote.margin: Input should be greater than 0"),
+        ({"promote": {"max_hacking": 1.5}}, "promote.max_hacking: Input should be less than or equal to 1"),
         ({"reinforce": {"batch_size": 100}}, "reinforce: batch_size must be a multiple of mini_batch_size"),
         (
             {"reinforce": {"sampling": {"temperature": 0.0}}},
@@ -128,12 +139,7 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
                 "base_models": {
                     "models": {
                         "student": {
-                            "shape": {
-                                "hidden_size": 30,
-                                "layers": 1,
-                                "heads": 4,
-                                "intermediate_size": 8,
-                            },
+                            "shape": {"hidden_size": 30, "layers": 1, "heads": 4, "intermediate_size": 8},
                             "phases": [{"kind": "reading", "steps": 1}],
                         }
                     }
@@ -153,18 +159,9 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
         ({"compute": {"offload": True}}, "compute: offload is DeepSpeed's: set engine: deepspeed"),
         ({"compute": {"zero_stage": 3}}, "compute: zero_stage is DeepSpeed's: set engine: deepspeed"),
         ({"compute": {"split_teacher": True}}, "compute: split_teacher is DeepSpeed's"),
-        (
-            {"compute": {"engine": "deepspeed", "zero_stage": 0}},
-            "compute.zero_stage: Input",
-        ),
-        (
-            {"compute": {"processes": 2, "device": "cuda:1"}},
-            "compute: device cuda:1: processes",
-        ),
-        (
-            {"compute": {"hostfile": "hosts", "device": "mps"}},
-            "compute: device mps: processes",
-        ),
+        ({"compute": {"engine": "deepspeed", "zero_stage": 0}}, "compute.zero_stage: Input"),
+        ({"compute": {"processes": 2, "device": "cuda:1"}}, "compute: device cuda:1: processes"),
+        ({"compute": {"hostfile": "hosts", "device": "mps"}}, "compute: device mps: processes"),
         (
             {"compute": {"engine": "deepspeed"}, "rollout": {"precision": "float32"}},
             "rollout.precision: DeepSpeed's weights have compute.precision, bfloat16",
@@ -261,12 +258,7 @@ def test_every_profile_resolves(path: Path) -> None:
     assert resolved["profile"] == path.stem
     assert Params.model_validate(resolved).model_dump(mode="json") == resolved
     assert set(resolved["compare"]) == {"student", "teacher", "kd", "dgpo"}
-
-
-@pytest.mark.parametrize("path", sorted((ROOT / "profiles").glob("*.yaml")), ids=lambda path: path.stem)
-def test_models_see_passages_as_they_learned_them(path: Path) -> None:
-    """Published ones as the release shows them, those of the embedded world as they were built."""
-    resolved = resolve_profile(path)
+    # published models see passages as the release shows them, those of the embedded world as they were built
     expected = "plain" if resolved["data"]["source"] == "world" else "release"
     assert resolved["protocol"]["documents"] == expected
 
@@ -321,8 +313,7 @@ def test_defaults_are_the_papers() -> None:
 
 def test_floats_as_dvc_writes_them(tmp_path: Path) -> None:
     """`dvc exp run -S reinforce.actor_learning_rate=2e-6` leaves `2e-06` in the file."""
-    path = tmp_path / "params.yaml"
-    path.write_text("profile: x\nreinforce: {actor_learning_rate: 2e-06}\n")
+    (path := tmp_path / "params.yaml").write_text("profile: x\nreinforce: {actor_learning_rate: 2e-06}\n")
     assert load_params(path).reinforce.actor_learning_rate == 2e-6
 
 
@@ -336,39 +327,11 @@ def test_sentence_transformers_get_no_prefixes_of_e5(tmp_path: Path) -> None:
     assert prefixes(kind="sentence-transformers", query_prefix="Q ") == ("Q ", "")
 
 
-@pytest.mark.parametrize("part", ["actor", "critic"])
-def test_a_renamed_key_says_its_new_name(tmp_path: Path, part: str) -> None:
-    path = tmp_path / "params.yaml"
-    path.write_text(f"profile: x\nreinforce: {{{part}_warmup: 0.1}}\n")
-    said = rf"reinforce\.{part}_warmup: is now reinforce\.{part}_learning_rate_warmup"
-    with pytest.raises(UserError, match=said):
-        load_params(path)
-
-
-def challenger(folder: Path, **promote: object) -> object:
+def test_the_challenger_is_the_last_compared_recipe_unless_named() -> None:
     content = resolve_profile(ROOT / "profiles/tiny.yaml")
-    content["promote"] |= promote
-    (folder / "params.yaml").write_text(yaml.safe_dump(content))
-    return load_params(folder / "params.yaml").challenger
-
-
-def test_the_challenger_is_the_last_compared_recipe_unless_named(tmp_path: Path) -> None:
-    assert challenger(tmp_path) == "dgpo"
-    assert challenger(tmp_path, recipe="kd") == "kd"
-
-
-@pytest.mark.parametrize(
-    ("promote", "message"),
-    [
-        ({"recipe": "ppo"}, "promote.recipe: there is no 'ppo'"),
-        ({"margins": {"nq": 0.1}}, r"promote.margins: \['nq'\] are no test sets"),
-        ({"margin": 0.0}, "promote.margin"),
-        ({"max_hacking": 1.5}, "promote.max_hacking"),
-    ],
-)
-def test_what_a_promotion_cannot_ask_for(tmp_path: Path, promote: dict[str, object], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        challenger(tmp_path, **promote)
+    assert Params.model_validate(content).challenger == "dgpo"
+    content["promote"]["recipe"] = "kd"
+    assert Params.model_validate(content).challenger == "kd"
 
 
 def test_a_data_set_may_have_a_margin_of_its_own() -> None:

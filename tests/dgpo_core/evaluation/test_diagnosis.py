@@ -77,6 +77,7 @@ CASES: dict[Failure, list[Case]] = {
         (UNKNOWN, [ADA], (WRONG,), {}),
         (TWO_HOP, [FILM, ADA], (WRONG,), {}),
         (TWO_HOP, [FILM, ADA], ("<search> more </search>",), END),
+        (TWO_HOP, [FILM, ADA], ("<answer> Velmorans </answer>",), {}),  # a golden answer inside a word
     ],
     Failure.ANSWER_FORMAT: [
         (TWO_HOP, [FILM, ADA], ("<answer> It is Velmora, I think. </answer>",), {}),
@@ -94,11 +95,6 @@ def test_hand_made_episodes(tokenizer: PreTrainedTokenizerFast, failure: Failure
     question, searches, rest, how = case
     made = episode(tokenizer, question, searches, *rest, **how)
     assert first_failure(made, question, made.turn_texts(tokenizer.decode)) is failure
-
-
-def test_a_golden_answer_inside_a_word_is_none(tokenizer: PreTrainedTokenizerFast) -> None:
-    made = episode(tokenizer, TWO_HOP, [FILM, ADA], "<answer> Velmorans </answer>")
-    assert first_failure(made, TWO_HOP, made.turn_texts(tokenizer.decode)) is Failure.EVIDENCE_NOT_USED
 
 
 SEARCHES = st.lists(
@@ -268,8 +264,3 @@ def test_flags(
 ) -> None:
     made = episode(tokenizer, question, searches, last)
     assert hacking_flags(made, question, made.turn_texts(tokenizer.decode)) == HackingFlags(*expected)
-
-
-def test_a_failed_episode_has_no_flags(tokenizer: PreTrainedTokenizerFast) -> None:
-    made = replace(episode(tokenizer, TWO_HOP, [], RIGHT), outcome=Outcome.FAILED)
-    assert hacking_flags(made, TWO_HOP, [RIGHT]) == HackingFlags()
