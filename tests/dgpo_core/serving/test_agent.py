@@ -15,7 +15,6 @@ from dgpo_core.serving.events import AgentRequest, EpisodeRecord, Event, Retriev
 from tests.dgpo_core.agent.scripted import Answering
 from tests.dgpo_core.serving.conftest import TEACHER, MakeAgent
 
-
 Emit = Callable[[Event], None]
 
 
@@ -82,8 +81,9 @@ def test_limits_are_the_protocols_and_may_be_lowered(agent: Agent, questions: li
 
 
 def test_temperature_and_seed_reach_the_episode(agent: Agent, questions: list[Question]) -> None:
-    how = {"temperature": 4.0, "max_searches": 0, "max_new_tokens": 12}
-    texts = [ask(agent, questions[0].question, seed=n, **how).response for n in (1, 2, 3, 1, 2, 3)]
+    how: dict[str, Any] = {"temperature": 4.0, "max_searches": 0, "max_new_tokens": 12}
+    seeds = (1, 2, 3, 1, 2, 3)
+    texts = [ask(agent, questions[0].question, seed=seed, **how).response for seed in seeds]
     assert texts[:3] == texts[3:] and len(set(texts)) == 3
 
 
