@@ -16,62 +16,78 @@ from transformers import PreTrainedTokenizerFast as Tokenizer
 from dgpo_core.agent.episode import Episode
 from dgpo_core.config.training import DistillConfig, TaidConfig
 from dgpo_core.errors import NotFinite, UserError
-from dgpo_core.reporting.curves import read_curves
-from dgpo_core.reporting.reproduction.claims import assess
 from dgpo_core.training.batches import model_sequence
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller, TaidSchedule
-from dgpo_core.training.episode_sources import Metrics, StudentEpisodes, TeacherEpisodes
-from tasks.stages.outputs import write_curves
-from tests.dgpo_core.making import distillation, exact, gradients, padded, random_episode, tiny_model
+from dgpo_core.training.episode_sources import EpisodeSource, Metrics, StudentEpisodes, TeacherEpisodes
+from tests.dgpo_core.making import (
+    distillation,
+    exact,
+    gradients,
+    padded,
+    random_episode,
+    tiny_model,
+    weights_of,
+)
 
 Models = tuple[PreTrainedModel, PreTrainedModel]  # student, teacher
 CONFIG = DistillConfig(epochs=3, batch_size=3, learning_rate=1e-2, ce_weight=0.7, kl_weight=0.4)
 EPISODES = [random_episode(seed) for seed in range(8)]
+SEQUENCES = [model_sequence(episode) for episode in EPISODES]
 
 
 def distiller(
-    student: PreTrainedModel, teacher: PreTrainedModel, tokens: int = 10_000, objective: str = "kd"
+    models: Models,
+    objective: str = "kd",
+    tokens: int = 10_000,
+    config: DistillConfig = CONFIG,
+    source: EpisodeSource | None = None,
 ) -> Distiller:
-    source, live = TeacherEpisodes(EPISODES, CONFIG, seed=0), None if objective == "ce" else teacher
-    return Distiller(student, live, distillation(objective), CONFIG, exact(tokens), source)
+    """On the teacher's episodes, or on `source`."""
+    student, teacher = models
+    recipe = distillation(objective, "student" if isinstance(source, StudentEpisodes) else "teacher")
+    source = source or TeacherEpisodes(EPISODES, config, seed=0)
+    return Distiller(student, None if objective == "ce" else teacher, recipe, config, exact(tokens), source)
+
+
+def train(made: Distiller, folder: Path, kill_at: int | None = None) -> list[Metrics]:
+    em = iter([0.1, 0.2, 0.3])
+
+    def report(steps: int, rows: list[Metrics]) -> None:
+        assert steps == made.source.steps
+        if len(rows) == kill_at:
+            raise KeyboardInterrupt
+
+    return made.train(Checkpoint(folder), lambda: next(em), report)
+
+
+def pair(tokenizer: Tokenizer) -> Models:
+    return tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
 
 
 @pytest.fixture
 def models(tokenizer: Tokenizer) -> Models:
-    return tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
-
-
-def trained(
-    tokenizer: Tokenizer, folder: Path, kill_at: int | None = None, objective: str = "kd"
-) -> tuple[PreTrainedModel, list[Metrics]]:
-    student = tiny_model(tokenizer, 1)
-    em = iter([0.1, 0.2, 0.3])
-
-    def report(steps: int, rows: list[Metrics]) -> None:
-        assert steps == 9
-        if len(rows) == kill_at:
-            raise KeyboardInterrupt
-
-    made = distiller(student, tiny_model(tokenizer, 2), objective=objective)
-    return student, made.train(Checkpoint(folder), lambda: next(em), report)
+    return pair(tokenizer)
 
 
 @pytest.mark.parametrize("objective", ["kd", "ce", "taid"])
 def test_resumed_run_is_bit_identical(tokenizer: Tokenizer, tmp_path: Path, objective: str) -> None:
-    whole, rows = trained(tokenizer, tmp_path / "whole", objective=objective)
+    whole, killed, resumed = (distiller(pair(tokenizer), objective) for _ in range(3))
+    rows = train(whole, tmp_path / "whole")
     assert [row["step"] for row in rows] == list(range(1, 10))
     assert [row.get("dev_em") for row in rows] == [None, None, 0.1, None, None, 0.2, None, None, 0.3]
     assert rows[0]["learning_rate"] == 1e-2
     assert rows[-1]["learning_rate"] < 1e-3
     assert objective == "taid" or rows[-1]["ce"] < 0.8 * rows[0]["ce"]
     with pytest.raises(KeyboardInterrupt):
-        trained(tokenizer, tmp_path / "killed", kill_at=5, objective=objective)
-    resumed, again = trained(tokenizer, tmp_path / "killed", objective=objective)
-    dropped = [{k: v for k, v in row.items() if k != "dev_em"} for row in again]
-    assert dropped == [{k: v for k, v in row.items() if k != "dev_em"} for row in rows]
-    for name, value in whole.state_dict().items():
-        assert torch.equal(resumed.state_dict()[name], value)
+        train(killed, tmp_path / "killed", kill_at=5)
+    again, plain = (
+        [{key: value for key, value in row.items() if key != "dev_em"} for row in each]
+        for each in (train(resumed, tmp_path / "killed"), rows)
+    )
+    assert again == plain
+    weights = resumed.student.state_dict()
+    assert all(torch.equal(weights[name], value) for name, value in whole.student.state_dict().items())
 
 
 Pair = tuple[torch.Tensor, torch.Tensor]
@@ -105,7 +121,7 @@ def reference_losses(student: PreTrainedModel, teacher: PreTrainedModel, objecti
 def test_losses_and_gradients(models: Models, objective: str, tokens: int) -> None:
     """Of kd, eq. 1; the other objectives are a divergence alone."""
     student, teacher = models
-    row = distiller(student, teacher, tokens, objective)._gradient([model_sequence(e) for e in EPISODES])
+    row = distiller(models, objective, tokens)._gradient(SEQUENCES)
     found = gradients(student)
     ce, divergence = reference_losses(student, teacher, objective)
     loss = 0.7 * ce + 0.4 * divergence if objective == "kd" else divergence
@@ -116,7 +132,7 @@ def test_losses_and_gradients(models: Models, objective: str, tokens: int) -> No
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
-def test_validation_loss_steers_the_mixture(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_validation_loss_steers_the_mixture(models: Models, tmp_path: Path) -> None:
     """DistiLLM's mixture hears of the untrained student's loss first, then once an epoch."""
     heard: list[float] = []
 
@@ -126,11 +142,9 @@ def test_validation_loss_steers_the_mixture(tokenizer: Tokenizer, tmp_path: Path
 
     source = Source(EPISODES[1:], CONFIG, 0)
     source.held_out = EPISODES[:1]
-    recipe = distillation("skew_kl")
-    student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
-    made = Distiller(student, teacher, recipe, CONFIG, exact(), source)
+    made = distiller(models, "skew_kl", source=source)
     untrained = made.loss(EPISODES[:1])
-    rows = made.train(Checkpoint(tmp_path), lambda: 0.0, lambda *_: None)
+    rows = train(made, tmp_path)
     assert heard[0] == pytest.approx(untrained)
     assert heard[1:] == [row["validation_loss"] for row in rows if "validation_loss" in row]
     assert len(heard) == 4 and heard[-1] == pytest.approx(made.loss(EPISODES[:1]))
@@ -140,23 +154,12 @@ ON_POLICY = DistillConfig.model_validate({"on_policy": {"steps": 4, "batch_size"
 SAMPLED = set("em response_tokens searches hit invalid_actions well_formed no_answer entropy".split())
 
 
-def on_policy(tokenizer: Tokenizer, folder: Path, kill_at: int | None = None) -> list[Metrics]:
+def test_on_policy_distillation_logs_what_its_episodes_say(models: Models, tmp_path: Path) -> None:
     def rollout(chosen: list[int], step: int) -> list[Episode]:
         return [replace(random_episode(100 * step + i), invalid_actions=step) for i in chosen]
 
-    def report(steps: int, rows: list[Metrics]) -> None:
-        if len(rows) == kill_at:
-            raise KeyboardInterrupt
-
-    recipe = distillation("reverse_kl", "student")
     source = StudentEpisodes(rollout, 3, ON_POLICY, seed=0)  # every step has the questions 0, 1 and 2
-    student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
-    made = Distiller(student, teacher, recipe, ON_POLICY, exact(), source)
-    return made.train(Checkpoint(folder), lambda: 0.0, report)
-
-
-def test_on_policy_distillation_logs_what_its_episodes_say(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    rows = on_policy(tokenizer, tmp_path)
+    rows = train(distiller(models, "reverse_kl", config=ON_POLICY, source=source), tmp_path)
     for step, row in enumerate(rows):
         episodes = [random_episode(100 * step + i) for i in range(3)]
         assert row["invalid_actions"] == step
@@ -166,36 +169,10 @@ def test_on_policy_distillation_logs_what_its_episodes_say(tokenizer: Tokenizer,
         assert set(row) > SAMPLED
 
 
-def test_training_goes_on_from_rows_with_fewer_columns(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    """A checkpoint of an earlier version, which logged EM and searches alone."""
-    whole = on_policy(tokenizer, tmp_path / "whole")
-    with pytest.raises(KeyboardInterrupt):
-        on_policy(tokenizer, tmp_path / "killed", kill_at=3)
-    checkpoint = Checkpoint(tmp_path / "killed")
-    state = checkpoint.load()
-    assert state and len(state["rows"]) == 2
-    for row in state["rows"]:
-        for name in SAMPLED - {"em", "searches"}:
-            del row[name]
-    checkpoint.save(state)
-    rows = on_policy(tokenizer, tmp_path / "killed")
-    assert rows[2:] == whole[2:]
-    write_curves(tmp_path / "distill-gkd.csv", rows)
-    (curve,) = read_curves(tmp_path)
-    assert [step for step, _ in curve.columns["em"]] == [1, 2, 3, 4]
-    assert [step for step, _ in curve.columns["invalid_actions"]] == [3, 4]
-    assert assess(curve) is not None
-
-
 @pytest.mark.parametrize("objective", ["kd", "ce", "taid", "skew_kl", "reverse_kl"])
-def test_a_rate_that_is_too_high_ends_the_training(
-    tokenizer: Tokenizer, tmp_path: Path, objective: str
-) -> None:
+def test_a_rate_that_is_too_high_ends_the_training(models: Models, tmp_path: Path, objective: str) -> None:
     config = CONFIG.model_copy(update={"learning_rate": 1e30, "max_grad_norm": 1e30})
-    recipe = distillation(objective)
-    student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
-    source = TeacherEpisodes(EPISODES, config, 0)
-    made = Distiller(student, teacher, recipe, config, exact(), source)
+    made = distiller(models, objective, config=config)
     done: list[int] = []
     said = r"the loss of step 2 is not a number; lower distill\.learning_rate \(now 1e\+30\)"
     with pytest.raises(NotFinite, match=said):
@@ -204,32 +181,30 @@ def test_a_rate_that_is_too_high_ends_the_training(
     assert Checkpoint(tmp_path).load() is None
 
 
-def test_what_is_no_number_changes_no_weight_and_no_checkpoint(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_what_is_no_number_changes_no_weight_and_no_checkpoint(models: Models, tmp_path: Path) -> None:
     """A teacher that breaks after the first epoch: the checkpoint is that epoch's."""
-    student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
-    made = distiller(student, teacher)
+    student, teacher = models
     earlier: list[dict[str, torch.Tensor]] = []
 
     def look() -> float:
-        earlier.append({name: value.clone() for name, value in student.state_dict().items()})
+        earlier.append(weights_of(student))
         with torch.no_grad():
             teacher.get_output_embeddings().weight[7, 7] = math.inf
         return 0.5
 
     with pytest.raises(NotFinite, match="the loss of step 4 is not a number"):
-        made.train(Checkpoint(tmp_path), look, lambda *_: None)
+        distiller(models).train(Checkpoint(tmp_path), look, lambda *_: None)
     state = Checkpoint(tmp_path).load()
     assert state is not None and len(state["rows"]) == 3
     assert all(torch.equal(earlier[0][name], value) for name, value in student.state_dict().items())
 
 
-def test_on_policy_names_its_own_rate_and_warms_up_by_itself(tokenizer: Tokenizer, tmp_path: Path) -> None:
+def test_on_policy_names_its_own_rate_and_warms_up_by_itself(models: Models, tmp_path: Path) -> None:
     settings = {"warmup_steps": 9, "on_policy": {"steps": 4, "batch_size": 3, "warmup_steps": 2}}
     config = DistillConfig.model_validate(settings)
     source = StudentEpisodes(lambda chosen, _: [random_episode(i) for i in chosen], 20, config, seed=0)
-    recipe = distillation("reverse_kl", "student")
-    made = Distiller(tiny_model(tokenizer, 1), tiny_model(tokenizer, 2), recipe, config, exact(), source)
-    rows = made.train(Checkpoint(tmp_path / "a"), lambda: 0.0, lambda *_: None)
+    made = distiller(models, "reverse_kl", config=config, source=source)
+    rows = train(made, tmp_path / "a")
     assert [row["learning_rate"] for row in rows] == pytest.approx([5e-7, 1e-6, 1e-6, 5e-7])
 
     def nothing(chosen: list[int], _: int) -> list[Episode]:
@@ -237,7 +212,7 @@ def test_on_policy_names_its_own_rate_and_warms_up_by_itself(tokenizer: Tokenize
 
     made.source = StudentEpisodes(nothing, 20, config, seed=0)
     with pytest.raises(NotFinite, match=r"token of step 1 is .*lower distill\.on_policy\.learning_rate"):
-        made.train(Checkpoint(tmp_path / "b"), lambda: 0.0, lambda *_: None)
+        train(made, tmp_path / "b")
 
 
 @pytest.mark.parametrize("objective", ["kd", "ce", "taid", "reverse_kl"])
@@ -249,21 +224,18 @@ def test_rows_without_a_token_count_for_nothing(
     are those without them, and they have none."""
     student, teacher = models
     known = len(student.get_output_embeddings().weight)
-    row = distiller(student, teacher, 60, objective)._gradient([model_sequence(e) for e in EPISODES])
+    row = distiller(models, objective, 60)._gradient(SEQUENCES)
     expected = gradients(student)
     wider = padded(student, rows[0])
-    made = distiller(wider, padded(teacher, rows[1]), 60, objective)
-    made = replace(made, known=known)
-    assert made._gradient([model_sequence(e) for e in EPISODES]) == pytest.approx(row, rel=1e-4)
+    made = replace(distiller((wider, padded(teacher, rows[1])), objective, 60), known=known)
+    assert made._gradient(SEQUENCES) == pytest.approx(row, rel=1e-4)
     for found, plain in zip(gradients(wider), expected, strict=True):
         torch.testing.assert_close(found[: len(plain)], plain, rtol=1e-3, atol=1e-6)
         assert not found[len(plain) :].any()
 
 
-def test_an_episode_with_an_id_that_no_token_has_is_named(
-    models: Models,
-) -> None:
-    made = distiller(*models)
+def test_an_episode_with_an_id_that_no_token_has_is_named(models: Models) -> None:
+    made = distiller(models)
     strange = replace(EPISODES[0], token_ids=[*EPISODES[0].token_ids[:-1], made.vocabulary])
     with pytest.raises(UserError, match=rf"onehop q0 has the token {made.vocabulary}.*collect .* again"):
         made.loss([strange])
