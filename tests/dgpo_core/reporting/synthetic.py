@@ -72,7 +72,8 @@ class Run:
         first: Mapping[str, int] = EVERY,
     ) -> None:
         evaluation, plots, metrics = (self.folder / name for name in ("evaluation", "plots", "metrics"))
-        write_report(evaluation, plots, metrics, out, MODELS, mirrors, self.params, pair, first)
+        stages = ["data", "teach", "filter", "distill"]
+        write_report(evaluation, plots, metrics, out, MODELS, mirrors, self.params, pair, first, stages)
 
 
 def make_run(folder: Path, questions: int = 12) -> Run:
