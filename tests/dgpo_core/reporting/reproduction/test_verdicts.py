@@ -218,7 +218,7 @@ def test_converging_faster() -> None:
 
 def test_grpo_from_the_raw_student_needs_a_line_of_the_user() -> None:
     claim = next(claim for claim in CLAIMS if claim.name == "grpo_less_stable_than_ppo")
-    name, row = yaml.safe_load(claim.needs or "").popitem()
+    name, row = yaml.safe_load(claim.needs).popitem()
     recipe = Reinforcement.model_validate(row)
     assert name not in paper_recipes(["all"]).all
     assert recipe == paper_recipes(["ppo"]).reinforce["ppo"].model_copy(update={"algorithm": "grpo"})
@@ -242,7 +242,7 @@ def test_recipe_counts_as_trained_only_with_a_curve_of_em_for_every_seed() -> No
 def test_claim_about_other_models_is_not_tested_unless_they_were_run() -> None:
     source = measured(dgpo=[0.9], kd=[0.1], ppo=[0.1])
     claim = next(claim for claim in CLAIMS if claim.pair == "llama3-8b-to-1b")
-    for pair, verdict in ((DEFAULT_PAIR, "not tested"), (claim.pair or "", "reproduced at our scale")):
+    for pair, verdict in ((DEFAULT_PAIR, "not tested"), (claim.pair, "reproduced at our scale")):
         assert judge(source, {}, pair).verdict(claim, pair)["verdict"] == verdict
 
 
@@ -250,7 +250,7 @@ def test_names_are_unique_sources_given_and_pairs_known() -> None:
     assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
     assert {claim.name for claim in CLAIMS} == set(CRITERIA)
     assert all(claim.source and claim.statement.endswith(".") for claim in CLAIMS)
-    assert {claim.pair for claim in CLAIMS} <= {None, *paper_pairs()}
+    assert {claim.pair for claim in CLAIMS} <= {"", *paper_pairs()}
 
 
 def agrees(condition: Criterion, pair: str) -> bool | None:
