@@ -1,7 +1,7 @@
 """The report of a run: its tables as JSON, and index.html, one page that needs nothing else."""
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -212,6 +212,8 @@ def _radar(report: Report, means: Mapping[str, Mapping[str, float | None]]) -> R
 
 
 SCRIPTS = ("theme.js", "charts.js", "reader.js")
+# as in dvc.yaml, which the stage does not read: DVC would not see that the report depends on it
+PIPELINE = ("data", "index", "teach", "filter", "distributions", "distill", "reinforce", "evaluate")
 BEHAVIOUR_COLUMNS = (
     ("f1", "F1", "word overlap with the golden answer"),
     ("sub_em", "Sub-EM", "a golden answer is contained in the prediction"),
@@ -247,7 +249,10 @@ def render(report: Report) -> str:
         diagnosis=diagnosis(report),
         stages=_stages(report),
         sampled=len(report.questions),
-        metrics=[(stage, _flattened(values)) for stage, values in report.metrics.items()],
+        metrics=[
+            (stage, _flattened(values))
+            for stage, values in sorted(report.metrics.items(), key=_pipeline_order)
+        ],
         params=_flattened(report.params),
         # trusted text of our own, or JSON that compact_json made safe: everything else is escaped
         data=Markup(compact_json(_browser_data(report))),
@@ -318,6 +323,11 @@ def _behaviour(report: Report) -> Row:
     return {"heads": BEHAVIOUR_COLUMNS, "rows": rows}
 
 
+def _pipeline_order(item: tuple[str, Any]) -> tuple[int, str]:
+    stage = item[0].partition("-")[0]
+    return (PIPELINE.index(stage) if stage in PIPELINE else len(PIPELINE), item[0])
+
+
 def _stages(report: Report) -> list[Row]:
     return [
         {
@@ -362,12 +372,6 @@ def _flattened(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, s
     return rows
 
 
-def _place(name: str, stages: Sequence[str]) -> int:
-    """Return where metrics stand: with their stage, or behind all."""
-    stage = name.partition("-")[0]
-    return stages.index(stage) if stage in stages else len(stages)
-
-
 def write_report(
     evaluation: Path,
     plots: Path,
@@ -378,13 +382,12 @@ def write_report(
     params: dict[str, Any],
     pair: str = DEFAULT_PAIR,
     first: Mapping[str, int] = EVERY,
-    stages: Sequence[str] = (),
 ) -> None:
     """Write results, comparisons, arcap, arcap_comparisons and diagnosis (JSON) and index.html into `out`.
 
     `models` and `mirrors` ({data set: the paper's that it stands for}) give the order of rows and columns;
     `pair` names the paper's models whose figures stand beside ours; of the data sets in `first` only so many
-    questions count; `stages` is the order in which the metrics stand. The same inputs give the same bytes.
+    questions count. The same inputs give the same bytes.
     Raises UserError naming the file when an input is missing or malformed; then nothing is written.
     """
     if not models or not mirrors:
@@ -407,7 +410,7 @@ def write_report(
         diagnosis=results.diagnosis(diagnoses, datasets),
         curves=[curve for curve in read_curves(plots) if curve.recipe in models],
         questions=reader_data(evaluation, models, keys, diagnoses),
-        metrics=dict(sorted(read_metrics(metrics).items(), key=lambda item: _place(item[0], stages))),
+        metrics=read_metrics(metrics),
         params=dict(params),
         pair=pair,
     )

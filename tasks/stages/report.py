@@ -2,12 +2,12 @@
 
 from typing import TYPE_CHECKING
 
-from dgpo_core.config.params import Params, load_params, read_yaml
+from dgpo_core.config.params import Params, load_params
 from dgpo_core.reporting.page import write_report
 from tasks.project.dvc import read_lock
 from tasks.project.paths import EVALUATION, METRICS, PLOTS, REPORTS
 from tasks.stages.stage import stage, stage_main
-from tasks.tracking.evaluations import SOURCES, record_evaluations
+from tasks.tracking.evaluations import record_evaluations
 from tasks.tracking.registry import Registry
 
 if TYPE_CHECKING:
@@ -23,9 +23,9 @@ def report() -> None:
         mirrors = dict(params.questions.test)
         dumped = params.model_dump(mode="json")
         out = run.output(REPORTS)
-        stages = list(read_yaml(SOURCES / "dvc.yaml")["stages"])
-        folders = (EVALUATION, PLOTS, METRICS, out)
-        write_report(*folders, models, mirrors, dumped, params.pair, params.report.first, stages)
+        write_report(
+            EVALUATION, PLOTS, METRICS, out, models, mirrors, dumped, params.pair, params.report.first
+        )
         run.tracker.submit(lambda client, _: _record(client, params))
         run.progress(1, 1)
 

@@ -72,8 +72,7 @@ class Run:
         first: Mapping[str, int] = EVERY,
     ) -> None:
         evaluation, plots, metrics = (self.folder / name for name in ("evaluation", "plots", "metrics"))
-        stages = ["data", "teach", "filter", "distill"]
-        write_report(evaluation, plots, metrics, out, MODELS, mirrors, self.params, pair, first, stages)
+        write_report(evaluation, plots, metrics, out, MODELS, mirrors, self.params, pair, first)
 
 
 def make_run(folder: Path, questions: int = 12) -> Run:

@@ -119,7 +119,7 @@ def test_tables_show_ours_beside_the_papers(page: Page) -> None:
 def test_metrics_stand_in_the_order_of_the_stages(reported: Reported) -> None:
     html = (reported[1] / "index.html").read_text(encoding="utf-8").partition('id="provenance"')[2]
     titles = re.findall(r'<div class="card"><h3>(.*?)</h3>', html)
-    assert titles == ["teach", "filter", "distill-kd", "reinforce-dgpo"]  # the last one is of no stage here
+    assert titles == ["teach", "filter", "distill-kd", "reinforce-dgpo"]
 
 
 def test_every_chart_has_its_data_and_the_radar_no_counts(page: Page) -> None:
