@@ -5,7 +5,6 @@ which copies the whole cache for every token, and on a CPU that is most of the t
 (`python -m benchmarks.rollout`).
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -60,19 +59,15 @@ class TransformersEngine:
         batches = self._batches(rows)
         self._grant_room(batches)
         self._on_token = on_token
+        narrow = self._config.precision == "bfloat16"
 
         def run(batch: list[_Row]) -> None:
-            with self._precision():
+            with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=narrow):
                 self._run(batch, sampling, stop)
 
         for _ in side_by_side(run, batches, self.model.device):
             pass
         return [Generation(row.ids, row.logprobs, row.finish or FinishReason.LENGTH) for row in rows]
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._config.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
 
     def _batches(self, rows: list["_Row"]) -> list[list["_Row"]]:
         """Group rows of similar length; padded tokens, with what may be generated, stay within the limit."""
