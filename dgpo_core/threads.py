@@ -24,7 +24,7 @@ def side_by_side(
     the other, in the caller's thread.
     """
     threads = torch.get_num_threads()
-    if device.type != "cpu":
+    if device.type != "cpu" or threads == 1:
         yield from map(function, items)
         return
     inference, grad = torch.is_inference_mode_enabled(), torch.is_grad_enabled()

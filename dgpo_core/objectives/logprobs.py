@@ -143,7 +143,7 @@ def _logprobs(
 def _in_chunks(values: Callable[[slice], PerToken], count: int, chunk: int, like: Tensor) -> PerToken:
     """Join `values` of slices of at most `chunk` tokens; the backward pass computes them again."""
     parts = [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
-    pieces = [checkpoint(values, part, use_reentrant=False) for part in parts]
+    pieces = [checkpoint(values, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     if not pieces:
         empty = like.new_zeros(0, dtype=torch.float32)
         return empty, empty

@@ -6,7 +6,8 @@ has every parameter and its moments gathered whole: what is saved does not depen
 
 import copy
 import math
-from typing import Any
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -29,6 +30,9 @@ from dgpo_core.training.parallel import leads, processes, rank
 
 # on a CPU DeepSpeed would compile a collective of its own (40 s); gloo has one
 deepspeed.ops.__compatible_ops__[ShareMemCommBuilder.NAME] = False
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 PERSISTENT = 10_000  # elements up to which stage 3 keeps a weight whole: norms and biases
@@ -77,7 +81,17 @@ class ZeroEngine:
     def __call__(self, *inputs: Any) -> Any:
         return self._engine(*inputs)
 
-    def backward(self, loss: torch.Tensor) -> None:
+    def accumulate(
+        self, loss: Callable[[Item], tuple[torch.Tensor, Result]], items: Iterable[Item]
+    ) -> list[Result]:
+        results = []
+        for item in items:
+            value, result = loss(item)
+            self._backward(value)
+            results.append(result)
+        return results
+
+    def _backward(self, loss: torch.Tensor) -> None:
         # DeepSpeed averages over processes, whose micro-batches are shares of one sum
         self._engine.backward(loss * processes(), scale_wrt_gas=False)
 
@@ -132,7 +146,7 @@ class ZeroEngine:
     def _make_moments(self) -> None:
         """Take a step of gradient 0, before which AdamW has no state; all that it does is replaced."""
         result = self(collate([TokenSequence([0, 0], [1])], self.device))
-        self.backward(0 * result.sum())
+        self._backward(0 * result.sum())
         self._engine.step()
         self._link_moments()
 

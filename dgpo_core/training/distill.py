@@ -36,10 +36,9 @@ from dgpo_core.training.batches import (
     shared_ids,
 )
 from dgpo_core.training.checkpoint import Checkpoint, require_finite, training_step
-from dgpo_core.training.engines import FrozenModel, token_batches, training_engine
+from dgpo_core.training.engines import FrozenModel, summed, training_engine
 from dgpo_core.training.episode_sources import EpisodeSource, Metrics, episode_metrics, sampled_entropy
 from dgpo_core.training.optimizer import Optimization, cosine
-from dgpo_core.training.parallel import all_sum
 from dgpo_core.training.teacher_cache import TeacherCache
 
 
@@ -120,7 +119,7 @@ class Distiller:
         if not episodes:  # not one with a token of the student
             return {"episodes": 0.0}
         # (2), (3) The teacher's distributions, and the gradient of the loss.
-        row = self._gradient([self._sequence(episode) for episode in episodes])
+        row = self._averages([self._sequence(episode) for episode in episodes])
         # (4) Update.
         row["learning_rate"] = self.engine.learning_rate
         row["grad_norm"] = self.engine.step()
@@ -152,27 +151,18 @@ class Distiller:
             )
         return replace(model_sequence(episode), teacher=stored)
 
-    def _gradient(self, sequences: list[TokenSequence]) -> Metrics:
-        """Add up the gradient of one batch, and return its averages."""
-        return self._averages(sequences, self.engine.backward)
-
-    def _averages(
-        self, sequences: list[TokenSequence], backward: Callable[[Tensor], None] | None = None
-    ) -> Metrics:
-        """Average the losses over the model tokens, however they are cut into micro-batches."""
+    def _averages(self, sequences: list[TokenSequence]) -> Metrics:
+        """Add up the gradient of the loss, and return the losses' averages over the model tokens."""
         tokens = sum(len(sequence.positions) for sequence in sequences)
         weights = self._weights()
-        totals = dict.fromkeys(["loss", *weights], 0.0)
-        for _, batch, counts in token_batches(self.engine, sequences, self.compute.micro_batch_tokens):
+
+        def objective(_: list[int], batch: TokenBatch) -> tuple[Float[Tensor, ""], Metrics]:
             losses = {name: values.sum() / tokens for name, values in self._losses(batch).items()}
             loss = sum((weights[name] * losses[name] for name in weights), torch.tensor(0.0))
-            if backward:
-                backward(loss if counts else 0 * loss)
-            if not counts:
-                continue
-            for name, value in (("loss", loss), *losses.items()):
-                totals[name] += value.item()
-        return all_sum(totals)
+            return loss, {"loss": loss.item(), **{name: value.item() for name, value in losses.items()}}
+
+        limit = self.compute.micro_batch_tokens
+        return summed(self.engine, sequences, limit, ["loss", *weights], objective)
 
     def _weights(self) -> dict[str, float]:
         """Return the weights of the losses (eq. 1)."""

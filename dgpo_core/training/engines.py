@@ -4,8 +4,8 @@ Plain torch holds everything in every process; DeepSpeed splits it (`compute.zer
 interface, whatever the engine and the number of processes.
 """
 
-from collections.abc import Iterator
-from typing import Any, Protocol
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, Protocol, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.objectives.logprobs import PerToken
+from dgpo_core.threads import side_by_side
 from dgpo_core.training.batches import (
     HeadFunction,
     TokenBatch,
@@ -25,7 +26,11 @@ from dgpo_core.training.batches import (
     micro_batches,
 )
 from dgpo_core.training.optimizer import Optimization, Stepper, adamw
-from dgpo_core.training.parallel import add_gradients, autocast, padded_share
+from dgpo_core.training.parallel import add_gradients, all_sum, autocast, gather, padded_share
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+Figures = dict[str, float]
 
 
 class TrainingEngine(Protocol):
@@ -48,8 +53,13 @@ class TrainingEngine(Protocol):
         """Run the module's forward, in the precision of compute."""
         ...
 
-    def backward(self, loss: Float[Tensor, ""]) -> None:
-        """Add a micro-batch's share of the gradient: those of all micro-batches and processes are summed."""
+    def accumulate(
+        self, loss: Callable[[Item], tuple[Float[Tensor, ""], Result]], items: Iterable[Item]
+    ) -> list[Result]:
+        """Add up the gradients of the losses of all items; return what comes with each loss, in order.
+
+        Those of all processes are summed by `step`.
+        """
         ...
 
     def step(self) -> float:
@@ -88,9 +98,12 @@ def training_engine(
     return TorchEngine(module, how, compute)
 
 
+MicroBatch = tuple[list[int], TokenBatch, bool]
+
+
 def token_batches(
     engine: TrainingEngine, sequences: list[TokenSequence], max_tokens: int
-) -> Iterator[tuple[list[int], TokenBatch, bool]]:
+) -> Iterator[MicroBatch]:
     """Yield this process's micro-batches of at most `max_tokens` padded tokens (or one sequence) each.
 
     With each come the indices of its sequences, and whether it counts: an engine in lockstep is also given
@@ -101,6 +114,52 @@ def token_batches(
         yield part, collate([sequences[i] for i in part], engine.device), counts
 
 
+def each_sequence(
+    engine: TrainingEngine,
+    sequences: list[TokenSequence],
+    max_tokens: int,
+    function: Callable[[TokenBatch], Float[Tensor, " N"]],
+) -> list[Float[Tensor, " tokens"]]:
+    """Apply a function of a micro-batch; return one CPU tensor a sequence, in order, in every process."""
+
+    def values(micro_batch: MicroBatch) -> tuple[list[int], list[Tensor]] | None:
+        part, batch, counts = micro_batch
+        found = batch.split(function(batch).float().cpu())
+        return (part, found) if counts else None
+
+    found = side_by_side(values, token_batches(engine, sequences, max_tokens), engine.device)
+    results: dict[int, Tensor] = {}
+    for part, tensors in gather([pair for pair in found if pair is not None]):
+        results.update(zip(part, tensors, strict=True))
+    return [results[i] for i in range(len(sequences))]
+
+
+def summed(
+    engine: TrainingEngine,
+    sequences: list[TokenSequence],
+    max_tokens: int,
+    names: Iterable[str],
+    loss: Callable[[list[int], TokenBatch], tuple[Float[Tensor, ""], Figures]],
+) -> Figures:
+    """Add up the gradients of a loss over all sequences; return the sums of the figures that it names.
+
+    `loss` gets the indices of a micro-batch's sequences and the micro-batch. Without grad mode there are
+    only the figures.
+    """
+
+    def counted(micro_batch: MicroBatch) -> tuple[Float[Tensor, ""], Figures]:
+        part, batch, counts = micro_batch
+        value, figures = loss(part, batch)
+        return (value, figures) if counts else (0 * value, {})
+
+    micro_batches_ = token_batches(engine, sequences, max_tokens)
+    if torch.is_grad_enabled():
+        found = engine.accumulate(counted, micro_batches_)
+    else:
+        found = [figures for _, figures in side_by_side(counted, micro_batches_, engine.device)]
+    return all_sum({name: sum(figures.get(name, 0.0) for figures in found) for name in names})
+
+
 class TorchEngine:
     """Holds everything in every process: float32 weights, which compute in bfloat16 under autocast."""
 
@@ -108,10 +167,10 @@ class TorchEngine:
 
     def __init__(self, module: torch.nn.Module, how: Optimization, compute: ComputeConfig) -> None:
         self.module, self._compute = module, compute
-        trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
-        self.device = trained[0].device
+        self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        self.device = self._trained[0].device
         self._stepper = Stepper(
-            adamw(trained, how.learning_rate, how.weight_decay),
+            adamw(self._trained, how.learning_rate, how.weight_decay),
             schedule=how.schedule,
             max_grad_norm=how.max_grad_norm,
         )
@@ -124,8 +183,23 @@ class TorchEngine:
         with autocast(self._compute):
             return self.module(*inputs)
 
-    def backward(self, loss: Float[Tensor, ""]) -> None:
-        loss.backward()
+    def accumulate(
+        self, loss: Callable[[Item], tuple[Float[Tensor, ""], Result]], items: Iterable[Item]
+    ) -> list[Result]:
+        def gradient(item: Item) -> tuple[tuple[Tensor | None, ...], Result]:
+            value, result = loss(item)
+            return torch.autograd.grad(value, self._trained, allow_unused=True), result
+
+        # checkpointing sets the module's mode for the time of a forward: one at a time
+        alone = any(getattr(part, "is_gradient_checkpointing", False) for part in self.module.modules())
+        found = map(gradient, items) if alone else side_by_side(gradient, items, self.device)
+        results = []
+        for gradients, result in found:
+            for parameter, own in zip(self._trained, gradients, strict=True):
+                if own is not None:
+                    parameter.grad = own if parameter.grad is None else parameter.grad.add_(own)
+            results.append(result)
+        return results
 
     def step(self) -> float:
         add_gradients(self.module)

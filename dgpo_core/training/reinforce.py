@@ -56,7 +56,7 @@ from dgpo_core.training.batches import (
     shared_ids,
 )
 from dgpo_core.training.checkpoint import Checkpoint, require_finite, training_step
-from dgpo_core.training.engines import FrozenModel, TrainingEngine, token_batches, training_engine
+from dgpo_core.training.engines import FrozenModel, TrainingEngine, each_sequence, summed, training_engine
 from dgpo_core.training.episode_sources import (
     Metrics,
     Rollout,
@@ -66,7 +66,6 @@ from dgpo_core.training.episode_sources import (
     usable,
 )
 from dgpo_core.training.optimizer import Optimization, constant
-from dgpo_core.training.parallel import all_sum, gather
 
 # Training stops when one of these is no number; causes first, as the first one says what to lower.
 WATCHED = ["kl_inside", "kl_outside", "reward", "value_loss", "critic_grad_norm", "policy_loss", "entropy"]
@@ -379,16 +378,7 @@ class ExperienceMaker:
         return kl
 
     def _each(self, sequences: list[TokenSequence], function: Callable[[TokenBatch], Tensor]) -> list[Tensor]:
-        """Apply a function of a batch -> [N] in micro-batches; return one CPU tensor a sequence, in order."""
-        own: list[tuple[list[int], list[Tensor]]] = []
-        for part, batch, counts in token_batches(self.actor, sequences, self.compute.micro_batch_tokens):
-            values = function(batch)
-            if counts:
-                own.append((part, batch.split(values.float().cpu())))
-        results: dict[int, Tensor] = {}
-        for part, tensors in gather(own):
-            results.update(zip(part, tensors, strict=True))
-        return [results[i] for i in range(len(sequences))]
+        return each_sequence(self.actor, sequences, self.compute.micro_batch_tokens, function)
 
 
 def _sampled_logprobs(episodes: list[Episode], sequences: list[TokenSequence]) -> ByEpisode:
@@ -442,8 +432,8 @@ class Updater:
         config, actor = self.config, self.actor
         sequences = [experience.sequences[i] for i in chosen]
         tokens = sum(len(sequence.positions) for sequence in sequences)
-        totals = dict.fromkeys(("policy_loss", "entropy", "clip_fraction", "approx_kl"), 0.0)
-        for part, batch, counts in token_batches(actor, sequences, self.compute.micro_batch_tokens):
+
+        def objective(part: list[int], batch: TokenBatch) -> tuple[Float[Tensor, ""], Metrics]:
             episodes = [chosen[i] for i in part]
             old = _flat(experience.old_logprobs, episodes).to(actor.device)
             advantages = _flat(experience.advantages, episodes).to(actor.device)
@@ -455,29 +445,27 @@ class Updater:
             loss = losses.sum() / tokens - config.entropy_weight * entropy.sum() / tokens
             if isinstance(experience, GRPOExperience):
                 loss = loss + config.beta * _kl_of_gated(experience, episodes, logprobs) / tokens
-            actor.backward(loss if counts else 0 * loss)
-            if not counts:
-                continue
-            totals["policy_loss"] += losses.sum().item() / tokens
-            totals["entropy"] += entropy.sum().item() / tokens
-            totals["clip_fraction"] += clipped.sum().item() / tokens
-            totals["approx_kl"] += (old - logprobs).sum().item() / tokens
-        return all_sum(totals)
+            sums = (losses.sum(), entropy.sum(), clipped.sum(), (old - logprobs).sum())
+            return loss, dict(zip(names, (value.item() / tokens for value in sums), strict=True))
+
+        names = ("policy_loss", "entropy", "clip_fraction", "approx_kl")
+        return summed(actor, sequences, self.compute.micro_batch_tokens, names, objective)
 
     def _critic_gradient(self, critic: TrainingEngine, experience: PPOExperience, chosen: list[int]) -> float:
         """Add up the gradient of the clipped squared error of the values, and return the loss."""
         sequences = [experience.value_sequences[i] for i in chosen]
         tokens = sum(len(sequence.positions) for sequence in sequences)
-        total = 0.0
-        for part, batch, counts in token_batches(critic, sequences, self.compute.micro_batch_tokens):
+
+        def objective(part: list[int], batch: TokenBatch) -> tuple[Float[Tensor, ""], Metrics]:
             episodes = [chosen[i] for i in part]
             old = _flat(experience.values, episodes).to(critic.device)
             returns = _flat(experience.returns, episodes).to(critic.device)
             losses = value_loss(critic(batch), old, returns, self.config.value_clip)
             loss = self.config.value_loss_weight * losses.sum() / tokens
-            critic.backward(loss if counts else 0 * loss)
-            total += loss.item() if counts else 0.0
-        return all_sum({"value_loss": total})["value_loss"]
+            return loss, {"value_loss": loss.item()}
+
+        limit = self.compute.micro_batch_tokens
+        return summed(critic, sequences, limit, ["value_loss"], objective)["value_loss"]
 
 
 def mini_batches(order: list[int], size: int) -> list[list[int]]:
