@@ -121,7 +121,7 @@ def reference_losses(student: PreTrainedModel, teacher: PreTrainedModel, objecti
 def test_losses_and_gradients(models: Models, objective: str, tokens: int) -> None:
     """Of kd, eq. 1; the other objectives are a divergence alone."""
     student, teacher = models
-    row = distiller(models, objective, tokens)._gradient(SEQUENCES)
+    row = distiller(models, objective, tokens)._averages(SEQUENCES)
     found = gradients(student)
     ce, divergence = reference_losses(student, teacher, objective)
     loss = 0.7 * ce + 0.4 * divergence if objective == "kd" else divergence
@@ -224,11 +224,11 @@ def test_rows_without_a_token_count_for_nothing(
     are those without them, and they have none."""
     student, teacher = models
     known = len(student.get_output_embeddings().weight)
-    row = distiller(models, objective, 60)._gradient(SEQUENCES)
+    row = distiller(models, objective, 60)._averages(SEQUENCES)
     expected = gradients(student)
     wider = padded(student, rows[0])
     made = replace(distiller((wider, padded(teacher, rows[1])), objective, 60), known=known)
-    assert made._gradient(SEQUENCES) == pytest.approx(row, rel=1e-4)
+    assert made._averages(SEQUENCES) == pytest.approx(row, rel=1e-4)
     for found, plain in zip(gradients(wider), expected, strict=True):
         torch.testing.assert_close(found[: len(plain)], plain, rtol=1e-3, atol=1e-6)
         assert not found[len(plain) :].any()

@@ -147,7 +147,7 @@ def losses_and_gradients(
     source = TeacherEpisodes(episodes, config, seed=0)
     recipe = distillation(objective)
     distiller = Distiller(student, live, recipe, config, exact(tokens), source, cache)
-    row = distiller._gradient([distiller._sequence(episode) for episode in episodes])
+    row = distiller._averages([distiller._sequence(episode) for episode in episodes])
     return [list(row.values()), gradients(student)]
 
 

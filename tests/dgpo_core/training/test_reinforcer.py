@@ -75,6 +75,7 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Train:
         teacher: PreTrainedModel | None = None,
         student: PreTrainedModel | None = None,
         kill_at: int | None = None,
+        tokens: int = 10_000,
         **settings: Any,
     ) -> Run:
         student = student or tiny_model(tokenizer, 1)
@@ -82,7 +83,7 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Train:
         reference = None if guidance == "none" else teacher or tiny_model(tokenizer, 2)
         config = CONFIG.model_copy(update=settings)
         recipe = reinforcement(algorithm, guidance)
-        trainer = Reinforcer(student, reference, recipe, config, exact(), 3, known=len(tokenizer))
+        trainer = Reinforcer(student, reference, recipe, config, exact(tokens), 3, known=len(tokenizer))
 
         def report(steps: int, rows: list[Metrics]) -> None:
             assert steps == config.steps
@@ -93,6 +94,21 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Train:
         return Run(before, weights_of(student), rows)
 
     return run
+
+
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_threads_change_no_bit(train: Train, algorithm: str) -> None:
+    before = torch.get_num_threads()
+    runs = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            runs.append(train(algorithm, folder=f"threads-{threads}", tokens=60))
+    finally:
+        torch.set_num_threads(before)
+    assert runs[0].changed
+    for run in runs[1:]:
+        assert run.rows == runs[0].rows and equal(run.after, runs[0].after)
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])

@@ -62,7 +62,7 @@ def distiller(models: Models, cache: TeacherCache | None, objective: str = "kd")
 
 
 def result(made: Distiller) -> tuple[float, list[torch.Tensor]]:
-    row = made._gradient([made._sequence(episode) for episode in EPISODES])
+    row = made._averages([made._sequence(episode) for episode in EPISODES])
     return row["divergence"], gradients(made.student)
 
 
