@@ -1,0 +1,67 @@
+"""Episodes a second beside the field's loops: `python -m benchmarks.rollouts [--model models/kd]`.
+
+The same model, questions, retriever, turns and limits. Before anything is timed, greedy episodes are compared
+with those of Search-R1's loop: they must be the same texts.
+"""
+
+import argparse
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from benchmarks.alternation import Rounds, alternate, save, table
+from benchmarks.peer_loops import BatchLoop, TrlLoop
+from dgpo_core.agent.loop import AgentLoop
+from dgpo_core.agent.transformers_engine import TransformersEngine
+from dgpo_core.config.agent import GREEDY
+from dgpo_core.config.params import load_params
+from dgpo_core.models import load_model, load_tokenizer
+from tasks.stages.inputs import retriever
+from tasks.stages.rollouts import split_tasks
+
+
+def compare(source: str, episodes: int, rounds: int) -> tuple[Rounds, float]:
+    """Time all loops on `episodes` training questions.
+
+    Return the times, and the share of greedy episodes that are the same as those of Search-R1's loop.
+    """
+    params, tokenizer, index = load_params(), load_tokenizer(source), retriever(load_params())
+    config, top_k, sampling = params.protocol, params.retrieval.top_k, params.reinforce.sampling
+    tasks = split_tasks(params, "train", 0)
+    tasks = tasks[:: max(1, len(tasks) // episodes)][:episodes]
+    questions = [task.question.question for task in tasks]
+    ours = AgentLoop(
+        TransformersEngine(load_model(source), tokenizer, params.rollout), tokenizer, index, config, top_k
+    )
+    plain = BatchLoop(load_model(source), tokenizer, index, config, top_k)
+    kinder = BatchLoop(load_model(source), tokenizer, index, config, top_k, stops=True)
+    trl = TrlLoop(load_model(source), tokenizer, index, config, top_k, sampling.temperature)
+    pairs = zip(ours.run(tasks, GREEDY), plain.run(questions, GREEDY), strict=True)
+    same = sum(tokenizer.decode(episode.token_ids) == text for episode, text in pairs) / len(tasks)
+    contenders = {
+        "ours": partial(ours.run, tasks, sampling),
+        "Search-R1's loop": partial(plain.run, questions, sampling),
+        "Search-R1's loop, stopped at tags": partial(kinder.run, questions, sampling),
+        "TRL's GRPOTrainer": partial(trl.run, questions),
+    }
+    name = f"rollouts of {len(tasks)} questions, {torch.get_num_threads()} threads"
+    return alternate(name, contenders, rounds, len(tasks), "episode"), same
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--model", default="models/kd")
+    parser.add_argument("--episodes", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--json", type=Path, help="where to keep all times, in pyperf's format")
+    given = parser.parse_args()
+    result, same = compare(given.model, given.episodes, given.rounds)
+    print(table([result]))
+    print(f"\ngreedy episodes that are Search-R1's to the letter: {same:.3f}")
+    if given.json:
+        save([result], given.json)
+
+
+if __name__ == "__main__":
+    main()
