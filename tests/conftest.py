@@ -78,6 +78,17 @@ def dvc_repository(workplace: Path, empty_dvc_repository: Path) -> Path:
     return workplace
 
 
+def run_python(code: str, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run `code` in a fresh Python that finds this source tree; it gets the arguments and the environment."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
 def alive(pid: int) -> bool:
     """Tell whether a process runs (a zombie that nobody reaps does not)."""
     try:

@@ -18,8 +18,9 @@ from tasks.stages.index import index
 from tasks.stages.inputs import retriever
 from tests.conftest import make_workplace
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer, running
-from tests.dgpo_core.retrieval.test_service import foreign, served
+from tests.dgpo_core.retrieval.test_service import foreign
 from tests.tasks.miniature import make_project
+from tests.web import served
 
 
 @pytest.fixture
