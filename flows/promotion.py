@@ -15,7 +15,7 @@ from dgpo_core.errors import UserError
 from flows.execution import environment
 from flows.process import run_group
 from tasks.project.dvc import read_lock
-from tasks.tracking.registry import Version, store
+from tasks.tracking.registry import store
 
 PATIENCE = timedelta(days=7)  # for a person's answer; the run fails afterwards and can be retried
 
@@ -32,9 +32,15 @@ def offer(tree: Path) -> str:
 
     Returns a sentence about how it ended. Raises UserError when nothing can be decided.
     """
-    from tasks.commands.promote import KEPT, PROMOTED  # brings torch: not for runs that offer nothing
+    # They bring torch: not for runs that offer nothing.
+    from tasks.commands.promote import KEPT, PROMOTED
+    from tasks.tracking.evaluations import offer as make_challenger
 
-    version = _own_challenger(tree)
+    with store() as registry:
+        try:
+            version = make_challenger(registry, load_params(tree / PARAMS), read_lock(tree), tree)
+        except UserError as error:
+            raise UserError(f"promote: {error}") from None
     code, table = _decide(tree, version.number, "--dry-run")
     create_markdown_artifact(f"```\n{table}\n```", key="promotion", description=f"Gate: {version.name}")
     if code == KEPT:
@@ -53,17 +59,6 @@ def offer(tree: Path) -> str:
     if code != PROMOTED:
         return f"{version.name} was not promoted: {table.splitlines()[-1] if table else code}"
     return f"{version.name} is the champion"
-
-
-def _own_challenger(tree: Path) -> Version:
-    """Offer this run's model and return its version. Raises UserError for one that cannot be offered."""
-    from tasks.tracking.evaluations import offer as make_challenger
-
-    with store() as registry:
-        try:
-            return make_challenger(registry, load_params(tree / PARAMS), read_lock(tree), tree)
-        except UserError as error:
-            raise UserError(f"promote: {error}") from None
 
 
 def _decide(tree: Path, version: str, flag: str) -> tuple[int, str]:
