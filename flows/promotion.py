@@ -1,4 +1,4 @@
-"""Offer a run's model as champion: the gate decides, and a person, where `promote.approval` wants one."""
+"""Offer a run's model as champion: `dgpo promote` decides, and a person, if `promote.approval` is set."""
 
 import sys
 from datetime import timedelta
@@ -42,14 +42,17 @@ def offer(tree: Path) -> str:
         except UserError as error:
             raise UserError(f"promote: {error}") from None
     code, table = _decide(tree, version.number, "--dry-run")
-    create_markdown_artifact(f"```\n{table}\n```", key="promotion", description=f"Gate: {version.name}")
+    table_block = f"```\n{table}\n```"
+    create_markdown_artifact(table_block, key="promotion", description=f"Promotion of {version.name}")
     if code == KEPT:
-        return f"{version.name} did not pass the gate: the champion stays"
+        return f"{version.name} does not meet every condition: the champion stays"
     if code != PROMOTED:
         raise UserError(f"promote: {table.splitlines()[-1] if table else f'exit code {code}'}")
     if load_params(tree / PARAMS).promote.approval:
-        get_run_logger().info("%s passes the gate and waits for approval", version.name)
-        form = Approval.with_initial_data(description=f"{version.name} passes the gate:\n\n```\n{table}\n```")
+        get_run_logger().info("%s meets every condition and waits for approval", version.name)
+        form = Approval.with_initial_data(
+            description=f"{version.name} meets every condition:\n\n{table_block}"
+        )
         answer = pause_flow_run(wait_for_input=form, timeout=int(PATIENCE.total_seconds()))
         if answer is None or not answer.approve:
             comment = answer.comment if answer else ""

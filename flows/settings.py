@@ -38,7 +38,7 @@ class PipelineSettings(BaseModel):
     dry_run: bool = Field(False, description="say what would be executed, and execute nothing")
     max_parallel: PositiveInt = Field(1, description="stages side by side")
     revision: str = Field("HEAD", description="commit, branch or tag to run")
-    promote: bool = Field(False, description="offer this run's model as champion; the gate decides")
+    promote: bool = Field(False, description="offer this run's model as champion, as `dgpo promote` does")
     keep_worktree: bool = Field(False, description="keep it after success (after failure it is kept)")
 
 

@@ -1,4 +1,4 @@
-"""A challenger offered by a flow: the gate, a person's answer, the champion; real registry, real server."""
+"""A challenger offered by a flow: conditions, a person's answer, champion; real registry, real server."""
 
 import contextvars
 import threading
@@ -101,7 +101,7 @@ def test_a_person_decides_about_what_passes(
 def test_what_does_not_pass_is_not_asked_about(project: Path) -> None:
     challenge(project, WORSE, approval=True)
     assert promote("1", dry_run=False, yes=True) == 0
-    assert "did not pass the gate" in offered(project, "worse")
+    assert "does not meet every condition" in offered(project, "worse")
     assert champion() == "1"
 
 
@@ -132,7 +132,7 @@ def test_a_model_that_is_not_registered_is_said_and_no_other_is_offered(project:
     assert (champion(), holder(CHALLENGER)) == (None, "2")
 
 
-def test_a_broken_gate_promotes_nobody(project: Path) -> None:
+def test_a_condition_that_is_no_condition_promotes_nobody(project: Path) -> None:
     challenge(project, BETTER, approval=False)
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["promote"]["margin"] = -1
