@@ -42,17 +42,15 @@ def offer(tree: Path) -> str:
         except UserError as error:
             raise UserError(f"promote: {error}") from None
     code, table = _decide(tree, version.number, "--dry-run")
-    table_block = f"```\n{table}\n```"
-    create_markdown_artifact(table_block, key="promotion", description=f"Promotion of {version.name}")
+    shown = f"```\n{table}\n```"
+    create_markdown_artifact(shown, key="promotion", description=f"Promotion of {version.name}")
     if code == KEPT:
         return f"{version.name} does not meet every condition: the champion stays"
     if code != PROMOTED:
         raise UserError(f"promote: {table.splitlines()[-1] if table else f'exit code {code}'}")
     if load_params(tree / PARAMS).promote.approval:
         get_run_logger().info("%s meets every condition and waits for approval", version.name)
-        form = Approval.with_initial_data(
-            description=f"{version.name} meets every condition:\n\n{table_block}"
-        )
+        form = Approval.with_initial_data(description=f"{version.name} meets every condition:\n\n{shown}")
         answer = pause_flow_run(wait_for_input=form, timeout=int(PATIENCE.total_seconds()))
         if answer is None or not answer.approve:
             comment = answer.comment if answer else ""

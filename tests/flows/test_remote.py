@@ -25,7 +25,7 @@ def test_a_remote_that_does_not_answer_is_tried_again(root: Path, monkeypatch: p
 
     git("remote", "add", "origin", root / "nowhere")
     monkeypatch.setenv("DGPO_PUSH", "1")
-    stage = Stage("train", (), pool="gpu")
+    stage = Stage(name="train", pool="gpu")
     with pytest.raises(StageFailed, match="train: cannot publish runs/otter") as caught:
         run_elsewhere(stage, open_workspace(root, "otter"), force=False, pipeline_run=None)
     assert caught.value.retryable
@@ -55,14 +55,14 @@ def test_who_has_not_said_how_a_branch_gets_to_another_pool_is_asked_before_the_
 ) -> None:
     from flows.remote import refuse_without_push
 
-    train = Stage("train", (), pool="gpu")
+    train = Stage(name="train", pool="gpu")
     monkeypatch.delenv("DGPO_PUSH", raising=False)
     monkeypatch.setenv("DGPO_POOL", "cpu")
     refuse_without_push([train], dvc_repository)  # no remote: both workers must be in this clone
     git("remote", "add", "origin", "elsewhere")
     with pytest.raises(UserError, match=r"train belongs to the pool gpu.*dgpo worker --push"):
         refuse_without_push([train], dvc_repository)
-    refuse_without_push([Stage("report", ())], dvc_repository)
+    refuse_without_push([Stage(name="report")], dvc_repository)
     for said in ("0", "1"):
         monkeypatch.setenv("DGPO_PUSH", said)
         refuse_without_push([train], dvc_repository)
