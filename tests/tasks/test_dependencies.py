@@ -39,7 +39,6 @@ WITHOUT_EFFECT = (
     "dgpo_core/agent/vllm_engine.py",
     "dgpo_core/temporary.py",  # folders of which nothing stays
     "dgpo_core/training/checkpoint.py",  # what continues ends as if it had not been interrupted
-    "dgpo_core/training/checkpoint.py",  # stops at numbers that are none, and changes no other
     "dgpo_core/training/parallel.py",  # one process here; in several, results differ by rounding
     "tasks/stages/base_model.py",  # hands the settings to the builder
     "tasks/project/dvc.py",  # this and what follows: where, how and with which record a stage runs
