@@ -15,7 +15,7 @@ from uuid import UUID
 
 from prefect import State, flow, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.logging import get_run_logger
 from prefect.states import Cancelling, Completed, Failed
@@ -167,6 +167,6 @@ def _wait(child: UUID) -> State[None]:
     with get_client(sync_client=True) as client:
         while True:
             state = client.read_flow_run(child).state
-            if state and state.is_final() and state.type is not StateType.CANCELLING:
+            if state and state.is_final():
                 return state
             time.sleep(POLL)

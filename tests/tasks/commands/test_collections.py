@@ -1,4 +1,4 @@
-"""`dgpo collections` and the stage `index` with a Qdrant server: build, gate, list, keep, remove."""
+"""`dgpo collections` and the stage `index` with a Qdrant server: build, check, list, keep, remove."""
 
 import json
 from collections.abc import Iterator
