@@ -190,7 +190,7 @@ def _pool(
 
 
 def _write_pool(client: SyncPrefectClient, pool: WorkPoolCreate) -> None:
-    """Create or update it; Prefect's own `overwrite` would also resume a paused pool and lift its limit."""
+    """Create or update a pool; Prefect's `overwrite` would also resume a paused one and lift its limit."""
     try:
         client.create_work_pool(pool)
     except ObjectAlreadyExists:

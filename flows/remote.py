@@ -96,7 +96,7 @@ def remote_stage(
 
 
 def run_elsewhere(stage: Stage, workspace: Workspace, *, force: bool, pipeline_run: str | None) -> str:
-    """Have the stage's pool run it, and restore its outputs here; how it ended. Raises StageFailed."""
+    """Have the stage's pool run it, restore its outputs here, return how it ended. Raises StageFailed."""
     try:
         publish(workspace, list(stage.upstream))
     except InfrastructureError as error:

@@ -49,6 +49,7 @@ class Service:
 
 
 def prefect(port: int) -> Service:
+    """Describe Prefect's server, whose files are in PREFECT_HOME."""
     command, environment = server_command(port)
     page = f"http://127.0.0.1:{port}"
     record = ServiceRecord("prefect", "", command, API_URL, f"{page}/api", f"{page}/api/health", page)
@@ -97,6 +98,7 @@ def down(folder: Path = FOLDER, names: Sequence[str] = NAMES) -> list[str]:
 
 
 def state(record: ServiceRecord | None) -> str:
+    """Say whether a service runs and answers."""
     if record is None:
         return "stopped"
     if leader(record) is None:
