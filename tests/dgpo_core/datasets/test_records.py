@@ -204,6 +204,11 @@ def test_other_forms_of_questions(tmp_path: Path, row: dict[str, Any], answers: 
     assert read_questions(path) == [Question("2", "Who?", answers)]
 
 
+def test_two_kinds_of_answers_are_ambiguous() -> None:
+    with pytest.raises(ValueError, match='has both "answer" and "answers"'):
+        Question.from_json({"id": "1", "question": "Who?", "answer": "Ada", "answers": ["Bob"]})
+
+
 def test_numbers_of_any_size_are_ids(tmp_path: Path) -> None:
     large = "9" * 4000
     path = tmp_path / "c.jsonl"
