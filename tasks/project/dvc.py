@@ -119,24 +119,25 @@ def dvc_md5(path: Path) -> str | None:
     return hashlib.md5(listing.encode()).hexdigest() + ".dir"
 
 
-def cache_folder(root: Path = Path()) -> Path | None:
+def cache_folder() -> Path | None:
     """Find DVC's cache, which worktrees share; None where there is no project of DVC."""
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return None if done.returncode else root / done.stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return None if done.returncode else Path(done.stdout.strip())
 
 
-def from_cache(md5: str, folder: Path, root: Path = Path()) -> bool:
+def from_cache(md5: str, folder: Path) -> bool:
     """Write the folder that DVC keeps under `md5` to `folder`; False when its cache lacks some of it."""
-    cache = cache_folder(root)
-    if cache is None:
+    if (cache := cache_folder()) is None:
         return False
-    files = cache / "files" / "md5"
-    listing = files / md5[:2] / md5[2:]
-    if not listing.is_file():
+
+    def kept(digest: str) -> Path:
+        return cache / "files" / "md5" / digest[:2] / digest[2:]
+
+    if not kept(md5).is_file():
         return False
-    entries = json.loads(listing.read_text(encoding="utf-8"))
-    sources = {entry["relpath"]: files / entry["md5"][:2] / entry["md5"][2:] for entry in entries}
+    entries = json.loads(kept(md5).read_text(encoding="utf-8"))
+    sources = {entry["relpath"]: kept(entry["md5"]) for entry in entries}
     if not all(source.is_file() for source in sources.values()):
         return False
     with temporary_folder("cache", folder.parent) as temporary:  # several processes may ask for it at once

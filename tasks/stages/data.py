@@ -1,4 +1,4 @@
-"""Stage `data`: corpus and questions, of the embedded world or of the published data sets."""
+"""Stage `data`: write corpus and questions, of the embedded world or of the published data sets."""
 
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.datasets.audit import AnswerSearch, audit

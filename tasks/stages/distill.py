@@ -1,4 +1,4 @@
-"""Stage `distill`: one recipe's distillation (eq. 1; docs/method.md, "Recipes")."""
+"""Stage `distill`: train a recipe's student by distillation (eq. 1; docs/method.md, "Recipes")."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: one model on every test set, its ARCap, and why its wrong answers are wrong."""
+"""Stage `evaluate`: run a model on every test set, measure its ARCap, and say why its answers are wrong."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq

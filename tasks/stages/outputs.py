@@ -1,4 +1,4 @@
-"""What the stages leave for `dvc metrics` and `dvc plots`."""
+"""Files that stages leave for people: JSON for `dvc metrics`, CSV for `dvc plots` and the report."""
 
 import csv
 import json
@@ -8,6 +8,7 @@ from typing import Any
 
 
 def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
+    """Write metrics as JSON, rounded to six places; what is not a number becomes null."""
     path.parent.mkdir(parents=True, exist_ok=True)
     rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
     rounded = {k: None if v != v else v for k, v in rounded.items()}  # JSON has no nan
@@ -15,7 +16,7 @@ def write_metrics(path: Path, metrics: dict[str, Any]) -> None:
 
 
 def write_curves(path: Path, rows: list[dict[str, float]]) -> None:
-    """Training curves as CSV, for `dvc plots` and the report; a column that a row lacks stays empty."""
+    """Write training curves; a column that a row lacks stays empty."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     write_csv(path, [columns, *([f"{row[c]:.6g}" if c in row else "" for c in columns] for row in rows)])
 

@@ -1,4 +1,4 @@
-"""Stage `reinforce`: one recipe's PPO or GRPO, guided as its gate says (eqs. 2-4)."""
+"""Stage `reinforce`: train a recipe's student by PPO or GRPO, guided as its gate says (eqs. 2-4)."""
 
 from transformers import PreTrainedModel
 

@@ -1,4 +1,4 @@
-"""Stage `teach`: the teacher runs the whole protocol on the training questions; raw episodes."""
+"""Stage `teach`: run the teacher on the training questions, and keep all of its episodes."""
 
 from pathlib import Path
 

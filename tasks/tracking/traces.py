@@ -115,7 +115,7 @@ def _split_title(document: str) -> tuple[str, str]:
 
 TRAINING_EPISODES = 8  # of a step of reinforcement learning
 MAX_NAME, MAX_PREVIEW = 250, 1000  # characters, by MLflow's limits
-SCORER = "dgpo_core.scoring"
+SCORER = "dgpo_core.agent.answers"  # who gave an episode its scores
 
 
 @dataclass(frozen=True)
