@@ -16,6 +16,11 @@ settings.load_profile("pipeline")
 ROOT = Path(__file__).parents[1]
 
 
+def pytest_collection_finish() -> None:
+    """Refuse a test module that imports Prefect: its threads would not know the server of `api`."""
+    assert "prefect" not in sys.modules, "import prefect in a test or fixture, not at the head of a module"
+
+
 @pytest.fixture(scope="session")
 def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
     """URI of an initialised sqlite store (creating one takes seconds, so all tests share it)."""

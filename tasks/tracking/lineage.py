@@ -188,10 +188,10 @@ def build(recipe: str, start: Origin, inputs: Mapping[str, str], folder: Path) -
 
 def changed_parameters(params: Params) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """Give (dotted key, (default, value)) of every parameter that differs from its default."""
-    default = _flat(Params(profile=params.profile).model_dump(mode="json"))
-    own = _flat(params.model_dump(mode="json"))
+    default = flat(Params(profile=params.profile).model_dump(mode="json"))
+    own = flat(params.model_dump(mode="json"))
     for key in sorted(default | own):
-        if default.get(key) != own.get(key) and {} not in (default.get(key), own.get(key)):
+        if default.get(key) != own.get(key):
             yield key, (default.get(key), own.get(key))
 
 
@@ -203,8 +203,8 @@ def differences(lineage: Lineage, root: Path = Path()) -> list[str]:
     if now.dirty:
         found.append(f"code: changed here: {', '.join(now.dirty)}")
     with suppress(UserError):
-        here = _flat(load_params(root / PARAMS).model_dump(mode="json"))
-        stored = _flat(lineage["params"])
+        here = flat(load_params(root / PARAMS).model_dump(mode="json"))
+        stored = flat(lineage["params"])
         keys = sorted(key for key in here | stored if here.get(key) != stored.get(key))
         found += [f"parameters: {key} is {here.get(key)!r} here, was {stored.get(key)!r}" for key in keys]
     lock = read_lock(root)
@@ -336,12 +336,13 @@ def _source(model: Mapping[str, Any]) -> str:
     return f"{model['source']}, revision {model['revision'] or 'unknown'}"
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Join nested keys by dots: {"a": {"b": 1}} -> {"a.b": 1}."""
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
+        name = f"{prefix}{key}"
+        leaves |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return leaves
 
 
 def trained_models(params: Params, lock: Lock) -> dict[str, str]:

@@ -141,7 +141,8 @@ def use_hub(patch: pytest.MonkeyPatch, url: str) -> None:
         constants, "HUGGINGFACE_CO_URL_TEMPLATE", f"{url}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
     )
     patch.setattr(constants, "HF_HUB_OFFLINE", False)
-    patch.delenv("HF_TOKEN", raising=False)
+    for name in ("HF_TOKEN", "HF_HUB_OFFLINE"):
+        patch.delenv(name, raising=False)
     for name in ("HF_TOKEN_PATH", "HF_STORED_TOKENS_PATH"):
         patch.setattr(constants, name, "/nonexistent")
 
