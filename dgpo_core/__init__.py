@@ -1,4 +1,4 @@
-"""The science of DGPO: protocol, retrieval, rollouts, objectives, training and ARCap.
+"""The science of DGPO: data sets, retrieval, the agent, objectives, training, evaluation and reports.
 
 Nothing in here imports prefect, mlflow or dvc; `tasks` wires it into the pipeline.
 """

@@ -32,6 +32,11 @@ class ResourceError(InfrastructureError):
     """The machine lacks something (room, a permission, open files): the same again would fail again."""
 
 
+def may_pass(status: int) -> bool:
+    """Return whether the same HTTP request may be answered later: its server is overloaded, or has failed."""
+    return status >= 500 or status in (408, 425, 429)
+
+
 def first_line(error: Exception) -> str:
     """Return the first line of what a library explains in paragraphs."""
     return str(error).strip().split("\n")[0]

@@ -2,8 +2,16 @@
 
 from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+from dgpo_core.errors import InfrastructureError, UserError, first_line
+
 # of the HTTP library that this version of huggingface_hub uses
 HTTP_ERROR: type[Exception] = HfHubHTTPError.__bases__[0]
+
+
+def load_error(what: str, error: Exception) -> InfrastructureError | UserError:
+    """Return the error to raise where `what` ("x: cannot load a model") has failed by `error`."""
+    text = f"{what}: {first_line(error)}"
+    return InfrastructureError(text) if unreachable(error) else UserError(text)
 
 
 def unreachable(error: BaseException) -> bool:

@@ -21,9 +21,9 @@ from transformers.utils import logging as transformers_logging
 
 from dgpo_core.config.data import ModelShape
 from dgpo_core.config.training import LoraConfig
-from dgpo_core.errors import InfrastructureError, NotFinite, UserError, first_line
+from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.files import replacement
-from dgpo_core.hub import HTTP_ERROR, unreachable
+from dgpo_core.hub import HTTP_ERROR, load_error
 
 MAX_POSITIONS = 4096
 
@@ -31,7 +31,7 @@ transformers_logging.disable_progress_bar()  # the stages have a progress displa
 
 
 def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A freshly initialised model of `shape` for the tokenizer's vocabulary (float32)."""
+    """Build a freshly initialised model of `shape` for the tokenizer's vocabulary (float32)."""
     config = AutoConfig.for_model(
         shape.architecture,
         vocab_size=len(tokenizer),
@@ -54,18 +54,21 @@ def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> PreTra
 
 
 def load_tokenizer(source: str) -> Any:
-    """Tokenizer of a model folder or hub name. Raises UserError where there is none, InfrastructureError."""
+    """Load the tokenizer of a model folder or hub name.
+
+    Raises UserError where there is none, InfrastructureError when the hub cannot be reached.
+    """
     _check_source(source)
     if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
         raise UserError(f"{source}: this model folder has no tokenizer (tokenizer.json is missing)")
     try:
         return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, HTTP_ERROR) as error:
-        raise _failed(source, "tokenizer", error) from error
+        raise load_error(f"{source}: cannot load a tokenizer", error) from error
 
 
 def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Causal language model of a folder or hub name, in evaluation mode.
+    """Load the causal language model of a folder or hub name, in evaluation mode.
 
     Raises UserError for what is no model and for weights that are no numbers, InfrastructureError when the
     hub cannot be reached.
@@ -74,7 +77,7 @@ def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.floa
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
     except (OSError, ValueError, SafetensorError, HTTP_ERROR) as error:
-        raise _failed(source, "model", error) from error
+        raise load_error(f"{source}: cannot load a model", error) from error
     model.to(device)  # type: ignore[arg-type]
     model.eval()
     if name := broken_weight(model):
@@ -84,7 +87,7 @@ def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.floa
 
 
 def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
-    """Weights and tokenizer, so that nothing of another model can be left in `folder`.
+    """Save weights and tokenizer, so that nothing of another model can be left in `folder`.
 
     Raises NotFinite for weights that are no numbers; then `folder` stays as it is.
     """
@@ -117,18 +120,16 @@ def _learn_all_embeddings(model: PreTrainedModel) -> None:
 
 
 def _check_source(source: str) -> None:
-    """Hub names are `owner/name`; a longer path, or one in a folder that is here, should exist."""
+    """Raise UserError for a folder that is not there; hub names are `owner/name`.
+
+    A longer path, or one in a folder that is here, means a folder.
+    """
     path = Path(source)
     means_folder = (
         source.count("/") > 1 or source.startswith((".", "/")) or (path.parent.name and path.parent.is_dir())
     )
     if means_folder and not path.is_dir():
         raise UserError(f"{source}: there is no such model folder")
-
-
-def _failed(source: str, what: str, error: Exception) -> Exception:
-    text = f"{source}: cannot load a {what}: {first_line(error)}"
-    return InfrastructureError(text) if unreachable(error) else UserError(text)
 
 
 def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
@@ -150,7 +151,7 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:
-    """`model`, whose adapters, if it has any, were added to its weights (float32): an ordinary model."""
+    """Return `model` with its adapters, if it has any, added to its weights (float32): an ordinary model."""
     if not hasattr(model, "peft_config"):
         return model
     from peft.tuners.lora import LoraLayer

@@ -184,15 +184,13 @@ class AgentLoop:
             episode.query = None
 
     def _search(self, queries: list[str]) -> list[list[Hit]]:
-        for attempt in Retrying(
+        retrying = Retrying(
             retry=retry_if_exception_type(InfrastructureError),
             stop=stop_after_attempt(3),
             wait=wait_exponential(multiplier=0.5),
             reraise=True,
-        ):
-            with attempt:
-                return self._retriever.search(queries, self._top_k)
-        raise AssertionError("unreachable: tenacity returns or raises")
+        )
+        return retrying(self._retriever.search, queries, self._top_k)
 
     def _information(self, hits: list[Hit]) -> list[int]:
         """Return retrieved passages as ids; cut inside a passage's text, so that the closing tag stays."""

@@ -34,22 +34,21 @@ INVALID_ACTION = (
 INFORMATION_PREFIX = f"\n\n{INFORMATION_START}"
 INFORMATION_SUFFIX = f"{INFORMATION_END}\n\n"
 
-
 # of all scripts: a full-width, an Arabic or a Greek one ends a question as well
 QUESTION_MARKS = tuple(
     "?\u037e\u055e\u061f\u1367\u1945\u203d\u2047\u2048\u2049\u2cfa\u2cfb\u2e2e\ua60f\ua6f7\ufe16\ufe56\uff1f"
 )
 
+# Llama 3's template tells the model a date, today's unless it is given one: episodes would change every day.
+TEMPLATE_DATE = "26 Jul 2024"  # the one that the template itself falls back on
+
 Documents = Literal["plain", "release"]  # how passages are shown
 
 
 def with_question_mark(question: str) -> str:
+    """Return `question`, trimmed, with a question mark at its end if it has none of any script."""
     question = trimmed(question)
     return question if question.endswith(QUESTION_MARKS) else question + "?"
-
-
-# Llama 3's template tells the model a date, today's unless it is given one: episodes would change every day.
-TEMPLATE_DATE = "26 Jul 2024"  # the one that the template itself falls back on
 
 
 def document(number: int, title: str, text: str, form: Documents = "plain") -> str:

@@ -5,7 +5,6 @@ which copies the whole cache for every token, and on a CPU that is most of the t
 (`python -m benchmarks.rollout`).
 """
 
-import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -58,15 +57,11 @@ class TransformersEngine:
         rows = [_Row(request, sampling) for request in requests]
         self._on_token = on_token
         self._room = self._config.kept_tokens - sum(row.past for row in rows)
-        with self._precision():
+        narrow = self._config.precision == "bfloat16"
+        with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=narrow):
             for batch in self._batches(rows):
                 self._run(batch, sampling, stop)
         return [Generation(row.ids, row.logprobs, row.finish or FinishReason.LENGTH) for row in rows]
-
-    def _precision(self) -> contextlib.AbstractContextManager[Any]:
-        if self._config.precision == "float32":
-            return contextlib.nullcontext()
-        return torch.autocast(self.model.device.type, dtype=torch.bfloat16)
 
     def _batches(self, rows: list["_Row"]) -> list[list["_Row"]]:
         """Group rows of similar length; padded tokens, with what may be generated, stay within the limit."""

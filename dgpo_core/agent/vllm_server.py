@@ -26,11 +26,10 @@ from dgpo_core.agent.vllm_engine import (
     weights_in_folder,
 )
 from dgpo_core.config.agent import RolloutConfig, Sampling
-from dgpo_core.errors import InfrastructureError, UserError, without_credentials
+from dgpo_core.errors import InfrastructureError, UserError, may_pass, without_credentials
 from dgpo_core.models import load_model
 
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
-OVERLOADED = (408, 425, 429)  # beside what begins with 5: asked again later, it may be answered
 HOW_TO_START = "start it as docs/vllm.md says"
 
 
@@ -213,21 +212,22 @@ class _Server:
 
     def _request(self, method: str, path: str, **content: Any) -> httpx.Response:
         """Send a request, again when the server cannot be reached or fails. Raises InfrastructureError."""
-        for attempt in Retrying(
+        retrying = Retrying(
             retry=retry_if_exception_type(InfrastructureError),
             stop=stop_after_attempt(self._settings.attempts),
             wait=wait_exponential(multiplier=0.5, max=30),
             reraise=True,
-        ):
-            with attempt:
-                try:
-                    answer = self._http.request(method, path, **content)
-                except httpx.TransportError as error:
-                    reason = str(error) or type(error).__name__
-                    raise InfrastructureError(f"{self._name}: does not answer: {reason}") from error
-                if answer.is_server_error or answer.status_code in OVERLOADED:
-                    raise InfrastructureError(
-                        f"{self._name}: {path} failed ({answer.status_code}): {answer.text[:300]}"
-                    )
-                return answer
-        raise AssertionError("unreachable: tenacity returns or raises")
+        )
+
+        def once() -> httpx.Response:
+            try:
+                answer = self._http.request(method, path, **content)
+            except httpx.TransportError as error:
+                reason = str(error) or type(error).__name__
+                raise InfrastructureError(f"{self._name}: does not answer: {reason}") from error
+            if may_pass(answer.status_code):
+                status, text = answer.status_code, answer.text[:300]
+                raise InfrastructureError(f"{self._name}: {path} failed ({status}): {text}")
+            return answer
+
+        return retrying(once)

@@ -14,7 +14,7 @@ import httpx
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential_jitter
 
 from dgpo_core.datasets.records import Passage, unquoted
-from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.errors import InfrastructureError, UserError, may_pass
 from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.retrieval.request_size import batches, text_bytes
 
@@ -24,7 +24,6 @@ ATTEMPTS = 3  # of one request
 LONGEST_WAIT = 5.0  # seconds between two of them
 BATCH = 256  # queries in one request
 BATCH_BYTES = 500_000  # of them: half of what a proxy lets through that nobody has configured
-OVERLOADED = (408, 425, 429)  # beside what begins with 5: asked again later, it may be answered
 
 
 class ServedIndex(NamedTuple):
@@ -189,12 +188,11 @@ def _request(client: httpx.Client, method: str, url: str, **content: Any) -> htt
             response = client.request(method, url, **content)
         except httpx.HTTPError as error:
             raise InfrastructureError(f"no answer from {url}: {error or type(error).__name__}") from error
-        if response.is_server_error or response.status_code in OVERLOADED:
+        if may_pass(response.status_code):
             raise InfrastructureError(f"{url}: HTTP {response.status_code}: {_reason(response)}")
         return response
 
-    result: httpx.Response = retrying(once)
-    return result
+    return retrying(once)
 
 
 def _reason(response: httpx.Response) -> str:

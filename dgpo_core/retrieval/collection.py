@@ -5,11 +5,10 @@ A `Backend` searches a filled collection: Qdrant's engine in this process (qdran
 """
 
 import hashlib
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from itertools import islice
+from itertools import count, islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +16,7 @@ import pyarrow.parquet as pq
 
 from dgpo_core.datasets.records import Passage
 from dgpo_core.retrieval.encoders import Encoder, Vector
-from dgpo_core.retrieval.ranking import Candidate, Window
+from dgpo_core.retrieval.ranking import Candidate, Query
 from dgpo_core.retrieval.request_size import text_bytes, vector_bytes
 from dgpo_core.retrieval.shards import Manifest, read_shard
 
@@ -108,7 +107,7 @@ def _read(path: Path, first: int, lexical: Encoder | None) -> Iterator[Point]:
 
 
 def _points(rows: Iterator[tuple[Passage, Vector]], first: int, lexical: Encoder | None) -> Iterator[Point]:
-    numbers = itertools.count(first)
+    numbers = count(first)
     while chunk := list(islice(rows, PASSAGES_AT_ONCE)):
         texts = [passage.contents for passage, _ in chunk]
         others = lexical.encode_passages(texts) if lexical else [None] * len(chunk)
@@ -120,19 +119,8 @@ def _points(rows: Iterator[tuple[Passage, Vector]], first: int, lexical: Encoder
 class Backend(Protocol):
     """A filled collection that can be searched."""
 
-    def query(
-        self,
-        name: str,
-        vectors: list[Vector],
-        limit: int,
-        exact: bool = False,
-        window: Window | None = None,
-    ) -> list[list[Candidate]]:
-        """Return the best `limit` candidates of each vector by vector `name`, best first; any of equal ones.
-
-        `exact` compares with every point's original vector instead of going through graph and quantisation.
-        `window` leaves all other points out.
-        """
+    def search(self, query: Query) -> list[list[Candidate]]:
+        """Return the best candidates of each vector, best first; any of equal ones."""
         ...
 
     def close(self) -> None:

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from transformers import AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from dgpo_core.config.retrieval import EncoderConfig
-from dgpo_core.errors import InfrastructureError, UserError, first_line
-from dgpo_core.hub import HTTP_ERROR, unreachable
+from dgpo_core.errors import UserError
+from dgpo_core.hub import HTTP_ERROR, load_error
 from dgpo_core.text import canonical, spaced, start_of
 
 BUFFER = 64  # batches whose texts are sorted by length together
@@ -60,14 +60,14 @@ class Bm25Encoder:
         self._bm25 = qdrant_edge.Bm25(qdrant_edge.Bm25Config(avg_len=average_words, language="english"))
 
     def encode_passages(self, texts: list[str]) -> list[Vector]:
-        return [_sparse(self._bm25.embed_document(_words(text))) for text in texts]
+        return [_sorted_terms(self._bm25.embed_document(_words(text))) for text in texts]
 
     def encode_queries(self, texts: list[str]) -> list[Vector]:
-        return [_sparse(self._bm25.embed_query(_words(text))) for text in texts]
+        return [_sorted_terms(self._bm25.embed_query(_words(text))) for text in texts]
 
     def passage_column(self, texts: list[str], on_encoded: OnEncoded) -> pa.Array:
         fields = [("indices", pa.list_(pa.uint32())), ("values", pa.list_(pa.float32()))]
-        vectors = [asdict(_sparse(self._bm25.embed_document(_words(text)))) for text in texts]
+        vectors = [asdict(_sorted_terms(self._bm25.embed_document(_words(text)))) for text in texts]
         on_encoded(len(texts))
         return pa.array(vectors, type=pa.struct(fields))
 
@@ -77,7 +77,7 @@ def _words(text: str) -> str:
     return spaced(canonical(text))
 
 
-def _sparse(vector: Any) -> SparseVector:
+def _sorted_terms(vector: Any) -> SparseVector:
     """Order the terms by their ids: the engine's own order changes from process to process."""
     pairs = sorted(zip(vector.indices, vector.values, strict=True))
     return SparseVector([index for index, _ in pairs], [value for _, value in pairs])
@@ -217,8 +217,7 @@ def _errors_with_model(config: EncoderConfig) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, HTTP_ERROR) as error:
-        text = f"retrieval.encoder.model: cannot load {config.model!r}: {first_line(error)}"
-        raise (InfrastructureError(text) if unreachable(error) else UserError(text)) from error
+        raise load_error(f"retrieval.encoder.model: cannot load {config.model!r}", error) from error
 
 
 def make_encoder(

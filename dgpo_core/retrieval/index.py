@@ -27,10 +27,10 @@ from dgpo_core.retrieval.collection import (
     index_digest,
     stored_content,
 )
-from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, Vector, make_encoder
+from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, make_encoder
 from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
 from dgpo_core.retrieval.qdrant_server import MEMORY, Progress, QdrantBackend, connect, ensure, refusal
-from dgpo_core.retrieval.ranking import RRF_DEPTH, Candidate, Hit, Window, fuse, rank
+from dgpo_core.retrieval.ranking import RRF_DEPTH, Candidate, Hit, Query, fuse, rank
 from dgpo_core.retrieval.shards import read_manifest
 from dgpo_core.text import spaced
 
@@ -55,11 +55,7 @@ class Searcher:
 
     def _rank(self, name: str, queries: list[str], top_k: int, exact: bool) -> list[list[Candidate]]:
         vectors = self._encoders[name].encode_queries(queries)
-
-        def query(some: list[Vector], limit: int, window: Window | None = None) -> list[list[Candidate]]:
-            return self._backend.query(name, some, limit, exact, window)
-
-        return rank(query, vectors, top_k)
+        return rank(self._backend.search, Query(name, vectors, top_k, exact))
 
     def hits(self, queries: list[str], top_k: int) -> list[list[Hit]]:
         found = self.search(queries, top_k)

@@ -13,9 +13,9 @@ from filelock import FileLock, Timeout
 
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.files import replacement
-from dgpo_core.retrieval.collection import Content, Point, candidate, payload, point_bytes
+from dgpo_core.retrieval.collection import Content, candidate, payload, point_bytes
 from dgpo_core.retrieval.encoders import SparseVector, Vector
-from dgpo_core.retrieval.ranking import Candidate, Window
+from dgpo_core.retrieval.ranking import Candidate, Query
 from dgpo_core.retrieval.request_size import batches
 from dgpo_core.temporary import temporary_folder
 
@@ -46,28 +46,21 @@ class EmbeddedBackend:
             _build(target, content)
         self._engine = edge.EdgeShard.load(str(target / ENGINE))
         with np.load(target / TERMS) as terms:
-            self._terms = {name: _frequencies(terms[name]) for name in terms.files}
+            self._terms = {name: dict(terms[name].tolist()) for name in terms.files}
 
-    def query(
-        self,
-        name: str,
-        vectors: list[Vector],
-        limit: int,
-        exact: bool = False,
-        window: Window | None = None,
-    ) -> list[list[Candidate]]:
+    def search(self, query: Query) -> list[list[Candidate]]:
+        name, window = query.name, query.window
         sparse = name in self._terms
         condition = edge.Filter(must=[edge.HasIdCondition(set(window.numbers))]) if window else None
         results = []
-        for vector in vectors:
-            nearest = edge.Query.Nearest(_vector(vector), using=name)
+        for vector in query.vectors:
             found = self._engine.query(
                 edge.QueryRequest(
-                    limit=limit,
-                    query=nearest,
+                    limit=query.limit,
+                    query=edge.Query.Nearest(_vector(vector), using=name),
                     with_payload=True,
                     with_vector=[name] if sparse else False,
-                    params=edge.SearchParams(exact=exact),
+                    params=edge.SearchParams(exact=query.exact),
                     filter=condition,
                     score_threshold=window.score if window else None,
                 )
@@ -118,7 +111,11 @@ def _build(target: Path, content: Content) -> None:
         engine = edge.EdgeShard.create(str(unfinished / ENGINE), config)
         terms: dict[str, Counter[int]] = {n: Counter() for n, size in content.vectors.items() if size is None}
         for chunk in batches(content.points(), UPSERT, UPSERT_BYTES, point_bytes):
-            engine.update(edge.UpdateOperation.upsert_points([_point(point) for point in chunk]))
+            points = [
+                edge.Point(p.number, {n: _vector(v) for n, v in p.vectors.items()}, payload(p.passage))
+                for p in chunk
+            ]
+            engine.update(edge.UpdateOperation.upsert_points(points))
             for name, frequency in terms.items():
                 for point in chunk:
                     vector = point.vectors[name]
@@ -129,10 +126,6 @@ def _build(target: Path, content: Content) -> None:
         engine.close()
         arrays = {n: np.array([*f.items()], np.int64).reshape(-1, 2) for n, f in terms.items()}
         np.savez(unfinished / TERMS, **arrays)  # type: ignore[arg-type]
-
-
-def _frequencies(pairs: np.ndarray) -> dict[int, int]:
-    return {int(term): int(count) for term, count in pairs}
 
 
 def _idf(points: int, containing: int) -> float:
@@ -151,11 +144,6 @@ def _lock(path: Path) -> FileLock:
             'retrieval.location "embedded", or a server'
         ) from None
     return lock
-
-
-def _point(point: Point) -> Any:
-    vectors = {name: _vector(vector) for name, vector in point.vectors.items()}
-    return edge.Point(point.number, vectors, payload(point.passage))
 
 
 def _vector(vector: Vector) -> Any:

@@ -23,10 +23,10 @@ from qdrant_client.http.exceptions import ResponseHandlingException, UnexpectedR
 from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_exponential_jitter
 
 from dgpo_core.config.retrieval import QdrantConfig
-from dgpo_core.errors import InfrastructureError, UserError, first_line
+from dgpo_core.errors import InfrastructureError, UserError, first_line, may_pass
 from dgpo_core.retrieval.collection import Content, Part, Point, candidate, payload, point_bytes
 from dgpo_core.retrieval.encoders import SparseVector, Vector
-from dgpo_core.retrieval.ranking import Candidate, Window
+from dgpo_core.retrieval.ranking import Candidate, Query
 from dgpo_core.retrieval.request_size import batches, vector_bytes
 
 TIMEOUT = 60  # seconds for a request
@@ -75,30 +75,24 @@ class QdrantBackend:
     def __init__(self, client: QdrantClient, collection: str, config: QdrantConfig) -> None:
         self._client, self._collection, self._config = client, collection, config
 
-    def query(
-        self,
-        name: str,
-        vectors: list[Vector],
-        limit: int,
-        exact: bool = False,
-        window: Window | None = None,
-    ) -> list[list[Candidate]]:
+    def search(self, query: Query) -> list[list[Candidate]]:
+        window = query.window
         within = models.Filter(must=[models.HasIdCondition(has_id=list(window.numbers))]) if window else None
+        most, timeout = (1, EXACT_TIMEOUT) if query.exact else (len(query.vectors), None)
         found = []
-        for batch in batches(vectors, 1 if exact else len(vectors), REQUEST_BYTES, vector_bytes):
+        for batch in batches(query.vectors, most, REQUEST_BYTES, vector_bytes):
             requests = [
                 models.QueryRequest(
                     query=to_qdrant(vector),
-                    using=name,
-                    limit=limit,
+                    using=query.name,
+                    limit=query.limit,
                     with_payload=True,
-                    params=self._params(vector, exact),
+                    params=self._params(vector, query.exact),
                     filter=within,
                     score_threshold=window.score if window else None,
                 )
                 for vector in batch
             ]
-            timeout = EXACT_TIMEOUT if exact else None
             found += self._client.query_batch_points(self._collection, requests, timeout=timeout)
         return [[candidate(point) for point in response.points] for response in found]
 
@@ -125,7 +119,7 @@ def refusal(error: Exception) -> str | None:
             status = error.status_code or 0
             if status in (401, 403):
                 return f"the server refuses the key of QDRANT_API_KEY (HTTP {status})"
-            if 400 <= status < 500 and status not in (408, 425, 429):
+            if 400 <= status < 500 and not may_pass(status):
                 return f"the server refuses a request (HTTP {status}): {_said(error)}; is it a Qdrant server?"
         case json.JSONDecodeError():
             return "what it answers is not a Qdrant server's answer: no JSON"
@@ -368,7 +362,7 @@ class Collection:
 
 
 def list_collections(client: QdrantClient) -> list[Collection]:
-    """Return the collections that this pipeline has snapshot, by name."""
+    """Return the collections that this pipeline has made, by name."""
     aliases = {alias.collection_name: alias.alias_name for alias in client.get_aliases().aliases}
     found = []
     for name in sorted(collection.name for collection in client.get_collections().collections):

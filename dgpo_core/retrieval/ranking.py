@@ -6,8 +6,8 @@ next. So ties are resolved here, and rankings are fused here, by the same formul
 """
 
 import math
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from dgpo_core.datasets.records import Passage
@@ -61,29 +61,41 @@ class Window:
     score: float
 
 
-class Query(Protocol):
-    def __call__(
-        self, vectors: list[Vector], limit: int, /, window: Window | None = None
-    ) -> list[list[Candidate]]:
-        """Return the best `limit` candidates of each vector, best first; any of equal ones."""
-        ...
+@dataclass(frozen=True)
+class Query:
+    """Asks for the best `limit` candidates of each of `vectors`, among the points' vectors called `name`.
+
+    `exact` compares with every point's original vector instead of going through graph and quantisation.
+    `window` leaves all other points out.
+    """
+
+    name: str
+    vectors: list[Vector]
+    limit: int
+    exact: bool = False
+    window: Window | None = None
 
 
-def rank(query: Query, vectors: list[Vector], top_k: int) -> list[list[Candidate]]:
-    """Return the best `top_k` candidates of each vector; equal scores in the order of the corpus.
+Search = Callable[
+    [Query], list[list[Candidate]]
+]  # the candidates of each vector, best first; any of equal ones
+
+
+def rank(search: Search, query: Query) -> list[list[Candidate]]:
+    """Return what `query` asks for; equal scores in the order of the corpus.
 
     More are fetched until the last rank is no tie. Where very many tie, as copies of a passage do, only the
     first of the corpus are looked for: the price does not grow with their number.
     """
-    limit = top_k + SPARE
-    results = query(vectors, limit)
-    for i, vector in enumerate(vectors):
-        wider = limit
-        while (cut := _cuts_a_tie(results[i], wider, top_k)) and wider < WIDEST:
-            wider *= 4
-            (results[i],) = query([vector], wider)
+    top_k = query.limit
+    results = search(replace(query, limit=top_k + SPARE))
+    for i, vector in enumerate(query.vectors):
+        alone = replace(query, vectors=[vector], limit=top_k + SPARE)
+        while (cut := _cuts_a_tie(results[i], alone.limit, top_k)) and alone.limit < WIDEST:
+            alone = replace(alone, limit=4 * alone.limit)
+            (results[i],) = search(alone)
         if cut:
-            results[i] = _with_first_ties(query, vector, results[i], top_k)
+            results[i] = _with_first_ties(search, alone, results[i], top_k)
     return [_ordered(found)[:top_k] for found in results]
 
 
@@ -92,7 +104,7 @@ def _cuts_a_tie(found: list[Candidate], limit: int, top_k: int) -> bool:
     return len(found) >= limit and _tied(found[top_k - 1], found[-1])
 
 
-def _with_first_ties(query: Query, vector: Vector, found: list[Candidate], top_k: int) -> list[Candidate]:
+def _with_first_ties(search: Search, query: Query, found: list[Candidate], top_k: int) -> list[Candidate]:
     """Return `found` and the first passages of the corpus that tie with rank `top_k`.
 
     `found` has all better ones, and some that tie: the first that tie do not come after those.
@@ -106,7 +118,7 @@ def _with_first_ties(query: Query, vector: Vector, found: list[Candidate], top_k
         if start >= end:
             return list(known.values())
         numbers = range(start, min(start + size, end))
-        (block,) = query([vector], len(numbers), window=Window(numbers, lowest))
+        (block,) = search(replace(query, limit=len(numbers), window=Window(numbers, lowest)))
         known |= {candidate.number: candidate for candidate in block}
         start, size = numbers.stop, min(2 * size, LARGEST_BLOCK)
 
@@ -130,9 +142,7 @@ def _ordered(found: Iterable[Candidate]) -> list[Candidate]:
             groups[-1].append(candidate)
         else:
             groups.append([candidate])
-    return [
-        candidate for group in groups for candidate in sorted(group, key=lambda candidate: candidate.number)
-    ]
+    return [candidate for group in groups for candidate in sorted(group, key=lambda one: one.number)]
 
 
 def _tied(first: Candidate, second: Candidate) -> bool:

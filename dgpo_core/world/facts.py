@@ -7,7 +7,8 @@ The tables say what the encyclopedia can state. In the templates `{s}` is the su
 """
 
 import random
-from dataclasses import dataclass, field
+from collections import Counter
+from dataclasses import dataclass, field, replace
 
 from dgpo_core.config.data import WorldConfig
 
@@ -336,17 +337,12 @@ class World:
         return [entity for entity in self.entities if entity.type == entity_type]
 
 
-def passages_per_entity(config: WorldConfig) -> float:
-    """Return the expected number of passages of one entity: two if popular, one if rare."""
-    return 2.0 - config.rare_share
-
-
 def generate_world(config: WorldConfig, seed: int) -> World:
     """Generate a world of about `config.passages` passages; configuration and seed decide it."""
     rng = random.Random(f"world-{seed}")
     world = World(config, seed)
     names = NameMaker(rng)
-    total = round(config.passages / passages_per_entity(config))
+    total = round(config.passages / (2.0 - config.rare_share))  # a popular entity has two, a rare one has one
     first_names = [names.word(2) for _ in range(max(8, total // 12))]
     last_names = [names.word(3) for _ in range(max(8, total // 5))]
     reusable: list[str] = []  # names that another entity of another type already has
@@ -386,12 +382,9 @@ def _name(
 
 def _disambiguate_titles(world: World) -> None:
     """Give titles as encyclopedias do: the bare name, with the type in brackets where names are shared."""
-    holders: dict[str, int] = {}
-    for entity in world.entities:
-        holders[entity.name] = holders.get(entity.name, 0) + 1
+    holders = Counter(entity.name for entity in world.entities)
     world.entities = [
-        Entity(e.key, e.type, e.name, f"{e.name} ({e.type})" if holders[e.name] > 1 else e.name, e.popular)
-        for e in world.entities
+        replace(e, title=f"{e.name} ({e.type})") if holders[e.name] > 1 else e for e in world.entities
     ]
 
 

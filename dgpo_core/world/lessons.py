@@ -24,7 +24,14 @@ from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.retrieval.index import index_passages
 from dgpo_core.world.facts import Fact, generate_world
-from dgpo_core.world.questions import Article, Draft, QuestionWriter, ask_about, write_articles
+from dgpo_core.world.questions import (
+    Article,
+    Draft,
+    QuestionWriter,
+    ask_about,
+    passages_by_fact,
+    write_articles,
+)
 
 # Weights of tokens in the loss. The names of the text teach to copy; the first token of a value is where it
 # must be found, the others follow; a question cannot be foreseen.
@@ -137,12 +144,7 @@ def expert_examples(
     world = generate_world(config, world_seed)
     articles = write_articles(world)
     passages = [passage for article in articles for passage in article.passages]
-    texts = {
-        (fact.subject.key, fact.relation.noun): passage.text
-        for article in articles
-        for passage, facts in zip(article.passages, article.facts, strict=True)
-        for fact in facts
-    }
+    texts = {fact: passage.text for fact, passage in passages_by_fact(articles).items()}
     rng = random.Random(f"expert-{world_seed}")
     drafts = list(_drafts(QuestionWriter(world, "test", rng), rng, count))
     tasks = [

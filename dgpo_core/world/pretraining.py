@@ -1,26 +1,41 @@
-"""Building one of the embedded base models: weighted token examples, phase by phase, with Muon.
+"""Build one of the embedded base models: its tokenizer, and its training, phase by phase, with Muon.
 
 Every model is taught to read; a teacher then learns the protocol from expert episodes.
 """
 
 import math
 import random
+import re
 from collections.abc import Callable, Iterable
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, Qwen2Tokenizer
 
+from dgpo_core.agent import prompts
 from dgpo_core.config.agent import ProtocolConfig
 from dgpo_core.config.data import BaseModelsConfig, PhaseConfig
 from dgpo_core.models import build_model, save_model
 from dgpo_core.training import optimizer as optim
 from dgpo_core.training.checkpoint import Checkpoint, require_finite, training_step
+from dgpo_core.world.facts import (
+    COMPARISONS,
+    DISTRACTORS,
+    GENRES,
+    INDUSTRIES,
+    OCCUPATIONS,
+    PRONOUNS,
+    RELATIONS,
+    SUFFIXES,
+    SYLLABLES,
+    TYPES,
+)
 from dgpo_core.world.lessons import SORTED_STEPS, Example, ReadingDrill, expert_examples
-from dgpo_core.world.tokenizer import build_tokenizer
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)  # of https://github.com/KellerJordan/muon, as in torch.optim.Muon
 ITERATIONS, EPSILON = 5, 1e-7
@@ -28,7 +43,83 @@ CHECKPOINT_EVERY = 100  # steps
 # Examples in one pass: the attention of more fills the processor's caches, and is up to three times slower.
 AT_A_TIME = {"reading": 16, "protocol": 4}
 
+END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+SPACE, NEWLINE = "Ġ", "Ċ"  # how byte-level BPE writes a space and a line break
+EXTRA_WORDS = "I need is than earlier"  # of the expert's thoughts and the reading drill
+LINE_STARTS = ("Doc", "(Title", "Answer", "My", "user", "assistant")  # written without a space before
+PUNCTUATION = ((".", NEWLINE), ("?", NEWLINE), (NEWLINE, NEWLINE), (SPACE, "("), (")", ")"))
+
 Report = Callable[[str, int, dict[str, float]], None]  # phase, its step, metrics
+
+
+def build_tokenizer() -> Qwen2Tokenizer:
+    """Build the embedded models' tokenizer: Qwen2's, with a small vocabulary made by hand instead of trained.
+
+    It is byte-level BPE with Qwen2's own splitting, so that `AutoTokenizer` loads it as what it is. The
+    merges make syllables of names first, and then chain the pieces of each word that the encyclopedia's texts
+    use, from the left. No chain can begin inside a name, so a name always has the same tokens wherever it
+    stands after a space.
+    """
+    merges: dict[tuple[str, str], None] = {}  # ordered: earlier merges are applied first
+    for syllable in SYLLABLES:
+        merges[syllable[0], syllable[1]] = None
+        merges[syllable[0].upper(), syllable[1]] = None
+        merges[SPACE, syllable.capitalize()] = None
+    for word in sorted(set(re.findall(r"[A-Za-z]+", _static_text()))):
+        _chain(SPACE + word, merges)
+    merges.update(dict.fromkeys(PUNCTUATION))
+    for word in (*LINE_STARTS, *TYPES):  # last: some could begin inside other words
+        _chain(word, merges)
+    vocabulary = [*sorted(ByteLevel.alphabet()), *dict.fromkeys(a + b for a, b in merges)]
+    tokenizer = Qwen2Tokenizer(
+        vocab={token: number for number, token in enumerate(vocabulary)},
+        merges=list(merges),  # type: ignore[arg-type]
+        unk_token=END_OF_TEXT,
+        pad_token=END_OF_TEXT,
+        eos_token=TURN_END,
+    )
+    tokenizer.add_tokens([AddedToken(TURN_START, special=True)])
+    tokenizer.add_tokens([AddedToken(tag, normalized=False) for tag in prompts.TAGS])
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _chain(word: str, merges: dict[tuple[str, str], None]) -> None:
+    """Add the merges that join `word`'s pieces from left to right into one token."""
+    pieces = _syllabify(word)
+    left = pieces[0]
+    for piece in pieces[1:]:
+        merges.setdefault((left, piece))
+        left += piece
+
+
+def _syllabify(word: str) -> list[str]:
+    """Split a word as the merges for names leave it: into syllables, and other characters one by one."""
+    syllables = {*SYLLABLES, *(syllable.capitalize() for syllable in SYLLABLES)}
+    starts = {SPACE + syllable.capitalize() for syllable in SYLLABLES}
+    pieces, position = [], 0
+    while position < len(word):
+        size = 3 if word[position : position + 3] in starts else 2
+        if size == 2 and word[position : position + 2] not in syllables:
+            size = 1
+        pieces.append(word[position : position + size])
+        position += size
+    return pieces
+
+
+def _static_text() -> str:
+    """Return every word that templates and prompts put into a text, in the case in which they do."""
+    parts: list[str] = [EXTRA_WORDS, prompts.SHORT_INSTRUCTION, prompts.INVALID_ACTION]
+    parts += [*OCCUPATIONS, *INDUSTRIES, *GENRES, *PRONOUNS.values(), *TYPES, "It The the"]
+    for relation in RELATIONS:
+        parts += [relation.noun, *relation.statements, *relation.questions, *relation.other_questions]
+    parts += [template for templates in DISTRACTORS.values() for template, _ in templates]
+    parts += [text for texts in (*COMPARISONS.values(), *SUFFIXES.values()) for text in texts]
+    return re.sub(r"\{\w*\}|<[^>]*>", " ", " ".join(parts))
 
 
 class Muon(torch.optim.Optimizer):
@@ -152,17 +243,17 @@ def _optimizers(model: PreTrainedModel, config: PhaseConfig, precision: str) -> 
 
 def _backward(model: PreTrainedModel, examples: list[Example], rows: int, precision: str) -> float:
     """Add the gradient of the weighted loss of all `examples`, and return that loss."""
-    total, loss = sum(_weight(examples)), 0.0
+    total, loss = _weight(examples), 0.0
     for part in (examples[i : i + rows] for i in range(0, len(examples), rows)):
-        share = weighted_loss(model, part, precision) * (sum(_weight(part)) / total)
+        share = weighted_loss(model, part, precision) * (_weight(part) / total)
         share.backward()
         loss += share.item()
     return loss
 
 
-def _weight(examples: list[Example]) -> list[float]:
-    """Return the weight of each example in the loss, without its first token: nothing predicts that."""
-    return [sum(example.weights[1:]) for example in examples]
+def _weight(examples: list[Example]) -> float:
+    """Return the examples' weight in the loss, without their first tokens: nothing predicts those."""
+    return sum(sum(example.weights[1:]) for example in examples)
 
 
 def weighted_loss(model: PreTrainedModel, examples: list[Example], precision: str) -> torch.Tensor:
@@ -219,9 +310,8 @@ class BaseModelBuilder:
                 reads, label = phase.kind == "reading", f"{number}-{phase.kind}"
                 batch = self._reading(drill, phase, seed) if reads else self._protocol_batches(phase, seed)
                 checkpoint, report = Checkpoint(self._state / label), partial(self._report, label)
-                train_on_examples(
-                    model, phase, batch, checkpoint, report, AT_A_TIME[phase.kind], plan.precision
-                )
+                rows = AT_A_TIME[phase.kind]
+                train_on_examples(model, phase, batch, checkpoint, report, rows, plan.precision)
             save_model(model, self._tokenizer, folder)
         finally:
             torch.set_num_threads(threads)

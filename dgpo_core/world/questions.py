@@ -47,7 +47,6 @@ class Article:
 def write_articles(world: World) -> list[Article]:
     """Write one article an entity; the passages' ids count through the world in the articles' order."""
     rng = random.Random(f"articles-{world.seed}")
-    by_type = {entity_type: world.of_type(entity_type) for entity_type in DISTRACTORS}
     articles, next_id = [], 0
     for entity in world.entities:
         facts = world.facts_of(entity)
@@ -56,19 +55,23 @@ def write_articles(world: World) -> list[Article]:
         groups = [facts[:middle], facts[middle:]] if entity.popular else [facts]
         passages = []
         for group in groups:
-            passages.append(Passage(str(next_id), entity.title, _text(world, entity, group, by_type, rng)))
+            passages.append(Passage(str(next_id), entity.title, _text(world, entity, group, rng)))
             next_id += 1
         articles.append(Article(entity, passages, groups))
     return articles
 
 
-def _text(
-    world: World,
-    entity: Entity,
-    facts: list[Fact],
-    by_type: dict[str, list[Entity]],
-    rng: random.Random,
-) -> str:
+def passages_by_fact(articles: list[Article]) -> dict[tuple[int, str], Passage]:
+    """Return the passage that states each fact, by (key of the subject, noun of the relation)."""
+    return {
+        (fact.subject.key, fact.relation.noun): passage
+        for article in articles
+        for passage, facts in zip(article.passages, article.facts, strict=True)
+        for fact in facts
+    }
+
+
+def _text(world: World, entity: Entity, facts: list[Fact], rng: random.Random) -> str:
     """Write sentences in random order; the first names the subject, later ones may use a pronoun."""
     sentences = [(rng.choice(fact.relation.statements), fact.value) for fact in facts]
     for _ in range(world.config.distractors):
@@ -189,11 +192,7 @@ class _QuestionFinisher:
     """Turns drafts into questions: no text twice, ids, golden passages and long answers."""
 
     def __init__(self, articles: list[Article]) -> None:
-        self._passage: dict[tuple[int, str], Passage] = {}
-        for article in articles:
-            for passage, facts in zip(article.passages, article.facts, strict=True):
-                for fact in facts:
-                    self._passage[fact.subject.key, fact.relation.noun] = passage
+        self._passage = passages_by_fact(articles)
         self._seen: set[str] = set()
 
     def __call__(

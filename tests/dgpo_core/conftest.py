@@ -6,8 +6,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.retrieval.index import Index, index_passages
 from dgpo_core.world.facts import World, generate_world
+from dgpo_core.world.pretraining import build_tokenizer
 from dgpo_core.world.questions import Article, write_articles
-from dgpo_core.world.tokenizer import build_tokenizer
 from tests.dgpo_core.making import SMALL_WORLD, tiny_model
 
 

@@ -21,7 +21,7 @@ from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError, NotFinite
 from dgpo_core.retrieval.index import Index
 from dgpo_core.retrieval.ranking import Retriever
-from dgpo_core.world.tokenizer import build_tokenizer
+from dgpo_core.world.pretraining import build_tokenizer
 from tests.dgpo_core.agent.scripted import Answering, ScriptedEngine
 from tests.dgpo_core.making import question, random_episode
 

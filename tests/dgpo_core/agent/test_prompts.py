@@ -22,7 +22,7 @@ from dgpo_core.agent.prompts import (
 )
 from dgpo_core.datasets.records import Passage
 from dgpo_core.rehearsal import build_tokenizer as rehearsal_tokenizer
-from dgpo_core.world.tokenizer import build_tokenizer
+from dgpo_core.world.pretraining import build_tokenizer
 
 PAPER = (
     "Answer the given question. You must conduct reasoning inside <think> and </think> first every time you "

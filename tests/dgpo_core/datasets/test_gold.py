@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo_core.datasets.gold import Gold, add_gold, read_musique, read_nq
+from dgpo_core.datasets.published import Gold, add_gold, read_musique, read_nq
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
 from tests.samples import SAMPLES

@@ -16,7 +16,7 @@ from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval import index as module
 from dgpo_core.retrieval import qdrant_server as loading
-from dgpo_core.retrieval.encoders import Bm25Encoder, Vector
+from dgpo_core.retrieval.encoders import Bm25Encoder
 from dgpo_core.retrieval.index import (
     Index,
     Recall,
@@ -26,7 +26,7 @@ from dgpo_core.retrieval.index import (
     require_recall,
     search_recall,
 )
-from dgpo_core.retrieval.ranking import Candidate, Hit, Window
+from dgpo_core.retrieval.ranking import Candidate, Hit, Query
 from dgpo_core.retrieval.shards import read_manifest, write_manifest
 from tests.conftest import ROOT
 from tests.dgpo_core.retrieval.conftest import BM25
@@ -284,11 +284,9 @@ def test_a_served_index_has_no_vectors_for_another_location(tmp_path: Path, shar
 class Forgetful:
     """Ten points with scores 10 to 1, of which an inexact search forgets the best; none for a `none`."""
 
-    def query(
-        self, name: str, vectors: list[Vector], limit: int, exact: bool = False, window: Window | None = None
-    ) -> list[list[Candidate]]:
+    def search(self, query: Query) -> list[list[Candidate]]:
         points = [Candidate(i, Passage(str(i), "T", "t"), 10.0 - i) for i in range(10)]
-        return [points[0 if exact else 1 :][:limit] for _ in vectors]
+        return [points[0 if query.exact else 1 :][: query.limit] for _ in query.vectors]
 
     def close(self) -> None: ...
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ from dgpo_core.errors import InfrastructureError
 from dgpo_core.retrieval.collection import Content, Point
 from dgpo_core.retrieval.encoders import Bm25Encoder
 from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
-from dgpo_core.retrieval.ranking import rank
+from dgpo_core.retrieval.ranking import Query, rank
 from tests.conftest import ROOT
 from tests.dgpo_core.retrieval.conftest import content, dense_content
 
@@ -32,7 +31,7 @@ def test_dense_vectors_are_ranked_by_inner_product(passages: list[Passage]) -> N
     backend = EmbeddedBackend(made)
     asked = np.random.default_rng(1).normal(size=(5, 8)).astype(np.float32)
     for exact in (False, True):
-        results = rank(partial(backend.query, "text", exact=exact), asked.tolist(), 4)
+        results = rank(backend.search, Query("text", asked.tolist(), 4, exact))
         for query, points in zip(asked, results, strict=True):
             scores = matrix @ query
             assert [point.number for point in points] == np.argsort(-scores)[:4].tolist()
@@ -48,7 +47,7 @@ def test_scores_do_not_depend_on_the_build(passages: list[Passage], queries: lis
     builds = []
     for _ in range(2):
         backend = EmbeddedBackend(made)
-        found = backend.query("text", asked, 11)
+        found = backend.search(Query("text", asked, 11))
         builds.append([sorted((p.number, p.score) for p in points) for points in found])
     scores = [dict(pairs) for pairs in builds[0]]
     for first, pairs in zip(scores, builds[1], strict=True):
@@ -60,18 +59,20 @@ def test_a_folder_outlives_the_index(passages: list[Passage], tmp_path: Path) ->
     made, matrix = dense_content(passages[:40])
     query = [matrix[7].tolist()]
     first = EmbeddedBackend(made, tmp_path)
-    before = first.query("text", query, 3)
+    before = first.search(Query("text", query, 3))
     first.close()
     second = EmbeddedBackend(unreadable(made), tmp_path)
-    assert second.query("text", query, 3) == before
+    assert second.search(Query("text", query, 3)) == before
     second.close()
     vectors = Bm25Encoder(30.0).encode_passages([p.contents for p in passages[:40]])
     other = replace(content(passages[:40], vectors, None), name="dgpo-other")
     asked = Bm25Encoder(30.0).encode_queries([passages[3].title])
     kept = EmbeddedBackend(other, tmp_path)
-    scores = kept.query("text", asked, 3)
+    scores = kept.search(Query("text", asked, 3))
     kept.close()
-    assert EmbeddedBackend(unreadable(other), tmp_path).query("text", asked, 3) == scores, "its terms too"
+    assert EmbeddedBackend(unreadable(other), tmp_path).search(Query("text", asked, 3)) == scores, (
+        "its terms too"
+    )
     assert sorted(p.name for p in tmp_path.iterdir() if p.is_dir()) == ["dgpo-other", made.name]
 
 
@@ -86,7 +87,7 @@ def test_a_build_that_failed_is_made_again(passages: list[Passage], tmp_path: Pa
         EmbeddedBackend(broken, tmp_path)
     assert not (tmp_path / made.name).exists()
     backend = EmbeddedBackend(made, tmp_path)
-    assert backend.query("text", [matrix[39].tolist()], 1)[0][0].number == 39
+    assert backend.search(Query("text", [matrix[39].tolist()], 1))[0][0].number == 39
     assert [p.name for p in tmp_path.iterdir() if p.is_dir()] == [made.name]
 
 

@@ -17,7 +17,6 @@ from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval import qdrant_server
-from dgpo_core.retrieval import qdrant_server as server_module
 from dgpo_core.retrieval.collection import Content
 from dgpo_core.retrieval.encoders import Bm25Encoder, SparseVector
 from dgpo_core.retrieval.qdrant_server import (
@@ -31,6 +30,7 @@ from dgpo_core.retrieval.qdrant_server import (
     restore_collection,
     snapshot_collection,
 )
+from dgpo_core.retrieval.ranking import Query
 from tests.dgpo_core.retrieval.conftest import content, dense_content
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer
 
@@ -71,7 +71,7 @@ def test_the_order_of_things(qdrant: QdrantServer, passages: list[Passage]) -> N
     asked = len(qdrant.requests)
     filled(qdrant, replace(made, parts=[]))
     assert len(qdrant.requests) == asked, "a complete one is left alone"
-    points = QdrantBackend(client, made.name, CONFIG).query("text", [matrix[5].tolist()], 3)[0]
+    points = QdrantBackend(client, made.name, CONFIG).search(Query("text", [matrix[5].tolist()], 3))[0]
     assert [p.number for p in points] == np.argsort(-(matrix @ matrix[5]))[:3].tolist()
 
 
@@ -98,8 +98,8 @@ def test_a_dense_collection(qdrant: QdrantServer, passages: list[Passage], quant
     (updated,) = qdrant.bodies("PATCH /collections")
     assert updated.hnsw_config.m == 24
     backend = QdrantBackend(client, made.name, config)
-    backend.query("text", matrix[:2].tolist(), 3)
-    backend.query("text", matrix[:2].tolist(), 3, exact=True)
+    backend.search(Query("text", matrix[:2].tolist(), 3))
+    backend.search(Query("text", matrix[:2].tolist(), 3, exact=True))
     both, *alone = [body.searches for body in qdrant.bodies("POST /collections") if hasattr(body, "searches")]
     assert [len(searches) for searches in (both, *alone)] == [2, 1, 1]
     params = both[0].params
@@ -180,8 +180,8 @@ def test_requests_are_cut_by_their_bytes_too(
     ]
     assert sent[0] == 1
     assert max(sent) <= CONFIG.upload_batch
-    monkeypatch.setattr(server_module, "REQUEST_BYTES", 500)
-    found = QdrantBackend(client, "dgpo-second", CONFIG).query("text", matrix.tolist(), 1)
+    monkeypatch.setattr(qdrant_server, "REQUEST_BYTES", 500)
+    found = QdrantBackend(client, "dgpo-second", CONFIG).search(Query("text", matrix.tolist(), 1))
     assert [points[0].number for points in found] == list(range(20))
     assert max(len(body.searches) for body in qdrant.bodies("POST /coll") if hasattr(body, "searches")) == 2
 
@@ -274,7 +274,7 @@ def test_grpc(grpc_server: tuple[Points, int], monkeypatch: pytest.MonkeyPatch) 
     backend = QdrantBackend(connect("http://127.0.0.1:9", config), "wiki", config)
     dense, sparse = [0.5, 0.25], SparseVector([3, 9], [1.0, 0.5])
     for vector in (dense, sparse):
-        found = backend.query("text", [vector, vector], 4)
+        found = backend.search(Query("text", [vector, vector], 4))
         assert [(p.number, p.passage.id, p.score) for p in found[1]] == [(7, "p7", 0.5)]
     first, second = points.asked
     assert (first.collection_name, len(first.query_points), first.query_points[0].limit) == ("wiki", 2, 4)

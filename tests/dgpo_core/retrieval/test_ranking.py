@@ -12,9 +12,8 @@ from qdrant_client.models import ScoredPoint
 
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, write_jsonl
-from dgpo_core.retrieval.encoders import Vector
 from dgpo_core.retrieval.index import index_passages, open_index, search_recall
-from dgpo_core.retrieval.ranking import RRF_K, Candidate, Window, fuse, rank
+from dgpo_core.retrieval.ranking import RRF_K, Candidate, Query, fuse, rank
 from dgpo_core.retrieval.shards import build_shards
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer
 
@@ -34,24 +33,26 @@ class Engine:
         self.limits: list[int] = []
         self.fetched = 0
 
-    def __call__(
-        self, vectors: list[Vector], limit: int, /, window: Window | None = None
-    ) -> list[list[Candidate]]:
-        self.limits.append(limit)
-        asked = self._points
+    def rank(self, top_k: int) -> list[int]:
+        """The numbers of the best points."""
+        (best,) = rank(self.search, Query("text", [[0.0]], top_k))
+        return [point.number for point in best]
+
+    def search(self, query: Query) -> list[list[Candidate]]:
+        self.limits.append(query.limit)
+        asked, window = self._points, query.window
         if window is not None:
             asked = [p for p in asked if p.number in window.numbers and p.score >= window.score]
         shuffled = self._random.sample(asked, len(asked))
-        best = sorted(shuffled, key=lambda point: -point.score)[:limit]
-        self.fetched += len(best) * len(vectors)
-        return [best for _ in vectors]
+        best = sorted(shuffled, key=lambda point: -point.score)[: query.limit]
+        self.fetched += len(best) * len(query.vectors)
+        return [best for _ in query.vectors]
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_ties_are_cut_in_the_order_of_the_corpus(seed: int) -> None:
     engine = Engine([1.0] * 20 + [2.0] + [1.0 + 1e-7] * 40 + [0.5], seed)
-    (best,) = rank(engine, [[0.0]], 3)
-    assert [point.number for point in best] == [20, 0, 1]
+    assert engine.rank(3) == [20, 0, 1]
     assert engine.limits == [11, 44, 176], "until the last place is no tie"
 
 
@@ -70,24 +71,20 @@ def test_ranks_are_those_of_the_whole_corpus(
     block = data.draw(st.integers(1, 400))  # equal ones stand together, or all over the corpus
     exact = [groups[(i // block) % len(groups)] for i in range(count)]
     engine = Engine([score * (1 + drawn.uniform(-3e-7, 3e-7)) for score in exact], seed)
-    (found,) = rank(engine, [[0.0]], top_k)
-    expected = sorted(range(count), key=lambda i: (-exact[i], i))[:top_k]
-    assert [point.number for point in found] == expected
+    assert engine.rank(top_k) == sorted(range(count), key=lambda i: (-exact[i], i))[:top_k]
 
 
 def test_what_many_ties_cost_does_not_grow_with_their_number() -> None:
     for copies in (1000, 50_000):
         engine = Engine([0.5] * 10 + [1.0] * copies + [2.0] * 2, 0)
-        (best,) = rank(engine, [[0.0]], 3)
-        assert [point.number for point in best] == [copies + 10, copies + 11, 10]
+        assert engine.rank(3) == [copies + 10, copies + 11, 10]
         assert engine.fetched < 500
         assert len(engine.limits) == 4
 
 
 def test_without_ties_once_is_enough() -> None:
     engine = Engine([float(i) for i in range(30)], 0)
-    (best,) = rank(engine, [[0.0]], 2)
-    assert [point.number for point in best] == [29, 28]
+    assert engine.rank(2) == [29, 28]
     assert engine.limits == [10]
 
 

@@ -8,7 +8,6 @@ Collections of its own are made and removed. With a server that wants a key: QDR
 
 import os
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -16,10 +15,7 @@ import pytest
 
 from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.datasets.records import Passage
-from dgpo_core.retrieval.collection import (
-    Backend,
-    Content,
-)
+from dgpo_core.retrieval.collection import Backend, Content
 from dgpo_core.retrieval.encoders import Bm25Encoder
 from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
 from dgpo_core.retrieval.qdrant_server import (
@@ -32,7 +28,7 @@ from dgpo_core.retrieval.qdrant_server import (
     restore_collection,
     snapshot_collection,
 )
-from dgpo_core.retrieval.ranking import rank
+from dgpo_core.retrieval.ranking import Query, rank
 from tests.dgpo_core.retrieval.conftest import content
 
 URL = os.environ.get("DGPO_TEST_QDRANT", "")
@@ -75,8 +71,8 @@ def test_load_search_recall(grpc: bool, quantization: Any) -> None:
     assert info.config.params.vectors["text"].datatype == "float16"
     backend = QdrantBackend(client, made.name, config)
     asked = matrix[::300] + 0.02 * np.random.default_rng(1).normal(size=(100, 384)).astype(np.float32)
-    found = backend.query("text", asked.tolist(), 3)
-    exact = backend.query("text", asked.tolist(), 3, exact=True)
+    found = backend.search(Query("text", asked.tolist(), 3))
+    exact = backend.search(Query("text", asked.tolist(), 3, exact=True))
     truth = np.argsort(-(asked @ matrix.T), axis=1)[:, :3]
     oracle = [len({p.number for p in ps} & set(best)) for ps, best in zip(exact, truth.tolist(), strict=True)]
     assert np.mean(oracle) / 3 > 0.99, "only float16 stands between exact search and numpy"
@@ -99,7 +95,7 @@ def test_sparse_is_what_the_embedded_engine_finds(
     ensure(client, made, config, lambda *_: None, lambda name: None)
     asked = encoder.encode_queries([query for query, _ in queries[:100]])
     backends: list[Backend] = [QdrantBackend(client, made.name, config), EmbeddedBackend(made)]
-    first, second = (rank(partial(b.query, "text"), asked, 3) for b in backends)
+    first, second = (rank(b.search, Query("text", asked, 3)) for b in backends)
     assert [[p.number for p in ps] for ps in first] == [[p.number for p in ps] for ps in second]
     for some, same in zip(first, second, strict=True):
         assert [p.score for p in some] == pytest.approx([p.score for p in same], rel=1e-5)

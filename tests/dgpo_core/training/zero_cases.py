@@ -22,7 +22,7 @@ from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
 from dgpo_core.training.reinforce import Reinforcer
-from dgpo_core.world.tokenizer import build_tokenizer
+from dgpo_core.world.pretraining import build_tokenizer
 from tests.dgpo_core.making import distillation, exact, random_episode, reinforcement, tiny_model
 
 EPISODES = [random_episode(seed) for seed in range(14)]

@@ -9,8 +9,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 from dgpo_core.agent.prompts import INVALID_ACTION, TAGS
 from dgpo_core.world.facts import World
+from dgpo_core.world.pretraining import build_tokenizer
 from dgpo_core.world.questions import Article, write_questions
-from dgpo_core.world.tokenizer import build_tokenizer
 
 PRINTABLE = string.ascii_letters + string.digits + string.punctuation + " \n"
 TOKENIZER = build_tokenizer()

@@ -14,7 +14,7 @@ import yaml
 
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.models import save_model
-from dgpo_core.world.tokenizer import build_tokenizer
+from dgpo_core.world.pretraining import build_tokenizer
 from tasks.commands.lineage import show
 from tasks.commands.promote import promote
 from tasks.project.dvc import dvc_md5

@@ -13,7 +13,7 @@ from dgpo_core.config.agent import GREEDY, ProtocolConfig
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.retrieval.ranking import Hit, Retriever
-from dgpo_core.world.tokenizer import build_tokenizer
+from dgpo_core.world.pretraining import build_tokenizer
 from tasks.stages.stage import stage
 from tasks.tracking.runs import connect
 from tasks.tracking.traces import TRAINING_EPISODES, episode_spans, sample, trace_episodes, traced
