@@ -5,10 +5,9 @@ import re
 import sqlite3
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import AbstractContextManager, closing
+from http.client import HTTPMessage
 from pathlib import Path
 
 import pytest
@@ -27,6 +26,7 @@ from tests.dgpo_core.retrieval.test_service import served
 from tests.tasks.commands.test_preflight import other_vocabulary
 from tests.tasks.miniature import ROOT, make_project
 from tests.tasks.tracking.test_store import server
+from tests.tasks.web import answering
 
 NOWHERE = "http://127.0.0.1:9"
 
@@ -107,32 +107,18 @@ def test_a_left_over_engine_is_named_by_its_pid(tmp_path: Path, monkeypatch: pyt
         subprocess.run(["kill", "-9", str(orphan)], check=True)
 
 
-@contextmanager
-def answering(statuses: dict[str, int], otherwise: int = 401) -> Iterator[str]:
-    """A server that answers each path that a pattern of `statuses` matches with its status.
+def statuses(known: dict[str, int], otherwise: int = 401) -> AbstractContextManager[str]:
+    """A server that answers each path that a pattern of `known` matches with its status.
 
     A gated model's is 200 for the token `good` alone.
     """
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            known = [status for pattern, status in statuses.items() if re.search(pattern, self.path)]
-            status = (known or [otherwise])[0]
-            opened = status == 403 and self.headers.get("Authorization") == "Bearer good"
-            self.send_response(200 if opened else status)
-            self.end_headers()
+    def answer(path: str, headers: HTTPMessage) -> tuple[int, bytes]:
+        status = next((status for pattern, status in known.items() if re.search(pattern, path)), otherwise)
+        opened = status == 403 and headers.get("Authorization") == "Bearer good"
+        return 200 if opened else status, b""
 
-        do_HEAD = do_GET
-
-        def log_message(self, *_: object) -> None:
-            """Silent."""
-
-    running = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{running.server_port}"
-    finally:
-        running.shutdown()
+    return answering(answer)
 
 
 def use_hub(patch: pytest.MonkeyPatch, url: str) -> None:
@@ -150,7 +136,7 @@ def use_hub(patch: pytest.MonkeyPatch, url: str) -> None:
 @pytest.fixture
 def known_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A hub that knows everything but `unknown`, and meta-llama's models for those with a token."""
-    with answering({"unknown": 404, "meta-llama": 403}, otherwise=200) as url:
+    with statuses({"unknown": 404, "meta-llama": 403}, otherwise=200) as url:
         use_hub(monkeypatch, url)
         yield
 
@@ -254,7 +240,7 @@ def test_the_environments_server_must_answer_and_passwords_are_not_shown(
     (found,) = doctor.servers(profile("tiny"))
     assert found.subject == "PREFECT_API_URL" and found.level == "error"
     assert "http://127.0.0.1:9 does not answer" in found.message and "secret" not in found.message
-    with answering({"/health": 200}) as url:  # everything else wants a password
+    with statuses({"/health": 200}) as url:  # everything else wants a password
         monkeypatch.setenv("PREFECT_API_URL", url.replace("//", "//me:" + "secret@"))
         assert doctor.servers(profile("tiny"))[0] == ok("PREFECT_API_URL", f"{url} answers")
 
@@ -267,7 +253,7 @@ def test_a_retriever_service_is_asked_for_its_health(no_variables: None) -> None
         loading.open(index_passages([Passage("1", "A", "text")], EncoderConfig(kind="bm25")), 1)
         assert with_location(f"retriever+{url}/") == [ok("retrieval.location", f"{url} answers")]
         loading.close()
-    with answering({"/health": 404}) as url:  # Search-R1's
+    with statuses({"/health": 404}) as url:  # Search-R1's
         assert with_location(f"retriever+{url}")[0].level == "ok"
     (absent,) = with_location(f"retriever+{NOWHERE}")
     assert absent.level == "warning" and "dgpo retriever" in absent.advice
@@ -276,7 +262,7 @@ def test_a_retriever_service_is_asked_for_its_health(no_variables: None) -> None
 def test_a_qdrant_server_may_be_started_after_this_command(no_variables: None) -> None:
     (absent,) = with_location(NOWHERE)
     assert absent.level == "warning" and "paper-scale.md" in absent.advice
-    with answering({"/healthz": 200}) as url:
+    with statuses({"/healthz": 200}) as url:
         assert with_location(url)[0].level == "ok"
     assert with_location("embedded") == []
 
@@ -286,7 +272,7 @@ def test_every_server_of_vllm_is_looked_at(no_variables: None) -> None:
         rollout = {"server": servers}
         return doctor.servers(profile("paper-qwen-3b", rollout=rollout, retrieval={"location": "embedded"}))
 
-    with answering({"/health": 200}) as one, answering({"/health": 200}) as two:
+    with statuses({"/health": 200}) as one, statuses({"/health": 200}) as two:
         student, teacher = with_servers(student=[one, two], teacher=[one, NOWHERE])
         assert student == ok("rollout.server.student", f"{one}, {two} answer")
         assert teacher.subject == "rollout.server.teacher" and teacher.level == "warning"
