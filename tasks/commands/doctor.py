@@ -180,8 +180,7 @@ def _fit(params: Params, rows: list[list[str]]) -> list[Finding]:
     try:
         plan = plan_for(params, Machine(len(rows), device, memory, disk))
     except UserError as why:
-        advice = "without it memory and disk are not compared with the need"
-        return [warning("plan", str(why), advice)]
+        return [warning("plan", str(why), "without it memory and disk are not compared with the need")]
     if plan.problems:
         return [
             error(

@@ -45,15 +45,13 @@ def record_evaluations(
     for recipe, stage in trained_models(params, lock).items():
         version = registry.with_tag("dvc_md5", lock[stage].outs[(MODELS / recipe).as_posix()])
         if version is None:
-            problems[recipe] = (
-                f"{MODELS / recipe} is not registered; run `dgpo register` (--challenger offers it, too)"
-            )
+            cure = "run `dgpo register` (--challenger offers it, too)"
+            problems[recipe] = f"{MODELS / recipe} is not registered; {cure}"
             continue
         with temporary_folder("evidence") as folder:
             if not _assemble(recipe, version.hash, lock, folder):
-                problems[recipe] = (
-                    f"{EVALUATION / recipe} is not of this model; run `dvc repro evaluate@{recipe}`"
-                )
+                cure = f"run `dvc repro evaluate@{recipe}`"
+                problems[recipe] = f"{EVALUATION / recipe} is not of this model; {cure}"
             elif recipe == offered or _may_replace(registry, version, folder):
                 _assemble(STUDENT, _student_hash(params), lock, folder / BASE)
                 registry.store_evaluation(version, folder, _average(folder / TABLES[0]), DVC)
@@ -209,14 +207,8 @@ def _average(path: Path) -> float:
 
 def _settings(stage: LockedStage) -> dict[str, Any]:
     """Return what an evaluation's figures depend on, by dotted key."""
-    keys = (
-        "evaluate.sampling",
-        "evaluate.seed",
-        "evaluate.questions",
-        "protocol",
-        "retrieval.top_k",
-        "questions.test",
-    )
+    own = ("evaluate.sampling", "evaluate.seed", "evaluate.questions")
+    keys = (*own, "protocol", "retrieval.top_k", "questions.test")
     return dict(flatten({key: stage.param(key) for key in keys}))
 
 
