@@ -45,7 +45,7 @@ def make_project(folder: Path, recipes: list[str] | None = None, **sections: dic
         (folder / "models" / name).symlink_to(ROOT / "models" / name)
 
 
-def change_params(folder: Path = Path(), **sections: Any) -> None:
+def change_params(folder: Path = Path(), /, **sections: Any) -> None:
     """Lay other values over params.yaml in `folder`."""
     params = yaml.safe_load((folder / "params.yaml").read_text())
     (folder / "params.yaml").write_text(yaml.safe_dump(overlay(params, sections), sort_keys=False))

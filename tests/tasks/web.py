@@ -3,10 +3,10 @@
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from http.client import HTTPMessage
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
-Answer = Callable[[str, HTTPMessage], tuple[int, bytes]]
+Answer = Callable[[str, Message], tuple[int, bytes]]
 
 
 @contextmanager

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, closing
-from http.client import HTTPMessage
+from email.message import Message
 from pathlib import Path
 
 import pytest
@@ -113,7 +113,7 @@ def statuses(known: dict[str, int], otherwise: int = 401) -> AbstractContextMana
     A gated model's is 200 for the token `good` alone.
     """
 
-    def answer(path: str, headers: HTTPMessage) -> tuple[int, bytes]:
+    def answer(path: str, headers: Message) -> tuple[int, bytes]:
         status = next((status for pattern, status in known.items() if re.search(pattern, path)), otherwise)
         opened = status == 403 and headers.get("Authorization") == "Bearer good"
         return 200 if opened else status, b""
