@@ -11,11 +11,12 @@ Needs torch, transformers, numpy, pyarrow and pydantic (and PyYAML for the table
 """
 
 import argparse
-import dataclasses
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, Literal, cast
 
 import torch
@@ -29,9 +30,9 @@ from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.planning.shapes import Architecture, Training, table
 from dgpo_core.training.batches import TokenModel
-from dgpo_core.training.engines import FrozenModel, TrainingEngine, training_engine
+from dgpo_core.training.engines import FrozenModel, training_engine
 from dgpo_core.training.optimizer import Optimization, constant
-from dgpo_core.training.reinforce import Critic, Experience, ExperienceMaker, Updater
+from dgpo_core.training.reinforce import Critic, ExperienceMaker, Updater
 
 PROMPT, TURN, INFORMATION = (150, 220), (25, 160), (350, 500)  # tokens: least and most of a part
 SEARCHES = (1, 2, 2, 3, 4)  # drawn from, each as often
@@ -39,7 +40,7 @@ WRONG = 0.65  # share of the episodes whose gate is open
 SMALLEST = 2048  # padded tokens of a pass below which nothing is tried
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Settings:
     student: str = "Qwen2.5-0.5B"
     teacher: str = "Qwen2.5-3B"
@@ -56,7 +57,7 @@ class Settings:
 
 
 def make_episodes(settings: Settings, vocabulary: int) -> list[Episode]:
-    """Random tokens: a prompt, turns of the model with retrieved text between them, an answer."""
+    """Make episodes of random tokens: a prompt, turns with retrieved text between them, an answer."""
     rng = random.Random(f"dgpo-step-{settings.seed}")
 
     def length(bounds: tuple[int, int]) -> int:
@@ -94,8 +95,8 @@ def make_episodes(settings: Settings, vocabulary: int) -> list[Episode]:
     return episodes
 
 
-def load(name: str, settings: Settings) -> PreTrainedModel:
-    """A random model of the published shape, made on the device (float32, as the stages load theirs)."""
+def random_model(name: str, settings: Settings) -> PreTrainedModel:
+    """Make a model of a published shape on the device (float32, as the stages load theirs)."""
     values = dict(table()[name]["config"])
     if settings.layers is not None:
         values["num_hidden_layers"] = settings.layers
@@ -108,23 +109,25 @@ def load(name: str, settings: Settings) -> PreTrainedModel:
 
 
 class Clock:
-    """Seconds by part; waits for the device."""
+    """Measures seconds by part; waits for the device."""
 
     def __init__(self, device: str) -> None:
         self.seconds: dict[str, float] = {}
         self._cuda = device.startswith("cuda")
 
-    def time(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        """`function`, whose calls are added to `part`."""
+    @contextmanager
+    def measure(self, part: str) -> Iterator[None]:
+        """Add the seconds of what runs inside to `part`."""
+        started = self._now()
+        try:
+            yield
+        finally:
+            self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - started
 
-        def timed(*arguments: Any, **keywords: Any) -> Any:
-            started = self._now()
-            try:
-                return function(*arguments, **keywords)
-            finally:
-                self.seconds[part] = self.seconds.get(part, 0.0) + self._now() - started
-
-        return timed
+    def watch(self, owner: object, parts: dict[str, str]) -> None:
+        """Measure every call of these methods of `owner`: method -> part."""
+        for name, part in parts.items():
+            setattr(owner, name, self.measure(part)(getattr(owner, name)))
 
     def _now(self) -> float:
         if self._cuda:
@@ -132,32 +135,14 @@ class Clock:
         return time.perf_counter()
 
 
-class TimedMaker(ExperienceMaker):
-    """Times what the student's and the reference's log-probabilities take."""
-
-    def __init__(self, clock: Clock, **parts: Any) -> None:
-        super().__init__(**parts)
-        self._policy_logprobs = clock.time("policy log-probabilities", super()._policy_logprobs)  # type: ignore[method-assign]
-        self._reference_logprobs = clock.time("teacher", super()._reference_logprobs)  # type: ignore[method-assign]
-
-
-class TimedUpdater(Updater):
-    """Times what the actor's and the critic's gradients take."""
-
-    def __init__(self, clock: Clock, **parts: Any) -> None:
-        super().__init__(**parts)
-        self._actor_gradient = clock.time("actor gradient", super()._actor_gradient)  # type: ignore[method-assign]
-        self._critic_gradient = clock.time("critic gradient", super()._critic_gradient)  # type: ignore[method-assign]
-
-
 def run(settings: Settings) -> dict[str, Any]:
     """Measure, with as large passes as fit."""
     config = ReinforceConfig(batch_size=settings.episodes, mini_batch_size=settings.mini_batch)
-    student, teacher = load(settings.student, settings), load(settings.teacher, settings)
+    student, teacher = (random_model(name, settings) for name in (settings.student, settings.teacher))
     episodes = make_episodes(settings, student.config.vocab_size)
     result: dict[str, Any] = {
-        "settings": dataclasses.asdict(settings),
-        **_described(episodes, student, teacher),
+        "settings": asdict(settings),
+        **describe(episodes, student, teacher),
     }
     if settings.rollout == "transformers":
         result["rollout"] = roll_out(settings, student, episodes)
@@ -165,73 +150,63 @@ def run(settings: Settings) -> dict[str, Any]:
     while True:
         compute = ComputeConfig(device=settings.device, precision=precision, micro_batch_tokens=tokens)
         try:
-            parts = trained(student, teacher, config, compute)
+            trainers = make_trainers(student, teacher, config, compute)
             for _ in range(settings.steps):
                 clock = Clock(settings.device)
-                _reset_peak(settings.device)
-                one_step(clock, parts, config, compute, episodes)
+                if settings.device.startswith("cuda"):
+                    torch.cuda.reset_peak_memory_stats()
+                one_step(clock, *trainers, episodes)
             break
         except torch.cuda.OutOfMemoryError:
             if tokens // 2 < SMALLEST:
                 raise
             tokens //= 2
-            del parts
+            del trainers
             student.zero_grad(set_to_none=True)
             torch.cuda.empty_cache()
     total = clock.seconds["step"]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if settings.device.startswith("cuda") else None
     result |= {
         "micro_batch_tokens": tokens,
         "seconds": {part: round(seconds, 3) for part, seconds in clock.seconds.items()},
         "teacher_share": round(clock.seconds.get("teacher", 0.0) / total, 4),
-        "peak_memory_gib": _peak(settings.device),
+        "peak_memory_gib": peak and round(peak, 2),  # of tensors in the last step; null without a GPU
         "tokens_per_second": round(sum(len(e.token_ids) for e in episodes) / total, 1),
         "model_tflops_per_second": round(flops(settings, episodes, config) / total / 1e12, 3),
     }
     return result
 
 
-Parts = tuple[TrainingEngine, FrozenModel, TrainingEngine]  # actor, reference, critic
-
-
-def trained(
+def make_trainers(
     student: PreTrainedModel, teacher: PreTrainedModel, config: ReinforceConfig, compute: ComputeConfig
-) -> Parts:
-    """What Reinforcer makes of the models, once."""
+) -> tuple[ExperienceMaker, Updater]:
+    """Make of the models what `Reinforcer.train` does before its first step."""
 
-    def how(rate: float) -> Optimization:
+    def optimization(rate: float) -> Optimization:
         return Optimization(rate, config.weight_decay, config.max_grad_norm, constant())
 
-    critic = training_engine(Critic(student), how(config.critic_learning_rate), compute, published=False)
-    actor = training_engine(TokenModel(student), how(config.actor_learning_rate), compute)
-    return actor, FrozenModel(teacher, compute), critic
-
-
-def one_step(
-    clock: Clock, parts: Parts, config: ReinforceConfig, compute: ComputeConfig, episodes: list[Episode]
-) -> None:
-    """What Reinforcer does between two rollouts."""
-    actor, reference, critic = parts
+    rates = config.critic_learning_rate, config.actor_learning_rate
+    critic = training_engine(Critic(student), optimization(rates[0]), compute, published=False)
+    actor = training_engine(TokenModel(student), optimization(rates[1]), compute)
     recipe = Reinforcement(start="student", guidance="selective", reference="teacher")
-    maker = TimedMaker(
-        clock,
-        actor=actor,
-        reference=reference,
-        critic=critic,
-        recipe=recipe,
-        config=config,
-        compute=compute,
-    )
-    updater = TimedUpdater(clock, actor=actor, critic=critic, config=config, compute=compute)
+    maker = ExperienceMaker(actor, FrozenModel(teacher, compute), critic, recipe, config, compute)
+    return maker, Updater(actor, critic, config, compute)
 
-    def step() -> None:
-        experience: Experience = clock.time("experience", maker.make)(episodes)
-        clock.time("update", updater.update)(experience, list(range(len(episodes))))
 
-    clock.time("step", step)()
+def one_step(clock: Clock, maker: ExperienceMaker, updater: Updater, episodes: list[Episode]) -> None:
+    """Do what `Reinforcer.train` does between two rollouts."""
+    maker, updater = replace(maker), replace(updater)  # copies, on which this step's clock is put
+    clock.watch(maker, {"_policy_logprobs": "policy log-probabilities", "_reference_logprobs": "teacher"})
+    clock.watch(updater, {"_actor_gradient": "actor gradient", "_critic_gradient": "critic gradient"})
+    with clock.measure("step"):
+        with clock.measure("experience"):
+            experience = maker.make(episodes)
+        with clock.measure("update"):
+            updater.update(experience, list(range(len(episodes))))
 
 
 def roll_out(settings: Settings, student: PreTrainedModel, episodes: list[Episode]) -> dict[str, float]:
-    """Every turn generated at its length by the default engine, from the episode's own history."""
+    """Generate every turn at its length with the default engine, from the episode's own history."""
 
     class Tokenizer:
         """No text is looked at: nothing is to stop a turn before its length."""
@@ -264,12 +239,11 @@ def roll_out(settings: Settings, student: PreTrainedModel, episodes: list[Episod
 
 
 def flops(settings: Settings, episodes: list[Episode], config: ReinforceConfig) -> float:
-    """Of one step by the plan's formulas (docs/scaling.md)."""
-    shapes = [
-        Architecture.from_config(table()[name]["config"]) for name in (settings.student, settings.teacher)
-    ]
+    """Estimate one step by the plan's formulas (docs/scaling.md)."""
+    configs = [table()[name]["config"] for name in (settings.student, settings.teacher)]
+    shapes = [Architecture.from_config(config) for config in configs]
     if settings.layers is not None:
-        shapes = [dataclasses.replace(shape, layers=settings.layers) for shape in shapes]
+        shapes = [replace(shape, layers=settings.layers) for shape in shapes]
     student, teacher = shapes
     training = Training(student, ComputeConfig())  # all weights, every activation kept
     total, outside = 0.0, 0
@@ -284,7 +258,8 @@ def flops(settings: Settings, episodes: list[Episode], config: ReinforceConfig) 
     return total
 
 
-def _described(episodes: list[Episode], student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, Any]:
+def describe(episodes: list[Episode], student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, Any]:
+    """Return sizes of models and episodes, and what they are computed with."""
     n = len(episodes)
     return {
         "parameters": {"student": student.num_parameters(), "teacher": teacher.num_parameters()},
@@ -296,21 +271,12 @@ def _described(episodes: list[Episode], student: PreTrainedModel, teacher: PreTr
     }
 
 
-def _reset_peak(device: str) -> None:
-    if device.startswith("cuda"):
-        torch.cuda.reset_peak_memory_stats()
-
-
-def _peak(device: str) -> float | None:
-    """GiB that tensors held at most in the last step; None without a GPU."""
-    return round(torch.cuda.max_memory_allocated() / 2**30, 2) if device.startswith("cuda") else None
-
-
 def parse(arguments: list[str] | None = None) -> Settings:
+    """Read the settings from the command line, where each has an option."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    for field in dataclasses.fields(Settings):
+    for field in fields(Settings):
         kind = int if field.default is None else type(field.default)
         parser.add_argument("--" + field.name.replace("_", "-"), type=kind, default=field.default)
     return Settings(**vars(parser.parse_args(arguments)))

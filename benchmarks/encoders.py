@@ -19,6 +19,7 @@ FACTS, TOP_K = 500, 3
 
 
 def recall(index: Index, queries: list[str], gold: list[str]) -> float:
+    """Return the share of the queries whose gold passage, by its id, is found."""
     found = index.search(queries, TOP_K)
     return sum(g in {hit.passage.id for hit in hits} for g, hits in zip(gold, found, strict=True)) / len(gold)
 

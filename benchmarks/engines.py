@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dgpo_core.agent.engine import Engine, Request, weights_of
 from dgpo_core.agent.loop import AgentLoop, Task
@@ -27,34 +27,20 @@ from dgpo_core.config.agent import GREEDY, ProtocolConfig, RolloutConfig, Sampli
 from dgpo_core.config.data import QuestionCounts, WorldConfig
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.models import load_model, load_tokenizer
+from dgpo_core.planning.shapes import table
 from dgpo_core.retrieval.index import index_passages
 from dgpo_core.world.facts import generate_world
 from dgpo_core.world.questions import write_articles, write_questions
 from tasks.project.paths import MODELS
 
-SHAPES: dict[str, dict[str, int]] = {
-    "qwen2.5-0.5b": {
-        "hidden_size": 896,
-        "intermediate_size": 4864,
-        "num_hidden_layers": 24,
-        "num_attention_heads": 14,
-        "num_key_value_heads": 2,
-    },
-    "qwen2.5-3b": {
-        "hidden_size": 2048,
-        "intermediate_size": 11_008,
-        "num_hidden_layers": 36,
-        "num_attention_heads": 16,
-        "num_key_value_heads": 2,
-    },
-}
+SHAPES = {"qwen2.5-0.5b": "Qwen2.5-0.5B", "qwen2.5-3b": "Qwen2.5-3B"}  # in the plan's table
 VOCABULARY = 151_936
 PROMPT, WRITTEN, RETRIEVED, TURNS = 350, 150, 500, 3  # tokens, at real shapes; turns of an episode
 TINY = ProtocolConfig(instruction="short", max_context=1024, max_new_tokens=64, max_information=320)
 
 
 def episodes(count: int, tokenizer: Any) -> Callable[[Engine], int]:
-    """Greedy episodes in a small world; gives the number of tokens that the model wrote."""
+    """Return a run of greedy episodes in a small world, which returns how many tokens the model wrote."""
     made = WorldConfig(passages=400, questions=QuestionCounts(train=count, dev=10, test=20, hard=8))
     world = generate_world(made, 7)
     articles = write_articles(world)
@@ -70,7 +56,7 @@ def episodes(count: int, tokenizer: Any) -> Callable[[Engine], int]:
 
 
 def turns(count: int) -> Callable[[Engine], int]:
-    """Turns of fixed lengths at temperature 1, all episodes side by side as the agent loop runs them."""
+    """Return a run of turns of fixed lengths at temperature 1, all side by side as in the agent loop."""
 
     def draw(tokens: int) -> list[int]:
         return [rng.randrange(1000, VOCABULARY) for _ in range(tokens)]
@@ -96,16 +82,8 @@ def turns(count: int) -> Callable[[Engine], int]:
 def random_model(shape: str, folder: Path) -> None:
     """Write a Qwen2 of that shape, bfloat16, without end-of-text tokens."""
     torch.manual_seed(0)
-    config = AutoConfig.for_model(
-        "qwen2",
-        vocab_size=VOCABULARY,
-        max_position_embeddings=32_768,
-        rope_theta=1_000_000.0,
-        tie_word_embeddings=True,
-        bos_token_id=None,
-        eos_token_id=None,
-        **SHAPES[shape],
-    )
+    values = table()[SHAPES[shape]]["config"] | {"bos_token_id": None, "eos_token_id": None}
+    config = AutoConfig.for_model(**values)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
     load_tokenizer(str(MODELS / "student")).save_pretrained(folder)
 
@@ -113,26 +91,24 @@ def random_model(shape: str, folder: Path) -> None:
 def measure(
     name: str, source: str, run: Callable[[Engine], int], config: RolloutConfig, context: int
 ) -> None:
+    """Print the line of one engine."""
     started = time.perf_counter()
     tokenizer = load_tokenizer(source)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     dtype = getattr(torch, config.precision)
-    model: PreTrainedModel | None = None
     engine: Engine
     if name == "vllm":
         engine = VllmEngine(source, tokenizer, config, context)
     else:
-        model = load_model(source, device, dtype)
-        engine = TransformersEngine(model, tokenizer, config)
+        engine = TransformersEngine(load_model(source, device, dtype), tokenizer, config)
     ready = time.perf_counter()
     run(engine)  # the first time kernels are chosen and compiled
+    refresh = ""
     if isinstance(engine, VllmEngine):
-        model = load_model(source, "cpu", dtype)
+        weights = weights_of(load_model(source, "cpu", dtype))
         refreshing = time.perf_counter()
-        engine.refresh(weights_of(model))  # forgets the prefixes of the first time, too
+        engine.refresh(weights)  # forgets the prefixes of the first time, too
         refresh = f"   refresh {time.perf_counter() - refreshing:.2f} s"
-    else:
-        refresh = ""
     begun, used = time.perf_counter(), time.process_time()
     tokens = run(engine)
     seconds, used = time.perf_counter() - begun, time.process_time() - used
@@ -147,9 +123,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES)
     parser.add_argument("--episodes", type=int, default=200)
-    parser.add_argument(
-        "--engines", nargs="+", choices=["transformers", "vllm"], default=["transformers", "vllm"]
-    )
+    engines = ["transformers", "vllm"]
+    parser.add_argument("--engines", nargs="+", choices=engines, default=engines)
     parser.add_argument("--memory", type=float, default=0.4, help="share of the memory that vLLM may take")
     chosen = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

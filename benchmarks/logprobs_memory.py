@@ -23,7 +23,7 @@ WHOLE_UP_TO = 2048  # beyond this the whole does not fit into an ordinary machin
 
 
 def measure(tokens: int, chunk: int, dtype: torch.dtype) -> dict[str, float]:
-    """GiB above what weights and hidden states take, and seconds, of one forward and backward pass."""
+    """Measure a forward and backward pass: GiB above what weights and hidden states take, and seconds."""
     torch.manual_seed(0)
     head = torch.randn(VOCABULARY, STUDENT, dtype=dtype).mul_(0.02).requires_grad_()
     teacher_head = torch.randn(VOCABULARY, TEACHER, dtype=dtype).mul_(0.02)

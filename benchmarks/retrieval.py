@@ -10,9 +10,8 @@ answers: quantised vectors, graph, ids, or the sparse index; the originals and t
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import qdrant_edge as edge
@@ -35,9 +34,8 @@ PARTS = {
 IN_MEMORY = ("quantised", "graph", "sparse index", "ids")
 
 
-@dataclass
-class Data:
-    """`vectors`: [points, SIZE] float32, of length 1; `queries` alike; texts, and their BM25 vectors."""
+class Data(NamedTuple):
+    """Passages and queries: dense vectors [count, SIZE] float32, of length 1; texts with BM25 vectors."""
 
     vectors: np.ndarray
     queries: np.ndarray
@@ -46,6 +44,7 @@ class Data:
 
 
 def make_data(points: int) -> Data:
+    """Draw `points` passages and QUERIES queries, always the same."""
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(CENTRES, SIZE)).astype(np.float32)
 
@@ -63,6 +62,7 @@ def make_data(points: int) -> Data:
 
 
 def quantisation(kind: str) -> Any:
+    """Return the engine's settings of a kind of quantisation."""
     pinned = edge.Memory.Pinned
     if kind == "int8":
         return edge.ScalarQuantizationConfig(type=edge.ScalarType.Int8, quantile=0.99, memory=pinned)
@@ -70,7 +70,7 @@ def quantisation(kind: str) -> Any:
 
 
 def build(folder: str, data: Data, kind: str) -> Any:
-    """`kind`: bm25, or a dense collection's quantisation."""
+    """Build a collection in `folder`: of BM25, or of dense vectors with the quantisation `kind`."""
     recipe = QdrantConfig()
     dense = edge.EdgeVectorParams(
         size=SIZE,
@@ -97,17 +97,16 @@ def build(folder: str, data: Data, kind: str) -> Any:
 
 
 def point(data: Data, row: int, kind: str) -> Any:
+    """Make a passage's point of a collection."""
     terms = data.terms[row]
-    vector: dict[str, Any] = (
-        {"bm25": edge.SparseVector(terms.indices, terms.values)}
-        if kind == "bm25"
-        else {"text": data.vectors[row].tolist()}
-    )
+    vector: dict[str, Any] = {"text": data.vectors[row].tolist()}
+    if kind == "bm25":
+        vector = {"bm25": edge.SparseVector(terms.indices, terms.values)}
     return edge.Point(row, vector, {"id": str(row), "title": "A title", "text": data.texts[row]})
 
 
 def bytes_a_point(folder: str, points: int) -> dict[str, float]:
-    """Of each part's files, without their holes; the emptied segment is left out."""
+    """Measure the files of each part, without their holes; the emptied segment is left out."""
     segments = [path for path in Path(folder).glob("segments/*") if (path / "id_tracker.mappings").exists()]
     found = dict.fromkeys(PARTS, 0.0)
     for path in (path for segment in segments for path in segment.rglob("*") if path.is_file()):
@@ -117,15 +116,11 @@ def bytes_a_point(folder: str, points: int) -> dict[str, float]:
     return found
 
 
-def searched(engine: Any, data: Data, kind: str, oversampling: float) -> tuple[float, float]:
-    """Recall@3 against exact search in numpy, and milliseconds a query."""
-    recipe = QdrantConfig()
-    params = edge.SearchParams(
-        hnsw_ef=recipe.hnsw_ef,
-        quantization=None
-        if kind == "none"
-        else edge.QuantizationSearchParams(rescore=True, oversampling=oversampling),
-    )
+def measure_search(engine: Any, data: Data, kind: str, oversampling: float) -> tuple[float, float]:
+    """Return recall@3 against exact search in numpy, and milliseconds a query."""
+    rescored = edge.QuantizationSearchParams(rescore=True, oversampling=oversampling)
+    quantization = None if kind == "none" else rescored
+    params = edge.SearchParams(hnsw_ef=QdrantConfig().hnsw_ef, quantization=quantization)
     requests = [
         edge.QueryRequest(limit=TOP_K, query=edge.Query.Nearest(query.tolist(), using="text"), params=params)
         for query in data.queries
@@ -153,10 +148,8 @@ def main(sizes: list[int]) -> None:
                 told = "  ".join(f"{part} {size:.0f}" for part, size in measured[kind].items() if size >= 0.5)
                 print(f"  {kind:7} built in {seconds:.1f} s; bytes a passage: {told}", flush=True)
                 for oversampling in () if kind == "bm25" else (1.0, 3.0, 10.0):
-                    recall, milliseconds = searched(engine, data, kind, oversampling)
-                    print(
-                        f"    oversampling {oversampling:4.1f}: recall@3 {recall:.3f}, {milliseconds:.2f} ms"
-                    )
+                    recall, ms = measure_search(engine, data, kind, oversampling)
+                    print(f"    oversampling {oversampling:4.1f}: recall@3 {recall:.3f}, {ms:.2f} ms")
                 engine.close()
     print("\n| passages | collection | memory | disk |\n|---|---|---|---|")
     for scale in SCALES:
@@ -166,6 +159,7 @@ def main(sizes: list[int]) -> None:
 
 
 def giga(size: float) -> str:
+    """Write a number of bytes in GB."""
     return f"{size / 1e9:.2f} GB" if size < 1e10 else f"{size / 1e9:.0f} GB"
 
 

@@ -24,7 +24,7 @@ ROUNDS = 3
 
 @torch.inference_mode()
 def step_time(model: PreTrainedModel, cache: Cache, batch: int, tokens: int) -> float:
-    """Milliseconds of one decoding step after a prefill of `tokens`."""
+    """Measure the milliseconds of one decoding step after a prefill of `tokens`."""
     ids = torch.randint(20, 700, (batch, tokens), generator=torch.Generator().manual_seed(0))
     model.base_model(input_ids=ids, past_key_values=cache, use_cache=True)
     started = time.perf_counter()
@@ -34,7 +34,7 @@ def step_time(model: PreTrainedModel, cache: Cache, batch: int, tokens: int) -> 
 
 
 def episodes_time(engine: TransformersEngine, appended: int) -> float:
-    """Seconds of a batch of episodes whose turns all have the same number of tokens."""
+    """Measure the seconds of a batch of episodes whose turns all have the same number of tokens."""
     rng = random.Random(0)
 
     def words(count: int) -> list[int]:

@@ -55,7 +55,7 @@ Numbers = dict[str, float]
 
 
 def compute_of(precision: str, setting: str = "") -> ComputeConfig:
-    """On the CPU, all of a batch in one pass."""
+    """Return how the CPU computes, all of a batch in one pass."""
     values = {"device": "cpu", "precision": precision, "micro_batch_tokens": EPISODES * LENGTH}
     return ComputeConfig.model_validate(values | SETTINGS[setting])
 
@@ -76,7 +76,7 @@ CPU_ATTENTION = {
 
 
 def model_of(config: dict[str, Any], compute: ComputeConfig | None = None) -> Any:
-    """With random weights; as `load_student` (tasks/stages/rollouts.py) does where `compute` is given."""
+    """Make a model with random weights, as tasks/stages/rollouts.py (`load_student`) loads one."""
     values = {key: value for key, value in config.items() if key != "model_type"}
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(config["model_type"], **values))
     if compute and compute.lora:
@@ -89,7 +89,7 @@ def model_of(config: dict[str, Any], compute: ComputeConfig | None = None) -> An
 
 
 def estimate(shape: Architecture, compute: ComputeConfig) -> Numbers:
-    """Of one update of EPISODES sequences in one pass."""
+    """Estimate one update of EPISODES sequences in one pass."""
     tokens, counted, training = EPISODES * LENGTH, EPISODES * COUNTED, Training(shape, compute)
     return {
         "parameters": training.parameters,
@@ -100,7 +100,7 @@ def estimate(shape: Architecture, compute: ComputeConfig) -> Numbers:
 
 
 def measure(config: dict[str, Any], compute: ComputeConfig) -> Numbers:
-    """The same update done: FLOPs counted, and the growth of the process's peak memory."""
+    """Do the same update: count its FLOPs, and what the process's peak memory grows by."""
     torch.manual_seed(0)
     torch.ones(8, requires_grad=True).sum().backward()  # what torch itself loads when first used
     if compute.lora:
@@ -136,7 +136,7 @@ def measure(config: dict[str, Any], compute: ComputeConfig) -> Numbers:
 
 
 def saved_bytes(model: Any, compute: ComputeConfig, length: int) -> float:
-    """Bytes that autograd keeps of the layers' forward pass, without weights and their casts."""
+    """Count the bytes that autograd keeps of the layers' forward pass, without weights and their casts."""
     weights = {p.untyped_storage()._cdata for p in model.parameters()}
     shapes = {tuple(sorted(p.shape)) for p in model.parameters() if p.ndim == 2}
     found: dict[int, torch.Tensor] = {}  # the tensors themselves: what is freed may lend its address
@@ -154,7 +154,7 @@ def saved_bytes(model: Any, compute: ComputeConfig, length: int) -> float:
 
 
 def measure_published(config: dict[str, Any], precision: str) -> Numbers:
-    """Parameters and FLOPs of the true shape; what is kept of the one cut to SHORT's layers and few words."""
+    """Count parameters and FLOPs of the true shape, and what is kept of the one that is cut to SHORT."""
     compute = compute_of(precision)
     saved = saved_bytes(model_of(config | SHORT), compute, ODD_LENGTH)
     with FakeTensorMode():
@@ -181,24 +181,20 @@ def _row(name: str, compute: str, planned: Numbers, measured: Numbers, keys: tup
         unit = {"parameters": 1.0, "flops": 1e12}.get(key, 2**30)
         form = "{:,.0f}" if key == "parameters" else "{:.3g}"
         ratio = planned[key] / measured[key]
-        cells.append(
-            f"{form.format(planned[key] / unit)} / {form.format(measured[key] / unit)} | {ratio:.3f}"
-        )
+        values = " / ".join(form.format(figures[key] / unit) for figures in (planned, measured))
+        cells.append(f"{values} | {ratio:.3f}")
     return f"| {name} | {compute} | {' | '.join(cells)} |"
 
 
 def main() -> None:
     keys: tuple[str, ...] = ("parameters", "flops", "saved", "memory")
-    print(
-        "| model | compute | trained: plan / measured | ratio | TFLOPs | ratio | kept, GiB | ratio |", end=""
-    )
-    print(" memory, GiB | ratio |\n|" + "---|" * 10)
+    heads = "model | compute | trained: plan / measured | ratio | TFLOPs | ratio | kept, GiB | ratio"
+    print(f"| {heads} | memory, GiB | ratio |\n|{'---|' * 10}")
     for name, config in SMALL.items():
         for setting, precision in itertools.product(SETTINGS, ("float32", "bfloat16")):
             command = [sys.executable, "-m", "benchmarks.training_step", "--one", name, precision, setting]
-            done = subprocess.run(
-                command, check=True, capture_output=True, text=True, env=os.environ | RETURNS
-            )
+            environment = os.environ | RETURNS
+            done = subprocess.run(command, check=True, capture_output=True, text=True, env=environment)
             planned = estimate(Architecture.from_config(config), compute_of(precision, setting))
             told = ", ".join(filter(None, (precision, setting)))
             print(_row(name, told, planned, json.loads(done.stdout), keys), flush=True)

@@ -76,6 +76,7 @@ class PromoteConfig(Section):
     )
 
     def margin_of(self, dataset: str) -> float:
+        """Return the EM that a test set may lose."""
         return self.margins.get(dataset, self.margin)
 
 

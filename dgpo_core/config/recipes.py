@@ -69,6 +69,7 @@ class Recipes(Section):
 
     @property
     def all(self) -> dict[str, Recipe]:
+        """Return both groups' rows."""
         return {**self.distill, **self.reinforce}
 
     @property

@@ -7,7 +7,7 @@ to score, or to look busy, without searching well.
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
@@ -139,35 +139,38 @@ class Failure(StrEnum):
     ANSWER_FORMAT = "answer_format"
 
 
-@dataclass(frozen=True)
-class Diagnosis:
-    """One episode's diagnosis; `first_failure` is None unless the outcome is wrong."""
-
-    dataset: str
-    question_id: str
-    outcome: Outcome
-    first_failure: Failure | None
-    flags: HackingFlags
+SCHEMA = pa.schema(
+    [
+        ("dataset", pa.string()),
+        ("question_id", pa.string()),
+        ("outcome", pa.string()),
+        ("first_failure", pa.string()),
+        ("without_evidence", pa.bool_()),
+        ("repeats_question", pa.bool_()),
+        ("several_answers", pa.bool_()),
+    ]
+)
 
 
 def diagnose(
     episodes: list[Episode], questions: Mapping[tuple[str, str], Question], decode: Decode
-) -> list[Diagnosis]:
-    """Diagnose every episode, in order; `questions` are keyed by data set and id."""
-    found = []
+) -> pa.Table:
+    """Diagnose every episode: a row each, in order, with nulls where a column does not apply.
+
+    `questions` are keyed by data set and id.
+    """
+    rows = []
     for episode in episodes:
         question = questions[episode.dataset, episode.question_id]
         turns = episode.turn_texts(decode)
-        found.append(
-            Diagnosis(
-                episode.dataset,
-                episode.question_id,
-                episode.outcome,
-                first_failure(episode, question, turns),
-                hacking_flags(episode, question, turns),
-            )
-        )
-    return found
+        row = {
+            "dataset": episode.dataset,
+            "question_id": episode.question_id,
+            "outcome": episode.outcome,
+            "first_failure": first_failure(episode, question, turns),
+        }
+        rows.append(row | vars(hacking_flags(episode, question, turns)))
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 def first_failure(episode: Episode, question: Question, turns: list[str]) -> Failure | None:
@@ -225,25 +228,3 @@ def _answer_failure(episode: Episode, turns: list[str]) -> Failure:
 
 def _ends_without_action(turns: list[str]) -> bool:
     return not turns or parse_action(turns[-1]).kind is ActionKind.INVALID
-
-
-SCHEMA = pa.schema(
-    [
-        ("dataset", pa.string()),
-        ("question_id", pa.string()),
-        ("outcome", pa.string()),
-        ("first_failure", pa.string()),
-        ("without_evidence", pa.bool_()),
-        ("repeats_question", pa.bool_()),
-        ("several_answers", pa.bool_()),
-    ]
-)
-
-
-def as_table(diagnoses: list[Diagnosis]) -> pa.Table:
-    """Return one row a question; null where a column does not apply."""
-    rows = []
-    for diagnosis in diagnoses:
-        row = asdict(diagnosis)
-        rows.append(row | row.pop("flags"))
-    return pa.Table.from_pylist(rows, schema=SCHEMA)

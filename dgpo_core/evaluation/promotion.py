@@ -141,6 +141,7 @@ def _questions(folder: Path) -> str:
 
 Values = NDArray[np.float64]
 Verdict = Literal["promote", "keep", "refused"]
+Kind = Literal["gain", "not_worse", "hacking", "failures"]
 BEHAVIOUR = "thinking_searches"  # measurements of which neither more nor less is better: told, not judged
 
 
@@ -149,7 +150,7 @@ class Condition:
     """One thing that must hold. `value` has the interval `low` to `high` and counts `n` questions."""
 
     name: str
-    kind: Literal["gain", "not_worse", "hacking", "failures"]
+    kind: Kind
     passed: bool
     value: float
     low: float
@@ -283,13 +284,9 @@ def judged(
         if against_champion:
             found.append(_hacking_against(check, _flags(ours, check), _flags(theirs, check), other, how))
     for part, (share, n) in _failures(ours).items():
-        passed = share <= config.max_failed
-        why = f"{share:.1%} failed, at most {config.max_failed:.1%} may"
-        found.append(
-            Condition(
-                f"failed {part}", "failures", passed, share, math.nan, math.nan, n, config.max_failed, why
-            )
-        )
+        limit, rate = config.max_failed, Estimate(share, math.nan, math.nan, n)
+        why = f"{share:.1%} failed, at most {limit:.1%} may"
+        found.append(_condition(f"failed {part}", "failures", share <= limit, rate, limit, why))
     return found
 
 
@@ -331,14 +328,7 @@ def _hacking_against(check: str, ours: Values, theirs: Values, other: str, how: 
     return _condition(name, "hacking", passed, estimate, 0.0, why)
 
 
-def _condition(
-    name: str,
-    kind: Literal["gain", "not_worse", "hacking"],
-    passed: bool,
-    estimate: Estimate,
-    bound: float,
-    why: str,
-) -> Condition:
+def _condition(name: str, kind: Kind, passed: bool, estimate: Estimate, bound: float, why: str) -> Condition:
     return Condition(name, kind, passed, estimate.mean, estimate.low, estimate.high, estimate.n, bound, why)
 
 

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dgpo_core.agent.episode import Ending, Outcome
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.diagnosis import Failure
-from dgpo_core.evaluation.statistics import Estimate, mean_of_means, mean_with_interval, paired_difference
+from dgpo_core.evaluation.statistics import Estimate, mean_of_means, paired_difference
 
 MEASUREMENTS = (
     "source_em_nq",
@@ -368,7 +368,7 @@ def _paired(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Table:
 
 
 def _pooled(values: NDArray[np.float64]) -> Table:
-    return _entry(mean_with_interval(values) if values.size else NOTHING)
+    return _entry(_stratified([values]))
 
 
 def _over(scores: Scores, quantity: str, datasets: Sequence[str]) -> Estimate:
@@ -416,7 +416,7 @@ def compare(
         "models": [first, second],
         **{name: _compared_quantity(scores[first], scores[second], name, datasets) for name in COMPARED},
         "arcap": {
-            name: _compared_pooled((own.values, measured[second][name].values))
+            name: _compared([(own.values, measured[second][name].values)])
             for name, own in measured[first].items()
             if name in measured[second]
         },
@@ -435,39 +435,22 @@ def _compared_quantity(ours: Scores, theirs: Scores, name: str, datasets: Sequen
     first, second = ours.values[name], theirs.values[name]
     strata = {dataset: (first[of == dataset], second[of == dataset]) for dataset in datasets}
     return {
-        "datasets": {dataset: _compared_pooled(pair) for dataset, pair in strata.items()},
-        "average": _compared_average(list(strata.values())),
-        "pooled": _compared_pooled((first, second)),
+        "datasets": {dataset: _compared([pair]) for dataset, pair in strata.items()},
+        "average": _compared(list(strata.values())),
+        "pooled": _compared([(first, second)]),
     }
 
 
-def _compared_pooled(pair: _Pair) -> Row:
-    first, second = _answered(pair)
-    if not first.size:
-        return _comparison(math.nan, math.nan, NOTHING)
-    return _comparison(float(first.mean()), float(second.mean()), paired_difference(first, second))
-
-
-def _compared_average(strata: Sequence[_Pair]) -> Row:
+def _compared(strata: Sequence[_Pair]) -> Row:
+    """Compare the averages over strata; without an answered question in one of them there is none."""
     pairs = [_answered(pair) for pair in strata]
-    if not all(first.size for first, _ in pairs):
-        return _comparison(math.nan, math.nan, NOTHING)
-    difference = mean_of_means([first - second for first, second in pairs], signed=True)
-    ours, theirs = ([values.mean() for values in own] for own in zip(*pairs, strict=True))
-    return _comparison(float(np.mean(ours)), float(np.mean(theirs)), difference)
-
-
-def _answered(pair: _Pair) -> _Pair:
-    """Return the values of the questions that failed for neither."""
-    first, second = pair
-    both = ~(np.isnan(first) | np.isnan(second))
-    return first[both], second[both]
-
-
-def _comparison(first: float, second: float, difference: Estimate) -> Row:
+    ours, theirs, difference = math.nan, math.nan, NOTHING
+    if all(first.size for first, _ in pairs):
+        ours, theirs = (float(np.mean([v.mean() for v in own])) for own in zip(*pairs, strict=True))
+        difference = mean_of_means([first - second for first, second in pairs], signed=True)
     values = {
-        "first": first,
-        "second": second,
+        "first": ours,
+        "second": theirs,
         "difference": difference.mean,
         "ci95": [difference.low, difference.high],
         "n": difference.n,
@@ -475,6 +458,13 @@ def _comparison(first: float, second: float, difference: Estimate) -> Row:
     }
     result: Row = rounded(values)
     return result
+
+
+def _answered(pair: _Pair) -> _Pair:
+    """Return the values of the questions that failed for neither."""
+    first, second = pair
+    both = ~(np.isnan(first) | np.isnan(second))
+    return first[both], second[both]
 
 
 def rounded(value: Any) -> Any:

@@ -39,16 +39,7 @@ def mean_with_interval(values: ArrayLike, signed: bool = False, resampling: Resa
     `signed`: they are differences of shares, not shares (see `_all_alike`).
     Raises ValueError for no values: an average over nothing is not 0.
     """
-    array: NDArray[np.float64] = np.asarray(values, dtype=np.float64)
-    if array.size == 0:
-        raise ValueError("an average needs at least one value")
-    mean = float(array.mean())
-    if array.size < 2:
-        return Estimate(mean, float("nan"), float("nan"), array.size)
-    if np.ptp(array) == 0:
-        return _all_alike(mean, array.size, CONFIDENCE, signed)
-    low, high = _interval([array], np.mean, resampling=resampling)
-    return Estimate(mean, low, high, array.size)
+    return mean_of_means([values], signed=signed, resampling=resampling)
 
 
 def mean_of_means(

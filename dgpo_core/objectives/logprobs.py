@@ -108,19 +108,12 @@ def top_distributions(
     hidden: Float[Tensor, "N H"],
     head: Float[Tensor, "V H"],
     vocabulary: int,
-    k: int | None,
+    k: int,
     chunk: int = CHUNK,
 ) -> TopK:
-    """Return the `k` likeliest of the first `vocabulary` ids at each position; None: all of them."""
-    k = min(k or vocabulary, vocabulary)
-    pieces = [
-        _logprobs(hidden[i : i + chunk], head[:vocabulary], 1.0).topk(k) for i in range(0, len(hidden), chunk)
-    ]
-    return TopK(
-        torch.cat([piece.indices for piece in pieces]),
-        torch.cat([piece.values for piece in pieces]),
-        vocabulary,
-    )
+    """Return the `k` likeliest of the first `vocabulary` ids at each position."""
+    pieces = [_logprobs(part, head[:vocabulary], 1.0).topk(k) for part in hidden.split(chunk)]
+    return TopK(torch.cat([p.indices for p in pieces]), torch.cat([p.values for p in pieces]), vocabulary)
 
 
 def with_rest(logprobs: Float[Tensor, "... K"]) -> Float[Tensor, "... K+1"]:

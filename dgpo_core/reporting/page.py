@@ -212,9 +212,8 @@ def _radar(report: Report, means: Mapping[str, Mapping[str, float | None]]) -> R
 
 
 SCRIPTS = ("theme.js", "charts.js", "reader.js")
+# as in dvc.yaml, which the stage does not read: DVC would not see that the report depends on it
 PIPELINE = ("data", "index", "teach", "filter", "distributions", "distill", "reinforce", "evaluate")
-
-
 BEHAVIOUR_COLUMNS = (
     ("f1", "F1", "word overlap with the golden answer"),
     ("sub_em", "Sub-EM", "a golden answer is contained in the prediction"),
@@ -325,7 +324,7 @@ def _behaviour(report: Report) -> Row:
 
 
 def _pipeline_order(item: tuple[str, Any]) -> tuple[int, str]:
-    stage = item[0].partition("-")[0].partition("_")[0]
+    stage = item[0].partition("-")[0]
     return (PIPELINE.index(stage) if stage in PIPELINE else len(PIPELINE), item[0])
 
 

@@ -6,7 +6,6 @@ import json
 import logging
 import re
 from collections.abc import AsyncIterator, Collection
-from dataclasses import dataclass
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -30,18 +29,6 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 IGNORED = "X-Ignored-Parameters"  # header of an answer: what of the request it did not depend on
 LONGEST_HEADER = 1000
 log = logging.getLogger("uvicorn.error")
-
-
-@dataclass(frozen=True)
-class ErrorReply:
-    """A client's view of an exception."""
-
-    status: HTTPStatus
-    body: dict[str, Any]
-
-    def response(self) -> JSONResponse:
-        retry = {"Retry-After": "5"} if self.status in (429, 503) else None
-        return JSONResponse(self.body, self.status, retry)
 
 
 class HostFilter:
@@ -117,7 +104,7 @@ def make_app(
     @app.get("/v1/models/{name:path}")
     async def model(name: str) -> Response:
         if queue.agent is None:
-            return error_reply(NotReady()).response()
+            return error_response(NotReady())
         return JSONResponse(_model(name)) if name == queue.agent.name else _no_model(name, queue.agent.name)
 
     @app.post("/v1/chat/completions")
@@ -138,7 +125,7 @@ def make_app(
                 event = await anext(events)
             return JSONResponse(Completion(body.model).whole(event.episode), headers=headers)
         except Exception as caught:
-            return error_reply(caught).response()
+            return error_response(caught)
 
     _add_error_handlers(app)
     return app
@@ -176,7 +163,7 @@ async def _stream(
                 yield _sse(completion.usage(event.episode))
             event = await anext(events, None)
     except Exception as caught:
-        yield _sse(error_reply(caught).body)
+        yield _sse(error_reply(caught)[1])
     yield "data: [DONE]\n\n"
 
 
@@ -184,28 +171,32 @@ def _sse(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-def error_reply(caught: Exception) -> ErrorReply:
-    """Return users' faults and failures in their own words; of a bug, only the log says more."""
+def error_response(caught: Exception) -> JSONResponse:
+    """Return the response to an exception; where another try may help, it says when."""
+    status, body = error_reply(caught)
+    return JSONResponse(body, status, {"Retry-After": "5"} if status in (429, 503) else None)
+
+
+def error_reply(caught: Exception) -> tuple[HTTPStatus, dict[str, Any]]:
+    """Return status and body: faults and failures in their own words; of a bug, only the log says more."""
+    down = HTTPStatus.SERVICE_UNAVAILABLE
     match caught:
         case UserError():
-            return ErrorReply(HTTPStatus.BAD_REQUEST, error(str(caught), "invalid_request_error"))
+            return HTTPStatus.BAD_REQUEST, error(str(caught), "invalid_request_error")
         case InfrastructureError():
             message = f"no answer, because a part of the service failed: {caught}"
-            return ErrorReply(
-                HTTPStatus.SERVICE_UNAVAILABLE, error(message, "server_error", "infrastructure_failure")
-            )
+            return down, error(message, "server_error", "infrastructure_failure")
         case NotReady():
             message = "model and index are not loaded (see /health); try again soon"
-            return ErrorReply(HTTPStatus.SERVICE_UNAVAILABLE, error(message, "server_error", "not_ready"))
+            return down, error(message, "server_error", "not_ready")
         case QueueFull():
             message = "too many questions are waiting; try again soon"
-            return ErrorReply(HTTPStatus.TOO_MANY_REQUESTS, error(message, "rate_limit_error", "queue_full"))
+            return HTTPStatus.TOO_MANY_REQUESTS, error(message, "rate_limit_error", "queue_full")
         case EpisodeCancelled():
-            message = "the episode was stopped"
-            return ErrorReply(HTTPStatus.SERVICE_UNAVAILABLE, error(message, "server_error", "stopped"))
+            return down, error("the episode was stopped", "server_error", "stopped")
     log.error("an episode ended with a bug", exc_info=caught)
     message = "an error in the service; its log says more"
-    return ErrorReply(HTTPStatus.INTERNAL_SERVER_ERROR, error(message, "server_error", "bug"))
+    return HTTPStatus.INTERNAL_SERVER_ERROR, error(message, "server_error", "bug")
 
 
 def _add_error_handlers(app: FastAPI) -> None:

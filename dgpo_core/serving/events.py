@@ -131,6 +131,8 @@ class EpisodeRecord(_Frozen):
 
 
 class EpisodeEnd(_Frozen):
+    """The episode is over, and did not fail."""
+
     kind: Literal["finished"] = "finished"
     episode: EpisodeRecord
 

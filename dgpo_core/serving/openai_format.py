@@ -104,11 +104,12 @@ class ChatRequest(BaseModel):
 
     @property
     def ignored(self) -> list[str]:
-        """What was sent and not used: other messages, and unknown parameters that are not null."""
+        """Return what was sent and not used: other messages, and unknown parameters that are not null."""
         others = ["messages"] if len(self.messages) > 1 else []
         return others + [name for name, value in (self.model_extra or {}).items() if value is not None]
 
     def agent_request(self) -> AgentRequest:
+        """Return what the agent is asked."""
         limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
         return AgentRequest(
             _question(self.messages),
@@ -128,12 +129,14 @@ class Completion:
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, record: EpisodeRecord) -> dict[str, Any]:
+        """Return the response in one piece."""
         message = {"role": "assistant", "content": record.answer, "refusal": None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(record)}
         body = {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(record)}
         return {**body, "episode": record.model_dump(mode="json")}
 
     def opening(self) -> dict[str, Any]:
+        """Return the chunk that comes first."""
         return self._chunk({"role": "assistant", "content": ""})
 
     def chunks(self, event: Event) -> list[dict[str, Any]]:
@@ -146,6 +149,7 @@ class Completion:
         return [*content, self._chunk({}, _finish(event.episode)) | event_field]
 
     def usage(self, record: EpisodeRecord) -> dict[str, Any]:
+        """Return the chunk that comes last, where a client asks for it."""
         return {**self._chunk({}), "choices": [], "usage": usage(record)}
 
     def _chunk(self, delta: dict[str, str], finish: str | None = None) -> dict[str, Any]:
@@ -164,6 +168,7 @@ def usage(record: EpisodeRecord) -> dict[str, int]:
 
 
 def error(message: str, kind: str, code: str | None = None, param: str | None = None) -> dict[str, Any]:
+    """Return the body of a response that is no answer."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 

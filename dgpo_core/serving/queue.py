@@ -44,7 +44,7 @@ class RequestQueue:
 
     @property
     def waiting(self) -> int:
-        """The number of requests behind the one that runs."""
+        """Return the number of requests behind the one that runs."""
         return max(0, len(self._requests) - 1)
 
     def submit(self, request: AgentRequest) -> "QueuedRequest":
@@ -96,6 +96,7 @@ class QueuedRequest:
         _call_soon(self._loop, self._items.put_nowait, item)
 
     def set_ahead(self, ahead: int) -> None:
+        """Tell the client its new place; from the event loop's thread."""
         if ahead != self._ahead:
             self._ahead = ahead
             self._items.put_nowait(QueuePosition(ahead=ahead))

@@ -40,6 +40,7 @@ class EventStream:
         self._splitter = TagSplitter()
 
     def begin_turn(self) -> None:
+        """Begin a turn, and tell of the last one where it neither searched nor answered."""
         self._check()
         if self._turn >= 0 and not (self.searches and self.searches[-1].turn == self._turn):
             self._emit(Notice(turn=self._turn, text=INVALID_ACTION.strip()))
@@ -47,15 +48,18 @@ class EventStream:
         self._ids, self._sent, self._splitter = [], 0, TagSplitter()
 
     def token(self, token: int) -> None:
+        """Tell what is certain of the text with this token."""
         self._check()
         self._ids.append(token)
         self._send(self._decode(self._ids).rstrip(INCOMPLETE))
 
     def end_turn(self) -> None:
+        """Tell the rest of the turn."""
         self._send(self._decode(self._ids))
         self._emit_pieces(self._splitter.close())
 
     def search(self, query: str, hits: list[Hit]) -> None:
+        """Keep a search, and tell of it."""
         passages = [
             RetrievedPassage(
                 id=hit.passage.id, title=hit.passage.title, text=hit.passage.text, score=hit.score

@@ -11,7 +11,7 @@
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from dgpo_core.agent.episode import Episode
 from dgpo_core.config.recipes import Distillation
-from dgpo_core.config.training import ComputeConfig, DistillConfig
+from dgpo_core.config.training import ComputeConfig, DistillConfig, TaidConfig
 from dgpo_core.errors import UserError
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
@@ -61,9 +61,9 @@ class Distiller:
     known: int | None = None
 
     def __post_init__(self) -> None:
-        config, taid = self.config, self.config.taid
+        config = self.config
         self.vocabulary = shared_ids(self.known, self.student, self.teacher)
-        self.taid = TaidSchedule(self.source.steps, taid.start, taid.end, taid.step_size, taid.decay)
+        self.taid = TaidSchedule(self.source.steps, config.taid)
         on_policy = self.recipe.episodes == "student"
         own = config.on_policy if on_policy else config
         schedule = cosine(self.source.steps, own.warmup_steps)
@@ -135,7 +135,7 @@ class Distiller:
         return row
 
     @torch.no_grad()
-    def loss(self, episodes: list[Episode]) -> float:
+    def loss(self, episodes: Sequence[Episode]) -> float:
         """Return the objective on `episodes`, nats a token. Raise NotFinite."""
         loss = self._averages([self._sequence(episode) for episode in episodes])["loss"]
         require_finite({"validation loss": loss})
@@ -213,7 +213,6 @@ class Distiller:
         return divergences.forward_kl
 
 
-@dataclass
 class TaidSchedule:
     """Decides the teacher's share in TAID's target, `t` (Shing et al., 2025; `divergences.taid`).
 
@@ -221,14 +220,9 @@ class TaidSchedule:
     falls: `trend` is the moving average of the loss's relative fall, with weight `decay` on the past.
     """
 
-    total_steps: int
-    start: float = 0.4
-    end: float = 1.0
-    step_size: float = 5e-4
-    decay: float = 0.99
-
-    def __post_init__(self) -> None:
-        self.t = self.start
+    def __init__(self, total_steps: int, config: TaidConfig) -> None:
+        self._total_steps, self._config = total_steps, config
+        self.t = config.start
         self.trend = 0.0
         self.previous_loss: float | None = None
 
@@ -237,12 +231,15 @@ class TaidSchedule:
 
         The first loss has nothing to be compared with and leaves `t` alone, as in the released code.
         """
+        config = self._config
         if self.previous_loss is not None:
             fall = (self.previous_loss - loss) / (self.previous_loss + 1e-15)
-            self.trend = self.decay * self.trend + (1 - self.decay) * fall
-            adaptive = self.t + self.step_size * _sigmoid(self.trend) * (1 - self.t)
-            linear = self.start + (self.end - self.start) * step / self.total_steps
-            self.t = min(self.end, max(linear, adaptive))
+            self.trend = config.decay * self.trend + (1 - config.decay) * fall
+            # by tanh: the sigmoid's exp() would overflow after a loss that has exploded
+            sigmoid = 0.5 * (1 + math.tanh(self.trend / 2))
+            adaptive = self.t + config.step_size * sigmoid * (1 - self.t)
+            linear = config.start + (config.end - config.start) * step / self._total_steps
+            self.t = min(config.end, max(linear, adaptive))
         self.previous_loss = loss
 
     def state_dict(self) -> dict[str, Any]:
@@ -250,8 +247,3 @@ class TaidSchedule:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.t, self.trend, self.previous_loss = state["t"], state["trend"], state["previous_loss"]
-
-
-def _sigmoid(x: float) -> float:
-    # of the tanh: exp() would overflow after a loss that has exploded
-    return 0.5 * (1 + math.tanh(x / 2))

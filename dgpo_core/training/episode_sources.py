@@ -6,113 +6,91 @@ that was killed is continued exactly.
 
 import math
 import random
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from enum import StrEnum
-from typing import Any, Protocol
+from typing import Any, Literal
 
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
-from dgpo_core.config.training import DistillConfig
+from dgpo_core.config.training import DistillConfig, DistillmConfig
 from dgpo_core.errors import InfrastructureError
 
 Metrics = dict[str, float]
 Rollout = Callable[[list[int], int], list[Episode]]  # (indices of questions, step) -> episodes of the student
 
 
+def shuffled(count: int, key: str) -> list[int]:
+    """Return the numbers below `count` in an order that `key` alone decides."""
+    order = list(range(count))
+    random.Random(key).shuffle(order)
+    return order
+
+
 def batch_order(count: int, batch_size: int, epochs: int, seed: int) -> list[list[int]]:
     """Return the indices of every batch: a new shuffle each epoch, and no example left out."""
-    batches = []
-    for epoch in range(epochs):
-        order = list(range(count))
-        random.Random(f"distill-{seed}-{epoch}").shuffle(order)
-        batches += [order[i : i + batch_size] for i in range(0, count, batch_size)]
-    return batches
+    orders = [shuffled(count, f"distill-{seed}-{epoch}") for epoch in range(epochs)]
+    return [order[i : i + batch_size] for order in orders for i in range(0, count, batch_size)]
 
 
 def question_order(count: int, batch_size: int, step: int, seed: int) -> list[int]:
     """Return the indices of a step's questions: epochs of shuffled questions laid end to end."""
     places = [divmod(position, count) for position in range(step * batch_size, (step + 1) * batch_size)]
-    orders = {epoch: _shuffled(count, epoch, seed) for epoch in {epoch for epoch, _ in places}}
+    orders = {epoch: shuffled(count, f"questions-{seed}-{epoch}") for epoch in {epoch for epoch, _ in places}}
     return [orders[epoch][offset] for epoch, offset in places]
 
 
-def _shuffled(count: int, epoch: int, seed: int) -> list[int]:
-    order = list(range(count))
-    random.Random(f"questions-{seed}-{epoch}").shuffle(order)
-    return order
+class EpisodeSource(ABC):
+    """Gives each step its episodes. The student is validated every `validate_every` steps.
 
-
-class EpisodeSource(Protocol):
-    """Gives each step its episodes. The student is validated every `validate_every` steps."""
+    By default a batch depends on the step and the student's weights alone.
+    """
 
     steps: int
     validate_every: int
-    held_out: list[Episode]  # for a validation loss, which `validated` is called with; may be empty
+    held_out: Sequence[Episode] = ()  # for a validation loss, which `validated` is called with
 
-    def batch(self, step: int) -> list[Episode]: ...
-
-    def validated(self, loss: float) -> None: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
-
-
-@dataclass
-class TeacherEpisodes:
-    """Gives the teacher's episodes, for some epochs."""
-
-    episodes: list[Episode]
-    config: DistillConfig
-    seed: int
-    held_out: list[Episode] = field(default_factory=list)
-
-    def __post_init__(self) -> None:
-        self._order = batch_order(len(self.episodes), self.config.batch_size, self.config.epochs, self.seed)
-        self.steps = len(self._order)
-        self.validate_every = self.steps // self.config.epochs
-
+    @abstractmethod
     def batch(self, step: int) -> list[Episode]:
-        return [self.episodes[i] for i in self._order[step]]
+        """Return the episodes of a step; none where no episode has a token of the student."""
 
-    def validated(self, loss: float) -> None:
-        """Do nothing: no batch depends on the loss."""
+    def validated(self, loss: float) -> None:  # noqa: B027  most batches do not depend on it
+        """Adapt the batches that follow to a validation loss."""
 
     def state_dict(self) -> dict[str, Any]:
+        """Return what else decides batches."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing: a step's batch depends on its number alone."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Go on from a `state_dict`."""
 
 
-class StudentEpisodes:
+class TeacherEpisodes(EpisodeSource):
+    """Gives the teacher's episodes, for some epochs."""
+
+    def __init__(self, episodes: list[Episode], config: DistillConfig, seed: int) -> None:
+        self._episodes = episodes
+        self._order = batch_order(len(episodes), config.batch_size, config.epochs, seed)
+        self.steps = len(self._order)
+        self.validate_every = self.steps // config.epochs
+
+    def batch(self, step: int) -> list[Episode]:
+        return [self._episodes[i] for i in self._order[step]]
+
+
+class StudentEpisodes(EpisodeSource):
     """Gives fresh episodes of the student at every step: on-policy distillation."""
-
-    held_out: list[Episode]
 
     def __init__(self, rollout: Rollout, questions: int, config: DistillConfig, seed: int) -> None:
         self._rollout, self._questions, self._seed = rollout, questions, seed
         self._batch_size = config.on_policy.batch_size
         self.steps, self.validate_every = config.on_policy.steps, config.on_policy.dev_every
-        self.held_out = []
 
     def batch(self, step: int) -> list[Episode]:
-        """Roll out; the batch is empty where no episode has a token of the student."""
         chosen = question_order(self._questions, self._batch_size, step, self._seed)
         return usable(self._rollout(chosen, step))
 
-    def validated(self, loss: float) -> None:
-        """Do nothing: no batch depends on the loss."""
 
-    def state_dict(self) -> dict[str, Any]:
-        return {}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Do nothing: a step's batch depends on its number and the student's weights alone."""
-
-
-class MixedEpisodes:
+class MixedEpisodes(EpisodeSource):
     """Gives teacher episodes, and more and more of the student's, fresh and replayed ones (DistiLLM)."""
 
     def __init__(
@@ -126,17 +104,16 @@ class MixedEpisodes:
         self._rollout, self._questions, self._seed = rollout, questions, seed
         self._batch_size = config.batch_size
         self.steps, self.validate_every = self._teacher.steps, self._teacher.validate_every
-        settings = config.distillm
-        self.off_policy = OffPolicySchedule(self.steps, settings.growth, settings.tolerance)
-        self._buffer: deque[Episode] = deque(maxlen=settings.replay)  # the student's newest
+        self.off_policy = OffPolicySchedule(self.steps, config.distillm)
+        self._buffer: deque[Episode] = deque(maxlen=config.distillm.replay)  # the student's newest
 
     def batch(self, step: int) -> list[Episode]:
         rng = random.Random(f"mixture-{self._seed}-{step}")
         buffer_full = len(self._buffer) == self._buffer.maxlen
         match self.off_policy.origin(rng.random(), step + 1, buffer_full):
-            case Origin.TEACHER:
+            case "teacher":
                 return self._teacher.batch(step)
-            case Origin.REPLAY:
+            case "replay":
                 return rng.sample(list(self._buffer), self._batch_size)
         chosen = question_order(self._questions, self._batch_size, step, self._seed)
         fresh = usable(self._rollout(chosen, step))
@@ -155,15 +132,10 @@ class MixedEpisodes:
         self._buffer.extend(state["buffer"]["items"])
 
 
-class Origin(StrEnum):
-    """Where a batch of DistiLLM comes from."""
-
-    TEACHER = "teacher"  # the fixed teacher episodes
-    STUDENT = "student"  # fresh ones of the student, which go into the replay buffer too
-    REPLAY = "replay"  # the student's earlier ones
+# of a batch of DistiLLM: fresh episodes of the student go into the replay buffer too
+Origin = Literal["teacher", "student", "replay"]
 
 
-@dataclass
 class OffPolicySchedule:
     """Decides which share of the batches is the student's, `phi` (DistiLLM's adaptive off-policy scheduler).
 
@@ -172,11 +144,8 @@ class OffPolicySchedule:
     code).
     """
 
-    total_steps: int
-    growth: float = 0.1
-    tolerance: float = 0.1
-
-    def __post_init__(self) -> None:
+    def __init__(self, total_steps: int, config: DistillmConfig) -> None:
+        self._total_steps, self._growth, self._tolerance = total_steps, config.growth, config.tolerance
         self.phi = 0.0
         self.reference_loss: float | None = None
 
@@ -184,8 +153,8 @@ class OffPolicySchedule:
         """Adapt the share to a validation loss; the first is measured before training."""
         if self.reference_loss is None:
             self.reference_loss = loss
-        elif loss >= self.reference_loss + self.tolerance:
-            self.phi = min(1.0, self.phi + self.growth)
+        elif loss >= self.reference_loss + self._tolerance:
+            self.phi = min(1.0, self.phi + self._growth)
             self.reference_loss = loss
 
     def origin(self, draw: float, step: int, buffer_full: bool) -> Origin:
@@ -195,10 +164,10 @@ class OffPolicySchedule:
         until the buffer is full.
         """
         if draw >= self.phi:
-            return Origin.TEACHER
-        if draw < self.phi * (1 - step / self.total_steps) or not buffer_full:
-            return Origin.STUDENT
-        return Origin.REPLAY
+            return "teacher"
+        if draw < self.phi * (1 - step / self._total_steps) or not buffer_full:
+            return "student"
+        return "replay"
 
     def state_dict(self) -> dict[str, Any]:
         return {"phi": self.phi, "reference_loss": self.reference_loss}

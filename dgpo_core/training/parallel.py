@@ -9,7 +9,6 @@ without one (a single process) nothing is sent.
 import contextlib
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -24,7 +23,7 @@ Item = TypeVar("Item")
 PATIENCE = timedelta(hours=1)
 
 
-@contextmanager
+@contextlib.contextmanager
 def group(device: str) -> Iterator[None]:
     """Join the processes that were started together (RANK, WORLD_SIZE, ... in the environment)."""
     if torch.device(device).type == "cuda":

@@ -17,7 +17,6 @@ wrote have an advantage, a KL and a gradient; the prompt's and the environment's
 
 import copy
 import math
-import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
@@ -58,7 +57,14 @@ from dgpo_core.training.batches import (
 )
 from dgpo_core.training.checkpoint import Checkpoint, require_finite, training_step
 from dgpo_core.training.engines import FrozenModel, TrainingEngine, token_batches, training_engine
-from dgpo_core.training.episode_sources import Metrics, Rollout, episode_metrics, question_order, usable
+from dgpo_core.training.episode_sources import (
+    Metrics,
+    Rollout,
+    episode_metrics,
+    question_order,
+    shuffled,
+    usable,
+)
 from dgpo_core.training.optimizer import Optimization, constant
 from dgpo_core.training.parallel import all_sum, gather
 
@@ -147,9 +153,7 @@ class Reinforcer:
         _require_numbers(row)  # before weights are changed by it
 
         # (7) Update, in mini-batches of shuffled episodes.
-        order = list(range(len(learned)))
-        random.Random(f"mini-{self.seed}-{step}").shuffle(order)
-        row |= updater.update(experience, order)
+        row |= updater.update(experience, shuffled(len(learned), f"mini-{self.seed}-{step}"))
         _require_numbers(row)
         return row
 

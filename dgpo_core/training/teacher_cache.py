@@ -70,7 +70,7 @@ class Certificate:
     rest_max: float
 
 
-def fingerprint(tokenizer: Any) -> str:
+def tokenizer_hash(tokenizer: Any) -> str:
     """Return the SHA-256 of the vocabulary, id by id."""
     vocabulary = sorted(tokenizer.get_vocab().items(), key=lambda item: item[1])
     return hashlib.sha256(json.dumps(vocabulary).encode()).hexdigest()
@@ -121,7 +121,7 @@ def build_cache(
     rest = _mass_outside(folder, k)
     # (3) Certificate.
     certificate = Certificate(
-        tokenizer=fingerprint(tokenizer),
+        tokenizer=tokenizer_hash(tokenizer),
         vocabulary=vocabulary,
         top_k=k,
         episodes=len(episodes),
@@ -215,7 +215,7 @@ class TeacherCache:
             raise UserError(
                 f"{folder}: no kept distributions; run the stage distributions again ({error})"
             ) from error
-        if self.certificate.tokenizer != fingerprint(tokenizer):
+        if self.certificate.tokenizer != tokenizer_hash(tokenizer):
             raise UserError(f"{folder}: these distributions belong to another tokenizer than the student's")
         self._table = table
         self._rows = {key: row for row, key in enumerate(table["key"].to_pylist())}
@@ -243,20 +243,15 @@ def _read(path: Path) -> pa.Table:
 
 
 def _write(path: Path, episodes: Sequence[Episode], stored: list[TopK]) -> None:
-    table = pa.table(
-        {
-            "key": [episode_key(episode) for episode in episodes],
-            "ids": pa.array([top.ids.flatten().numpy() for top in stored], pa.large_list(pa.int32())),
-            "logprobs": pa.array(
-                [top.logprobs.flatten().numpy() for top in stored], pa.large_list(pa.float32())
-            ),
-        }
-    )
-    with (
-        replacement(path) as part,
-        pa.OSFile(str(part), "wb") as file,
-        pa.ipc.new_file(file, table.schema) as writer,
-    ):
+    ids = [top.ids.flatten().numpy() for top in stored]
+    logprobs = [top.logprobs.flatten().numpy() for top in stored]
+    columns = {
+        "key": pa.array([episode_key(episode) for episode in episodes]),
+        "ids": pa.array(ids, pa.large_list(pa.int32())),
+        "logprobs": pa.array(logprobs, pa.large_list(pa.float32())),
+    }
+    table = pa.table(columns)
+    with replacement(path) as part, pa.ipc.new_file(str(part), table.schema) as writer:
         writer.write_table(table)
 
 

@@ -101,13 +101,11 @@ class SyncedLoop:
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
         """Return all episodes, in order, in every process."""
-        return parallel.gather(self._own(tasks, sampling))
-
-    def _own(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
-        if self._sync is None or self._loop is None:
-            return []
-        self._sync.refresh()
-        try:
-            return self._loop.run(tasks, sampling)
-        finally:
-            self._sync.engine.sleep()
+        episodes: list[Episode] = []
+        if self._sync is not None and self._loop is not None:
+            self._sync.refresh()
+            try:
+                episodes = self._loop.run(tasks, sampling)
+            finally:
+                self._sync.engine.sleep()
+        return parallel.gather(episodes)

@@ -207,9 +207,13 @@ def pool(
     out: Annotated[Path, typer.Option(help="where the report goes")] = Path("reproduction/pooled"),
 ) -> None:
     """Write one reproduction report of seeds that ran on other machines or days."""
-    from tasks.commands.pool import write
+    from dgpo_core.reporting.reproduction.report import pool_seeds
+    from dgpo_core.reporting.reproduction.seeds import find_records, read_record
 
-    write(folder, out)
+    records = find_records(folder)
+    for model, seeds in pool_seeds(records, out).items():
+        print(f"left out: {model}, which seed {', '.join(map(str, seeds))} lacks")
+    print(f"{read_record(records[0]).profile}: {len(records)} seeds; report: {out / 'index.html'}")
 
 
 @app.command(rich_help_panel=EXPERIMENTS)
@@ -218,9 +222,9 @@ def sizes(
     out: Annotated[Path, typer.Option(help="where the report goes")] = Path("reproduction"),
 ) -> None:
     """Compare models of several sizes and families: the records of `dgpo reproduce` with several profiles."""
-    from tasks.commands.pool import compare_sizes
+    from dgpo_core.reporting.reproduction.sizes import write_sizes
 
-    compare_sizes(folder, out)
+    print(f"{', '.join(write_sizes(folder, out))}; report: {out / 'sizes.html'}")
 
 
 Model = Annotated[

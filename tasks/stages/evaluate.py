@@ -36,7 +36,7 @@ def evaluate(model: str) -> None:
         write_episodes(folder / "episodes.parquet", episodes, {"index": index.digest})
         pq.write_table(arcap.as_table(rows), folder / "arcap.parquet", compression="zstd")
         diagnoses = diagnosis.diagnose(episodes, evaluator.asked(), tokenizer.decode)
-        pq.write_table(diagnosis.as_table(diagnoses), folder / "diagnosis.parquet", compression="zstd")
+        pq.write_table(diagnoses, folder / "diagnosis.parquet", compression="zstd")
         write_metrics(run, summarize(params, episodes))
         trace_episodes(run, episodes, tokenizer.decode, params.evaluate.trace_episodes)
 

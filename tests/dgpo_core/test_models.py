@@ -8,7 +8,7 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.errors import NotFinite, UserError
-from dgpo_core.models import load_model, load_tokenizer, save_model
+from dgpo_core.models import broken_weight, load_model, load_tokenizer, save_model
 from dgpo_core.training.reinforce import Critic
 from tests.dgpo_core.making import tiny_model
 
@@ -131,3 +131,14 @@ def test_every_embedding_is_trained_whatever_is_called_padding(
         assert embedding.weight.grad is not None
         assert embedding.weight.grad[eos].abs().sum() > 0
         assert embedding.padding_idx is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_broken_entry_is_found(value: float, dtype: torch.dtype) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Linear(5, 2)).to(dtype)
+    module.register_parameter("empty", torch.nn.Parameter(torch.empty(0, 4, dtype=dtype)))
+    assert broken_weight(module) is None
+    with torch.no_grad():
+        dict(module.named_parameters())["1.weight"][1, 3] = value
+    assert broken_weight(module) == "1.weight"

@@ -17,7 +17,7 @@ from dgpo_core.config.params import resolve_profile
 from dgpo_core.errors import UserError
 from dgpo_core.reporting.reproduction.claims import RAW_GRPO
 from flows.workspace import one_at_a_time, open_workspace
-from tasks.commands.pool import write
+from tasks.commands.cli import pool
 from tests.conftest import ROOT
 from tests.flows.restarts import restarted
 
@@ -90,7 +90,7 @@ def test_every_seed_once_and_a_report_of_all(api: str, project: Path) -> None:
     assert "0.4" in json.dumps(tables) and Path("reproduction/tiny/index.html").is_file()
     kept = Path("reproduction/tiny/seeds")
     assert sorted(path.name for path in kept.iterdir()) == ["0", "1"]
-    write(kept, Path("pooled"))  # `dgpo pool`: the same report again
+    pool(kept, Path("pooled"))  # the same report again
     assert Path("pooled/results.md").read_bytes() == Path("reproduction/tiny/results.md").read_bytes()
     params = [yaml.safe_load(Path(f".runs/tiny-seed-{seed}/params.yaml").read_text()) for seed in (0, 1)]
     assert [p["seed"] for p in params] == [0, 1]

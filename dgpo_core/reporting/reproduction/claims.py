@@ -1,11 +1,11 @@
-"""The paper's claims as data: what it says, where, and which criterion on our numbers would agree.
+"""The criteria for the paper's claims (reporting/paper/claims.csv), and how a training went.
 
 `Contrast` quantities are `average` (EM over the data sets), a data set of the paper's (EM), or a measurement
 of ARCap. The margins (`SIMILAR`, `APPROACHING`, near zero) are ours: the paper gives none.
 
 Some claims are about trainings that collapse (section 3.3, 5.7, figures 4 and 6). The paper shows curves and
-calls some of them collapsed. Here, on the EM of the sampled episodes (held-out EM
-where a curve lacks it), as a moving average:
+calls some of them collapsed. Here, on the EM of the sampled episodes (held-out EM where a curve lacks it), as
+a moving average:
 
 - never learned: it never reaches NEAR_ZERO, so there is nothing to lose;
 - collapsed: at the end it is under half of its earlier maximum, and since then invalid actions have risen by
@@ -17,11 +17,13 @@ The step is the first from which the EM stays under half of its earlier maximum.
 the first step whose EM is at least CONVERGED of its maximum.
 """
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from dgpo_core.evaluation.results import AVERAGE
-from dgpo_core.reporting.curves import Curve, Points, smoothed
+from dgpo_core.reporting import paper
+from dgpo_core.reporting.curves import Curve, smoothed
 from dgpo_core.reporting.formats import PAPER_DATASETS
 
 NEAR_ZERO = 0.05  # EM
@@ -82,24 +84,20 @@ def _lost_from(values: list[float]) -> int | None:
 def _drift(curve: Curve, before: float, after: float) -> str:
     """Say what changed between the best step and the time since the loss; empty where nothing did."""
     found = []
-    if levels := _levels(curve.columns.get("invalid_actions"), before, after):
-        at_best, since = levels
-        if since > at_best + INVALID_RISE:
-            found.append(f"invalid actions {at_best:.2f} → {since:.2f}")
-    if levels := _levels(curve.columns.get("response_tokens"), before, after):
-        at_best, since = levels
-        if since > LENGTH_DRIFT * at_best or since < at_best / LENGTH_DRIFT:
-            found.append(f"tokens {at_best:.0f} → {since:.0f}")
+    for column, name, places in (("invalid_actions", "invalid actions", 2), ("response_tokens", "tokens", 0)):
+        points = curve.columns.get(column, [])
+        values = [value for step, value in points if step >= after]
+        if not values:
+            continue
+        at_best = min(smoothed(points), key=lambda point: abs(point[0] - before))[1]
+        since = sum(values) / len(values)
+        if column == "invalid_actions":
+            drifted = since > at_best + INVALID_RISE
+        else:
+            drifted = since > LENGTH_DRIFT * at_best or since < at_best / LENGTH_DRIFT
+        if drifted:
+            found.append(f"{name} {at_best:.{places}f} → {since:.{places}f}")
     return ", ".join(found)
-
-
-def _levels(points: Points | None, before: float, after: float) -> tuple[float, float] | None:
-    """Return the column near the best step, and its mean from the loss on."""
-    since = [value for step, value in points or () if step >= after]
-    if not points or not since:
-        return None
-    at_best = min(smoothed(points), key=lambda point: abs(point[0] - before))[1]
-    return at_best, sum(since) / len(since)
 
 
 INFINITY = float("inf")
@@ -189,311 +187,97 @@ class Claim:
     statement: str
     source: str
     criterion: Criterion
-    pair: str | None = None  # of the paper's models, where the claim is about this one alone
-    needs: str | None = None  # the row of a recipe that the default table does not have
+    group: str  # its heading in the report
+    pair: str  # of the paper's models, where the claim is about this one alone
+    needs: str  # the row of a recipe that the default table does not have, or nothing
 
 
 BASELINES = ("ppo", "sft_ppo", "gkd", "seqkd", "kd", "distillm", "taid")
 OFF_POLICY = ("seqkd", "kd", "distillm", "taid")
 ABLATIONS = ("no_cold_start", "uniform_kl", "no_teacher", "ppo_kd")
 PROFILED = ("student", "teacher", "ppo", "kd", "dgpo")  # the models of table 5
+OVER_TEACHER = tuple(beats("dgpo", "teacher", name) for name in PAPER_DATASETS)
 RAW_GRPO = "grpo: {start: student, algorithm: grpo, guidance: uniform, reference: initial}"
 OTHER_SIZES = Untested("needs several pairs of models: see sizes.html, which has all profiles that were run")
 
-OVERALL = (
-    Claim(
-        "student_near_zero",
-        "The student starts near zero.",
-        "section 5.2, table 2 (0.006)",
-        Contrast(((1.0, "student", AVERAGE),), above=-INFINITY, below=NEAR_ZERO),
+CRITERIA: dict[str, Criterion] = {
+    # main results
+    "student_near_zero": Contrast(((1.0, "student", AVERAGE),), above=-INFINITY, below=NEAR_ZERO),
+    "dgpo_over_student": beats("dgpo", "student"),
+    **{f"dgpo_over_{model}": beats("dgpo", model) for model in BASELINES},
+    "dgpo_best_average": beats_all("dgpo", BASELINES),
+    "dgpo_best_on_most_sets": AtLeast(
+        4, tuple(beats_all("dgpo", BASELINES, name) for name in PAPER_DATASETS)
     ),
-    Claim(
-        "dgpo_over_student",
-        "DGPO turns the student into a search agent.",
-        "section 6, table 2 (0.006 → 0.329)",
-        beats("dgpo", "student"),
+    "dgpo_approaches_teacher": Contrast(((1.0, "dgpo", AVERAGE), (-APPROACHING, "teacher", AVERAGE))),
+    "dgpo_surpasses_teacher_somewhere": AtLeast(1, OVER_TEACHER),
+    "dgpo_surpasses_teacher_on_three": AtLeast(3, OVER_TEACHER),
+    "off_policy_over_on_policy": both(*(beats(off, on) for on in ("ppo", "gkd") for off in OFF_POLICY)),
+    "kd_over_seqkd": beats("kd", "seqkd"),
+    "kd_over_sft_ppo": beats("kd", "sft_ppo"),
+    "rl_gains_less_after_sft": Contrast(
+        ((1.0, "dgpo", AVERAGE), (-1.0, "kd", AVERAGE), (-1.0, "sft_ppo", AVERAGE), (1.0, "seqkd", AVERAGE))
     ),
-    *(
-        Claim(f"dgpo_over_{model}", f"DGPO beats {label}.", "section 5.2, table 2", beats("dgpo", model))
-        for model, label in zip(
-            BASELINES, ("PPO", "SFT → PPO", "GKD", "SeqKD", "KD", "DistiLLM", "TAID"), strict=True
-        )
+    "interpolation_below_kd": beats_all("kd", ("distillm", "taid")),
+    # components
+    "cold_start": beats("dgpo", "no_cold_start"),
+    "selective_kl": beats("dgpo", "uniform_kl"),
+    "teacher_guidance": beats("dgpo", "no_teacher"),
+    "pipeline_order": beats("dgpo", "ppo_kd"),
+    "all_components": beats_all("dgpo", ABLATIONS),
+    "cold_start_least": beats_all("no_cold_start", ABLATIONS[1:]),
+    "dgpo_best_variant": beats_all("dgpo", ("dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")),
+    # training
+    "dgpo_stable": Trains("dgpo", ("stable",)),
+    "ppo_collapses": Trains("ppo", ("collapsed",)),
+    "ppo_ineffective": Trains("ppo", ("collapsed", "never learned")),
+    "grpo_less_stable_than_ppo": both(Outlasts("ppo", "grpo"), ConvergesFaster("grpo", "ppo")),
+    "grpo_collapses": Trains("dgpo_grpo", ("collapsed",)),
+    "no_cold_start_collapses": Trains("no_cold_start", ("collapsed",)),
+    "no_cold_start_outlasts_ppo": Outlasts("no_cold_start", "ppo"),
+    "kd_prevents_collapse": both(Trains("dgpo", ("stable",)), Trains("no_cold_start", ("collapsed",))),
+    "gkd_stable_but_worse": both(Trains("gkd", ("stable",)), beats("dgpo", "gkd")),
+    "kd_gkd_collapses": Trains("kd_gkd", ("collapsed",)),
+    # ARCap
+    "source_nq_dgpo_best": beats_all("dgpo", ("student", "ppo", "kd"), "source_em_nq"),
+    "source_musique_kd_best": beats_all("kd", ("student", "ppo", "dgpo"), "source_em_musique"),
+    "query_ppo_best": beats_all("ppo", ("teacher", "kd", "dgpo"), "query_hit_nq"),
+    "query_dgpo_over_kd": beats("dgpo", "kd", "query_hit_nq"),
+    "query_dgpo_like_teacher": replace(
+        beats("dgpo", "teacher", "query_hit_nq"), above=-SIMILAR, below=SIMILAR
     ),
-    Claim(
-        "dgpo_best_average",
-        "DGPO has the highest average of all baselines.",
-        "section 5.2, table 2",
-        beats_all("dgpo", BASELINES),
-    ),
-    Claim(
-        "dgpo_best_on_most_sets",
-        "DGPO outperforms all baselines on most data sets.",
-        "section 5.2, table 2 (six of seven)",
-        AtLeast(4, tuple(beats_all("dgpo", BASELINES, name) for name in PAPER_DATASETS)),
-    ),
-    Claim(
-        "dgpo_approaches_teacher",
-        f"DGPO approaches the teacher: at least {APPROACHING:.0%} of its EM.",
-        "section 6, table 2 (0.329 of 0.353)",
-        Contrast(((1.0, "dgpo", AVERAGE), (-APPROACHING, "teacher", AVERAGE))),
-    ),
-    Claim(
-        "dgpo_surpasses_teacher_somewhere",
-        "DGPO surpasses the teacher on some data set.",
-        "abstract and section 5.2, table 2 (NQ, PopQA, HotpotQA)",
-        AtLeast(1, tuple(beats("dgpo", "teacher", name) for name in PAPER_DATASETS)),
-    ),
-    Claim(
-        "dgpo_surpasses_teacher_on_three",
-        "DGPO surpasses the teacher on three data sets.",
-        "section 5.2, table 2",
-        AtLeast(3, tuple(beats("dgpo", "teacher", name) for name in PAPER_DATASETS)),
-    ),
-    Claim(
-        "off_policy_over_on_policy",
-        "On-policy methods (PPO, GKD) are below every off-policy distillation.",
-        "section 5.2, table 2",
-        both(*(beats(off, on) for on in ("ppo", "gkd") for off in OFF_POLICY)),
-    ),
-    Claim(
-        "kd_over_seqkd",
-        "KD beats SeqKD: soft targets transfer more than hard ones.",
-        "section 2 and 5.2, table 2",
-        beats("kd", "seqkd"),
-    ),
-    Claim(
-        "kd_over_sft_ppo",
-        "KD alone is stronger than SFT followed by RL.",
-        "section 5.2, table 2 (0.298, 0.289)",
-        beats("kd", "sft_ppo"),
-    ),
-    Claim(
-        "rl_gains_less_after_sft",
-        "RL adds less after an SFT start than DGPO adds after KD.",
-        "section 5.2, table 2 (0.275 → 0.289; 0.298 → 0.329)",
-        Contrast(
-            (
-                (1.0, "dgpo", AVERAGE),
-                (-1.0, "kd", AVERAGE),
-                (-1.0, "sft_ppo", AVERAGE),
-                (1.0, "seqkd", AVERAGE),
-            )
-        ),
-    ),
-    Claim(
-        "interpolation_below_kd",
-        "DistiLLM and TAID are worse than standard KD.",
-        "section 5.2, table 2",
-        beats_all("kd", ("distillm", "taid")),
-    ),
-)
+    "thinking_hurts_musique": both(*(thinking_adds(model, "musique", -1.0) for model in PROFILED)),
+    "thinking_hurts_teacher": both(*(thinking_adds("teacher", role, -1.0) for role in ("nq", "musique"))),
+    "thinking_helps_rl": both(*(thinking_adds(model, "nq") for model in ("ppo", "dgpo"))),
+    "final_hit_dgpo_best": beats_all("dgpo", ("student", "ppo", "kd"), "thinking_hit_musique"),
+    "distilled_search_more": both(*(beats(m, "ppo", "thinking_searches_musique") for m in ("kd", "dgpo"))),
+    "dgpo_searches_more_than_teacher": beats("dgpo", "teacher", "thinking_searches_musique"),
+    # other models
+    "dgpo_best_qwen2.5-7b-to-0.5b": beats_all("dgpo", ("ppo", "kd")),
+    "dgpo_best_llama3-8b-to-1b": beats_all("dgpo", ("ppo", "kd")),
+    "smaller_gap_better": OTHER_SIZES,
+    "rl_small_behind_large": OTHER_SIZES,
+    "teacher_costs_little": Untested("times are in no output of a run"),
+}
+NEEDS = {"grpo_less_stable_than_ppo": RAW_GRPO}
+ACROSS = "Across pairs of models"  # the group of the claims that sizes.py tests
 
-OTHER_PAIRS = (
-    *(
+
+def make_claims(criteria: Mapping[str, Criterion], across: bool = False) -> list[Claim]:
+    """Return the paper's claims with their criteria: those about one pair of models, or across pairs."""
+    return [
         Claim(
-            f"dgpo_best_{pair}",
-            f"DGPO beats PPO and KD with {label}.",
-            "section 5.2 and D, tables 3, 11, 12",
-            beats_all("dgpo", ("ppo", "kd")),
-            pair,
+            row["claim"],
+            row["statement"].format(approaching=APPROACHING, similar=SIMILAR),
+            row["source"],
+            criteria[row["claim"]],
+            row["group"],
+            row["pair"],
+            NEEDS.get(row["claim"], ""),
         )
-        for pair, label in (("qwen2.5-7b-to-0.5b", "Qwen 7B → 0.5B"), ("llama3-8b-to-1b", "Llama 8B → 1B"))
-    ),
-    Claim(
-        "smaller_gap_better",
-        "With a 3B teacher DGPO is slightly better than with a 7B teacher.",
-        "section 5.2, table 3 (0.329, 0.323)",
-        OTHER_SIZES,
-    ),
-    Claim(
-        "rl_small_behind_large",
-        "RL lifts every model size, but small ones stay far behind large ones.",
-        "section 3.3, figure 3",
-        OTHER_SIZES,
-    ),
-    Claim(
-        "teacher_costs_little",
-        "The teacher's guidance adds 9.5 % to the training time.",
-        "Limitations",
-        Untested("times are in no output of a run"),
-    ),
-)
+        for row in paper.paper_claims()
+        if (row["group"] == ACROSS) == across
+    ]
 
-COMPONENTS = (
-    Claim("cold_start", "(a) The cold start adds.", "section 5.6, table 6", beats("dgpo", "no_cold_start")),
-    Claim(
-        "selective_kl",
-        "(b) The selective KL penalty beats the uniform one.",
-        "section 5.6, table 6",
-        beats("dgpo", "uniform_kl"),
-    ),
-    Claim(
-        "teacher_guidance",
-        "(c) The teacher's guidance in RL adds.",
-        "section 5.6, table 6",
-        beats("dgpo", "no_teacher"),
-    ),
-    Claim(
-        "pipeline_order",
-        "(d) KD then PPO beats PPO then KD.",
-        "section 5.6, table 6",
-        beats("dgpo", "ppo_kd"),
-    ),
-    Claim(
-        "all_components",
-        "All components are essential.",
-        "section 5.6, table 6",
-        beats_all("dgpo", ABLATIONS),
-    ),
-    Claim(
-        "cold_start_least",
-        "Going without the cold start costs least of all ablations.",
-        "section 5.6, table 6 (“relatively small”)",
-        beats_all("no_cold_start", ABLATIONS[1:]),
-    ),
-    Claim(
-        "dgpo_best_variant",
-        "DGPO performs best of its variants.",
-        "section 5.7, figure 6",
-        beats_all("dgpo", ("dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")),
-    ),
-)
 
-DYNAMICS = (
-    Claim("dgpo_stable", "DGPO trains stably.", "section 5.7, figure 6", Trains("dgpo", ("stable",))),
-    Claim(
-        "ppo_collapses",
-        "PPO from the raw student collapses.",
-        "section 3.3 and B.3, figure 4",
-        Trains("ppo", ("collapsed",)),
-    ),
-    Claim(
-        "ppo_ineffective",
-        "RL from the raw student is ineffective (ours: it collapses or never learns).",
-        "section 1",
-        Trains("ppo", ("collapsed", "never learned")),
-    ),
-    Claim(
-        "grpo_less_stable_than_ppo",
-        "GRPO from the raw student is less stable than PPO, and converges faster.",
-        "section 3.3, figure 4",
-        both(Outlasts("ppo", "grpo"), ConvergesFaster("grpo", "ppo")),
-        needs=RAW_GRPO,
-    ),
-    Claim(
-        "grpo_collapses",
-        "With GRPO instead of PPO, DGPO collapses early.",
-        "section 5.7 (1), figure 6",
-        Trains("dgpo_grpo", ("collapsed",)),
-    ),
-    Claim(
-        "no_cold_start_collapses",
-        "Without the cold start, DGPO collapses.",
-        "section 5.6 and 5.7 (2), figure 6",
-        Trains("no_cold_start", ("collapsed",)),
-    ),
-    Claim(
-        "no_cold_start_outlasts_ppo",
-        "Without the cold start, DGPO stays stable longer than PPO.",
-        "section 5.7 (2), figure 6",
-        Outlasts("no_cold_start", "ppo"),
-    ),
-    Claim(
-        "kd_prevents_collapse",
-        "The KD start is what prevents the collapse.",
-        "section 5.6",
-        both(Trains("dgpo", ("stable",)), Trains("no_cold_start", ("collapsed",))),
-    ),
-    Claim(
-        "gkd_stable_but_worse",
-        "Teacher guidance alone (GKD) is stable, but worse than DGPO.",
-        "section 5.7 (3), figure 6",
-        both(Trains("gkd", ("stable",)), beats("dgpo", "gkd")),
-    ),
-    Claim(
-        "kd_gkd_collapses",
-        "KD followed by GKD collapses.",
-        "section 5.7 (4), figure 6",
-        Trains("kd_gkd", ("collapsed",)),
-    ),
-)
-
-ARCAP = (
-    Claim(
-        "source_nq_dgpo_best",
-        "Source referencing, one context: DGPO is the best student.",
-        "section 5.3, table 5",
-        beats_all("dgpo", ("student", "ppo", "kd"), "source_em_nq"),
-    ),
-    Claim(
-        "source_musique_kd_best",
-        "Source referencing, several contexts: KD is the best student.",
-        "section 5.3, table 5",
-        beats_all("kd", ("student", "ppo", "dgpo"), "source_em_musique"),
-    ),
-    Claim(
-        "query_ppo_best",
-        "Query rewriting: PPO is the best, above the teacher.",
-        "section 5.4, table 5",
-        beats_all("ppo", ("teacher", "kd", "dgpo"), "query_hit_nq"),
-    ),
-    Claim(
-        "query_dgpo_over_kd",
-        "Query rewriting: DGPO is better than KD.",
-        "section 5.4, table 5",
-        beats("dgpo", "kd", "query_hit_nq"),
-    ),
-    Claim(
-        "query_dgpo_like_teacher",
-        f"Query rewriting: DGPO is similar to the teacher (within {SIMILAR}).",
-        "section 5.4, table 5",
-        Contrast(
-            ((1.0, "dgpo", "query_hit_nq"), (-1.0, "teacher", "query_hit_nq")), above=-SIMILAR, below=SIMILAR
-        ),
-    ),
-    Claim(
-        "thinking_hurts_musique",
-        "Thinking lowers source referencing on several contexts, for every model.",
-        "section 5.5, table 5",
-        both(*(thinking_adds(model, "musique", -1.0) for model in PROFILED)),
-    ),
-    Claim(
-        "thinking_hurts_teacher",
-        "Thinking lowers the teacher's source referencing on both sets.",
-        "section 5.5, table 5",
-        both(*(thinking_adds("teacher", role, -1.0) for role in ("nq", "musique"))),
-    ),
-    Claim(
-        "thinking_helps_rl",
-        "Thinking raises source referencing on one context for the RL models.",
-        "section 5.5, table 5 (its KD rises too, by 0.004)",
-        both(*(thinking_adds(model, "nq") for model in ("ppo", "dgpo"))),
-    ),
-    Claim(
-        "final_hit_dgpo_best",
-        "Thinking, several hops: DGPO finds the most of all students.",
-        "section 5.5, table 5",
-        beats_all("dgpo", ("student", "ppo", "kd"), "thinking_hit_musique"),
-    ),
-    Claim(
-        "distilled_search_more",
-        "Distilled models search more than PPO does.",
-        "section 5.5, table 5",
-        both(*(beats(model, "ppo", "thinking_searches_musique") for model in ("kd", "dgpo"))),
-    ),
-    Claim(
-        "dgpo_searches_more_than_teacher",
-        "DGPO makes up for its size by searching more than the teacher.",
-        "section 5.5, table 5",
-        beats("dgpo", "teacher", "thinking_searches_musique"),
-    ),
-)
-
-GROUPS = (
-    ("Main results", OVERALL),
-    ("Components", COMPONENTS),
-    ("Training", DYNAMICS),
-    ("ARCap", ARCAP),
-    ("Other models", OTHER_PAIRS),
-)
-CLAIMS = tuple(claim for _, claims in GROUPS for claim in claims)
+CLAIMS = make_claims(CRITERIA)

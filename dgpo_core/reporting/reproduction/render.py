@@ -6,6 +6,8 @@ Both show the same tables: a `Table` is made once, of cells that know both forms
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import compress, groupby
+from math import inf
 from typing import Any, ClassVar
 
 from markupsafe import Markup
@@ -24,9 +26,8 @@ from dgpo_core.reporting.formats import (
     model_label,
     template,
 )
-from dgpo_core.reporting.reproduction.claims import GROUPS, INVALID_RISE, LENGTH_DRIFT, NEAR_ZERO, PROFILED
+from dgpo_core.reporting.reproduction.claims import CLAIMS, INVALID_RISE, LENGTH_DRIFT, NEAR_ZERO, PROFILED
 from dgpo_core.reporting.reproduction.verdicts import (
-    BEFORE_COLLAPSE,
     MEASUREMENT_LABELS,
     REPRODUCED,
     VERDICTS,
@@ -42,6 +43,10 @@ STATE_CLASSES = {"stable": "correct", "collapsed": "wrong", "fell": "wrong"}
 SCRIPTS = ("theme.js", "charts.js", "reproduction.js")
 # the curves of figures 4 and 6
 FIGURES = ("ppo", "grpo", "dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")
+BEFORE_COLLAPSE = (  # sections B.3 and 5.6
+    "The paper reports PPO at step 200 and DGPO without cold start just before their collapse; "
+    "ours are the models that the runs evaluated."
+)
 Row = dict[str, Any]
 
 
@@ -129,10 +134,10 @@ class Figure:
 
 @dataclass(frozen=True)
 class Chips:
-    """States of trainings as coloured marks; `otherwise` where there is none."""
+    """States of trainings as coloured marks."""
 
     states: tuple[str, ...]
-    otherwise: str
+    otherwise: ClassVar = "no training curve"
     kind: ClassVar = "chips"
 
     @property
@@ -175,11 +180,10 @@ class Table:
 
     def markdown(self) -> str:
         """Write the table as Markdown, without what only a page can draw."""
-        shown = [index for index, column in enumerate(self.columns) if not column.drawn]
-        heads = [_with_notes(self.columns[index].label, self.columns[index].notes) for index in shown]
-        rows = [[row[index].plain for index in shown] for row in self.rows]
-        lines = [heads, ["---"] * len(heads), *rows]
-        return "".join(f"| {' | '.join(map(markdown_cell, line))} |\n" for line in lines)
+        heads = [_with_notes(column.label, column.notes) for column in self.columns]
+        lines = [heads, ["---"] * len(heads), *([cell.plain for cell in row] for row in self.rows)]
+        shown = [not column.drawn for column in self.columns]
+        return "".join(f"| {' | '.join(map(markdown_cell, compress(line, shown)))} |\n" for line in lines)
 
 
 def _with_notes(text: str, notes: Sequence[str]) -> str:
@@ -193,60 +197,38 @@ def _head(model: str, models: Iterable[str] = ()) -> Head:
 
 def exact_match_table(tables: Row) -> Table:
     """Make table 2; the best trained recipe of each data set is marked."""
-    own, names = tables["exact_match"], [*tables["mirrors"], AVERAGE]
-    means = {
-        name: {model: entry[name]["mean"] for model, entry in own.items() if model not in GIVEN}
-        for name in names
-    }
-    best = {
-        name: max((mean for mean in column.values() if mean is not None), default=None)
-        for name, column in means.items()
-    }
-    first = next(iter(own.values()))
-    columns = [Column(name, (_plays(tables, name), f"{first[name]['n']:,} questions")) for name in names]
+    own, columns, best = tables["exact_match"], [Column("Recipe")], {}
+    for name in (*tables["mirrors"], AVERAGE):
+        role = tables["mirrors"].get(name, "")
+        plays = "over the sets" if name == AVERAGE else f"as {PAPER_DATASETS.get(role, role)}"
+        columns.append(Column(name, (plays, f"{next(iter(own.values()))[name]['n']:,} questions")))
+        means = [entries[name]["mean"] for model, entries in own.items() if model not in GIVEN]
+        best[name] = max((mean for mean in means if mean is not None), default=inf)
     rows: list[list[Cell]] = []
     for model, entries in own.items():
-        is_best = {
-            name: (mean := means[name].get(model)) is not None and mean == best[name] for name in names
-        }
-        rows.append([_head(model, own), *(Figure(entries[name], best=is_best[name]) for name in names)])
-    return Table([Column("Recipe"), *columns], rows)
-
-
-def _plays(tables: Row, name: str) -> str:
-    if name == AVERAGE:
-        return "over the sets"
-    role = tables["mirrors"][name]
-    return f"as {PAPER_DATASETS.get(role, role)}"
+        trained = model not in GIVEN
+        cells = [Figure(entries[name], best=trained and entries[name]["mean"] == best[name]) for name in best]
+        rows.append([_head(model, own), *cells])
+    return Table(columns, rows)
 
 
 def model_pairs_table(tables: Row) -> Table:
     """Make table 3: a row for each recipe, a column for each pair of models."""
-    found = {(row["model"], row["pair"]): row for row in tables["model_pairs"]}
-    pairs = list(dict.fromkeys(pair for _, pair in found))
-    rows: list[list[Cell]] = [
-        [
-            _head(model),
-            *(
-                Figure(found[model, pair]["ours"], published=f"{found[model, pair]['paper']:.3f}")
-                for pair in pairs
-            ),
-        ]
-        for model in dict.fromkeys(model for model, _ in found)
-    ]
-    return Table([Column("Average EM"), *map(Column, pairs)], rows)
+    rows: dict[str, list[Cell]] = {}
+    for row in tables["model_pairs"]:
+        cells = rows.setdefault(row["model"], [_head(row["model"])])
+        cells.append(Figure(row["ours"], published=f"{row['paper']:.3f}"))
+    pairs = dict.fromkeys(row["pair"] for row in tables["model_pairs"])
+    return Table([Column("Average EM"), *map(Column, pairs)], list(rows.values()))
 
 
 def arcap_table(tables: Row) -> Table:
     """Make table 5."""
     names = _measurements(tables)
-    rows: list[list[Cell]] = [
-        [
-            _head(model, tables["arcap"]),
-            *(Figure(own[name], 2 if "searches" in name else 3) for name in names),
-        ]
-        for model, own in tables["arcap"].items()
-    ]
+    rows: list[list[Cell]] = []
+    for model, own in tables["arcap"].items():
+        figures = [Figure(own[name], 2 if "searches" in name else 3) for name in names]
+        rows.append([_head(model, tables["arcap"]), *figures])
     return Table([Column("Recipe"), *(Column(MEASUREMENT_LABELS[name]) for name in names)], rows)
 
 
@@ -259,7 +241,7 @@ def ablations_table(tables: Row) -> Table:
     rows: list[list[Cell]] = []
     for row in tables["ablations"]:
         recipe, difference = row["recipe"], row["minus_dgpo"]
-        track = difference_track([(difference, f"m{COLOURS[recipe]}")], counts=False)
+        track = _track([(difference, f"m{COLOURS[recipe]}")], -SHARE_LIMIT, SHARE_LIMIT)
         rows.append(
             [
                 _head(recipe),
@@ -270,9 +252,9 @@ def ablations_table(tables: Row) -> Table:
                 Strip(track),
             ]
         )
-    columns = [Column("Recipe"), Column("In the paper", css="text")]
-    columns += map(Column, ("Cold start", "RL", "KL penalty", "Average EM", "Minus DGPO"))
-    return Table([*columns, Column("±0.3", drawn=True)], rows)
+    settings = map(Column, ("Cold start", "RL", "KL penalty", "Average EM", "Minus DGPO"))
+    columns = [Column("Recipe"), Column("In the paper", css="text"), *settings, Column("±0.3", drawn=True)]
+    return Table(columns, rows)
 
 
 def stability_table(tables: Row) -> Table:
@@ -280,12 +262,12 @@ def stability_table(tables: Row) -> Table:
     rows: list[list[Cell]] = []
     for recipe, own in tables["stability"].items():
         seeds, paper = own["seeds"] or {}, own["paper"]
-        evidence = tuple(training_text(seed, state) for seed, state in seeds.items())
+        evidence = tuple(_ending(seed, state) for seed, state in seeds.items())
         reported = Words(DASH, css="wide")
         if paper:
             quote = f"“{paper['quote']}” ({paper['source']})"
             reported = Words(paper["training"], (quote,), "wide", bold=True)
-        states = Chips(tuple(state["state"] for state in seeds.values()), "no training curve")
+        states = Chips(tuple(state["state"] for state in seeds.values()))
         rows.append([_head(recipe, tables["exact_match"]), states, Words("", evidence, "wide"), reported])
     columns = [Column(label, css="text") for label in ("Each seed", "Evidence", "Paper")]
     return Table([Column("Recipe"), *columns], rows)
@@ -307,7 +289,7 @@ def sizes_table(found: Row) -> Table:
     return Table([*given, *measured, Column("Code", css="text")], rows)
 
 
-def training_text(seed: str, state: Row) -> str:
+def _ending(seed: str, state: Row) -> str:
     """Say how one seed's training ended."""
     where = f" at step {state['step']}" if state["step"] is not None else ""
     drift = f"; {state['drift']}" if state["drift"] else ""
@@ -380,15 +362,10 @@ def sizes_markdown(found: Row) -> str:
 
 def _claims_table(verdicts: Sequence[Row]) -> Table:
     rows = [
-        [
-            Words(row["statement"]),
-            Words(row["source"]),
-            Words(f"**{row['verdict']}**"),
-            Words(row["evidence"]),
-        ]
+        list(map(Words, (row["statement"], row["source"], f"**{row['verdict']}**", row["evidence"])))
         for row in verdicts
     ]
-    return Table([*map(Column, ("claim", "paper", "verdict", "evidence"))], rows)
+    return Table(list(map(Column, ("claim", "paper", "verdict", "evidence"))), rows)
 
 
 # --- pages: one file each, no network, the same bytes for the same tables -----------------------------------
@@ -412,7 +389,7 @@ def page(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]]) -
         counts=[(name, CLASSES[name], counts[name]) for name in VERDICTS],
         groups=[
             {"title": title, "claims": [_claim(by_name[claim.name]) for claim in claims]}
-            for title, claims in GROUPS
+            for title, claims in groupby(CLAIMS, lambda claim: claim.group)
         ],
         pair=tables["pair"],
         own_scale=any(name != role for name, role in tables["mirrors"].items()),
@@ -444,7 +421,7 @@ def page(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]]) -
 def sizes_page(found: Row) -> str:
     """Write the page of all pairs of models: a card for each recipe, a bar for each pair."""
     pairs = found["pairs"]
-    top = top_of(entry for pair in pairs for entry in pair["exact_match"].values())
+    top = _top(entry for pair in pairs for entry in pair["exact_match"].values())
     cards = []
     for name in found["models"]:
         colour, role = colour_of(name, found["models"]), "teacher" if name == "teacher" else "student"
@@ -471,50 +448,31 @@ def _model(name: str, models: Iterable[str]) -> Row:
 
 
 def _claim(row: Row) -> Row:
-    tests = [_test(test) for test in row["tests"]]
-    numbers = [(test["numbers"], HOLDS[test["holds"]]) for test in row["tests"] if test["numbers"]]
-    counts = any("searches" in test["label"] for test in row["tests"])
-    return row | {
-        "class": CLASSES[row["verdict"]],
-        "track": difference_track(numbers, counts) if numbers else None,
-        "tests": tests if len(tests) > 1 else [],
-    }
+    tests = [test | {"class": HOLDS[test["holds"]]} for test in row["tests"]]
+    shown = []
+    for test in tests if len(tests) > 1 else ():
+        text = numbers_text(test["numbers"]) if test["numbers"] else test["evidence"]
+        shown.append(test | {"track": _tests_track([test]), "text": text})
+    return row | {"class": CLASSES[row["verdict"]], "track": _tests_track(tests), "tests": shown}
 
 
-def _test(test: Row) -> Row:
-    numbers, css = test["numbers"], HOLDS[test["holds"]]
-    return test | {
-        "class": css,
-        "track": difference_track([(numbers, css)], "searches" in test["label"]) if numbers else None,
-        "text": numbers_text(numbers) if numbers else test["evidence"],
-    }
+def _tests_track(tests: Sequence[Row]) -> Row | None:
+    numbers = [(test["numbers"], test["class"]) for test in tests if test["numbers"]]
+    limit = COUNT_LIMIT if any("searches" in test["label"] for test in tests) else SHARE_LIMIT
+    return _track(numbers, -limit, limit) if numbers else None
 
 
-def _bars(entries: dict[str, Row]) -> list[Row]:
-    top = top_of(entries.values())
-    return [
-        _bar(model_label(model), colour_of(model, entries), entry, top) for model, entry in entries.items()
-    ]
+def _bars(entries: Mapping[str, Row]) -> list[Row]:
+    top = _top(entries.values())
+    return [_bar(model_label(name), colour_of(name, entries), own, top) for name, own in entries.items()]
 
 
 def _bar(label: str, colour: int, entry: Row, top: float) -> Row:
-    known = [entry] if entry["mean"] is not None else []
-    track = {"zero": "0.00", "marks": [_mark(own, 0.0, top) | {"class": f"m{colour}"} for own in known]}
+    track = _track([(entry, f"m{colour}")], 0.0, top)
     return {"label": label, "colour": colour, "track": track, "cell": Figure(entry)}
 
 
-def difference_track(entries: Sequence[tuple[Row | None, str]], counts: bool) -> Row:
-    """Place each entry's mean, interval, seeds and figure of the paper around zero, in percent of the track.
-
-    The second of each pair is the mark's class in the style sheet: its colour.
-    """
-    limit = COUNT_LIMIT if counts else SHARE_LIMIT
-    known = [(entry, colour) for entry, colour in entries if entry and entry["mean"] is not None]
-    marks = [_mark(entry, -limit, limit) | {"class": colour} for entry, colour in known]
-    return {"zero": "50.00", "marks": marks}
-
-
-def top_of(entries: Iterable[Row]) -> float:
+def _top(entries: Iterable[Row]) -> float:
     """Return the end of a common scale from zero, somewhat beyond the highest value."""
     values: list[float] = [
         value
@@ -525,15 +483,28 @@ def top_of(entries: Iterable[Row]) -> float:
     return 1.02 * max([0.1, *values])
 
 
-def _mark(entry: Row, start: float, end: float) -> Row:
+def _track(entries: Sequence[tuple[Row | None, str]], start: float, end: float) -> Row:
+    """Place each entry's mean, interval, seeds and figure of the paper in percent of a track.
+
+    The second of each pair is the mark's class in the style sheet: its colour.
+    """
+
     def place(value: float) -> str:
         return f"{100 * min(1.0, max(0.0, (value - start) / (end - start))):.2f}"
 
-    low, high = entry["ci95"]
-    return {
-        "mean": place(entry["mean"]),
-        "low": None if low is None else place(low),
-        "width": None if low is None else f"{float(place(high)) - float(place(low)):.2f}",
-        "seeds": [place(mean) for mean in entry["seeds"].values() if mean is not None],
-        "paper": None if entry["paper"] is None else place(entry["paper"]),
-    }
+    marks = []
+    for entry, css in entries:
+        if entry is None or entry["mean"] is None:
+            continue
+        low, high = (None if bound is None else place(bound) for bound in entry["ci95"])
+        marks.append(
+            {
+                "class": css,
+                "mean": place(entry["mean"]),
+                "low": low,
+                "width": None if low is None or high is None else f"{float(high) - float(low):.2f}",
+                "seeds": [place(mean) for mean in entry["seeds"].values() if mean is not None],
+                "paper": None if entry["paper"] is None else place(entry["paper"]),
+            }
+        )
+    return {"zero": place(0.0), "marks": marks}

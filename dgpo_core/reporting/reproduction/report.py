@@ -1,147 +1,123 @@
 """The reproduction of several seeds: the paper's tables with our numbers, and the files that hold them."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dgpo_core.errors import UserError
-from dgpo_core.evaluation.results import AVERAGE, EVERY, rounded
+from dgpo_core.evaluation.results import AVERAGE, rounded
 from dgpo_core.reporting import paper
 from dgpo_core.reporting.formats import GIVEN, as_json, write_texts
-from dgpo_core.reporting.paper import DEFAULT_PAIR
-from dgpo_core.reporting.reproduction.claims import CLAIMS, Training
+from dgpo_core.reporting.reproduction.claims import CLAIMS, PROFILED, Training
 from dgpo_core.reporting.reproduction.render import markdown, page
 from dgpo_core.reporting.reproduction.seeds import (
     RECORD,
-    SeedRecord,
     SeedResults,
+    by_seed,
     combined,
     entry,
     pool,
     read_record,
     read_runs,
-    require_comparable,
 )
-from dgpo_core.reporting.reproduction.verdicts import (
-    MEASUREMENT_LABELS,
-    Judge,
-    of_contrasts,
-    published,
-    trainings,
-)
+from dgpo_core.reporting.reproduction.verdicts import MEASUREMENT_LABELS, Judge, trainings
 
 Table = dict[str, Any]
-PaperFigure = Callable[[str, str], float | None]
 
 
-def tables(
-    results: SeedResults, paper_of: PaperFigure, trainings: dict[str, list[Training]], pair: str
-) -> Table:
+def tables(results: SeedResults, trained: Mapping[str, list[Training]], pair: str) -> Table:
     """Return the tables of tables.json. A cell has the mean, its interval, every seed and the paper."""
-    exact_match = {model: _exact_match(results, paper_of, model) for model in results.models}
+    sets = {**results.mirrors, AVERAGE: AVERAGE}
+    measurements = {name: name for name in MEASUREMENT_LABELS}
+    exact_match = {model: _cells(results, model, sets, pair) for model in results.models}
     return {
         "seeds": results.seeds,
         "pair": pair,
         "mirrors": results.mirrors,
-        "exact_match": exact_match,
+        "exact_match": exact_match,  # table 2
         "model_pairs": _model_pairs(exact_match, pair),
-        "arcap": {model: _arcap(results, paper_of, model) for model in results.models},
-        "ablations": _ablations(results, exact_match, paper_of),
-        "stability": _stability(results, trainings),
+        "arcap": {model: _cells(results, model, measurements, pair) for model in results.models},  # table 5
+        "ablations": _ablations(results, exact_match, pair),
+        "stability": _stability(results, trained),
     }
 
 
-def _exact_match(results: SeedResults, paper_of: PaperFigure, model: str) -> Table:
-    """Make table 2: EM of each data set and their average."""
-    names = {**results.mirrors, AVERAGE: AVERAGE}
+def _cells(results: SeedResults, model: str, quantities: Mapping[str, str], pair: str) -> Table:
+    """Return a model's cells; `quantities` are ours, each with the paper's name of it."""
     return {
-        name: entry(pool(samples), results.seeds, paper_of(model, role))
-        for name, role in names.items()
+        name: entry(pool(samples), results.seeds, paper.paper_figure(pair, model, role))
+        for name, role in quantities.items()
         if (samples := results.of(model, name)) is not None
     }
 
 
 def _model_pairs(exact_match: Table, pair: str) -> list[Table]:
     """Make table 3: average EM of student, teacher, PPO, KD and DGPO; ours only in the pair that was run."""
-    rows = []
-    for name in paper.paper_pairs():
-        published = paper.paper_exact_match(name)
-        for model in ("student", "teacher", "ppo", "kd", "dgpo"):
-            ours = exact_match.get(model, {}).get(AVERAGE) if name == pair else None
-            rows.append({"pair": name, "model": model, "paper": published[model]["avg"], "ours": ours})
-    return rows
+    return [
+        {
+            "pair": name,
+            "model": model,
+            "paper": paper.paper_figure(name, model, AVERAGE),
+            "ours": exact_match.get(model, {}).get(AVERAGE) if name == pair else None,
+        }
+        for name in paper.paper_pairs()
+        for model in PROFILED
+    ]
 
 
-def _arcap(results: SeedResults, paper_of: PaperFigure, model: str) -> Table:
-    """Make table 5, with the measurements that the paper leaves out."""
-    return {
-        name: entry(pool(samples), results.seeds, paper_of(model, name))
-        for name in MEASUREMENT_LABELS
-        if (samples := results.of(model, name)) is not None
-    }
-
-
-def _ablations(results: SeedResults, exact_match: Table, paper_of: PaperFigure) -> list[Table]:
+def _ablations(results: SeedResults, exact_match: Table, pair: str) -> list[Table]:
     """Make table 6 with the variants of figure 6, each with its paired difference from DGPO."""
+    figure = partial(paper.paper_figure, pair, quantity=AVERAGE)
+    full, published = results.of("dgpo", AVERAGE), figure("dgpo")
     rows = []
     for row in paper.paper_ablations():
-        recipe = row["recipe"]
-        difference = None
-        ours, full = results.of(recipe, AVERAGE), results.of("dgpo", AVERAGE)
+        recipe, difference = row["recipe"], None
+        ours, theirs = results.of(recipe, AVERAGE), figure(recipe)
         if ours is not None and full is not None and recipe != "dgpo":
-            figures = (paper_of(recipe, AVERAGE), paper_of("dgpo", AVERAGE))
-            published = None if None in figures else figures[0] - figures[1]  # type: ignore[operator]
-            difference = entry(pool(combined([(1.0, ours), (-1.0, full)])), results.seeds, published)
+            known = None if theirs is None or published is None else theirs - published
+            difference = entry(pool(combined([(1.0, ours), (-1.0, full)])), results.seeds, known)
         rows.append({**row, "exact_match": exact_match.get(recipe), "minus_dgpo": difference})
     return rows
 
 
-def _stability(results: SeedResults, trainings: dict[str, list[Training]]) -> Table:
+def _stability(results: SeedResults, trained: Mapping[str, list[Training]]) -> Table:
     """Say how each recipe's training ended with each seed, beside what the paper says of it."""
-    published = paper.paper_stability()
+    published, seeds = paper.paper_stability(), [str(seed) for seed in results.seeds]
+    own = {name: dict(zip(seeds, map(vars, each), strict=True)) for name, each in trained.items()}
     return {
-        recipe: {
-            "seeds": {
-                str(seed): rounded(vars(training))
-                for seed, training in zip(results.seeds, trainings[recipe], strict=True)
-            }
-            if recipe in trainings
-            else None,
-            "paper": published.get(recipe),
-        }
+        recipe: {"seeds": rounded(own.get(recipe)), "paper": published.get(recipe)}
         for recipe in dict.fromkeys([*published, *results.models])
         if recipe not in GIVEN
     }
 
 
-def write_reproduction(
-    runs: dict[int, Path],
-    out: Path,
-    models: list[str],
-    mirrors: dict[str, str],
-    pair: str = DEFAULT_PAIR,
-    first: Mapping[str, int] = EVERY,
-    parameters: Mapping[str, int] = EVERY,
-    commits: Mapping[int, str] | None = None,
-) -> None:
-    """Write tables.json, verdicts.json, results.md and index.html into `out`.
+def pool_seeds(records: Iterable[Path], out: Path) -> dict[str, list[int]]:
+    """Write tables.json, verdicts.json, results.md and index.html of these seeds' records into `out`.
 
-    `runs` maps a seed to the root of its finished run (`evaluation/<model>/`, `plots/`); `models` and
-    `mirrors` ({data set: the paper's that it stands for}) give the order of rows and columns; `pair` names
-    the paper's models that the runs stand for; of the data sets in `first` only so many questions count;
-    `parameters` are those of the given models, `commits` of the code that a seed ran. The same inputs give
-    the same bytes.
-    Raises UserError naming seed and file of what is missing, malformed or not the same questions; then
-    nothing is written.
+    The report is about the models that all of them have; returned are the others, each with the seeds that
+    lack it. A record's folder may be the root of a finished run. The same records give the same bytes.
+    Raises UserError for none, and naming seed and file of what is missing, broken, there twice, or not
+    comparable; then nothing is written.
     """
-    paper_of = published(pair)  # an unknown pair is refused before any work
-    results = read_runs(runs, models, mirrors, first)
+    read = {path: read_record(path) for path in records}
+    if not read:
+        raise UserError(f"no {RECORD} of a seed: nothing to report")
+    roots, first = by_seed(read), next(iter(read.values()))
+    paper.paper_exact_match(first.pair)  # an unknown pair is refused before any work
+    everything = dict.fromkeys(model for record in read.values() for model in record.models)
+    lacking = {m: [record.seed for record in read.values() if m not in record.models] for m in everything}
+    models = [model for model, seeds in lacking.items() if not seeds]
+    if not models:
+        raise UserError(f"{', '.join(map(str, read))}: no model is in all of them")
+    results = read_runs(roots, models, first)
     trained = trainings(results)
-    found = tables(results, paper_of, trained, pair)
-    found |= {"parameters": dict(parameters), "commits": {str(s): c for s, c in (commits or {}).items()}}
-    judge = Judge(results, of_contrasts(paper_of), trained)
-    verdicts = [judge.verdict(claim, pair) for claim in CLAIMS]
+    found = tables(results, trained, first.pair) | {
+        "parameters": first.parameters,
+        "commits": {str(seed): read[path].commit for seed, path in sorted(roots.items())},
+    }
+    judge = Judge(results, trained, {model: (first.pair, model) for model in models})
+    verdicts = [judge.verdict(claim, first.pair) for claim in CLAIMS]
     texts = {
         "tables.json": as_json(found),
         "verdicts.json": as_json(verdicts),
@@ -149,44 +125,4 @@ def write_reproduction(
         "index.html": page(found, verdicts, results.curves),
     }
     write_texts(out, texts)
-
-
-@dataclass(frozen=True)
-class Scope:
-    """What a report of several seeds is about. `left_out`: the models that not every seed has, each with the
-    seeds that lack it."""
-
-    profile: str
-    models: list[str]
-    left_out: dict[str, list[int]]
-
-
-def pool_seeds(records: list[Path], out: Path) -> Scope:
-    """Write the report of these seeds' records into `out`, on the models that all of them have.
-
-    Raises UserError for none, a broken one, a seed that is there twice, and seeds that cannot be compared.
-    """
-    if not records:
-        raise UserError(f"no {RECORD} of a seed: nothing to report")
-    read = {path: read_record(path) for path in records}
-    first = require_comparable(list(read.items()))
-    roots: dict[int, Path] = {}
-    for path, record in read.items():
-        if record.seed in roots:
-            raise UserError(f"{path / RECORD}: seed {record.seed} is in {roots[record.seed]} too")
-        roots[record.seed] = path
-    scope = _scope(list(read.values()))
-    if not scope.models:
-        raise UserError(f"{', '.join(map(str, records))}: no model is in all of them")
-    commits = {record.seed: record.commit for record in read.values()}
-    write_reproduction(
-        roots, out, scope.models, first.mirrors, first.pair, first.first, first.parameters, commits
-    )
-    return scope
-
-
-def _scope(records: list[SeedRecord]) -> Scope:
-    everything = dict.fromkeys(model for record in records for model in record.models)
-    lacking = {m: [record.seed for record in records if m not in record.models] for m in everything}
-    models = [model for model, seeds in lacking.items() if not seeds]
-    return Scope(records[0].profile, models, {model: seeds for model, seeds in lacking.items() if seeds})
+    return {model: seeds for model, seeds in lacking.items() if seeds}

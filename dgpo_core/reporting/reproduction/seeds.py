@@ -12,6 +12,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,16 +21,7 @@ from safetensors import SafetensorError, safe_open
 
 from dgpo_core.config.base import Section
 from dgpo_core.errors import UserError
-from dgpo_core.evaluation.results import (
-    AVERAGE,
-    EVERY,
-    MEASUREMENTS,
-    Key,
-    Measurement,
-    read_arcap,
-    read_scores,
-    rounded,
-)
+from dgpo_core.evaluation.results import AVERAGE, MEASUREMENTS, Key, read_arcap, read_scores, rounded
 from dgpo_core.evaluation.statistics import CONFIDENCE, Estimate, mean_of_means
 from dgpo_core.files import PART, replacement, write_text
 from dgpo_core.reporting.curves import Curve, read_curves
@@ -75,25 +67,37 @@ def keep(run: Path, folder: Path, record: SeedRecord) -> Path:
         (part / "plots").mkdir()
         for curve in sorted((run / "plots").glob("*.csv")):
             shutil.copyfile(curve, part / "plots" / curve.name)
-        counted = record.model_copy(update={"parameters": parameter_counts(run), "families": families(run)})
-        write_text(part / RECORD, as_json(counted.model_dump()))
+        write_text(part / RECORD, as_json(record.model_copy(update=given_models(run)).model_dump()))
     return out
+
+
+def given_models(run: Path) -> dict[str, dict[str, Any]]:
+    """Return `parameters` and `families` of the given models whose folders a run has. Raises UserError."""
+    parameters, families = {}, {}
+    for name in GIVEN:
+        folder = run / "models" / name
+        if files := sorted(folder.glob("*.safetensors")):
+            parameters[name] = sum(map(_parameters, files))
+        if (file := folder / "config.json").exists():
+            try:
+                families[name] = str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
+            except (ValueError, KeyError, TypeError) as error:
+                raise UserError(f"{file}: no model_type of transformers: {error}") from error
+    return {"parameters": parameters, "families": families}
+
+
+def _parameters(file: Path) -> int:
+    try:
+        with safe_open(file, framework="numpy") as tensors:
+            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: not a safetensors file: {error}") from error
 
 
 def find_records(folder: Path) -> list[Path]:
     """Find the folders below `folder` with a seed's record, but for what a killed or running `keep` left."""
     found = (file.parent for file in folder.rglob(RECORD))
     return sorted(path for path in found if path.suffix != PART)
-
-
-def require_comparable(records: list[tuple[Path, SeedRecord]]) -> SeedRecord:
-    """Return the first of the records. Raises UserError naming one that is not comparable with it."""
-    start, first = records[0]
-    for path, record in records[1:]:
-        if record.comparable != first.comparable:
-            keys = [k for k, v in record.comparable.items() if v != first.comparable[k]]
-            raise UserError(f"{path / RECORD}: not comparable with {start}: {', '.join(keys)}")
-    return first
 
 
 def read_record(path: Path) -> SeedRecord:
@@ -105,36 +109,18 @@ def read_record(path: Path) -> SeedRecord:
         raise UserError(f"{path / RECORD}: {said}") from error
 
 
-def parameter_counts(root: Path) -> dict[str, int]:
-    """Count the parameters of the given models whose folders a run has (`models/<name>/*.safetensors`)."""
-    counts = {}
-    for name in GIVEN:
-        files = sorted((root / "models" / name).glob("*.safetensors"))
-        if files:
-            counts[name] = sum(_parameters(file) for file in files)
-    return counts
-
-
-def _parameters(file: Path) -> int:
-    try:
-        with safe_open(file, framework="numpy") as tensors:
-            names: list[str] = tensors.keys()
-            return sum(math.prod(tensors.get_slice(name).get_shape()) for name in names)
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a safetensors file: {error}") from error
-
-
-def families(root: Path) -> dict[str, str]:
-    """Read `model_type` of the given models whose folders a run has."""
-    found = {}
-    for name in GIVEN:
-        file = root / "models" / name / "config.json"
-        if file.exists():
-            try:
-                found[name] = str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise UserError(f"{file}: no model_type of transformers: {error}") from error
-    return found
+def by_seed(records: Mapping[Path, SeedRecord]) -> dict[int, Path]:
+    """Return the records' folders by seed. Raises UserError for a seed that is there twice, and for a record
+    that is not comparable with the first one."""
+    start, first = next(iter(records.items()))
+    folders: dict[int, Path] = {}
+    for path, record in records.items():
+        if keys := [key for key, value in record.comparable.items() if value != first.comparable[key]]:
+            raise UserError(f"{path / RECORD}: not comparable with {start}: {', '.join(keys)}")
+        if record.seed in folders:
+            raise UserError(f"{path / RECORD}: seed {record.seed} is in {folders[record.seed]} too")
+        folders[record.seed] = path
+    return folders
 
 
 @dataclass(frozen=True)
@@ -157,108 +143,86 @@ class SeedResults:
     seeds: list[int]
     models: list[str]
     mirrors: dict[str, str]  # data set -> the paper's
-    em: dict[str, Samples]
-    arcap: dict[str, dict[str, Samples]]
+    samples: dict[str, dict[str, Samples]]  # model -> AVERAGE (EM of all data sets), measurements of ARCap
     curves: dict[str, list[Curve]]  # recipe -> one a seed
 
     def of(self, model: str, quantity: str) -> Samples | None:
         """Return EM (of `AVERAGE` or of a data set, by our name or the paper's) or a measurement of ARCap."""
-        if model not in self.em:
-            return None
-        if quantity == AVERAGE:
-            return self.em[model]
-        if quantity in MEASUREMENTS:
-            return self.arcap[model].get(quantity)
-        dataset = self.playing(quantity)
-        return self.em[model].only(dataset) if dataset else None
-
-    def playing(self, role: str) -> str | None:
-        """Return our data set that plays the part of the paper's."""
-        if role in self.mirrors:
-            return role
-        return next((name for name, mirrored in self.mirrors.items() if mirrored == role), None)
+        own = self.samples.get(model, {})
+        if quantity == AVERAGE or quantity in MEASUREMENTS:
+            return own.get(quantity)
+        names = [name for name, role in self.mirrors.items() if quantity in (name, role)]
+        return own[AVERAGE].only(names[0]) if own and names else None
 
 
-def read_runs(
-    runs: dict[int, Path],
-    models: list[str],
-    mirrors: dict[str, str],
-    first: Mapping[str, int] = EVERY,
-) -> SeedResults:
-    """Read the runs of several seeds, {seed: root of the run}; of the sets in `first` only so many questions.
+def read_runs(runs: Mapping[int, Path], models: list[str], record: SeedRecord) -> SeedResults:
+    """Read `models` of several seeds, {seed: root of the run}, whose data sets are those of `record`.
 
     Raises UserError naming seed and file of what is missing, malformed or not the same questions.
     """
-    if not runs or not models or not mirrors:
-        raise UserError("a reproduction needs at least one seed, one model and one data set")
-    if AVERAGE in mirrors:
+    if AVERAGE in record.mirrors:
         raise UserError(f"no data set may be called {AVERAGE!r}: the results have that row already")
-    if len(set(models)) < len(models):
-        raise UserError(f"a model is named twice: {', '.join(models)}")
     seeds = sorted(runs)
-    em: dict[str, list[Samples]] = {model: [] for model in models}
-    arcap: dict[str, list[dict[str, Samples]]] = {model: [] for model in models}
-    curves = []
+    measured: list[dict[str, dict[str, Samples]]] = []
+    curves: list[dict[str, Curve]] = []
     for seed in seeds:
         evaluation = runs[seed] / "evaluation"
         try:
-            for model, scores in read_scores(evaluation, models, list(mirrors), first).items():
-                em[model].append(Samples(scores.keys, scores.values["em"][np.newaxis]))
-            for model, measured in read_arcap(evaluation, models).items():
-                arcap[model].append({name: _samples(own) for name, own in measured.items()})
+            scores = read_scores(evaluation, models, list(record.mirrors), record.first)
+            arcap = read_arcap(evaluation, models)
             curves.append({c.recipe: c for c in read_curves(runs[seed] / "plots") if c.recipe in models})
         except UserError as error:
             raise UserError(f"seed {seed}: {error}") from error
-    _require_same_questions(runs, seeds, em, arcap)
-    _require_same_curves(runs, seeds, curves)
+        measured.append(
+            {
+                model: {AVERAGE: Samples(own.keys, own.values["em"][np.newaxis])}
+                | {
+                    name: Samples([("", each) for each in asked.question_ids], asked.values[np.newaxis])
+                    for name, asked in arcap[model].items()
+                }
+                for model, own in scores.items()
+            }
+        )
+    _require_the_same(runs, measured, curves)
     return SeedResults(
         seeds,
         models,
-        mirrors,
-        {model: stacked(own) for model, own in em.items()},
-        {model: {name: stacked([s[name] for s in own]) for name in own[0]} for model, own in arcap.items()},
+        record.mirrors,
+        {
+            model: {name: _stacked([own[model][name] for own in measured]) for name in measured[0][model]}
+            for model in models
+        },
         {recipe: [own[recipe] for own in curves] for recipe in curves[0]},
     )
 
 
-def _samples(measured: Measurement) -> Samples:
-    return Samples([("", name) for name in measured.question_ids], measured.values[np.newaxis])
-
-
-def stacked(samples: Sequence[Samples]) -> Samples:
+def _stacked(samples: Sequence[Samples]) -> Samples:
     """Put the seeds of several samples of the same questions together."""
     return Samples(samples[0].keys, np.concatenate([each.values for each in samples]))
 
 
-def _require_same_questions(
-    runs: dict[int, Path],
-    seeds: list[int],
-    em: dict[str, list[Samples]],
-    arcap: dict[str, list[dict[str, Samples]]],
+def _require_the_same(
+    runs: Mapping[int, Path],
+    measured: Sequence[Mapping[str, Mapping[str, Samples]]],
+    curves: Sequence[Mapping[str, Curve]],
 ) -> None:
-    """Refuse seeds that asked other questions. Within a seed, `read_scores` has compared the models' test
-    questions; those of ARCap are compared here."""
-    for model in em:
-        for index, seed in enumerate(seeds):
-            if em[model][index].keys != em[model][0].keys:
-                path = runs[seed] / "evaluation" / model / "questions.parquet"
-                raise UserError(f"seed {seed}: {path}: not the questions that seed {seeds[0]} asked")
-    reference = next(iter(arcap.values()))[0]
-    for model, own in arcap.items():
-        for seed, measurements in zip(seeds, own, strict=True):
-            if {n: s.keys for n, s in measurements.items()} != {n: s.keys for n, s in reference.items()}:
-                path = runs[seed] / "evaluation" / model / "arcap.parquet"
-                first = f"{next(iter(arcap))} of seed {seeds[0]}"
-                raise UserError(f"seed {seed}: {path}: not the measurements and questions of {first}")
-
-
-def _require_same_curves(runs: dict[int, Path], seeds: list[int], curves: list[dict[str, Curve]]) -> None:
-    every = {recipe for own in curves for recipe in own}
-    for seed, own in zip(seeds, curves, strict=True):
-        if missing := sorted(every - set(own)):
-            raise UserError(
-                f"seed {seed}: {runs[seed] / 'plots'}: no curve of {missing[0]}, which others have"
-            )
+    """Refuse seeds that asked other questions or lack curves. Within a seed, `read_scores` has compared the
+    models' test questions; their measurements of ARCap are compared here."""
+    start, (name, first), *_ = sorted(runs)[0], *measured[0].items()
+    recipes = {recipe for own in curves for recipe in own}
+    for seed, models, own_curves in zip(sorted(runs), measured, curves, strict=True):
+        for model, own in models.items():
+            path = runs[seed] / "evaluation" / model
+            if own[AVERAGE].keys != first[AVERAGE].keys:
+                where = path / "questions.parquet"
+                raise UserError(f"seed {seed}: {where}: not the questions that seed {start} asked")
+            if {n: s.keys for n, s in own.items()} != {n: s.keys for n, s in first.items()}:
+                of = f"{name} of seed {start}"
+                where = path / "arcap.parquet"
+                raise UserError(f"seed {seed}: {where}: not the measurements and questions of {of}")
+        if missing := sorted(recipes - set(own_curves)):
+            where = runs[seed] / "plots"
+            raise UserError(f"seed {seed}: {where}: no curve of {missing[0]}, which others have")
 
 
 @dataclass(frozen=True)
@@ -289,14 +253,13 @@ def pool(samples: Samples, confidence: float = CONFIDENCE, signed: bool = False)
         nothing = Estimate(math.nan, math.nan, math.nan, sum(values.shape[1] for values in answered))
         return PooledEstimate(nothing, [math.nan] * samples.values.shape[0], failed)
     estimate = mean_of_means([np.nanmean(values, axis=0) for values in answered], confidence, signed)
-    return PooledEstimate(
-        estimate, [_own_mean(samples, strata, seed) for seed in range(len(samples.values))], failed
-    )
+    return PooledEstimate(estimate, list(map(_own_mean, zip(*strata, strict=True))), failed)
 
 
-def _own_mean(samples: Samples, strata: Sequence[np.ndarray], seed: int) -> float:
-    own = [values[seed][~np.isnan(values[seed])] for values in strata]
-    return math.nan if any(values.size == 0 for values in own) else float(np.mean([v.mean() for v in own]))
+def _own_mean(strata: Sequence[np.ndarray]) -> float:
+    """Return a seed's mean over the data sets; nan where one has nothing but failures."""
+    own = [values[~np.isnan(values)] for values in strata]
+    return float(np.mean([values.mean() for values in own])) if all(map(np.size, own)) else math.nan
 
 
 def combined(terms: Sequence[tuple[float, Samples]]) -> Samples:

@@ -4,7 +4,7 @@ Built from the seeds' records of several profiles. A cell pools the seeds that r
 profile; the claims compare pairs of models, on the seeds that all of them ran.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations, pairwise
 from pathlib import Path
@@ -12,36 +12,35 @@ from typing import Any
 
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.results import AVERAGE
-from dgpo_core.reporting.formats import GIVEN, as_json, model_label, write_texts
-from dgpo_core.reporting.reproduction.claims import Claim, Contrast, Criterion, Untested, beats, both
+from dgpo_core.reporting.formats import as_json, model_label, write_texts
+from dgpo_core.reporting.paper import paper_figure
+from dgpo_core.reporting.reproduction.claims import PROFILED, Criterion, Untested, beats, both, make_claims
 from dgpo_core.reporting.reproduction.render import sizes_markdown, sizes_page
 from dgpo_core.reporting.reproduction.seeds import (
     RECORD,
     Samples,
     SeedRecord,
     SeedResults,
+    by_seed,
     entry,
     find_records,
     pool,
     read_record,
     read_runs,
-    require_comparable,
-    stacked,
 )
-from dgpo_core.reporting.reproduction.verdicts import Judge, of_contrasts, published
+from dgpo_core.reporting.reproduction.verdicts import Judge
 
-COMPARED = (*GIVEN, "ppo", "kd", "dgpo")
 Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """A profile's student and teacher, and what its seeds measured: model -> seed -> EM of every question."""
+    """A profile's student and teacher, and what the seeds measured that ran a model with it."""
 
     name: str
     record: SeedRecord
     commits: dict[str, str]  # seed -> of the code that it ran
-    em: dict[str, dict[int, Samples]]
+    measured: dict[str, SeedResults]  # model -> of this model
 
     def given(self, role: str) -> tuple[str, float]:
         """Return (family, parameters) of student or teacher, by its name in the paper where not counted."""
@@ -62,11 +61,16 @@ def write_sizes(folder: Path, out: Path) -> list[str]:
     pairs = sorted(
         _read(folder), key=lambda pair: (*pair.given("student")[::-1], *pair.given("teacher")[::-1])
     )
-    rows = [_row(pair) for pair in pairs]
-    seeds = _common_seeds(pairs)
-    judge = Judge(_merged(pairs, seeds), _paper(pairs), {})
-    verdicts = [judge.verdict(claim, "") for claim in claims(pairs if seeds else [])]
-    found = {"models": list(COMPARED), "seeds": seeds, "pairs": rows, "verdicts": verdicts}
+    every = [set(results.seeds) for pair in pairs for results in pair.measured.values()]
+    seeds = sorted(set.intersection(*every)) if len(pairs) > 1 else []
+    published = {pair.label(model): (pair.record.pair, model) for pair in pairs for model in PROFILED}
+    judge = Judge(_merged(pairs, seeds), {}, published)
+    found = {
+        "models": list(PROFILED),
+        "seeds": seeds,
+        "pairs": [_row(pair) for pair in pairs],
+        "verdicts": list(map(judge.verdict, make_claims(criteria(pairs if seeds else []), across=True))),
+    }
     texts = {
         "sizes.json": as_json(found),
         "sizes.md": sizes_markdown(found),
@@ -76,47 +80,27 @@ def write_sizes(folder: Path, out: Path) -> list[str]:
     return [pair.name for pair in pairs]
 
 
-def claims(pairs: list[ModelPair]) -> list[Claim]:
-    """Return what the paper says across its pairs of models, as claims about these pairs."""
-    students = list({pair.given("student"): pair for pair in pairs if "ppo" in pair.em}.values())
-    return [
-        Claim(
-            "dgpo_best_everywhere",
-            "DGPO beats PPO and KD with every pair of models.",
-            "section 5.2, table 3",
-            _all_of(
-                (beats(pair.label("dgpo"), pair.label(other)) for pair in pairs for other in ("ppo", "kd")),
-                "needs several pairs of models that ran the same seed",
-            ),
+def criteria(pairs: list[ModelPair]) -> dict[str, Criterion]:
+    """Return the criteria of the claims across pairs of models, for these pairs."""
+    students = list({pair.given("student"): pair for pair in pairs if "ppo" in pair.measured}.values())
+    sizes = "needs PPO with students of several sizes"
+    return {
+        "dgpo_best_everywhere": _all_of(
+            (beats(pair.label("dgpo"), pair.label(other)) for pair in pairs for other in ("ppo", "kd")),
+            "needs several pairs of models that ran the same seed",
         ),
-        Claim(
-            "rl_lifts_every_size",
-            "RL alone lifts students of every size.",
-            "section 3.3, figure 3",
-            _all_of(
-                (beats(pair.label("ppo"), pair.label("student")) for pair in students),
-                "needs PPO with students of several sizes",
-            ),
+        "rl_lifts_every_size": _all_of(
+            (beats(pair.label("ppo"), pair.label("student")) for pair in students), sizes
         ),
-        Claim(
-            "rl_small_behind_large",
-            "After RL alone, small students stay behind larger ones of their family.",
-            "section 3.3, figure 3",
-            _all_of(
-                (beats(large.label("ppo"), small.label("ppo")) for small, large in _of_one_family(students)),
-                "needs PPO with students of several sizes",
-            ),
+        "rl_small_behind_large": _all_of(
+            (beats(large.label("ppo"), small.label("ppo")) for small, large in _of_one_family(students)),
+            sizes,
         ),
-        Claim(
-            "smaller_gap_better",
-            "A smaller teacher, nearer to the student, makes a better DGPO.",
-            "section 5.2, table 3 (0.329, 0.323)",
-            _all_of(
-                (beats(near.label("dgpo"), far.label("dgpo")) for near, far in _of_one_student(pairs)),
-                "needs two teachers for one student",
-            ),
+        "smaller_gap_better": _all_of(
+            (beats(near.label("dgpo"), far.label("dgpo")) for near, far in _of_one_student(pairs)),
+            "needs two teachers for one student",
         ),
-    ]
+    }
 
 
 def _all_of(criteria: Iterable[Criterion], otherwise: str) -> Criterion:
@@ -143,74 +127,50 @@ def _of_one_student(pairs: list[ModelPair]) -> list[tuple[ModelPair, ModelPair]]
 
 
 def _read(folder: Path) -> list[ModelPair]:
-    records: dict[str, dict[int, tuple[Path, SeedRecord]]] = {}
+    profiles: dict[str, dict[Path, SeedRecord]] = {}
     for path in find_records(folder):
         record = read_record(path)
-        own = records.setdefault(record.profile, {})
-        if record.seed in own:
-            raise UserError(
-                f"{path / RECORD}: {own[record.seed][0]} is seed {record.seed} of this profile too"
-            )
-        own[record.seed] = path, record
-    if not records:
+        profiles.setdefault(record.profile, {})[path] = record
+    if not profiles:
         raise UserError(f"{folder}: no {RECORD} of a seed below it: nothing to compare")
-    return [_pair(name, own) for name, own in records.items()]
+    return [_pair(name, records) for name, records in profiles.items()]
 
 
-def _pair(name: str, records: dict[int, tuple[Path, SeedRecord]]) -> ModelPair:
-    first = require_comparable(list(records.values()))
-    em: dict[str, dict[int, Samples]] = {}
-    for model in COMPARED:
-        roots = {seed: path for seed, (path, record) in records.items() if model in record.models}
-        if roots:
-            measured = read_runs(roots, [model], first.mirrors, first.first)
-            values = measured.em[model]
-            em[model] = {
-                seed: Samples(values.keys, values.values[[row]]) for row, seed in enumerate(measured.seeds)
-            }
-    commits = {str(seed): record.commit for seed, (_, record) in sorted(records.items())}
-    return ModelPair(name, first, commits, em)
+def _pair(name: str, records: dict[Path, SeedRecord]) -> ModelPair:
+    folders, first = by_seed(records), next(iter(records.values()))
+    measured = {}
+    for model in PROFILED:
+        if runs := {seed: path for seed, path in folders.items() if model in records[path].models}:
+            measured[model] = read_runs(runs, [model], first)
+    commits = {str(seed): records[path].commit for seed, path in sorted(folders.items())}
+    return ModelPair(name, first, commits, measured)
 
 
 def _row(pair: ModelPair) -> Row:
-    paper_of = published(pair.record.pair)
+    record = pair.record
     return {
         "profile": pair.name,
-        "pair": pair.record.pair,
-        "families": pair.record.families,
-        "parameters": pair.record.parameters,
+        "pair": record.pair,
+        "families": record.families,
+        "parameters": record.parameters,
         "commits": pair.commits,
         "exact_match": {
-            model: entry(pool(_of_seeds(own, sorted(own))), sorted(own), paper_of(model, AVERAGE))
-            for model, own in pair.em.items()
+            model: entry(
+                pool(results.samples[model][AVERAGE]),
+                results.seeds,
+                paper_figure(record.pair, model, AVERAGE),
+            )
+            for model, results in pair.measured.items()
         },
     }
 
 
-def _of_seeds(samples: Mapping[int, Samples], seeds: list[int]) -> Samples:
-    return stacked([samples[seed] for seed in seeds])
-
-
-def _common_seeds(pairs: list[ModelPair]) -> list[int]:
-    every = [set(own) for pair in pairs for own in pair.em.values()]
-    return sorted(set.intersection(*every)) if len(pairs) > 1 else []
-
-
 def _merged(pairs: list[ModelPair], seeds: list[int]) -> SeedResults:
-    em = {
-        pair.label(model): _of_seeds(own, seeds) for pair in pairs for model, own in pair.em.items() if seeds
-    }
-    return SeedResults(seeds, list(em), pairs[0].record.mirrors, em, {}, {})
-
-
-def _paper(pairs: list[ModelPair]) -> Callable[[Contrast], float | None]:
-    """Return (contrast of labels) -> the paper's figure of the pairs that their profiles stand for."""
-    cells = {pair.label(model): (pair.record.pair, model) for pair in pairs for model in COMPARED}
-    of_cells = of_contrasts(lambda label, quantity: published(cells[label][0])(cells[label][1], quantity))
-
-    def figure(test: Contrast) -> float | None:
-        own = [cells[label] for _, label, _ in test.terms]
-        # two profiles that stand for one pair are not two of the paper's models
-        return of_cells(test) if len(set(own)) == len(own) else None
-
-    return figure
+    """Return all pairs' models by their labels, as measured with `seeds`."""
+    samples = {}
+    for pair in pairs if seeds else ():
+        for model, results in pair.measured.items():
+            own = results.samples[model][AVERAGE]
+            chosen = own.values[[results.seeds.index(seed) for seed in seeds]]
+            samples[pair.label(model)] = {AVERAGE: Samples(own.keys, chosen)}
+    return SeedResults(seeds, list(samples), pairs[0].record.mirrors, samples, {})

@@ -1,13 +1,13 @@
 """Judge the claims by what the seeds measured, and say so in words. The rule is the package's docstring."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from dgpo_core.evaluation.results import AVERAGE, MEASUREMENTS
+from dgpo_core.evaluation.results import AVERAGE
 from dgpo_core.evaluation.statistics import CONFIDENCE
-from dgpo_core.reporting import paper
 from dgpo_core.reporting.formats import MINUS, PAPER_DATASETS, model_label
+from dgpo_core.reporting.paper import paper_figure
 from dgpo_core.reporting.reproduction.claims import (
     AtLeast,
     Claim,
@@ -24,10 +24,6 @@ from dgpo_core.reporting.reproduction.seeds import PooledEstimate, SeedResults, 
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced at our scale", "not reproduced", "not tested"
 VERDICTS = (REPRODUCED, NOT_REPRODUCED, NOT_TESTED)
-BEFORE_COLLAPSE = (  # sections B.3 and 5.6
-    "The paper reports PPO at step 200 and DGPO without cold start just before their collapse; "
-    "ours are the models that the runs evaluated."
-)
 # in the order of table 5; what the paper lacks comes last
 MEASUREMENT_LABELS = {
     "source_em_nq": "source referencing, NQ",
@@ -60,16 +56,15 @@ class CriterionResult:
 
 @dataclass(frozen=True)
 class Judge:
-    """Tests claims against what the seeds measured; `paper_of` gives the paper's figure of a contrast."""
+    """Tests claims against what the seeds measured; `published` is what each model is in the paper: (pair,
+    recipe)."""
 
     results: SeedResults
-    paper_of: Callable[[Contrast], float | None]
-    trainings: dict[str, list[Training]]
-    done: dict[tuple[Criterion, float], CriterionResult] = field(
-        default_factory=dict
-    )  # claims share contrasts
+    trainings: Mapping[str, list[Training]]
+    published: Mapping[str, tuple[str, str]]
+    done: dict[tuple[Criterion, float], CriterionResult] = field(default_factory=dict)  # claims share them
 
-    def verdict(self, claim: Claim, pair: str) -> Row:
+    def verdict(self, claim: Claim, pair: str = "") -> Row:
         """Judge a claim: an entry of verdicts.json. `pair` is the paper's that the runs stand for."""
         test: Criterion = claim.criterion
         if claim.pair and claim.pair != pair:
@@ -77,12 +72,11 @@ class Judge:
         if claim.needs and claim.needs.partition(":")[0] not in self.results.models:
             test = Untested(f"not run: needs the line `{claim.needs}` under recipes.reinforce in params.yaml")
         finding = self.find(test)
-        verdict = {True: REPRODUCED, False: NOT_REPRODUCED, None: NOT_TESTED}[finding.holds]
         return {
             "claim": claim.name,
             "statement": claim.statement,
             "source": claim.source,
-            "verdict": verdict,
+            "verdict": {True: REPRODUCED, False: NOT_REPRODUCED, None: NOT_TESTED}[finding.holds],
             "remark": finding.remark,
             "evidence": finding.evidence,
             "tests": [
@@ -101,12 +95,15 @@ class Judge:
         match test:
             case Contrast():
                 return self._contrast(test, confidence)
-            case Trains():
-                return self._trains(test)
-            case Outlasts():
-                return self._both_trained(test, "outlasts", _outlasts, training_text)
-            case ConvergesFaster():
-                return self._both_trained(test, "converges faster than", _faster, _convergence_text)
+            case Trains(model, states):
+                label = f"{model_label(model)}: training {' or '.join(states)}"
+                return self._trained(label, [model], lambda own: own.state in states, training_text)
+            case Outlasts(first, second):
+                label = f"{model_label(first)} outlasts {model_label(second)}"
+                return self._trained(label, [first, second], _outlasts, training_text)
+            case ConvergesFaster(first, second):
+                label = f"{model_label(first)} converges faster than {model_label(second)}"
+                return self._trained(label, [first, second], _faster, _convergence_text)
             case AtLeast():
                 return self._at_least(test, confidence)
             case Untested():
@@ -114,80 +111,60 @@ class Judge:
 
     def _contrast(self, test: Contrast, confidence: float) -> CriterionResult:
         label = contrast_label(test)
-        samples = [self.results.of(model, quantity) for _, model, quantity in test.terms]
-        missing = [term for term, own in zip(test.terms, samples, strict=True) if own is None or not own.keys]
+        weighted, missing = [], []
+        for weight, model, quantity in test.terms:
+            if (samples := self.results.of(model, quantity)) is not None:
+                weighted.append((weight, samples))
+            else:
+                name = model_label(model)
+                missing.append(name if quantity == AVERAGE else f"{name} ({quantity})")
         if missing:
-            return CriterionResult(
-                label, None, f"not run: {', '.join(dict.fromkeys(_needs(t) for t in missing))}"
-            )
-        weighted = [(term[0], own) for term, own in zip(test.terms, samples, strict=True) if own is not None]
+            return CriterionResult(label, None, f"not run: {', '.join(dict.fromkeys(missing))}")
         pooled = pool(combined(weighted), confidence, signed=len(weighted) > 1)
-        numbers = entry(pooled, self.results.seeds, self.paper_of(test)) | {
-            "confidence": round(confidence, 6)
-        }
+        numbers = entry(pooled, self.results.seeds, self._paper(test)) | {"confidence": round(confidence, 6)}
         holds, remark = _within(test, pooled)
         return CriterionResult(label, holds, _joined(remark, numbers_text(numbers)), remark, numbers)
 
-    def _trains(self, test: Trains) -> CriterionResult:
-        label = f"{model_label(test.model)}: training {' or '.join(test.states)}"
-        trainings = self.trainings.get(test.model)
-        if not trainings:
-            return CriterionResult(label, None, f"no training curve of {model_label(test.model)}")
-        agree = [training.state in test.states for training in trainings]
-        states = self._by_seed([training_text(training) for training in trainings])
-        remark = _disagreement(agree)
-        return CriterionResult(label, all(agree), _joined(remark, states), remark)
+    def _paper(self, test: Contrast) -> float | None:
+        """Return the paper's figure of a contrast, or None where it has no figure of a term."""
+        places = [(*self.published[model], quantity) for _, model, quantity in test.terms]
+        if len(set(places)) < len(places):  # two profiles that stand for one pair are not two of its models
+            return None
+        figures = [paper_figure(*place) for place in places]
+        known = [weight * f for (weight, _, _), f in zip(test.terms, figures, strict=True) if f is not None]
+        return sum(known) if len(known) == len(figures) else None
 
-    def _both_trained(
-        self,
-        test: Outlasts | ConvergesFaster,
-        verb: str,
-        holds: Callable[[Training, Training], bool],
-        text: Callable[[Training], str],
+    def _trained(
+        self, label: str, models: list[str], holds: Callable[..., bool], text: Callable[[Training], str]
     ) -> CriterionResult:
-        """Test whether it holds of the two recipes' trainings with every seed."""
-        label = f"{model_label(test.first)} {verb} {model_label(test.second)}"
-        first, second = (self.trainings.get(model) for model in (test.first, test.second))
-        if not first or not second:
-            lacking = test.first if not first else test.second
-            return CriterionResult(label, None, f"no training curve of {model_label(lacking)}")
-        pairs = list(zip(first, second, strict=True))
-        agree = [holds(ours, theirs) for ours, theirs in pairs]
-        texts = [f"{text(ours)} against {text(theirs)}" for ours, theirs in pairs]
-        remark = _disagreement(agree)
-        return CriterionResult(label, all(agree), _joined(remark, self._by_seed(texts)), remark)
+        """Test whether it holds of the recipes' trainings with every seed."""
+        for model in models:
+            if model not in self.trainings:
+                return CriterionResult(label, None, f"no training curve of {model_label(model)}")
+        seeds = list(zip(*(self.trainings[model] for model in models), strict=True))
+        agree = [holds(*own) for own in seeds]
+        remark = "" if all(agree) or not any(agree) else "no clear difference, the seeds disagree"
+        texts = [" against ".join(map(text, own)) for own in seeds]
+        evidence = [f"seed {seed} {each}" for seed, each in zip(self.results.seeds, texts, strict=True)]
+        return CriterionResult(label, all(agree), _joined(remark, ", ".join(evidence)), remark)
 
     def _at_least(self, test: AtLeast, confidence: float) -> CriterionResult:
         """Test in three values: what was not tested may turn out either way, unless the rest decides."""
         level = 1 - (1 - confidence) / (len(test.parts) - test.count + 1)
         parts = [self.find(part, level) for part in test.parts]
-        hold = [part for part in parts if part.holds]
-        fail = [part for part in parts if part.holds is False]
+        hold, fail, untested = ([p for p in parts if p.holds is state] for state in (True, False, None))
         holds = True if len(hold) >= test.count else False if len(parts) - len(fail) < test.count else None
         remark = f"{len(hold)} of {len(parts)} hold, {test.count} needed"
-        text = remark
-        if fail:
-            text += f"; not: {_listed(fail)}"
-        if untested := [part for part in parts if part.holds is None]:
-            text += f"; not tested: {_listed(untested)}"
-        return CriterionResult(_group_label(parts), holds, text, remark, None, parts)
-
-    def _by_seed(self, texts: Sequence[str]) -> str:
-        return ", ".join(f"seed {seed} {text}" for seed, text in zip(self.results.seeds, texts, strict=True))
-
-
-def _disagreement(agree: Sequence[bool]) -> str:
-    return "" if all(agree) or not any(agree) else "no clear difference, the seeds disagree"
+        lists = [
+            f"; {name}: {_listed(own)}" for name, own in (("not", fail), ("not tested", untested)) if own
+        ]
+        tails = {part.label.rpartition(" · ")[2] for part in parts}  # for the lists of an enclosing group
+        label = tails.pop() if len(tails) == 1 else f"{len(parts)} comparisons"
+        return CriterionResult(label, holds, remark + "".join(lists), remark, None, parts)
 
 
 def _joined(remark: str, text: str) -> str:
     return f"{remark}: {text}" if remark else text
-
-
-def _group_label(parts: Sequence[CriterionResult]) -> str:
-    """Say what a group of contrasts on one quantity is about, for the lists of an enclosing group."""
-    tails = {part.label.rpartition(" · ")[2] for part in parts}
-    return tails.pop() if len(tails) == 1 else f"{len(parts)} comparisons"
 
 
 def _listed(parts: Sequence[CriterionResult]) -> str:
@@ -199,11 +176,6 @@ def _listed(parts: Sequence[CriterionResult]) -> str:
     if len(labels) > 1 and len(heads) == 1:
         return f"{heads.pop()} · {'; '.join(tail for _, _, tail in labels)}"
     return "; ".join(part.label for part in parts)
-
-
-def _needs(term: tuple[float, str, str]) -> str:
-    _, model, quantity = term
-    return model_label(model) if quantity == AVERAGE else f"{model_label(model)} ({quantity})"
 
 
 def _outlasts(ours: Training, theirs: Training) -> bool:
@@ -232,7 +204,8 @@ def _within(test: Contrast, pooled: PooledEstimate) -> tuple[bool | None, str]:
         return False, f"no clear difference, it holds with {sum(inside)} of {len(inside)} seeds only"
     if high < test.above or low > test.below:
         return False, "the opposite"
-    return False, f"no clear difference, the interval includes {bound_text(test, low)}"
+    bound = f"{(test.above if low <= test.above else test.below):g}".replace("-", MINUS)
+    return False, f"no clear difference, the interval includes {bound}"
 
 
 def numbers_text(numbers: Row) -> str:
@@ -265,30 +238,6 @@ def trainings(results: SeedResults) -> dict[str, list[Training]]:
     return found
 
 
-def published(pair: str) -> Callable[[str, str], float | None]:
-    """Return the function (model, quantity) -> the paper's figure, or None where it gives none."""
-    exact_match = paper.paper_exact_match(pair)
-    arcap = paper.paper_arcap() if pair == paper.ARCAP_PAIR else {}
-
-    def figure(model: str, quantity: str) -> float | None:
-        if quantity in MEASUREMENTS:
-            return arcap.get(model, {}).get(quantity)
-        return exact_match.get(model, {}).get("avg" if quantity == AVERAGE else quantity)
-
-    return figure
-
-
-def of_contrasts(paper_of: Callable[[str, str], float | None]) -> Callable[[Contrast], float | None]:
-    """Return the function (contrast) -> the paper's figure, or None where a term has none."""
-
-    def figure(test: Contrast) -> float | None:
-        figures = [paper_of(model, quantity) for _, model, quantity in test.terms]
-        known = [weight * f for (weight, _, _), f in zip(test.terms, figures, strict=True) if f is not None]
-        return sum(known) if len(known) == len(figures) else None
-
-    return figure
-
-
 def quantity_label(quantity: str) -> str:
     if quantity == AVERAGE:
         return "average EM"
@@ -310,16 +259,8 @@ def _sum(parts: list[tuple[float, str]]) -> str:
     """Write a sum with its positive terms first: `with − without`, never `− without + with`."""
     ordered = sorted(parts, key=lambda part: part[0] < 0)
     texts = [name if abs(weight) == 1 else f"{abs(weight):g} × {name}" for weight, name in ordered]
-    rest = [
-        f" {MINUS if weight < 0 else '+'} {text}"
-        for (weight, _), text in zip(ordered[1:], texts[1:], strict=True)
-    ]
-    return texts[0] + "".join(rest)
-
-
-def bound_text(test: Contrast, low: float) -> str:
-    """Write the bound that an interval reaches across."""
-    return f"{(test.above if low <= test.above else test.below):g}".replace("-", MINUS)
+    signs = ["", *(f" {MINUS if weight < 0 else '+'} " for weight, _ in ordered[1:])]
+    return "".join(sign + text for sign, text in zip(signs, texts, strict=True))
 
 
 def signed(value: float | None) -> str:

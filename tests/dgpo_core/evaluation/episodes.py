@@ -1,5 +1,7 @@
 """Hand-made episodes: what the model wrote in each turn, and what its searches found."""
 
+from dataclasses import replace
+
 from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.agent.actions import last_answer
@@ -7,6 +9,7 @@ from dgpo_core.agent.answers import exact_match
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner, Search
 from dgpo_core.agent.prompts import INVALID_ACTION
 from dgpo_core.datasets.records import Question
+from tests.dgpo_core.making import random_episode
 
 GOLDEN = [
     {"id": "1", "title": "Silent Harbour (film)", "text": "Silent Harbour was directed by Ada Quill."},
@@ -46,23 +49,19 @@ def episode(
     predictions = [answer for turn in turns if (answer := last_answer(turn)) is not None]
     prediction = predictions[-1] if predictions else None
     right = exact_match(prediction, question.golden_answers)
-    return Episode(
+    return replace(
+        random_episode(0),
         question_id=question.id,
         dataset="set",
         question=question.question,
         golden_answers=list(question.golden_answers),
-        sample=0,
         token_ids=ids,
         owners=[int(owner) for owner in owners],
         logprobs=[0.0] * len(ids),
-        response="",
         prediction=prediction,
         outcome=Outcome.CORRECT if right else Outcome.WRONG,
         ending=ending,
-        well_formed=True,
         hit=any(each.hit for each in searches),
         generations=len(turns),
-        invalid_actions=0,
-        cut_turns=0,
         searches=searches,
     )

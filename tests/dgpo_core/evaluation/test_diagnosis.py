@@ -16,7 +16,6 @@ from dgpo_core.evaluation.diagnosis import (
     Failure,
     HackingFlags,
     answer_attempts,
-    as_table,
     content_words,
     diagnose,
     first_failure,
@@ -77,6 +76,7 @@ CASES: dict[Failure, list[Case]] = {
         (UNKNOWN, [ADA], (WRONG,), {}),
         (TWO_HOP, [FILM, ADA], (WRONG,), {}),
         (TWO_HOP, [FILM, ADA], ("<search> more </search>",), END),
+        (TWO_HOP, [FILM, ADA], ("<answer> Velmorans </answer>",), {}),  # a golden answer inside a word
     ],
     Failure.ANSWER_FORMAT: [
         (TWO_HOP, [FILM, ADA], ("<answer> It is Velmora, I think. </answer>",), {}),
@@ -94,11 +94,6 @@ def test_hand_made_episodes(tokenizer: PreTrainedTokenizerFast, failure: Failure
     question, searches, rest, how = case
     made = episode(tokenizer, question, searches, *rest, **how)
     assert first_failure(made, question, made.turn_texts(tokenizer.decode)) is failure
-
-
-def test_a_golden_answer_inside_a_word_is_none(tokenizer: PreTrainedTokenizerFast) -> None:
-    made = episode(tokenizer, TWO_HOP, [FILM, ADA], "<answer> Velmorans </answer>")
-    assert first_failure(made, TWO_HOP, made.turn_texts(tokenizer.decode)) is Failure.EVIDENCE_NOT_USED
 
 
 SEARCHES = st.lists(
@@ -147,7 +142,7 @@ def test_exactly_one_failure_for_each_wrong_episode_and_none_for_others(
 def test_random_episodes_through_the_table(seed: int) -> None:
     made = random_episode(seed)
     question = Question(made.question_id, made.question, tuple(made.golden_answers))
-    (row,) = as_table(diagnose([made], {("onehop", question.id): question}, str)).to_pylist()
+    (row,) = diagnose([made], {("onehop", question.id): question}, str).to_pylist()
     assert (row["first_failure"] is None) == made.correct
     assert (row["without_evidence"] is None) == (not made.correct)
 
@@ -157,14 +152,13 @@ def test_table_of_every_outcome(tokenizer: PreTrainedTokenizerFast) -> None:
     wrong = replace(episode(tokenizer, ONE_HOP, [FILM], WRONG), dataset="other")
     failed = replace(wrong, question_id="two", outcome=Outcome.FAILED, failure="the index is down")
     questions = {("set", "two"): TWO_HOP, ("other", "one"): ONE_HOP, ("other", "two"): TWO_HOP}
-    table = as_table(diagnose([right, wrong, failed], questions, tokenizer.decode))
+    table = diagnose([right, wrong, failed], questions, tokenizer.decode)
     assert table.schema == SCHEMA
     assert [tuple(row.values()) for row in table.to_pylist()] == [
         ("set", "two", "correct", None, False, False, False),
         ("other", "one", "wrong", "evidence_not_used", None, False, False),
         ("other", "two", "failed", None, None, None, None),
     ]
-    assert diagnose([failed], questions, tokenizer.decode)[0].flags == HackingFlags()
 
 
 def test_attempts_are_answers_in_any_shape() -> None:
@@ -268,8 +262,3 @@ def test_flags(
 ) -> None:
     made = episode(tokenizer, question, searches, last)
     assert hacking_flags(made, question, made.turn_texts(tokenizer.decode)) == HackingFlags(*expected)
-
-
-def test_a_failed_episode_has_no_flags(tokenizer: PreTrainedTokenizerFast) -> None:
-    made = replace(episode(tokenizer, TWO_HOP, [], RIGHT), outcome=Outcome.FAILED)
-    assert hacking_flags(made, TWO_HOP, [RIGHT]) == HackingFlags()

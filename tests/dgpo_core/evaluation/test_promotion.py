@@ -2,14 +2,17 @@
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from scipy import stats
 
-from dgpo_core.evaluation.promotion import Decision, decide, headline, judged, markdown
+from dgpo_core.config.params import PromoteConfig
+from dgpo_core.evaluation.promotion import Candidate, Decision, decide, headline, judged, markdown
 from tests.dgpo_core.evaluation.making import CONFIG, DATASETS, Model, candidate, in_memory
 
 FAST = CONFIG.model_copy(update={"samples": 300})
@@ -63,10 +66,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("evaluations")
 
 
-def decision(folder: Path, challenger: Model, champion: Model | None = CHAMPION, **how: int) -> Decision:
-    ours = candidate(folder, "challenger", challenger, **how)
-    theirs = candidate(folder, "champion", champion) if champion else None
-    return decide(ours, theirs, candidate(folder, "student", STUDENT), DATASETS, CONFIG)
+def decision(
+    folder: Path,
+    challenger: Model | Candidate,
+    champion: Model | None = CHAMPION,
+    config: PromoteConfig = CONFIG,
+    datasets: Sequence[str] = DATASETS,
+    **how: int,
+) -> Decision:
+    if isinstance(challenger, Model):
+        challenger = candidate(folder, "challenger", challenger, **how)
+    rival = candidate(folder, "champion", champion) if champion else None
+    return decide(challenger, rival, candidate(folder, "student", STUDENT), datasets, config)
+
+
+def refused(found: Decision) -> str:
+    """The reasons of a decision that was refused."""
+    assert found.verdict == "refused" and found.conditions == []
+    assert headline(found).startswith("Refused")
+    return "; ".join(found.reasons)
 
 
 def test_every_figure_is_in_the_decision(folder: Path) -> None:
@@ -121,8 +139,7 @@ def test_failed_episodes_count(folder: Path) -> None:
 
 def test_a_champion_that_failed_often_is_no_yardstick(folder: Path) -> None:
     found = decision(folder, Model.of(0.9), replace(CHAMPION, failed=30))
-    assert found.verdict == "refused"
-    assert "champion: 20.0% of the 300 episodes of the test sets failed" in found.reasons[0]
+    assert "champion: 20.0% of the 300 episodes of the test sets failed" in refused(found)
 
 
 @pytest.mark.parametrize(
@@ -136,64 +153,43 @@ def test_a_champion_that_failed_often_is_no_yardstick(folder: Path) -> None:
 def test_evaluations_that_were_made_otherwise_are_refused(
     folder: Path, changes: dict[str, object], reason: str
 ) -> None:
-    found = decision(folder, replace(Model.of(0.9), **changes))  # type: ignore[arg-type]
-    assert found.verdict == "refused"
-    assert reason in found.reasons[0]
-    assert found.conditions == []
-    assert headline(found).startswith("Refused")
+    assert reason in refused(decision(folder, replace(Model.of(0.9), **changes)))  # type: ignore[arg-type]
 
 
-def test_other_questions_are_refused(folder: Path) -> None:
-    found = decision(folder, Model.of(0.9), questions=149)
-    assert found.verdict == "refused"
-    assert "they were asked other questions" in found.reasons[0]
-
-
-def test_the_same_ids_with_other_texts_are_other_questions(folder: Path) -> None:
+def test_other_questions_are_refused_and_so_are_other_texts_of_the_same(folder: Path) -> None:
+    assert "they were asked other questions" in refused(decision(folder, Model.of(0.9), questions=149))
     ours = candidate(folder, "challenger", Model.of(0.9))
-    import pyarrow.parquet as pq
-
     path = ours.folder / "questions.parquet"
     table = pq.read_table(path)
     rows = table.to_pylist()
     rows[7]["golden_answers"] = ["Tarn"]
     pq.write_table(table.from_pylist(rows), path)
-    theirs, student = candidate(folder, "champion", CHAMPION), candidate(folder, "student", STUDENT)
-    assert "other questions" in decide(ours, theirs, student, DATASETS, CONFIG).reasons[0]
+    assert "other questions" in refused(decision(folder, ours))
 
 
 def test_other_bytes_are_refused(folder: Path) -> None:
     ours = replace(candidate(folder, "challenger", Model.of(0.9)), model="f" * 64)
-    theirs, student = candidate(folder, "champion", CHAMPION), candidate(folder, "student", STUDENT)
-    found = decide(ours, theirs, student, DATASETS, CONFIG)
-    assert found.verdict == "refused"
-    assert "challenger: its evaluation is of other bytes (aaaaaaaaaaaa)" in found.reasons[0]
+    said = "challenger: its evaluation is of other bytes (aaaaaaaaaaaa)"
+    assert said in refused(decision(folder, ours))
 
 
 def test_a_missing_data_set_is_refused(folder: Path) -> None:
-    ours = candidate(folder, "challenger", Model.of(0.9))
-    theirs, student = candidate(folder, "champion", CHAMPION), candidate(folder, "student", STUDENT)
-    found = decide(ours, theirs, student, [*DATASETS, "rare"], CONFIG)
-    assert found.verdict == "refused"
-    assert found.reasons == ["challenger: questions.parquet: no question of the data sets rare"]
+    found = decision(folder, Model.of(0.9), datasets=[*DATASETS, "rare"])
+    assert refused(found) == "challenger: questions.parquet: no question of the data sets rare"
 
 
 def test_too_few_questions_are_refused(folder: Path) -> None:
-    few = CONFIG.model_copy(update={"min_questions": 151})
-    ours = candidate(folder, "challenger", Model.of(0.9))
-    theirs, student = candidate(folder, "champion", CHAMPION), candidate(folder, "student", STUDENT)
-    found = decide(ours, theirs, student, DATASETS, few)
-    assert found.verdict == "refused"
-    assert "onehop: 150 questions count, which is below promote.min_questions 151" in found.reasons
+    found = decision(folder, Model.of(0.9), config=CONFIG.model_copy(update={"min_questions": 151}))
+    said = "onehop: 150 questions count, which is below promote.min_questions 151"
+    assert said in refused(found)
 
 
 def test_a_missing_or_broken_file_is_refused(folder: Path) -> None:
     ours = candidate(folder, "challenger", Model.of(0.9))
     (ours.folder / "arcap.parquet").write_bytes(b"PAR1")
-    theirs, student = candidate(folder, "champion", CHAMPION), candidate(folder, "student", STUDENT)
-    assert "arcap.parquet: not a readable" in decide(ours, theirs, student, DATASETS, CONFIG).reasons[0]
+    assert "arcap.parquet: not a readable" in refused(decision(folder, ours))
     (ours.folder / "made.json").unlink()
-    assert decide(ours, theirs, student, DATASETS, CONFIG).verdict == "refused"
+    assert refused(decision(folder, ours))
 
 
 def test_the_first_champion_is_held_against_the_student(folder: Path) -> None:

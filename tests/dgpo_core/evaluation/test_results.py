@@ -238,14 +238,6 @@ def test_the_report_says_the_same_of_its_pairs(reported: Reported, pair: str) ->
         assert {name: row[key] for name, key in same.items()} == arcap[measurement]
 
 
-def test_turned_round_only_the_sign_changes(reported: Reported) -> None:
-    run, _ = reported
-    there, back = compared(run)["em"]["datasets"], compared(run, "kd", "dgpo")["em"]["datasets"]
-    for dataset, row in there.items():
-        assert back[dataset]["difference"] == -row["difference"]
-        assert (back[dataset]["first"], back[dataset]["second"]) == (row["second"], row["first"])
-
-
 def test_an_interval_without_0_is_marked_and_one_with_it_is_not(run: Run) -> None:
     for model, right in (("dgpo", range(10)), ("kd", range(5))):
         for number, row in enumerate(run.rows[model]):

@@ -97,14 +97,14 @@ def test_gradients_do_not_depend_on_the_chunk(parts: Parts, chunk: int) -> None:
         )
 
 
-@pytest.mark.parametrize("k", [5, None])
+@pytest.mark.parametrize("k", [5, V])
 @pytest.mark.parametrize("chunk", [1, 4])
-def test_kept_distributions_do_not_depend_on_the_chunk(parts: Parts, chunk: int, k: int | None) -> None:
+def test_kept_distributions_do_not_depend_on_the_chunk(parts: Parts, chunk: int, k: int) -> None:
     """Neither the teacher's, while they are made, nor what the student learns from them."""
     hidden, head, teacher_hidden, teacher_head, targets = parts
     whole = top_distributions(teacher_hidden, teacher_head, V, k, chunk=100)
     cut = top_distributions(teacher_hidden, teacher_head, V, k, chunk)
-    assert whole.ids.shape == (N, k or V)
+    assert whole.ids.shape == (N, k)
     assert torch.equal(cut.ids, whole.ids)
     torch.testing.assert_close(cut.logprobs, whole.logprobs)
     for divergence in DIVERGENCES:
@@ -113,29 +113,13 @@ def test_kept_distributions_do_not_depend_on_the_chunk(parts: Parts, chunk: int,
             return cached_losses(h, w, whole, targets, kind, size)
 
         torch.testing.assert_close(terms(hidden, head, chunk), terms(hidden, head, 100))
-        if k is None:
+        if k == V:
             live = distillation_losses(*parts, divergence, chunk=100)
             torch.testing.assert_close(terms(hidden, head, chunk), live)
         torch.testing.assert_close(
             gradients(lambda h, w, of=terms: of(h, w, chunk), hidden, head),
             gradients(lambda h, w, of=terms: of(h, w, 100), hidden, head),
         )
-
-
-def test_gradients_are_those_of_plain_torch(parts: Parts) -> None:
-    hidden, head, teacher_hidden, teacher_head, targets = parts
-
-    def plain(h: torch.Tensor, w: torch.Tensor) -> Pair:
-        student = Categorical(logits=h @ w.T)
-        teacher = Categorical(logits=teacher_hidden @ teacher_head[:V].T)
-        return -student.log_prob(targets), kl_divergence(teacher, student)
-
-    def chunked(h: torch.Tensor, w: torch.Tensor) -> Pair:
-        return distillation_losses(h, w, teacher_hidden, teacher_head, targets, chunk=3)
-
-    torch.testing.assert_close(
-        gradients(chunked, hidden, head), gradients(plain, hidden, head), rtol=1e-4, atol=1e-5
-    )
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
@@ -171,18 +155,6 @@ def test_tokens_do_not_see_each_other(parts: Parts, divergence: Divergence) -> N
         hidden[order], head, teacher_hidden[order], teacher_head, targets[order], divergence, chunk=3
     )
     torch.testing.assert_close(permuted, (terms[0][order], terms[1][order]))
-
-
-@pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_teacher_gets_no_gradient(parts: Parts, divergence: Divergence) -> None:
-    hidden, head, teacher_hidden, teacher_head, targets = parts
-    for leaf in (teacher_hidden, teacher_head, head):
-        leaf.requires_grad_()
-    cross_entropy, kl = distillation_losses(hidden, head, teacher_hidden, teacher_head, targets, divergence)
-    (cross_entropy + kl).sum().backward()
-    assert teacher_hidden.grad is None
-    assert teacher_head.grad is None
-    assert head.grad is not None
 
 
 def test_no_tokens(parts: Parts) -> None:

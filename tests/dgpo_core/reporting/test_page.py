@@ -116,6 +116,12 @@ def test_tables_show_ours_beside_the_papers(page: Page) -> None:
     assert f"KD {len(MIRRORS)}, DGPO {len(MIRRORS)}" in page.text
 
 
+def test_metrics_stand_in_the_order_of_the_stages(reported: Reported) -> None:
+    html = (reported[1] / "index.html").read_text(encoding="utf-8").partition('id="provenance"')[2]
+    titles = re.findall(r'<div class="card"><h3>(.*?)</h3>', html)
+    assert titles == ["teach", "filter", "distill-kd", "reinforce-dgpo"]
+
+
 def test_every_chart_has_its_data_and_the_radar_no_counts(page: Page) -> None:
     places = {own["id"] for _, own in page.tags if "chart" in (own.get("class") or "").split()}
     assert places == {*page.data["charts"], *page.data["radars"]}

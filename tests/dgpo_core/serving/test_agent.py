@@ -1,6 +1,8 @@
 """One agent: its record against the episode's own text, its sources, and what it refuses."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -9,21 +11,20 @@ from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import UserError
 from dgpo_core.models import load_tokenizer
 from dgpo_core.serving.agent import Agent, sources
-from dgpo_core.serving.events import AgentRequest, Event, RetrievedPassage, SearchResult
+from dgpo_core.serving.events import AgentRequest, EpisodeRecord, Event, RetrievedPassage, SearchResult
 from tests.dgpo_core.agent.scripted import Answering
 from tests.dgpo_core.serving.conftest import TEACHER, MakeAgent
 
-
-def ignore(_event: Event) -> None:
-    pass
+Emit = Callable[[Event], None]
 
 
-def never() -> bool:
-    return False
+def ask(agent: Agent, question: str, emit: Emit = lambda _: None, **how: Any) -> EpisodeRecord:
+    """The record of an episode that nobody stops; nobody hears its events either, but `emit`."""
+    return agent.ask(AgentRequest(question, **how), emit, lambda: False)
 
 
 def test_steps_are_the_text_of_the_episode(agent: Agent, questions: list[Question]) -> None:
-    record = agent.ask(AgentRequest(questions[1].question), ignore, never)
+    record = ask(agent, questions[1].question)
     tags = re.findall(r"<(think|search|information|answer)>(.*?)</\1>", record.response, re.DOTALL)
     assert [(step.kind, step.text) for step in record.steps] == [(tag, text.strip()) for tag, text in tags]
     assert record.answer == tags[-1][1].strip() and record.ending is Ending.ANSWERED
@@ -34,9 +35,7 @@ def test_steps_are_the_text_of_the_episode(agent: Agent, questions: list[Questio
 
 
 def test_the_passages_with_the_answer_are_its_sources(agent: Agent, questions: list[Question]) -> None:
-    asked = [
-        (question, agent.ask(AgentRequest(question.question), ignore, never)) for question in questions[:4]
-    ]
+    asked = [(question, ask(agent, question.question)) for question in questions[:4]]
     right = [(q, record) for q, record in asked if record.answer in q.golden_answers]
     assert right, "the committed teacher answers some of these"
     for question, record in right:
@@ -71,21 +70,20 @@ def test_sources_hold_the_answer_as_whole_words(answer: str | None, ids: list[st
 
 def test_limits_are_the_protocols_and_may_be_lowered(agent: Agent, questions: list[Question]) -> None:
     question = questions[0].question
-    record = agent.ask(AgentRequest(question, max_searches=0), ignore, never)
+    record = ask(agent, question, max_searches=0)
     assert (record.answer, record.ending, record.searches) == (None, Ending.BUDGET, [])
-    short = agent.ask(AgentRequest(question, max_new_tokens=5, max_searches=0), ignore, never)
+    short = ask(agent, question, max_new_tokens=5, max_searches=0)
     assert short.model_tokens == 5
-    longer = agent.ask(AgentRequest(question, max_new_tokens=5000), ignore, never)
-    assert longer == agent.ask(AgentRequest(question), ignore, never)
+    longer = ask(agent, question, max_new_tokens=5000)
+    assert longer == ask(agent, question)
     with pytest.raises(UserError, match=r"between 0 and protocol\.max_turns \(4\), not 5"):
-        agent.ask(AgentRequest(question, max_searches=5), ignore, never)
+        ask(agent, question, max_searches=5)
 
 
 def test_temperature_and_seed_reach_the_episode(agent: Agent, questions: list[Question]) -> None:
-    texts = [
-        agent.ask(AgentRequest(questions[0].question, 4.0, seed, 0, 12), ignore, never).response
-        for seed in (1, 2, 3, 1, 2, 3)
-    ]
+    how: dict[str, Any] = {"temperature": 4.0, "max_searches": 0, "max_new_tokens": 12}
+    seeds = (1, 2, 3, 1, 2, 3)
+    texts = [ask(agent, questions[0].question, seed=seed, **how).response for seed in seeds]
     assert texts[:3] == texts[3:] and len(set(texts)) == 3
 
 
@@ -94,31 +92,27 @@ def test_temperature_and_seed_reach_the_episode(agent: Agent, questions: list[Qu
 )
 def test_impossible_questions_are_refused(agent: Agent, question: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
-        agent.ask(AgentRequest(question), ignore, never)
+        ask(agent, question)
 
 
 @pytest.mark.parametrize("temperature", [-1.0, float("nan"), float("inf")])
 def test_impossible_temperatures_are_refused(agent: Agent, temperature: float) -> None:
     with pytest.raises(UserError, match="temperature: a number from 0 upwards"):
-        agent.ask(AgentRequest("Who", temperature), ignore, never)
+        ask(agent, "Who", temperature=temperature)
 
 
 @pytest.mark.usefixtures("no_pauses")
-def test_a_dead_retriever_gives_a_failure_and_no_answer(
-    make_agent: MakeAgent, questions: list[Question]
-) -> None:
+def test_a_dead_retriever_gives_a_failure(make_agent: MakeAgent, questions: list[Question]) -> None:
     retriever = Answering(failures=99)
-    record = make_agent(retriever).ask(AgentRequest(questions[0].question), ignore, never)
+    record = ask(make_agent(retriever), questions[0].question)
     assert (record.answer, record.ending, record.sources) == (None, Ending.FAILURE, [])
     assert record.failure == "the index is down" and retriever.calls == 3
 
 
 @pytest.mark.usefixtures("no_pauses")
-def test_a_short_failure_of_the_retriever_is_told_once(
-    make_agent: MakeAgent, questions: list[Question]
-) -> None:
+def test_a_short_failure_is_told_once(make_agent: MakeAgent, questions: list[Question]) -> None:
     retriever = Answering([Passage("7", "Ada", "Ada was born in Paris.")], failures=1)
     events: list[Event] = []
-    record = make_agent(retriever).ask(AgentRequest(questions[0].question), events.append, never)
+    record = ask(make_agent(retriever), questions[0].question, events.append)
     assert record.failure is None
     assert [event for event in events if isinstance(event, SearchResult)] == record.searches

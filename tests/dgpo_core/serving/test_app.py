@@ -145,19 +145,6 @@ def test_numbers_of_any_size_are_answered(
     assert response.status_code in (200, 400), response.text
 
 
-def test_parameters_that_ask_for_nothing_are_taken(client: httpx.Client, questions: list[Question]) -> None:
-    neutral = {"n": 1, "top_p": 1.0, "presence_penalty": 0, "frequency_penalty": 0.0, "logprobs": False}
-    more = {
-        "user": "me",
-        "temperature": 0,
-        "seed": 3,
-        "max_tokens": 4000,
-        "response_format": {"type": "text"},
-    }
-    done = client.post(CHAT, json=body(questions[0].question, **neutral, **more))
-    assert done.status_code == 200 and done.json()["episode"]["seed"] == 3
-
-
 def test_what_does_not_change_an_answer_is_ignored_and_named(
     client: httpx.Client, questions: list[Question]
 ) -> None:
@@ -173,18 +160,6 @@ def test_what_does_not_change_an_answer_is_ignored_and_named(
     assert done.headers["x-ignored-parameters"] == named
     with client.stream("POST", CHAT, json=body(asked, stream=True, chat_id="a")) as stream:
         assert stream.headers["x-ignored-parameters"] == "chat_id"
-
-
-def test_the_question_of_a_conversation_is_the_last_of_the_user(
-    client: httpx.Client, questions: list[Question]
-) -> None:
-    image = {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:"}}]}
-    answer = {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}
-    last = {"role": "user", "content": questions[1].question, "name": "me"}
-    system = {"role": "system", "content": "Be brief."}
-    done = client.post(CHAT, json=body() | {"messages": [system, image, answer, last]})
-    assert done.json()["episode"]["question"] == questions[1].question
-    assert done.headers["x-ignored-parameters"] == "messages"
 
 
 def test_another_model_is_not_found(client: httpx.Client) -> None:

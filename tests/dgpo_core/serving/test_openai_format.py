@@ -86,10 +86,11 @@ def test_any_other_value_is_refused_or_ignored(name: str, value: Any) -> None:
 @given(st.lists(st.sampled_from(["system", "developer", "assistant", "tool", "user"]), max_size=6), JSON)
 def test_the_last_message_of_the_user_is_the_question(roles: list[str], content: Any) -> None:
     """What the others hold is of no account."""
-    messages = [{"role": role, "content": content} for role in roles]
-    assert request(messages=[*messages, QUESTION]).agent_request() == AgentRequest("Who")
-    after = [{"role": "assistant", "content": content}]
-    assert request(messages=[*messages, QUESTION, *after]).agent_request() == AgentRequest("Who")
+    before = [{"role": role, "content": content} for role in roles]
+    for after in ([], [{"role": "assistant", "content": content, "tool_calls": [{"id": "1"}]}]):
+        made = request(messages=[*before, QUESTION, *after])
+        assert made.agent_request() == AgentRequest("Who")
+        assert made.ignored == (["messages"] if before or after else [])
 
 
 @given(JSON)

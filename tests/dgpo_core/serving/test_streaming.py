@@ -160,24 +160,9 @@ def merged(pieces: list[Piece] | list[tuple[str, str]]) -> list[tuple[str, str]]
     return [(kind, "".join(text for _, text in group)) for kind, group in groupby(pieces, lambda p: p[0])]
 
 
-@pytest.mark.parametrize(
-    "chunks", [["<thi", "nk>a</thi", "nk>"], list("<think>a</think>"), ["<think>a</think>"]]
-)
-def test_no_part_of_a_tag_is_told(chunks: list[str]) -> None:
-    assert merged(split(chunks)) == [("think", "a")]
-
-
 def test_only_what_may_become_a_tag_is_held_back() -> None:
     splitter = TagSplitter()
     assert splitter.feed("<answer>5 < 7 and 7 <") == [("answer", "5 < 7 and 7 ")]
     assert splitter.feed("b") == [("answer", "<b")]
     assert splitter.feed("</answe") == []
     assert splitter.close() == [("answer", "</answe")], "the turn ended here: it was none"
-
-
-def test_an_unclosed_thought_ends_where_the_next_tag_opens() -> None:
-    assert split(["<think>a<search>b</search>c"]) == [("think", "a"), ("search", "b"), ("text", "c")]
-
-
-def test_what_the_model_passes_off_as_retrieved_is_marked() -> None:
-    assert split(["<information>Doc 1</information>"]) == [("forged", "Doc 1")]

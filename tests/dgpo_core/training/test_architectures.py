@@ -15,15 +15,14 @@ from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.config.agent import ProtocolConfig, RolloutConfig, Sampling
-from dgpo_core.config.recipes import Distillation, Reinforcement
-from dgpo_core.config.training import ComputeConfig, DistillConfig, ReinforceConfig
+from dgpo_core.config.training import DistillConfig, ReinforceConfig
 from dgpo_core.models import load_model, load_tokenizer, save_model
 from dgpo_core.retrieval.index import Index
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
 from dgpo_core.training.reinforce import Reinforcer
-from tests.dgpo_core.making import question
+from tests.dgpo_core.making import distillation, exact, question, reinforcement, weights_of
 
 QWEN: dict[str, Any] = {"model_type": "qwen2", "rope_theta": 1e6}
 LLAMA: dict[str, Any] = {"model_type": "llama", "rope_theta": 5e5}
@@ -58,28 +57,23 @@ LLAMA_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n\n{{ message['content'] | trim }}"
     "<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
 )
-COMPUTE = ComputeConfig(device="cpu", precision="bfloat16", micro_batch_tokens=600)
+COMPUTE = exact(600, precision="bfloat16")
+Pair = tuple[PreTrainedModel, PreTrainedModel, Any]  # student, teacher, tokenizer
 
 
 @pytest.fixture(params=PAIRS)
-def pair(
-    request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> tuple[PreTrainedModel, PreTrainedModel, Any]:
+def pair(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Pair:
     """Student, teacher and tokenizer, once written and loaded again."""
     student, teacher = PAIRS[request.param]
     template = QWEN_TEMPLATE if student["model_type"] == "qwen2" else LLAMA_TEMPLATE
     for seed, (name, shape) in enumerate((("student", student), ("teacher", teacher))):
-        own = load_tokenizer_copy(tokenizer, tmp_path)
+        tokenizer.save_pretrained(tmp_path / "tokenizer")
+        own = load_tokenizer(str(tmp_path / "tokenizer"))
         own.chat_template = template
         save_model(made(shape, own, seed), own, tmp_path / name)
     loaded = load_tokenizer(str(tmp_path / "student"))
     assert loaded.chat_template == template
     return load_model(str(tmp_path / "student")), load_model(str(tmp_path / "teacher")), loaded
-
-
-def load_tokenizer_copy(tokenizer: PreTrainedTokenizerFast, folder: Path) -> Any:
-    tokenizer.save_pretrained(folder / "tokenizer")
-    return load_tokenizer(str(folder / "tokenizer"))
 
 
 def made(shape: dict[str, Any], tokenizer: Any, seed: int) -> PreTrainedModel:
@@ -115,16 +109,13 @@ def episodes_of(
     return AgentLoop(engine, tokenizer, index, limits, 2).run(tasks, Sampling())
 
 
-def test_distillation(
-    pair: tuple[PreTrainedModel, PreTrainedModel, Any], index: Index, tmp_path: Path
-) -> None:
+def test_distillation(pair: Pair, index: Index, tmp_path: Path) -> None:
     """The KL is the one of both models' own logits, over the ids that have a token; and it falls."""
     student, teacher, tokenizer = pair
     episodes = episodes_of(teacher, tokenizer, index, 0)
     config = DistillConfig(epochs=3, batch_size=3, learning_rate=3e-3, ce_weight=0.0)
-    recipe = Distillation(start="student", objective="kd")
     source, known = TeacherEpisodes(episodes, config, 0), len(tokenizer)
-    distiller = Distiller(student, teacher, recipe, config, COMPUTE, source, known=known)
+    distiller = Distiller(student, teacher, distillation(), config, COMPUTE, source, known=known)
     before, expected = distiller.loss(episodes), mean_kl(student, teacher, episodes, known)
     assert before == pytest.approx(expected, rel=0.05)
     distiller.train(Checkpoint(tmp_path / "state"), lambda: 0.0, lambda *_: None)
@@ -139,9 +130,7 @@ def test_distillation(
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in student.state_dict().items())
 
 
-def test_reinforcement(
-    pair: tuple[PreTrainedModel, PreTrainedModel, Any], index: Index, tmp_path: Path
-) -> None:
+def test_reinforcement(pair: Pair, index: Index, tmp_path: Path) -> None:
     """Real rollouts and one step of DGPO; the trainer's log-probabilities are nearly the engine's."""
     student, teacher, tokenizer = pair
     rolled: list[Episode] = []
@@ -153,9 +142,8 @@ def test_reinforcement(
     config = ReinforceConfig(
         steps=1, batch_size=6, mini_batch_size=3, actor_learning_rate=1e-3, critic_learning_rate=1e-3
     )
-    recipe = Reinforcement(start="student", guidance="selective", reference="teacher")
-    before = {name: value.clone() for name, value in student.state_dict().items()}
-    trainer = Reinforcer(student, teacher, recipe, config, COMPUTE, 0, known=len(tokenizer))
+    before = weights_of(student)
+    trainer = Reinforcer(student, teacher, reinforcement(), config, COMPUTE, 0, known=len(tokenizer))
     (row,) = trainer.train(20, rollout, Checkpoint(tmp_path / "state"), lambda: 0.0, lambda *_: None)
     assert row["gate_open"] == 1.0 and row["entropy"] > 0
     assert all(value == value for value in row.values())
@@ -166,21 +154,6 @@ def test_reinforcement(
         own = logprobs(student, episode, len(tokenizer))
         sampled = torch.tensor([episode.logprobs[i] for i in model_tokens(episode)])
         assert (own - sampled).abs().mean() < 0.05
-
-
-def test_prompt_begins_as_the_models_own_template_has_it(
-    pair: tuple[PreTrainedModel, PreTrainedModel, Any], index: Index
-) -> None:
-    student, _, tokenizer = pair
-    (episode,) = episodes_of(student, tokenizer, index, 0, 1)
-    prompt = tokenizer.decode([i for i, o in zip(episode.token_ids, episode.owners, strict=True) if o == 0])
-    if student.config.model_type == "qwen2":
-        assert prompt.startswith("<|im_start|>system\nYou are Qwen, created by Alibaba Cloud.")
-        assert prompt.endswith("<|im_end|>\n<|im_start|>assistant\n")
-    else:
-        assert "Today Date: 26 Jul 2024\n" in prompt
-        assert prompt.endswith("<|im_end|><|im_start|>assistant\n\n")
-    assert prompt.count("assistant\n") == 1
 
 
 def model_tokens(episode: Episode) -> list[int]:

@@ -6,6 +6,7 @@ import re
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.dgpo_core.training.zero_cases import FIRST, compute, distilled, reinf
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed (`make test-deepspeed`)"
 )
-TRAININGS = {"distill": distilled, "reinforce": reinforced}
+TRAININGS: dict[str, Callable[..., dict[str, Any]]] = {"distill": distilled, "reinforce": reinforced}
 
 
 def two_processes(folder: Path, cases: str) -> list[dict[str, Any]]:

@@ -46,29 +46,27 @@ def test_step_clips_updates_and_clears() -> None:
 
 
 def test_two_optimisers_are_clipped_together_and_restored() -> None:
-    def made() -> tuple[list[torch.nn.Parameter], optim.Stepper]:
-        parameters = [torch.nn.Parameter(torch.ones(2, 2)), torch.nn.Parameter(torch.ones(2))]
+    def made(values: list[torch.Tensor]) -> tuple[list[torch.nn.Parameter], optim.Stepper]:
+        parameters = [torch.nn.Parameter(value.detach().clone()) for value in values]
         optimizers = [torch.optim.SGD([parameters[0]], 0.1, 0.9), torch.optim.Adam([parameters[1]], 0.1)]
         return parameters, optim.Stepper(*optimizers, schedule=optim.cosine(6), max_grad_norm=5.0)
 
-    def run(parameters: list[torch.nn.Parameter], stepper: optim.Stepper, steps: int) -> None:
+    def run(parameters: list[torch.nn.Parameter], stepper: optim.Stepper, steps: int) -> list[float]:
+        norms = []
         for _ in range(steps):
             for parameter in parameters:
-                parameter.grad = 6 * parameter.detach().clone()
-            stepper.step()
+                parameter.grad = 3 * parameter.detach().clone()
+            norms.append(stepper.step())
+        return norms
 
-    whole, stepper = made()
-    whole[0].grad, whole[1].grad = torch.full((2, 2), 3.0), torch.full((2,), 4.0)
-    assert stepper.step() == pytest.approx(math.sqrt(4 * 9 + 2 * 16))
+    start = [torch.ones(2, 2), torch.full((2,), 4 / 3)]
+    whole, stepper = made(start)
+    assert run(whole, stepper, 1) == pytest.approx([math.sqrt(4 * 9 + 2 * 16)])
     assert whole[0][0, 0].item() == pytest.approx(1 - 0.1 * 3 * 5 / math.sqrt(68))
     run(whole, stepper, 4)
-    first, early = made()
-    first[0].grad, first[1].grad = torch.full((2, 2), 3.0), torch.full((2,), 4.0)
-    early.step()
-    run(first, early, 2)
-    second, late = made()
-    for parameter, kept in zip(second, first, strict=True):
-        parameter.data.copy_(kept.data)
+    first, early = made(start)
+    run(first, early, 3)
+    second, late = made([parameter.data for parameter in first])
     late.load_state_dict(early.state_dict())
     assert late.learning_rate == early.learning_rate
     run(second, late, 2)

@@ -21,13 +21,7 @@ from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.config.training import DistillConfig, DistributionsConfig, ReinforceConfig
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
-from dgpo_core.training.reinforce import (
-    Critic,
-    Experience,
-    ExperienceMaker,
-    PPOExperience,
-    Updater,
-)
+from dgpo_core.training.reinforce import Critic, Experience, ExperienceMaker, PPOExperience, Updater
 from dgpo_core.training.teacher_cache import TeacherCache, build_cache
 from tests.dgpo_core.making import (
     distillation,
@@ -79,7 +73,6 @@ def close(first: object, second: object) -> None:
     torch.testing.assert_close(first, second, rtol=1e-3, atol=1e-5)
 
 
-Estimator = Literal["k1", "k2", "k3", "abs", "full"]
 Algorithm = Literal["ppo", "grpo"]
 
 
@@ -92,7 +85,7 @@ def pairs_of_episodes(seeds: list[int]) -> list[Episode]:
 
 
 def experience_of(
-    parts: Parts, episodes: list[Episode], estimator: Estimator, tokens: int, algorithm: Algorithm = "ppo"
+    parts: Parts, episodes: list[Episode], tokens: int, algorithm: Algorithm, estimator: Any = "k1"
 ) -> Experience:
     recipe = reinforcement(algorithm, "uniform")
     config = ReinforceConfig(beta=0.1, kl_estimator=estimator)
@@ -101,28 +94,22 @@ def experience_of(
     return ExperienceMaker(actor, reference, valued, recipe, config, exact(tokens)).make(episodes)
 
 
-@settings(max_examples=15)
+@pytest.mark.parametrize(
+    ("algorithm", "own"),
+    [("ppo", ("values", "returns", "rewards")), ("grpo", ("reference_logprobs",))],
+)
+@settings(max_examples=12)
 @given(SEEDS, st.sampled_from(["k1", "k2", "k3", "abs", "full"]), TOKENS)
-def test_experience(parts: Parts, seeds: list[int], estimator: Estimator, tokens: int) -> None:
-    episodes = [random_episode(seed) for seed in seeds]
-    clean = experience_of(parts, episodes, estimator, 10_000)
-    with poisoned(episodes, parts):
-        found = experience_of(parts, episodes, estimator, tokens)
-    for name in ("old_logprobs", "advantages", "values", "returns", "kl", "rewards"):
-        close(getattr(found, name), getattr(clean, name))
-        assert [len(x) for x in getattr(found, name)] == [e.model_tokens for e in episodes]
-
-
-@settings(max_examples=10)
-@given(SEEDS, TOKENS)
-def test_experience_of_grpo(parts: Parts, seeds: list[int], tokens: int) -> None:
+def test_experience(
+    parts: Parts, algorithm: Algorithm, own: tuple[str, ...], seeds: list[int], estimator: Any, tokens: int
+) -> None:
     episodes = pairs_of_episodes(seeds)
-    clean = experience_of(parts, episodes, "k3", 10_000, "grpo")
+    clean = experience_of(parts, episodes, 10_000, algorithm, estimator)
     with poisoned(episodes, parts):
-        found = experience_of(parts, episodes, "k3", tokens, "grpo")
+        found = experience_of(parts, episodes, tokens, algorithm, estimator)
     assert any(advantages.any() for advantages in found.advantages)
     close(found.rewards, clean.rewards)
-    for name in ("old_logprobs", "advantages", "kl", "reference_logprobs"):
+    for name in ("old_logprobs", "advantages", "kl", *own):
         close(getattr(found, name), getattr(clean, name))
         assert [len(x) for x in getattr(found, name)] == [e.model_tokens for e in episodes]
 
@@ -133,7 +120,7 @@ def test_experience_of_grpo(parts: Parts, seeds: list[int], tokens: int) -> None
 def test_updates(parts: Parts, algorithm: Algorithm, seeds: list[int], tokens: int) -> None:
     episodes = pairs_of_episodes(seeds)
     student, _, critic = parts
-    experience = experience_of(parts, episodes, "k1", 10_000, algorithm)
+    experience = experience_of(parts, episodes, 10_000, algorithm)
     config, everyone = ReinforceConfig(beta=0.1, entropy_weight=0.05), list(range(len(episodes)))
 
     def results(budget: int) -> list[object]:

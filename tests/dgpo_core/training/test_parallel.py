@@ -1,6 +1,8 @@
 """Two processes train as one does: same losses, same weights, to rounding."""
 
 import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,58 +12,31 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from transformers import PreTrainedTokenizerFast
 
-from dgpo_core.config.training import DistillConfig, ReinforceConfig
+from dgpo_core.config.training import DistillConfig
 from dgpo_core.errors import NotFinite
 from dgpo_core.training import parallel
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
-from dgpo_core.training.reinforce import Reinforcer
-from tests.dgpo_core.making import distillation, exact, random_episode, reinforcement, tiny_model
+from tests.dgpo_core.making import distillation, reinforcement, tiny_model
+from tests.dgpo_core.training.zero_cases import EPISODES, compute, distilled, reinforced
 
 pytestmark = pytest.mark.thorough
 
-# small micro-batches: several for each process, and an uneven number of them
-COMPUTE = exact(60)
-EPISODES = [random_episode(seed) for seed in range(14)]
-
-
-def distilled(tokenizer: PreTrainedTokenizerFast, folder: Path, variant: str) -> dict[str, Any]:
-    config = DistillConfig(epochs=2, batch_size=5, learning_rate=1e-3)
-    recipe = distillation(variant)
-    student, source = tiny_model(tokenizer, 1), TeacherEpisodes(EPISODES, config, 3)
-    made = Distiller(student, tiny_model(tokenizer, 2), recipe, config, COMPUTE, source)
-    rows = made.train(Checkpoint(folder), lambda: 0.5, lambda *_: None)
-    return {"rows": rows, "weights": student.state_dict()}
-
-
-def reinforced(tokenizer: PreTrainedTokenizerFast, folder: Path, variant: str) -> dict[str, Any]:
-    config = ReinforceConfig(
-        steps=3, batch_size=8, mini_batch_size=4, group_size=4, actor_learning_rate=1e-3,
-        critic_learning_rate=1e-3, entropy_weight=0.01,
-    )  # fmt: skip
-    recipe = reinforcement(variant)
-    student = tiny_model(tokenizer, 1)
-    trainer = Reinforcer(student, tiny_model(tokenizer, 2), recipe, config, COMPUTE, 3)
-
-    def rollout(chosen: list[int], step: int) -> list[Any]:
-        own = [random_episode(100 * step + place) for place in parallel.share(range(len(chosen)))]
-        return parallel.gather(own)
-
-    rows = trainer.train(20, rollout, Checkpoint(folder), lambda: 0.5, lambda *_: None)
-    return {"rows": rows, "weights": student.state_dict()}
-
-
-CASES = {"distill": (distilled, "kd"), "taid": (distilled, "taid"), "ppo": (reinforced, "ppo")}
-CASES["grpo"] = (reinforced, "grpo")
+TRAININGS: dict[str, Callable[..., dict[str, Any]]] = {
+    "kd": distilled,
+    "taid": partial(distilled, recipe=distillation("taid")),
+    "ppo": reinforced,
+    "grpo": partial(reinforced, recipe=reinforcement("grpo")),
+}
 
 
 def one_of_two(rank: int, tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
     results: dict[str, Any] = {}
-    for name, (train, variant) in CASES.items():
-        results[name] = train(tokenizer, folder / f"{name}-{rank}", variant)
+    for name, train in TRAININGS.items():
+        results[name] = train(tokenizer, folder / f"{name}-{rank}", compute())
     results["unused"] = unused_parameter()
     results["diverging"] = diverging(tokenizer, folder / f"diverging-{rank}")
     torch.save(results, folder / f"{rank}.pt")
@@ -75,7 +50,7 @@ def diverging(tokenizer: PreTrainedTokenizerFast, folder: Path) -> str:
         with torch.no_grad():
             next(teacher.parameters())[7, 7] = torch.nan
     config, recipe = DistillConfig(batch_size=14), distillation()
-    made = Distiller(student, teacher, recipe, config, COMPUTE, TeacherEpisodes(EPISODES, config, 3))
+    made = Distiller(student, teacher, recipe, config, compute(), TeacherEpisodes(EPISODES, config, 3))
     with pytest.raises(NotFinite) as caught:
         made.train(Checkpoint(folder), lambda: 0.5, lambda *_: None)
     return str(caught.value)
@@ -99,12 +74,11 @@ def both(tokenizer: PreTrainedTokenizerFast, tmp_path_factory: pytest.TempPathFa
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
 
 
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", TRAININGS)
 def test_two_processes_train_as_one(
     name: str, both: list[Any], tokenizer: PreTrainedTokenizerFast, tmp_path: Path
 ) -> None:
-    train, variant = CASES[name]
-    alone = train(tokenizer, tmp_path, variant)
+    alone = TRAININGS[name](tokenizer, tmp_path, compute())
     first, second = (results[name] for results in both)
     for key, value in first["weights"].items():
         assert torch.equal(value, second["weights"][key])  # they never drift apart

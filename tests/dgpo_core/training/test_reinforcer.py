@@ -3,6 +3,7 @@
 import math
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -16,17 +17,8 @@ from dgpo_core.config.training import ReinforceConfig
 from dgpo_core.errors import InfrastructureError, NotFinite
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.episode_sources import Metrics, Rollout
-from dgpo_core.training.reinforce import (
-    Reinforcer,
-)
-from tests.dgpo_core.making import (
-    exact,
-    padded,
-    random_episode,
-    reinforcement,
-    tiny_model,
-    weights_of,
-)
+from dgpo_core.training.reinforce import Reinforcer
+from tests.dgpo_core.making import exact, padded, random_episode, reinforcement, tiny_model, weights_of
 
 CONFIG = ReinforceConfig(
     steps=5, batch_size=6, mini_batch_size=3, actor_learning_rate=1e-2, critic_learning_rate=1e-2,
@@ -67,44 +59,51 @@ def equal(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bo
     return all(torch.equal(second[name], value) for name, value in first.items())
 
 
-def train(
-    tokenizer: PreTrainedTokenizerFast,
-    folder: Path,
-    algorithm: str = "ppo",
-    guidance: str = "selective",
-    episodes: Rollout = rollout,
-    teacher: PreTrainedModel | None = None,
-    student: PreTrainedModel | None = None,
-    kill_at: int | None = None,
-    **settings: Any,
-) -> Run:
-    student = student or tiny_model(tokenizer, 1)
-    before = weights_of(student)
-    reference = None if guidance == "none" else teacher or tiny_model(tokenizer, 2)
-    config = CONFIG.model_copy(update=settings)
-    recipe = reinforcement(algorithm, guidance)
-    trainer = Reinforcer(student, reference, recipe, config, exact(), 3, known=len(tokenizer))
+Train = Callable[..., Run]
 
-    def report(steps: int, rows: list[Metrics]) -> None:
-        assert steps == config.steps
-        if len(rows) == kill_at:
-            raise KeyboardInterrupt
 
-    rows = trainer.train(20, episodes, Checkpoint(folder), lambda: 0.25, report)
-    return Run(before, weights_of(student), rows)
+@pytest.fixture
+def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Train:
+    """Return a function that trains a small student, with its checkpoint in a `folder` of the test's own."""
+
+    def run(
+        algorithm: str = "ppo",
+        guidance: str = "selective",
+        *,
+        folder: str = "state",
+        episodes: Rollout = rollout,
+        teacher: PreTrainedModel | None = None,
+        student: PreTrainedModel | None = None,
+        kill_at: int | None = None,
+        **settings: Any,
+    ) -> Run:
+        student = student or tiny_model(tokenizer, 1)
+        before = weights_of(student)
+        reference = None if guidance == "none" else teacher or tiny_model(tokenizer, 2)
+        config = CONFIG.model_copy(update=settings)
+        recipe = reinforcement(algorithm, guidance)
+        trainer = Reinforcer(student, reference, recipe, config, exact(), 3, known=len(tokenizer))
+
+        def report(steps: int, rows: list[Metrics]) -> None:
+            assert steps == config.steps
+            if len(rows) == kill_at:
+                raise KeyboardInterrupt
+
+        rows = trainer.train(20, episodes, Checkpoint(tmp_path / folder), lambda: 0.25, report)
+        return Run(before, weights_of(student), rows)
+
+    return run
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_resumed_run_is_bit_identical(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str
-) -> None:
-    whole = train(tokenizer, tmp_path / "whole", algorithm)
+def test_resumed_run_is_bit_identical(train: Train, algorithm: str) -> None:
+    whole = train(algorithm)
     with pytest.raises(KeyboardInterrupt):
-        train(tokenizer, tmp_path / "killed", algorithm, kill_at=4)
+        train(algorithm, folder="killed", kill_at=4)
     random.seed(5)
     torch.manual_seed(99)  # a new process has another state of the global generators
     asked: dict[int, list[int]] = {}
-    resumed = train(tokenizer, tmp_path / "killed", algorithm, episodes=noted(asked))
+    resumed = train(algorithm, folder="killed", episodes=noted(asked))
     assert list(asked) == [2, 3, 4]
     assert resumed.rows == whole.rows and equal(resumed.after, whole.after)
     assert [row["step"] for row in whole.rows] == [1, 2, 3, 4, 5]
@@ -117,35 +116,35 @@ def test_resumed_run_is_bit_identical(
     assert any(row["actor_grad_norm"] > 0 for row in whole.rows)
 
 
-def one_step(tokenizer: PreTrainedTokenizerFast, folder: Path, episodes: list[Episode]) -> Run:
-    return train(tokenizer, folder, guidance="none", episodes=lambda *_: episodes, steps=1, mini_batch_size=6)
+OneStep = Callable[[list[Episode]], Run]
+FAILED = replace(random_episode(9, correct=False), outcome=Outcome.FAILED)
 
 
-def test_failed_episodes_are_not_learned_from(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
+@pytest.fixture
+def one_step(train: Train) -> OneStep:
+    """Return a function that trains one step without guidance on these episodes."""
+    how = {"guidance": "none", "steps": 1, "mini_batch_size": 6}
+    return lambda episodes: train(episodes=lambda *_: episodes, **how)
+
+
+def test_failed_episodes_are_not_learned_from(one_step: OneStep) -> None:
     good = [random_episode(i) for i in range(4)]
-    failed = replace(random_episode(9, correct=False), outcome=Outcome.FAILED)
-    first = one_step(tokenizer, tmp_path / "a", good)
-    second = one_step(tokenizer, tmp_path / "b", [*good, failed])
+    first, second = one_step(good), one_step([*good, FAILED])
     gate = {"gate_excluded": 0.2, "gate_open": 0.0, "gate_closed": 0.8}
     assert first.rows == [{**first.rows[0], "gate_excluded": 0.0, "gate_open": 0.0, "gate_closed": 1.0}]
     assert second.rows == [pytest.approx({**first.rows[0], **gate})]
     assert first.changed and equal(first.after, second.after)
 
 
-def test_step_without_usable_episodes_changes_nothing(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    failed = replace(random_episode(9, correct=False), outcome=Outcome.FAILED)
+def test_step_without_usable_episodes_changes_nothing(one_step: OneStep) -> None:
     silent = random_episode(1, correct=False)
     silent = replace(silent, token_ids=[1, 2], owners=[0, 0], logprobs=[0.0, 0.0])
-    run = one_step(tokenizer, tmp_path, [failed, silent])
+    run = one_step([FAILED, silent])
     assert run.rows == [{"step": 1, "gate_excluded": 1.0, "dev_em": 0.25}]
     assert not run.changed
 
 
-def test_an_outage_stops_training_which_then_goes_on_exactly(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_an_outage_stops_training_which_then_goes_on_exactly(train: Train) -> None:
     """A step that learns nothing would end as if nothing had happened, and with another model."""
 
     def broken(chosen: list[int], step: int) -> list[Episode]:
@@ -155,23 +154,21 @@ def test_an_outage_stops_training_which_then_goes_on_exactly(
         return episodes
 
     settings: dict[str, Any] = {"guidance": "none", "steps": 4, "checkpoint_every": 1}
-    whole = train(tokenizer, tmp_path / "whole", **settings)
+    whole = train(**settings)
     with pytest.raises(InfrastructureError, match="episodes of a step failed: the index is gone"):
-        train(tokenizer, tmp_path / "broken", episodes=broken, **settings)
-    assert equal(train(tokenizer, tmp_path / "broken", **settings).after, whole.after)
+        train(folder="broken", episodes=broken, **settings)
+    assert equal(train(folder="broken", **settings).after, whole.after)
 
 
-def test_grpo_asks_each_question_as_often_as_its_group_is_large(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
+def test_grpo_asks_each_question_as_often_as_its_group_is_large(train: Train) -> None:
     asked: dict[int, list[int]] = {}
-    train(tokenizer, tmp_path, "grpo", "none", noted(asked), steps=1, batch_size=12, group_size=5)
+    train("grpo", "none", episodes=noted(asked), steps=1, batch_size=12, group_size=5)
     assert len(asked[0]) == 10 and set(Counter(asked[0]).values()) == {5}
 
 
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_a_reference_that_gives_no_numbers_ends_the_training(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str
+    train: Train, tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str
 ) -> None:
     student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
     with torch.no_grad():
@@ -179,24 +176,22 @@ def test_a_reference_that_gives_no_numbers_ends_the_training(
     before = weights_of(student)
     said = r"the kl_\w+ of step 1 is not a number; lower reinforce\.actor_learning_rate \(now 0\.01\)"
     with pytest.raises(NotFinite, match=said):
-        train(tokenizer, tmp_path, algorithm, teacher=teacher, student=student, checkpoint_every=1)
-    assert Checkpoint(tmp_path).load() is None
+        train(algorithm, teacher=teacher, student=student, checkpoint_every=1)
+    assert Checkpoint(tmp_path / "state").load() is None
     assert equal(before, student.state_dict())
 
 
 @pytest.mark.parametrize("part", ["actor", "critic"])
-def test_a_rate_that_is_too_high_ends_the_training_and_is_named(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, part: str
-) -> None:
+def test_a_rate_that_is_too_high_ends_the_training_and_is_named(train: Train, part: str) -> None:
     settings: dict[str, Any] = {f"{part}_learning_rate": 1e30, "max_grad_norm": 1e30}
     with pytest.raises(NotFinite, match=rf"of step \d is .*; lower reinforce\.{part}_learning_rate"):
-        train(tokenizer, tmp_path, guidance="none", **settings)
+        train(guidance="none", **settings)
 
 
 @pytest.mark.parametrize("kl", ["k1", "full"])
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_rows_without_a_token_count_for_nothing(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, algorithm: str, kl: str
+    train: Train, tokenizer: PreTrainedTokenizerFast, algorithm: str, kl: str
 ) -> None:
     """Log-probabilities, entropy and both sides of the KL are as without more rows in either head."""
 
@@ -204,17 +199,16 @@ def test_rows_without_a_token_count_for_nothing(
         student, teacher = (
             padded(tiny_model(tokenizer, seed), rows) for seed, rows in zip((1, 2), more, strict=True)
         )
+        models = {"teacher": teacher, "student": student}
         settings: dict[str, Any] = {"steps": 1, "kl_estimator": kl, "batch_size": 12}
-        settings |= {"teacher": teacher, "student": student}
-        return train(tokenizer, tmp_path / folder, algorithm, "uniform", **settings).rows[0]
+        return train(algorithm, "uniform", folder=folder, **models, **settings).rows[0]
 
     plain = row("plain", 0, 0)
     assert row("student", 64, 0) == pytest.approx(plain, rel=1e-3, abs=1e-6)
     assert row("teacher", 0, 64) == pytest.approx(plain, rel=1e-3, abs=1e-6)
 
 
-def test_a_step_without_a_reward_says_so(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
-    for name, correct in (("none", [False] * 4), ("one", [False, False, True, False])):
-        episodes = [random_episode(i, correct=c) for i, c in enumerate(correct)]
-        (row,) = one_step(tokenizer, tmp_path / name, episodes).rows
-        assert row["unrewarded"] == (name == "none")
+def test_a_step_without_a_reward_says_so(one_step: OneStep) -> None:
+    for right in ([], [2]):
+        (row,) = one_step([random_episode(i, correct=i in right) for i in range(4)]).rows
+        assert row["unrewarded"] == (not right)

@@ -1,5 +1,8 @@
-"""What two processes under DeepSpeed make of two trainings, kept for the tests: importing it takes seconds,
-so one program runs many cases. `python -m tests.dgpo_core.training.zero_cases <folder> <cases>`."""
+"""Two trainings, and what two processes under DeepSpeed make of them, kept for the tests.
+
+Importing DeepSpeed takes seconds, so one program runs many cases:
+`python -m tests.dgpo_core.training.zero_cases <folder> <cases>`.
+"""
 
 import contextlib
 import os
@@ -14,6 +17,7 @@ import torch.multiprocessing as mp
 from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.agent.episode import Episode
+from dgpo_core.config.recipes import Distillation, Reinforcement
 from dgpo_core.config.training import ComputeConfig, DistillConfig, LoraConfig, ReinforceConfig
 from dgpo_core.errors import NotFinite
 from dgpo_core.models import add_adapters, merged
@@ -27,6 +31,7 @@ from tests.dgpo_core.making import distillation, exact, random_episode, reinforc
 
 EPISODES = [random_episode(seed) for seed in range(14)]
 IDS = torch.tensor([[5, 6, 7, 8]])
+KD, DGPO = distillation(), reinforcement()
 
 
 def compute(**changes: Any) -> ComputeConfig:
@@ -44,7 +49,7 @@ ADAPTED["lora-zero3"] = FIRST["zero3"].model_copy(update={"lora": LoraConfig(ran
 
 
 def distilled(
-    tokenizer: PreTrainedTokenizerFast, folder: Path, config: ComputeConfig, kill_at: int | None = None
+    tokenizer: PreTrainedTokenizerFast, folder: Path, config: ComputeConfig, recipe: Distillation = KD
 ) -> dict[str, Any]:
     """Six steps on the teacher's live distributions; `seen` is what the student's rollouts would see."""
     student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
@@ -53,7 +58,6 @@ def distilled(
     if config.gradient_checkpointing:
         student.gradient_checkpointing_enable({"use_reentrant": False})
     settings = DistillConfig(epochs=2, batch_size=5, learning_rate=1e-3)
-    recipe = distillation()
     source = TeacherEpisodes(EPISODES, settings, 3)
     seen: list[torch.Tensor] = []
 
@@ -63,19 +67,22 @@ def distilled(
         return 0.5
 
     made = Distiller(student, teacher, recipe, settings, config, source)
-    rows = made.train(Checkpoint(folder), look, lambda _, rows: interrupt(len(rows) == kill_at))
+    rows = made.train(Checkpoint(folder), look, lambda *_: None)
     return {"rows": rows, "seen": seen, "weights": merged(student).state_dict()}
 
 
 def reinforced(
-    tokenizer: PreTrainedTokenizerFast, folder: Path, config: ComputeConfig, kill_at: int | None = None
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path,
+    config: ComputeConfig,
+    kill_at: int | None = None,
+    recipe: Reinforcement = DGPO,
 ) -> dict[str, Any]:
-    """Four steps of PPO with the KL of wrong episodes over the full vocabulary."""
+    """Four steps; of PPO with the KL of wrong episodes over the full vocabulary."""
     settings = ReinforceConfig(
-        steps=4, batch_size=8, mini_batch_size=4, actor_learning_rate=1e-3, critic_learning_rate=1e-3,
-        entropy_weight=0.01, kl_estimator="full", checkpoint_every=2,
+        steps=4, batch_size=8, mini_batch_size=4, group_size=4, actor_learning_rate=1e-3,
+        critic_learning_rate=1e-3, entropy_weight=0.01, kl_estimator="full", checkpoint_every=2,
     )  # fmt: skip
-    recipe = reinforcement()
     student = tiny_model(tokenizer, 1)
     trainer = Reinforcer(student, tiny_model(tokenizer, 2), recipe, settings, config, 3)
 
@@ -83,15 +90,12 @@ def reinforced(
         own = parallel.share(range(len(chosen)))
         return parallel.gather([random_episode(100 * step + place) for place in own])
 
-    rows = trainer.train(
-        20, rollout, Checkpoint(folder), lambda: 0.5, lambda _, rows: interrupt(len(rows) == kill_at)
-    )
+    def report(_: int, rows: list[Any]) -> None:
+        if len(rows) == kill_at:
+            raise KeyboardInterrupt
+
+    rows = trainer.train(20, rollout, Checkpoint(folder), lambda: 0.5, report)
     return {"rows": rows, "weights": student.state_dict()}
-
-
-def interrupt(now: bool) -> None:
-    if now:
-        raise KeyboardInterrupt
 
 
 def resumed(tokenizer: PreTrainedTokenizerFast, folder: Path, config: ComputeConfig) -> dict[str, Any]:

@@ -10,7 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dgpo_core.evaluation.results import MEASUREMENTS
-from dgpo_core.reporting.reproduction.report import write_reproduction
+from dgpo_core.reporting.paper import DEFAULT_PAIR
+from dgpo_core.reporting.reproduction.report import pool_seeds
+from dgpo_core.reporting.reproduction.seeds import RECORD, SeedRecord
 from tests.dgpo_core.reporting.synthetic import MIRRORS
 
 Row = dict[str, Any]
@@ -45,9 +47,17 @@ class Runs:
             (self.roots[seed] / "plots" / f"{name}.csv").write_text(text)
 
     def write(self, out: Path, **options: Any) -> Path:
+        """Save the runs with their records, and write their report."""
         self.save()
-        write_reproduction(self.roots, out, self.models, MIRRORS, **options)
+        for seed, root in self.roots.items():
+            (root / RECORD).write_text(record(seed, **({"models": self.models} | options)).model_dump_json())
+        pool_seeds(self.roots.values(), out)
         return out
+
+
+def record(seed: int, **other: Any) -> SeedRecord:
+    fields = {"profile": "tiny", "commit": f"{seed}" * 40, "models": MODELS, "mirrors": MIRRORS}
+    return SeedRecord.model_validate(fields | {"seed": seed, "pair": DEFAULT_PAIR, "first": {}} | other)
 
 
 def make_runs(

@@ -15,7 +15,7 @@ from dgpo_core.evaluation.results import MEASUREMENTS
 from dgpo_core.reporting.curves import Curve, Points, mean_curve, seed_panels
 from dgpo_core.reporting.paper import paper_ablations, paper_arcap, paper_exact_match
 from dgpo_core.reporting.reproduction.claims import CLAIMS
-from dgpo_core.reporting.reproduction.report import write_reproduction
+from dgpo_core.reporting.reproduction.report import pool_seeds
 from tests.dgpo_core.reporting.reproduction.synthetic import MODELS, Runs, coin, curve, make_runs
 from tests.dgpo_core.reporting.synthetic import MIRRORS
 
@@ -207,29 +207,26 @@ def test_malformed_or_different_seeds_are_refused_and_nothing_is_written(
     "name", ["evaluation/kd/questions.parquet", "evaluation/dgpo/arcap.parquet", "plots"]
 )
 def test_missing_file_is_named_with_its_seed(runs: Runs, tmp_path: Path, name: str) -> None:
-    runs.save()
+    runs.write(tmp_path / "before")
     path = runs.roots[3] / name
     path.rename(path.with_name("elsewhere"))
     with pytest.raises(UserError, match=f"seed 3: {re.escape(str(path))}"):
-        write_reproduction(runs.roots, tmp_path / "out", MODELS, MIRRORS)
+        pool_seeds(runs.roots.values(), tmp_path / "out")
 
 
-def test_impossible_requests_are_refused(runs: Runs, tmp_path: Path) -> None:
-    runs.save()
-
-    def write(models: list[str] = MODELS, **options: Any) -> None:
-        given: dict[str, Any] = {"runs": runs.roots, "mirrors": MIRRORS} | options
-        write_reproduction(out=tmp_path / "out", models=models, **given)
-
-    for options, message in (
-        ({"runs": {}}, "at least one seed"),
-        ({"models": []}, "at least one seed, one model"),
-        ({"models": ["student", "student"]}, "twice"),
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"models": []}, "no model is in all"),
         ({"mirrors": {"average": "nq"}}, "average"),
         ({"pair": "gpt"}, "no pair 'gpt'"),
-    ):
-        with pytest.raises(UserError, match=message):
-            write(**options)
+    ],
+)
+def test_impossible_records_are_refused(
+    runs: Runs, tmp_path: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        runs.write(tmp_path / "out", **options)
 
 
 def test_all_measurements_have_a_place(written: tuple[Runs, Path]) -> None:

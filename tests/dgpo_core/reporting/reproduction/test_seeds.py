@@ -17,31 +17,15 @@ from dgpo_core.reporting.reproduction.report import pool_seeds
 from dgpo_core.reporting.reproduction.seeds import (
     RECORD,
     Samples,
-    SeedRecord,
     combined,
     entry,
-    families,
+    given_models,
     keep,
-    parameter_counts,
     pool,
 )
-from tests.dgpo_core.reporting.reproduction.synthetic import MODELS, Runs, coin, curve, make_runs
-from tests.dgpo_core.reporting.synthetic import MIRRORS
+from tests.dgpo_core.reporting.reproduction.synthetic import MODELS, Runs, coin, curve, make_runs, record
 
 LEVELS = {"student": 0.02, "teacher": 0.8, "kd": 0.3, "dgpo": 0.75}
-
-
-def record(seed: int, **other: object) -> SeedRecord:
-    fields = {
-        "profile": "tiny",
-        "seed": seed,
-        "commit": f"{seed}" * 40,
-        "models": MODELS,
-        "mirrors": MIRRORS,
-        "pair": "qwen2.5-3b-to-0.5b",
-        "first": {},
-    }
-    return SeedRecord.model_validate(fields | other)
 
 
 @pytest.fixture
@@ -58,10 +42,10 @@ def runs(tmp_path: Path) -> Runs:
 def test_seeds_of_two_places_give_the_report_of_one(runs: Runs, tmp_path: Path) -> None:
     here = keep(runs.roots[2], tmp_path / "here", record(2))
     there = keep(runs.roots[1], tmp_path / "there", record(1))
-    shutil.rmtree(runs.folder)
-    pool_seeds([there, here], tmp_path / "pooled")
     pooled = tmp_path / "pooled"
-    runs.write(tmp_path / "direct", commits={1: "1" * 40, 2: "2" * 40}, parameters={"student": 15})
+    runs.write(tmp_path / "direct", parameters={"student": 15})
+    shutil.rmtree(runs.folder)
+    pool_seeds([there, here], pooled)
     for name in ("tables.json", "verdicts.json", "results.md", "index.html"):
         assert (pooled / name).read_bytes() == (tmp_path / "direct" / name).read_bytes()
     assert "commits seed 1 11111111, seed 2 22222222" in (pooled / "results.md").read_text()
@@ -71,9 +55,7 @@ def test_seeds_of_two_places_give_the_report_of_one(runs: Runs, tmp_path: Path) 
 def test_seeds_that_are_not_finished_are_pooled_on_what_all_have(runs: Runs, tmp_path: Path) -> None:
     whole = keep(runs.roots[1], tmp_path / "a", record(1))
     part = keep(runs.roots[2], tmp_path / "a", record(2, models=["dgpo", "kd"]))
-    pooled = pool_seeds([whole, part], tmp_path / "pooled")
-    assert pooled.models == ["kd", "dgpo"]
-    assert pooled.left_out == {"student": [2], "teacher": [2]}
+    assert pool_seeds([whole, part], tmp_path / "pooled") == {"student": [2], "teacher": [2]}
     found = json.loads((tmp_path / "pooled/tables.json").read_text())
     assert list(found["exact_match"]) == ["kd", "dgpo"]
     assert set(found["exact_match"]["kd"]["average"]["seeds"]) == {"1", "2"}
@@ -108,20 +90,19 @@ def test_what_cannot_be_pooled_is_refused_by_name(runs: Runs, tmp_path: Path) ->
 
 
 def test_given_models_are_described_by_their_files(tmp_path: Path) -> None:
-    assert not parameter_counts(tmp_path) and not families(tmp_path)
+    assert given_models(tmp_path) == {"parameters": {}, "families": {}}
     folder = tmp_path / "models/teacher"
     folder.mkdir(parents=True)
     save_file({"a": np.zeros((3, 5)), "b": np.zeros(2)}, folder / "model-1.safetensors")
     save_file({"c": np.zeros(4)}, folder / "model-2.safetensors")
     (folder / "config.json").write_text('{"model_type": "llama"}')
-    assert parameter_counts(tmp_path) == {"teacher": 21}
-    assert families(tmp_path) == {"teacher": "llama"}
-    (folder / "model-2.safetensors").write_bytes(b"no weights")
-    with pytest.raises(UserError, match=r"teacher/model-2\.safetensors: not a safetensors file"):
-        parameter_counts(tmp_path)
+    assert given_models(tmp_path) == {"parameters": {"teacher": 21}, "families": {"teacher": "llama"}}
     (folder / "config.json").write_text("{}")
     with pytest.raises(UserError, match=r"teacher/config\.json: no model_type"):
-        families(tmp_path)
+        given_models(tmp_path)
+    (folder / "model-2.safetensors").write_bytes(b"no weights")
+    with pytest.raises(UserError, match=r"teacher/model-2\.safetensors: not a safetensors file"):
+        given_models(tmp_path)
 
 
 NAN = float("nan")

@@ -8,16 +8,16 @@ from typing import Any
 import pytest
 
 from dgpo_core.errors import UserError
-from dgpo_core.reporting.reproduction.seeds import RECORD, SeedRecord, keep
-from dgpo_core.reporting.reproduction.sizes import COMPARED, write_sizes
+from dgpo_core.reporting.paper import DEFAULT_PAIR
+from dgpo_core.reporting.reproduction.claims import PROFILED
+from dgpo_core.reporting.reproduction.seeds import RECORD, keep
+from dgpo_core.reporting.reproduction.sizes import write_sizes
 from tests.browser import CHROMIUM, browse
-from tests.dgpo_core.reporting.reproduction.synthetic import coin, make_runs
-from tests.dgpo_core.reporting.synthetic import MIRRORS
+from tests.dgpo_core.reporting.reproduction.synthetic import coin, make_runs, record
 
 GROWS = {"student": 0.0, "teacher": 0.9, "ppo": 0.2, "kd": 0.4, "dgpo": 0.7}
 SMALL = {"student": 0.0, "teacher": 0.9, "ppo": 0.0, "kd": 0.4, "dgpo": 0.6}
 NEAR = {"student": 0.0, "teacher": 0.9, "ppo": 0.2, "kd": 0.5, "dgpo": 0.95}
-QWEN = "qwen2.5-3b-to-0.5b"
 
 
 def reproduced(
@@ -29,16 +29,15 @@ def reproduced(
     **other: Any,
 ) -> None:
     """What `dgpo reproduce` keeps of a profile."""
-    models = [model for model in COMPARED if model in levels]
+    models = [model for model in PROFILED if model in levels]
     runs = make_runs(folder.parent / f"runs-{profile}", list(seeds), models, coin(levels), coin(levels), 40)
     runs.save()
     for seed, root in runs.roots.items():
-        fields = {"profile": profile, "seed": seed, "commit": "c" * 40, "models": models, "mirrors": MIRRORS}
-        record = SeedRecord.model_validate(fields | {"pair": QWEN, "first": {}} | other)
-        path = keep(root, folder / profile / "seeds", record) / RECORD
+        own = record(seed, **{"profile": profile, "commit": "c" * 40, "models": models} | other)
+        path = keep(root, folder / profile / "seeds", own) / RECORD
         counts = {"student": sizes[0], "teacher": sizes[1]}
         known = {"parameters": counts, "families": dict.fromkeys(counts, "qwen2")}
-        path.write_text(record.model_copy(update=known | other).model_dump_json())
+        path.write_text(own.model_copy(update=known | other).model_dump_json())
 
 
 def verdicts(folder: Path) -> dict[str, str]:
@@ -58,9 +57,11 @@ def test_smallest_student_first_with_what_was_run(folder: Path) -> None:
     assert write_sizes(folder, folder) == ["small", "large"]
     header, rule, *rows = (folder / "sizes.md").read_text().splitlines()[2:6]
     assert header.count("|") == rule.count("|") == rows[0].count("|")
-    assert rows[0].startswith(f"| small (as {QWEN}) | qwen2 1.00 M | qwen2 9.00 M | **0.000** [0.000, ")
+    assert rows[0].startswith(
+        f"| small (as {DEFAULT_PAIR}) | qwen2 1.00 M | qwen2 9.00 M | **0.000** [0.000, "
+    )
     assert "not run" in rows[0] and "; seeds 0.000; paper 0.006" in rows[0]
-    assert rows[1].startswith(f"| large (as {QWEN}) | qwen2 4.00 M |") and "; paper 0.298" in rows[1]
+    assert rows[1].startswith(f"| large (as {DEFAULT_PAIR}) | qwen2 4.00 M |") and "; paper 0.298" in rows[1]
     assert rows[1].endswith(f"| {'c' * 8} |")
     page = (folder / "sizes.html").read_text()
     assert page.index("small · qwen2 1.00 M") < page.index("large · qwen2 4.00 M")
@@ -112,9 +113,9 @@ def test_other_families_are_not_compared_by_size(folder: Path) -> None:
 def test_sizes_that_no_record_has_are_the_papers(folder: Path) -> None:
     unknown: dict[str, Any] = {"parameters": {}, "families": {}}
     reproduced(folder, "far", (0, 0), GROWS, pair="qwen2.5-7b-to-0.5b", **unknown)
-    reproduced(folder, "near", (0, 0), NEAR, pair=QWEN, **unknown)
+    reproduced(folder, "near", (0, 0), NEAR, pair=DEFAULT_PAIR, **unknown)
     write_sizes(folder, folder)
-    assert f"| near (as {QWEN}) | size not known |" in (folder / "sizes.md").read_text()
+    assert f"| near (as {DEFAULT_PAIR}) | size not known |" in (folder / "sizes.md").read_text()
     assert verdicts(folder)["rl_small_behind_large"] == "not tested"  # both are the 0.5B
 
 
@@ -138,7 +139,7 @@ def test_what_cannot_be_compared_is_refused(folder: Path) -> None:
     reproduced(folder, "large", (4, 9), GROWS)
     path = folder / "large/seeds/1/record.json"
     path.write_text(path.read_text().replace('"seed":1', '"seed":0'))
-    with pytest.raises(UserError, match="seed 0 of this profile too"):
+    with pytest.raises(UserError, match=r"seed 0 is in .*seeds/0 too"):
         write_sizes(folder, folder)
     path.write_text("{")
     with pytest.raises(UserError, match=r"seeds/1/record\.json"):
@@ -167,7 +168,7 @@ def test_bars_stay_in_their_cards(folder: Path, tmp_path: Path, width: int) -> N
         page.open((folder / "sizes.html").resolve().as_uri())
         cards = "[...document.querySelectorAll('.cards .card')]"
         beyond = page.evaluate(f"{cards}.map((card) => card.scrollWidth - card.clientWidth)")
-        assert beyond == [0] * len(COMPARED)
+        assert beyond == [0] * len(PROFILED)
         grounds = []
         for theme in ("light", "dark"):
             page.evaluate("document.getElementById('theme').click()")

@@ -1,6 +1,6 @@
 """Verdicts both ways, from made-up measurements, and the paper's own figures against its claims."""
 
-from collections.abc import Callable
+from collections.abc import Mapping
 
 import numpy as np
 import pytest
@@ -8,10 +8,12 @@ import yaml
 
 from dgpo_core.config.params import paper_recipes
 from dgpo_core.config.recipes import Reinforcement
+from dgpo_core.evaluation.results import AVERAGE
 from dgpo_core.reporting.curves import Curve
-from dgpo_core.reporting.paper import DEFAULT_PAIR, paper_pairs
+from dgpo_core.reporting.paper import DEFAULT_PAIR, paper_figure, paper_pairs
 from dgpo_core.reporting.reproduction.claims import (
     CLAIMS,
+    CRITERIA,
     INFINITY,
     AtLeast,
     Claim,
@@ -28,13 +30,7 @@ from dgpo_core.reporting.reproduction.claims import (
     both,
 )
 from dgpo_core.reporting.reproduction.seeds import Samples, SeedResults
-from dgpo_core.reporting.reproduction.verdicts import (
-    CriterionResult,
-    Judge,
-    of_contrasts,
-    published,
-    trainings,
-)
+from dgpo_core.reporting.reproduction.verdicts import CriterionResult, Judge, trainings
 
 SETS = {"onehop": "nq", "twohop": "hotpotqa"}
 QUESTIONS = 50
@@ -49,12 +45,16 @@ def measured(**levels: list[float]) -> SeedResults:
         return Samples(keys, np.array(right))
 
     seeds = len(next(iter(levels.values())))
-    em = {model: values(shares) for model, shares in levels.items()}
-    return SeedResults(list(range(seeds)), list(levels), SETS, em, {model: {} for model in levels}, {})
+    samples = {model: {AVERAGE: values(shares)} for model, shares in levels.items()}
+    return SeedResults(list(range(seeds)), list(levels), SETS, samples, {})
+
+
+def judge(source: SeedResults, states: Mapping[str, list[Training]], pair: str = DEFAULT_PAIR) -> Judge:
+    return Judge(source, states, {model: (pair, model) for model in source.models})
 
 
 def find(condition: Criterion, source: SeedResults, **states: list[Training]) -> CriterionResult:
-    return Judge(source, of_contrasts(published(DEFAULT_PAIR)), states).find(condition)
+    return judge(source, states).find(condition)
 
 
 def ended(*states: State, step: int = 60) -> list[Training]:
@@ -218,20 +218,18 @@ def test_converging_faster() -> None:
 
 def test_grpo_from_the_raw_student_needs_a_line_of_the_user() -> None:
     claim = next(claim for claim in CLAIMS if claim.name == "grpo_less_stable_than_ppo")
-    name, row = yaml.safe_load(claim.needs or "").popitem()
+    name, row = yaml.safe_load(claim.needs).popitem()
     recipe = Reinforcement.model_validate(row)
     assert name not in paper_recipes(["all"]).all
     assert recipe == paper_recipes(["ppo"]).reinforce["ppo"].model_copy(update={"algorithm": "grpo"})
 
     runs = {"grpo": ended("collapsed", step=20), "ppo": ended("collapsed", step=80)}
-    paper_of = of_contrasts(published(DEFAULT_PAIR))
-    without = Judge(measured(ppo=[0.1]), paper_of, {"ppo": runs["ppo"]}).verdict(claim, DEFAULT_PAIR)
+    without = judge(measured(ppo=[0.1]), {"ppo": runs["ppo"]}).verdict(claim)
     assert without["verdict"] == "not tested" and f"`{claim.needs}`" in without["evidence"]
-    given = Judge(measured(ppo=[0.1], grpo=[0.1]), paper_of, runs).verdict(claim, DEFAULT_PAIR)
-    assert given["verdict"] == "reproduced at our scale"
+    both_run = measured(ppo=[0.1], grpo=[0.1])
+    assert judge(both_run, runs).verdict(claim)["verdict"] == "reproduced at our scale"
     swapped = {"grpo": runs["ppo"], "ppo": runs["grpo"]}
-    other = Judge(measured(ppo=[0.1], grpo=[0.1]), paper_of, swapped).verdict(claim, DEFAULT_PAIR)
-    assert other["verdict"] == "not reproduced"
+    assert judge(both_run, swapped).verdict(claim)["verdict"] == "not reproduced"
 
 
 def test_recipe_counts_as_trained_only_with_a_curve_of_em_for_every_seed() -> None:
@@ -244,27 +242,29 @@ def test_recipe_counts_as_trained_only_with_a_curve_of_em_for_every_seed() -> No
 def test_claim_about_other_models_is_not_tested_unless_they_were_run() -> None:
     source = measured(dgpo=[0.9], kd=[0.1], ppo=[0.1])
     claim = next(claim for claim in CLAIMS if claim.pair == "llama3-8b-to-1b")
-    for pair, verdict in ((DEFAULT_PAIR, "not tested"), (claim.pair or "", "reproduced at our scale")):
-        row = Judge(source, of_contrasts(published(pair)), {}).verdict(claim, pair)
-        assert row["verdict"] == verdict
+    for pair, verdict in ((DEFAULT_PAIR, "not tested"), (claim.pair, "reproduced at our scale")):
+        assert judge(source, {}, pair).verdict(claim, pair)["verdict"] == verdict
 
 
 def test_names_are_unique_sources_given_and_pairs_known() -> None:
     assert len({claim.name for claim in CLAIMS}) == len(CLAIMS)
+    assert {claim.name for claim in CLAIMS} == set(CRITERIA)
     assert all(claim.source and claim.statement.endswith(".") for claim in CLAIMS)
-    assert {claim.pair for claim in CLAIMS} <= {None, *paper_pairs()}
+    assert {claim.pair for claim in CLAIMS} <= {"", *paper_pairs()}
 
 
-def agrees(condition: Criterion, figure: Callable[[str, str], float | None]) -> bool | None:
+def agrees(condition: Criterion, pair: str) -> bool | None:
     """Do the paper's own point figures fulfil the condition? None where it gives no such figure."""
     match condition:
         case Contrast():
-            figures = [(weight, figure(model, quantity)) for weight, model, quantity in condition.terms]
+            figures = [
+                (weight, paper_figure(pair, model, quantity)) for weight, model, quantity in condition.terms
+            ]
             if any(own is None for _, own in figures):
                 return None
             return condition.above < sum(w * own for w, own in figures if own is not None) < condition.below
         case AtLeast():
-            parts = [agrees(part, figure) for part in condition.parts]
+            parts = [agrees(part, pair) for part in condition.parts]
             if sum(part is True for part in parts) >= condition.count:
                 return True
             return None if None in parts else False
@@ -275,4 +275,4 @@ def agrees(condition: Criterion, figure: Callable[[str, str], float | None]) -> 
 @pytest.mark.parametrize("claim", CLAIMS, ids=lambda claim: claim.name)
 def test_the_papers_own_figures_never_contradict_its_claim(claim: Claim) -> None:
     """A condition that the paper itself does not fulfil would be our misreading."""
-    assert agrees(claim.criterion, published(claim.pair or DEFAULT_PAIR)) is not False
+    assert agrees(claim.criterion, claim.pair or DEFAULT_PAIR) is not False
