@@ -17,22 +17,26 @@ settings.load_profile("pipeline")
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="session")
-def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Make an sqlite store and return its URI (it takes seconds, so all tests share it)."""
+def pytest_collection_finish() -> None:
+    """Refuse a test module that imports Prefect: its threads would not know the server of `api`."""
+    assert "prefect" not in sys.modules, "import prefect in a test or fixture, not at the head of a module"
+
+
+def make_store(folder: Path) -> Path:
+    """An initialised sqlite store in `folder`."""
     from tasks.tracking.runs import connect
 
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    before = Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", uri)
-        os.chdir(folder)
-        try:
-            connect()
-        finally:
-            os.chdir(before)
-    return uri
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        patch.chdir(folder)
+        connect()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of a store that all tests share: creating one takes seconds."""
+    return f"sqlite:///{make_store(tmp_path_factory.mktemp('mlflow'))}"
 
 
 @pytest.fixture(scope="session")

@@ -16,7 +16,7 @@ import pytest
 
 from dgpo_core.config.params import Params, resolve_profile
 from flows.process import end_group
-from tasks.commands.checks import store
+from tasks.commands.doctor import store
 from tests.conftest import ROOT, free_port
 from tests.infra.composition import load, secrets
 
