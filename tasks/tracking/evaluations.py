@@ -33,7 +33,7 @@ SOURCES = Path(__file__).resolve().parents[2]
 
 
 def record_evaluations(
-    registry: Registry, params: Params, lock: Lock, offered: str | None = None
+    registry: Registry, params: Params, lock: Lock, root: Path = Path(), offered: str | None = None
 ) -> dict[str, str]:
     """Keep DVC's evaluations with the versions that they are of. Returns {recipe: why not} of the others.
 
@@ -42,51 +42,51 @@ def record_evaluations(
     for the recipe that is `offered`, or when it asked more questions: an experiment changes no figures.
     """
     problems = {}
-    for recipe, stage in trained_models(params, lock).items():
+    for recipe, stage in trained_models(params, lock, root).items():
         version = registry.with_tag("dvc_md5", lock[stage].outs[(MODELS / recipe).as_posix()])
         if version is None:
             cure = "run `dgpo register` (--challenger offers it, too)"
             problems[recipe] = f"{MODELS / recipe} is not registered; {cure}"
             continue
         with temporary_folder("evidence") as folder:
-            if not _assemble(recipe, version.hash, lock, folder):
+            if not _assemble(recipe, version.hash, lock, folder, root):
                 cure = f"run `dvc repro evaluate@{recipe}`"
                 problems[recipe] = f"{EVALUATION / recipe} is not of this model; {cure}"
             elif recipe == offered or _may_replace(registry, version, folder):
-                _assemble(STUDENT, _student_hash(params), lock, folder / BASE)
+                _assemble(STUDENT, _student_hash(params, root), lock, folder / BASE, root)
                 registry.store_evaluation(version, folder, _average(folder / TABLES[0]), DVC)
     return problems
 
 
-def offer(registry: Registry, params: Params, lock: Lock) -> Version:
-    """Make this working tree's model of `promote.recipe` the challenger, with its evaluation.
+def offer(registry: Registry, params: Params, lock: Lock, root: Path = Path()) -> Version:
+    """Make the model of `promote.recipe` in the working tree `root` the challenger, with its evaluation.
 
     Raises UserError for one that has no version or no evaluation, that was asked too few questions to be
     judged, or that was made with parameters that no commit has.
     """
     recipe = params.challenger
-    stage = trained_models(params, lock).get(recipe) if recipe else None
+    stage = trained_models(params, lock, root).get(recipe) if recipe else None
     version = stage and registry.with_tag("dvc_md5", lock[stage].outs[f"{MODELS}/{recipe}"])
     if not recipe or not version:
         raise UserError(
             f"no version is this working tree's model of {recipe or 'a compared recipe'}: train it "
             "(`dvc repro`), or bring it back (`dvc checkout`), then `dgpo register`"
         )
-    if changed_files(PARAMS, untracked=True):
+    if changed_files(PARAMS, root=root, untracked=True):
         raise UserError(f"{version.name} cannot be offered: {PARAMS} has changes that no commit has")
-    if other := _other_parameters(recipe, lock):
+    if other := _other_parameters(recipe, lock, root):
         raise UserError(
             f"{version.name} cannot be offered: it was made with other parameters than those of {PARAMS}: "
             f"{', '.join(other)}; run `dvc repro`"
         )
-    table, minimum = EVALUATION / recipe / TABLES[0], params.promote.min_questions
+    table, minimum = root / EVALUATION / recipe / TABLES[0], params.promote.min_questions
     asked = Counter(pq.read_table(table)["dataset"].to_pylist() if table.is_file() else ())
     if few := [f"{name} {asked[name]}" for name in params.questions.test if asked[name] < minimum]:
         raise UserError(
             f"{version.name} cannot be offered: it was asked fewer than promote.min_questions ({minimum}) "
             f"questions ({', '.join(few)}); raise evaluate.questions and run `dvc repro report`"
         )
-    problems = record_evaluations(registry, params, lock, offered=recipe)
+    problems = record_evaluations(registry, params, lock, root, offered=recipe)
     if recipe in problems:
         raise UserError(f"{version.name} cannot be offered: {problems[recipe]}")
     registry.make_challenger(version)
@@ -137,7 +137,7 @@ def evaluate_again(reference: str) -> None:
             settings = _settings(LockedStage("", {}, {}, params.model_dump(mode="json")))
             made = Setup(version.hash, index, settings, _code())
             _copy(project / EVALUATION / recipe, evidence, made)
-            _assemble(STUDENT, _student_hash(params), read_lock(), evidence / BASE)
+            _assemble(STUDENT, _student_hash(params, Path()), read_lock(), evidence / BASE, Path())
             registry.store_evaluation(version, evidence, _average(evidence / TABLES[0]), AGAIN)
     print(f"{version.name}: evaluated, and kept with the version")
 
@@ -154,12 +154,12 @@ def _may_replace(registry: Registry, version: Version, folder: Path) -> bool:
     return not other or (other == ["evaluate.questions"] and ours > theirs)
 
 
-def _other_parameters(recipe: str, lock: Lock) -> list[str]:
+def _other_parameters(recipe: str, lock: Lock, root: Path) -> list[str]:
     """Return the keys that training or evaluation had other values of than params.yaml has now."""
     evaluation = lock.get(f"evaluate@{recipe}")
     paths = [(MODELS / recipe).as_posix(), *(evaluation.deps if evaluation else ())]
     made = [*upstream(lock, paths).values(), *([evaluation] if evaluation else [])]
-    now = LockedStage("", {}, {}, read_yaml(PARAMS))
+    now = LockedStage("", {}, {}, read_yaml(root / PARAMS))
     found = set()
     for key, value in ((key, value) for stage in made for key, value in stage.params.items()):
         try:
@@ -170,24 +170,24 @@ def _other_parameters(recipe: str, lock: Lock) -> list[str]:
     return sorted(found)
 
 
-def _student_hash(params: Params) -> str:
+def _student_hash(params: Params, root: Path) -> str:
     """Return what identifies the model that training starts from: its folder's hash, or its hub name."""
     base = model_source(params, STUDENT)
-    return content_hash(Path(base)) if Path(base).is_dir() else base
+    return content_hash(root / base) if (root / base).is_dir() else base
 
 
-def _assemble(model: str, digest: str, lock: Lock, folder: Path) -> bool:
+def _assemble(model: str, digest: str, lock: Lock, folder: Path, root: Path) -> bool:
     """Copy DVC's evaluation of `model` to `folder`, with its origin; False unless it is of these bytes."""
     stage = lock.get(f"evaluate@{model}")
     source, path = EVALUATION / model, (GIVEN if model == STUDENT else MODELS) / model
-    if stage is None or stage.outs.get(source.as_posix()) != dvc_md5(source):
+    if stage is None or stage.outs.get(source.as_posix()) != dvc_md5(root / source):
         return False
     watched = stage.deps.get(path.as_posix())
-    if watched and watched != dvc_md5(path):
+    if watched and watched != dvc_md5(root / path):
         return False
     code = {path: md5 for path, md5 in stage.deps.items() if path.startswith(CODE)}
-    index = read_metadata(source / "episodes.parquet")["index"]
-    _copy(source, folder, Setup(digest, index, _settings(stage), code))
+    index = read_metadata(root / source / "episodes.parquet")["index"]
+    _copy(root / source, folder, Setup(digest, index, _settings(stage), code))
     return True
 
 

@@ -344,11 +344,11 @@ def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return leaves
 
 
-def trained_models(params: Params, lock: Lock) -> dict[str, str]:
-    """Return {recipe: stage} of the recipes whose model in the working tree is the one of dvc.lock."""
+def trained_models(params: Params, lock: Lock, root: Path = Path()) -> dict[str, str]:
+    """Return {recipe: stage} of the recipes whose model in the working tree `root` is the one of dvc.lock."""
     found = {}
     for recipe in params.recipes.all:
         stage, path = _stage(recipe, params), (MODELS / recipe).as_posix()
-        if stage in lock and path in lock[stage].outs and lock[stage].outs[path] == dvc_md5(Path(path)):
+        if stage in lock and path in lock[stage].outs and lock[stage].outs[path] == dvc_md5(root / path):
             found[recipe] = stage
     return found
