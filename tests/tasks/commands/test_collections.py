@@ -1,4 +1,4 @@
-"""`dgpo collections` and the stage `index` with a Qdrant server: build, gate, list, keep, remove."""
+"""`dgpo collections` and the stage `index` with a Qdrant server: build, check, list, keep, remove."""
 
 import json
 from collections.abc import Iterator
@@ -17,8 +17,9 @@ from tasks.stages.index import index
 from tasks.stages.inputs import retriever
 from tests.conftest import make_workplace
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer, running
-from tests.dgpo_core.retrieval.test_service import foreign, served
+from tests.dgpo_core.retrieval.test_service import foreign
 from tests.tasks.miniature import change_params, make_project
+from tests.web import served
 
 
 @pytest.fixture

@@ -22,11 +22,11 @@ from dgpo_core.retrieval.service import RetrieverService, make_app
 from tasks.commands import doctor
 from tasks.commands.doctor import Finding, ok
 from tasks.tracking.runs import connect
-from tests.dgpo_core.retrieval.test_service import served
 from tests.tasks.commands.test_preflight import other_vocabulary
 from tests.tasks.miniature import ROOT, make_project
 from tests.tasks.tracking.test_store import server
 from tests.tasks.web import answering
+from tests.web import served
 
 NOWHERE = "http://127.0.0.1:9"
 
