@@ -186,8 +186,8 @@ def _assemble(model: str, digest: str, lock: Lock, folder: Path, root: Path) -> 
     if watched and watched != dvc_md5(root / path):
         return False
     code = {path: md5 for path, md5 in stage.deps.items() if path.startswith(CODE)}
-    index = read_metadata(source / "episodes.parquet")["index"]
-    _copy(source, folder, Setup(digest, index, _settings(stage), code))
+    index = read_metadata(root / source / "episodes.parquet")["index"]
+    _copy(root / source, folder, Setup(digest, index, _settings(stage), code))
     return True
 
 

@@ -46,7 +46,7 @@ def make_project(folder: Path, recipes: list[str] | None = None, **sections: dic
 
 
 def change_params(folder: Path = Path(), /, **sections: Any) -> None:
-    """Lay other values over params.yaml in `folder`."""
+    """Lay other values over params.yaml in `folder`; an empty mapping replaces what is there."""
     params = yaml.safe_load((folder / "params.yaml").read_text())
     (folder / "params.yaml").write_text(yaml.safe_dump(overlay(params, sections), sort_keys=False))
 

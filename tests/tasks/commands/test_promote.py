@@ -109,7 +109,8 @@ def test_the_champion_is_moved_in_one_place() -> None:
 
 def evaluate(folder: Path, recipe: str, rows: int, **settings: object) -> None:
     """As an experiment does: with other settings of `evaluate` in params.yaml, and so in dvc.lock."""
-    change_params(folder, evaluate=settings)
+    if settings:
+        change_params(folder, evaluate=settings)
     write_evaluation(folder / "evaluation" / recipe, BETTER, rows)
     write_lock(folder)
 

@@ -62,7 +62,8 @@ def project_of_dvc(folder: Path, **models: str) -> None:
     for name in ("dvc.yaml", "dgpo_core", "tasks"):
         Path(name).symlink_to(ROOT / name)
     shutil.copy(ROOT / ".dvcignore", ".dvcignore")  # compiled code is none of the sources
-    change_params(models=models)
+    if models:
+        change_params(models=models)
 
 
 def run(*command: str) -> str:
@@ -98,6 +99,7 @@ def test_a_model_of_ones_own_touches_nothing_in_git(dvc_repository: Path) -> Non
     Path("models/student").unlink()
     shutil.copytree(ROOT / "models/student", "models/student")
     student = {"base_models": {"models": {"student": SMALL | {"phases": SMALL["phases"][:1]}}}}
+    change_params(base_models={"models": {}})
     change_params(**student)
     dvc = (sys.executable, "-m", "dvc")
     link("student")
