@@ -20,7 +20,7 @@ TABLE_8 = (
 
 
 def leaves(model: BaseModel, prefix: str = "") -> Iterator[tuple[str, Any, str]]:
-    """(dotted key, default, description) of every setting."""
+    """Yield (dotted key, default, description) of every setting."""
     for name, field in type(model).model_fields.items():
         value = getattr(model, name)
         if isinstance(value, BaseModel):

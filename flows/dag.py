@@ -1,32 +1,36 @@
 """The stages of the pipeline and how they depend on each other, as DVC has them."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, PositiveFloat, ValidationError
 
 from dgpo_core.errors import UserError
 from tasks.project.dvc import at_work, require_dvc
 
-DEFAULT_RETRIES = 2
 POOLS = ("cpu", "gpu")
-KNOWN_META = {"timeout_minutes", "retries", "pool", "gpus"}
 
 
-@dataclass(frozen=True)
-class Stage:
-    """One stage; `meta:` in dvc.yaml carries the hints to the orchestrator, which DVC does not hash.
+class Meta(BaseModel):
+    """The hints to the orchestrator in a stage's `meta:`, which DVC does not hash.
 
-    `changed`: DVC would execute it, going by its own inputs and outputs. `pool`: whose worker is to run it.
-    `gpus`: how many slots of the limit `dgpo-gpu` it takes.
+    `pool`: whose worker is to run it. `gpus`: how many slots of the limit `dgpo-gpu` it takes.
     """
 
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+    timeout_minutes: PositiveFloat | None = None
+    retries: NonNegativeInt = 2
+    pool: Literal["cpu", "gpu"] = "cpu"
+    gpus: NonNegativeInt = 0
+
+
+class Stage(Meta):
+    """One stage. `changed`: DVC would execute it, going by its own inputs and outputs."""
+
     name: str
-    upstream: tuple[str, ...]
-    timeout_minutes: float | None = None
-    retries: int = DEFAULT_RETRIES
-    pool: str = "cpu"
-    gpus: int = 0
+    upstream: tuple[str, ...] = ()
     changed: bool = True
 
 
@@ -108,25 +112,15 @@ def _address(root: Path, node: Any) -> str:
 
 def _stage(root: Path, node: Any, upstream: Iterable[Any]) -> Stage:
     """Make a stage of DVC's node and of its edges, which lead to what it needs; data files do not count."""
-    name, meta = _address(root, node), node.meta or {}
-    where = f"dvc.yaml: stages.{name}.meta"
-    if not isinstance(meta, Mapping):
-        raise UserError(f"{where} must be a mapping")
-    if unknown := sorted(set(meta) - KNOWN_META):
-        raise UserError(f"{where}.{unknown[0]}: unknown; known: {sorted(KNOWN_META)}")
-    timeout, pool = meta.get("timeout_minutes"), meta.get("pool", "cpu")
-    if timeout is not None and not (_is_number(timeout) and timeout > 0):
-        raise UserError(f"{where}.timeout_minutes must be a positive number")
-    if pool not in POOLS:
-        raise UserError(f"{where}.pool must be one of {', '.join(POOLS)}, not {pool!r}")
-    numbers = {"retries": meta.get("retries", DEFAULT_RETRIES), "gpus": meta.get("gpus", 0)}
-    for key, number in numbers.items():
-        if not (_is_number(number) and number == int(number) >= 0):
-            raise UserError(f"{where}.{key} must be a whole number, 0 or more")
+    name = _address(root, node)
+    try:
+        meta = Meta.model_validate(node.meta or {})
+    except ValidationError as error:
+        found = error.errors()[0]
+        key = ".".join(map(str, ("meta", *found["loc"])))
+        known = ", ".join(Meta.model_fields)
+        raise UserError(
+            f"dvc.yaml: stages.{name}.{key}: {found['msg']} (found {found['input']!r}); known: {known}"
+        ) from None
     names = tuple(sorted(_address(root, other) for other in upstream if other.cmd))
-    retries, gpus = int(numbers["retries"]), int(numbers["gpus"])
-    return Stage(name, names, timeout, retries, pool, gpus, bool(node.status()))
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return Stage(name=name, upstream=names, changed=bool(node.status()), **meta.model_dump())

@@ -12,7 +12,6 @@ import pydoc
 import subprocess
 import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from prefect.client.schemas.objects import StateType, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events import EventTrigger, Posture
 from prefect.events.actions import ChangeFlowRunState
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from dgpo_core.config.params import read_yaml
@@ -39,6 +38,7 @@ from tasks.commands.cli import run_as
 
 PREFECT_YAML = Path(__file__).resolve().parents[1] / "prefect.yaml"
 TAG = "dgpo"  # of what is ours on a server; pools have no tags: their description begins with it
+DESCRIPTION = f"{TAG}: runs of the pipeline's deployments"
 NIGHTLY = "pipeline/nightly"
 NIGHTLY_WORDS = {
     True: "on; `dgpo deploy --no-nightly` switches it off",
@@ -57,27 +57,13 @@ def automations(deployments: Mapping[str, UUID]) -> list[Automation]:
 
     Deployments are told by id: other people's flows, tags and deployments may be called as ours are.
     """
-    restarted = {name: id_ for name, id_ in deployments.items() if name.split("/")[0] in RESTARTED}
-    silent = EventTrigger(
-        after={"prefect.flow-run.heartbeat"},
-        expect={"prefect.flow-run.heartbeat", *(f"prefect.flow-run.{state}" for state in ENDED)},
-        match={"prefect.resource.id": "prefect.flow-run.*"},
-        match_related=_runs_of(deployments.values()),
-        for_each={"prefect.resource.id"},
-        posture=Posture.Proactive,
-        threshold=1,
-        within=SILENCE,
-    )
+    restarted = [id_ for name, id_ in deployments.items() if name.split("/")[0] in RESTARTED]
+    silent = _trigger("heartbeat", ("heartbeat", *ENDED), deployments.values(), SILENCE)
     # Not at once: a worker tells of a crash twice, and the second time must not hit the new attempt.
-    crashed = EventTrigger(
-        after={"prefect.flow-run.Crashed"},
-        expect={f"prefect.flow-run.{state}" for state in STARTED},
-        match={"prefect.resource.id": "prefect.flow-run.*"},
-        match_related=_runs_of(restarted.values()),
-        for_each={"prefect.resource.id"},
-        posture=Posture.Proactive,
-        threshold=1,
-        within=PATIENCE,
+    crashed = _trigger("Crashed", STARTED, restarted, PATIENCE)
+    to_crashed = ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat: its worker is gone")
+    again = ChangeFlowRunState(
+        state=StateType.SCHEDULED, name="AwaitingRetry", message="started again after a crash"
     )
     return [
         Automation(
@@ -85,26 +71,36 @@ def automations(deployments: Mapping[str, UUID]) -> list[Automation]:
             description=f"No heartbeat for {SILENCE.total_seconds():.0f} s: its worker or machine is gone",
             tags=[TAG],
             trigger=silent,
-            actions=[ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat: its worker is gone")],
+            actions=[to_crashed],
         ),
         Automation(
             name="dgpo: a crashed run starts again",
             description="It continues where it was, in its worktree, when a worker of its pool is there",
             tags=[TAG],
             trigger=crashed,
-            actions=[
-                ChangeFlowRunState(
-                    state=StateType.SCHEDULED, name="AwaitingRetry", message="started again after a crash"
-                )
-            ],
+            actions=[again],
         ),
     ]
 
 
-def _runs_of(deployments: Iterable[UUID]) -> dict[str, str | list[str]]:
-    """Return the related resource that an event of one of their runs has."""
-    ids = sorted(f"prefect.deployment.{id_}" for id_ in deployments)
-    return {"prefect.resource.id": ids, "prefect.resource.role": "deployment"}
+def _trigger(
+    after: str, unless: Iterable[str], deployments: Iterable[UUID], within: timedelta
+) -> EventTrigger:
+    """Fire where a run of these deployments had the event `after`, and none of `unless` followed in time."""
+    related: dict[str, str | list[str]] = {
+        "prefect.resource.id": sorted(f"prefect.deployment.{id_}" for id_ in deployments),
+        "prefect.resource.role": "deployment",
+    }
+    return EventTrigger(
+        after={f"prefect.flow-run.{after}"},
+        expect={f"prefect.flow-run.{event}" for event in unless},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related=related,
+        for_each={"prefect.resource.id"},
+        posture=Posture.Proactive,
+        threshold=1,
+        within=within,
+    )
 
 
 def deploy(gpus: int = 1, kind: Kind = Kind.PROCESS, nightly: bool | None = None) -> None:
@@ -126,7 +122,7 @@ def deploy(gpus: int = 1, kind: Kind = Kind.PROCESS, nightly: bool | None = None
         used = {found.work_pool_name for found in before.values() if found}
         pools = [_pool(client, f"{name}-pool", kind, gpus if name == "gpu" else 0, used) for name in POOLS]
         for pool in pools:
-            pool.write(client)
+            _write_pool(client, pool)
         client.upsert_global_concurrency_limit_by_name(GPU_LIMIT, gpus)
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     command += ["--prefect-file", str(PREFECT_YAML)]
@@ -168,39 +164,19 @@ def _is_scheduled(found: DeploymentResponse | None) -> bool:
     return found is not None and any(schedule.active for schedule in found.schedules)
 
 
-@dataclass(frozen=True)
-class _Pool:
-    """A work pool as it shall be; `exists` on the server."""
-
-    name: str
-    kind: Kind
-    job: dict[str, Any]
-    exists: bool
-
-    def write(self, client: SyncPrefectClient) -> None:
-        description = f"{TAG}: runs of the pipeline's deployments"
-        if self.exists:
-            client.update_work_pool(
-                self.name, WorkPoolUpdate(base_job_template=self.job, description=description)
-            )
-            return
-        client.create_work_pool(
-            WorkPoolCreate(
-                name=self.name, type=self.kind, base_job_template=self.job, description=description
-            )
-        )
-
-
-def _pool(client: SyncPrefectClient, name: str, kind: Kind, gpus: int, used: set[str | None]) -> _Pool:
+def _pool(
+    client: SyncPrefectClient, name: str, kind: Kind, gpus: int, used: set[str | None]
+) -> WorkPoolCreate:
     """Say what the pool shall be. Raise UserError for one of another type, or of somebody else's.
 
     `used`: pools of the deployments that an earlier version, which described none, has left here.
     """
     job = job_template(kind, gpus if kind is not Kind.PROCESS else 0)
+    wanted = WorkPoolCreate(name=name, type=kind, base_job_template=job, description=DESCRIPTION)
     try:
         found: WorkPool = client.read_work_pool(name)
     except ObjectNotFound:
-        return _Pool(name, kind, job, exists=False)
+        return wanted
     described = (found.description or "").startswith(TAG)
     # A worker of infra/compose.yaml that comes first makes its pool itself, from our template.
     if not (described or name in used or found.base_job_template == job):
@@ -210,7 +186,16 @@ def _pool(client: SyncPrefectClient, name: str, kind: Kind, gpus: int, used: set
         )
     if found.type != kind:
         raise UserError(f"the work pool {name} has type {found.type}, not {kind}: delete it first")
-    return _Pool(name, kind, job, exists=True)
+    return wanted
+
+
+def _write_pool(client: SyncPrefectClient, pool: WorkPoolCreate) -> None:
+    """Create or update a pool; Prefect's `overwrite` would also resume a paused one and lift its limit."""
+    try:
+        client.create_work_pool(pool)
+    except ObjectAlreadyExists:
+        job, description = pool.base_job_template, pool.description
+        client.update_work_pool(pool.name, WorkPoolUpdate(base_job_template=job, description=description))
 
 
 def _replace(client: SyncPrefectClient, automation: Automation) -> None:

@@ -41,7 +41,7 @@ class StageFailed(Exception):
 
 
 def execute(stage: Stage, tree: Path, log: Callable[[str], None], *, force: bool, pull: bool) -> str:
-    """Run `dvc repro --single-item`; how it ended: `Completed`, `Unchanged` or `Restored`.
+    """Run `dvc repro --single-item` and return how it ended: `Completed`, `Unchanged` or `Restored`.
 
     `pull` gets what is missing from DVC's remote. Waits for as many slots of the limit GPU_LIMIT as the stage
     has GPUs. Raises StageFailed.

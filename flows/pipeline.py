@@ -164,7 +164,7 @@ def _open(root: Path, name: str, settings: PipelineSettings) -> Workspace:
 
 
 def _title(settings: PipelineSettings) -> str:
-    """Say what is special about a run, for commit messages and headings."""
+    """Say what is special about a run, for commit messages and comments."""
     parts = [settings.profile or PARAMS.name, *settings.overrides]
     parts += [f"seed {seed}" for seed in settings.seeds]
     return ", ".join(parts)
@@ -181,19 +181,13 @@ def _bring_up_to_date(
     if workspace:
         may_run = _may_run(chosen, settings.force)
         refuse_without_push((stage for stage in chosen.values() if may_run[stage.name]), workspace.root)
-    parent = Pipeline(str(flow_run.name), {"flow": "prefect", **_flow_tags()}, tree)
+    name, id_ = str(flow_run.name), str(flow_run.id)
+    parent = Pipeline(name, {"flow": "prefect", "prefect.flow_run": name, "prefect.flow_run_id": id_}, tree)
     if parent.run_id:
         os.environ[PIPELINE_RUN] = parent.run_id
         _link(parent.run_id, "MLflow run")
-    schedule = Schedule(
-        chosen,
-        tree,
-        workspace,
-        settings.max_parallel,
-        settings.force,
-        retry_delay_seconds,
-        parent.run_id,
-    )
+    parallel, force = settings.max_parallel, settings.force
+    schedule = Schedule(chosen, tree, workspace, parallel, force, retry_delay_seconds, parent.run_id)
     results: list[StageResult] = []
     succeeded = ended = False
     try:
@@ -211,10 +205,6 @@ def _bring_up_to_date(
     _publish_markdown("pipeline", _summary(results, tree))
     if not succeeded:
         raise PipelineFailed("; ".join(result.message for result in results if result.message))
-
-
-def _flow_tags() -> dict[str, str]:
-    return {"prefect.flow_run": str(flow_run.name), "prefect.flow_run_id": str(flow_run.id)}
 
 
 def _link(run_id: str, text: str, tab: str = "") -> None:

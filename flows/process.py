@@ -32,7 +32,7 @@ def run_group(
     on_line: Callable[[str], None],
     timeout: float | None = None,
 ) -> tuple[int, str]:
-    """Run `command`, give each line of its output to `on_line`; returns (exit code, last lines).
+    """Run `command`, give each line of its output to `on_line`, and return (exit code, last lines).
 
     Raises subprocess.TimeoutExpired after `timeout` seconds and Ended after `end_all`. However it ends, its
     whole group is ended.

@@ -1,4 +1,4 @@
-"""Offer a run's model as champion: the gate decides, and a person, where `promote.approval` wants one."""
+"""Offer a run's model as champion: `dgpo promote` decides, and a person, if `promote.approval` is set."""
 
 import sys
 from datetime import timedelta
@@ -15,7 +15,7 @@ from dgpo_core.errors import UserError
 from flows.execution import environment
 from flows.process import run_group
 from tasks.project.dvc import read_lock
-from tasks.tracking.registry import Version, store
+from tasks.tracking.registry import store
 
 PATIENCE = timedelta(days=7)  # for a person's answer; the run fails afterwards and can be retried
 
@@ -32,18 +32,25 @@ def offer(tree: Path) -> str:
 
     Returns a sentence about how it ended. Raises UserError when nothing can be decided.
     """
-    from tasks.commands.promote import KEPT, PROMOTED  # brings torch: not for runs that offer nothing
+    # They bring torch: not for runs that offer nothing.
+    from tasks.commands.promote import KEPT, PROMOTED
+    from tasks.tracking.evaluations import offer as make_challenger
 
-    version = _own_challenger(tree)
+    with store() as registry:
+        try:
+            version = make_challenger(registry, load_params(tree / PARAMS), read_lock(tree), tree)
+        except UserError as error:
+            raise UserError(f"promote: {error}") from None
     code, table = _decide(tree, version.number, "--dry-run")
-    create_markdown_artifact(f"```\n{table}\n```", key="promotion", description=f"Gate: {version.name}")
+    shown = f"```\n{table}\n```"
+    create_markdown_artifact(shown, key="promotion", description=f"Promotion of {version.name}")
     if code == KEPT:
-        return f"{version.name} did not pass the gate: the champion stays"
+        return f"{version.name} does not meet every condition: the champion stays"
     if code != PROMOTED:
         raise UserError(f"promote: {table.splitlines()[-1] if table else f'exit code {code}'}")
     if load_params(tree / PARAMS).promote.approval:
-        get_run_logger().info("%s passes the gate and waits for approval", version.name)
-        form = Approval.with_initial_data(description=f"{version.name} passes the gate:\n\n```\n{table}\n```")
+        get_run_logger().info("%s meets every condition and waits for approval", version.name)
+        form = Approval.with_initial_data(description=f"{version.name} meets every condition:\n\n{shown}")
         answer = pause_flow_run(wait_for_input=form, timeout=int(PATIENCE.total_seconds()))
         if answer is None or not answer.approve:
             comment = answer.comment if answer else ""
@@ -53,17 +60,6 @@ def offer(tree: Path) -> str:
     if code != PROMOTED:
         return f"{version.name} was not promoted: {table.splitlines()[-1] if table else code}"
     return f"{version.name} is the champion"
-
-
-def _own_challenger(tree: Path) -> Version:
-    """Offer this run's model and return its version. Raises UserError for one that cannot be offered."""
-    from tasks.tracking.evaluations import offer as make_challenger
-
-    with store() as registry:
-        try:
-            return make_challenger(registry, load_params(tree / PARAMS), read_lock(tree), tree)
-        except UserError as error:
-            raise UserError(f"promote: {error}") from None
 
 
 def _decide(tree: Path, version: str, flag: str) -> tuple[int, str]:

@@ -15,7 +15,7 @@ from uuid import UUID
 
 from prefect import State, flow, get_client
 from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
-from prefect.client.schemas.objects import FlowRun, StateType
+from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.logging import get_run_logger
 from prefect.states import Cancelling, Completed, Failed
@@ -96,7 +96,7 @@ def remote_stage(
 
 
 def run_elsewhere(stage: Stage, workspace: Workspace, *, force: bool, pipeline_run: str | None) -> str:
-    """Have the stage's pool run it, and restore its outputs here; how it ended. Raises StageFailed."""
+    """Have the stage's pool run it, restore its outputs here, return how it ended. Raises StageFailed."""
     try:
         publish(workspace, list(stage.upstream))
     except InfrastructureError as error:
@@ -167,6 +167,6 @@ def _wait(child: UUID) -> State[None]:
     with get_client(sync_client=True) as client:
         while True:
             state = client.read_flow_run(child).state
-            if state and state.is_final() and state.type is not StateType.CANCELLING:
+            if state and state.is_final():
                 return state
             time.sleep(POLL)

@@ -81,7 +81,7 @@ def _record(tree: Path) -> SeedRecord:
 
 
 def _worktree(root: Path, name: str, profile: str, recipes: list[str] | None, seed: int) -> Path:
-    """A seed's worktree at the current commit, whose profile counts, with what it has already made."""
+    """Open a seed's worktree at the current commit, whose profile counts, with what it has already made."""
     is_new = not (root / RUNS / name).exists()
     workspace = open_workspace(root, name, keep_lock=True)
     try:

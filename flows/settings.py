@@ -1,5 +1,6 @@
 """What a pipeline run can be asked for: the form on the dashboard."""
 
+import copy
 import re
 from typing import Annotated, Any
 
@@ -37,7 +38,7 @@ class PipelineSettings(BaseModel):
     dry_run: bool = Field(False, description="say what would be executed, and execute nothing")
     max_parallel: PositiveInt = Field(1, description="stages side by side")
     revision: str = Field("HEAD", description="commit, branch or tag to run")
-    promote: bool = Field(False, description="offer this run's model as champion; the gate decides")
+    promote: bool = Field(False, description="offer this run's model as champion, as `dgpo promote` does")
     keep_worktree: bool = Field(False, description="keep it after success (after failure it is kept)")
 
 
@@ -45,12 +46,12 @@ DEFAULTS = PipelineSettings()
 
 
 def with_overrides(params: dict[str, Any], overrides: list[str]) -> dict[str, Any]:
-    """Return a copy of params.yaml's content with `key=value` laid over it; values are YAML,
-    read as DVC reads params.yaml (version 1.2: 1e-5 is a number).
+    """Return a copy of params.yaml's content with each `key=value` laid over it.
 
-    Whether a key exists is for the validation of the whole to say. Raises ValueError.
+    Values are YAML, read as DVC reads params.yaml (version 1.2: 1e-5 is a number). Whether a key exists is
+    for the validation of the whole to say. Raises ValueError.
     """
-    changed = _copy(params)
+    changed = copy.deepcopy(params)
     for text in overrides:
         key, _, value = text.partition("=")
         *path, last = key.split(".")
@@ -64,7 +65,3 @@ def with_overrides(params: dict[str, Any], overrides: list[str]) -> dict[str, An
         except ValueError as error:
             raise ValueError(f"overrides: {text}: {error}") from None
     return changed
-
-
-def _copy(value: dict[str, Any]) -> dict[str, Any]:
-    return {key: _copy(item) if isinstance(item, dict) else item for key, item in value.items()}

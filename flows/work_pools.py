@@ -16,6 +16,8 @@ FOLDER = Path(__file__).resolve().parents[1] / "infra" / "work-pools"
 
 
 class Kind(StrEnum):
+    """Prefect's types of work pools for which there is a template."""
+
     PROCESS = "process"
     DOCKER = "docker"
     KUBERNETES = "kubernetes"

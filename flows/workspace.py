@@ -87,7 +87,7 @@ class Workspace:
             write_text(path, f"# {comment}\n{as_text(dict(params))}")
 
     def save(self, message: str) -> str:
-        """Commit what the run has changed (params.yaml, dvc.lock, base models); the commit on the branch."""
+        """Commit what the run has changed (params.yaml, dvc.lock, base models); return its commit."""
         assert self.branch, "a workspace without a branch commits nothing"
         with alone(self.root):  # stages that run side by side come here too
             git("add", "--update", cwd=self.tree)

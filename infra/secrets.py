@@ -53,6 +53,7 @@ def write(file: Path = ENV) -> list[str]:
 
 
 def main() -> int:
+    """Write the file and say what was added. Return the exit code."""
     try:
         added = write()
     except OSError as error:

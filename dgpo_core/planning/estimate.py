@@ -49,7 +49,7 @@ class Estimate:
 
     @property
     def device_memory(self) -> float:
-        """Bytes on each GPU: the parts, what is lost between them, and the context."""
+        """Return the bytes on each GPU: the parts, what is lost between them, and the context."""
         return FRAGMENTATION * sum(self.memory.values()) + PROCESS if self.memory else 0.0
 
 
@@ -218,7 +218,7 @@ class Planner:
         return busy + (assumed.scheduling if self._vllm else assumed.launch * shape.layers)
 
     def _evaluate(self, model: str) -> Estimate:
-        """The test sets, and ARCap's extra episodes: two of one turn for each question of NQ and MuSiQue."""
+        """Estimate the test sets, and for ARCap two episodes of one turn a question of NQ and MuSiQue."""
         shape, lengths, config = self.shape_of(model), self.work.lengths, self.params.evaluate
         asked = {name: min(count, config.questions or count) for name, count in self.work.test.items()}
         given = [self.params.questions.playing(role) for role in ("nq", "musique")]

@@ -96,8 +96,8 @@ class MixedEpisodes(EpisodeSource):
     def __init__(
         self, episodes: list[Episode], rollout: Rollout, questions: int, config: DistillConfig, seed: int
     ) -> None:
-        drawn = list(episodes)  # they lie data set after data set
-        random.Random(f"held-out-{seed}").shuffle(drawn)
+        # shuffled, as they lie data set after data set
+        drawn = [episodes[i] for i in shuffled(len(episodes), f"held-out-{seed}")]
         held_out = min(config.distillm.validation, math.ceil(len(drawn) / 10), len(drawn) - 1)
         self.held_out = drawn[:held_out]
         self._teacher = TeacherEpisodes(drawn[held_out:], config, seed)

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 
 from dgpo_core.config.params import PARAMS
@@ -20,21 +19,13 @@ from tasks.tracking.registry import store
 SAME, OTHER = 0, 1  # exit codes
 
 
-@dataclass(frozen=True)
-class Verification:
-    """Outputs that came out with other bytes: the model (None if it is the same), and those before it."""
-
-    model: str | None
-    others: list[str]
-
-
 def show(reference: str, as_json: bool, params: bool, verify: bool) -> int:
     """Print the lineage of a model in one of its forms. Return the exit code. Raises UserError."""
     with store() as registry:
         version = registry.named(reference)
         stored = registry.lineage_of(version)
     if verify:
-        return _print_verification(version.reference, verify_by_training(stored))
+        return verify_by_training(stored, version.reference)
     if params:
         print(lineage.parameters(stored), end="")
         return SAME
@@ -48,8 +39,8 @@ def show(reference: str, as_json: bool, params: bool, verify: bool) -> int:
     return SAME
 
 
-def verify_by_training(stored: lineage.Lineage) -> Verification:
-    """Make the model again in a worktree of its commit, with an empty cache.
+def verify_by_training(stored: lineage.Lineage, reference: str) -> int:
+    """Make the model again in a worktree of its commit, with an empty cache. Return the exit code.
 
     Takes as long as the training and all that it needs. Raises UserError when the commit does not have what
     the model was made of, and when a stage fails.
@@ -71,13 +62,14 @@ def verify_by_training(stored: lineage.Lineage) -> Verification:
             for name, stage in stored["stages"].items():
                 if _differing(stage["outs"], tree):  # base models come with the commit
                     _run([sys.executable, "-m", "dvc", "repro", "--single-item", name], tree, shown=True)
-            return _compare(stored, tree)
+            return _compare(stored, reference, tree)
         finally:
             with alone(Path()):
                 git("worktree", "remove", "--force", tree, cwd=Path())
 
 
-def _compare(stored: lineage.Lineage, tree: Path) -> Verification:
+def _compare(stored: lineage.Lineage, reference: str, tree: Path) -> int:
+    """Print which outputs came out with other bytes: the model, and those on the way to it."""
     (folder,) = stored["stages"][stored["stage"]]["outs"]
     others = [
         f"{name}: {path} is {dvc_md5(tree / path)}, was {stage['outs'][path]}"
@@ -86,26 +78,18 @@ def _compare(stored: lineage.Lineage, tree: Path) -> Verification:
         if path != folder
     ]
     digest = content_hash(tree / folder)
-    same = digest == stored["hash"]
-    return Verification(None if same else f"{folder}: sha256 is {digest}, was {stored['hash']}", others)
+    if same := digest == stored["hash"]:
+        print(f"{reference}: made again, byte for byte")
+    else:
+        print(f"{reference}: made again with other bytes (another machine, or other versions of libraries?)")
+        print(f"  {folder}: sha256 is {digest}, was {stored['hash']}")
+    if others:
+        print("other bytes on the way to it:", *others, sep="\n  ")
+    return SAME if same else OTHER
 
 
 def _differing(outs: Mapping[str, str], tree: Path) -> list[str]:
     return [path for path, md5 in outs.items() if dvc_md5(tree / path) != md5]
-
-
-def _print_verification(reference: str, found: Verification) -> int:
-    """Print what came out. Return the exit code: whether the model is the same."""
-    if found.model is None:
-        print(f"{reference}: made again, byte for byte")
-    else:
-        print(f"{reference}: made again with other bytes (another machine, or other versions of libraries?)")
-        print(f"  {found.model}")
-    if found.others:
-        print("other bytes on the way to it:")
-    for line in found.others:
-        print(f"  {line}")
-    return SAME if found.model is None else OTHER
 
 
 def _run(command: list[str], folder: Path, shown: bool = False) -> None:

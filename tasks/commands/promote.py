@@ -104,7 +104,11 @@ def decide_about(registry: Registry, params: Params, version: Version, champion:
             list(params.questions.test),
             params.promote,
         )
-    return _with_cure(decision, version, champion)
+    if decision.verdict == "refused":
+        both = [each.reference for each in (version, champion) if each]
+        again = " and ".join(f"`dgpo evaluate {reference}`" for reference in both)
+        decision.reasons.append(f"evaluate again, with the same questions, index, settings and code: {again}")
+    return decision
 
 
 def rollback(reason: str) -> None:
@@ -126,15 +130,6 @@ def _student(folder: Path) -> Candidate:
     """Return the student as it was evaluated beside the challenger; it is no registered model."""
     model = read_setup(folder).model if (folder / SETUP).is_file() else ""
     return Candidate("the student", model, folder)
-
-
-def _with_cure(decision: Decision, version: Version, champion: Version | None) -> Decision:
-    """Add to a refusal what to do."""
-    if decision.verdict == "refused":
-        both = [each.reference for each in (version, champion) if each]
-        again = " and ".join(f"`dgpo evaluate {reference}`" for reference in both)
-        decision.reasons.append(f"evaluate again, with the same questions, index, settings and code: {again}")
-    return decision
 
 
 def _approved(version: Version, params: Params, yes: bool) -> bool:

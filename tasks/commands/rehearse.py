@@ -32,7 +32,7 @@ LOGS = Path("logs")
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StageResult:
     """How one stage went; `message` is the last line that a failed one wrote."""
 
     stage: str
@@ -52,18 +52,18 @@ def rehearse(profile: str | None, keep: bool, as_json: bool) -> int:
         console.print(f"profile {resolved['profile']}, in {folder} ({time.monotonic() - started:.0f} s)")
         for note in notes:
             console.print(f"note: {note}")
-        outcomes = run(folder, console)
+        results = run(folder, console)
     except BaseException:  # interrupted, or the profile cannot be scaled down: no log says anything
         if not keep:
             shutil.rmtree(folder)
         raise
-    failed = [outcome for outcome in outcomes if outcome.state == "failed"]
+    failed = [result for result in results if result.state == "failed"]
     if failed:
         console.print(f"\n{failed[0].stage} failed: {failed[0].message}\nlogs: {folder / LOGS}")
     elif not keep:
         shutil.rmtree(folder)
     if as_json:
-        print(json.dumps({"notes": notes, "stages": [asdict(outcome) for outcome in outcomes]}, indent=2))
+        print(json.dumps({"notes": notes, "stages": [asdict(result) for result in results]}, indent=2))
     return 1 if failed else 0
 
 
@@ -115,21 +115,21 @@ def programs(folder: Path) -> list[tuple[str, str]]:
     return [(name, command) for name, command in stages if name.split("@")[0] not in prepared]
 
 
-def run(folder: Path, console: Console) -> list[Outcome]:
+def run(folder: Path, console: Console) -> list[StageResult]:
     """Run all programs in `folder`, up to the first that fails."""
     stages = programs(folder)
     (folder / LOGS).mkdir()
-    outcomes: list[Outcome] = []
+    results: list[StageResult] = []
     for name, command in stages:
-        if any(outcome.state == "failed" for outcome in outcomes):
-            outcomes.append(Outcome(name, "not run"))
+        if any(result.state == "failed" for result in results):
+            results.append(StageResult(name, "not run"))
             continue
-        outcomes.append(_run_one(folder, name, command))
-        console.print(f"{outcomes[-1].state:8} {name:24} {outcomes[-1].seconds:6.1f} s")
-    return outcomes
+        results.append(_run_one(folder, name, command))
+        console.print(f"{results[-1].state:8} {name:24} {results[-1].seconds:6.1f} s")
+    return results
 
 
-def _run_one(folder: Path, name: str, command: str) -> Outcome:
+def _run_one(folder: Path, name: str, command: str) -> StageResult:
     log, started = folder / LOGS / f"{name}.log", time.monotonic()
     environment = {key: value for key, value in os.environ.items() if not key.startswith("DVC_")}
     environment |= {
@@ -153,9 +153,9 @@ def _run_one(folder: Path, name: str, command: str) -> Outcome:
                 check=False,
             ).returncode
         except subprocess.TimeoutExpired:
-            return Outcome(name, "failed", time.monotonic() - started, f"took more than {TIMEOUT:.0f} s")
+            return StageResult(name, "failed", time.monotonic() - started, f"took more than {TIMEOUT:.0f} s")
     seconds = time.monotonic() - started
     if code == 0:
-        return Outcome(name, "ok", seconds)
+        return StageResult(name, "ok", seconds)
     text = log.read_text(encoding="utf-8", errors="replace").strip()
-    return Outcome(name, "failed", seconds, text.split("\n")[-1] if text else f"exit code {code}")
+    return StageResult(name, "failed", seconds, text.split("\n")[-1] if text else f"exit code {code}")

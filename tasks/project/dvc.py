@@ -119,24 +119,25 @@ def dvc_md5(path: Path) -> str | None:
     return hashlib.md5(listing.encode()).hexdigest() + ".dir"
 
 
-def cache_folder(root: Path = Path()) -> Path | None:
+def cache_folder() -> Path | None:
     """Find DVC's cache, which worktrees share; None where there is no project of DVC."""
     command = [sys.executable, "-m", "dvc", "cache", "dir"]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, check=False)
-    return None if done.returncode else root / done.stdout.strip()
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    return None if done.returncode else Path(done.stdout.strip())
 
 
-def from_cache(md5: str, folder: Path, root: Path = Path()) -> bool:
+def from_cache(md5: str, folder: Path) -> bool:
     """Write the folder that DVC keeps under `md5` to `folder`; False when its cache lacks some of it."""
-    cache = cache_folder(root)
-    if cache is None:
+    if (cache := cache_folder()) is None:
         return False
-    files = cache / "files" / "md5"
-    listing = files / md5[:2] / md5[2:]
-    if not listing.is_file():
+
+    def kept(digest: str) -> Path:
+        return cache / "files" / "md5" / digest[:2] / digest[2:]
+
+    if not kept(md5).is_file():
         return False
-    entries = json.loads(listing.read_text(encoding="utf-8"))
-    sources = {entry["relpath"]: files / entry["md5"][:2] / entry["md5"][2:] for entry in entries}
+    entries = json.loads(kept(md5).read_text(encoding="utf-8"))
+    sources = {entry["relpath"]: kept(entry["md5"]) for entry in entries}
     if not all(source.is_file() for source in sources.values()):
         return False
     with temporary_folder("cache", folder.parent) as temporary:  # several processes may ask for it at once
@@ -182,15 +183,15 @@ def problems(root: Path = Path()) -> list[Problem]:
         getpass.getuser()
     except (KeyError, OSError):  # the latter from Python 3.13 on
         return [Problem(f"DVC needs the user's name, and user {os.getuid()} has none", "set USER=<any name>")]
-    local = "dvc config --local"
-    tmp = root / FOLDER / "tmp"
+    from dvc.dirs import site_cache_dir
+
+    another, tmp = "set another folder: dvc config --local", root / FOLDER / "tmp"
+    machine = Path(site_cache_dir(config["core"].get("site_cache_dir"))) / "repo"  # of all its checkouts
+    versions = Path(config["cache"].get("dir") or root / FOLDER / "cache")  # of the outputs
     folders = {
-        site_cache(config): (
-            "core.site_cache_dir",
-            f"set another folder: {local} core.site_cache_dir FOLDER",
-        ),
+        machine: ("core.site_cache_dir", f"{another} core.site_cache_dir FOLDER"),
         tmp: ("its temporary folder", "delete what is there, or make it writable"),
-        cache(root, config): ("cache.dir", f"set another folder: {local} cache.dir FOLDER"),
+        versions: ("cache.dir", f"{another} cache.dir FOLDER"),
     }
     found = [
         Problem(f"DVC cannot use {folder} ({what}): {reason}", advice)
@@ -219,18 +220,6 @@ def read_config(root: Path = Path()) -> "dict[str, Any] | Problem":
             reason, place = error, str(file)
     why = " ".join(str(reason).split()).removeprefix("config file error: ")
     return Problem(f"DVC cannot read {place}: {why}", "correct them, or delete the file")
-
-
-def site_cache(config: Mapping[str, Any]) -> Path:
-    """Return the folder of what DVC keeps of all checkouts of a machine."""
-    from dvc.dirs import site_cache_dir
-
-    return Path(site_cache_dir(config["core"].get("site_cache_dir"))) / "repo"
-
-
-def cache(root: Path, config: Mapping[str, Any]) -> Path:
-    """Return the folder that keeps every version of the outputs."""
-    return Path(config["cache"].get("dir") or root / FOLDER / "cache")
 
 
 def mend_record(root: Path) -> None:
@@ -275,15 +264,12 @@ def _unusable(folder: Path) -> str | None:
     before = os.umask(0)  # others share the site cache
     try:
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        return os.strerror(error.errno or 0)
-    finally:
-        os.umask(before)
-    try:
         with tempfile.TemporaryFile(dir=folder):
             return None
     except OSError as error:
         return os.strerror(error.errno or 0)
+    finally:
+        os.umask(before)
 
 
 BUSY = "another run is at work here"  # how the sentence begins

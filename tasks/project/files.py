@@ -1,7 +1,6 @@
 """Files of a stage: content hashes, and outputs that appear when the stage has succeeded."""
 
 import hashlib
-from collections.abc import Iterator
 from pathlib import Path
 
 from dgpo_core.errors import UserError
@@ -16,8 +15,9 @@ def content_hash(path: Path) -> str:
     if not path.is_dir():
         raise UserError(f"{path}: this input does not exist; run the stage that makes it (`dvc repro`)")
     digest = hashlib.sha256()
-    for file_path in sorted(_files(path), key=lambda file: file.relative_to(path).as_posix()):
-        digest.update(f"{file_path.relative_to(path).as_posix()}\0{content_hash(file_path)}\n".encode())
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    for name, file_path in sorted(files.items()):
+        digest.update(f"{name}\0{content_hash(file_path)}\n".encode())
     return digest.hexdigest()
 
 
@@ -58,7 +58,3 @@ class Outputs:
     def discard(self) -> None:
         """Remove what was written."""
         remove(self._folder)
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (path for path in folder.rglob("*") if path.is_file())

@@ -1,4 +1,6 @@
-"""Stage `data`: corpus and questions, of the embedded world or of the published data sets."""
+"""Stage `data`: write corpus and questions, of the embedded world or of the published data sets."""
+
+from collections.abc import Mapping
 
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.datasets.audit import AnswerSearch, audit
@@ -6,7 +8,7 @@ from dgpo_core.datasets.published import SETTING, fetch, fetch_questions, load_q
 from dgpo_core.datasets.records import Question, write_jsonl
 from dgpo_core.world.facts import generate_world
 from dgpo_core.world.questions import write_articles, write_questions
-from tasks.project.paths import CORPUS, METRICS, QUESTIONS, questions_file
+from tasks.project.paths import CORPUS, QUESTIONS, questions_file
 from tasks.stages.outputs import write_metrics
 from tasks.stages.stage import Run, stage, stage_main
 
@@ -26,11 +28,7 @@ def write_world(params: Params) -> None:
         passages = [passage for article in articles for passage in article.passages]
         write_jsonl(run.output(CORPUS), passages)
         write_splits(run, questions)
-        counts: dict[str, float] = {
-            "passages": len(passages),
-            "articles": len(articles),
-            "facts": len(world.facts),
-        }
+        counts = {"passages": len(passages), "articles": len(articles), "facts": len(world.facts)}
         summarize(run, counts, questions, sources={})
 
 
@@ -42,9 +40,7 @@ def write_published(params: Params) -> None:
     settings = {"data": config.model_dump(), "questions": params.questions.model_dump()}
     inputs = [file.path for file in files.values()]
     with stage("data", config=settings, inputs=inputs, outputs=[CORPUS, QUESTIONS]) as run:
-        questions, counts = load_questions(
-            config, question_files
-        )  # first: it takes seconds, the corpus minutes
+        questions, counts = load_questions(config, question_files)  # it takes seconds, the corpus minutes
         answers = AnswerSearch(questions)
         passages = write_corpus(
             config,
@@ -68,11 +64,11 @@ def write_splits(run: Run, questions: Splits) -> None:
         run.progress(number, len(questions))
 
 
-def summarize(run: Run, counts: dict[str, float], questions: Splits, sources: dict[str, str]) -> None:
+def summarize(run: Run, counts: Mapping[str, float], questions: Splits, sources: dict[str, str]) -> None:
     """Write the stage's metrics: `counts`, the questions of each split, and where everything comes from."""
-    summary = counts | {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
-    write_metrics(run.output(METRICS / "data.json"), {**summary, **sources})
-    run.summary(summary)
+    summary: dict[str, object] = {**counts}
+    summary |= {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
+    write_metrics(run, summary | sources)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage `distill`: one recipe's distillation (eq. 1; docs/method.md, "Recipes")."""
+"""Stage `distill`: train a recipe's student by distillation (eq. 1; docs/method.md, "Recipes")."""
 
 from typing import Any
 
@@ -27,7 +27,6 @@ from tasks.project.paths import (
     CORRECT_EPISODES,
     DISTRIBUTIONS,
     INDEX,
-    METRICS,
     MODELS,
     PLOTS,
     QUESTIONS,
@@ -43,6 +42,7 @@ from tasks.stages.rollouts import (
     split_tasks,
     training_loop,
     training_rollout,
+    training_settings,
 )
 from tasks.stages.stage import stage, stage_main
 
@@ -51,9 +51,7 @@ def distill(name: str) -> None:
     params = load_params()
     recipe = params.distillation(name)
     start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"distill-{name}.csv"
-    config = params.sections(
-        "distill", "compute", "protocol", "rollout", "retrieval", "models", "questions", "seed"
-    ) | {"recipe": recipe.model_dump()}
+    config = training_settings(params, "distill", recipe)
     inputs = [TEACHER_EPISODES, CORRECT_EPISODES, DISTRIBUTIONS, INDEX, QUESTIONS]
     inputs += [*local(start), *local(params.models.teacher)]
     with stage(f"distill@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
@@ -87,9 +85,7 @@ def distill(name: str) -> None:
         save_model(merged(student), tokenizer, run.output(out))
         write_curves(run.output(curves), rows)
         shown = ("dev_em", "loss", "divergence", "em", "searches")
-        summary: dict[str, float] = {key: rows[-1][key] for key in shown if key in rows[-1]}
-        write_metrics(run.output(METRICS / f"distill-{name}.json"), summary)
-        run.summary(summary)
+        write_metrics(run, {key: rows[-1][key] for key in shown if key in rows[-1]})
         run.register_model(name, out)
 
 

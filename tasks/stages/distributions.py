@@ -8,7 +8,7 @@ from dgpo_core.models import load_model, load_tokenizer
 from dgpo_core.training.batches import check_same_vocabulary
 from dgpo_core.training.episode_sources import without_failed
 from dgpo_core.training.teacher_cache import CERTIFICATE, build_cache
-from tasks.project.paths import DISTRIBUTIONS, METRICS, TEACHER_EPISODES
+from tasks.project.paths import DISTRIBUTIONS, TEACHER_EPISODES
 from tasks.stages.inputs import local, require_episodes
 from tasks.stages.outputs import write_metrics
 from tasks.stages.stage import stage, stage_main
@@ -25,7 +25,7 @@ def distributions() -> None:
         if params.distill.teacher == "live":
             (folder := run.output(DISTRIBUTIONS)).mkdir()
             (folder / CERTIFICATE).write_text(json.dumps({"teacher": "live"}) + "\n")
-            write_metrics(run.output(METRICS / "distributions.json"), {"episodes": 0})
+            write_metrics(run, {"episodes": 0})
             return
         tokenizer = load_tokenizer(params.models.teacher)
         check_same_vocabulary(load_tokenizer(params.models.student), tokenizer)
@@ -45,8 +45,7 @@ def distributions() -> None:
         )
         kept.rename(run.output(DISTRIBUTIONS))
         summary = {key: value for key, value in vars(certificate).items() if key != "tokenizer"}
-        write_metrics(run.output(METRICS / "distributions.json"), summary)
-        run.summary(summary)
+        write_metrics(run, summary)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Stage `evaluate`: one model on every test set, its ARCap, and why its wrong answers are wrong."""
+"""Stage `evaluate`: run a model on every test set, measure its ARCap, and say why its answers are wrong."""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,7 +10,7 @@ from dgpo_core.config.params import Params, load_params
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.evaluation import arcap, diagnosis
 from dgpo_core.models import load_tokenizer
-from tasks.project.paths import EVALUATION, INDEX, METRICS, QUESTIONS, questions_file
+from tasks.project.paths import EVALUATION, INDEX, QUESTIONS, questions_file
 from tasks.stages.inputs import local, model_source, retriever
 from tasks.stages.outputs import write_metrics
 from tasks.stages.rollouts import agent_loop, tasks_for
@@ -37,9 +37,7 @@ def evaluate(model: str) -> None:
         pq.write_table(arcap.as_table(rows), folder / "arcap.parquet", compression="zstd")
         diagnoses = diagnosis.diagnose(episodes, evaluator.asked(), tokenizer.decode)
         pq.write_table(diagnoses, folder / "diagnosis.parquet", compression="zstd")
-        summary = summarize(params, episodes)
-        write_metrics(run.output(METRICS / f"evaluate-{model}.json"), summary)
-        run.summary(summary)
+        write_metrics(run, summarize(params, episodes))
         trace_episodes(run, episodes, tokenizer.decode, params.evaluate.trace_episodes)
 
 

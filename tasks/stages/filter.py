@@ -5,7 +5,7 @@ from pathlib import Path
 
 from dgpo_core.agent.episode import Ending, Episode, Outcome, read_episodes, read_metadata, write_episodes
 from dgpo_core.config.params import load_params
-from tasks.project.paths import CORRECT_EPISODES, METRICS, TEACHER_EPISODES
+from tasks.project.paths import CORRECT_EPISODES, TEACHER_EPISODES
 from tasks.stages.inputs import require_episodes
 from tasks.stages.outputs import write_csv, write_metrics
 from tasks.stages.stage import stage, stage_main
@@ -47,8 +47,7 @@ def filter_episodes() -> None:
             if why != "kept":
                 key = why.replace(",", "").replace(" ", "_")
                 summary[key] = summary.get(key, 0) + count
-        write_metrics(run.output(METRICS / "filter.json"), summary)
-        run.summary(summary)
+        write_metrics(run, summary)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from dgpo_core.datasets.records import read_questions
 from dgpo_core.retrieval.client import ServiceClient, describe_service
 from dgpo_core.retrieval.index import Searcher
 from dgpo_core.retrieval.shards import FlatIndex, Manifest, build_shards, write_manifest
-from tasks.project.paths import CORPUS, INDEX, METRICS, questions_file
+from tasks.project.paths import CORPUS, INDEX, questions_file
 from tasks.stages.inputs import measured_recall, retriever, validation_questions
 from tasks.stages.outputs import write_metrics
 from tasks.stages.stage import stage, stage_main
@@ -34,8 +34,7 @@ def index() -> None:
             manifest = build_shards(CORPUS, shards, params.retrieval, run.progress, imported=imported)
         summary = {"passages": manifest.passages} | recall(params, shards)
         shards.rename(run.output(INDEX))
-        write_metrics(run.output(METRICS / "index.json"), summary)
-        run.summary(summary)
+        write_metrics(run, summary)
         print(f"index: {json.dumps(summary)}")
 
 

@@ -1,7 +1,4 @@
-"""What the stages are given: models by name, episodes.
-
-The index that the pipeline made, for whoever searches it.
-"""
+"""What stages and commands take from other stages: models by name, and the index, opened for searching."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +17,7 @@ if TYPE_CHECKING:  # it needs torch, which takes seconds to import; a model's na
 
 
 def model_source(params: Params, model: str) -> str:
-    """Folder or hub name of `student`, `teacher` or a recipe. Raises UserError for an unknown name."""
+    """Return folder or hub name of `student`, `teacher` or a recipe. Raise UserError for an unknown name."""
     if model in (STUDENT, TEACHER):
         return str(getattr(params.models, model))
     if model not in params.recipes.all:
@@ -29,11 +26,12 @@ def model_source(params: Params, model: str) -> str:
 
 
 def local(source: str) -> list[Path]:
-    """A model given as a folder is an input; one on the hub is pinned by its name."""
+    """Return the model as an input if it is a folder; one on the hub is pinned by its name."""
     return [Path(source)] if Path(source).is_dir() else []
 
 
 def require_episodes(count: int, what: str) -> None:
+    """Raise UserError when a stage has nothing to learn from."""
     if count == 0:
         raise UserError(f"there are no {what}: nothing to train on")
 
@@ -41,7 +39,7 @@ def require_episodes(count: int, what: str) -> None:
 def retriever(
     params: Params, folder: Path = INDEX, accept: Callable[["Searcher"], None] | None = None
 ) -> "Index":
-    """The pipeline's index. Where a server lacks its collection, that is made now, and its progress is shown.
+    """Open the pipeline's index. Where a server lacks its collection, make that now and show the progress.
 
     A new collection is given to `accept`, by default to one that raises UserError when its recall is below
     retrieval.min_recall.

@@ -53,7 +53,7 @@ def in_processes(train: Callable[[], None]) -> None:
 
 
 def read_hosts(path: Path, processes: int) -> list[str]:
-    """Machines of a hostfile, `name slots=n` a line; slots may be left out. Raises UserError."""
+    """Read the machines of a hostfile, `name slots=n` a line; slots may be left out. Raise UserError."""
     if not path.is_file():
         raise UserError(f"compute.hostfile: {path}: no such file")
     hosts: list[str] = []
@@ -106,7 +106,10 @@ def _launch(compute: ComputeConfig, arguments: list[str]) -> None:
 
 
 def _explain(failures: dict[int, "ProcessFailure"], processes: int) -> None:
-    """What a process said of its failure is in its output and in failure.json; a killed one said nothing."""
+    """End the stage as its first process ended; raise InfrastructureError for one that was killed.
+
+    The others have said themselves why they failed, in their output and in failure.json.
+    """
     for rank, failure in failures.items():
         if failure.exitcode < 0 and failure.exitcode != -signal.SIGTERM:
             name = signal.Signals(-failure.exitcode).name
@@ -116,7 +119,7 @@ def _explain(failures: dict[int, "ProcessFailure"], processes: int) -> None:
 
 
 def _environment(compute: ComputeConfig, alone: bool) -> None:
-    """For the processes, unless somebody has set it: threads, devices, network."""
+    """Set threads and network for the processes, unless somebody has."""
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(GRACE))
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // compute.processes)))
     if alone and sys.platform == "linux":
@@ -127,7 +130,7 @@ def _environment(compute: ComputeConfig, alone: bool) -> None:
 def _elsewhere(
     hosts: list[str], endpoint: str, run_id: str, compute: ComputeConfig, arguments: list[str]
 ) -> Iterator[None]:
-    """The other machines' processes, in the same folder there. When one machine fails, all end."""
+    """Run the other machines' processes, in the same folder there. When one machine fails, all end."""
     agents: list[subprocess.Popen[bytes]] = []
     failed: list[str] = []
     done = threading.Event()
@@ -165,7 +168,7 @@ def _elsewhere(
 
 
 def _remote_command(program: list[str]) -> str:
-    """A shell's command line that starts a program in this folder and environment on another machine."""
+    """Return a shell's command line that starts a program in this folder and environment elsewhere."""
     environment = [f"{name}={os.environ[name]}" for name in PASSED_ON if name in os.environ]
     return f"cd {shlex.quote(str(Path.cwd()))} && exec {shlex.join(['env', *environment, *program])}"
 

@@ -1,4 +1,4 @@
-"""Stage `reinforce`: one recipe's PPO or GRPO, guided as its gate says (eqs. 2-4)."""
+"""Stage `reinforce`: train a recipe's student by PPO or GRPO, guided as its gate says (eqs. 2-4)."""
 
 from transformers import PreTrainedModel
 
@@ -9,7 +9,7 @@ from dgpo_core.models import load_model, load_tokenizer, merged, save_model
 from dgpo_core.training.batches import check_same_vocabulary
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.reinforce import Reinforcer
-from tasks.project.paths import INDEX, METRICS, MODELS, PLOTS, QUESTIONS
+from tasks.project.paths import INDEX, MODELS, PLOTS, QUESTIONS
 from tasks.stages.inputs import local, model_source, retriever
 from tasks.stages.launch import in_processes
 from tasks.stages.outputs import write_curves, write_metrics
@@ -20,6 +20,7 @@ from tasks.stages.rollouts import (
     split_tasks,
     training_loop,
     training_rollout,
+    training_settings,
 )
 from tasks.stages.stage import stage, stage_main
 from tasks.tracking.traces import traced
@@ -29,9 +30,7 @@ def reinforce(name: str) -> None:
     params = load_params()
     recipe = params.reinforcement(name)
     start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"reinforce-{name}.csv"
-    config = params.sections(
-        "reinforce", "compute", "protocol", "rollout", "retrieval", "models", "questions", "seed"
-    ) | {"recipe": recipe.model_dump()}
+    config = training_settings(params, "reinforce", recipe)
     inputs = [INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
     with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
         if recipe.guidance != "none" and recipe.algorithm == "ppo" and params.reinforce.kl_estimator != "k1":
@@ -64,12 +63,10 @@ def reinforce(name: str) -> None:
             return
         save_model(merged(student), tokenizer, run.output(out))
         write_curves(run.output(curves), rows)
-        last = rows[-1]
         shown = ("dev_em", "em", "searches", "kl_inside", "kl_outside", "entropy")
-        summary = {key: last[key] for key in shown if key in last}
+        summary = {key: rows[-1][key] for key in shown if key in rows[-1]}
         summary["gate_excluded"] = sum(row["gate_excluded"] for row in rows) / len(rows)
-        write_metrics(run.output(METRICS / f"reinforce-{name}.json"), summary)
-        run.summary(summary)
+        write_metrics(run, summary)
         run.register_model(name, out)
 
 

@@ -1,4 +1,4 @@
-"""Stage `report`: tables, curves, ARCap and an episode reader of the compared models."""
+"""Stage `report`: write tables, curves, ARCap and an episode reader of the compared models."""
 
 from typing import TYPE_CHECKING
 

@@ -15,7 +15,7 @@ from dgpo_core.agent.vllm_engine import VllmEngine
 from dgpo_core.agent.vllm_server import VllmServerEngine
 from dgpo_core.config.agent import GREEDY, Sampling
 from dgpo_core.config.params import PARAMS, Params
-from dgpo_core.config.recipes import STUDENT, TEACHER
+from dgpo_core.config.recipes import STUDENT, TEACHER, Distillation, Reinforcement
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
 from dgpo_core.models import add_adapters, load_model
@@ -25,6 +25,12 @@ from dgpo_core.training.episode_sources import Rollout, require_answered
 from dgpo_core.training.weight_sync import EngineSync, SharedLoop, SyncedLoop
 from tasks.project.paths import questions_file
 from tasks.stages.stage import Run
+
+
+def training_settings(params: Params, section: str, recipe: Distillation | Reinforcement) -> dict[str, Any]:
+    """Return what decides the result of a training stage, besides its inputs; `section` is its own."""
+    shared = ("compute", "protocol", "rollout", "retrieval", "models", "questions", "seed")
+    return params.sections(section, *shared) | {"recipe": recipe.model_dump()}
 
 
 def agent_loop(params: Params, source: str, tokenizer: Any, index: Retriever) -> AgentLoop:

@@ -105,8 +105,9 @@ def stage_main(name: str, function: Callable[..., None], argument: str | None = 
     main(run)
 
 
-def _graph(name: str, argument: str | None, file: Path = Path("dvc.yaml")) -> str:
+def _graph(name: str, argument: str | None) -> str:
     """Describe what the stage reads besides the sources and what it writes, as dvc.yaml has it."""
+    file = Path("dvc.yaml")
     if not file.is_file():
         return ""
     node = read_yaml(file)["stages"][name]
@@ -165,8 +166,8 @@ class Run:
         """Send values of one step for MLflow's curves, such as {"train/em": 0.1}; they go in batches."""
         self.tracker.metrics(step, numbers(values))
 
-    def summary(self, values: Mapping[str, SupportsFloat]) -> None:
-        """Record final metrics of the stage."""
+    def summary(self, values: Mapping[str, Any]) -> None:
+        """Record the numbers among `values` as final metrics of the stage."""
         self.final |= numbers(values)
         self.tracker.metrics(0, numbers(values))
 

@@ -1,4 +1,4 @@
-"""Stage `teach`: the teacher runs the whole protocol on the training questions; raw episodes."""
+"""Stage `teach`: run the teacher on the training questions, and keep all of its episodes."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from dgpo_core.agent.loop import collect, em_of
 from dgpo_core.config.params import load_params
 from dgpo_core.models import load_tokenizer
 from dgpo_core.training.batches import check_same_vocabulary
-from tasks.project.paths import INDEX, METRICS, MODELS, QUESTIONS, TEACHER_EPISODES
+from tasks.project.paths import INDEX, MODELS, QUESTIONS, TEACHER_EPISODES
 from tasks.stages.inputs import local, retriever
 from tasks.stages.outputs import write_metrics
 from tasks.stages.rollouts import agent_loop, split_tasks
@@ -42,8 +42,7 @@ def teach() -> None:
             "searches": sum(len(e.searches) for e in episodes) / len(episodes),
             "model_tokens": sum(e.model_tokens for e in episodes) / len(episodes),
         }
-        write_metrics(run.output(METRICS / "teach.json"), summary)
-        run.summary(summary)
+        write_metrics(run, summary)
 
 
 if __name__ == "__main__":

@@ -45,29 +45,17 @@ def record_evaluations(
     for recipe, stage in trained_models(params, lock, root).items():
         version = registry.with_tag("dvc_md5", lock[stage].outs[(MODELS / recipe).as_posix()])
         if version is None:
-            problems[recipe] = (
-                f"{MODELS / recipe} is not registered; run `dgpo register` (--challenger offers it, too)"
-            )
+            cure = "run `dgpo register` (--challenger offers it, too)"
+            problems[recipe] = f"{MODELS / recipe} is not registered; {cure}"
             continue
         with temporary_folder("evidence") as folder:
             if not _assemble(recipe, version.hash, lock, folder, root):
-                problems[recipe] = (
-                    f"{EVALUATION / recipe} is not of this model; run `dvc repro evaluate@{recipe}`"
-                )
+                cure = f"run `dvc repro evaluate@{recipe}`"
+                problems[recipe] = f"{EVALUATION / recipe} is not of this model; {cure}"
             elif recipe == offered or _may_replace(registry, version, folder):
-                base = model_source(params, STUDENT)
-                digest = content_hash(root / base) if (root / base).is_dir() else base
-                _assemble(STUDENT, digest, lock, folder / BASE, root)
+                _assemble(STUDENT, _student_hash(params, root), lock, folder / BASE, root)
                 registry.store_evaluation(version, folder, _average(folder / TABLES[0]), DVC)
     return problems
-
-
-def _own_challenger(registry: Registry, params: Params, lock: Lock, root: Path = Path()) -> Version | None:
-    """Return the version of the model of `promote.recipe` that is in the working tree `root`."""
-    recipe = params.challenger
-    if recipe is None or (stage := trained_models(params, lock, root).get(recipe)) is None:
-        return None
-    return registry.with_tag("dvc_md5", lock[stage].outs[(MODELS / recipe).as_posix()])
 
 
 def offer(registry: Registry, params: Params, lock: Lock, root: Path = Path()) -> Version:
@@ -76,8 +64,10 @@ def offer(registry: Registry, params: Params, lock: Lock, root: Path = Path()) -
     Raises UserError for one that has no version or no evaluation, that was asked too few questions to be
     judged, or that was made with parameters that no commit has.
     """
-    recipe, version = params.challenger, _own_challenger(registry, params, lock, root)
-    if recipe is None or version is None:
+    recipe = params.challenger
+    stage = trained_models(params, lock, root).get(recipe) if recipe else None
+    version = stage and registry.with_tag("dvc_md5", lock[stage].outs[f"{MODELS}/{recipe}"])
+    if not recipe or not version:
         raise UserError(
             f"no version is this working tree's model of {recipe or 'a compared recipe'}: train it "
             "(`dvc repro`), or bring it back (`dvc checkout`), then `dgpo register`"
@@ -147,10 +137,7 @@ def evaluate_again(reference: str) -> None:
             settings = _settings(LockedStage("", {}, {}, params.model_dump(mode="json")))
             made = Setup(version.hash, index, settings, _code())
             _copy(project / EVALUATION / recipe, evidence, made)
-            lock = read_lock()
-            base = model_source(params, STUDENT)
-            if Path(base).is_dir():
-                _assemble(STUDENT, content_hash(Path(base)), lock, evidence / BASE, Path())
+            _assemble(STUDENT, _student_hash(params, Path()), read_lock(), evidence / BASE, Path())
             registry.store_evaluation(version, evidence, _average(evidence / TABLES[0]), AGAIN)
     print(f"{version.name}: evaluated, and kept with the version")
 
@@ -183,19 +170,24 @@ def _other_parameters(recipe: str, lock: Lock, root: Path) -> list[str]:
     return sorted(found)
 
 
+def _student_hash(params: Params, root: Path) -> str:
+    """Return what identifies the model that training starts from: its folder's hash, or its hub name."""
+    base = model_source(params, STUDENT)
+    return content_hash(root / base) if (root / base).is_dir() else base
+
+
 def _assemble(model: str, digest: str, lock: Lock, folder: Path, root: Path) -> bool:
     """Copy DVC's evaluation of `model` to `folder`, with its origin; False unless it is of these bytes."""
     stage = lock.get(f"evaluate@{model}")
-    source = EVALUATION / model
-    path = ((GIVEN if model == STUDENT else MODELS) / model).as_posix()
+    source, path = EVALUATION / model, (GIVEN if model == STUDENT else MODELS) / model
     if stage is None or stage.outs.get(source.as_posix()) != dvc_md5(root / source):
         return False
-    if path in stage.deps and stage.deps[path] != dvc_md5(root / path):
+    watched = stage.deps.get(path.as_posix())
+    if watched and watched != dvc_md5(root / path):
         return False
-    source = root / source
     code = {path: md5 for path, md5 in stage.deps.items() if path.startswith(CODE)}
-    index = read_metadata(source / "episodes.parquet")["index"]
-    _copy(source, folder, Setup(digest, index, _settings(stage), code))
+    index = read_metadata(root / source / "episodes.parquet")["index"]
+    _copy(root / source, folder, Setup(digest, index, _settings(stage), code))
     return True
 
 
@@ -215,14 +207,8 @@ def _average(path: Path) -> float:
 
 def _settings(stage: LockedStage) -> dict[str, Any]:
     """Return what an evaluation's figures depend on, by dotted key."""
-    keys = (
-        "evaluate.sampling",
-        "evaluate.seed",
-        "evaluate.questions",
-        "protocol",
-        "retrieval.top_k",
-        "questions.test",
-    )
+    own = ("evaluate.sampling", "evaluate.seed", "evaluate.questions")
+    keys = (*own, "protocol", "retrieval.top_k", "questions.test")
     return dict(flatten({key: stage.param(key) for key in keys}))
 
 

@@ -160,12 +160,15 @@ def build(recipe: str, start: Origin, inputs: Mapping[str, str], folder: Path) -
     """
     params, stages = start.params, upstream(start.lock, inputs)
     locked = {path: md5 for stage in stages.values() for path, md5 in stage.outs.items()}
-    made = {"cmd": _command(recipe, params), "outs": {folder.as_posix(): dvc_md5(folder)}}
-    corpus = CORPUS.as_posix()
+    name, corpus = _stage(recipe, params), CORPUS.as_posix()
+    made = {
+        "cmd": f"exec python -m tasks.stages.{name.replace('@', ' ')}",
+        "outs": {folder.as_posix(): dvc_md5(folder)},
+    }
     return {
         "schema": SCHEMA,
         "recipe": recipe,
-        "stage": _stage(recipe, params),
+        "stage": name,
         "profile": params.profile,
         "seed": params.seed,
         "hash": content_hash(folder),
@@ -175,12 +178,12 @@ def build(recipe: str, start: Origin, inputs: Mapping[str, str], folder: Path) -
         "index": _index(inputs, locked),
         "student": _model(params.models.student, inputs),
         "teacher": _model(params.models.teacher, inputs),
-        "recipes": {name: params.recipes.all[name].model_dump() for name in _chain(recipe, params)},
+        "recipes": {row: params.recipes.all[row].model_dump() for row in _chain(recipe, params)},
         "filter": _filter(recipe, params, locked),
         "changed": {key: list(pair) for key, pair in changed_parameters(params)},
         "params": params.model_dump(mode="json"),
-        "stages": {name: {"cmd": stage.cmd, "outs": stage.outs} for name, stage in stages.items()}
-        | {_stage(recipe, params): made},
+        "stages": {key: {"cmd": stage.cmd, "outs": stage.outs} for key, stage in stages.items()}
+        | {name: made},
         # read by a stage that was started by hand: not what dvc.lock says of it
         "unlocked": [path for path in inputs if path in locked and dvc_md5(Path(path)) != locked[path]],
     }
@@ -188,10 +191,10 @@ def build(recipe: str, start: Origin, inputs: Mapping[str, str], folder: Path) -
 
 def changed_parameters(params: Params) -> Iterator[tuple[str, tuple[Any, Any]]]:
     """Give (dotted key, (default, value)) of every parameter that differs from its default."""
-    default = _flat(Params(profile=params.profile).model_dump(mode="json"))
-    own = _flat(params.model_dump(mode="json"))
+    default = flat(Params(profile=params.profile).model_dump(mode="json"))
+    own = flat(params.model_dump(mode="json"))
     for key in sorted(default | own):
-        if default.get(key) != own.get(key) and {} not in (default.get(key), own.get(key)):
+        if default.get(key) != own.get(key):
             yield key, (default.get(key), own.get(key))
 
 
@@ -203,8 +206,8 @@ def differences(lineage: Lineage, root: Path = Path()) -> list[str]:
     if now.dirty:
         found.append(f"code: changed here: {', '.join(now.dirty)}")
     with suppress(UserError):
-        here = _flat(load_params(root / PARAMS).model_dump(mode="json"))
-        stored = _flat(lineage["params"])
+        here = flat(load_params(root / PARAMS).model_dump(mode="json"))
+        stored = flat(lineage["params"])
         keys = sorted(key for key in here | stored if here.get(key) != stored.get(key))
         found += [f"parameters: {key} is {here.get(key)!r} here, was {stored.get(key)!r}" for key in keys]
     lock = read_lock(root)
@@ -270,10 +273,6 @@ def _stage(recipe: str, params: Params) -> str:
     return f"{'distill' if recipe in params.recipes.distill else 'reinforce'}@{recipe}"
 
 
-def _command(recipe: str, params: Params) -> str:
-    return f"exec python -m tasks.stages.{_stage(recipe, params).replace('@', ' ')}"
-
-
 def _chain(recipe: str, params: Params) -> Iterator[str]:
     """Give the recipe and those that it starts from."""
     while recipe in params.recipes.all:
@@ -284,13 +283,13 @@ def _chain(recipe: str, params: Params) -> Iterator[str]:
 def _index(inputs: Mapping[str, str], locked: Mapping[str, str]) -> dict[str, Any]:
     from dgpo_core.retrieval.shards import read_manifest  # imports torch; every stage imports this
 
-    path, digest, passages = INDEX.as_posix(), None, None
+    path = INDEX.as_posix()
+    found: dict[str, Any] = {"path": path, "sha256": inputs.get(path), "md5": locked.get(path)}
+    found |= {"digest": None, "passages": None}
     with suppress(UserError):
         manifest = read_manifest(INDEX)
-        digest, passages = manifest.digest, manifest.passages
-    return {"path": path, "sha256": inputs.get(path), "md5": locked.get(path), "digest": digest} | {
-        "passages": passages
-    }
+        found |= {"digest": manifest.digest, "passages": manifest.passages}
+    return found
 
 
 def _model(source: str, inputs: Mapping[str, str]) -> dict[str, str | None]:
@@ -336,12 +335,13 @@ def _source(model: Mapping[str, Any]) -> str:
     return f"{model['source']}, revision {model['revision'] or 'unknown'}"
 
 
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Join nested keys by dots: {"a": {"b": 1}} -> {"a.b": 1}."""
+    leaves: dict[str, Any] = {}
     for key, value in tree.items():
-        nested = isinstance(value, Mapping) and value
-        flat |= _flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value}
-    return flat
+        name = f"{prefix}{key}"
+        leaves |= flat(value, f"{name}.") if isinstance(value, Mapping) else {name: value}
+    return leaves
 
 
 def trained_models(params: Params, lock: Lock, root: Path = Path()) -> dict[str, str]:

@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from dgpo_core.evaluation.promotion import Decision
 
 
-def save_mlflow_model(folder: Path, saved: Path, name: str) -> None:
+def save_mlflow_model(folder: Path, saved: Path) -> None:
     """Save an MLflow model of the transformers flavour; `saved/model` is the folder byte for byte."""
     import mlflow.transformers
     import torch
@@ -57,7 +57,7 @@ def save_mlflow_model(folder: Path, saved: Path, name: str) -> None:
         pipeline,
         saved,
         # given, because they would be looked for on the hub, and by importing everything in a new process
-        model_card=ModelCard(f"---\nlibrary_name: transformers\n---\n\n# {name}\n"),
+        model_card=ModelCard(f"---\nlibrary_name: transformers\n---\n\n# {NAME}\n"),
         pip_requirements=[
             f"torch=={torch.__version__.partition('+')[0]}",
             f"transformers=={transformers.__version__}",
@@ -334,7 +334,7 @@ class Registry:
     def _log_weights(self, version: Version, folder: Path) -> None:
         with temporary_folder("model") as temporary:
             saved = temporary / "saved"
-            save_mlflow_model(folder, saved, NAME)
+            save_mlflow_model(folder, saved)
             self._client.log_artifacts(version.run_id, str(saved), MODEL)
         self.tag(version, weights="artifact")  # last: only what has arrived counts
 

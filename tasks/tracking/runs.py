@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, SupportsFloat
 from tasks.project.files import content_hash
 from tasks.project.paths import MODELS, PLOTS, REPORTS
 from tasks.project.process import began
-from tasks.tracking.lineage import changed_settings, labels, locked_outputs, settings
+from tasks.tracking.lineage import changed_settings, flat, labels, locked_outputs, settings
 from tasks.tracking.store import (
     EXPERIMENT,
     artifact_root,
@@ -39,7 +39,6 @@ from tasks.tracking.summary import summarize
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
-    from mlflow.entities import Metric
     from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 PIPELINE_RUN = "DGPO_PIPELINE_RUN"  # environment: id of the pipeline's run, the parent of the stages' runs
@@ -47,6 +46,14 @@ FLUSH_INTERVAL = 5.0  # seconds
 CLOSE_TIMEOUT = 30.0  # seconds to wait for the last batches
 MAX_METRICS, MAX_PARAMS = 1000, 100  # a request, by MLflow's limits
 MAX_PARAM_LENGTH, MAX_WAITING = 6000, 100_000
+
+QUIET = {  # environment, unless somebody has set it
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "3",  # a server that is gone would be retried for minutes
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # with its password, if it has one
+}
 
 Job = Callable[["MlflowClient", str], object]
 
@@ -57,14 +64,7 @@ def connect() -> "MlflowClient":
     Raises what MLflow raises; UserError for a store or an experiment that cannot be used, with the cure; and
     InfrastructureError when a server does not answer, within seconds.
     """
-    # A server that is gone would be retried for minutes by default.
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
-    os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")
-    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault(
-        "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true"
-    )  # with its password, if it has one
+    os.environ.update(QUIET | os.environ)
     uri = tracking_uri()
     prepare(uri)
     require_answer(uri)
@@ -228,7 +228,7 @@ class StageRun:
         """Send what is left and end the run as FINISHED, FAILED or KILLED; waits `timeout` s at most."""
         if self._thread is None:
             return
-        self._jobs.put(lambda _client, _run_id: self._stop_monitor())
+        self._jobs.put(lambda *_: self._monitor and self._monitor.finish())
         self._jobs.put(lambda client, run_id: client.set_terminated(run_id, status))
         self._jobs.put(None)
         timeout = max(timeout, self._patience) if status == "FINISHED" else timeout
@@ -237,6 +237,9 @@ class StageRun:
             self._warn(TimeoutError(f"no answer for {timeout:.0f} s; the last metrics are lost"))
 
     def _work(self) -> None:
+        def nothing(_client: "MlflowClient", _run_id: str) -> None:
+            pass
+
         client: MlflowClient | None = None
         try:
             client = connect()
@@ -249,11 +252,11 @@ class StageRun:
             try:
                 job = self._jobs.get(timeout=FLUSH_INTERVAL)
             except queue.Empty:
-                job = _nothing
+                job = nothing
             if client and self.run_id:
                 try:
                     self._flush(client, self.run_id)
-                    (job or _nothing)(client, self.run_id)
+                    (job or nothing)(client, self.run_id)
                 except Exception as error:
                     self._warn(error)
             if job is None:
@@ -284,10 +287,6 @@ class StageRun:
             self._monitor = SystemMetricsMonitor(run_id, resume_logging=True, tracking_uri=tracking_uri())
             self._monitor.start()
 
-    def _stop_monitor(self) -> None:
-        if self._monitor:
-            self._monitor.finish()
-
     def _earlier_run(self, client: "MlflowClient") -> str | None:
         from mlflow.exceptions import MlflowException
 
@@ -300,18 +299,14 @@ class StageRun:
         return str(run.info.run_id) if run.info.lifecycle_stage == "active" else None
 
     def _flush(self, client: "MlflowClient", run_id: str) -> None:
-        while batch := self._waiting():
-            client.log_batch(run_id, metrics=batch)
-            with self._lock:  # only now: what could not be sent is tried again
-                del self._metrics[: len(batch)]
-
-    def _waiting(self) -> "list[Metric]":
         from mlflow.entities import Metric
 
-        with self._lock:
-            return [
-                Metric(name, value, when, step) for name, value, step, when in self._metrics[:MAX_METRICS]
-            ]
+        while self._metrics:
+            with self._lock:
+                waiting = self._metrics[:MAX_METRICS]
+            client.log_batch(run_id, [Metric(name, value, when, step) for name, value, step, when in waiting])
+            with self._lock:  # only now: what could not be sent is tried again
+                del self._metrics[: len(waiting)]
 
     def _warn(self, error: Exception) -> None:
         if not self._warned:
@@ -401,16 +396,12 @@ def log_params(client: "MlflowClient", run_id: str, values: Mapping[str, str]) -
         client.log_batch(run_id, params=params[start : start + MAX_PARAMS])
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+def flatten(values: Mapping[str, Any]) -> dict[str, str]:
     """Join nested keys by dots: {"a": {"b": 1}} -> {"a.b": "1"}; lists and None become JSON."""
-    flat: dict[str, str] = {}
-    for key, value in values.items():
-        name = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{name}.")
-        else:
-            flat[name] = value if isinstance(value, str) else json.dumps(value, default=str)
-    return flat
+    return {
+        key: value if isinstance(value, str) else json.dumps(value, default=str)
+        for key, value in flat(values).items()
+    }
 
 
 def numbers(values: Mapping[str, Any]) -> dict[str, float]:
@@ -423,7 +414,3 @@ def warn(error: Exception) -> None:
     """Say in one line that tracking failed: it is a convenience, and never ends a stage."""
     with suppress(OSError):  # the terminal may be closed by now
         print(f"warning: MLflow does not record this run: {explained(error)}", file=sys.stderr, flush=True)
-
-
-def _nothing(_client: "MlflowClient", _run_id: str) -> None:
-    pass

@@ -14,8 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, suppress
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -24,6 +23,7 @@ from urllib.parse import quote
 from urllib.request import url2pathname
 
 import httpx
+from filelock import FileLock
 
 from dgpo_core.errors import InfrastructureError, UserError, first_line, without_credentials
 
@@ -257,13 +257,9 @@ def _reading(path: Path) -> sqlite3.Connection:
     return sqlite3.connect(f"file:{quote(str(path))}?mode=ro", uri=True, timeout=BUSY)
 
 
-@contextmanager
-def _alone(path: Path) -> Iterator[None]:
-    """Let only one process make or move the store; the kernel frees the lock of one that is killed."""
-    from filelock import FileLock
-
-    with FileLock(path.with_name(f"{path.name}.lock"), timeout=STORE_PATIENCE):
-        yield
+def _alone(path: Path) -> FileLock:
+    """Return the lock of who makes or moves the store; the kernel frees that of a process that is killed."""
+    return FileLock(path.with_name(f"{path.name}.lock"), timeout=STORE_PATIENCE)
 
 
 PATIENCE = 3.0  # seconds that a server has to answer

@@ -64,11 +64,8 @@ def episode_spans(episode: Episode, decode: Decode) -> list[EpisodeSpan]:
     for number, turn in enumerate(episode.turns, 1):
         text = decode(episode.token_ids[turn.start : turn.end])
         action = parse_action(text)
-        usage = {
-            "input_tokens": turn.start,
-            "output_tokens": turn.end - turn.start,
-            "total_tokens": turn.end,
-        }
+        written = turn.end - turn.start
+        usage = {"input_tokens": turn.start, "output_tokens": written, "total_tokens": turn.end}
         attributes = {"turn": number, "action": str(action.kind), "mlflow.chat.tokenUsage": usage}
         prompt = decode(episode.token_ids[: turn.start])
         found.append(EpisodeSpan(f"turn {number}", "LLM", {"prompt": prompt}, text, attributes))
@@ -77,11 +74,8 @@ def episode_spans(episode: Episode, decode: Decode) -> list[EpisodeSpan]:
         query = {"query": action.content}
         if search := next(searches, None):
             shown = decode(episode.token_ids[turn.end : turn.reply_end])
-            found.append(
-                EpisodeSpan(
-                    f"search {number}", "RETRIEVER", query, documents(search, shown), {"hit": search.hit}
-                )
-            )
+            outputs, hit = documents(search, shown), {"hit": search.hit}
+            found.append(EpisodeSpan(f"search {number}", "RETRIEVER", query, outputs, hit))
         elif episode.failure is not None:
             found.append(EpisodeSpan(f"search {number}", "RETRIEVER", query, [], error=episode.failure))
     return found
@@ -115,7 +109,7 @@ def _split_title(document: str) -> tuple[str, str]:
 
 TRAINING_EPISODES = 8  # of a step of reinforcement learning
 MAX_NAME, MAX_PREVIEW = 250, 1000  # characters, by MLflow's limits
-SCORER = "dgpo_core.scoring"
+SCORER = "dgpo_core.agent.answers"  # who gave an episode its scores
 
 
 @dataclass(frozen=True)

@@ -1,10 +1,6 @@
 """What is worth another try, and what is not: with real errors of the hub's client, from a real server."""
 
-import subprocess
-import sys
-import threading
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -15,7 +11,8 @@ from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.hub import HTTP_ERROR, unreachable
 from dgpo_core.retrieval.encoders import _errors_with_model
-from tests.conftest import ROOT
+from tests.conftest import run_python
+from tests.web import Handler, handled
 
 LOAD = """
 from dgpo_core.models import load_model, load_tokenizer
@@ -27,27 +24,19 @@ for load in (load_tokenizer, load_model):
 """
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Handler):
     status, code = 404, "RepoNotFound"
 
-    def do_HEAD(self) -> None:
-        self.send_response(self.status)
-        self.send_header("X-Error-Code", self.code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
+    def do_GET(self) -> None:
+        self.answer(self.status, {"X-Error-Code": self.code})
 
-    do_GET = do_HEAD
-
-    def log_message(self, *_: object) -> None:
-        pass
+    do_HEAD = do_GET
 
 
 @pytest.fixture
 def hub() -> Iterator[str]:
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with handled(Hub) as url:
+        yield url
 
 
 def failure(endpoint: str, cache: Path) -> Exception:
@@ -92,11 +81,8 @@ def test_wrapped_errors_and_others() -> None:
 @pytest.mark.parametrize(("endpoint", "expected"), [("none", "InfrastructureError"), ("hub", "UserError")])
 def test_models_on_the_hub(hub: str, tmp_path: Path, endpoint: str, expected: str) -> None:
     """In a process of its own: the hub's client reads its environment when it is imported."""
-    offline = {"HF_HUB_OFFLINE": "1"} if endpoint == "none" else {"HF_ENDPOINT": hub}
-    environment = {"PATH": "", "HOME": str(tmp_path), "HF_HOME": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", LOAD], env=environment | offline, capture_output=True, text=True, timeout=300
-    )
+    offline = "1" if endpoint == "none" else "0"
+    done = run_python(LOAD, HF_HUB_OFFLINE=offline, HF_ENDPOINT=hub, HF_HOME=str(tmp_path))
     lines = done.stdout.splitlines()
     assert [line.split()[0] for line in lines] == [expected] * 2, done.stdout + done.stderr
     assert all("samples/model: cannot load a " in line for line in lines)

@@ -1,31 +1,38 @@
-"""A real Prefect server for the flows' tests."""
+"""Real Prefect servers for the flows' tests, and what these ask them."""
 
 import contextlib
-import socket
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+
+from tests.conftest import free_port
+
+
+@contextlib.contextmanager
+def prefect_server(home: Path) -> Iterator[str]:
+    """Start a server whose files are in `home`; give its API's URL, which the environment has meanwhile."""
+    from flows.server import local_server
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PREFECT_HOME", str(home))
+        with local_server(free_port()) as url:
+            patch.setenv("PREFECT_API_URL", url)
+            yield url
 
 
 @pytest.fixture(scope="session")
 def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """URL of a Prefect server process of these tests' own."""
-    from flows.server import local_server
+    """Start a Prefect server of these tests' own and return its API's URL."""
+    # By environment and before the first import: Prefect's background threads see no other settings, and
+    # would start a server of their own.
+    with prefect_server(tmp_path_factory.mktemp("prefect")) as url:
+        from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-        with local_server(port) as url:
-            # By environment and before the first import: Prefect's background threads see no other settings,
-            # and would start a server of their own.
-            patch.setenv("PREFECT_API_URL", url)
-            from prefect.settings import PREFECT_API_URL, temporary_settings
-
-            with temporary_settings({PREFECT_API_URL: url}):
-                yield url
-                drain_prefect()
+        with temporary_settings({PREFECT_API_URL: url}):
+            yield url
+            drain_prefect()
 
 
 def drain_prefect() -> None:
@@ -36,3 +43,13 @@ def drain_prefect() -> None:
     with contextlib.suppress(RuntimeError):  # never started
         APILogWorker.instance().drain()
     EventsWorker.drain_all()
+
+
+def task_runs(flow_run_id: Any) -> list[Any]:
+    """Read the tasks of a flow run, one for each stage."""
+    from prefect import get_client
+    from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterFlowRunId
+
+    ours = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[flow_run_id]))
+    with get_client(sync_client=True) as client:
+        return list(client.read_task_runs(task_run_filter=ours))

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def restarted(flow: Any, restarts: int, parameters: dict[str, Any]) -> Any:
-    """The final state of a run that crashed after its start and after all its restarts but the last."""
+    """Run one that crashed after its start and all restarts but the last; return its final state."""
     from prefect import State, get_client
     from prefect.flow_engine import run_flow
     from prefect.states import Crashed, Running, Scheduled

@@ -16,17 +16,11 @@ from jsonschema import Draft202012Validator
 
 from dgpo_core.errors import UserError
 from flows.work_pools import FOLDER, Kind, job_template
-from tests.conftest import ROOT
-from tests.infra.test_services import free_port
+from tests.conftest import ROOT, free_port
+from tests.flows.conftest import prefect_server
 
-OURS = {
-    "pipeline/on-demand",
-    "pipeline/nightly",
-    "pipeline/single-stage",
-    "reproduce/paper",
-    "stage/cpu",
-    "stage/gpu",
-}
+RESTARTED = {"pipeline/on-demand", "pipeline/nightly", "pipeline/single-stage", "reproduce/paper"}
+OURS = RESTARTED | {"stage/cpu", "stage/gpu"}
 
 
 def program(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -79,18 +73,13 @@ class TestSharedServer:
 
     @pytest.fixture(scope="class")
     def client(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-        """Of a server that no other test has used."""
-        from flows.server import local_server
+        """Start a server that no other test has used."""
+        with prefect_server(tmp_path_factory.mktemp("prefect")) as url:
+            from prefect import get_client
+            from prefect.settings import PREFECT_API_URL, temporary_settings
 
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-            with local_server(free_port()) as url:
-                patch.setenv("PREFECT_API_URL", url)
-                from prefect import get_client
-                from prefect.settings import PREFECT_API_URL, temporary_settings
-
-                with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
-                    yield client
+            with temporary_settings({PREFECT_API_URL: url}), get_client(sync_client=True) as client:
+                yield client
 
     def test_a_pool_of_somebody_else_is_named_and_left(self, client: Any) -> None:
         from prefect.client.schemas.actions import WorkPoolCreate
@@ -156,12 +145,10 @@ class TestSharedServer:
         found = {automation.name: automation for automation in client.read_automations()}
         ids = {name: f"prefect.deployment.{client.read_deployment_by_name(name).id}" for name in OURS}
         assert found["mine"].trigger.match_related.root == {}
-        silent, again = sorted((a for a in found.values() if "dgpo" in a.tags), key=lambda a: str(a.name))[
-            ::-1
-        ]
-        assert len(found) == 3 and silent.name == old.name and silent.id == old.id
+        again, silent = found["dgpo: a crashed run starts again"], found[old.name]
+        assert len(found) == 3 and silent.id == old.id
         assert set(silent.trigger.match_related.root["prefect.resource.id"]) == set(ids.values())
-        restarted = {id_ for name, id_ in ids.items() if not name.startswith("stage/")}
+        restarted = {ids[name] for name in RESTARTED}
         assert set(again.trigger.match_related.root["prefect.resource.id"]) == restarted
         assert client.read_global_concurrency_limit_by_name("gpu").limit == 7
         assert client.read_global_concurrency_limit_by_name("dgpo-gpu").limit == 2
@@ -197,9 +184,8 @@ def test_runs_of_any_worker_say_often_enough_that_they_live() -> None:
 
     for entry in yaml.safe_load(PREFECT_YAML.read_text())["deployments"]:
         variables = entry["work_pool"]["job_variables"]["env"]
-        assert 3 * int(variables["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"]) < SILENCE.total_seconds(), entry[
-            "name"
-        ]
+        frequency = int(variables["PREFECT_FLOWS_HEARTBEAT_FREQUENCY"])
+        assert 3 * frequency < SILENCE.total_seconds(), entry["name"]
 
 
 PLACEHOLDER = re.compile(r"\{\{\s*([^}]+?)\s*\}\}")
@@ -224,12 +210,9 @@ def test_what_a_job_uses_is_declared_and_the_defaults_are_valid(kind: Kind) -> N
     Draft202012Validator.check_schema(variables)
     used = {name for text in leaves(loaded["job_configuration"]) for name in PLACEHOLDER.findall(text)}
     assert used == set(variables["properties"])
-    defaults = {
-        name: schema["default"]
-        for name, schema in variables["properties"].items()
-        if schema.get("default") is not None
-    }
-    Draft202012Validator(variables).validate(defaults)
+    defaults = {name: schema.get("default") for name, schema in variables["properties"].items()}
+    given = {name: default for name, default in defaults.items() if default is not None}
+    Draft202012Validator(variables).validate(given)
 
 
 @pytest.mark.parametrize("kind", Kind)
@@ -256,12 +239,7 @@ def test_the_image_is_that_of_the_compose_file() -> None:
 
 
 def test_the_command_prints_the_template() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.deploy", "--template", "--pool-type", "docker", "--gpus", "1"],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-    )
+    done = program("flows.deploy", "--template", "--pool-type", "docker", "--gpus", "1")
     assert json.loads(done.stdout) == job_template(Kind.DOCKER, 1)
 
 
@@ -302,18 +280,12 @@ class TestServer:
 
     @pytest.fixture(scope="class")
     def resolved(self, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Any]]:
-        """Each pool's job configuration with everything filled in, as its worker gets it."""
-        from flows.server import local_server
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
-            patch.setenv("PYTHONPATH", str(ROOT))
-            with local_server(free_port()) as url:
-                patch.setenv("PREFECT_API_URL", url)
-                command = [sys.executable, "-c", WORKER]
-                done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-                assert done.returncode == 0, done.stderr
-                yield json.loads(done.stdout)
+        """Fill in each pool's job configuration as its worker does."""
+        with prefect_server(tmp_path_factory.mktemp("prefect")):
+            command, environment = [sys.executable, "-c", WORKER], {**os.environ, "PYTHONPATH": str(ROOT)}
+            done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+            assert done.returncode == 0, done.stderr
+            yield json.loads(done.stdout)
 
     def test_the_process_template_is_prefects_own_but_for_the_environment(
         self, resolved: dict[str, Any]
@@ -336,24 +308,18 @@ class TestServer:
         (container,) = pod["containers"]
         assert container["resources"]["limits"]["nvidia.com/gpu"] == 1
         assert container["envFrom"] == [{"secretRef": {"name": "dgpo"}}]
-        claimed = [
-            v["persistentVolumeClaim"]["claimName"] for v in pod["volumes"] if "persistentVolumeClaim" in v
-        ]
-        assert claimed == ["dgpo-dvc-cache"]
+        claims = [volume.get("persistentVolumeClaim") for volume in pod["volumes"]]
+        assert [claim["claimName"] for claim in claims if claim] == ["dgpo-dvc-cache"]
 
     def test_a_process_keeps_the_workers_environment(self, resolved: dict[str, Any]) -> None:
         assert resolved["process"]["env"]["EXTRA"] == "1"
         assert "MLFLOW_TRACKING_URI" not in resolved["process"]["env"]
 
 
-def test_containers_find_a_cache_of_their_own(tmp_path: Path, dvc_repository: Path) -> None:
+def test_containers_find_a_cache_of_their_own(dvc_repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """DVC_GLOBAL_CONFIG_DIR of the templates: infra/dvc/config names a cache on the volume."""
     environment = job_template(Kind.DOCKER)["variables"]["properties"]["env"]["default"]
     assert environment["DVC_GLOBAL_CONFIG_DIR"] == "/app/infra/dvc"  # where the image has it
-    assert (FOLDER.parent / "dvc" / "config").is_file()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("DVC_GLOBAL_CONFIG_DIR", str(FOLDER.parent / "dvc"))
-        out = subprocess.run(
-            [sys.executable, "-m", "dvc", "cache", "dir"], cwd=dvc_repository, capture_output=True, text=True
-        )
-    assert out.stdout.strip() == "/cache/dvc"
+    monkeypatch.setenv("DVC_GLOBAL_CONFIG_DIR", str(FOLDER.parent / "dvc"))
+    command = [sys.executable, "-m", "dvc", "cache", "dir"]
+    assert subprocess.check_output(command, cwd=dvc_repository, text=True).strip() == "/cache/dvc"

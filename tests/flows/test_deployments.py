@@ -15,11 +15,11 @@ import psutil
 import pytest
 import yaml
 
-from tests.conftest import ROOT, make_workplace
+from tests.conftest import ROOT, commit_all, git, make_workplace
+from tests.flows.conftest import task_runs
 
 pytestmark = pytest.mark.slow
 
-GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
 WAIT = 240  # seconds: only keeps a broken test from hanging
 
 # `train` says where it runs, and keeps its progress as real stages do; the log is outside of all clones.
@@ -76,9 +76,7 @@ class Site:
         return [line.split() for line in self.log.read_text().splitlines()] if self.log.exists() else []
 
     def git(self, *arguments: str, clone: str = "cpu") -> str:
-        command = [*GIT, *arguments]
-        done = subprocess.run(command, cwd=self.folder / clone, check=True, capture_output=True, text=True)
-        return done.stdout.strip()
+        return git(*arguments, cwd=self.folder / clone)
 
     def start_worker(self, pool: str) -> subprocess.Popen[bytes]:
         environment = {
@@ -102,7 +100,7 @@ class Site:
 
 @pytest.fixture(scope="module")
 def site(api: str, mlflow_store: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Site]:
-    """The project, deployed, with a worker for each pool."""
+    """Deploy the project and start a worker for each pool."""
     folder = tmp_path_factory.mktemp("site")
     with pytest.MonkeyPatch.context() as patch:
         origin = folder / "origin"
@@ -110,20 +108,16 @@ def site(api: str, mlflow_store: str, tmp_path_factory: pytest.TempPathFactory) 
         make_workplace(origin, patch, mlflow_store)
         patch.setenv("STAGE_LOG", str(folder / "log.txt"))
         patch.setenv("PREFECT_API_URL", api)
-        dvc = [sys.executable, "-m", "dvc"]
-        for command in (["git", "init", "-q", "-b", "main"], [*dvc, "init", "-q"]):
-            subprocess.run(command, cwd=origin, check=True)
-        subprocess.run(
-            [*dvc, "remote", "add", "-d", "storage", str(folder / "storage")], cwd=origin, check=True
-        )
+        git("init", "-q", "-b", "main", cwd=origin)
+        for arguments in (["init", "-q"], ["remote", "add", "-d", "storage", str(folder / "storage")]):
+            subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=origin, check=True)
         (origin / "stage.py").write_text(STAGE)
         (origin / "dvc.yaml").write_text(yaml.safe_dump({"stages": PIPELINE}))
         (origin / "params.yaml").write_text((ROOT / "params.yaml").read_text())
         (origin / ".gitignore").write_text("/.runs/\n/.state/\n/runs/\n/*.txt\n")
-        subprocess.run([*GIT, "add", "-A"], cwd=origin, check=True)
-        subprocess.run([*GIT, "commit", "-qm", "project"], cwd=origin, check=True)
+        commit_all(cwd=origin)
         for clone in ("cpu", "gpu"):
-            subprocess.run(["git", "clone", "-q", str(origin), clone], cwd=folder, check=True)
+            git("clone", "-q", origin, clone, cwd=folder)
         site = Site(folder, dict(os.environ))
         subprocess.run([sys.executable, "-m", "flows.deploy"], env=site.environment, check=True)
         workers = [site.start_worker(pool) for pool in ("cpu", "gpu")]
@@ -147,17 +141,29 @@ def end(worker: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
 
 
 def start(**settings: Any) -> Any:
-    """A run of the deployment, as the dashboard starts one; its flow run."""
+    """Start a run of the deployment, as the dashboard does; return its flow run."""
     from prefect.deployments import run_deployment
 
     return run_deployment("pipeline/on-demand", parameters={"settings": settings}, timeout=0)
 
 
-def state_of(run: Any) -> str:
+def flow_run(run: Any) -> Any:
     from prefect import get_client
 
     with get_client(sync_client=True) as client:
-        return str(client.read_flow_run(run.id).state_name)
+        return client.read_flow_run(run.id)
+
+
+def state_of(run: Any) -> str:
+    return str(flow_run(run).state_name)
+
+
+def set_state(run: Any, state: Any) -> None:
+    """Do what a button of the dashboard does."""
+    from prefect import get_client
+
+    with get_client(sync_client=True) as client:
+        client.set_flow_run_state(run.id, state)
 
 
 def wait(condition: Callable[[], bool], what: str) -> None:
@@ -166,6 +172,15 @@ def wait(condition: Callable[[], bool], what: str) -> None:
         if time.monotonic() > deadline:
             pytest.fail(f"not within {WAIT} s: {what}")
         time.sleep(0.2)
+
+
+def start_and_hold(site: Site, beta: float) -> Any:
+    """Start a run whose training stays in its third step until the file `hold` is gone."""
+    before = len(site.lines())
+    (site.folder / "hold").touch()
+    run = start(overrides=[f"reinforce.beta={beta}"])
+    wait(lambda: ["train", "2"] in [line[:2] for line in site.lines()[before:]], "the third step")
+    return run
 
 
 def wait_for(run: Any, *names: str) -> str:
@@ -203,9 +218,7 @@ def test_gpu_stage_runs_on_the_other_worker_and_only_what_changed_runs_again(sit
 
 def test_a_crashed_run_starts_again_and_continues(site: Site) -> None:
     hold, before = site.folder / "hold", len(site.lines())
-    hold.touch()
-    run = start(overrides=["reinforce.beta=0.25"])
-    wait(lambda: ["train", "2"] in [line[:2] for line in site.lines()[before:]], "the third step")
+    run = start_and_hold(site, beta=0.25)
     victims = [p for p in psutil.process_iter(["cmdline"]) if is_flow_of(p, site.folder / "cpu")]
     assert victims
     for process in victims:
@@ -220,19 +233,19 @@ def test_a_crashed_run_starts_again_and_continues(site: Site) -> None:
 
 
 def test_cancelling_ends_stages_on_all_workers_and_leaves_what_can_go_on(site: Site) -> None:
+    from prefect.states import AwaitingRetry, Cancelling
+
     hold, before = site.folder / "hold", len(site.lines())
-    hold.touch()
-    run = start(overrides=["reinforce.beta=0.75"])
-    wait(lambda: ["train", "2"] in [line[:2] for line in site.lines()[before:]], "the third step")
+    run = start_and_hold(site, beta=0.75)
     stages = [p for p in psutil.process_iter(["cmdline"]) if "stage.py" in (p.info["cmdline"] or [])]
     assert stages
-    cancel(run)
+    set_state(run, Cancelling())
     wait(lambda: not any(is_alive(process) for process in stages), "the stage's end")
     assert wait_for(run, "Cancelled", "Completed", "Failed") == "Cancelled"
     wait(lambda: task_states(run).get("train") not in (None, "Running"), "the task's end")
     assert task_states(run)["train"] == "Cancelled"
     hold.unlink()
-    retry(run)  # the dashboard's button
+    set_state(run, AwaitingRetry())
     assert wait_for(run, "Completed", "Failed") == "Completed"
     steps = [line[1] for line in site.lines()[before:] if line[0] == "train"]
     assert steps == ["0", "1", "2", "2", "3"]
@@ -245,45 +258,16 @@ def test_bad_settings_are_refused_with_the_key(site: Site) -> None:
     assert flow_run(run).state.message == f"this run's settings: {found}"
     assert "errors.pydantic.dev" not in (site.folder / "worker-cpu.log").read_text()
     assert not (site.folder / "cpu" / ".runs" / run.name).exists()
-    branches = ["git", "branch", "--list", f"runs/{run.name}"]
-    assert not subprocess.run(branches, cwd=site.folder / "cpu", capture_output=True, check=True).stdout
-
-
-def flow_run(run: Any) -> Any:
-    from prefect import get_client
-
-    with get_client(sync_client=True) as client:
-        return client.read_flow_run(run.id)
+    assert not site.git("branch", "--list", f"runs/{run.name}")
 
 
 def task_states(run: Any) -> dict[str, str]:
-    """{stage: name of its task's state}."""
-    from prefect import get_client
-    from prefect.client.schemas.filters import TaskRunFilter, TaskRunFilterFlowRunId
-
-    ours = TaskRunFilter(flow_run_id=TaskRunFilterFlowRunId(any_=[run.id]))
-    with get_client(sync_client=True) as client:
-        return {task.name: task.state_name or "" for task in client.read_task_runs(task_run_filter=ours)}
-
-
-def cancel(run: Any) -> None:
-    from prefect import get_client
-    from prefect.states import Cancelling
-
-    with get_client(sync_client=True) as client:
-        client.set_flow_run_state(run.id, Cancelling())
-
-
-def retry(run: Any) -> None:
-    from prefect import get_client
-    from prefect.states import AwaitingRetry
-
-    with get_client(sync_client=True) as client:
-        client.set_flow_run_state(run.id, AwaitingRetry())
+    """Return {stage: name of its task's state}."""
+    return {task.name: task.state_name or "" for task in task_runs(run.id)}
 
 
 def is_flow_of(process: psutil.Process, root: Path) -> bool:
-    """Whether it is a flow run that the worker of `root` has started."""
+    """Tell whether it is a flow run that the worker of `root` has started."""
     with contextlib.suppress(psutil.Error):
         command = process.info["cmdline"] or []
         return "prefect.engine" in " ".join(command) and process.environ().get("DGPO_ROOT") == str(root)

@@ -1,4 +1,4 @@
-"""A challenger offered by a flow: the gate, a person's answer, the champion; real registry, real server."""
+"""A challenger offered by a flow: conditions, a person's answer, champion; real registry, real server."""
 
 import contextvars
 import threading
@@ -35,6 +35,12 @@ def project(api: str, own_store: Path) -> Path:  # noqa: F811
     return own_store
 
 
+def challenge(project: Path, scores: Any, approval: bool) -> None:
+    """Train and register kd and dgpo, and offer dgpo's version, the second, as challenger."""
+    make_trained(project, scores, approval=approval)
+    register_trained(challenger=True)
+
+
 def offered(tree: Path, name: str) -> str:
     from prefect import flow
 
@@ -48,7 +54,7 @@ def offered(tree: Path, name: str) -> str:
 
 
 def answer_when_paused(name: str, form: dict[str, Any], seen: list[str]) -> threading.Thread:
-    """Somebody who looks at the dashboard until the run waits, and then fills in the form.
+    """Look at the dashboard until the run waits, and then fill in the form, as somebody would.
 
     A thread of its own would ask whichever server the environment names, and not the tests' one.
     """
@@ -78,8 +84,7 @@ def test_a_person_decides_about_what_passes(
     project: Path, approve: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("flows.promotion.PATIENCE", timedelta(minutes=3))
-    make_trained(project, BETTER, approval=True)
-    register_trained(challenger=True)
+    challenge(project, BETTER, approval=True)
     assert promote("1", dry_run=False, yes=True) == 0  # kd
     seen: list[str] = []
     thread = answer_when_paused(f"ask-{approve}", {**FORM, "approve": approve}, seen)
@@ -94,17 +99,15 @@ def test_a_person_decides_about_what_passes(
 
 @pytest.mark.thorough
 def test_what_does_not_pass_is_not_asked_about(project: Path) -> None:
-    make_trained(project, WORSE, approval=True)
-    register_trained(challenger=True)
+    challenge(project, WORSE, approval=True)
     assert promote("1", dry_run=False, yes=True) == 0
-    assert "did not pass the gate" in offered(project, "worse")
+    assert "does not meet every condition" in offered(project, "worse")
     assert champion() == "1"
 
 
 @pytest.mark.slow
 def test_nobody_is_asked_where_the_settings_want_nobody(project: Path) -> None:
-    make_trained(project, BETTER, approval=False)
-    register_trained(challenger=True)
+    challenge(project, BETTER, approval=False)
     assert offered(project, "free") == "version 2 (dgpo) is the champion"
     assert champion() == "2"
 
@@ -113,8 +116,7 @@ def test_nobody_is_asked_where_the_settings_want_nobody(project: Path) -> None:
 def test_a_run_offers_its_own_model_whoever_reported_last(
     project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    make_trained(project, BETTER, approval=False)
-    register_trained(challenger=True)
+    challenge(project, BETTER, approval=False)
     with store() as registry:
         registry.make_challenger(registry.version("1"))
     monkeypatch.chdir(project.parent)  # a flow works in the project, its stages in the run's worktree
@@ -123,17 +125,15 @@ def test_a_run_offers_its_own_model_whoever_reported_last(
 
 
 def test_a_model_that_is_not_registered_is_said_and_no_other_is_offered(project: Path) -> None:
-    make_trained(project, BETTER, approval=False)
-    register_trained(challenger=True)
+    challenge(project, BETTER, approval=False)
     train(project, "dgpo", "weights that MLflow has not seen", BETTER)
     with pytest.raises(UserError, match=r"no version is this working tree's model of dgpo.*`dgpo register`"):
         offered(project, "nobody")
     assert (champion(), holder(CHALLENGER)) == (None, "2")
 
 
-def test_a_broken_gate_promotes_nobody(project: Path) -> None:
-    make_trained(project, BETTER, approval=False)
-    register_trained(challenger=True)
+def test_a_condition_that_is_no_condition_promotes_nobody(project: Path) -> None:
+    challenge(project, BETTER, approval=False)
     params = yaml.safe_load((project / "params.yaml").read_text())
     params["promote"]["margin"] = -1
     (project / "params.yaml").write_text(yaml.safe_dump(params))

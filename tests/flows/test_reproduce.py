@@ -49,6 +49,12 @@ else:
 """
 
 
+def commit(what: str) -> None:
+    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
+    subprocess.run([*git, "add", what], check=True)
+    subprocess.run([*git, "commit", "-qm", what], check=True)
+
+
 @pytest.fixture
 def project(dvc_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A repository whose pipeline takes no time; returns the log of what was executed."""
@@ -66,9 +72,7 @@ def project(dvc_repository: Path, tmp_path_factory: pytest.TempPathFactory) -> P
     Path("dvc.yaml").write_text(yaml.safe_dump({"stages": stages}))
     shutil.copytree(ROOT / "profiles", "profiles")
     (Path(".gitignore")).write_text("/.runs/\n/reproduction/\n")
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    subprocess.run([*git, "add", "-A"], check=True)
-    subprocess.run([*git, "commit", "-qm", "project"], check=True)
+    commit("-A")
     return log
 
 
@@ -107,9 +111,7 @@ def test_a_new_commit_is_taken_and_results_are_kept(api: str, project: Path) -> 
     Path("new.txt").write_text("a file of the next commit")
     profile = Path("profiles/tiny.yaml")  # changed, but not in a commit
     profile.write_text(profile.read_text().replace("gpus: 0", "gpus: 3"))
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    subprocess.run([*git, "add", "new.txt"], check=True)
-    subprocess.run([*git, "commit", "-qm", "next"], check=True)
+    commit("new.txt")
     reproduce(recipes=["kd"], seeds=[0])
     assert Path(".runs/tiny-seed-0/new.txt").is_file()
     assert yaml.safe_load(Path(".runs/tiny-seed-0/params.yaml").read_text())["workers"]["gpus"] == 0
@@ -122,9 +124,7 @@ def test_a_recipe_of_params_yaml_can_be_named_beside_the_papers(api: str, projec
     params = resolve_profile(Path("profiles/tiny.yaml"))
     params["recipes"]["reinforce"] |= yaml.safe_load(RAW_GRPO)
     Path("params.yaml").write_text(yaml.safe_dump(params))
-    git = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org"]
-    subprocess.run([*git, "add", "params.yaml"], check=True)
-    subprocess.run([*git, "commit", "-qm", "a recipe of our own"], check=True)
+    commit("params.yaml")
     reproduce(recipes=["kd", "grpo"], seeds=[0])
     recipes = yaml.safe_load(Path(".runs/tiny-seed-0/params.yaml").read_text())["recipes"]
     assert (list(recipes["distill"]), list(recipes["reinforce"])) == (["kd"], ["grpo"])

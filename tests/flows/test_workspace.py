@@ -24,31 +24,27 @@ from flows.workspace import (
     restore_outputs,
 )
 from tasks.project.git import changed_files
-from tests.conftest import ROOT
-
-GIT = ("git", "-c", "user.name=t", "-c", "user.email=t@example.org")
+from tests.conftest import ROOT, commit_all, git
 
 
-def git(*arguments: str, cwd: Path | None = None) -> str:
-    done = subprocess.run([*GIT, *arguments], cwd=cwd, check=True, capture_output=True, text=True)
-    return done.stdout.strip()
+def dvc(*arguments: str, cwd: Path | None = None) -> None:
+    subprocess.run([sys.executable, "-m", "dvc", *arguments], cwd=cwd, check=True)
 
 
 @pytest.fixture
 def root(dvc_repository: Path) -> Path:
-    """A project whose one stage was run."""
+    """Make a project whose one stage was run."""
     Path("params.yaml").write_text((ROOT / "params.yaml").read_text())
     Path("dvc.yaml").write_text("stages:\n  a: {cmd: cp params.yaml a.txt, params: [seed], outs: [a.txt]}\n")
     Path(".gitignore").write_text("/.runs/\n/a.txt\n")
-    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], check=True)
-    git("add", "-A")
-    git("commit", "-qm", "project")
+    dvc("repro", "-q")
+    commit_all()
     return dvc_repository.resolve()
 
 
 @pytest.fixture
 def pushing(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The worker was started with --push."""
+    """Do as `dgpo worker --push`."""
     monkeypatch.setenv(PUSH_VARIABLE, "1")
 
 
@@ -79,7 +75,7 @@ def test_a_run_has_files_branch_and_the_shared_cache(root: Path) -> None:
 
     params = yaml.safe_load((root / "params.yaml").read_text())
     made.write_params({**params, "seed": 7}, "Written by a test")
-    subprocess.run([sys.executable, "-m", "dvc", "repro", "-q"], cwd=made.tree, check=True)
+    dvc("repro", "-q", cwd=made.tree)
     commit = made.save("seed 7")
     assert commit == git("rev-parse", "runs/calm-otter") != git("rev-parse", "HEAD")
     assert git("show", "--stat", "--format=%an: %s", commit).startswith("dgpo pipeline: seed 7")
@@ -168,9 +164,7 @@ def test_bad_revision_and_bad_root(root: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_credentials_come_along_and_stay_private(root: Path) -> None:
-    subprocess.run(
-        [sys.executable, "-m", "dvc", "remote", "add", "--local", "far", "s3://bucket"], cwd=root, check=True
-    )
+    dvc("remote", "add", "--local", "far", "s3://bucket")
     made = open_workspace(root, "remote")
     local = made.tree / ".dvc" / "config.local"
     assert "s3://bucket" in local.read_text() and local.stat().st_mode & 0o077 == 0
@@ -178,8 +172,7 @@ def test_credentials_come_along_and_stay_private(root: Path) -> None:
 
 
 def test_a_remote_beside_the_checkout_is_the_same_one(root: Path) -> None:
-    dvc = [sys.executable, "-m", "dvc"]
-    subprocess.run([*dvc, "remote", "add", "-d", "folder", "../beside"], cwd=root, check=True)
+    dvc("remote", "add", "-d", "folder", "../beside")
     git("commit", "-qam", "a remote")
     made = open_workspace(root, "pushing")
     publish(made, ["a"])
@@ -193,25 +186,6 @@ def test_a_remote_that_does_not_answer_may_answer_later(root: Path, tmp_path: Pa
     git("remote", "add", "origin", str(tmp_path / "nowhere"))
     with pytest.raises(InfrastructureError, match="cannot publish runs/offline"):
         publish(made, [])
-
-
-def test_two_processes_of_a_run_take_turns(root: Path) -> None:
-    order: list[str] = []
-
-    def second() -> None:
-        with one_at_a_time(root, "twice"):
-            order.append("second")
-
-    with one_at_a_time(root, "twice"):
-        thread = threading.Thread(target=second)
-        thread.start()
-        time.sleep(0.3)
-        order.append("first")
-    thread.join(10)
-    assert order == ["first", "second"]
-    with one_at_a_time(root, "other"):
-        assert (root / workspace.RUNS / "other.lock").exists()
-    assert not (root / workspace.RUNS / "other.lock").exists()
 
 
 def test_who_waited_and_who_comes_later_take_turns(

@@ -15,14 +15,14 @@ VARIABLE = re.compile(r"\$\{(?P<name>[A-Z_]+)(?::(?P<kind>[-?])(?P<value>[^}]*))
 
 
 def secrets(folder: Path) -> dict[str, str]:
-    """What `dgpo secrets` writes, read as an engine reads it."""
+    """Return what `dgpo secrets` writes, read as an engine reads it."""
     write(folder / ".env")
     lines = (folder / ".env").read_text(encoding="utf-8").splitlines()
     return dict(line.split("=", 1) for line in lines if not line.startswith("#"))
 
 
 def load(variables: dict[str, str] | None = None) -> dict[str, Any]:
-    """The file, with anchors and merges resolved; interpolated, if there are `variables`."""
+    """Read the file with anchors and merges resolved; interpolated, if there are `variables`."""
     text = COMPOSE.read_text(encoding="utf-8")
     if variables is not None:
         text = VARIABLE.sub(lambda match: _value(match, variables), text)

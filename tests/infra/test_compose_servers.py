@@ -1,27 +1,24 @@
 """The servers of infra/compose.yaml with its commands and settings but without containers, on a real Postgres
 that its init script has prepared."""
 
-import base64
 import os
 import shutil
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 
 from dgpo_core.config.params import Params, resolve_profile
 from flows.process import end_group
-from tasks.commands.checks import store
-from tests.conftest import ROOT
+from tasks.commands.doctor import store
+from tests.conftest import ROOT, free_port
 from tests.infra.composition import load, secrets
-from tests.infra.test_services import free_port
 
 PROGRAMS = Path(shutil.which("pg_ctl") or "/usr/lib/postgresql/15/bin/pg_ctl").parent
 
@@ -42,7 +39,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
-    """Postgres as its image starts it: local connections trusted while the init script runs."""
+    """Start Postgres as its image does: local connections are trusted while the init script runs."""
     folder = tmp_path_factory.mktemp("postgres")
     as_user: list[str] = []
     if os.getuid() == 0:  # Postgres does not run as root
@@ -52,23 +49,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         as_user = ["runuser", "-u", "postgres", "--"]
     port, values = free_port(), secrets(folder)
     data, options = folder / "data", f"-p {port} -k {folder} -c listen_addresses=127.0.0.1"
-    initdb: list[Any] = [
-        "initdb",
-        "-D",
-        data,
-        "-U",
-        "postgres",
-        "--auth-local=trust",
-        "--auth-host=scram-sha-256",
-    ]
-    start: list[Any] = ["pg_ctl", "-D", data, "-o", options, "-w", "-l", folder / "log"]
 
     def run(program: str, *arguments: Any) -> None:
         command = [*as_user, str(PROGRAMS / program), *map(str, arguments)]
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=60)
 
-    run(*initdb)
-    run(*start, "start")
+    run("initdb", "-D", data, "-U", "postgres", "--auth-local=trust", "--auth-host=scram-sha-256")
+    run("pg_ctl", "-D", data, "-o", options, "-w", "-l", folder / "log", "start")
     try:
         services = load(values)["services"]
         local = {"PGHOST": str(folder), "PGPORT": str(port)}
@@ -81,10 +68,15 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def psql(place: Place, user: str, password: str, database: str) -> subprocess.CompletedProcess[str]:
+OWNS = "create table t(x int); drop table t; select current_user"
+
+
+def psql(
+    place: Place, user: str, password: str, database: str, query: str = OWNS
+) -> subprocess.CompletedProcess[str]:
     where = ["-h", "127.0.0.1", "-p", str(place.port), "-U", user, "-d", database]
     return subprocess.run(
-        ["psql", *where, "-tAc", "create table t(x int); drop table t; select current_user"],
+        ["psql", *where, "-tAc", query],
         env={**os.environ, "PGPASSWORD": password},
         capture_output=True,
         text=True,
@@ -101,7 +93,7 @@ def test_each_server_has_a_database_that_the_other_cannot_open(place: Place) -> 
 
 
 def serve(place: Place, name: str, port: int, **settings: str) -> Iterator[str]:
-    """The service's command and environment, only with other addresses; yields its URL when it answers."""
+    """Start a service with its command and environment at another address; give its URL when it answers."""
     service = place.services[name]
     command = [sys.executable, *service["command"][1:]]
     number = {"prefect": "4200", "mlflow": "5000"}[name]
@@ -116,15 +108,8 @@ def serve(place: Place, name: str, port: int, **settings: str) -> Iterator[str]:
     (check,) = [part for part in service["healthcheck"]["test"] if "urlopen" in part]
     health = [sys.executable, "-c", check.replace(number, str(port))]
     with (place.folder / f"{name}.log").open("w") as log:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            cwd=place.folder,
-            stdout=log,
-            stderr=log,
-            text=True,
-            start_new_session=True,
-        )
+        where: dict[str, Any] = {"cwd": place.folder, "stdout": log, "stderr": log}
+        process = subprocess.Popen(command, env=environment, **where, text=True, start_new_session=True)
     try:
         deadline = time.monotonic() + 180
         while subprocess.run(health, capture_output=True).returncode:
@@ -137,16 +122,8 @@ def serve(place: Place, name: str, port: int, **settings: str) -> Iterator[str]:
 
 
 def status(url: str, credentials: str | None = None, host: str | None = None) -> int:
-    request = urllib.request.Request(url)
-    if credentials:
-        request.add_header("Authorization", f"Basic {base64.b64encode(credentials.encode()).decode()}")
-    if host:
-        request.add_header("Host", host)
-    try:
-        with urllib.request.urlopen(request, timeout=20) as response:
-            return int(response.status)
-    except urllib.error.HTTPError as error:
-        return error.code
+    auth = httpx.BasicAuth(*credentials.split(":")) if credentials else None
+    return httpx.get(url, auth=auth, headers={"Host": host} if host else {}, timeout=20).status_code
 
 
 class TestPrefect:
@@ -162,13 +139,8 @@ class TestPrefect:
         assert status(f"{url}/api/admin/version", place.secrets["PREFECT_AUTH_STRING"]) == 200
 
     def test_its_data_is_in_postgres(self, place: Place, url: str) -> None:
-        where = ["-h", "127.0.0.1", "-p", str(place.port), "-U", "prefect", "-d", "prefect"]
-        done = subprocess.run(
-            ["psql", *where, "-tAc", "select count(*) from work_pool"],
-            env={**os.environ, "PGPASSWORD": place.secrets["PREFECT_DB_PASSWORD"]},
-            capture_output=True,
-            text=True,
-        )
+        password = place.secrets["PREFECT_DB_PASSWORD"]
+        done = psql(place, "prefect", password, "prefect", "select count(*) from work_pool")
         assert done.stdout.strip().isdigit()
 
 

@@ -45,9 +45,7 @@ def test_what_is_installed_is_said_before_with_its_size() -> None:
     needless = announce("auto", False, True)
     assert "5.9 GB in all; this machine has no NVIDIA GPU: `make demo TORCH_INDEX=" in needless
     assert "takes 2.2 GB instead" in needless
-    with pytest.raises(
-        Refusal, match=r"TORCH=cpu: pip finds torch with CUDA only \(5.9 GB\); add TORCH_INDEX="
-    ):
+    with pytest.raises(Refusal, match=r"TORCH=cpu: pip finds torch with CUDA only \(5.9 GB\); add TORCH"):
         announce("cpu", False, True)
     assert announce("cpu", False, None, "so; ") == "so; installing into the environment"
 
@@ -97,15 +95,12 @@ def test_a_failing_pip_is_shown_and_leaves_no_stamp(
     monkeypatch.chdir(tmp_path)  # no project to install
     monkeypatch.setattr(sys, "prefix", str(tmp_path))
     monkeypatch.setenv("TORCH", "cuda")
-    monkeypatch.setattr(
-        install, "_pip", lambda: [sys.executable, "-c", "print('no room'); raise SystemExit(3)"]
-    )
+    broken = [sys.executable, "-c", "print('no room'); raise SystemExit(3)"]
+    monkeypatch.setattr(install, "_pip", lambda: broken)
     assert install.main("/somewhere python3") == 1
-    said = capsys.readouterr()
-    assert f"(some minutes; log: {tmp_path}/install.log)" in said.out and "no room" not in said.out
-    assert (
-        said.err == f"no room\nerror: pip ended with exit code 3; all that it said: {tmp_path}/install.log\n"
-    )
+    said, log = capsys.readouterr(), tmp_path / "install.log"
+    assert f"(some minutes; log: {log})" in said.out and "no room" not in said.out
+    assert said.err == f"no room\nerror: pip ended with exit code 3; all that it said: {log}\n"
     assert not (tmp_path / ".installed").exists()
 
 
@@ -119,7 +114,7 @@ def test_what_make_does_not_know_is_refused(
 
 
 def make(folder: Path) -> str:
-    """What make would do for `.venv/.installed` there."""
+    """Ask make what it would do for `.venv/.installed` there."""
     command = ["make", "-n", "-f", str(ROOT / "Makefile"), ".venv/.installed"]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tasks.commands.experiments import changes, rows
-from tests.conftest import ROOT, make_workplace
+from tests.conftest import ROOT, commit_all, make_workplace
 
 STAGE = """
 import json, pathlib, yaml
@@ -58,9 +58,9 @@ def first(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Iterat
     place.mkdir()
     with pytest.MonkeyPatch.context() as patch:
         make_workplace(folder, patch, mlflow_store)
-        for variable, value in (("AUTHOR", "a"), ("COMMITTER", "a")):
-            patch.setenv(f"GIT_{variable}_NAME", value)
-            patch.setenv(f"GIT_{variable}_EMAIL", f"{value}@example.org")
+        for variable in ("AUTHOR", "COMMITTER"):  # DVC commits experiments
+            patch.setenv(f"GIT_{variable}_NAME", "a")
+            patch.setenv(f"GIT_{variable}_EMAIL", "a@example.org")
         run(place, "git", "init", "-q")
         dvc(place, "init", "-q")
         shutil.copy(ROOT / ".dvc" / "config", place / ".dvc" / "config")
@@ -70,8 +70,7 @@ def first(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Iterat
         for beta in (0.5, 0.25):
             set_beta(place, beta)
             dvc(place, "repro")
-        run(place, "git", "add", "-A")
-        run(place, "git", "commit", "-qm", "base")
+        commit_all("base", cwd=place)
         yield place
 
 

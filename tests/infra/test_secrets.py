@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from infra.secrets import GENERATED, main, write
-from tests.conftest import ROOT
+from tests.conftest import ROOT, git
 
 # Forms of keys that are unmistakable, and a value given to a name that says what it is.
 KNOWN = {
@@ -61,11 +61,8 @@ def test_the_search_finds_secrets(text: str) -> None:
 
 
 def test_the_repository_has_no_secrets() -> None:
-    listed = subprocess.run(
-        ["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True
-    ).stdout
     found = {}
-    for name in filter(None, listed.split("\0")):
+    for name in filter(None, git("ls-files", "-z", cwd=ROOT).split("\0")):
         try:
             text = (ROOT / name).read_text(encoding="utf-8")
         except (UnicodeDecodeError, FileNotFoundError, IsADirectoryError):
@@ -76,15 +73,10 @@ def test_the_repository_has_no_secrets() -> None:
 
 
 def test_what_holds_secrets_is_ignored_by_git() -> None:
-    for name in (
-        "infra/.env",
-        "infra/.env.part",
-        ".dvc/config.local",
-        ".services/mlflow.json",
-        ".prefect/prefect.db",
-    ):
-        assert subprocess.run(["git", "check-ignore", "-q", name], cwd=ROOT).returncode == 0, name
-        assert not subprocess.run(["git", "ls-files", name], cwd=ROOT, capture_output=True).stdout
+    names = ["infra/.env", "infra/.env.part", ".dvc/config.local", ".services/mlflow.json"]
+    names.append(".prefect/prefect.db")
+    assert git("check-ignore", *names, cwd=ROOT).splitlines() == names
+    assert not git("ls-files", *names, cwd=ROOT)
 
 
 def test_they_are_written_once_for_their_owner_alone(tmp_path: Path) -> None:
@@ -123,11 +115,6 @@ def test_nothing_secret_is_printed(
 
 def test_it_needs_nothing_that_is_not_in_python() -> None:
     code = "import sys, infra.secrets; print({'typer', 'pydantic', 'dgpo_core'} & set(sys.modules))"
-    done = subprocess.run(
-        [sys.executable, "-S", "-c", code],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        env={"PATH": os.environ["PATH"]},
-    )
-    assert done.stdout.strip() == "set()", done.stderr
+    environment = {"PATH": os.environ["PATH"]}
+    said = subprocess.check_output([sys.executable, "-S", "-c", code], cwd=ROOT, text=True, env=environment)
+    assert said.strip() == "set()"

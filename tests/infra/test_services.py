@@ -1,6 +1,5 @@
 """Background servers: small real ones for what goes wrong, Prefect's and MLflow's for what they are for."""
 
-import json
 import os
 import shutil
 import signal
@@ -8,18 +7,18 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.request
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import httpx
 import psutil
 import pytest
 
 from dgpo_core.errors import UserError
 from infra.services import Service, _last_line, down, mlflow, prefect, state, up
 from tasks.project.servers import MARK, ServiceRecord, adopt, leader, members, read, write
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 
 # A server whose child goes on when it is killed, as uvicorn's workers do.
 SERVER = """
@@ -27,12 +26,6 @@ import http.server, subprocess, sys
 subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
 http.server.test(http.server.SimpleHTTPRequestHandler, port=int(sys.argv[1]), bind="127.0.0.1")
 """
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 def small(name: str = "mlflow", code: str = SERVER) -> Service:
@@ -49,7 +42,9 @@ def recorded(folder: Path, name: str = "mlflow") -> ServiceRecord:
 
 
 @pytest.fixture
-def folder(tmp_path: Path) -> Iterator[Path]:
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    monkeypatch.setenv("A_URL", "")  # so that it is taken away again
+    monkeypatch.delenv("A_URL")
     yield tmp_path / ".services"
     down(tmp_path / ".services")
 
@@ -77,8 +72,6 @@ def test_a_copied_checkout_neither_uses_nor_ends_the_servers_of_the_original(
     service = small()
     up([service], folder)
     copied = shutil.copytree(folder, folder.parent / "copy" / ".services")
-    monkeypatch.setenv("A_URL", "")  # so that it is taken away again
-    monkeypatch.delenv("A_URL")
     adopt(copied)
     assert "A_URL" not in os.environ
     assert down(copied) == []
@@ -168,8 +161,6 @@ def test_a_log_without_words(tmp_path: Path) -> None:
 
 def test_addresses_are_adopted_below_the_environment(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     service = small()
-    monkeypatch.setenv("A_URL", "")
-    monkeypatch.delenv("A_URL")
     adopt(folder)
     assert "A_URL" not in os.environ
     up([service], folder)
@@ -203,20 +194,13 @@ class TestRealServers:
                 down()
 
     def run(self, place: Path, *command: str) -> str:
-        """A program as a user starts it there, without being told where the servers are."""
+        """Run a program as a user does there, without telling it where the servers are."""
         hidden = {"MLFLOW_TRACKING_URI", "PREFECT_API_URL"}
         environment = {name: value for name, value in os.environ.items() if name not in hidden}
         environment |= {"PYTHONPATH": str(ROOT), "PREFECT_HOME": str(place / "client")}
-        done = subprocess.run(
-            [sys.executable, *command],
-            cwd=place,
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=120,
+        return subprocess.check_output(
+            [sys.executable, *command], cwd=place, env=environment, text=True, timeout=120
         )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
     def test_a_flow_and_a_metric_arrive(self, place: Path) -> None:
         from mlflow import MlflowClient
@@ -243,11 +227,8 @@ main(arrives)
         assert client.get_run(run_id).data.metrics == {"em": 0.25}
         # not by Prefect's client: it keeps the settings with which it was first imported
         address = recorded(Path(".services"), "prefect").address
-        request = urllib.request.Request(
-            f"{address}/flow_runs/filter", b"{}", {"Content-Type": "application/json"}
-        )
-        with urllib.request.urlopen(request, timeout=30) as response:
-            assert [run["state_name"] for run in json.load(response)] == ["Completed"]
+        runs = httpx.post(f"{address}/flow_runs/filter", json={}, timeout=30).json()
+        assert [run["state_name"] for run in runs] == ["Completed"]
         assert (place / "mlflow.db").is_file()  # the store that is used without a server, too
 
     def test_down_leaves_no_process(self, place: Path) -> None:

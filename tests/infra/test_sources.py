@@ -1,22 +1,17 @@
 """What holds for all sources: their length, and what they depend on."""
 
 import re
-import subprocess
 import tomllib
 from pathlib import Path
 
-from tests.conftest import ROOT
+from tests.conftest import ROOT, git
 
 LONGEST = 600  # lines of a file that is read as one thing
 
 
-def sources(*packages: str) -> list[Path]:
-    """What git tracks, because a working tree may have more in it."""
-    listed = subprocess.run(
-        ["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True, timeout=60
-    )
-    paths = [Path(line) for line in listed.stdout.splitlines()]
-    return [path for path in paths if not packages or path.parts[0] in packages]
+def sources() -> list[Path]:
+    """List what git tracks, because a working tree may have more in it."""
+    return [Path(line) for line in git("ls-files", "*.py", cwd=ROOT).splitlines()]
 
 
 def test_no_file_is_too_long() -> None:

@@ -10,7 +10,7 @@ PASSAGES = 24
 
 
 def sample_config(**changes: Any) -> PublishedConfig:
-    """All sample files; their counts are not the paper's."""
+    """Make settings that read all sample files, whose counts are not the paper's."""
     settings: dict[str, Any] = {
         "questions": str(SAMPLES / "flashrag"),
         "corpus": str(SAMPLES / "wiki-18.jsonl"),

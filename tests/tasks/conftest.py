@@ -1,30 +1,18 @@
 """An MLflow store of a test's own, for what is one thing in a store: the registered model and its aliases."""
 
-import os
 import shutil
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import make_workplace
+from tests.conftest import make_store, make_workplace
 from tests.tasks.miniature import make_project
 
 
 @pytest.fixture(scope="session")
 def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An initialised sqlite file to copy (creating one takes seconds)."""
-    from tasks.tracking.runs import connect
-
-    folder = tmp_path_factory.mktemp("empty-store")
-    before = Path.cwd()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder / 'mlflow.db'}")
-        os.chdir(folder)
-        try:
-            connect()
-        finally:
-            os.chdir(before)
-    return folder / "mlflow.db"
+    return make_store(tmp_path_factory.mktemp("empty-store"))
 
 
 @pytest.fixture

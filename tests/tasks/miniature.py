@@ -1,5 +1,8 @@
-"""A miniature project: the real stages and the committed base models on a world of 300 passages."""
+"""A miniature project: the real stages and the committed base models on a world of 400 passages."""
 
+import csv
+import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -40,3 +43,33 @@ def make_project(folder: Path, recipes: list[str] | None = None, **sections: dic
     (folder / "models").mkdir()
     for name in ("student", "teacher"):
         (folder / "models" / name).symlink_to(ROOT / "models" / name)
+
+
+def change_params(folder: Path = Path(), /, **sections: Any) -> None:
+    """Lay other values over params.yaml in `folder`; an empty mapping replaces what is there."""
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump(overlay(params, sections), sort_keys=False))
+
+
+def run_of(stage: str, folder: Path = Path()) -> str:
+    """MLflow's run of the stage's last execution."""
+    return str(json.loads((folder / "runs" / stage / "run.json").read_text())["mlflow_run"])
+
+
+def failure(stage: str) -> dict[str, Any]:
+    """Why the stage failed, as the flow reads it."""
+    found: dict[str, Any] = json.loads(Path(f".state/{stage}/failure.json").read_text())
+    return found
+
+
+def curves(name: str, folder: Path = Path()) -> list[dict[str, float]]:
+    """What a training stage wrote for each step, without what the step lacks."""
+    with (folder / "plots" / f"{name}.csv").open() as file:
+        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
+
+
+def git(*arguments: str) -> str:
+    """Run git as somebody; what it prints."""
+    who = ("-c", "user.name=t", "-c", "user.email=t@example.org", "-c", "commit.gpgsign=false")
+    done = subprocess.run(["git", *who, *arguments], check=True, capture_output=True, text=True, timeout=120)
+    return done.stdout.strip()

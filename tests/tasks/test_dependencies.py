@@ -40,29 +40,11 @@ WITHOUT_EFFECT = (
     "dgpo_core/temporary.py",  # folders of which nothing stays
     "dgpo_core/training/checkpoint.py",  # what continues ends as if it had not been interrupted
     "dgpo_core/training/parallel.py",  # one process here; in several, results differ by rounding
-    "tasks/stages/base_model.py",  # hands the settings to the builder
-    "tasks/project/dvc.py",  # this and what follows: where, how and with which record a stage runs
-    "tasks/tracking/traces.py",
-    "tasks/tracking/evaluations.py",
-    "tasks/project/files.py",
-    "tasks/project/git.py",
+    "tasks/project",  # this and what follows: where, how and with which record a stage runs
+    "tasks/tracking",
+    "tasks/stages/base_model.py",
     "tasks/stages/inputs.py",
-    "tasks/tracking/lineage.py",
-    "tasks/tracking/store.py",
-    "tasks/tracking/registry.py",
-    "tasks/tracking/store.py",
-    "tasks/project/paths.py",
-    "tasks/tracking/summary.py",
-    "tasks/project/process.py",
-    "tasks/project/progress.py",
-    "tasks/tracking/lineage.py",
-    "tasks/tracking/registry.py",
-    "tasks/project/resources.py",
     "tasks/stages/stage.py",
-    "tasks/project/servers.py",
-    "tasks/stages/stage.py",
-    "tasks/tracking/traces.py",
-    "tasks/tracking/runs.py",
 )
 # Read by every stage (params.yaml) or for its record (dvc.lock, git), and what a stage makes for itself.
 NO_INPUTS = ("params.yaml", "dvc.lock", ".state", "runs", "profiles", "mlruns", ".git")

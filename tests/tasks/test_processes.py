@@ -1,6 +1,5 @@
 """The training stages in two processes against one: the real stages, models and rollouts, in miniature."""
 
-import csv
 import importlib.util
 import os
 import shutil
@@ -12,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from tasks.project import paths
 from tasks.stages.distill import distill
@@ -21,6 +19,7 @@ from tasks.stages.filter import filter_episodes
 from tasks.stages.reinforce import reinforce
 from tasks.stages.teach import teach
 from tests.conftest import make_workplace
+from tests.tasks.miniature import change_params, curves
 
 pytestmark = pytest.mark.slow
 NO_DEEPSPEED = importlib.util.find_spec("deepspeed") is None
@@ -51,9 +50,8 @@ def prepared(alone: Path, folder: Path, compute: dict[str, Any]) -> None:
     for name in ("data", "models"):
         shutil.copytree(alone / name, folder / name, symlinks=True)
     shutil.rmtree(folder / paths.MODELS / "dgpo")
-    params = yaml.safe_load((alone / "params.yaml").read_text())
-    params["compute"] |= compute
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
+    shutil.copyfile(alone / "params.yaml", folder / "params.yaml")
+    change_params(folder, compute=compute)
 
 
 def run(stage: str, recipe: str, folder: Path) -> None:
@@ -62,17 +60,12 @@ def run(stage: str, recipe: str, folder: Path) -> None:
     subprocess.run(command, cwd=folder, env=environment, check=True)
 
 
-def curves(folder: Path, name: str) -> list[dict[str, float]]:
-    with (folder / paths.PLOTS / f"{name}.csv").open() as file:
-        return [{key: float(value) for key, value in row.items() if value} for row in csv.DictReader(file)]
-
-
 @pytest.mark.parametrize("compute", [{}, ZERO])
 def test_distillation(alone: Path, workplace: Path, compute: dict[str, Any]) -> None:
     prepared(alone, workplace, TWO | compute)
     shutil.rmtree(workplace / paths.MODELS / "kd")
     run("distill", "kd", workplace)
-    found, expected = curves(workplace, "distill-kd"), curves(alone, "distill-kd")
+    found, expected = curves("distill-kd", workplace), curves("distill-kd", alone)
     assert len(found) == len(expected)
     for row, other in zip(found, expected, strict=True):
         assert row["loss"] == pytest.approx(other["loss"], rel=5e-3)
@@ -84,7 +77,7 @@ def test_reinforcement(alone: Path, workplace: Path, compute: dict[str, Any]) ->
     """The episodes of the first step are the same, and so is what is learned from them."""
     prepared(alone, workplace, TWO | compute)
     run("reinforce", "dgpo", workplace)
-    found, expected = curves(workplace, "reinforce-dgpo"), curves(alone, "reinforce-dgpo")
+    found, expected = curves("reinforce-dgpo", workplace), curves("reinforce-dgpo", alone)
     assert len(found) == len(expected)
     assert found[0] == pytest.approx(expected[0], rel=1e-3, abs=1e-5)
     assert all(0 <= row["em"] <= 1 for row in found)
@@ -105,6 +98,6 @@ def test_killed_training_continues_to_the_same_model(
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
     run("reinforce", "dgpo", workplace)
-    assert curves(workplace, "reinforce-dgpo") == curves(whole, "reinforce-dgpo")
+    assert curves("reinforce-dgpo", workplace) == curves("reinforce-dgpo", whole)
     weights = paths.MODELS / "dgpo/model.safetensors"
     assert (workplace / weights).read_bytes() == (whole / weights).read_bytes()

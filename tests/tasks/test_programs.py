@@ -1,6 +1,5 @@
 """Stage programs as processes: exit codes, signals, bad parameters, and what a killed `dvc repro` leaves."""
 
-import json
 import os
 import signal
 import subprocess
@@ -8,12 +7,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
-import yaml
 
 from tests.conftest import alive
-from tests.tasks.miniature import make_project
+from tests.tasks.miniature import change_params, failure, make_project
 
 PROGRAM = """
 import sys, time
@@ -54,11 +53,6 @@ def wait_for(condition: Callable[[], bool], what: str) -> None:
     pytest.fail(f"never happened: {what}")
 
 
-def failure(stage: str = "work") -> dict[str, object]:
-    loaded: dict[str, object] = json.loads(Path(f".state/{stage}/failure.json").read_text())
-    return loaded
-
-
 def test_users_fault_is_one_line_and_exit_code_2(workplace: Path) -> None:
     result = execute('raise UserError("questions.jsonl:3: no\\n id")')
     assert result.returncode == 2
@@ -67,7 +61,7 @@ def test_users_fault_is_one_line_and_exit_code_2(workplace: Path) -> None:
     assert lines == ["error: questions.jsonl:3: no id"]
     assert "[work] 1/2 em=0.5" in result.stdout
     assert not Path("out.txt").exists()
-    assert failure()["kind"] == "user"
+    assert failure("work")["kind"] == "user"
 
 
 def test_bug_shows_its_traceback_and_exit_code_1(workplace: Path) -> None:
@@ -100,9 +94,9 @@ def test_signals_end_a_stage_cleanly(workplace: Path, number: signal.Signals) ->
         process.send_signal(number)
         assert process.wait() == 128 + number
     assert not Path("out.txt").exists()
-    assert failure()["retryable"] is False
+    assert failure("work")["retryable"] is False
     stopped = f"stopped with exit code {128 + number}"
-    assert failure()["message"] == ("KeyboardInterrupt" if number == signal.SIGINT else stopped)
+    assert failure("work")["message"] == ("KeyboardInterrupt" if number == signal.SIGINT else stopped)
 
 
 @pytest.mark.thorough
@@ -140,10 +134,9 @@ def test_killing_dvc_leaves_no_stage(dvc_repository: Path, number: signal.Signal
         ({"reinforce": {"batch_size": 100, "mini_batch_size": 33}}, "multiple of mini_batch_size"),
     ],
 )
-def test_broken_params_are_one_clear_line(workplace: Path, change: dict[str, object], message: str) -> None:
+def test_broken_params_are_one_clear_line(workplace: Path, change: dict[str, Any], message: str) -> None:
     make_project(workplace)
-    params = yaml.safe_load((workplace / "params.yaml").read_text())
-    (workplace / "params.yaml").write_text(yaml.safe_dump(params | change))
+    change_params(**change)
     result = subprocess.run([sys.executable, "-m", "tasks.stages.data"], capture_output=True, text=True)
     assert result.returncode == 2
     assert result.stderr.count("\n") == 1 and "params.yaml" in result.stderr and message in result.stderr

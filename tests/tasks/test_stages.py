@@ -29,7 +29,7 @@ from tasks.stages.report import report
 from tasks.stages.teach import teach
 from tasks.tracking.runs import connect
 from tests.conftest import make_workplace
-from tests.tasks.miniature import ROOT, make_project
+from tests.tasks.miniature import ROOT, change_params, curves, make_project, run_of
 
 MODELS = ["student", "teacher", "kd", "dgpo"]
 
@@ -52,6 +52,19 @@ def finished(tmp_path_factory: pytest.TempPathFactory, mlflow_store: str) -> Pat
             evaluate(model)
         report()
     return folder
+
+
+def program(*words: str) -> list[str]:
+    return [sys.executable, "-m", f"tasks.stages.{words[0]}", *words[1:]]
+
+
+def kill_at(pattern: str, *words: str) -> None:
+    """Kill a stage as soon as a file is there."""
+    killed = subprocess.Popen(program(*words))
+    while killed.poll() is None and not list(Path().glob(pattern)):
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
 
 
 def copy_inputs(finished: Path, folder: Path, recipes: list[str] | None = None) -> None:
@@ -129,8 +142,7 @@ def test_models_load_with_plain_transformers(finished: Path) -> None:
 
 
 def test_curves_have_a_row_a_step(finished: Path) -> None:
-    rows = (finished / "plots/reinforce-dgpo.csv").read_text().splitlines()
-    assert rows[0].startswith("step,") and len(rows) == 1 + 4
+    assert [row["step"] for row in curves("reinforce-dgpo", finished)] == [1, 2, 3, 4]
 
 
 @pytest.mark.parametrize(("stage", "count"), [("evaluate@teacher", 28), ("reinforce@dgpo", 16)])
@@ -138,8 +150,7 @@ def test_episodes_are_traced_in_the_stages_run(
     finished: Path, mlflow_store: str, monkeypatch: pytest.MonkeyPatch, stage: str, count: int
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", mlflow_store)
-    client = connect()
-    run = json.loads((finished / "runs" / stage / "run.json").read_text())["mlflow_run"]
+    client, run = connect(), run_of(stage, finished)
     experiment = client.get_run(run).info.experiment_id
     found = client.search_traces(locations=[experiment], run_id=run, max_results=100)
     assert len(found) == count  # 4 questions of each of 7 sets; 8 episodes of steps 2 and 4
@@ -164,9 +175,7 @@ def test_gate_is_in_mlflow_step_by_step(
 @pytest.mark.thorough
 def test_kl_outside_the_gate_is_in_mlflow(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace, recipes=["no_cold_start"])
-    params = yaml.safe_load((workplace / "params.yaml").read_text())
-    params["models"]["student"] = params["models"]["teacher"]  # which answers: the miniature's student cannot
-    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    change_params(models={"student": "models/teacher"})  # which answers: the miniature's student cannot
     reinforce("no_cold_start")
     for name in ("kl_inside", "kl_outside"):
         assert len(history(workplace, "no_cold_start", name)) == 4
@@ -174,11 +183,10 @@ def test_kl_outside_the_gate_is_in_mlflow(finished: Path, workplace: Path) -> No
 
 def history(folder: Path, recipe: str, name: str) -> dict[int, float]:
     """MLflow's values of a metric by step, which must be those of the curve."""
-    run = json.loads((folder / "runs" / f"reinforce@{recipe}" / "run.json").read_text())["mlflow_run"]
-    points = connect().get_metric_history(run, name)
+    points = connect().get_metric_history(run_of(f"reinforce@{recipe}", folder), name)
     found = {point.step: point.value for point in points if point.step}  # 0 has the stage's result
-    rows = csv.DictReader((folder / f"plots/reinforce-{recipe}.csv").open())
-    assert found == pytest.approx({int(r["step"]): float(r[name]) for r in rows if r[name]}, rel=1e-4)
+    rows = curves(f"reinforce-{recipe}", folder)
+    assert found == pytest.approx({int(row["step"]): row[name] for row in rows if name in row}, rel=1e-4)
     return found
 
 
@@ -201,32 +209,21 @@ def test_killed_training_continues_to_the_same_model(
     copy_inputs(finished, workplace)
     if module == "distill":
         shutil.rmtree(workplace / paths.MODELS / "kd")
-    command = [sys.executable, "-m", f"tasks.stages.{module}", recipe]
-    checkpoint = workplace / ".state" / f"{module}@{recipe}" / "checkpoint.pt"
-    killed = subprocess.Popen(command, cwd=workplace)
-    while killed.poll() is None and not checkpoint.exists():
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL, "the stage ended before it could be killed"
+    kill_at(f".state/{module}@{recipe}/checkpoint.pt", module, recipe)
     assert not (workplace / paths.MODELS / recipe).exists(), "no half-written output"
-    subprocess.run(command, cwd=workplace, check=True)
+    subprocess.run(program(module, recipe), check=True)
     weights = paths.MODELS / recipe / "model.safetensors"
     assert (workplace / weights).read_bytes() == (finished / weights).read_bytes()
-    curves = paths.PLOTS / f"{module}-{recipe}.csv"
-    assert (workplace / curves).read_text() == (finished / curves).read_text()
+    plot = paths.PLOTS / f"{module}-{recipe}.csv"
+    assert (workplace / plot).read_text() == (finished / plot).read_text()
 
 
 @pytest.mark.thorough
 def test_killed_rollouts_continue_to_the_same_episodes(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace)
     shutil.rmtree(workplace / "data/teacher")
-    command = [sys.executable, "-m", "tasks.stages.teach"]
-    killed = subprocess.Popen(command, cwd=workplace)
-    while killed.poll() is None and not list((workplace / ".state/teach/episodes").glob("*.parquet")):
-        time.sleep(0.02)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL
-    subprocess.run(command, cwd=workplace, check=True)
+    kill_at(".state/teach/episodes/*.parquet", "teach")
+    subprocess.run(program("teach"), check=True)
     again, first = (read_episodes(folder / paths.TEACHER_EPISODES) for folder in (workplace, finished))
     for episode, expected in zip(again, first, strict=True):
         for search, same in zip(episode.searches, expected.searches, strict=True):
@@ -239,14 +236,11 @@ def test_killed_rollouts_continue_to_the_same_episodes(finished: Path, workplace
 def test_min_em_stops_a_weak_cold_start(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace)
     shutil.rmtree(workplace / paths.MODELS / "kd")
-    params = yaml.safe_load((workplace / "params.yaml").read_text())
-    params["distill"] |= {"epochs": 1, "learning_rate": 1e-9, "min_em": 0.9}
-    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    change_params(distill={"epochs": 1, "learning_rate": 1e-9, "min_em": 0.9})
     with pytest.raises(UserError, match=r"validation EM 0\.\d+ is below distill\.min_em 0\.9"):
         distill("kd")
     assert not (workplace / "models/kd").exists()
-    params["recipes"]["reinforce"], params["compare"] = {}, ["kd"]  # nothing starts from it
-    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    change_params(recipes={"reinforce": {}}, compare=["kd"])  # nothing starts from it
     distill("kd")
     assert (workplace / "models/kd").exists()
 
@@ -257,24 +251,16 @@ def test_a_rate_that_is_too_high_ends_the_stage_and_leaves_no_model(
 ) -> None:
     """By distillation, and by reinforcement, where the model's own episodes are no numbers first."""
     copy_inputs(finished, workplace)
-    params = yaml.safe_load((workplace / "params.yaml").read_text())
     recipe, rate = {"distill": ("kd", "learning_rate"), "reinforce": ("dgpo", "actor_learning_rate")}[stage]
-    params[stage] |= {rate: 1e30, "max_grad_norm": 1e30}
-    params["distill"] |= {"warmup_steps": 0}
-    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    change_params(distill={"warmup_steps": 0})
+    change_params(**{stage: {rate: 1e30, "max_grad_norm": 1e30}})
     shutil.rmtree(workplace / paths.MODELS / recipe, ignore_errors=True)
     said = rf"^{stage}@{recipe}: the .* of step \d is .*; lower {stage}\.{rate} \(now 1e\+30\)"
     with pytest.raises(UserError, match=said):
         {"distill": distill, "reinforce": reinforce}[stage](recipe)
     assert not (workplace / paths.MODELS / recipe).exists()
     versions = connect().search_model_versions(f"tags.recipe = '{recipe}'")
-    assert all(version.run_id != run_of(workplace, f"{stage}@{recipe}") for version in versions)
-
-
-def run_of(folder: Path, stage: str) -> str:
-    """MLflow's run of the stage's last execution."""
-    run: str = json.loads((folder / "runs" / stage / "run.json").read_text())["mlflow_run"]
-    return run
+    assert all(version.run_id != run_of(f"{stage}@{recipe}") for version in versions)
 
 
 @pytest.mark.thorough
@@ -284,8 +270,8 @@ def test_distillations_of_the_papers_table(finished: Path, workplace: Path, reci
     distill(recipe)
     weights = (workplace / paths.MODELS / recipe / "model.safetensors").read_bytes()
     assert weights != (workplace / "models/student/model.safetensors").read_bytes()
-    rows = list(csv.DictReader((workplace / f"plots/distill-{recipe}.csv").open()))
-    assert all(float(row["loss"]) > 0 for row in rows) and rows[-1]["dev_em"]
+    rows = curves(f"distill-{recipe}")
+    assert all(row["loss"] > 0 for row in rows) and "dev_em" in rows[-1]
     assert ("divergence" in rows[0]) == (recipe != "seqkd")
     assert ("taid_t" in rows[0]) == (recipe == "taid")
     assert ("validation_loss" in rows[-1]) == (recipe == "distillm")
@@ -297,28 +283,24 @@ def test_distillations_of_the_papers_table(finished: Path, workplace: Path, reci
 def test_live_teacher_gives_the_same_losses_as_the_kept_one(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace)
     certificate = json.loads((workplace / "data/distributions/certificate.json").read_text())
-    params = yaml.safe_load((workplace / "params.yaml").read_text())
-    params["distill"]["teacher"] = "live"
-    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    change_params(distill={"teacher": "live"})
     shutil.rmtree(workplace / "models/kd")
     shutil.rmtree(workplace / "data/distributions")
     distributions()
     distill("kd")
-    cached, live = (
-        list(csv.DictReader((folder / "plots/distill-kd.csv").open())) for folder in (finished, workplace)
-    )
-    error = float(live[0]["divergence"]) - float(cached[0]["divergence"])
+    cached, live = (curves("distill-kd", folder) for folder in (finished, workplace))
+    error = live[0]["divergence"] - cached[0]["divergence"]
     assert 0 <= error <= max(certificate["kl_error_max"], 1e-4)
-    assert float(live[-1]["loss"]) == pytest.approx(float(cached[-1]["loss"]), rel=0.05)
+    assert live[-1]["loss"] == pytest.approx(cached[-1]["loss"], rel=0.05)
 
 
 @pytest.mark.thorough
 def test_grpo_stage(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace, recipes=["dgpo_grpo"])
     reinforce("dgpo_grpo")
-    rows = list(csv.DictReader((workplace / "plots/reinforce-dgpo_grpo.csv").open()))
+    rows = curves("reinforce-dgpo_grpo")
     assert len(rows) == 4 and "value_loss" not in rows[0]
-    shares = [float(row[f"gate_{part}"]) for row in rows for part in ("open", "closed", "excluded")]
+    shares = [row[f"gate_{part}"] for row in rows for part in ("open", "closed", "excluded")]
     assert sum(shares) == pytest.approx(4, abs=1e-4)
 
 
@@ -328,11 +310,8 @@ def test_a_new_recipe_is_lines_in_params_yaml(
 ) -> None:
     """A row that the paper does not have: trained, evaluated, reported, compared, and in DVC's graph."""
     copy_inputs(finished, workplace)
-    params = yaml.safe_load((workplace / "params.yaml").read_text())
     row = {"start": "kd", "algorithm": "grpo", "guidance": "uniform", "reference": "initial"}
-    params["recipes"]["reinforce"]["mine"] = row
-    params["compare"] = ["kd", "mine"]
-    (workplace / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    change_params(recipes={"reinforce": {"mine": row}}, compare=["kd", "mine"])
     shutil.copytree(finished / "evaluation/kd", workplace / "evaluation/kd")
     reinforce("mine")
     evaluate("mine")
@@ -371,9 +350,7 @@ def test_model_without_tokenizer_is_refused(finished: Path, workplace: Path) -> 
     shutil.copytree((workplace / "models/teacher").resolve(), teacher)
     for file in teacher.glob("tokenizer*"):
         file.unlink()
-    params = yaml.safe_load((workplace / "params.yaml").read_text())
-    params["models"]["teacher"] = "models/bare"
-    (workplace / "params.yaml").write_text(yaml.safe_dump(params))
+    change_params(models={"teacher": "models/bare"})
     with pytest.raises(UserError, match=r"models/bare: this model folder has no tokenizer"):
         evaluate("teacher")
     assert not (workplace / "evaluation").exists()

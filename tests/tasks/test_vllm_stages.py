@@ -1,6 +1,5 @@
 """Reinforcement learning whose episodes vLLM generates: the real program, on the CPU (`make test-vllm`)."""
 
-import csv
 import importlib.util
 import json
 import subprocess
@@ -14,7 +13,7 @@ from safetensors.torch import load_file
 
 from tasks.stages.data import generate
 from tasks.stages.index import index
-from tests.tasks.miniature import ROOT, make_project
+from tests.tasks.miniature import ROOT, curves, make_project
 from tests.vllm_server import serving
 
 pytestmark = [
@@ -42,8 +41,7 @@ def trained(folder: Path) -> list[dict[str, float]]:
     command = [sys.executable, "-m", "tasks.stages.reinforce", "no_cold_start"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     assert done.returncode == 0, done.stderr[-3000:]
-    with (folder / "plots/reinforce-no_cold_start.csv").open() as file:
-        return [{key: float(value or "nan") for key, value in row.items()} for row in csv.DictReader(file)]
+    return curves("reinforce-no_cold_start", folder)
 
 
 def weights(model: Path) -> torch.Tensor:

@@ -1,15 +1,15 @@
 """A working tree in which models were trained and evaluated, as DVC would leave it, with made-up figures."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dgpo_core.config.params import load_params
+from dgpo_core.retrieval.shards import Manifest, write_manifest
 from tasks.project.dvc import dvc_md5
 from tests.dgpo_core.evaluation.making import Model, write_evaluation
-from tests.tasks.miniature import ROOT, make_project
+from tests.tasks.miniature import ROOT, change_params, make_project
 
 PROMOTE = {"margin": 0.1, "arcap_margin": 0.1, "samples": 300, "min_questions": 50, "log_weights": False}
 STUDENT = Model.of(0.02, seed=9)
@@ -20,21 +20,13 @@ BETTER, WORSE = Model.of(0.75, arcap=0.8, seed=3), Model.of(0.35, seed=3)
 def make_trained(folder: Path, dgpo: Model = BETTER, **promote: Any) -> None:
     """Recipes kd and dgpo with models, evaluations and a dvc.lock in `folder`."""
     make_project(folder)
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["questions"]["test"] = {"onehop": "nq", "hard": "bamboogle"}
-    params["promote"] |= PROMOTE | promote
-    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    change_params(folder, questions={"test": {}})
+    change_params(
+        folder, questions={"test": {"onehop": "nq", "hard": "bamboogle"}}, promote=PROMOTE | promote
+    )
     (folder / "data/index").mkdir(parents=True)
     (folder / "data/corpus.jsonl").write_text('{"id": "1", "contents": "x"}\n')
-    manifest = {
-        "collection": "c",
-        "digest": KD.index,
-        "passages": 1,
-        "average_words": 1.0,
-        "dense_size": None,
-    }
-    manifest |= {"encoder": {}, "shards": []}
-    (folder / "data/index/manifest.json").write_text(json.dumps(manifest))
+    write_manifest(folder / "data/index", Manifest("c", KD.index, 1, 1.0, None, {}, []))
     (folder / "metrics").mkdir()
     (folder / "metrics/filter.json").write_text('{"raw": 40, "kept": 30}')
     write_evaluation(folder / "evaluation/student", STUDENT)

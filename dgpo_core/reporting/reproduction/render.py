@@ -317,6 +317,15 @@ def seeds_text(seeds: Sequence[int]) -> str:
     return f"{len(seeds)} seeds ({', '.join(map(str, seeds))})"
 
 
+TABLES = {
+    "exact_match": ("Exact match (table 2)", exact_match_table),
+    "model_pairs": ("Other models (table 3)", model_pairs_table),
+    "arcap": ("ARCap (table 5)", arcap_table),
+    "ablations": ("Ablations (table 6, figure 6)", ablations_table),
+    "stability": ("Training (figures 4 and 6)", stability_table),
+}
+
+
 # --- Markdown: fragments for docs/results.md ----------------------------------------------------------------
 
 
@@ -333,18 +342,10 @@ def markdown(tables: Row, verdicts: Sequence[Row]) -> str:
         f"when\nthe interval lies on its side and so does every seed.\n{code if commits else ''}",
         f"### Claims\n\n{summary}, of {len(verdicts)} claims.\n",
         _claims_table(verdicts).markdown(),
-        "### Exact match (table 2)\n",
-        exact_match_table(tables).markdown(),
-        f"{BEFORE_COLLAPSE}\n",
-        "### Other models (table 3)\n",
-        model_pairs_table(tables).markdown(),
-        "### ARCap (table 5)\n",
-        arcap_table(tables).markdown(),
-        "### Ablations (table 6, figure 6)\n",
-        ablations_table(tables).markdown(),
-        "### Training (figures 4 and 6)\n",
-        stability_table(tables).markdown(),
     ]
+    for name, (heading, make_table) in TABLES.items():
+        sections += [f"### {heading}\n", make_table(tables).markdown()]
+        sections += [f"{BEFORE_COLLAPSE}\n"] if name == "exact_match" else []
     return "\n".join(sections)
 
 
@@ -394,9 +395,7 @@ def page(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]]) -
         pair=tables["pair"],
         own_scale=any(name != role for name, role in tables["mirrors"].items()),
         bars_rows=_bars({model: own[AVERAGE] for model, own in tables["exact_match"].items()}),
-        exact_match=exact_match_table(tables),
-        model_pairs=model_pairs_table(tables),
-        arcap=arcap_table(tables),
+        **{name: make_table(tables) for name, (_, make_table) in TABLES.items()},
         arcap_cards=[
             {
                 "title": MEASUREMENT_LABELS[name],
@@ -404,10 +403,8 @@ def page(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]]) -
             }
             for name in _measurements(tables)
         ],
-        ablations=ablations_table(tables),
         panels=drawn,
         recipes=[_model(name, tables["exact_match"]) for name in recipes],
-        stability=stability_table(tables),
         invalid_rise=INVALID_RISE,
         length_drift=LENGTH_DRIFT,
         near_zero=NEAR_ZERO,

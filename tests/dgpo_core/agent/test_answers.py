@@ -5,7 +5,7 @@ from unicodedata import is_normalized
 import pytest
 from flashrag.evaluator.metrics import ExactMatch, F1_Score, Sub_ExactMatch
 from flashrag.evaluator.utils import normalize_answer
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from dgpo_core.agent import answers
@@ -110,7 +110,17 @@ def test_token_f1(prediction: str | None, golden: list[str], expected: float) ->
 FLASHRAG = [metric({"dataset_name": "nq"}) for metric in (ExactMatch, F1_Score, Sub_ExactMatch)]
 
 
-def agrees_with_flashrag(prediction: str, golden: list[str]) -> None:
+@example("The Beatles", ["beatles", "The Fab Four"])
+@example("yes", ["No"])
+@example("no answer", ["noanswer"])
+@example("noanswer", ["no answer", "noanswer at all"])
+@example("14 December 1972", ["December 14, 1972"])
+@example("a.the", ["the a"])
+@example("İstanbul", ["istanbul", "i̇stanbul"])
+@example("“Paris”", ["Paris"])
+@example("rock\u00a0and roll", ["rock and roll"])
+@given(TEXT, st.lists(TEXT, max_size=4))
+def test_flashrag_scores_the_same(prediction: str, golden: list[str]) -> None:
     em, f1, sub_em = FLASHRAG
     # FlashRAG's texts have one spelling, or they differ
     prediction, golden = canonical(prediction), [canonical(answer) for answer in golden]
@@ -134,31 +144,6 @@ def test_a_long_text_is_looked_through_in_pieces(piece: int, texts: list[str], g
         patch.setattr(answers, "PIECE", piece)
         stands = any(a in whole for a in wanted if a) if whole else exact_match(text, golden)
         assert contains_answer(text, golden) == stands
-
-
-@given(TEXT, st.lists(TEXT, max_size=4))
-def test_flashrag_scores_the_same(prediction: str, golden: list[str]) -> None:
-    agrees_with_flashrag(prediction, golden)
-
-
-@pytest.mark.parametrize(
-    ("prediction", "golden"),
-    [
-        ("The Beatles", ["beatles", "The Fab Four"]),
-        ("yes", ["No"]),
-        ("no answer", ["noanswer"]),
-        ("noanswer", ["no answer", "noanswer at all"]),
-        ("14 December 1972", ["December 14, 1972"]),
-        ("a.the", ["the a"]),
-        ("İstanbul", ["istanbul", "i̇stanbul"]),
-        ("“Paris”", ["Paris"]),
-        ("rock\u00a0and roll", ["rock and roll"]),
-        ("", ["x"]),
-        ("x", []),
-    ],
-)
-def test_flashrag_scores_the_same_by_hand(prediction: str, golden: list[str]) -> None:
-    agrees_with_flashrag(prediction, golden)
 
 
 @given(TEXT, TEXT)

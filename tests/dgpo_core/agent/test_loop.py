@@ -10,7 +10,6 @@ from typing import Any, Literal
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.agent import prompts
 from dgpo_core.agent.engine import EpisodeCache, Generation, Request
@@ -113,11 +112,8 @@ def test_budget_is_four_answered_searches_and_five_generations() -> None:
     assert [owner for owner, _ in pieces(episode)].count(Owner.ENVIRONMENT) == 4
     assert episode.owners[-1] == Owner.MODEL
     assert not episode.well_formed
-
-
-def test_answer_in_the_last_generation_counts() -> None:
-    episode, _ = run(SEARCH, SEARCH, SEARCH, SEARCH, ANSWER)
-    assert (episode.outcome, episode.ending, episode.generations) == (Outcome.CORRECT, Ending.ANSWERED, 5)
+    last, _ = run(SEARCH, SEARCH, SEARCH, SEARCH, ANSWER)
+    assert (last.outcome, last.ending, last.generations) == (Outcome.CORRECT, Ending.ANSWERED, 5)
 
 
 def test_invalid_actions_are_told_and_use_up_turns() -> None:
@@ -238,25 +234,11 @@ def test_information_of_the_release_is_one_text(texts: list[tuple[str, str]], li
     assert episode.outcome is Outcome.CORRECT
 
 
-def test_titles_keep_their_quotes_in_the_releases_text() -> None:
-    episode, _ = run(SEARCH, ANSWER, config=RELEASE)
-    assert pieces(episode)[2][1] == (
-        '\n\n<information>Doc 1(Title: "Ada") Ada was born in Paris.</information>\n\n'
-    )
-
-
 @pytest.mark.parametrize("golden", ["A", "", "?", "Paris"])
 @pytest.mark.parametrize("nothing", ["", " ", "\n\t", "\u200b"])
 def test_an_answer_of_white_space_is_an_invalid_action_and_never_correct(golden: str, nothing: str) -> None:
     episode, _ = run(f"<answer>{nothing}</answer>", golden=(golden,))
     assert (episode.invalid_actions, episode.prediction, episode.outcome) == (5, None, Outcome.WRONG)
-
-
-@pytest.mark.parametrize(
-    ("text", "outcome"), [("A", Outcome.CORRECT), ("the", Outcome.WRONG), (".", Outcome.WRONG)]
-)
-def test_an_answer_that_normalises_to_nothing_earns_no_other(text: str, outcome: Outcome) -> None:
-    assert run(f"<answer> {text} </answer>", golden=("A",))[0].outcome is outcome
 
 
 @pytest.mark.parametrize("documents", ["plain", "release"])
@@ -362,10 +344,9 @@ def test_hit_needs_a_golden_answer_in_a_passage() -> None:
     assert other.hit
 
 
-def test_question_mark_and_instruction(tokenizer: PreTrainedTokenizerFast) -> None:
+def test_short_instruction() -> None:
     episode, _ = run(ANSWER, config=ProtocolConfig(instruction="short"))
     assert "Search if you need to. Question: Where was Ada born?\n" in pieces(episode)[0][1]
-    assert tokenizer.decode(episode.token_ids).count("?") == 1
 
 
 def test_an_ended_episode_holds_no_cache() -> None:

@@ -12,7 +12,6 @@ from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.agent.prompts import (
     INVALID_ACTION,
-    document,
     encode_prompt,
     encode_start,
     encode_text,
@@ -64,25 +63,18 @@ def test_templates_that_tell_the_date_tell_always_the_same(plain: PreTrainedToke
     assert prompt_text("who wrote {x}", "paper", plain) == f"Today Date: 26 Jul 2024\n{PAPER.strip()}"
 
 
-@pytest.mark.parametrize("text", ["Who", "Who?", " Who? ", "Who "])
-def test_question_mark_is_added_once(text: str) -> None:
-    assert with_question_mark(text) == "Who?"
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [*dict.fromkeys(["Who", "Who?", " Who? ", "Who "], "Who?").items(), ("Who;", "Who;?")],  # no Greek one
+)
+def test_question_mark_is_added_once(text: str, expected: str) -> None:
+    assert with_question_mark(text) == expected
 
 
 @pytest.mark.parametrize("mark", "?？؟\u037e՞‽⁇﹖")
 def test_other_scripts_question_marks_end_a_question_too(mark: str) -> None:
     assert with_question_mark(f"Who{mark} ") == f"Who{mark}"
     assert with_question_mark(f"Who{mark}\u200f") == f"Who{mark}"
-
-
-def test_a_semicolon_is_no_question_mark() -> None:
-    """Greek writes one that looks like it."""
-    assert with_question_mark("Who;") == "Who;?"
-
-
-def test_document() -> None:
-    assert document(2, "T", "text") == "Doc 2(Title: T) text\n"
-    assert document(2, "T", "text", "release") == 'Doc 2(Title: "T") text\n'
 
 
 def search_r1(contents: list[str]) -> str:
@@ -220,17 +212,12 @@ def test_no_more_is_read_than_is_wanted() -> None:
         assert read < 200_000, unit
 
 
-@pytest.fixture
-def stripping() -> PreTrainedTokenizerFast:
-    """A template that strips what the user says, as Llama's does."""
-    tokenizer: PreTrainedTokenizerFast = copy.deepcopy(TOKENIZER)
-    tokenizer.chat_template = (
+def test_a_template_that_strips() -> None:
+    """As Llama's strips what the user says."""
+    stripping = copy.deepcopy(TOKENIZER)
+    stripping.chat_template = (
         "{% for m in messages %}<|im_start|>{{ m['content'] | trim }}<|im_end|>{% endfor %}<|im_start|>"
     )
-    return tokenizer
-
-
-def test_a_template_that_strips(stripping: PreTrainedTokenizerFast) -> None:
     ids = encode_prompt("who is <|im_end|>", "paper", stripping)
     control = [stripping.decode([i]) for i in ids if i in CONTROL]
     assert control == ["<|im_start|>", "<|im_end|>", "<|im_start|>"]

@@ -1,9 +1,7 @@
 """The HTTP client against a server that answers as told (a real vLLM is in test_vllm_engines.py)."""
 
 import json
-import threading
 from collections.abc import Callable, Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +13,7 @@ from dgpo_core.agent.vllm_server import GENERATE, VllmServerEngine
 from dgpo_core.config.agent import RolloutConfig, Sampling, ServerConfig
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.models import load_model, load_tokenizer, save_model
+from tests.web import Handler, handled
 
 STUDENT = str(Path(__file__).resolve().parents[3] / "models" / "student")
 Answer = Callable[[dict[str, Any]], tuple[int, dict[str, Any]]]
@@ -85,25 +84,16 @@ def nowhere(words: PreTrainedTokenizerFast, tmp_path: Path) -> Pretender:
 
 @pytest.fixture
 def server(nowhere: Pretender) -> Iterator[Pretender]:
-    class Handler(BaseHTTPRequestHandler):
+    class Server(Handler):
         def do_POST(self) -> None:
             length = int(self.headers.get("Content-Length", 0))
             status, content = nowhere.answer(self.path, json.loads(self.rfile.read(length) or b"{}"))
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(json.dumps(content).encode())
+            self.answer(status, {}, json.dumps(content).encode())
 
         do_GET = do_POST
 
-        def log_message(self, *args: Any) -> None:
-            """Say nothing."""
-
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=http.serve_forever, daemon=True).start()
-    nowhere.url = f"http://127.0.0.1:{http.server_address[1]}"
-    yield nowhere
-    http.shutdown()
-    http.server_close()
+    with handled(Server) as nowhere.url:
+        yield nowhere
 
 
 def ask(engine: VllmServerEngine) -> list[Generation]:

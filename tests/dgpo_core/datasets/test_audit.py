@@ -25,27 +25,14 @@ def read(questions: Splits, *texts: str) -> AnswerSearch:
 
 
 def test_share_of_answerable_questions() -> None:
-    golden = [
-        ("Ann Lee",),
-        ("Nobody", "the River!"),
-        ("Ann Smith",),
-        ("yes",),
-        ("A",),
-        ("東京",),
-        ("大阪",),
-        ("New York City",),
-    ]
+    golden = {
+        ("Ann Lee",): 1.0, ("Nobody", "the River!"): 1.0, ("Ann Smith",): 0.0, ("yes",): 1.0, ("A",): 1.0,
+        ("東京",): 1.0, ("大阪",): 0.0, ("New York City",): 1.0,
+    }  # fmt: skip
     questions = {("nq", "test"): [Question(str(i), "q", answers) for i, answers in enumerate(golden)]}
-    answers = read(
-        questions,
-        "By Ann Lee.",
-        "An annual report",
-        "It lies on a river.",
-        "首都は東京です",
-        "New York, city",
-    )
-    able = [answers.answerable([question]) for question in questions["nq", "test"]]
-    assert able == [1.0, 1.0, 0.0, 1.0, 1.0, 1.0, 0.0, 1.0]
+    texts = ("By Ann Lee.", "An annual report", "It lies on a river.", "首都は東京です", "New York, city")
+    answers = read(questions, *texts)
+    assert [answers.answerable([question]) for question in questions["nq", "test"]] == [*golden.values()]
     assert answers.answerable(questions["nq", "test"]) == 6 / 8
 
 

@@ -3,14 +3,9 @@
 import gzip
 import hashlib
 import json
-import os
 import shutil
-import subprocess
-import sys
-import threading
 import tracemalloc
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +30,10 @@ from dgpo_core.datasets.published import (
 from dgpo_core.datasets.records import Passage, Question, read_corpus
 from dgpo_core.errors import UserError
 from dgpo_core.text import letters
-from tests.conftest import ROOT
+from tests.conftest import run_python
 from tests.samples import PASSAGES as SAMPLE_PASSAGES
 from tests.samples import SAMPLES, sample_config
+from tests.web import Handler, handled
 
 ALL = QuestionSetsConfig()
 CONFIG = sample_config()
@@ -55,72 +51,45 @@ for address in sys.argv[1:]:
 """
 
 
-class Hub(BaseHTTPRequestHandler):
+class Hub(Handler):
     """The repository samples/wiki with wiki-18.jsonl at COMMIT, which is also main."""
 
     downloads = 0
     cut = False  # half of the body, and an end to the connection
 
-    def do_HEAD(self) -> None:
-        self.answer(body=False)
-
     def do_GET(self) -> None:
-        self.answer(body=True)
-
-    def answer(self, body: bool) -> None:
         prefix, _, rest = self.path.lstrip("/").partition("/resolve/")
         revision, _, name = rest.partition("/")
+        headers = {"X-Repo-Commit": COMMIT}
         if prefix != "datasets/samples/wiki":
-            self.refuse("RepoNotFound")
+            self.answer(404, headers | {"X-Error-Code": "RepoNotFound"})
         elif revision not in ("main", COMMIT):
-            self.refuse("RevisionNotFound")
+            self.answer(404, headers | {"X-Error-Code": "RevisionNotFound"})
         elif name != "wiki-18.jsonl":
-            self.refuse("EntryNotFound")
+            self.answer(404, headers | {"X-Error-Code": "EntryNotFound"})
         else:
-            self.send((SAMPLES / name).read_bytes(), body)
+            content = WIKI.read_bytes()
+            headers |= {
+                "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+                "Content-Length": str(len(content)),
+            }
+            type(self).downloads += self.command == "GET"
+            self.answer(200, headers, content[: len(content) // 2] if self.cut else content)
 
-    def send(self, content: bytes, body: bool) -> None:
-        self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
-        self.send_header("ETag", f'"{hashlib.sha256(content).hexdigest()}"')
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.end_headers()
-        if body:
-            type(self).downloads += 1
-            self.wfile.write(content[: len(content) // 2] if self.cut else content)
-
-    def refuse(self, code: str) -> None:
-        self.send_response(404)
-        self.send_header("X-Error-Code", code)
-        self.send_header("X-Repo-Commit", COMMIT)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def log_message(self, *_: object) -> None:
-        pass
+    do_HEAD = do_GET
 
 
 @pytest.fixture
 def hub() -> Iterator[str]:
     Hub.downloads, Hub.cut = 0, False
-    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}"
-        server.shutdown()
+    with handled(Hub) as url:
+        yield url
 
 
 def fetched(home: Path, endpoint: str, *addresses: str) -> list[dict[str, str]]:
     """What a fresh process fetches (the hub's client reads its environment when it is imported)."""
-    environment = {**os.environ, "HF_ENDPOINT": endpoint, "HF_HOME": str(home), "PYTHONPATH": str(ROOT)}
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN", "HF_HUB_CACHE"):
-        environment.pop(name, None)
-    done = subprocess.run(
-        [sys.executable, "-c", FETCH, *addresses],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    places = {"HF_ENDPOINT": endpoint, "HF_HOME": str(home), "HF_HUB_CACHE": str(home / "hub")}
+    done = run_python(FETCH, *addresses, HF_HUB_OFFLINE="0", HF_TOKEN="", **places)
     assert done.returncode == 0, done.stderr
     return [json.loads(line) for line in done.stdout.splitlines()]
 
@@ -129,15 +98,9 @@ def fetched(home: Path, endpoint: str, *addresses: str) -> list[dict[str, str]]:
 def test_hub(hub: str, tmp_path: Path) -> None:
     """Downloaded once, with the commit; mistakes name the setting; without a hub the cache serves."""
     pinned = f"hf://datasets/samples/wiki@{COMMIT}/wiki-18.jsonl"
-    answers = fetched(
-        tmp_path,
-        hub,
-        "hf://datasets/samples/wiki/wiki-18.jsonl",
-        pinned,
-        "hf://datasets/samples/wiki/other.jsonl",
-        "hf://datasets/samples/wiki@v9/wiki-18.jsonl",
-        "hf://datasets/samples/none/wiki-18.jsonl",
-    )
+    names = ("wiki/wiki-18.jsonl", "wiki/other.jsonl", "wiki@v9/wiki-18.jsonl", "none/wiki-18.jsonl")
+    first, *wrong = [f"hf://datasets/samples/{name}" for name in names]
+    answers = fetched(tmp_path, hub, first, pinned, *wrong)
     for answer in answers[:2]:
         assert answer == {"origin": pinned, "text": (SAMPLES / "wiki-18.jsonl").read_text()}
     assert Hub.downloads == 1
@@ -232,12 +195,9 @@ def test_missing_and_malformed_files(tmp_path: Path) -> None:
     damaged = tmp_path / "flashrag/hotpotqa/dev.jsonl"
     lines = damaged.read_text().splitlines()
     damaged.write_text("\n".join([lines[0], lines[1].replace('"golden_answers"', '"solutions"'), lines[2]]))
-    with pytest.raises(UserError) as caught:
-        load(questions=str(tmp_path / "flashrag"))
-    assert str(caught.value).startswith(f'{damaged}:2: key "golden_answers" is missing; its keys are')
-    twice = json.loads(lines[1]) | {"id": "dev_0"}
-    damaged.write_text("\n".join([lines[0], json.dumps(twice)]))
-    with pytest.raises(UserError, match=r"dev\.jsonl:2: id 'dev_0' was used on line 1 before"):
+    with pytest.raises(
+        UserError, match=r'hotpotqa/dev\.jsonl:2: key "golden_answers" is missing; its keys are'
+    ):
         load(questions=str(tmp_path / "flashrag"))
 
 
@@ -341,23 +301,11 @@ def test_limit_and_count(tmp_path: Path) -> None:
     assert not (tmp_path / "other.jsonl").exists()
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"id": "0", "contents": "\\"T\\"\\ntext"}', "id '0' was used on an earlier line"),
-        ('{"id": "24", "contents": "no title"}', "has no line break"),
-        ('{"id": "24", "contents": "\\"T\\"\\n\\ud800"}', "surrogates not allowed"),
-        ('{"id": "24", "contents": ', "not JSON: Expecting value"),
-        ("[" * 100_000, "nested too deeply"),
-    ],
-)
-def test_malformed_lines_are_named(tmp_path: Path, line: str, message: str) -> None:
+def test_malformed_lines_are_named(tmp_path: Path) -> None:
     source = tmp_path / "wiki.jsonl"
-    source.write_text(WIKI.read_text() + line + "\n")
-    with pytest.raises(UserError) as caught:
+    source.write_text(WIKI.read_text() + '{"id": "24", "contents": "no title"}\n')
+    with pytest.raises(UserError, match=r"wiki\.jsonl:25: .*has no line break"):
         write_corpus(CONFIG, local(source), tmp_path / "corpus.jsonl", lambda *_: None)
-    assert str(caught.value).startswith(f"{source}:25: ")
-    assert message in str(caught.value)
     assert not (tmp_path / "corpus.jsonl").exists()
 
 

@@ -47,6 +47,9 @@ def test_published_form_of_a_passage(tmp_path: Path) -> None:
         ("{", "Expecting property name"),
         ("\ufeff" + json.dumps({"id": "2", "contents": '"T"\nx'}), "BOM"),
         ("[1]", "a line must be a JSON object"),
+        ("[" * 100_000, "nested too deeply"),
+        ('{"id": 1, "contents": "T\\ny"}', "id '1' was used on an earlier line"),
+        ('{"id": "2", "contents": "T\\n\\ud800"}', "surrogates not allowed"),
         (json.dumps({"contents": '"T"\nx'}), 'key "id" is missing; its keys are "contents"'),
         (json.dumps({"id": [1], "contents": '"T"\nx'}), 'key "id"'),
         (json.dumps({"id": "2", "body": "x"}), 'its keys are "id", "body"'),
@@ -81,6 +84,9 @@ def test_bad_passage_names_file_and_line(tmp_path: Path, line: str, message: str
         ({"golden_answers": None}, "but holds null"),
         ({"golden_answers": {"text": ["Ada"]}}, 'but holds {"text"'),
         ({"golden_answers": '["Ada"]'}, "is a list written as a string"),
+        ({"golden_answers": ["\ud800"]}, "surrogates not allowed"),
+        ({"question": "\ud800"}, "surrogates not allowed"),
+        ({"metadata": {"long_answers": ["\udfff"]}}, "surrogates not allowed"),
         ({"metadata": [1]}, 'key "metadata" must be an object'),
         ({"id": "q1"}, "id 'q1' was used on line 1 before"),
     ],
@@ -122,13 +128,7 @@ def test_counted_ids_take_no_memory() -> None:
     assert ids.add("4")
 
 
-@pytest.mark.parametrize("key", ["question", "golden_answers", "metadata"])
-def test_text_that_no_file_can_hold(tmp_path: Path, key: str) -> None:
-    """JSON can escape half of a surrogate pair, which UTF-8 cannot write; whole pairs are characters."""
-    half = {"question": "\ud800", "golden_answers": ["\ud800"], "metadata": {"long_answers": ["\udfff"]}}
-    (tmp_path / "q.jsonl").write_text(json.dumps(GOOD | {key: half[key]}))
-    with pytest.raises(UserError, match=r"q\.jsonl:1: .*surrogates not allowed"):
-        read_questions(tmp_path / "q.jsonl")
+def test_whole_surrogate_pairs_are_characters(tmp_path: Path) -> None:
     (tmp_path / "q.jsonl").write_text(json.dumps(GOOD | {"question": "Who \U0001f600?"}))
     assert read_questions(tmp_path / "q.jsonl")[0].question == "Who \U0001f600?"
 
@@ -157,9 +157,6 @@ def test_lines_are_counted_as_an_editor_does(tmp_path: Path) -> None:
     path.write_text(f"\n{good}\n\n{again}\n\n{good}\n")
     with pytest.raises(UserError, match=r"q\.jsonl:6: id 'q1' was used on line 2 before"):
         read_questions(path)
-    path.write_text('\n{"id": 1, "contents": "\\"T\\"\\nx"}\n\n{"id": "1", "contents": "\\"T\\"\\ny"}\n')
-    with pytest.raises(UserError, match=r"q\.jsonl:4: id '1' was used on an earlier line"):  # 1 and "1"
-        list(read_corpus(path))
 
 
 @pytest.mark.parametrize("behind", ["", "\r", " ", "\t\u00a0", "\u200b", "\ufeff \r"])
@@ -172,15 +169,12 @@ def test_titles_lose_what_nobody_sees_around_them(behind: str, quote: str) -> No
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        (
-            {"id": 0, "title": "Town 0", "text": "It lies\r\nthere."},
-            Passage("0", "Town 0", "It lies\nthere."),
-        ),
+        ({"id": 0, "title": "Town", "text": "It lies\r\nthere."}, Passage("0", "Town", "It lies\nthere.")),
         ({"_id": "d1", "title": "", "text": "x", "metadata": {}}, Passage("d1", "", "x")),
         ({"docid": "d1", "title": " A\nB ", "text": "x"}, Passage("d1", "A B", "x")),
         ({"docid": "d1", "contents": "T\nx"}, Passage("d1", "T", "x")),
         (
-            {"id": "1", "docid": "d", "contents": '"T"\nx', "title": "other", "text": "y"},
+            {"id": "1", "docid": "d", "contents": "T\nx", "title": "other", "text": "y"},
             Passage("1", "T", "x"),
         ),
     ],
@@ -210,7 +204,7 @@ def test_other_forms_of_questions(tmp_path: Path, row: dict[str, Any], answers: 
     assert read_questions(path) == [Question("2", "Who?", answers)]
 
 
-def test_two_kinds_of_answers_are_ambiguous(tmp_path: Path) -> None:
+def test_two_kinds_of_answers_are_ambiguous() -> None:
     with pytest.raises(ValueError, match='has both "answer" and "answers"'):
         Question.from_json({"id": "1", "question": "Who?", "answer": "Ada", "answers": ["Bob"]})
 

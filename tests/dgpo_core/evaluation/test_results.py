@@ -101,16 +101,6 @@ def test_models_of_no_named_pair_are_compared_with_their_neighbours(reported: Re
     assert comparisons(mine)["mine-kd"] == comparisons(scores)["dgpo-kd"]
 
 
-def test_paired_difference_by_hand(run: Run) -> None:
-    for model, right in (("dgpo", {0, 1, 2, 3, 4, 5}), ("kd", {4, 5, 6})):
-        for number, row in enumerate(run.rows[model]):
-            row["outcome"], row["em"] = "wrong", number in right
-    run.save()
-    entry = load(run.report(run.folder / "reports"), "comparisons.json")["dgpo-kd"]
-    assert entry["mean"] == pytest.approx((4 - 1) / 84, abs=1e-6)
-    assert entry["n"] == 84
-
-
 def test_data_set_with_nothing_but_failures_has_no_mean(run: Run) -> None:
     for row in run.rows["kd"]:
         if row["dataset"] == "hard":

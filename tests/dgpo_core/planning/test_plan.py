@@ -49,6 +49,12 @@ def planner(device: Device | None = None, gpus: int = 8, **compute: Any) -> Plan
     return Planner(params, STUDENT, TEACHER, encoder, work, machine)
 
 
+def changed(made: Planner, section: str, **values: Any) -> Planner:
+    """The same plan with other settings of a section."""
+    config = getattr(made.params, section).model_copy(update=values)
+    return replace(made, params=made.params.model_copy(update={section: config}))
+
+
 def stage(made: Planner, name: str) -> Estimate:
     return next(s for s in made.stages() if s.stage == name)
 
@@ -111,8 +117,7 @@ def test_a_server_takes_what_was_measured(quantization: str, memory: float, disk
     """docs/scaling.md's table, whose graph is 50 bytes a passage smaller than its bound."""
     made = planner()
     qdrant = made.params.retrieval.qdrant.model_copy(update={"quantization": quantization})
-    retrieval = made.params.retrieval.model_copy(update={"qdrant": qdrant})
-    server = replace(made, params=made.params.model_copy(update={"retrieval": retrieval})).server()
+    server = changed(made, "retrieval", qdrant=qdrant).server()
     assert server is not None
     assert server["memory"] - 50 * 21_015_324 == pytest.approx(memory, rel=0.03)
     assert server["disk"] - 50 * 21_015_324 == pytest.approx(disk, rel=0.03)
@@ -125,12 +130,9 @@ def test_what_does_not_fit_fits_with_the_advice() -> None:
     assert problem.what == "GPU memory" and problem.needed > problem.available
     key, value = problem.advice.split(": ")
     assert key == "compute.micro_batch_tokens"
-    compute = small.params.compute.model_copy(update={"micro_batch_tokens": int(value)})
-    mended = replace(small, params=small.params.model_copy(update={"compute": compute}))
-    assert stage(mended, "reinforce@dgpo").device_memory <= 48 * GIB
-    twice = compute.model_copy(update={"micro_batch_tokens": 2 * int(value)})
-    unmended = replace(small, params=small.params.model_copy(update={"compute": twice}))
-    assert stage(unmended, "reinforce@dgpo").device_memory > 48 * GIB
+    for tokens, fits in ((int(value), True), (2 * int(value), False)):
+        again = stage(changed(small, "compute", micro_batch_tokens=tokens), "reinforce@dgpo")
+        assert (again.device_memory <= 48 * GIB) == fits
     assert not make_plan(planner(Device("large", 200 * GIB))).problems
     hopeless = make_plan(planner(Device("tiny", 2 * GIB)))
     assert {p.advice for p in hopeless.problems} == {"no setting here makes it fit: GPUs with more memory"}
@@ -162,11 +164,9 @@ def test_every_advice_can_be_followed_and_helps(gpus: int) -> None:
 
 
 def test_an_embedded_index_of_all_passages_wants_a_server() -> None:
-    made = planner()
-    retrieval = made.params.retrieval.model_copy(update={"location": "embedded"})
-    params = made.params.model_copy(update={"retrieval": retrieval})
+    made = changed(planner(), "retrieval", location="embedded")
     machine = replace(made.machine, memory=64 * GIB, disk=100e9)
-    problems = {p.stage: p for p in make_plan(replace(made, params=params, machine=machine)).problems}
+    problems = {p.stage: p for p in make_plan(replace(made, machine=machine)).problems}
     assert problems["index"].what == "host memory" and "Qdrant server" in problems["index"].advice
     assert problems["index"].needed > 21_015_324 * 768 * 4
     assert problems["all"].what == "disk" and "index" in problems["all"].advice
@@ -193,13 +193,11 @@ def test_devices_are_named_or_sized() -> None:
 def test_what_is_kept_between_turns_is_not_read_again() -> None:
     """With more room there is less to read and compute, and more to hold, up to all episodes of a chunk."""
     made = planner()
-
-    def teach(kept: int) -> Estimate:
-        rollout = made.params.rollout.model_copy(update={"kept_tokens": kept})
-        return stage(replace(made, params=made.params.model_copy(update={"rollout": rollout})), "teach")
-
     under_way = int(made.params.teach.chunk * made.work.lengths.total)
-    none, half, whole, more = (teach(kept) for kept in (0, under_way // 2, under_way + 1, 10 * under_way))
+    none, half, whole, more = (
+        stage(changed(made, "rollout", kept_tokens=kept), "teach")
+        for kept in (0, under_way // 2, under_way + 1, 10 * under_way)
+    )
     lengths, episodes = made.work.lengths, made.work.teach
     assert none.tokens == pytest.approx(episodes * (lengths.prefill + lengths.model))
     assert whole.tokens == pytest.approx(episodes * lengths.total)
@@ -213,22 +211,15 @@ def test_what_is_kept_between_turns_is_not_read_again() -> None:
 
 def test_of_trainings_a_step_is_under_way_not_a_chunk_of_evaluation() -> None:
     made = planner()
-    evaluate = made.params.evaluate.model_copy(update={"chunk": 1})
-    alone = replace(made, params=made.params.model_copy(update={"evaluate": evaluate}))
-    for name, same in (
-        ("teach", True),
-        ("distill@kd", True),
-        ("reinforce@dgpo", True),
-        ("evaluate@kd", False),
-    ):
-        assert (stage(alone, name).tokens == stage(made, name).tokens) == same
+    alone = changed(made, "evaluate", chunk=1)
+    for name in ("teach", "distill@kd", "reinforce@dgpo", "evaluate@kd"):
+        assert (stage(alone, name).tokens == stage(made, name).tokens) == (name != "evaluate@kd")
 
 
 def test_keeping_less_is_advised_where_passes_cannot_be_smaller() -> None:
     made = planner(Device("small", 29.6 * GIB))
     smallest = made.params.protocol.max_context
-    rollout = made.params.rollout.model_copy(update={"batch_tokens": smallest, "kept_tokens": 10**7})
-    narrow = replace(made, params=made.params.model_copy(update={"rollout": rollout}))
+    narrow = changed(made, "rollout", batch_tokens=smallest, kept_tokens=10**7)
     problems = {problem.stage: problem for problem in make_plan(narrow).problems}
     advice = problems["teach"].advice
     assert "kept_tokens" in advice and "batch_tokens" not in advice

@@ -8,17 +8,17 @@ It is no substitute for a run against a real server: tests/dgpo_core/retrieval/t
 
 import copy
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
-import uvicorn
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from qdrant_client import QdrantClient, models
+
+from tests.web import served
 
 
 @dataclass
@@ -172,17 +172,5 @@ def make_app(server: QdrantServer) -> FastAPI:
 @contextmanager
 def running(server: QdrantServer) -> Iterator[QdrantServer]:
     """Serve on a free port until the end of the block; `server.url` says where."""
-    config = uvicorn.Config(make_app(server), port=0, log_level="error", lifespan="off")
-    web = uvicorn.Server(config)
-    thread = threading.Thread(target=web.run, daemon=True)
-    thread.start()
-    while not web.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    port = web.servers[0].sockets[0].getsockname()[1]
-    server.url = f"http://127.0.0.1:{port}"
-    try:
+    with served(make_app(server)) as server.url:
         yield server
-    finally:
-        web.should_exit = True
-        thread.join(timeout=10)

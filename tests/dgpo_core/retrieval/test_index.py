@@ -1,8 +1,5 @@
 """The index at every location, its failures, and its recall against exact search."""
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,10 +25,10 @@ from dgpo_core.retrieval.index import (
 )
 from dgpo_core.retrieval.ranking import Candidate, Hit, Query
 from dgpo_core.retrieval.shards import read_manifest, write_manifest
-from tests.conftest import ROOT
+from tests.conftest import run_python
 from tests.dgpo_core.retrieval.conftest import BM25
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer
-from tests.dgpo_core.retrieval.test_service import served
+from tests.web import served
 
 
 def ids(found: list[list[Hit]]) -> list[list[str]]:
@@ -231,8 +228,7 @@ def test_a_machine_without_room_is_told_with_its_place(tmp_path: Path) -> None:
         "resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, 10_000)); "
         "index_passages([Passage('a', 'T', 'red house ' * 9000)], EncoderConfig(kind='bm25'))"
     )
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = run_python(code, TMPDIR=str(tmp_path))
     assert f"ResourceError: cannot build the index in {tmp_path}, where " in done.stderr
     assert "MiB are free: file too large" in done.stderr
     assert list(tmp_path.iterdir()) == []

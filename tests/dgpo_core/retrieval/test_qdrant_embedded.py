@@ -17,7 +17,7 @@ from dgpo_core.retrieval.collection import Content, Point
 from dgpo_core.retrieval.encoders import Bm25Encoder
 from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
 from dgpo_core.retrieval.ranking import Query, rank
-from tests.conftest import ROOT
+from tests.conftest import ROOT, run_python
 from tests.dgpo_core.retrieval.conftest import content, dense_content
 
 
@@ -94,17 +94,12 @@ def test_a_build_that_failed_is_made_again(passages: list[Passage], tmp_path: Pa
 def test_one_process_at_a_time(passages: list[Passage], tmp_path: Path) -> None:
     """The lock is the kernel's: it goes with the process that held it, however that ended."""
     made, _ = dense_content(passages[:5])
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
-            "print('held', flush=True); time.sleep(600)",
-            str(tmp_path / f"{made.name}.lock"),
-        ],
-        stdout=subprocess.PIPE,
-        cwd=ROOT,
+    code = (
+        "import sys, time; from filelock import FileLock; lock = FileLock(sys.argv[1]); lock.acquire(); "
+        "print('held', flush=True); time.sleep(600)"
     )
+    command = [sys.executable, "-c", code, str(tmp_path / f"{made.name}.lock")]
+    holder = subprocess.Popen(command, stdout=subprocess.PIPE, cwd=ROOT)
     try:
         assert holder.stdout and holder.stdout.readline() == b"held\n"
         with pytest.raises(InfrastructureError, match="another process searches this index"):
@@ -125,7 +120,6 @@ def test_nothing_stays_of_a_temporary_one(passages: list[Passage], tmp_path: Pat
         "made = index_passages([Passage('a', 'T', 'red house')], EncoderConfig(kind='bm25')); "
         "print(len(os.listdir(os.environ['TMPDIR'])), made.search(['red'], 1)[0][0].passage.id)"
     )
-    environment = {**os.environ, "TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = run_python(code, TMPDIR=str(tmp_path))
     assert (done.stdout, done.stderr) == ("2 a\n", ""), "the folder, and the file that says whose it is"
     assert list(tmp_path.iterdir()) == []

@@ -186,18 +186,19 @@ def test_requests_are_cut_by_their_bytes_too(
     assert max(len(body.searches) for body in qdrant.bodies("POST /coll") if hasattr(body, "searches")) == 2
 
 
-def test_points_that_were_lost_are_missed(qdrant: QdrantServer, passages: list[Passage]) -> None:
-    qdrant.lost = True
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ("lost", "has 0 points instead of 12 after the upload"),
+        ("red", "Qdrant cannot index dgpo-test-0123-"),
+    ],
+)
+def test_a_collection_with_a_fault_has_no_readers(
+    qdrant: QdrantServer, passages: list[Passage], fault: str, message: str
+) -> None:
+    setattr(qdrant, fault, True)
     made, _ = dense_content(passages[:12])
-    with pytest.raises(InfrastructureError, match="has 0 points instead of 12 after the upload"):
-        filled(qdrant, made)
-    assert alias_target(qdrant.engine, made.name) is None
-
-
-def test_a_collection_that_cannot_be_indexed(qdrant: QdrantServer, passages: list[Passage]) -> None:
-    qdrant.red = True
-    made, _ = dense_content(passages[:12])
-    with pytest.raises(InfrastructureError, match="Qdrant cannot index dgpo-test-0123-"):
+    with pytest.raises(InfrastructureError, match=message):
         filled(qdrant, made)
     assert alias_target(qdrant.engine, made.name) is None
 
@@ -248,10 +249,8 @@ class Points(PointsServicer):
     def QueryBatch(self, request: Any, context: Any) -> Any:
         self.asked.append(request)
         self.keys.append(dict(context.invocation_metadata()).get("api-key"))
-        payload = {
-            name: messages.Value(string_value=text)
-            for name, text in {"id": "p7", "title": "T", "text": "red"}.items()
-        }
+        texts = {"id": "p7", "title": "T", "text": "red"}
+        payload = {name: messages.Value(string_value=text) for name, text in texts.items()}
         point = messages.ScoredPoint(id=messages.PointId(num=7), score=0.5, payload=payload)
         return messages.QueryBatchResponse(result=[messages.BatchResult(result=[point])] * 2)
 

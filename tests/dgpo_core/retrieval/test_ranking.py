@@ -12,7 +12,7 @@ from qdrant_client.models import ScoredPoint
 
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, write_jsonl
-from dgpo_core.retrieval.index import index_passages, open_index, search_recall
+from dgpo_core.retrieval.index import open_index, search_recall
 from dgpo_core.retrieval.ranking import RRF_K, Candidate, Query, fuse, rank
 from dgpo_core.retrieval.shards import build_shards
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer
@@ -54,6 +54,9 @@ def test_ties_are_cut_in_the_order_of_the_corpus(seed: int) -> None:
     engine = Engine([1.0] * 20 + [2.0] + [1.0 + 1e-7] * 40 + [0.5], seed)
     assert engine.rank(3) == [20, 0, 1]
     assert engine.limits == [11, 44, 176], "until the last place is no tie"
+    engine = Engine([float(i) for i in range(30)], seed)
+    assert engine.rank(2) == [29, 28]
+    assert engine.limits == [10], "without ties once is enough"
 
 
 @given(
@@ -82,12 +85,6 @@ def test_what_many_ties_cost_does_not_grow_with_their_number() -> None:
         assert len(engine.limits) == 4
 
 
-def test_without_ties_once_is_enough() -> None:
-    engine = Engine([float(i) for i in range(30)], 0)
-    assert engine.rank(2) == [29, 28]
-    assert engine.limits == [10]
-
-
 def test_many_ties_of_a_real_index(tmp_path: Path, qdrant: QdrantServer) -> None:
     """A thousand copies behind other passages, in every engine, also without an index's approximations."""
     texts = ["blue house", "red red house", *["red house"] * 700, "red red red house", *["red house"] * 300]
@@ -101,21 +98,6 @@ def test_many_ties_of_a_real_index(tmp_path: Path, qdrant: QdrantServer) -> None
         assert opened.searcher
         assert search_recall(opened.searcher, ["red", "house"], 5).share == 1.0
         opened.close()
-
-
-def test_ties_of_a_real_index() -> None:
-    """Forty equal passages, more than are fetched at first, inserted among better and worse ones."""
-    texts = (
-        ["red house"] * 20
-        + ["red red house"]
-        + ["red house"] * 20
-        + ["red and a very long text of a house"] * 3
-    )
-    part = [Passage(f"p{i}", "T", text) for i, text in enumerate(texts)]
-    for _ in range(3):
-        made = index_passages(part, EncoderConfig(kind="bm25"))
-        (hits,) = made.search(["red"], 5)
-        assert [hit.passage.id for hit in hits] == ["p20", "p0", "p1", "p2", "p3"]
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -2,8 +2,6 @@
 
 import asyncio
 import json
-import threading
-import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -12,7 +10,6 @@ from typing import Any
 
 import httpx
 import pytest
-import uvicorn
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from prometheus_client.parser import text_string_to_metric_families
@@ -28,21 +25,7 @@ from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.retrieval.service import MAX_QUERIES, MAX_QUERY, MAX_TOP_K, Batcher, RetrieverService, make_app
 from dgpo_core.retrieval.shards import read_manifest
 from tests.dgpo_core.retrieval.conftest import BM25
-
-
-@contextmanager
-def served(app: FastAPI) -> Iterator[str]:
-    web = uvicorn.Server(uvicorn.Config(app, port=0, log_level="critical", lifespan="off"))
-    thread = threading.Thread(target=web.run, daemon=True)
-    thread.start()
-    while not web.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{web.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        web.should_exit = True
-        thread.join(timeout=20)
+from tests.web import served
 
 
 @pytest.fixture
@@ -81,15 +64,10 @@ def test_the_fields_contract(url: str, retrieval: RetrieverService, queries: lis
     assert shown == [[f'(Title: "{h.passage.title}") {h.passage.text}' for h in hits] for hits in expected]
     body = {"queries": asked, "topk": 2, "return_scores": True}
     answer = httpx.post(f"{url}/retrieve", json=body).json()
-    assert answer == {
-        "result": [
-            [
-                {"document": {"id": h.passage.id, "contents": h.passage.contents}, "score": h.score}
-                for h in hits
-            ]
-            for hits in expected
-        ]
-    }
+    assert answer["result"] == [
+        [{"document": {"id": h.passage.id, "contents": h.passage.contents}, "score": h.score} for h in hits]
+        for hits in expected
+    ]
     without = httpx.post(f"{url}/retrieve", json={**body, "return_scores": False, "unknown": 1}).json()
     assert without["result"] == [[item["document"] for item in result] for result in answer["result"]]
     defaults = httpx.post(f"{url}/retrieve", json={"queries": asked}).json()
@@ -105,10 +83,7 @@ def test_the_fields_contract(url: str, retrieval: RetrieverService, queries: lis
         ({"queries": "one"}, "queries: Input should be a valid list"),
         ({}, "queries: Field required"),
         ({"queries": ["a", 3]}, "queries.1: Input should be a valid string"),
-        (
-            {"queries": ["a"], "topk": MAX_TOP_K + 1},
-            "topk: Input should be less than or equal to",
-        ),
+        ({"queries": ["a"], "topk": MAX_TOP_K + 1}, "topk: Input should be less than or equal to"),
         ({"queries": ["a"], "topk": -1}, "topk: Input should be greater than or equal to 0"),
         ([], "body: Input should be a valid dictionary"),
         ({"queries": ["a", "town \ud800"]}, "queries.1: not valid Unicode: half a surrogate pair"),
@@ -184,13 +159,12 @@ def foreign(answer: Any, status: int = 200) -> FastAPI:
     return app
 
 
-def test_a_server_of_others_is_known_by_its_address() -> None:
-    document = {"id": "12", "contents": '"A title"\nand\ntext', "url": "ignored"}
-    with served(foreign({"result": [[{"document": document, "score": 0.75}]]})) as url:
+@contextmanager
+def client_of(app: FastAPI) -> Iterator[ServiceClient]:
+    with served(app) as url:
         about = describe_service(url)
-        assert about == (f"unverified: {url}", 0)
-        hits = ServiceClient(url, about.digest).hits(["a"], 3)
-        assert hits == [[Hit(Passage("12", "A title", "and\ntext"), 0.75)]]
+        assert about == (f"unverified: {url}", 0), "a server of others is known by its address"
+        yield ServiceClient(url, about.digest)
 
 
 ITEM = {"document": {"id": "1", "contents": '"T"\ntext'}, "score": 1.0}
@@ -216,16 +190,21 @@ ITEM = {"document": {"id": "1", "contents": '"T"\ntext'}, "score": 1.0}
     ],
 )
 def test_a_broken_answer_is_a_failure_and_never_an_empty_result(answer: Any) -> None:
-    with served(foreign(answer)) as url:
-        client = ServiceClient(url, f"unverified: {url}")
-        with pytest.raises(InfrastructureError, match=r"does not answer as a retriever does"):
-            client.hits(["a"], 3)
+    with (
+        client_of(foreign(answer)) as client,
+        pytest.raises(InfrastructureError, match=r"does not answer as a retriever does"),
+    ):
+        client.hits(["a"], 3)
 
 
 @pytest.mark.parametrize(
     ("items", "expected"),
     [
         ([ITEM] * 5, [("1", "T", "text", 1.0)] * 3),  # more than were asked for
+        (
+            [{"document": {"id": "12", "contents": '"A title"\nand\ntext', "url": "ignored"}, "score": 0.75}],
+            [("12", "A title", "and\ntext", 0.75)],
+        ),
         ([ITEM["document"]], [("1", "T", "text", 1.0)]),  # the document alone, without its score
         ([ITEM, {**ITEM, "score": None}], [("1", "T", "text", 1.0), ("1", "T", "text", 0.5)]),
         ([{**ITEM, "score": float("nan")}], [("1", "T", "text", 1.0)]),
@@ -240,22 +219,17 @@ def test_a_broken_answer_is_a_failure_and_never_an_empty_result(answer: Any) -> 
     ],
 )
 def test_the_answers_of_the_field_are_read(items: list[Any], expected: list[tuple[Any, ...]]) -> None:
-    answer = json.dumps({"result": [items]})
-    with served(foreign(answer)) as url:
-        (hits,) = ServiceClient(url, f"unverified: {url}").hits(["a"], 3)
+    with client_of(foreign(json.dumps({"result": [items]}))) as client:
+        (hits,) = client.hits(["a"], 3)
     assert [(h.passage.id, h.passage.title, h.passage.text, h.score) for h in hits] == expected
 
 
 def test_a_passage_without_an_id_is_known_by_its_contents() -> None:
-    def documents(*texts: str) -> str:
-        return json.dumps(
-            {"result": [[{"document": {"contents": f'"T"\n{text}', "id": None}} for text in texts]]}
-        )
-
     names = []
     for texts in (("one", "two"), ("two", "three")):
-        with served(foreign(documents(*texts))) as url:
-            (hits,) = ServiceClient(url, f"unverified: {url}").hits(["a"], 3)
+        items = [{"document": {"contents": f'"T"\n{text}', "id": None}} for text in texts]
+        with client_of(foreign({"result": [items]})) as client:
+            (hits,) = client.hits(["a"], 3)
         names.append([hit.passage.id for hit in hits])
     assert names[0][1] == names[1][0]
     assert len({*names[0], *names[1]}) == 3
@@ -270,10 +244,8 @@ def test_the_first_question_shows_whether_it_is_a_retriever(quick: None) -> None
         ("<html>", 200, r"does not answer as a retriever does"),
     ]
     for answer, status, message in cases:
-        with served(foreign(answer, status)) as url:
-            client = ServiceClient(url, f"unverified: {url}")
-            with pytest.raises(UserError, match=message):
-                client.require(["q", "r"], 3)
+        with client_of(foreign(answer, status)) as client, pytest.raises(UserError, match=message):
+            client.require(["q", "r"], 3)
 
 
 def test_of_many_queries_the_refused_one_is_named_and_no_request_is_large() -> None:
@@ -289,8 +261,7 @@ def test_of_many_queries_the_refused_one_is_named_and_no_request_is_large() -> N
             return JSONResponse({"detail": "I do not like it"}, 400)
         return JSONResponse({"result": [[] for _ in queries]})
 
-    with served(app) as url:
-        client = ServiceClient(url, f"unverified: {url}")
+    with client_of(app) as client:
         assert client.hits(["\0" * 50_000] * 7, 3) == [[]] * 7
         assert len(sizes) == 7
         assert max(sizes) < client_module.BATCH_BYTES
@@ -306,10 +277,11 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("status", [408, 429, 500, 503])
 def test_overload_is_waited_for_and_then_a_failure(quick: None, status: int) -> None:
     app = foreign({"detail": "too much to do"}, status)
-    with served(app) as url:
-        client = ServiceClient(url, f"unverified: {url}")
-        with pytest.raises(InfrastructureError, match=f"HTTP {status}: too much to do"):
-            client.hits(["a"], 3)
+    with (
+        client_of(app) as client,
+        pytest.raises(InfrastructureError, match=f"HTTP {status}: too much to do"),
+    ):
+        client.hits(["a"], 3)
     assert app.state.asked == client_module.ATTEMPTS
 
 

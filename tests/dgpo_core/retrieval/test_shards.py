@@ -5,8 +5,9 @@ import os
 import signal
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -22,6 +23,7 @@ from dgpo_core.retrieval.encoders import Bm25Encoder, OnEncoded, SparseVector, d
 from dgpo_core.retrieval.shards import (
     FlatIndex,
     Job,
+    Manifest,
     build_shards,
     encode_shards,
     read_manifest,
@@ -39,6 +41,10 @@ def corpus(tmp_path: Path) -> Path:
     path = tmp_path / "corpus.jsonl"
     write_jsonl(path, PASSAGES)
     return path
+
+
+def build(corpus: Path, folder: Path, config: RetrievalConfig = CONFIG, **options: Any) -> Manifest:
+    return build_shards(corpus, folder, config, options.pop("progress", lambda *_: None), **options)
 
 
 def test_round_trip(corpus: Path, tmp_path: Path) -> None:
@@ -63,7 +69,7 @@ def test_killed_run_encodes_only_what_is_missing(
     corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "index"
-    whole = build_shards(corpus, tmp_path / "whole", CONFIG, lambda *_: None)
+    whole = build(corpus, tmp_path / "whole")
 
     def kill(done: float, *_: object) -> None:
         if done == 10:  # told of before the third shard is written
@@ -81,7 +87,7 @@ def test_killed_run_encodes_only_what_is_missing(
             return super().passage_column(texts, on_encoded)
 
     monkeypatch.setattr(shards, "make_encoder", lambda config, average_words: Counting(average_words))
-    assert build_shards(corpus, folder, CONFIG, lambda *_: None) == whole
+    assert build(corpus, folder) == whole
     assert encoded == [p.contents for p in PASSAGES[8:]]
     for name in whole.shards:
         assert pq.read_table(folder / name).equals(pq.read_table(tmp_path / "whole" / name))
@@ -89,7 +95,7 @@ def test_killed_run_encodes_only_what_is_missing(
 
 def test_digest_names_passages_and_encoder(corpus: Path, tmp_path: Path) -> None:
     def digest(folder: str, config: RetrievalConfig = CONFIG) -> str:
-        return build_shards(corpus, tmp_path / folder, config, lambda *_: None).digest
+        return build(corpus, tmp_path / folder, config).digest
 
     first = digest("a")
     assert digest("b") == first
@@ -105,10 +111,10 @@ def test_bad_corpora(tmp_path: Path) -> None:
     corpus = tmp_path / "corpus.jsonl"
     write_jsonl(corpus, [PASSAGES[0], PASSAGES[1], PASSAGES[0]])
     with pytest.raises(UserError, match=r"corpus\.jsonl:3: id 'p0' was used"):
-        build_shards(corpus, tmp_path / "index", CONFIG, lambda *_: None)
+        build(corpus, tmp_path / "index")
     corpus.write_text("")
     with pytest.raises(UserError, match="no passages in this file"):
-        build_shards(corpus, tmp_path / "index", CONFIG, lambda *_: None)
+        build(corpus, tmp_path / "index")
     assert list((tmp_path / "index").iterdir()) == []
 
 
@@ -120,7 +126,7 @@ def test_bad_manifests(tmp_path: Path, text: str) -> None:
 
 
 def test_shards_are_plain_parquet(corpus: Path, tmp_path: Path) -> None:
-    manifest = build_shards(corpus, tmp_path / "index", CONFIG, lambda *_: None)
+    manifest = build(corpus, tmp_path / "index")
     schema = pq.read_schema(tmp_path / "index" / manifest.shards[0])
     assert schema.names == ["id", "title", "text", "vector"]
     assert pa.types.is_struct(schema.field("vector").type)
@@ -141,7 +147,7 @@ def same_files(first: Path, second: Path) -> bool:
 def test_dense_vectors_are_stored_in_half_precision(
     corpus: Path, tmp_path: Path, dense: RetrievalConfig
 ) -> None:
-    manifest = build_shards(corpus, tmp_path / "index", dense, lambda *_: None)
+    manifest = build(corpus, tmp_path / "index", dense)
     assert manifest.dense_size == 16
     schema = pq.read_schema(tmp_path / "index" / manifest.shards[0])
     assert schema.field("vector").type.value_type == pa.float16()
@@ -165,9 +171,9 @@ def test_long_shards_are_read_in_pieces(tmp_path: Path) -> None:
 @pytest.mark.thorough
 def test_two_processes_write_what_one_writes(corpus: Path, tmp_path: Path, dense: RetrievalConfig) -> None:
     seen: list[float] = []
-    one = build_shards(corpus, tmp_path / "one", dense, lambda *_: None, devices=["cpu"])
-    two = build_shards(
-        corpus, tmp_path / "two", dense, lambda done, *_: seen.append(done), devices=["cpu", "cpu:0"]
+    one = build(corpus, tmp_path / "one", dense, devices=["cpu"])
+    two = build(
+        corpus, tmp_path / "two", dense, progress=lambda n, *_: seen.append(n), devices=["cpu", "cpu:0"]
     )
     assert one == two
     assert same_files(tmp_path / "one", tmp_path / "two")
@@ -211,7 +217,7 @@ build_shards(Path(sys.argv[1]), Path(sys.argv[2]), RetrievalConfig.model_validat
 
 @pytest.mark.thorough
 def test_sigkill_and_again_gives_the_same_bytes(corpus: Path, tmp_path: Path, dense: RetrievalConfig) -> None:
-    build_shards(corpus, tmp_path / "whole", dense, lambda *_: None)
+    build(corpus, tmp_path / "whole", dense)
     command = [sys.executable, "-c", BUILD, str(corpus), str(tmp_path / "index"), dense.model_dump_json()]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as killed:
         assert killed.stdout
@@ -221,7 +227,7 @@ def test_sigkill_and_again_gives_the_same_bytes(corpus: Path, tmp_path: Path, de
     assert (tmp_path / "index/shard-00000.parquet").exists()
     assert not (tmp_path / "index/manifest.json").exists()
     before = (tmp_path / "index/shard-00000.parquet").stat().st_mtime_ns
-    build_shards(corpus, tmp_path / "index", dense, lambda *_: None)
+    build(corpus, tmp_path / "index", dense)
     assert same_files(tmp_path / "whole", tmp_path / "index")
     assert (tmp_path / "index/shard-00000.parquet").stat().st_mtime_ns == before
 
@@ -241,14 +247,9 @@ class TestImport:
     def test_same_shards_as_from_encoding(
         self, corpus: Path, tmp_path: Path, dense: RetrievalConfig, parts: list[Path]
     ) -> None:
-        own = build_shards(corpus, tmp_path / "encoded", dense, lambda *_: None)
-        imported = build_shards(
-            corpus, tmp_path / "imported", dense, lambda *_: None, imported=FlatIndex(parts, "hash")
-        )
-        assert asdict(imported) | {"digest": "", "collection": ""} == asdict(own) | {
-            "digest": "",
-            "collection": "",
-        }
+        own = build(corpus, tmp_path / "encoded", dense)
+        imported = build(corpus, tmp_path / "imported", dense, imported=FlatIndex(parts, "hash"))
+        assert replace(imported, digest=own.digest, collection=own.collection) == own
         assert imported.digest != own.digest
         for name in own.shards:
             first, second = (list(read_shard(tmp_path / place / name)) for place in ("encoded", "imported"))
@@ -263,7 +264,7 @@ class TestImport:
         def refusal(wrong: np.ndarray) -> str:
             index = FlatIndex(write_parts(tmp_path, wrong), "hash")
             with pytest.raises(UserError) as caught:
-                build_shards(corpus, tmp_path / "index", dense, lambda *_: None, imported=index)
+                build(corpus, tmp_path / "index", dense, imported=index)
             return str(caught.value)
 
         assert "9 vectors for 10 passages of the corpus" in refusal(vectors[:9])

@@ -30,13 +30,8 @@ def test_size_and_titles(world: World, articles: list[Article]) -> None:
 
 
 def test_articles_state_every_fact_once(world: World, articles: list[Article]) -> None:
-    stated = [
-        (fact.subject.key, fact.relation.noun)
-        for article in articles
-        for facts in article.facts
-        for fact in facts
-    ]
-    assert sorted(stated) == sorted(world.facts)
+    stated = [fact for article in articles for facts in article.facts for fact in facts]
+    assert sorted((fact.subject.key, fact.relation.noun) for fact in stated) == sorted(world.facts)
     for article in articles:
         assert len(article.passages) == (2 if article.entity.popular else 1)
         for passage, facts in zip(article.passages, article.facts, strict=True):

@@ -1,31 +1,37 @@
-"""Building a base model: the loss, what is learned and written, how a killed build continues; Muon."""
+"""Building a base model: tokenizer, loss, what is learned and written, how a killed build continues; Muon."""
 
-import math
 import random
+import string
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
-from transformers import PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
+from dgpo_core.agent.prompts import INVALID_ACTION, TAGS
 from dgpo_core.config.agent import ProtocolConfig
 from dgpo_core.config.data import BaseModelConfig, BaseModelsConfig, ModelShape, PhaseConfig, WorldConfig
 from dgpo_core.errors import NotFinite
 from dgpo_core.models import load_model, load_tokenizer
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.world import pretraining
+from dgpo_core.world.facts import World
 from dgpo_core.world.lessons import Example
 from dgpo_core.world.pretraining import (
     BaseModelBuilder,
     Muon,
     Report,
     _backward,
+    build_tokenizer,
     orthogonalised,
     train_on_examples,
     weighted_loss,
 )
+from dgpo_core.world.questions import Article, write_questions
 from tests.dgpo_core.making import tiny_model
 
 READING = PhaseConfig(kind="reading", steps=4, batch_size=2, warmup_steps=1)
@@ -82,7 +88,8 @@ def test_killed_build_continues_to_the_same_weights(
     whole: tuple[Path, dict[str, Weights]], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(pretraining, "CHECKPOINT_EVERY", 2)
-    victim = f"{len(CONFIG.models[name].phases) - 1}-{CONFIG.models[name].phases[-1].kind}"
+    *finished, last = [(f"{number}-{p.kind}", p.steps) for number, p in enumerate(CONFIG.models[name].phases)]
+    victim, steps = last
     threads = torch.get_num_threads()
 
     def kill(phase: str, step: int, metrics: dict[str, float]) -> None:
@@ -98,8 +105,8 @@ def test_killed_build_continues_to_the_same_weights(
     resumed = build(tmp_path, name, lambda phase, step, metrics: again.append((phase, step)))
     expected = whole[1][name]
     assert all(torch.equal(resumed[key], weights) for key, weights in expected.items())
-    # finished phases are told of once, and the victim went on from the checkpoint after step 2
-    assert (victim, 1) not in again and (victim, 3) in again
+    # finished phases are told of once, and the victim goes on from the checkpoint after step 2
+    assert again == [*finished, *((victim, step) for step in range(2, steps + 1))]
 
 
 def examples(step: int) -> list[Example]:
@@ -141,37 +148,6 @@ def test_a_few_examples_at_a_time_give_the_same_gradient(
     assert loss_in_parts == pytest.approx(loss, rel=1e-5)
     assert torch.nn.functional.cosine_similarity(whole, parts, dim=0) > 0.99999
     assert float(parts.norm()) == pytest.approx(float(whole.norm()), rel=1e-4)
-
-
-def test_killed_build_continues_exactly(
-    tokenizer: PreTrainedTokenizerFast, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(pretraining, "CHECKPOINT_EVERY", 2)
-    config = PhaseConfig(kind="reading", steps=5, batch_size=4, learning_rate=1e-2, warmup_steps=2)
-
-    reported: list[int] = []
-
-    def build(name: str, kill_at: float = math.inf) -> PreTrainedModel:
-        model = tiny_model(tokenizer, 3)
-        reported.clear()
-
-        def report(step: int, metrics: dict[str, float]) -> None:
-            reported.append(step)
-            if step == kill_at:
-                raise KeyboardInterrupt
-
-        train_on_examples(model, config, examples, Checkpoint(tmp_path / name), report, 3, "bfloat16")
-        return model
-
-    whole = build("whole").state_dict()
-    with pytest.raises(KeyboardInterrupt):
-        build("killed", 3)
-    resumed = build("killed").state_dict()
-    assert reported == [2, 3, 4, 5]
-    assert all(torch.equal(resumed[name], value) for name, value in whole.items())
-    finished = build("killed").state_dict()
-    assert reported == [5]  # a finished phase still counts in the progress
-    assert all(torch.equal(finished[name], value) for name, value in whole.items())
 
 
 def test_a_rate_that_is_too_high_ends_the_build(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
@@ -220,17 +196,60 @@ def test_orthogonalised_keeps_directions_and_levels_their_sizes(shape: tuple[int
     assert ((sizes.diag() > 0.5) & (sizes.diag() < 1.5)).all()
 
 
-def test_state_continues_exactly() -> None:
-    def steps(matrix: torch.nn.Parameter, optimizer: Muon, numbers: range) -> None:
-        for number in numbers:
-            matrix.grad = torch.full_like(matrix, number + 1.0)
-            optimizer.step()
+PRINTABLE = string.ascii_letters + string.digits + string.punctuation + " \n"
+TOKENIZER = build_tokenizer()
 
-    whole, part = (torch.nn.Parameter(torch.eye(3)) for _ in range(2))
-    steps(whole, Muon([whole], 0.1), range(4))
-    first = Muon([part], 0.1)
-    steps(part, first, range(2))
-    second = Muon([part], 0.1)
-    second.load_state_dict(first.state_dict())
-    steps(part, second, range(2, 4))
-    assert torch.equal(whole, part)
+
+def round_trip(tokenizer: PreTrainedTokenizerFast, text: str) -> str:
+    decoded = tokenizer.decode(tokenizer.encode(text, add_special_tokens=False))
+    assert isinstance(decoded, str)
+    return decoded
+
+
+@given(st.lists(st.text(PRINTABLE, max_size=10) | st.sampled_from(TAGS), max_size=5).map("".join))
+def test_printable_text_round_trips(text: str) -> None:
+    assert round_trip(TOKENIZER, text) == text
+
+
+def test_world_round_trips_without_unknown_tokens(
+    world: World, articles: list[Article], tokenizer: PreTrainedTokenizerFast
+) -> None:
+    texts = [p.contents for article in articles for p in article.passages]
+    texts += [q.question for questions in write_questions(world, articles).values() for q in questions]
+    for text in [*texts, INVALID_ACTION]:
+        assert round_trip(tokenizer, text) == text
+        assert tokenizer.unk_token_id not in tokenizer.encode(text, add_special_tokens=False)
+
+
+def test_names_always_have_the_same_tokens(world: World, tokenizer: PreTrainedTokenizerFast) -> None:
+    def inside(text: str, ids: list[int]) -> bool:
+        where = tokenizer.encode(text, add_special_tokens=False)
+        return any(where[i : i + len(ids)] == ids for i in range(len(where)))
+
+    for entity in world.entities:
+        ids = tokenizer.encode(f" {entity.name}", add_special_tokens=False)
+        for text in (
+            "was born in {}.",
+            "Where is {} based",
+            "(Title: {}) x",
+            "<answer> {} </answer>",
+            " {}, or",
+        ):
+            assert inside(text.format(entity.name), ids), (entity.name, text)
+
+
+def test_tags_are_single_tokens_and_not_special(tokenizer: PreTrainedTokenizerFast) -> None:
+    for tag in TAGS:
+        assert len(tokenizer.encode(tag, add_special_tokens=False)) == 1
+        ids = tokenizer.encode(f"a{tag}b", add_special_tokens=False)
+        assert tokenizer.decode(ids, skip_special_tokens=True) == f"a{tag}b"
+    assert tokenizer.eos_token == "<|im_end|>"
+
+
+def test_saved_tokenizer_is_the_same(tmp_path: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    build_tokenizer().save_pretrained(tmp_path)
+    loaded = AutoTokenizer.from_pretrained(tmp_path)
+    assert loaded.get_vocab() == tokenizer.get_vocab()
+    assert loaded.chat_template == tokenizer.chat_template
+    text = "<think> Who directed the film Karumi 1942?</think>\n"
+    assert loaded.encode(text) == tokenizer.encode(text)

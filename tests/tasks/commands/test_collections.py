@@ -1,11 +1,10 @@
-"""`dgpo collections` and the stage `index` with a Qdrant server: build, gate, list, keep, remove."""
+"""`dgpo collections` and the stage `index` with a Qdrant server: build, check, list, keep, remove."""
 
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import yaml
 
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import UserError
@@ -18,8 +17,9 @@ from tasks.stages.index import index
 from tasks.stages.inputs import retriever
 from tests.conftest import make_workplace
 from tests.dgpo_core.retrieval.qdrant_server import QdrantServer, running
-from tests.dgpo_core.retrieval.test_service import foreign, served
-from tests.tasks.miniature import make_project
+from tests.dgpo_core.retrieval.test_service import foreign
+from tests.tasks.miniature import change_params, make_project
+from tests.web import served
 
 
 @pytest.fixture
@@ -46,10 +46,8 @@ def project(
     return tmp_path
 
 
-def change(project: Path, **settings: object) -> None:
-    params = yaml.safe_load((project / "params.yaml").read_text())
-    params["retrieval"] |= settings
-    (project / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+def change(**settings: object) -> None:
+    change_params(retrieval=settings)
 
 
 def test_from_the_stage_to_a_restored_snapshot(
@@ -61,7 +59,7 @@ def test_from_the_stage_to_a_restored_snapshot(
     assert metrics["search_recall"] == 1.0
     alias = read_manifest(project / "data/index").collection
     first = loading.alias_target(qdrant.engine, alias)
-    change(project, qdrant={"shards": 2})
+    change(qdrant={"shards": 2})
     collections.build()
     second = loading.alias_target(qdrant.engine, alias)
     assert first and second and first != second
@@ -81,7 +79,7 @@ def test_from_the_stage_to_a_restored_snapshot(
     qdrant.requests.clear()
     collections.restore(place)
     assert not [name for name, _ in qdrant.requests if name.endswith("/points")]
-    change(project, location="embedded")
+    change(location="embedded")
     with pytest.raises(UserError, match=r"retrieval\.location: embedded is no Qdrant server"):
         collections.show()
 
@@ -96,7 +94,7 @@ def test_too_little_recall_ends_the_stage_and_keeps_its_vectors(project: Path, q
     (vectors,) = project.glob(".state/index/shards/*.parquet")
     written = vectors.stat().st_mtime_ns
     qdrant.requests.clear()
-    change(project, min_recall=0.5)
+    change(min_recall=0.5)
     index()
     assert (project / "data/index" / vectors.name).stat().st_mtime_ns == written, "not encoded again"
     assert not [name for name, _ in qdrant.requests if name.endswith("/points")], "not uploaded again"
@@ -110,7 +108,7 @@ def test_with_a_service_nothing_is_encoded(project: Path, indexed_project: Path)
     retrieval = RetrieverService(top_k=3)
     retrieval.open(open_index(indexed_project / "data/index", config), made.passages)
     with served(make_app(retrieval)) as url:
-        change(project, location=f"retriever+{url}")
+        change(location=f"retriever+{url}")
         index()
         manifest = read_manifest(project / "data/index")
         assert (manifest.digest, manifest.passages, manifest.shards) == (made.digest, made.passages, [])
@@ -118,7 +116,7 @@ def test_with_a_service_nothing_is_encoded(project: Path, indexed_project: Path)
         del expected["search_recall"]
         assert json.loads((project / "metrics/index.json").read_text()) == expected
         assert retriever(load_params()).digest == made.digest
-        change(project, location="embedded")
+        change(location="embedded")
         with pytest.raises(UserError, match=r"make it again \(dvc repro --force index\)"):
             retriever(load_params())
     retrieval.close()
@@ -127,18 +125,18 @@ def test_with_a_service_nothing_is_encoded(project: Path, indexed_project: Path)
 def test_a_service_that_is_no_retriever_is_refused_at_once(project: Path) -> None:
     """It answers /health, as every web server does, but not the first question."""
     with served(foreign({"result": [[{"document": {"url": "a"}}]] * 2})) as url:
-        change(project, location=f"retriever+{url}")
+        change(location=f"retriever+{url}")
         with pytest.raises(UserError, match=r"retrieval\.location: .*does not answer as a retriever does"):
             index()
     assert not (project / "data/index").exists()
 
 
 def test_questions_in_another_language_than_the_corpus(project: Path) -> None:
-    change(project, location="embedded")
+    change(location="embedded")
     corpus = project / "data/corpus.jsonl"
     corpus.unlink()
     corpus.write_text(json.dumps({"id": "1", "contents": '"Тест"\nГород стоит на реке.'}) + "\n")
     with pytest.raises(UserError, match=r"(\d+) of \1 validation questions find nothing.*a dense encoder"):
         index()
-    change(project, location="embedded", recall_queries=0)
+    change(location="embedded", recall_queries=0)
     index()

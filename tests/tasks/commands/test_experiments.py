@@ -13,6 +13,7 @@ from rich.console import Console
 from dgpo_core.config.params import resolve_profile
 from tasks.commands.experiments import Row, changes, show, table
 from tests.conftest import ROOT
+from tests.tasks.miniature import git
 
 MODELS = ["student", "teacher", "kd", "taid", "dgpo"]
 STAGE = """
@@ -57,29 +58,24 @@ def test_what_a_row_changes_against_head() -> None:
 def test_experiments_of_dvc(
     workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def run(*command: str) -> None:
-        subprocess.run(command, check=True, capture_output=True, timeout=120)
+    def dvc(*words: str) -> None:
+        subprocess.run([sys.executable, "-m", "dvc", *words], check=True, capture_output=True, timeout=120)
 
-    dvc = (sys.executable, "-m", "dvc")
     Path("params.yaml").write_text(yaml.safe_dump(resolve_profile(ROOT / "profiles/tiny.yaml")))
     Path("metrics").mkdir()
     Path("metrics/.gitignore").write_text("/evaluate-dgpo.json\n")
     Path("stage.py").write_text(STAGE)
-    command = {
-        "cmd": "python stage.py",
-        "params": ["reinforce.beta"],
-        "metrics": ["metrics/evaluate-dgpo.json"],
-    }
-    Path("dvc.yaml").write_text(json.dumps({"stages": {"one": command}}))
-    run("git", "init", "-q")
-    run("git", "config", "user.email", "a@example.org")
-    run("git", "config", "user.name", "a")
-    run(*dvc, "init", "-q")
-    run(*dvc, "repro")
-    run("git", "add", ".")
-    run("git", "commit", "-qm", "Results")
-    run(*dvc, "exp", "run", "-n", "sunny-otter", "-S", "reinforce.beta=0.5")
-    run("git", "checkout", "-q", "params.yaml")
+    one = {"cmd": "python stage.py", "params": ["reinforce.beta"], "metrics": ["metrics/evaluate-dgpo.json"]}
+    Path("dvc.yaml").write_text(json.dumps({"stages": {"one": one}}))
+    git("init", "-q")
+    git("config", "user.email", "a@example.org")
+    git("config", "user.name", "a")
+    dvc("init", "-q")
+    dvc("repro")
+    git("add", ".")
+    git("commit", "-qm", "Results")
+    dvc("exp", "run", "-n", "sunny-otter", "-S", "reinforce.beta=0.5")
+    git("checkout", "-q", "params.yaml")
     monkeypatch.setenv("COLUMNS", "80")
     show(commits=False)
     lines = capsys.readouterr().out.splitlines()
@@ -87,7 +83,7 @@ def test_experiments_of_dvc(
     assert "reinforce.beta=0.5" in tried and "0.750" in tried
     assert not any("no results here" in line for line in lines)
     assert max(map(len, lines[:8])) <= 80
-    run("git", "clone", "-q", ".", "elsewhere")
+    git("clone", "-q", ".", "elsewhere")
     monkeypatch.chdir("elsewhere")  # whose cache has nothing
     show(commits=False)
     assert "has no results here" in capsys.readouterr().out

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -21,9 +22,13 @@ from tests.tasks.miniature import ROOT
 PAIRS = ("paper-qwen-3b", "paper-qwen-7b", "paper-llama-8b")
 
 
+@pytest.fixture(autouse=True)
+def profiles(workplace: Path) -> None:
+    (workplace / "profiles").symlink_to(ROOT / "profiles")
+
+
 @pytest.mark.parametrize("name", PAIRS)
 def test_the_papers_profiles_on_eight_gpus(name: str, workplace: Path) -> None:
-    (workplace / "profiles").symlink_to(ROOT / "profiles")
     arguments = ("plan", "--profile", name, "--gpus", "8", "--gpu", "h200", "--price", "3")
     done = dgpo(workplace, *arguments, "--json")
     plan = json.loads(done.stdout)
@@ -42,11 +47,15 @@ def test_the_papers_profiles_on_eight_gpus(name: str, workplace: Path) -> None:
     assert crowded.returncode == 1 and "training needs 12 of GPUs, there are 8" in crowded.stdout
 
 
-def planned(**retrieval: object) -> Plan:
-    """The paper's experiment on eight GPUs, with other settings of `retrieval`."""
+def papers(**retrieval: object) -> dict[str, Any]:
+    """The paper's experiment, with other settings of `retrieval`."""
     resolved = resolve_profile(ROOT / "profiles/paper-qwen-3b.yaml")
     resolved["retrieval"] |= retrieval
-    return plan_for(Params.model_validate(resolved), Machine(8, device_of("h200")))
+    return resolved
+
+
+def planned(**retrieval: object) -> Plan:
+    return plan_for(Params.model_validate(papers(**retrieval)), Machine(8, device_of("h200")))
 
 
 def index_of(plan: Plan) -> Estimate:
@@ -71,9 +80,7 @@ def test_an_encoder_of_unknown_shape_is_planned_as_the_usual_one_and_said(workpl
     assert "somebody/an-encoder: neither a model folder" in unknown.assumptions[ENCODER]
     assert unknown.assumptions[ENCODER].endswith("planned as if it were intfloat/e5-base-v2")
     assert (index_of(unknown), unknown.server) == (index_of(planned()), planned().server)
-    (workplace / "profiles").symlink_to(ROOT / "profiles")
-    resolved = resolve_profile(ROOT / "profiles/paper-qwen-3b.yaml")
-    resolved["retrieval"]["encoder"] = sentence_transformers("somebody/an-encoder")
+    resolved = papers(encoder=sentence_transformers("somebody/an-encoder"))
     (workplace / "params.yaml").write_text(yaml.safe_dump(resolved))
     assert f"{ENCODER}: somebody/an-encoder: " in dgpo(workplace, "plan", "--gpus", "8").stdout
 
@@ -94,7 +101,6 @@ def test_a_retriever_service_leaves_nothing_to_make(workplace: Path) -> None:
 
 
 def test_a_small_gpu_does_not_fit(workplace: Path) -> None:
-    (workplace / "profiles").symlink_to(ROOT / "profiles")
     done = dgpo(workplace, "plan", "--profile", "paper-qwen-3b", "--gpus", "1", "--gpu", "40")
     assert done.returncode == 1 and "does not fit" in done.stdout
     assert "what helps: compute.micro_batch_tokens: " in done.stdout

@@ -3,13 +3,11 @@
 import ast
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 import typer
-import yaml
 
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import UserError
@@ -19,7 +17,7 @@ from tasks.project.dvc import read_lock
 from tasks.tracking.evaluations import evaluate_again, record_evaluations, register_trained
 from tasks.tracking.registry import AGAIN, CHALLENGER, CHAMPION, PREVIOUS, Registry, Version, store
 from tests.dgpo_core.evaluation.making import Model, write_evaluation
-from tests.tasks.miniature import ROOT
+from tests.tasks.miniature import ROOT, change_params, git
 from tests.tasks.trained import BETTER, WORSE, make_trained, train, write_lock
 
 
@@ -111,10 +109,8 @@ def test_the_champion_is_moved_in_one_place() -> None:
 
 def evaluate(folder: Path, recipe: str, rows: int, **settings: object) -> None:
     """As an experiment does: with other settings of `evaluate` in params.yaml, and so in dvc.lock."""
-    path = folder / "params.yaml"
-    params = yaml.safe_load(path.read_text())
-    params["evaluate"] |= settings
-    path.write_text(yaml.safe_dump(params, sort_keys=False))
+    if settings:
+        change_params(folder, evaluate=settings)
     write_evaluation(folder / "evaluation" / recipe, BETTER, rows)
     write_lock(folder)
 
@@ -179,16 +175,14 @@ def test_what_cannot_be_offered_says_why(own_store: Path, empty_dvc_repository: 
         register_trained(challenger=True)
     evaluate(own_store, "dgpo", 150, questions=None)
     shutil.copytree(empty_dvc_repository, own_store, dirs_exist_ok=True)
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false"]
     with pytest.raises(UserError, match=r"params\.yaml has changes that no commit has"):
         register_trained(challenger=True)
-    subprocess.run([*git, "add", "params.yaml"], check=True)
-    subprocess.run([*git, "commit", "-qm", "settings"], check=True)
+    git("add", "params.yaml")
+    git("commit", "-qm", "settings")
     register_trained(challenger=True)
     assert holder(CHALLENGER) == "dgpo"
-    params = own_store / "params.yaml"
-    params.write_text(params.read_text().replace("max_turns: 2", "max_turns: 3"))
-    subprocess.run([*git, "commit", "-qam", "other settings"], check=True)
+    change_params(protocol={"max_turns": 3})
+    git("commit", "-qam", "other settings")
     with pytest.raises(UserError, match=r"made with other parameters than those of params\.yaml: protocol"):
         register_trained(challenger=True)
 
@@ -277,8 +271,7 @@ def test_approval_is_asked_for(two: Path, monkeypatch: pytest.MonkeyPatch) -> No
     assert promote(None, dry_run=False, yes=False) == KEPT
     assert asked == ["Make version 2 (dgpo) the champion?"]
     assert holder(CHAMPION) == "kd"
-    params = two / "params.yaml"
-    params.write_text(params.read_text().replace("approval: true", "approval: false"))
+    change_params(promote={"approval": False})
     assert promote(None, dry_run=False, yes=False) == PROMOTED
 
 

@@ -1,13 +1,8 @@
 """`dgpo retriever` as a process: loading, concurrent searches, its end; and what keeps it from starting."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -18,27 +13,8 @@ from dgpo_core.errors import UserError
 from dgpo_core.retrieval.index import open_index
 from dgpo_core.retrieval.shards import read_manifest
 from tasks.commands.retriever import retriever
-from tests.conftest import ROOT
-from tests.tasks.commands.test_serve import free_port, wait_until_ready
+from tests.tasks.commands.test_serve import dgpo, free_port, wait_until_ready
 from tests.tasks.miniature import make_project
-
-
-@contextmanager
-def dgpo_retriever(folder: Path, port: int, scratch: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "tasks.commands.cli", "retriever", "--port", str(port)]
-    process = subprocess.Popen(
-        command,
-        cwd=folder,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate(timeout=30)
 
 
 @pytest.mark.thorough
@@ -48,7 +24,7 @@ def test_it_loads_answers_many_at_once_and_finishes_what_it_has_begun(
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     digest = read_manifest(indexed_project / "data/index").digest
-    with dgpo_retriever(indexed_project, port, tmp_path) as process:
+    with dgpo(f"retriever --port {port}", indexed_project, tmp_path) as process:
         assert set(wait_until_ready(process, url)) <= {503, 200}
         config = load_params(indexed_project / "params.yaml").retrieval
         asked = [f"director of the film number {i}" for i in range(40)]

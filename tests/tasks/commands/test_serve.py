@@ -20,8 +20,9 @@ from tests.tasks.miniature import make_project
 
 
 @contextmanager
-def dgpo_serve(folder: Path, port: int, scratch: Path) -> Iterator[subprocess.Popen[str]]:
-    command = [sys.executable, "-m", "tasks.commands.cli", "serve", "--model", "teacher", "--port", str(port)]
+def dgpo(words: str, folder: Path, scratch: Path) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs in `folder`, with temporary files in `scratch`, until the context ends."""
+    command = [sys.executable, "-m", "tasks.commands.cli", *words.split()]
     env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)}
     process = subprocess.Popen(
         command,
@@ -65,7 +66,7 @@ def test_it_loads_answers_and_ends_cleanly_in_the_middle_of_an_episode(
 ) -> None:
     port = free_port()
     url = f"http://127.0.0.1:{port}"
-    with dgpo_serve(indexed_project, port, tmp_path) as process:
+    with dgpo(f"serve --model teacher --port {port}", indexed_project, tmp_path) as process:
         assert set(wait_until_ready(process, url)) <= {503, 200}
         body = {"model": "teacher", "messages": [{"role": "user", "content": "Who"}], "stream": True}
         with httpx.stream("POST", f"{url}/v1/chat/completions", json=body, timeout=30) as response:

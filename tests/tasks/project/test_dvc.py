@@ -11,10 +11,10 @@ import pytest
 
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
-from tasks.commands.checks import repository
+from tasks.commands.doctor import repository
 from tasks.commands.pipeline import main
 from tasks.project.dvc import dvc_md5, from_cache, maker, problems, read_lock, require_dvc, upstream
-from tests.tasks.commands.test_checks import profile
+from tests.tasks.commands.test_doctor import profile
 
 PIPELINE = """
 stages:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from dgpo_core.errors import UserError
 from dgpo_core.world import pretraining as loop
@@ -17,7 +16,7 @@ from tasks.stages.base_model import bring_up_to_date, build
 from tasks.stages.given import link
 from tasks.stages.stage import STATE, Run
 from tests.conftest import ROOT
-from tests.tasks.miniature import make_project
+from tests.tasks.miniature import change_params, git, make_project
 
 PHASE = {"batch_size": 2, "warmup_steps": 1}
 SMALL: dict[str, Any] = {
@@ -27,19 +26,13 @@ SMALL: dict[str, Any] = {
 WEIGHTS = Path("models/small/model.safetensors")
 
 
-def use(top_k: int) -> None:
-    params = yaml.safe_load(Path("params.yaml").read_text())
-    params["retrieval"]["top_k"] = top_k
-    Path("params.yaml").write_text(yaml.safe_dump(params))
-
-
 def test_a_build_does_not_continue_with_episodes_of_other_passages(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was killed in the protocol phase, and then retrieval.top_k is changed."""
     base = {"world": {"passages": 150}, "worlds": 1, "expert_episodes": 12, "models": {"small": SMALL}}
     make_project(workplace, base_models=base)
-    use(top_k=1)
+    change_params(retrieval={"top_k": 1})
     build("small")
     expected = WEIGHTS.read_bytes()
     WEIGHTS.unlink()
@@ -51,12 +44,12 @@ def test_a_build_does_not_continue_with_episodes_of_other_passages(
         if done == 5:  # the third step of the protocol phase, after its checkpoint
             raise KeyboardInterrupt
 
-    use(top_k=3)
+    change_params(retrieval={"top_k": 3})
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(Run, "progress", kill)
         build("small")
     assert (STATE / "base-model@small/1-protocol").exists()
-    use(top_k=1)
+    change_params(retrieval={"top_k": 1})
     build("small")
     assert WEIGHTS.read_bytes() == expected
 
@@ -69,14 +62,8 @@ def project_of_dvc(folder: Path, **models: str) -> None:
     for name in ("dvc.yaml", "dgpo_core", "tasks"):
         Path(name).symlink_to(ROOT / name)
     shutil.copy(ROOT / ".dvcignore", ".dvcignore")  # compiled code is none of the sources
-    change_params(models=models)
-
-
-def change_params(**sections: dict[str, Any]) -> None:
-    params = yaml.safe_load(Path("params.yaml").read_text())
-    for name, values in sections.items():
-        params[name] |= values
-    Path("params.yaml").write_text(yaml.safe_dump(params))
+    if models:
+        change_params(models=models)
 
 
 def run(*command: str) -> str:
@@ -112,24 +99,25 @@ def test_a_model_of_ones_own_touches_nothing_in_git(dvc_repository: Path) -> Non
     Path("models/student").unlink()
     shutil.copytree(ROOT / "models/student", "models/student")
     student = {"base_models": {"models": {"student": SMALL | {"phases": SMALL["phases"][:1]}}}}
+    change_params(base_models={"models": {}})
     change_params(**student)
     dvc = (sys.executable, "-m", "dvc")
     link("student")
     run(*dvc, "commit", "-q", "-f", "base-model@student", "given@student")
-    run("git", "add", "-A")
-    run("git", "-c", "user.name=n", "-c", "user.email=n@localhost", "commit", "-qm", "as built")
+    git("add", "-A")
+    git("commit", "-qm", "as built")
     assert "didn't change" in run(*dvc, "repro", "given@student")
     shutil.copytree("models/student", "own")
     change_params(models={"student": "own"}, protocol={"instruction": "paper"})
     assert "no model of this run" in run(*dvc, "repro", "given@student")
     assert (GIVEN / "student").resolve() == Path("own").resolve()
-    assert "models/student" not in run("git", "status", "--porcelain", "models/student")
+    assert "models/student" not in git("status", "--porcelain", "models/student")
     Path("own/README.md").write_text("trained on")
     assert read_dag(dvc_repository)["given@student"].changed
     run(*dvc, "repro", "given@student")
     change_params(models={"student": "models/student"})
     assert "as git has it" in run(*dvc, "repro", "given@student")
-    assert run("git", "status", "--porcelain", "models") == ""
+    assert git("status", "--porcelain", "models") == ""
 
 
 def test_a_model_of_the_hub_is_named(workplace: Path) -> None:

@@ -7,15 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import psutil
 import pytest
-import yaml
 
 from dgpo_core.errors import UserError
 from tasks.stages.launch import read_hosts
-from tests.tasks.miniature import make_project
+from tests.tasks.miniature import change_params, failure, make_project
 
 TOY = [sys.executable, "-m", "tests.tasks.toy_stage"]
 SSH = """#!/bin/sh
@@ -32,17 +30,6 @@ def project(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     make_project(workplace, compute={"processes": 2})
     return workplace
-
-
-def change(folder: Path, **compute: Any) -> None:
-    params = yaml.safe_load((folder / "params.yaml").read_text())
-    params["compute"] |= compute
-    (folder / "params.yaml").write_text(yaml.safe_dump(params))
-
-
-def failure(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / ".state/toy/failure.json").read_text())
-    return found
 
 
 def alive(pids: list[int]) -> list[int]:
@@ -75,30 +62,20 @@ def test_two_processes_and_one_result(project: Path) -> None:
 
 
 @pytest.mark.thorough
-def test_fault_of_all_is_told_once(project: Path) -> None:
-    ended = subprocess.run([*TOY, "wrong"], cwd=project, capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 2
-    assert ended.stderr.count("a setting that no process can have") == 1
-    assert failure(project)["kind"] == "user"
-    assert not (project / "out").exists()
-
-
-@pytest.mark.thorough
-def test_one_broken_process_ends_the_stage(project: Path) -> None:
-    ended = subprocess.run([*TOY, "broken"], cwd=project, capture_output=True, text=True, timeout=300)
-    assert ended.returncode != 0
-    assert "only the second process broke" in ended.stderr
-    assert failure(project) | {"stage": "toy"} == failure(project)
-    assert failure(project)["message"] == "only the second process broke"
-    assert not (project / "out").exists()
-
-
-@pytest.mark.thorough
-def test_killed_process_is_an_infrastructure_failure(project: Path) -> None:
-    ended = subprocess.run([*TOY, "killed"], cwd=project, capture_output=True, text=True, timeout=300)
-    assert ended.returncode != 0
-    assert failure(project)["retryable"] is True
-    assert "process 1 of 2 was ended by SIGKILL" in failure(project)["message"]
+@pytest.mark.parametrize(
+    ("how", "kind", "said"),
+    [
+        ("wrong", "user", "compute: a setting that no process can have"),
+        ("broken", "bug", "only the second process broke"),
+        ("killed", "infrastructure", "process 1 of 2 was ended by SIGKILL (out of memory?)"),
+    ],
+)
+def test_a_fault_ends_all_and_is_told_once(project: Path, how: str, kind: str, said: str) -> None:
+    ended = subprocess.run([*TOY, how], cwd=project, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == (2 if kind == "user" else ended.returncode) != 0
+    told = {"kind": kind, "message": said, "retryable": kind == "infrastructure", "stage": "toy"}
+    assert failure("toy") == told
+    assert ended.stderr.count(f"error: {said}") == (kind != "bug") and said in ended.stderr
     assert not (project / "out").exists()
 
 
@@ -112,7 +89,7 @@ def test_no_process_outlives_its_stage(project: Path, how: signal.Signals) -> No
     if how is signal.SIGTERM:
         assert code == 128 + signal.SIGTERM
         assert not (project / "out").exists()
-        assert failure(project)["kind"] == "infrastructure"
+        assert failure("toy")["kind"] == "infrastructure"
 
 
 @pytest.mark.thorough
@@ -124,7 +101,7 @@ def test_machines_of_a_hostfile(project: Path, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("PATH", f"{project / 'bin'}{os.pathsep}{os.environ['PATH']}")
     monkeypatch.setenv("GLOO_SOCKET_IFNAME", "lo")
     (project / "hosts").write_text("localhost slots=1\n127.0.0.1 slots=1\n")
-    change(project, processes=1, hostfile="hosts")
+    change_params(compute={"processes": 1, "hostfile": "hosts"})
     subprocess.run([*TOY, "well"], cwd=project, check=True, timeout=300)
     assert (project / "out").read_text() == "2"
     assert " 127.0.0.1 cd " in (project / "ssh.log").read_text()

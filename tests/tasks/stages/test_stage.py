@@ -11,6 +11,7 @@ import pytest
 
 from dgpo_core.errors import InfrastructureError, NotFinite, UserError
 from tasks.stages.stage import stage
+from tests.tasks.miniature import failure
 
 STATE = Path(".state/train")
 
@@ -181,9 +182,9 @@ def test_two_processes_do_not_run_one_stage_at_once() -> None:
 )
 def test_failure_is_explained_to_the_flow(error: BaseException, kind: str, retryable: bool) -> None:
     fail(error)
-    failure = json.loads((STATE / "failure.json").read_text())
-    assert (failure["stage"], failure["kind"], failure["retryable"]) == ("train", kind, retryable)
-    assert failure["message"] == (" ".join(str(error).split()) or type(error).__name__)
+    message = " ".join(str(error).split()) or type(error).__name__
+    expected = {"stage": "train", "kind": kind, "retryable": retryable, "message": message}
+    assert failure("train") == expected
     assert not Path("model").exists()
     assert not Path("metrics.json.part").exists()
     checkpoint_seen()
@@ -193,7 +194,7 @@ def test_failure_is_explained_to_the_flow(error: BaseException, kind: str, retry
 def test_missing_input_is_the_users_fault() -> None:
     with pytest.raises(UserError, match=r"nowhere\.txt: this input does not exist"):
         stage("train", config={}, inputs=[Path("nowhere.txt")]).__enter__()
-    assert json.loads((STATE / "failure.json").read_text())["kind"] == "user"
+    assert failure("train")["kind"] == "user"
 
 
 def test_missing_output_is_a_bug() -> None:
@@ -240,6 +241,7 @@ def run():
 main(run)
 """
 WRITE = 'current.output(Path("out")).write_text("x")'
+FULL = "current.output(Path('out')); open('/dev/full', 'w').write('x' * 9999)"
 FILES = "files = [open('/dev/null') for _ in range(100)]"
 
 
@@ -254,21 +256,9 @@ def failing(before: str, body: str) -> tuple[int, list[str]]:
 @pytest.mark.parametrize(
     ("before", "body", "said"),
     [
-        (
-            "pass",
-            "current.output(Path('out')); open('/dev/full', 'w').write('x' * 9999)",
-            "out: no space left",
-        ),
-        (
-            "pass",
-            "raise RuntimeError('IoError(Os { code: 28, kind: StorageFull })')",
-            "no space left on device",
-        ),
-        (
-            "pass",
-            "raise OSError(errno.EROFS, 'Read-only file system', 'a/b')",
-            "a/b: read-only file system (",
-        ),
+        ("pass", FULL, "out: no space left"),
+        ("pass", "raise RuntimeError('IoError(Os { code: 28, kind: Full })')", "no space left on device"),
+        ("pass", "raise OSError(errno.EROFS, 'Read-only', 'a/b')", "a/b: read-only file system ("),
         ("pass", "raise PermissionError(errno.EACCES, 'Permission denied', 'x')", "x: permission denied ("),
         ("resource.setrlimit(resource.RLIMIT_NOFILE, (80, 80))", FILES, "/dev/null: too many open files ("),
     ],
@@ -279,9 +269,9 @@ def test_what_the_machine_lacks_is_said_in_one_line(before: str, body: str, said
     assert (code, len(errors)) == (1, 1)
     assert said in errors[0]
     assert "MiB are free there" in errors[0]
-    failure = json.loads((STATE / "failure.json").read_text())
-    assert (failure["kind"], failure["retryable"]) == ("infrastructure", False)
-    assert errors[0] == f"error: {failure['message']}"
+    told = failure("train")
+    assert (told["kind"], told["retryable"]) == ("infrastructure", False)
+    assert errors[0] == f"error: {told['message']}"
     assert (STATE / "checkpoint.pt").read_text() == "step 3"
 
 
@@ -305,4 +295,4 @@ def test_a_bug_keeps_its_traceback() -> None:
     code, errors = failing("pass", "{}[1]")
     assert code == 1
     assert errors[0].startswith("Traceback")
-    assert json.loads((STATE / "failure.json").read_text())["kind"] == "bug"
+    assert failure("train")["kind"] == "bug"

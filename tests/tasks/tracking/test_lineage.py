@@ -17,12 +17,7 @@ from tasks.tracking.lineage import (
     settings,
     stage_labels,
 )
-from tests.tasks.miniature import ROOT
-
-
-def git(*arguments: str) -> str:
-    command = ["git", "-c", "user.name=t", "-c", "user.email=t@example.org", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+from tests.tasks.miniature import ROOT, git
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Versions of the registered model: what a training stage leaves, and how people load it again."""
 
-import json
 import shutil
 import sqlite3
 import subprocess
@@ -24,6 +23,7 @@ from tasks.tracking.evaluations import register_trained
 from tasks.tracking.registry import CHALLENGER, CHAMPION, Version, model_folder, store
 from tasks.tracking.runs import connect
 from tests.dgpo_core.making import tiny_model
+from tests.tasks.miniature import change_params, run_of
 from tests.tasks.trained import make_trained, write_lock
 
 LOAD = """
@@ -54,7 +54,7 @@ def train(project: Path, seed: int = 0) -> str:
         (project / "models/kd/touched").touch()
         (project / "models/kd/touched").unlink()
         run.register_model("kd", Path("models/kd"))
-    return str(json.loads(Path("runs/distill@kd/run.json").read_text())["mlflow_run"])
+    return run_of("distill@kd")
 
 
 @pytest.fixture
@@ -127,8 +127,7 @@ def test_the_lineage_is_of_the_beginning_of_the_training(project: Path) -> None:
 
 
 def pointer(project: Path) -> Version:
-    text = Path("params.yaml").read_text()
-    Path("params.yaml").write_text(text.replace("log_weights: true", "log_weights: false"))
+    change_params(promote={"log_weights": False})
     train(project)
     (version,) = versions()
     assert version.tags["weights"] == "pointer"
@@ -237,31 +236,33 @@ def test_an_alias_of_a_version_that_is_gone_is_none(registered: Path) -> None:
         promote(None, dry_run=True, yes=True)
 
 
-@pytest.mark.thorough
-@pytest.mark.parametrize(
-    "command", ["register", "promote", "rollback --reason x", "lineage", "evaluate dgpo"]
-)
-def test_a_deleted_experiment_is_one_line_of_every_command(registered: Path, command: str) -> None:
-    connect().delete_experiment("1")
+COMMANDS = ("register", "promote", "rollback --reason x", "lineage")
+
+
+def one_line(command: str) -> tuple[int, str]:
+    """Exit code and the only line on standard error of `dgpo <command>`."""
     line = [sys.executable, "-m", "tasks.commands.cli", *command.split()]
     done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
-    assert done.returncode == 2
     (said,) = done.stderr.splitlines()
-    assert said.startswith("error: the experiment dgpo was deleted in MLflow: ")
+    return done.returncode, said
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("command", [*COMMANDS, "evaluate dgpo"])
+def test_a_deleted_experiment_is_one_line_of_every_command(registered: Path, command: str) -> None:
+    connect().delete_experiment("1")
+    code, said = one_line(command)
+    assert code == 2 and said.startswith("error: the experiment dgpo was deleted in MLflow: ")
     assert said.endswith("mlflow experiments restore -x 1")
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("command", ["register", "promote", "rollback --reason x", "lineage", "ask x"])
+@pytest.mark.parametrize("command", [*COMMANDS, "ask x --model models:/search-agent@champion"])
 def test_no_server_is_one_line_in_seconds(
     registered: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
     started = time.monotonic()
-    model = ["--model", "models:/search-agent@champion"] if command == "ask x" else []
-    line = [sys.executable, "-m", "tasks.commands.cli", *command.split(), *model]
-    done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=120)
-    (said,) = done.stderr.splitlines()
-    assert "http://127.0.0.1:9 does not answer" in said and "dgpo up" in said
-    assert done.returncode == 1
+    code, said = one_line(command)
+    assert code == 1 and "http://127.0.0.1:9 does not answer" in said and "dgpo up" in said
     assert time.monotonic() - started < 60, "also on a busy machine"

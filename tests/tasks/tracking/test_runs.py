@@ -17,10 +17,7 @@ from tasks.project.files import content_hash
 from tasks.stages.stage import stage
 from tasks.tracking.registry import store
 from tasks.tracking.runs import PIPELINE_RUN, Pipeline, connect, flatten, start_run
-
-
-def last_run_id() -> str:
-    return str(json.loads(Path("runs/train/run.json").read_text())["mlflow_run"])
+from tests.tasks.miniature import run_of
 
 
 def test_run_holds_params_metrics_and_state(workplace: Path) -> None:
@@ -29,7 +26,7 @@ def test_run_holds_params_metrics_and_state(workplace: Path) -> None:
             run.metrics(step, {"train/em": step / 2500, "loss": float("nan")})
         run.summary({"em": 0.75, "f1": numpy.float32(0.5)})
     client = connect()
-    found = client.get_run(last_run_id())
+    found = client.get_run(run_of("train"))
     assert found.info.status == "FINISHED"
     assert found.data.params == {"dgpo.beta": "0.5", "dgpo.gate": "[1, null]", "name": "x"}
     assert found.data.tags["stage"] == "train"
@@ -40,28 +37,32 @@ def test_run_holds_params_metrics_and_state(workplace: Path) -> None:
     assert client.get_metric_history(found.info.run_id, "loss") == []
 
 
-def test_stages_are_nested_under_the_pipeline(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def opened(patch: pytest.MonkeyPatch) -> tuple[Pipeline, str]:
+    """A pipeline whose stages follow, and its run."""
     pipeline = Pipeline("pipeline")
     assert pipeline.run_id
-    monkeypatch.setenv(PIPELINE_RUN, pipeline.run_id)
+    patch.setenv(PIPELINE_RUN, pipeline.run_id)
+    return pipeline, pipeline.run_id
+
+
+def test_stages_are_nested_under_the_pipeline(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipeline, run_id = opened(monkeypatch)
     with stage("train", config={}):
         pass
     pipeline.close(succeeded=True)
     client = connect()
-    assert client.get_run(last_run_id()).data.tags["mlflow.parentRunId"] == pipeline.run_id
-    assert client.get_run(pipeline.run_id).info.status == "FINISHED"
+    assert client.get_run(run_of("train")).data.tags["mlflow.parentRunId"] == run_id
+    assert client.get_run(run_id).info.status == "FINISHED"
 
 
 def test_a_pipeline_whose_stage_was_ended_has_not_failed(
     workplace: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline = Pipeline("pipeline")
-    assert pipeline.run_id
-    monkeypatch.setenv(PIPELINE_RUN, pipeline.run_id)
+    pipeline, run_id = opened(monkeypatch)
     with pytest.raises(SystemExit), stage("train", config={}):
         raise SystemExit(143)  # as SIGTERM does
     pipeline.close(succeeded=False)
-    assert connect().get_run(pipeline.run_id).info.status == "KILLED"
+    assert connect().get_run(run_id).info.status == "KILLED"
 
 
 def test_pipeline_that_executed_nothing_leaves_no_run(workplace: Path) -> None:
@@ -75,22 +76,22 @@ def test_continued_stage_goes_on_in_the_same_run(workplace: Path) -> None:
     with pytest.raises(RuntimeError), stage("train", config={"a": 1}) as run:
         run.metrics(1, {"em": 0.1})
         raise RuntimeError
-    first = last_run_id()
+    first = run_of("train")
     assert connect().get_run(first).info.status == "FAILED"
     with stage("train", config={"a": 1}) as run:
         run.metrics(2, {"em": 0.2})
-    assert last_run_id() == first
+    assert run_of("train") == first
     found = connect().get_run(first)
     assert (found.info.status, found.data.metrics["em"]) == ("FINISHED", 0.2)
     with stage("train", config={"a": 1}):  # that one was complete: a new execution is a new run
         pass
-    assert last_run_id() != first
+    assert run_of("train") != first
 
 
 def test_a_stage_waits_for_what_was_submitted(workplace: Path) -> None:
     with stage("train", config={}) as run:
         run.tracker.submit(lambda client, run_id: client.set_tag(run_id, "late", "yes"), patience=60)
-    assert connect().get_run(last_run_id()).data.tags["late"] == "yes"
+    assert connect().get_run(run_of("train")).data.tags["late"] == "yes"
 
 
 def test_inputs_are_data_sets_with_their_digests(workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,8 +107,7 @@ def test_inputs_are_data_sets_with_their_digests(workplace: Path, monkeypatch: p
         for _ in range(2):  # the second time it continues, and its inputs are still the same three
             with pytest.raises(RuntimeError), stage(name, config={}, inputs=inputs):
                 raise RuntimeError
-        run = json.loads(Path(f"runs/{name}/run.json").read_text())["mlflow_run"]
-        inputs_of_run = connect().get_run(run).inputs
+        inputs_of_run = connect().get_run(run_of(name)).inputs
         assert inputs_of_run
         found = inputs_of_run.dataset_inputs
         assert len(found) == 3
@@ -138,7 +138,7 @@ def test_curves_are_copied_and_large_outputs_only_named(
         }.items():
             Path(path).parent.mkdir(parents=True, exist_ok=True)
             Path(path).write_text(text)
-    client, run = connect(), last_run_id()
+    client, run = connect(), run_of("train")
     files = {
         folder: {f.path for f in client.list_artifacts(run, folder)} for folder in ("", "plots", "reports")
     }
@@ -162,7 +162,7 @@ def test_machine_is_sampled_unless_mlflows_variable_says_no(
     with stage("train", config={}) as run:
         time.sleep(0.6)
         run.metrics(1, {"em": 0.1})
-    metrics = connect().get_run(last_run_id()).data.metrics
+    metrics = connect().get_run(run_of("train")).data.metrics
     assert ("system/cpu_utilization_percentage" in metrics) == (enabled == "true")
     assert metrics["em"] == 0.1
     assert not [thread for thread in threading.enumerate() if thread.name == "SystemMetricsMonitor"]
@@ -178,7 +178,7 @@ def test_a_stage_ends_while_the_machine_is_sampled_rarely(
     with stage("train", config={}):
         pass
     assert time.monotonic() - started < 300, "not the interval"
-    assert connect().get_run(last_run_id()).info.status == "FINISHED"
+    assert connect().get_run(run_of("train")).info.status == "FINISHED"
 
 
 def test_broken_store_is_warned_of_once(
@@ -219,23 +219,21 @@ def test_a_deleted_experiment_is_named_with_its_cure(
     client.restore_experiment("1")
     with stage("train", config={}):
         pass
-    assert client.get_run(last_run_id()).info.status == "FINISHED"
+    assert client.get_run(run_of("train")).info.status == "FINISHED"
 
 
 def test_stages_stay_with_their_pipeline_when_the_experiment_is_renamed(
     own_store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Otherwise the pipeline would find no stage of its own, and delete its run."""
-    pipeline = Pipeline("pipeline")
-    assert pipeline.run_id
-    monkeypatch.setenv(PIPELINE_RUN, pipeline.run_id)
+    pipeline, run_id = opened(monkeypatch)
     client = connect()
     client.rename_experiment("1", "dgpo, first half of the year")
     with stage("train", config={}):
         pass
     pipeline.close(succeeded=True)
-    assert client.get_run(last_run_id()).info.experiment_id == "1"
-    parent = client.get_run(pipeline.run_id).info
+    assert client.get_run(run_of("train")).info.experiment_id == "1"
+    parent = client.get_run(run_id).info
     assert (parent.status, parent.lifecycle_stage) == ("FINISHED", "active")
 
 
@@ -245,7 +243,7 @@ def test_a_pipeline_that_this_store_does_not_know_keeps_no_stage_out(
     monkeypatch.setenv(PIPELINE_RUN, "f" * 32)
     with stage("train", config={}):
         pass
-    assert connect().get_run(last_run_id()).info.status == "FINISHED"
+    assert connect().get_run(run_of("train")).info.status == "FINISHED"
 
 
 def test_a_run_whose_process_is_gone_is_closed_by_the_next_start(own_store: Path) -> None:

@@ -7,11 +7,9 @@ import signal
 import sqlite3
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 
 import pytest
@@ -32,6 +30,7 @@ from tasks.tracking.store import (
     tracking_uri,
 )
 from tests.conftest import ROOT
+from tests.tasks.web import answering
 
 OLDER = "c1d2e3f4a5b6"  # a migration in which a process was once killed
 MAKE = "import sys; from tasks.tracking.store import prepare; prepare(sys.argv[1])"
@@ -274,32 +273,10 @@ def test_a_folder_that_no_address_can_name_is_the_users(
 SECRET = "pass" + "word-of-mine"
 
 
-@contextmanager
-def server(status: int, body: object, version: str | None = None) -> Iterator[str]:
+def server(status: int, body: object, version: str = "") -> AbstractContextManager[str]:
     """A server that is alive, answers every request of MLflow's client alike, and may say a version."""
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            known = {"/health": (200, b"OK"), "/version": (200, (version or "").encode())}
-            if self.path == "/version" and version is None:
-                known.pop("/version")
-            code, content = known.get(self.path, (status, json.dumps(body).encode()))
-            self.send_response(code)
-            self.send_header("Content-Length", str(len(content)))
-            self.end_headers()
-            self.wfile.write(content)
-
-        do_POST = do_GET
-
-        def log_message(self, *_: object) -> None:
-            """Silent."""
-
-    running = HTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=running.serve_forever, daemon=True).start()
-    try:
-        yield f"http://127.0.0.1:{running.server_port}"
-    finally:
-        running.shutdown()
+    known = {"/health": (200, b"OK")} | ({"/version": (200, version.encode())} if version else {})
+    return answering(lambda path, _: known.get(path, (status, json.dumps(body).encode())))
 
 
 def failure(url: str, patch: pytest.MonkeyPatch) -> UserError | InfrastructureError:

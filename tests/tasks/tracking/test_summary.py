@@ -10,7 +10,7 @@ from dgpo_core.config.params import resolve_profile
 from tasks.stages.stage import stage
 from tasks.tracking.runs import PIPELINE_RUN, Pipeline, connect
 from tasks.tracking.summary import MAX_NOTE, StageSummary, note, results
-from tests.tasks.miniature import ROOT
+from tests.tasks.miniature import ROOT, run_of
 
 
 def write_lock(**digests: str) -> None:
@@ -47,13 +47,9 @@ def made(run_id: str) -> dict[str, tuple[str, str | None]]:
     return {row["stage"]: (row["state"], row["run_id"]) for row in rows}
 
 
-def stage_run(name: str) -> str:
-    return str(json.loads(Path(f"runs/{name}/run.json").read_text())["mlflow_run"])
-
-
 def test_skipped_stages_point_to_the_run_that_made_their_output(workplace: Path) -> None:
     run_pipeline({"skip_a": "aa1", "skip_b": "bb1"}, {})
-    first_a, first_b = stage_run("skip_a"), stage_run("skip_b")
+    first_a, first_b = run_of("skip_a"), run_of("skip_b")
     run_pipeline({"skip_b": "bb2"}, {"skip_a": "aa1"})
     # b's output is the first one again (from DVC's cache), c's was made where this store does not know of
     last = run_pipeline({"skip_d": "dd1"}, {"skip_a": "aa1", "skip_b": "bb1", "skip_c": "cc1"})
@@ -61,7 +57,7 @@ def test_skipped_stages_point_to_the_run_that_made_their_output(workplace: Path)
         "skip_a": ("unchanged", first_a),
         "skip_b": ("unchanged", first_b),
         "skip_c": ("unchanged", None),
-        "skip_d": ("executed", stage_run("skip_d")),
+        "skip_d": ("executed", run_of("skip_d")),
     }
     run = connect().get_run(last)
     assert run.data.tags["stages"] == "1 executed of 4"
@@ -78,12 +74,12 @@ def test_a_failed_pipeline_says_so_and_has_no_results(workplace: Path) -> None:
     last = run_pipeline({"good": "gg1", "bad": "?"}, {"report": "rr1"}, fail="bad")
     assert made(last) == {
         "report": ("not executed", None),
-        "good": ("executed", stage_run("good")),
-        "bad": ("failed", stage_run("bad")),
+        "good": ("executed", run_of("good")),
+        "bad": ("failed", run_of("bad")),
     }
     run = connect().get_run(last)
     assert (run.info.status, run.data.metrics) == ("FAILED", {})
-    assert "dvc.outputs.bad.txt" not in connect().get_run(stage_run("bad")).data.tags
+    assert "dvc.outputs.bad.txt" not in connect().get_run(run_of("bad")).data.tags
 
 
 def test_results_settings_and_files_stand_in_the_run(workplace: Path) -> None:
@@ -108,7 +104,7 @@ def test_results_settings_and_files_stand_in_the_run(workplace: Path) -> None:
     assert run.data.params["reinforce.beta"] == "0.5" and run.data.params["distill.taid.start"] == "0.4"
     files = {file.path for file in connect().list_artifacts(run.info.run_id)}
     assert files == {"dvc.lock", "params.yaml", "stages.json"}
-    child = connect().get_run(stage_run("report")).data.tags
+    child = connect().get_run(run_of("report")).data.tags
     assert (child["profile"], child["seed"]) == ("tiny", "3")
 
 

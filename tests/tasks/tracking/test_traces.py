@@ -1,6 +1,5 @@
 """Episodes as spans, and as traces in a real sqlite store, as MLflow's own client finds them again."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from tasks.tracking.traces import TRAINING_EPISODES, episode_spans, sample, trac
 from tests.conftest import make_workplace
 from tests.dgpo_core.agent.scripted import Answering, ScriptedEngine
 from tests.dgpo_core.making import question, random_episode
+from tests.tasks.miniature import run_of
 
 SEARCH = "<think> I need it. </think>\n<search> birthplace of Ada </search>"
 ANSWER = "<think> yes. </think>\n<answer> Ada Paris </answer>"
@@ -34,10 +34,13 @@ def episodes(count: int, retriever: Answering | None = None) -> list[Episode]:
     return loop.run([Task(each, "onehop" if i % 2 else "rare") for i, each in enumerate(questions)], GREEDY)
 
 
+def document(id: str, title: str, text: str, score: float) -> dict[str, Any]:
+    return {"page_content": text, "metadata": {"doc_id": id, "title": title, "score": score}, "id": id}
+
+
 def traces(name: str) -> list[Any]:
     """The traces of the stage's last run, newest first."""
-    client = connect()
-    run = json.loads(Path(f"runs/{name}/run.json").read_text())["mlflow_run"]
+    client, run = connect(), run_of(name)
     experiment = client.get_run(run).info.experiment_id
     return list(client.search_traces(locations=[experiment], run_id=run, max_results=100))
 
@@ -64,13 +67,7 @@ def test_a_trace_has_the_episodes_tree_and_scores(evaluated: list[Any]) -> None:
     assert (root.inputs, root.outputs) == ({"question": "Where was Ada born"}, {"answer": "Ada Paris"})
     assert [span.span_type for span in children] == ["LLM", "RETRIEVER", "LLM"]
     assert {span.parent_id for span in children} == {root.span_id}
-    assert children[1].outputs == [
-        {
-            "page_content": "Ada was born in Paris.",
-            "metadata": {"doc_id": "7", "title": "Ada", "score": 9.0},
-            "id": "7",
-        }
-    ]
+    assert children[1].outputs == [document("7", "Ada", "Ada was born in Paris.", 9.0)]
     usage = [span.attributes["mlflow.chat.tokenUsage"] for span in (children[0], children[2])]
     assert trace.info.token_usage["output_tokens"] == sum(each["output_tokens"] for each in usage)
     assert {"stage": "evaluate@kd", "model": "kd", "outcome": "wrong"}.items() <= trace.info.tags.items()
@@ -98,9 +95,8 @@ def test_training_traces_are_those_of_the_steps_asked_for_and_once(workplace: Pa
     with stage("reinforce@dgpo", config={}) as run:  # goes on from step 3, and makes step 4 again
         train(run, range(3, 5))
     found = traces("reinforce@dgpo")
-    assert sorted(trace.info.tags["step"] for trace in found) == ["2"] * TRAINING_EPISODES + ["4"] * (
-        TRAINING_EPISODES
-    )
+    steps = sorted(trace.info.tags["step"] for trace in found)
+    assert steps == ["2"] * TRAINING_EPISODES + ["4"] * TRAINING_EPISODES
     assert {len(trace.data.spans) for trace in found} == {4}
     assert {len(trace.info.assessments) for trace in found} == {4}
 
@@ -109,17 +105,6 @@ def test_none_are_made_when_none_are_asked_for(workplace: Path) -> None:
     with stage("evaluate@kd", config={}) as run:
         trace_episodes(run, episodes(2), TOKENIZER.decode, limit=0)
     assert traces("evaluate@kd") == []
-
-
-def test_a_broken_store_costs_one_warning(
-    workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "no-such-scheme://nowhere")
-    with stage("evaluate@kd", config={}, outputs=[Path("out")]) as run:
-        trace_episodes(run, episodes(2), TOKENIZER.decode, limit=2)
-        Path("out").touch()
-    assert Path("out").exists()
-    assert capsys.readouterr().err.count("warning: MLflow does not record") == 1
 
 
 class Broken:
@@ -153,11 +138,8 @@ def test_turns_and_searches_with_all_that_stood_before() -> None:
     ]
     episode = episode_of(SEARCH, "babble", ANSWER, retriever=Answering(passages))
     found = episode_spans(episode, TOKENIZER.decode)
-    assert [(step.name, step.kind) for step in found] == [
-        ("turn 1", "LLM"),
-        ("search 1", "RETRIEVER"),
-        ("turn 2", "LLM"),
-        ("turn 3", "LLM"),
+    assert [f"{step.name} {step.kind}" for step in found] == [
+        *("turn 1 LLM", "search 1 RETRIEVER", "turn 2 LLM", "turn 3 LLM")
     ]
     first, search, second, last = found
     prompt = prompts.prompt_text("Where was Ada born", "paper", TOKENIZER)
@@ -165,22 +147,13 @@ def test_turns_and_searches_with_all_that_stood_before() -> None:
     assert first.attributes["action"] == "search" and second.attributes["action"] == "invalid"
     assert (search.inputs, search.attributes) == ({"query": "birthplace of Ada"}, {"hit": True})
     assert search.outputs == [
-        {
-            "page_content": "Ada was born.",
-            "metadata": {"doc_id": "7", "title": "Ada (poet) of Paris", "score": 9.0},
-            "id": "7",
-        },
-        {
-            "page_content": "A city (large).",
-            "metadata": {"doc_id": "8", "title": "Paris", "score": 8.0},
-            "id": "8",
-        },
+        document("7", "Ada (poet) of Paris", "Ada was born.", 9.0),
+        document("8", "Paris", "A city (large).", 8.0),
     ]
     whole = TOKENIZER.decode(episode.token_ids)
     assert last.inputs["prompt"] + last.outputs == whole
-    assert sum(
-        step.attributes.get("mlflow.chat.tokenUsage", {}).get("output_tokens", 0) for step in found
-    ) == (episode.model_tokens)
+    usage = [step.attributes["mlflow.chat.tokenUsage"] for step in (first, second, last)]
+    assert sum(each["output_tokens"] for each in usage) == episode.model_tokens
     assert last.attributes["mlflow.chat.tokenUsage"]["total_tokens"] == len(episode.token_ids)
 
 

@@ -7,7 +7,7 @@ import pytest
 
 from dgpo_core.agent.episode import Episode
 from dgpo_core.reporting.curves import Curve, read_curves
-from dgpo_core.reporting.reproduction.claims import assess
+from dgpo_core.reporting.reproduction.claims import Training, assess
 from dgpo_core.training.episode_sources import episode_metrics
 from tasks.stages.outputs import write_curves
 from tests.dgpo_core.making import random_episode
@@ -16,18 +16,16 @@ RISE = [0.1 + 0.01 * step for step in range(40)]  # to 0.49
 LOSS = [0.4 - 0.05 * step for step in range(8)] + [0.02] * 12
 
 
-def made(em: list[float], **columns: list[float]) -> Curve:
+def assessed(em: list[float], **columns: list[float]) -> Training:
     points = {"em": em, **columns}
-    return Curve(
-        "reinforce",
-        "ppo",
-        {name: [(float(s), v) for s, v in enumerate(own, 1)] for name, own in points.items()},
-    )
+    steps = {name: [(float(s), v) for s, v in enumerate(own, 1)] for name, own in points.items()}
+    found = assess(Curve("reinforce", "ppo", steps))
+    assert found is not None
+    return found
 
 
 def test_stable_up_to_its_last_step() -> None:
-    found = assess(made(RISE, invalid_actions=[2.0] * 40))
-    assert found is not None
+    found = assessed(RISE, invalid_actions=[2.0] * 40)
     assert (found.state, found.step, found.steps, found.drift) == ("stable", None, 40, "")
     assert found.best == pytest.approx(0.485)  # the last of a moving average
     assert found.converged == 35  # 0.44, the first value of at least 0.9 of it
@@ -44,8 +42,7 @@ def test_stable_up_to_its_last_step() -> None:
     ],
 )
 def test_collapse_is_a_loss_with_a_drift(columns: dict[str, list[float]], state: str) -> None:
-    found = assess(made(RISE + LOSS, **columns))
-    assert found is not None
+    found = assessed(RISE + LOSS, **columns)
     assert found.state == state
     assert found.step in (44, 45)  # 0.25 is the first value under half of 0.49, up to the smoothing
     assert bool(found.drift) == (state == "collapsed")
@@ -75,14 +72,12 @@ def sampled(em: float, invalid_actions: int) -> list[Episode]:
 
 
 def test_dip_that_recovers_is_no_collapse() -> None:
-    found = assess(made(RISE + [0.05] * 6 + [0.45] * 10, invalid_actions=[0.1] * 40 + [2.0] * 16))
-    assert found is not None
+    found = assessed(RISE + [0.05] * 6 + [0.45] * 10, invalid_actions=[0.1] * 40 + [2.0] * 16)
     assert found.state == "stable"
 
 
 def test_what_never_rose_cannot_collapse() -> None:
-    found = assess(made([0.02, 0.04, 0.0] * 10, invalid_actions=[3.0] * 30))
-    assert found is not None
+    found = assessed([0.02, 0.04, 0.0] * 10, invalid_actions=[3.0] * 30)
     assert (found.state, found.step, found.converged) == ("never learned", None, None)
 
 

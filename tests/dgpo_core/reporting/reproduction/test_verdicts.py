@@ -59,18 +59,9 @@ def find(condition: Criterion, source: SeedResults, **states: list[Training]) ->
 
 def ended(*states: State, step: int = 60) -> list[Training]:
     """Of 100 steps; converged halfway to `step`."""
-    return [
-        Training(
-            s,
-            step if s == "collapsed" else None,
-            0.4,
-            0.1,
-            100,
-            "",
-            None if s == "never learned" else step // 2,
-        )
-        for s in states
-    ]
+    lost = {"collapsed": step}
+    converged = {"never learned": None}
+    return [Training(s, lost.get(s), 0.4, 0.1, 100, "", converged.get(s, step // 2)) for s in states]
 
 
 @pytest.mark.parametrize(
@@ -173,12 +164,7 @@ def test_some_of_many_needs_wider_intervals_and_all_of_many_does_not() -> None:
         (ended("collapsed", "collapsed"), ("collapsed",), True, ""),
         (ended("stable", "stable"), ("collapsed",), False, ""),
         (ended("fell", "fell"), ("collapsed",), False, ""),
-        (
-            ended("collapsed", "stable"),
-            ("collapsed",),
-            False,
-            "no clear difference, the seeds disagree",
-        ),
+        (ended("collapsed", "stable"), ("collapsed",), False, "no clear difference, the seeds disagree"),
         (ended("collapsed", "never learned"), ("collapsed", "never learned"), True, ""),
     ],
 )
