@@ -73,7 +73,7 @@ class BatchLoop:
             options = {"do_sample": True, "temperature": sampling.temperature, "top_k": 0, "top_p": 1.0}
         if self.stops:
             options |= {
-                "stop_strings": list((prompts.SEARCH_END, prompts.ANSWER_END)),
+                "stop_strings": [prompts.SEARCH_END, prompts.ANSWER_END],
                 "tokenizer": self.tokenizer,
             }
         answers = self.model.generate(
@@ -174,14 +174,17 @@ class TrlLoop:
 
 TEMPLATE = """\
 {%- for message in messages -%}
+{%- set text = message['content'] -%}
 {%- if message['role'] == 'user' -%}<|im_start|>user
-{{ message['content'] }}<|im_end|>
-{%- elif message['role'] == 'assistant' -%}{{ '\\n<|im_start|>assistant\\n' + message['content'] }}
+{{ text }}<|im_end|>
+{%- elif message['role'] == 'assistant' -%}{{ '\\n<|im_start|>assistant\\n' + text }}
 {%- for call in message['tool_calls'] or [] -%}
 <search>{{ call['function']['name'] }} {{ call['function']['arguments'] }}</search>
 {%- endfor -%}
-{%- elif message['role'] == 'tool' -%}{{ '\\n\\n<information>' + message['content'] + '</information>\\n\\n' }}
+{%- else -%}{{ '\\n\\n<information>' + text + '</information>\\n\\n' }}
 {%- endif -%}
 {%- endfor -%}
-{%- if add_generation_prompt and messages[-1]['role'] == 'user' -%}{{ '\\n<|im_start|>assistant\\n' }}{%- endif -%}
+{%- if add_generation_prompt and messages[-1]['role'] == 'user' -%}
+{{ '\\n<|im_start|>assistant\\n' }}
+{%- endif -%}
 """
