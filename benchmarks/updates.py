@@ -92,8 +92,6 @@ class TrlUpdate:
             advantages.append(experience.advantages[i][0])
             old.append(torch.tensor(episode.logprobs[cut:]))
         ones = [torch.ones_like(ids) for ids in prompts], [torch.ones_like(ids) for ids in completions]
-            parts, batch_first=True
-        )  # noqa: E731
         return {
             "prompt_ids": pad_sequence(prompts, batch_first=True, padding_side="left"),
             "prompt_mask": pad_sequence(ones[0], batch_first=True, padding_side="left"),
