@@ -21,7 +21,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-thorough test-all test-vllm test-deepspeed check format ci base-models clean
+.PHONY: help install demo bench test test-thorough test-all test-vllm test-deepspeed check format ci base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -94,6 +94,9 @@ check: $(VENV)/.installed-dev  ## ruff and mypy
 format: $(VENV)/.installed-dev  ## format the sources
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
+
+bench: $(VENV)/.installed-dev  ## time what is compared with others (after the demo); docs/benchmarks.md
+	$(PY) -m benchmarks
 
 ci:  ## run what the hosted checks run: check, and all tests but the slow ones (.ci/run)
 	@.ci/run

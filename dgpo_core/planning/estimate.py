@@ -187,7 +187,8 @@ class Planner:
         pairs = lengths.square * (1 + again * max(0.0, lengths.turns / 2 - 1))
         reading, writing = shape.flops(prefill, pairs), shape.flops(written, 0, written)
         room = lengths.total + (0 if vllm else self.params.protocol.max_new_tokens)
-        rows = min(VLLM_ROWS if vllm else max(1.0, rollout.batch_tokens / room), max(1.0, together))
+        batch = VLLM_ROWS if vllm else max(1.0, rollout.batch_tokens / room) * self.machine.batches
+        rows = min(batch, max(1.0, together))
         width = 4 if vllm else CACHE_WIDTH[rollout.precision]  # of a key's and a value's channel together
         memory = {
             "key-value cache": (rows * room + kept) * shape.layers * shape.keys * width,
@@ -352,10 +353,10 @@ class Planner:
 
     @property
     def _micro_batch(self) -> tuple[float, float]:
-        """Padded tokens of a pass, in which at least one episode of full length fits, and those that have
-        logits: all but the prompt's share."""
+        """Padded tokens of the passes under way, in each of which at least one episode of full length fits,
+        and those that have logits: all but the prompt's share."""
         lengths = self.work.lengths
-        tokens = max(float(self.params.compute.micro_batch_tokens), lengths.total)
+        tokens = max(float(self.params.compute.micro_batch_tokens), lengths.total) * self.machine.batches
         return tokens, tokens * lengths.model / lengths.total
 
     def _training(self, critic: bool = False) -> Training:

@@ -190,7 +190,8 @@ class Assumptions:
 @dataclass(frozen=True)
 class Machine:
     """`gpus` devices; `memory` (bytes) of the host and `disk` (bytes, free), without end where not told;
-    `price` of a GPU and hour in any currency, nan where not told."""
+    `price` of a GPU and hour in any currency, nan where not told. Without GPUs as many batches are under way
+    at a time as the processor has `threads`."""
 
     gpus: int
     device: Device
@@ -198,3 +199,9 @@ class Machine:
     disk: float = inf
     price: float = nan
     assumptions: Assumptions = Assumptions()
+    threads: int = 1
+
+    @property
+    def batches(self) -> int:
+        """Return how many batches a device works on at a time."""
+        return 1 if self.gpus else self.threads

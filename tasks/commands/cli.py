@@ -418,6 +418,9 @@ def plan(
     memory: Annotated[float | None, typer.Option(min=0, help="of the host, GiB")] = None,
     disk: Annotated[float | None, typer.Option(min=0, help="free, GB")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="of a GPU and hour")] = None,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="of the processor, without a GPU: batches at a time")
+    ] = None,
     processes: Annotated[
         int | None, typer.Option(min=1, help="that train as one, a GPU each; without it as in the parameters")
     ] = None,
@@ -439,6 +442,7 @@ def plan(
         math.inf if disk is None else disk * 1e9,
         math.nan if price is None else price,
         Assumptions(efficiency, decoding, launch / 1000, scheduling / 1000, queries),
+        threads or os.cpu_count() or 1,
     )
     raise typer.Exit(print_plan(profile, params, machine, processes, as_json))
 

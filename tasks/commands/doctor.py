@@ -178,7 +178,7 @@ def _fit(params: Params, rows: list[list[str]]) -> list[Finding]:
     device = Device(rows[0][0], min(totals)) if rows else Device("processor", float("inf"))
     memory, disk = float(psutil.virtual_memory().total), float(shutil.disk_usage(Path()).free)
     try:
-        plan = plan_for(params, Machine(len(rows), device, memory, disk))
+        plan = plan_for(params, Machine(len(rows), device, memory, disk, threads=os.cpu_count() or 1))
     except UserError as why:
         return [warning("plan", str(why), "without it memory and disk are not compared with the need")]
     if plan.problems:
