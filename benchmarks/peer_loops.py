@@ -76,7 +76,8 @@ class BatchLoop:
                 "stop_strings": [prompts.SEARCH_END, prompts.ANSWER_END],
                 "tokenizer": self.tokenizer,
             }
-        answers = self.model.generate(
+        generate: Any = self.model.generate
+        answers = generate(
             input_ids=ids, attention_mask=mask, max_new_tokens=self.config.max_new_tokens,
             pad_token_id=self.tokenizer.pad_token_id, **options,
         )  # fmt: skip

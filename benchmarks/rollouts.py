@@ -5,6 +5,7 @@ with those of Search-R1's loop: they must be the same texts.
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def compare(source: str, episodes: int, rounds: int) -> tuple[Rounds, float]:
     trl = TrlLoop(load_model(source), tokenizer, index, config, top_k, sampling.temperature)
     pairs = zip(ours.run(tasks, GREEDY), plain.run(questions, GREEDY), strict=True)
     same = sum(tokenizer.decode(episode.token_ids) == text for episode, text in pairs) / len(tasks)
-    contenders = {
+    contenders: dict[str, Callable[[], object]] = {
         "ours": partial(ours.run, tasks, sampling),
         "Search-R1's loop": partial(plain.run, questions, sampling),
         "Search-R1's loop, stopped at tags": partial(kinder.run, questions, sampling),

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import DynamicCache, DynamicLayer, PretrainedConfig, PreTrainedModel
 
-from dgpo_core.agent.engine import FinishReason, Generation, Request, StopCriteria, eos_ids
+from dgpo_core.agent.engine import EpisodeCache, FinishReason, Generation, Request, StopCriteria, eos_ids
 from dgpo_core.config.agent import RolloutConfig, Sampling
 from dgpo_core.threads import side_by_side
 
@@ -90,8 +90,9 @@ class TransformersEngine:
         for row in (row for batch in batches for row in batch):
             own = row.request.cache
             more = len(row.request.token_ids) + row.request.max_new_tokens - 1 - row.past
-            row.keeps = own is not None and own.renew and held + more <= self._config.kept_tokens
-            held += more if row.keeps else 0
+            if own is not None and own.renew and held + more <= self._config.kept_tokens:
+                row.keeper = own
+                held += more
 
     def _run(self, rows: list["_Row"], sampling: Sampling, stop: tuple[str, ...]) -> None:
         """Prefill, then sample one token a step; finished rows leave the batch many at a time."""
@@ -135,12 +136,12 @@ class TransformersEngine:
     def _store_prefixes(self, batch: list["_Row"], cache: DynamicCache, mask: torch.Tensor) -> None:
         """Leave finished rows' keys and values in their caches; `mask` [rows, tokens in the cache]."""
         for place, row in enumerate(batch):
-            if row.finish is None or not row.keeps:
+            if row.finish is None or row.keeper is None:
                 continue
             # the last token was not read, and what follows it is not the row's
             ids = [*row.request.token_ids, *row.ids[:-1]]
             columns = mask[place].nonzero()[: len(ids), 0]
-            row.request.cache.content = Prefix(ids, _row_states(cache, place, columns))
+            row.keeper.content = Prefix(ids, _row_states(cache, place, columns))
 
     def _append(
         self, batch: list["_Row"], tokens: list[int], logprobs: list[float], stop: tuple[str, ...]
@@ -164,7 +165,7 @@ class _Row:
         self.ids: list[int] = []
         self.logprobs: list[float] = []
         self.finish: FinishReason | None = None
-        self.keeps = False  # keys and values, for the episode's next turn
+        self.keeper: EpisodeCache | None = None  # of its keys and values, for the episode's next turn
         count = request.max_new_tokens if sampling.temperature > 0 else 0
         self.uniforms = np.random.default_rng(request.seed).random(count)
         prefix: Prefix | None = request.cache.content if request.cache else None
