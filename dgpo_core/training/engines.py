@@ -186,20 +186,27 @@ class TorchEngine:
     def accumulate(
         self, loss: Callable[[Item], tuple[Float[Tensor, ""], Result]], items: Iterable[Item]
     ) -> list[Result]:
+        # checkpointing sets the module's mode for the time of a forward: one at a time
+        alone = any(getattr(part, "is_gradient_checkpointing", False) for part in self.module.modules())
+        if alone or self.device.type != "cpu" or torch.get_num_threads() == 1:
+            return [self._backward(*loss(item)) for item in items]
+
         def gradient(item: Item) -> tuple[tuple[Tensor | None, ...], Result]:
             value, result = loss(item)
             return torch.autograd.grad(value, self._trained, allow_unused=True), result
 
-        # checkpointing sets the module's mode for the time of a forward: one at a time
-        alone = any(getattr(part, "is_gradient_checkpointing", False) for part in self.module.modules())
-        found = map(gradient, items) if alone else side_by_side(gradient, items, self.device)
         results = []
-        for gradients, result in found:
+        for gradients, result in side_by_side(gradient, items, self.device):
             for parameter, own in zip(self._trained, gradients, strict=True):
                 if own is not None:
                     parameter.grad = own if parameter.grad is None else parameter.grad.add_(own)
             results.append(result)
         return results
+
+    @staticmethod
+    def _backward(value: Float[Tensor, ""], result: Result) -> Result:
+        value.backward()
+        return result
 
     def step(self) -> float:
         add_gradients(self.module)
