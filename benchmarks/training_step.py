@@ -102,6 +102,7 @@ def estimate(shape: Architecture, compute: ComputeConfig) -> Numbers:
 def measure(config: dict[str, Any], compute: ComputeConfig) -> Numbers:
     """Do the same update: count its FLOPs, and what the process's peak memory grows by."""
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # the counter sees the operations of its own thread
     torch.ones(8, requires_grad=True).sum().backward()  # what torch itself loads when first used
     if compute.lora:
         import peft  # noqa: F401  # likewise
