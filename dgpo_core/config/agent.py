@@ -75,7 +75,8 @@ class RolloutConfig(Section):
 
     engine: Literal["transformers", "vllm", "vllm-server"] = "transformers"
     batch_tokens: PositiveInt = Field(
-        65_536, description="padded tokens in one forward pass; of the engine transformers"
+        65_536,
+        description="padded tokens in one forward pass, on a processor of each thread; of the engine transformers",
     )
     kept_tokens: NonNegativeInt = Field(
         65_536,

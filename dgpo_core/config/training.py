@@ -28,7 +28,9 @@ class ComputeConfig(Section):
 
     device: str = "cuda"
     precision: Literal["float32", "bfloat16"] = Field("bfloat16", description="of compute; weights are fp32")
-    micro_batch_tokens: PositiveInt = Field(32_768, description="padded tokens in one training pass")
+    micro_batch_tokens: PositiveInt = Field(
+        32_768, description="padded tokens in one training pass; on a processor a pass a thread"
+    )
     engine: Literal["torch", "deepspeed"] = Field(
         "torch", description="of training: everything in every process, or split by DeepSpeed"
     )

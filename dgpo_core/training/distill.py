@@ -27,6 +27,7 @@ from dgpo_core.errors import UserError
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
 from dgpo_core.objectives.logprobs import cached_losses, distillation_losses
+from dgpo_core.threads import single_threaded
 from dgpo_core.training.batches import (
     TokenBatch,
     TokenModel,
@@ -73,6 +74,7 @@ class Distiller:
         if self.teacher is not None:
             self.frozen = FrozenModel(self.teacher, self.compute, self.vocabulary)
 
+    @single_threaded()
     def train(
         self,
         checkpoint: Checkpoint,

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.objectives.logprobs import PerToken
-from dgpo_core.threads import side_by_side
+from dgpo_core.threads import available_threads, side_by_side
 from dgpo_core.training.batches import (
     HeadFunction,
     TokenBatch,
@@ -188,7 +188,7 @@ class TorchEngine:
     ) -> list[Result]:
         # checkpointing sets the module's mode for the time of a forward: one at a time
         alone = any(getattr(part, "is_gradient_checkpointing", False) for part in self.module.modules())
-        if alone or self.device.type != "cpu" or torch.get_num_threads() == 1:
+        if alone or self.device.type != "cpu" or available_threads() == 1:
             return [self._backward(*loss(item)) for item in items]
 
         def gradient(item: Item) -> tuple[tuple[Tensor | None, ...], Result]:

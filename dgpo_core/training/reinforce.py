@@ -42,6 +42,7 @@ from dgpo_core.objectives.policy import (
     whiten,
 )
 from dgpo_core.objectives.rewards import gate, kl_estimate, token_rewards
+from dgpo_core.threads import single_threaded
 from dgpo_core.training.batches import (
     HeadFunction,
     TokenBatch,
@@ -93,6 +94,7 @@ class Reinforcer:
     def __post_init__(self) -> None:
         self.vocabulary = shared_ids(self.known, self.student, self.reference)
 
+    @single_threaded()
     def train(
         self,
         questions: int,

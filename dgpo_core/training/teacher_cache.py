@@ -27,6 +27,7 @@ from dgpo_core.files import replacement
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
 from dgpo_core.objectives.logprobs import TopK, cached_losses, distillation_losses, top_distributions
+from dgpo_core.threads import side_by_side, single_threaded
 from dgpo_core.training.batches import (
     TokenBatch,
     backbone_of,
@@ -81,6 +82,7 @@ def episode_key(episode: Episode) -> str:
     return hashlib.sha256(np.asarray(episode.token_ids, dtype=np.int64).tobytes()).hexdigest()
 
 
+@single_threaded()
 def build_cache(
     folder: Path,
     episodes: Sequence[Episode],
@@ -149,19 +151,22 @@ def _batches(
         yield part, collate([sequences[i] for i in part], device)
 
 
-@torch.no_grad()
 def _top_k(
     episodes: Sequence[Episode], teacher: PreTrainedModel, vocabulary: int, k: int, compute: ComputeConfig
 ) -> Iterator[dict[int, TopK]]:
     """Yield the likeliest ids at the model tokens of `episodes[i]`, by i, one micro-batch after the other."""
-    for part, batch in _batches(episodes, teacher.device, compute):
-        with autocast(compute):
+
+    def likeliest(micro_batch: tuple[list[int], TokenBatch]) -> dict[int, TopK]:
+        part, batch = micro_batch
+        with torch.no_grad(), autocast(compute):
             hidden = counted_hidden(backbone_of(teacher), batch)
             top = top_distributions(hidden, head_of(teacher), vocabulary, k)
         logprobs = top.logprobs.cpu()
         require_finite({"teacher's log-probability": logprobs.sum().item()})
         pieces = zip(part, batch.split(top.ids.cpu().int()), batch.split(logprobs), strict=True)
-        yield {i: TopK(ids, own, vocabulary) for i, ids, own in pieces}
+        return {i: TopK(ids, own, vocabulary) for i, ids, own in pieces}
+
+    return side_by_side(likeliest, _batches(episodes, teacher.device, compute), teacher.device)
 
 
 @torch.no_grad()

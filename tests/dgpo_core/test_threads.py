@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from dgpo_core.threads import side_by_side
+from dgpo_core.threads import available_threads, side_by_side, single_threaded
 
 CPU = torch.device("cpu")
 
@@ -49,3 +49,12 @@ def test_the_first_failure_is_raised_and_nothing_more_is_begun() -> None:
     with pytest.raises(ValueError, match="item 0"):
         list(side_by_side(fail, range(100), CPU))
     assert len(begun) < 100
+
+
+def test_all_else_computes_with_one_thread() -> None:
+    with single_threaded():
+        assert torch.get_num_threads() == 1 and available_threads() == 2
+        both = threading.Barrier(2, timeout=30)
+        assert len(list(side_by_side(lambda _: both.wait(), range(2), CPU))) == 2
+        assert torch.get_num_threads() == 1
+    assert torch.get_num_threads() == available_threads() == 2
