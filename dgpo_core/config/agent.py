@@ -76,7 +76,7 @@ class RolloutConfig(Section):
     engine: Literal["transformers", "vllm", "vllm-server"] = "transformers"
     batch_tokens: PositiveInt = Field(
         65_536,
-        description="padded tokens in one forward pass, on a processor of each thread; of the engine transformers",
+        description="padded tokens in a forward pass (of each thread, on a processor); of transformers",
     )
     kept_tokens: NonNegativeInt = Field(
         65_536,
