@@ -267,6 +267,21 @@ def test_same_tokens_as_without(make_engine: MakeEngine, limits: dict[str, int],
     same(conversation(engine, [EpisodeCache() for _ in range(EPISODES)], sampling), alone)
 
 
+@pytest.mark.parametrize("limits", [{"batch_tokens": 200}, {"batch_tokens": 100, "kept_tokens": 150}])
+def test_threads_change_nothing(make_engine: MakeEngine, limits: dict[str, int]) -> None:
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            caches = [EpisodeCache() for _ in range(EPISODES)]
+            turns = conversation(make_engine(**limits), [*caches], WARM)
+            found.append((turns, [cache.content and cache.content.ids for cache in caches]))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+
+
 def test_only_new_tokens_are_read(engine: TransformersEngine, model: PreTrainedModel) -> None:
     cache = EpisodeCache()
     (first,) = engine.generate([Request(list(range(20, 60)), 5, (0,), cache)], GREEDY, NEVER)
