@@ -1,6 +1,6 @@
 """What is compared with others, in one run: `make bench` (after `make demo`, whose models and index it uses).
 
-Writes all times to `results/benchmarks.json` (pyperf's format), the table into docs/benchmarks.md, and the
+Writes all times to `runs/benchmarks.json` (pyperf's format), the table into docs/benchmarks.md, and the
 ratios to `benchmarks/ratios.json`. With `--guard` nothing is written: it exits with 1 when a ratio is more
 than 20 % below the one that is checked in.
 """
@@ -21,7 +21,7 @@ from benchmarks import rollouts, updates
 from benchmarks.alternation import Rounds, alternate, save, table
 
 MODEL = Path("models/kd")
-TIMES, PAGE = Path("results/benchmarks.json"), Path("docs/benchmarks.md")
+TIMES, PAGE = Path("runs/benchmarks.json"), Path("docs/benchmarks.md")
 RATIOS = Path(__file__).parent / "ratios.json"
 ALLOWED_DROP = 0.2
 COMMANDS = {
