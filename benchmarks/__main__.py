@@ -55,7 +55,7 @@ def report(results: list[Rounds], alone: list[Rounds], checks: list[str]) -> str
 
 def ratios_of(results: list[Rounds]) -> dict[str, float]:
     return {
-        f"{one.name.split(',')[0]}: {peer}": round(one.ratio(peer), 3)
+        f"{one.name}: {peer}": round(one.ratio(peer), 3)
         for one in results
         for peer in one.seconds
         if peer != one.ours

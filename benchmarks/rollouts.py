@@ -9,8 +9,6 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-import torch
-
 from benchmarks.alternation import Rounds, alternate, save, table
 from benchmarks.peer_loops import BatchLoop, TrlLoop
 from dgpo_core.agent.loop import AgentLoop
@@ -46,7 +44,7 @@ def compare(source: str, episodes: int, rounds: int) -> tuple[Rounds, float]:
         "Search-R1's loop, stopped at tags": partial(kinder.run, questions, sampling),
         "TRL's GRPOTrainer": partial(trl.run, questions),
     }
-    name = f"rollouts of {len(tasks)} questions, {torch.get_num_threads()} threads"
+    name = f"rollouts of {len(tasks)} questions"
     return alternate(name, contenders, rounds, len(tasks), "episode"), same
 
 

@@ -139,7 +139,7 @@ def compare(source: str, count: int, rounds: int, rows: tuple[int, ...]) -> tupl
     difference = float((own - theirs).norm() / own.norm())
     contenders: dict[str, Callable[[], object]] = {"ours": lambda: updater._step(experience, everything)}
     contenders |= {name: peer.step for name, peer in peers.items()}
-    name = f"GRPO's update of {len(episodes)} episodes, {torch.get_num_threads()} threads"
+    name = f"GRPO's update of {len(episodes)} episodes"
     return alternate(name, contenders, rounds, len(episodes), "episode"), difference
 
 

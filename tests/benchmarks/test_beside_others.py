@@ -53,7 +53,7 @@ def test_a_ratio_is_that_of_one_round() -> None:
 
 
 def test_the_guard_names_what_has_dropped() -> None:
-    rounds = [Rounds("x, 2 threads", {"ours": [1.0], "slow": [2.0], "slower": [4.0]})]
+    rounds = [Rounds("x", {"ours": [1.0], "slow": [2.0], "slower": [4.0]})]
     now = ratios_of(rounds)
     assert now == {"x: slow": 2.0, "x: slower": 4.0}
     assert dropped(now, now) == [] == dropped(now, {"x: slow": 2.4})
