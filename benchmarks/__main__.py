@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import rollouts, updates
+from benchmarks import peer_rollouts, peer_updates
 from benchmarks.alternation import Rounds, alternate, save, table
 
 MODEL = Path("models/kd")
@@ -80,8 +80,8 @@ def main() -> None:
     given = parser.parse_args()
     if not MODEL.is_dir():
         raise SystemExit(f"error: {MODEL} is missing: run `make demo` first")
-    rolled, same = rollouts.compare(str(MODEL), 128, given.rounds)
-    updated, difference = updates.compare(str(MODEL), 64, given.rounds, (8, 64))
+    rolled, same = peer_rollouts.compare(str(MODEL), 128, given.rounds)
+    updated, difference = peer_updates.compare(str(MODEL), 64, given.rounds, (8, 64))
     results = [rolled, updated]
     if given.guard:
         worse = dropped(ratios_of(results), json.loads(RATIOS.read_text(encoding="utf-8")))

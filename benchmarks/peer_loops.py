@@ -1,7 +1,7 @@
 """Agent loops as the field's projects write them, over our model, prompts and retriever.
 
 They follow the structure of the named releases, not their code; episodes a second are compared with ours in
-`benchmarks.rollouts`.
+`benchmarks.peer_rollouts`.
 """
 
 import copy

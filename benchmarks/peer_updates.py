@@ -1,23 +1,21 @@
-"""Updates beside TRL's: `python -m benchmarks.updates [--model models/kd]`.
+"""Updates beside TRL's, for `make bench`.
 
 One mini-batch of GRPO, the same episodes for both: forward and backward over all of them, clipping and AdamW.
 TRL's GRPOTrainer gets them as its own collation would make them, prompts padded on the left and completions
-on the right, `--rows` at a time (`per_device_train_batch_size`, the rest is accumulated). Before anything is
+on the right, `rows` at a time (`per_device_train_batch_size`, the rest is accumulated). Before anything is
 timed, the two gradients are compared.
 """
 
-import argparse
 import copy
 import tempfile
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 
-from benchmarks.alternation import Rounds, alternate, save, table
+from benchmarks.alternation import Rounds, alternate
 from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.config.params import load_params
 from dgpo_core.config.recipes import Reinforcement
@@ -59,6 +57,7 @@ class TrlUpdate:
 
         params = load_params()
         self.model, self._rows = load_model(source), rows
+        self.model.train()  # TRL looks at the mode; there is no dropout
         arguments = GRPOConfig(
             output_dir=tempfile.mkdtemp(), use_cpu=True, bf16=False, report_to=[], beta=0.0,
             loss_type="dapo", epsilon=params.reinforce.clip,
@@ -132,7 +131,6 @@ def compare(source: str, count: int, rounds: int, rows: tuple[int, ...]) -> tupl
     own = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
     peer = next(iter(peers.values()))
-    peer._trainer.model.train()
     peer.gradient()
     theirs = torch.cat([p.grad.flatten() for p in peer.model.parameters() if p.grad is not None])
     peer.model.zero_grad()
@@ -141,22 +139,3 @@ def compare(source: str, count: int, rounds: int, rows: tuple[int, ...]) -> tupl
     contenders |= {name: peer.step for name, peer in peers.items()}
     name = f"GRPO's update of {len(episodes)} episodes"
     return alternate(name, contenders, rounds, len(episodes), "episode"), difference
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="models/kd")
-    parser.add_argument("--episodes", type=int, default=65)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 64])
-    parser.add_argument("--json", type=Path, help="where to keep all times, in pyperf's format")
-    given = parser.parse_args()
-    result, difference = compare(given.model, given.episodes, given.rounds, tuple(given.rows))
-    print(table([result]))
-    print(f"\nrelative difference of the two gradients: {difference:.2e}")
-    if given.json:
-        save([result], given.json)
-
-
-if __name__ == "__main__":
-    main()

@@ -1,15 +1,13 @@
-"""Episodes a second beside the field's loops: `python -m benchmarks.rollouts [--model models/kd]`.
+"""Episodes a second beside the field's loops, for `make bench`.
 
 The same model, questions, retriever, turns and limits. Before anything is timed, greedy episodes are compared
 with those of Search-R1's loop: they must be the same texts.
 """
 
-import argparse
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 
-from benchmarks.alternation import Rounds, alternate, save, table
+from benchmarks.alternation import Rounds, alternate
 from benchmarks.peer_loops import BatchLoop, TrlLoop
 from dgpo_core.agent.loop import AgentLoop
 from dgpo_core.agent.transformers_engine import TransformersEngine
@@ -46,21 +44,3 @@ def compare(source: str, episodes: int, rounds: int) -> tuple[Rounds, float]:
     }
     name = f"rollouts of {len(tasks)} questions"
     return alternate(name, contenders, rounds, len(tasks), "episode"), same
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--model", default="models/kd")
-    parser.add_argument("--episodes", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--json", type=Path, help="where to keep all times, in pyperf's format")
-    given = parser.parse_args()
-    result, same = compare(given.model, given.episodes, given.rounds)
-    print(table([result]))
-    print(f"\ngreedy episodes that are Search-R1's to the letter: {same:.3f}")
-    if given.json:
-        save([result], given.json)
-
-
-if __name__ == "__main__":
-    main()
