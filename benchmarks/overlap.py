@@ -1,9 +1,9 @@
 """What `reinforce.overlap` gains on this machine, and costs in EM: `python -m benchmarks.overlap`.
 
-It needs what `make demo` has made. Trainings from `models/kd`, each a process of its own, take turns step by step, so that a ratio is that of two
-steps one after the other. The first step, which samples twice under overlap, and the last, which samples
-nothing ahead, are not counted; the validation at the end is not timed. Writes its table into
-docs/benchmarks.md.
+It needs what `make demo` has made. Trainings from `models/kd`, each a process of its own, take turns step by
+step, so that a ratio is that of two steps one after the other. The first step, which samples twice under
+overlap, and the last, which samples nothing ahead, are not counted; the validation at the end is not timed.
+Writes its table into docs/benchmarks.md.
 """
 
 import argparse
