@@ -107,13 +107,13 @@ def peak_of(kind: str, episodes: list[Episode], name: str) -> dict[str, float]:
     side = contenders(kind, episodes)[name]()
     side.step()  # what is allocated once: the optimiser's state, caches
     gc.collect()
-    with _peak() as growth:
+    with peak() as growth:
         side.step()
     return {"MiB": growth[0]}
 
 
 @contextmanager
-def _peak() -> Iterator[list[float]]:
+def peak() -> Iterator[list[float]]:
     """Measure how far the process's resident memory rises inside (Linux), MiB."""
     growth: list[float] = []
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
