@@ -1,6 +1,6 @@
 """The content of a Qdrant collection: passages with their vectors, in parts that can be loaded one by one.
 
-A `Backend` searches a filled collection: Qdrant's engine in this process (qdrant_embedded.py) or a server
+A `Backend` searches a filled collection: Qdrant's engine in this process (embedded.py) or a server
 (qdrant_server.py).
 """
 

@@ -15,7 +15,7 @@ from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.retrieval.collection import Content, Point
 from dgpo_core.retrieval.encoders import Bm25Encoder
-from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
+from dgpo_core.retrieval.embedded import EmbeddedBackend
 from dgpo_core.retrieval.ranking import Query, rank
 from tests.conftest import ROOT, run_python
 from tests.dgpo_core.retrieval.conftest import content, dense_content
