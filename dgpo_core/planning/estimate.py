@@ -305,6 +305,8 @@ class Planner:
         parts, phases = student.states(), [student.passes(*self._micro_batch), self._rollout(made)]
         if ppo:
             parts |= self._training(critic=True).states()
+        if config.overlap:
+            parts["weights of a step ago"] = 4.0 * student.weights
         if recipe.reference != "none":
             reference = self.shape_of(recipe.reference)
             each += (gated + audited) * self._reading(reference)
@@ -315,7 +317,8 @@ class Planner:
             each += self._reading(self.student, student.rank, head=False) + self._learning(head=False)
             times += 2
         tokens = episodes * self.work.lengths.total * times
-        return self._trained(f"reinforce@{name}", parts, phases, tokens, episodes * each, made, ppo)
+        flops = episodes * each
+        return self._trained(f"reinforce@{name}", parts, phases, tokens, flops, made, ppo, config.overlap)
 
     def _trained(
         self,
@@ -326,6 +329,7 @@ class Planner:
         flops: float,
         made: Generation,
         critic: bool = False,
+        overlap: bool = False,
     ) -> Estimate:
         """On disk: the model in float32, and its checkpoint (what is trained and AdamW's moments), of which
         two exist while one is replaced."""
@@ -336,7 +340,10 @@ class Planner:
         disk = 2 * 4.0 * weights + 2 * 12.0 * sum(model.parameters for model in models)
         host = PROCESS * processes + sum(model.offloaded() for model in models)
         engines = processes if engine == "transformers" else max(1, self.engine_gpus(STUDENT))
-        seconds = self._seconds(flops, processes) + made.seconds / engines + made.searching
+        training, rolling = self._seconds(flops, processes), made.seconds / engines + made.searching
+        # each its own GPUs, and neither waits for the other; on the same GPUs they share its time
+        beside = overlap and engine == "vllm-server"
+        seconds = max(training, rolling) if beside else training + rolling
         if engine == "vllm":  # beside the model in training; servers have GPUs of their own
             memory["engine's weights"] = 2.0 * weights / engines
         if engine == "vllm-server":

@@ -224,3 +224,18 @@ def test_keeping_less_is_advised_where_passes_cannot_be_smaller() -> None:
     advice = problems["teach"].advice
     assert "kept_tokens" in advice and "batch_tokens" not in advice
     assert stage(with_advice(narrow, advice), "teach").device_memory <= 29.6 * GIB < problems["teach"].needed
+
+
+def test_overlap_hides_rollouts_on_gpus_of_their_own() -> None:
+    profile = resolve_profile(PROFILES / "paper-qwen-3b.yaml")
+    profile["rollout"] = {"engine": "vllm-server", "server": {"student": ["http://a", "http://b"]}}
+    made = planner(processes=4)
+    rollout = Params.model_validate(profile).rollout
+    apart = replace(made, params=made.params.model_copy(update={"rollout": rollout}))
+    for of, hides in ((made, False), (apart, True)):
+        before, after = (
+            stage(changed(of, "reinforce", overlap=overlap), "reinforce@dgpo") for overlap in (False, True)
+        )
+        assert (after.seconds < before.seconds) == hides and before.seconds <= 2 * after.seconds
+        assert after.flops == before.flops
+        assert after.memory["weights of a step ago"] == 4 * STUDENT.parameters
