@@ -23,7 +23,7 @@ from dgpo_core.retrieval.postings import Postings, PostingsWriter
 from dgpo_core.retrieval.ranking import Candidate, Query
 from dgpo_core.temporary import temporary_folder
 
-AT_ONCE = 1000  # points
+AT_ONCE = 1000  # points, and passages in a block of the file
 ENGINE = "engine"  # of the dense vectors
 PASSAGES = "passages.arrow"
 FIELDS = pa.schema([("id", pa.string()), ("title", pa.string()), ("text", pa.string())])
@@ -53,7 +53,8 @@ class EmbeddedBackend:
             if size is None
         }
         self._engine = edge.EdgeShard.load(str(target / ENGINE)) if (target / ENGINE).is_dir() else None
-        self._columns = pa.ipc.open_file(pa.memory_map(str(target / PASSAGES))).read_all().columns
+        file = pa.ipc.open_file(pa.memory_map(str(target / PASSAGES)))
+        self._blocks = [file.get_batch(i).columns for i in range(file.num_record_batches)]
 
     def search(self, query: Query) -> list[list[Candidate]]:
         if not self._release.alive:
@@ -62,7 +63,8 @@ class EmbeddedBackend:
         return [[Candidate(number, self._passage(number), score) for number, score in best] for best in found]
 
     def _passage(self, number: int) -> Passage:
-        return Passage(*(column[number].as_py() for column in self._columns))
+        block, place = divmod(number, AT_ONCE)
+        return Passage(*[column[place].as_py() for column in self._blocks[block]])
 
     def _sparse(self, query: Query) -> Iterator[list[tuple[int, float]]]:
         for vector in query.vectors:
@@ -108,7 +110,7 @@ def _build(target: Path, content: Content) -> None:
                     ]
                     engine.update(edge.UpdateOperation.upsert_points(dense))
         for name, writer in sparse.items():
-            writer.write(unfinished / name)
+            writer.write(unfinished / name, content.count)
         if engine:
             engine.optimize()
             engine.flush()

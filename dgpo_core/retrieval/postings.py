@@ -16,9 +16,12 @@ from numpy.typing import NDArray
 from dgpo_core.retrieval.encoders import SparseVector, Vector
 from dgpo_core.retrieval.ranking import Window
 
-# What a folder has: the terms in order; where the list of each begins, and the last one ends; the passages of
-# all lists, in the corpus's order in each, with the term's weight there; the greatest weight of each list.
-ARRAYS = ("terms", "starts", "numbers", "weights", "greatest")
+Floats = NDArray[np.float64]
+# What a folder has: the terms in order, with the IDF and the greatest weight of each; where the list of each
+# begins, and the last one ends; the passages of all lists, in the order of the corpus, and the weights there.
+ARRAYS = ("terms", "idf", "greatest", "starts", "numbers", "weights")
+AT_ONCE = 4096  # entries of short lists that are read together
+SPARSE = 16  # passages for one entry: beyond, not each passage gets a place for its score
 ROUNDING = 1e-9  # relative: far above that of sums in float64
 
 
@@ -39,30 +42,45 @@ class PostingsWriter:
         self._weights.append(np.fromiter(chain.from_iterable(v.values for v in vectors), np.float32))
         self._numbers.append(np.repeat(numbers, lengths))
 
-    def write(self, folder: Path) -> None:
-        """Write the lists of everything that was added."""
+    def write(self, folder: Path, count: int) -> None:
+        """Write the lists of everything that was added, of `count` passages."""
         terms, numbers, weights = map(np.concatenate, (self._terms, self._numbers, self._weights))
         order = np.argsort(terms, kind="stable")
-        terms, numbers, weights = terms[order], numbers[order], weights[order]
-        distinct, starts = np.unique(terms, return_index=True)
-        greatest = np.maximum.reduceat(weights, starts) if len(terms) else weights
-        arrays = (distinct, np.append(starts, len(terms)), numbers, weights, greatest)
+        distinct, starts = np.unique(terms[order], return_index=True)
+        weights = weights[order]
+        greatest = np.maximum.reduceat(weights, starts) if len(starts) else weights
+        starts = np.append(starts, len(order))
+        lengths, which = np.unique(np.diff(starts), return_inverse=True)
+        idf = np.array([_idf(count, length) for length in lengths.tolist()])[which]
         folder.mkdir()
-        for name, array in zip(ARRAYS, arrays, strict=True):
+        for name, array in zip(
+            ARRAYS, (distinct, idf, greatest, starts, numbers[order], weights), strict=True
+        ):
             np.save(folder / f"{name}.npy", array)
 
 
-class _List(NamedTuple):
-    """A term's list: passages in order, their weights; the query's `value`; the `most` that it adds."""
+def _idf(passages: int, containing: int) -> float:
+    """Return Qdrant's modifier `idf`: BM25's inverse document frequency, never negative."""
+    return math.log((passages - containing + 0.5) / (containing + 0.5) + 1)
 
-    numbers: NDArray[np.uint32]
-    weights: NDArray[np.float32]
-    value: float
-    idf: float
-    most: float
 
-    def products(self, places: NDArray[np.intp] | slice) -> NDArray[np.float64]:
-        products: NDArray[np.float64] = self.value * self.weights[places].astype(np.float64) * self.idf
+class _Lists(NamedTuple):
+    """The lists of a query's terms, the shortest first: the query's value, the term's IDF, entries."""
+
+    values: Floats
+    idf: Floats
+    numbers: list[NDArray[np.uint32]]
+    weights: list[NDArray[np.float32]]
+
+    def products(self, row: int, found: NDArray[np.uint32]) -> Floats:
+        """Look up passages in a list, and return what it adds to their scores."""
+        numbers = self.numbers[row]
+        if not len(numbers):
+            return np.zeros(len(found))
+        places = numbers.searchsorted(found)
+        held = numbers.take(places, mode="clip") == found
+        weights = self.weights[row].take(places, mode="clip").astype(np.float64) * held
+        products: Floats = self.values[row] * weights * self.idf[row]
         return products
 
 
@@ -71,7 +89,7 @@ class Postings:
 
     def __init__(self, folder: Path, count: int) -> None:
         arrays = (np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r")) for name in ARRAYS)
-        self._terms, self._starts, self._numbers, self._weights, self._greatest = arrays
+        self._terms, self._idf, self._greatest, self._starts, self._numbers, self._weights = arrays
         self._count = count
 
     def search(
@@ -81,53 +99,78 @@ class Postings:
 
         The score is the inner product with Qdrant's IDF, exactly rounded: it depends on no order of terms.
         """
-        lists = sorted(self._lists(query, window), key=lambda one: len(one.numbers))
-        rest = sum(one.most for one in lists)  # what the lists that are not read yet can add
+        if not len(self._terms):
+            return []
+        lists, most = self._lists(query, window)
+        rest = np.append(np.cumsum(most[::-1])[::-1], 0.0)  # what the lists from here on can add
         lowest = window.score if window else 0.0  # no passage below is among the best
-        found, scores = np.empty(0, np.uint32), np.zeros(self._count)
-        for one in lists:
-            if rest < lowest:
-                break
-            found = np.concatenate([found, one.numbers[scores[one.numbers] == 0]])
-            scores[one.numbers] += one.products(slice(None))
-            rest -= one.most
-            if len(found) >= limit:
-                lowest = max(lowest, float(np.partition(scores[found], -limit)[-limit]))
-        found = found[scores[found] >= lowest - rest - ROUNDING * lowest]
+        found, scores, read = np.empty(0, np.uint32), np.empty(0), 0
+        while read < len(most):
+            if rest[read] < lowest:  # a passage that no list had so far is not among the best
+                scores += lists.products(read, found)
+                read += 1
+            else:
+                stop = _together(lists, read)
+                found, scores = self._add(found, scores, lists, slice(read, stop))
+                read = stop
+            if len(found) > limit:
+                lowest = max(lowest, float(np.partition(scores, -limit)[-limit]))
+                near = scores >= lowest - rest[read] - ROUNDING * lowest
+                found, scores = found[near], scores[near]
         best = _exact(found, lists, limit)
         return [(number, score) for number, score in best if window is None or score >= window.score]
 
-    def _lists(self, query: SparseVector, window: Window | None) -> list[_List]:
-        terms = np.array(query.indices, np.uint32)
-        lists = []
-        for row, term, value in zip(np.searchsorted(self._terms, terms), terms, query.values, strict=True):
-            if row == len(self._terms) or self._terms[row] != term:
-                continue
-            start, stop = self._starts[row], self._starts[row + 1]
-            idf = _idf(self._count, int(stop - start))
-            if window:
-                inside = np.searchsorted(
-                    self._numbers[start:stop], [window.numbers.start, window.numbers.stop]
-                )
-                start, stop = start + inside
-            numbers, weights = self._numbers[start:stop], self._weights[start:stop]
-            lists.append(_List(numbers, weights, value, idf, value * float(self._greatest[row]) * idf))
-        return lists
+    def _lists(self, query: SparseVector, window: Window | None) -> tuple[_Lists, Floats]:
+        """Return the lists of the terms that there are, and what each can add to a score."""
+        terms, values = np.array(query.indices, np.uint32), np.array(query.values, np.float64)
+        rows = np.searchsorted(self._terms, terms)
+        known = self._terms.take(rows, mode="clip") == terms
+        rows, values = rows[known], values[known]
+        starts, stops = self._starts[rows], self._starts[rows + 1]
+        if window:
+            ends = [window.numbers.start, window.numbers.stop]
+            pairs = zip(starts, stops, strict=True)
+            inside = [start + np.searchsorted(self._numbers[start:stop], ends) for start, stop in pairs]
+            starts, stops = np.array(inside, np.intp).reshape(-1, 2).T
+        order = np.argsort(stops - starts, kind="stable")
+        rows, values = rows[order], values[order]
+        places = [slice(start, stop) for start, stop in zip(starts[order], stops[order], strict=True)]
+        idf = self._idf[rows]
+        numbers, weights = (
+            [self._numbers[place] for place in places],
+            [self._weights[place] for place in places],
+        )
+        return _Lists(values, idf, numbers, weights), values * idf * self._greatest[rows]
+
+    def _add(
+        self, found: NDArray[np.uint32], scores: Floats, lists: _Lists, chosen: slice
+    ) -> tuple[NDArray[np.uint32], Floats]:
+        """Return the passages found, in order, and their scores, with those of some lists added."""
+        factors = lists.values[chosen] * lists.idf[chosen]
+        more = [f * w.astype(np.float64) for f, w in zip(factors, lists.weights[chosen], strict=True)]
+        numbers, added = np.concatenate([found, *lists.numbers[chosen]]), np.concatenate([scores, *more])
+        if SPARSE * len(numbers) < self._count:
+            found, places = np.unique(numbers, return_inverse=True)
+            return found, np.bincount(places, added)
+        scores = np.bincount(numbers, added)
+        found = np.flatnonzero(scores > 0)
+        return found.astype(np.uint32), scores[found]
 
 
-def _exact(found: NDArray[np.uint32], lists: list[_List], limit: int) -> list[tuple[int, float]]:
+def _together(lists: _Lists, first: int) -> int:
+    """Return where the lists end that are read together with the one at `first`."""
+    stop, entries = first + 1, len(lists.numbers[first])
+    while stop < len(lists.numbers) and entries + len(lists.numbers[stop]) <= AT_ONCE:
+        entries += len(lists.numbers[stop])
+        stop += 1
+    return stop
+
+
+def _exact(found: NDArray[np.uint32], lists: _Lists, limit: int) -> list[tuple[int, float]]:
     """Score the passages `found` by all lists, and return the best `limit`, best first."""
-    products = np.zeros((len(lists), len(found)))
-    for row, one in zip(products, lists, strict=True):
-        places = np.searchsorted(one.numbers, found)
-        places[places == len(one.numbers)] = 0
-        held = np.flatnonzero(one.numbers[places] == found) if len(one.numbers) else []
-        row[held] = one.products(places[held])
+    if not len(found):
+        return []
+    products = np.array([lists.products(row, found) for row in range(len(lists.numbers))])
     order = np.lexsort((found, -products.sum(axis=0)))[:limit]
     exact = zip(found[order].tolist(), map(math.fsum, products[:, order].T.tolist()), strict=True)
     return sorted(exact, key=lambda one: (-one[1], one[0]))
-
-
-def _idf(points: int, containing: int) -> float:
-    """Return Qdrant's modifier `idf`: BM25's inverse document frequency, never negative."""
-    return math.log((points - containing + 0.5) / (containing + 0.5) + 1)
