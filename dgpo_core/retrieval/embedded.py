@@ -17,7 +17,7 @@ from filelock import FileLock, Timeout
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.files import replacement
-from dgpo_core.retrieval.collection import Content
+from dgpo_core.retrieval.collection import Content, Point
 from dgpo_core.retrieval.encoders import SparseVector
 from dgpo_core.retrieval.postings import Postings, PostingsWriter
 from dgpo_core.retrieval.ranking import Candidate, Query
@@ -76,6 +76,7 @@ class EmbeddedBackend:
         window = query.window
         condition = edge.Filter(must=[edge.HasIdCondition(set(window.numbers))]) if window else None
         for vector in query.vectors:
+            assert isinstance(vector, list)
             request = edge.QueryRequest(
                 limit=query.limit,
                 query=edge.Query.Nearest(vector, using=query.name),
@@ -83,7 +84,7 @@ class EmbeddedBackend:
                 filter=condition,
                 score_threshold=window.score if window else None,
             )
-            yield [(point.id, point.score) for point in self._engine.query(request)]
+            yield [(int(str(point.id)), point.score) for point in self._engine.query(request)]
 
     def close(self) -> None:
         if self._release.alive and self._engine:
@@ -104,17 +105,18 @@ def _build(target: Path, content: Content) -> None:
                 for name, writer in sparse.items():
                     writer.add([(point.number, point.vectors[name]) for point in chunk])
                 if engine:
-                    dense = [
-                        edge.Point(p.number, {n: p.vectors[n] for n in p.vectors.keys() - sparse})
-                        for p in chunk
-                    ]
-                    engine.update(edge.UpdateOperation.upsert_points(dense))
+                    engine.update(edge.UpdateOperation.upsert_points([_dense_point(p) for p in chunk]))
         for name, writer in sparse.items():
             writer.write(unfinished / name, content.count)
         if engine:
             engine.optimize()
             engine.flush()
             engine.close()
+
+
+def _dense_point(point: Point) -> Any:
+    vectors = {name: vector for name, vector in point.vectors.items() if isinstance(vector, list)}
+    return edge.Point(point.number, vectors)
 
 
 def _new_engine(folder: Path, content: Content) -> Any:

@@ -44,7 +44,8 @@ class PostingsWriter:
 
     def write(self, folder: Path, count: int) -> None:
         """Write the lists of everything that was added, of `count` passages."""
-        terms, numbers, weights = map(np.concatenate, (self._terms, self._numbers, self._weights))
+        terms, numbers = np.concatenate(self._terms), np.concatenate(self._numbers)
+        weights = np.concatenate(self._weights)
         order = np.argsort(terms, kind="stable")
         distinct, starts = np.unique(terms[order], return_index=True)
         weights = weights[order]
@@ -151,10 +152,10 @@ class Postings:
         numbers, added = np.concatenate([found, *lists.numbers[chosen]]), np.concatenate([scores, *more])
         if SPARSE * len(numbers) < self._count:
             found, places = np.unique(numbers, return_inverse=True)
-            return found, np.bincount(places, added)
-        scores = np.bincount(numbers, added)
-        found = np.flatnonzero(scores > 0)
-        return found.astype(np.uint32), scores[found]
+            return found, np.bincount(places, added).astype(np.float64)
+        every = np.bincount(numbers, added).astype(np.float64)
+        found = np.flatnonzero(every > 0).astype(np.uint32)
+        return found, every[found]
 
 
 def _together(lists: _Lists, first: int) -> int:
