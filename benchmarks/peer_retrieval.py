@@ -59,6 +59,14 @@ Scores = list[list[float]]  # of each query's best passages, best first
 
 def make_files(folder: Path, passages: int) -> None:
     """Write corpus, vectors and queries, always the same."""
+    make_texts_and_queries(folder, passages)
+    vectors, queries = make_vectors(passages, DIMENSIONS)
+    np.save(folder / "vectors.npy", vectors)
+    np.save(folder / "queries.npy", queries)
+
+
+def make_texts_and_queries(folder: Path, passages: int) -> None:
+    """Write corpus and queries; a query has words of one passage."""
     texts, rng = make_texts(passages, ending="7"), np.random.default_rng(1)
     with (folder / "corpus.jsonl").open("w", encoding="utf-8") as file:
         for number, text in enumerate(texts):
@@ -68,9 +76,6 @@ def make_files(folder: Path, passages: int) -> None:
         rng.permutation(sorted(set(texts[n].split())))[:TERMS] for n in rng.integers(passages, size=QUERIES)
     ]
     (folder / "queries.json").write_text(json.dumps([" ".join(words) for words in asked]))
-    vectors, queries = make_vectors(passages, DIMENSIONS)
-    np.save(folder / "vectors.npy", vectors)
-    np.save(folder / "queries.npy", queries)
 
 
 def exact_scores(folder: Path) -> Scores:

@@ -115,7 +115,7 @@ def _build(target: Path, content: Content) -> None:
 
 
 def _dense_point(point: Point) -> Any:
-    vectors = {name: vector for name, vector in point.vectors.items() if isinstance(vector, list)}
+    vectors: dict[str, Any] = {n: v for n, v in point.vectors.items() if isinstance(v, list)}
     return edge.Point(point.number, vectors)
 
 
