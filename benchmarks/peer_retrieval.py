@@ -30,6 +30,7 @@ import numpy as np
 
 from benchmarks.alternation import Rounds, fill
 from benchmarks.retrieval import QUERIES, TOP_K, make_texts, make_vectors
+from benchmarks.training_step import peak
 from dgpo_core.agent.prompts import known_ids
 from dgpo_core.config.params import load_params
 from dgpo_core.config.retrieval import EncoderConfig, QdrantConfig, RetrievalConfig
@@ -271,7 +272,7 @@ def serve(kind: type[Contender], folder: Path, core: int, connection: Connection
     """Build, and report the seconds; then answer each (queries, together) by seconds a search, and scores."""
     os.sched_setaffinity(0, {core})
     resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
-    contender = kind(folder)
+    contender, before = kind(folder), peak()
     try:
         started = time.perf_counter()
         contender.build()
@@ -285,8 +286,7 @@ def serve(kind: type[Contender], folder: Path, core: int, connection: Connection
                 started = time.perf_counter()
                 scores += contender.search(part)
                 seconds.append(time.perf_counter() - started)
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-            connection.send((seconds, scores, peak))
+            connection.send((seconds, scores, peak() - before))
     except MemoryError:
         connection.send(None)
 
@@ -319,7 +319,7 @@ class Running:
         return "" if self.build_seconds else f"over {MEMORY / 2**30:.0f} GiB"
 
     def ask(self, together: bool = False) -> tuple[list[float], Scores, float]:
-        """Let it search for its queries; return seconds, scores and its peak of memory."""
+        """Let it search for its queries; return seconds, scores and what its peak memory grew by."""
         self._connection.send((self.count, together))
         answer: tuple[list[float], Scores, float] = self._connection.recv()
         return answer
