@@ -251,7 +251,8 @@ def measure(curve: Curve, size: int) -> Point:
     torch.set_num_threads(1)
     with temporary_folder("scaling") as folder:
         work = curve.work(size, folder)
-        before, seconds = peak(), []
+        before = peak()
+        seconds: list[float] = []
         while not seconds or (len(seconds) < REPEATED and sum(seconds) < SECONDS):
             started = time.perf_counter()
             work()
