@@ -154,7 +154,10 @@ SCHEMA = pa.schema(
 def write_episodes(path: Path, episodes: list[Episode], metadata: dict[str, str] | None = None) -> None:
     """Write a table; `metadata` (tokenizer fingerprint, index digest) goes into the file's schema."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = [{**vars(e), "searches": [vars(search) for search in e.searches]} for e in episodes]
+    # not dataclasses.asdict: it copies every token
+    rows = [
+        vars(episode) | {"searches": [vars(search) for search in episode.searches]} for episode in episodes
+    ]
     table = pa.Table.from_pylist(rows, schema=SCHEMA)
     pq.write_table(table.replace_schema_metadata(metadata or {}), path, compression="zstd")
 
