@@ -9,6 +9,7 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from dgpo_core.errors import UserError
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if below:
-        return reproduce(arguments)
+        return reproduce(arguments, ["--wait-for-lock"])  # stages beside it take DVC's lock for moments
     pipeline = Pipeline("pipeline", {"arguments": " ".join(arguments)})
     os.environ[PIPELINE_RUN] = pipeline.run_id or ""
     code, names = 1, list(stages)
@@ -76,7 +77,7 @@ def together(arguments: list[str]) -> dict[str, Stage]:
     return select(stages, arguments) if stages.keys() >= set(arguments) else {}
 
 
-def reproduce(arguments: list[str]) -> int:
+def reproduce(arguments: list[str], options: Sequence[str] = ()) -> int:
     """Run `dvc repro`. Return its exit code, or 2 where another run holds what it needs, and say which."""
     from dvc.cli import main as dvc
 
@@ -85,7 +86,7 @@ def reproduce(arguments: list[str]) -> int:
     for handler in handlers:
         handler.addFilter(locked)
     try:
-        code = int(dvc(["repro", *arguments]))
+        code = int(dvc([*options, "repro", *arguments]))
     finally:
         for handler in handlers:
             handler.removeFilter(locked)
