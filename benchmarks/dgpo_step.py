@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dgpo_core.agent.engine import Request
+from dgpo_core.agent.engine import Request, generate
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.config.agent import RolloutConfig, Sampling
@@ -233,7 +233,7 @@ def roll_out(settings: Settings, student: PreTrainedModel, episodes: list[Episod
                     Request(episode.token_ids[:begin], end - begin, (settings.seed, number, turn))
                 )
                 written += end - begin
-        engine.generate(requests, Sampling(), ())
+        generate(engine, requests, Sampling(), ())
     seconds = time.perf_counter() - started
     return {"seconds": round(seconds, 3), "written_tokens_per_second": round(written / seconds, 1)}
 

@@ -11,7 +11,7 @@ import time
 import torch
 from transformers import Cache, DynamicCache, PreTrainedModel
 
-from dgpo_core.agent.engine import EpisodeCache, Request
+from dgpo_core.agent.engine import EpisodeCache, Request, generate
 from dgpo_core.agent.transformers_engine import TransformersEngine, preallocated_cache
 from dgpo_core.config.agent import RolloutConfig, Sampling
 from dgpo_core.models import load_model, load_tokenizer
@@ -47,7 +47,7 @@ def episodes_time(engine: TransformersEngine, appended: int) -> float:
             Request(list(history), WRITTEN, (place, turn), cache)
             for place, (history, cache) in enumerate(zip(histories, caches, strict=True))
         ]
-        for history, answer in zip(histories, engine.generate(asked, Sampling(), ()), strict=True):
+        for history, answer in zip(histories, generate(engine, asked, Sampling(), ()), strict=True):
             history += answer.token_ids + words(appended)
     return time.perf_counter() - started
 

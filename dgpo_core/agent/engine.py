@@ -77,7 +77,7 @@ Finished = tuple[Request, Generation | Exception]
 class Session(Protocol):
     """Requests that are continued together, each until a stop string, EOS or its limit.
 
-    With `paced` the same calls give the same generations to the bit: what shares a batch depends on them alone.
+    With `paced` the same calls give the same generations to the bit.
     """
 
     paced: bool
@@ -107,7 +107,7 @@ class Engine(Protocol):
 def generate(
     engine: Engine, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
 ) -> list[Generation]:
-    """Continue all requests and return their generations, in order. Raise what became of the first to fail."""
+    """Continue all requests; return their generations in order, or raise the first error."""
     found: dict[int, Generation] = {}
     session = engine.session(stop)
     try:

@@ -9,7 +9,7 @@ import hashlib
 import math
 import threading
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -33,6 +33,7 @@ from dgpo_core.retrieval.ranking import Hit, Retriever
 from dgpo_core.threads import side_by_side
 
 STOP = (prompts.SEARCH_END, prompts.ANSWER_END)
+PAUSE = 0.05  # seconds after which others may join episodes that all wait for a search
 SHORTEST_LANE = 8  # episodes: fewer together take as long as these
 
 
@@ -162,9 +163,9 @@ class AgentLoop:
                     done[id(task)] = result
         return [done[id(task)] for task in tasks]
 
-    def start(self) -> "RunningEpisodes":
-        """Return a session without episodes, which may be added at any time."""
-        return RunningEpisodes(self)
+    def start(self, paced: bool = True) -> "RunningEpisodes":
+        """Return a session without episodes, which may be added at any time (`RunningEpisodes`)."""
+        return RunningEpisodes(self, paced)
 
     def begin(self, task: Task, sampling: Sampling) -> _State:
         """Return an episode before its first turn."""
@@ -319,13 +320,14 @@ class AgentLoop:
 class RunningEpisodes:
     """Episodes under way together, in one session of the engine; new ones may join at any time.
 
-    Searches run beside generation, those of a moment as one batch. In a `paced` session a batch is waited for
-    at the next `advance`, so that it rejoins at the same place whenever it was done.
+    Searches run beside generation, those of a moment as one batch. With `paced`, in a session that is it too,
+    a batch is waited for at the next `advance`: its episodes go on at the same place whenever it was done.
     """
 
-    def __init__(self, loop: AgentLoop) -> None:
+    def __init__(self, loop: AgentLoop, paced: bool) -> None:
         self._loop = loop
         self._session = loop.engine.session(STOP)
+        self._paced = paced and self._session.paced
         self._generating: dict[int, _State] = {}  # by the identity of the request
         self._asking: list[_State] = []  # their searches have not begun
         self._search: tuple[list[_State], Future[list[list[Hit]]]] | None = None
@@ -355,7 +357,7 @@ class RunningEpisodes:
         self._begin_turns()
 
     def advance(self) -> list[tuple[Task, Episode | Exception]]:
-        """Go on for a while and return the episodes that have ended: those, or what their watchers raised."""
+        """Go on for a while and return the episodes that have ended, or the errors that ended them."""
         finished = self._session.advance() if self._generating else []
         self._take_hits()
         for request, result in finished:
@@ -371,11 +373,17 @@ class RunningEpisodes:
         """Act on what the engine has done for an episode."""
         if isinstance(result, Generation):
             self._loop.take(episode, result)
-        elif isinstance(result, InfrastructureError):
-            episode.fail(str(result))
         else:
-            episode.error = result
+            self._lose(episode, result)
         self._sort(episode)
+
+    @staticmethod
+    def _lose(episode: _State, error: Exception) -> None:
+        """End an episode: `failed` when something was down, else with the error."""
+        if isinstance(error, InfrastructureError):
+            episode.fail(str(error))
+        else:
+            episode.error = error
 
     def _sort(self, episode: _State) -> None:
         """Put an episode where it goes on."""
@@ -393,18 +401,20 @@ class RunningEpisodes:
             self._asking = []
 
     def _take_hits(self) -> None:
-        """Append what was found, if it was; wait for it where nothing else is to be done."""
+        """Append what was found, if it was; wait for it a while where nothing else is to be done."""
         if self._search is None:
             return
         episodes, found = self._search
-        if not (self._session.paced or found.done() or not self._generating):
-            return
+        if not self._paced:
+            wait([found], 0 if self._generating else PAUSE)
+            if not found.done():
+                return
         self._search = None
         try:
             results = found.result()
-        except InfrastructureError as error:
+        except Exception as error:
             for episode in episodes:
-                episode.fail(str(error))
+                self._lose(episode, error)
         else:
             for episode, hits in zip(episodes, results, strict=True):
                 self._loop.inform(episode, hits)

@@ -1,9 +1,9 @@
 """The default engine: continuous batching with transformers, on a CPU or a GPU.
 
-A session has slots, each with room for one episode's keys and values. A request takes a slot as soon as one is
-free, reads what is new in it, and then gets a token a step together with all others; its episode's next turn
-goes on in the same slot. transformers' DynamicCache concatenates, which copies the whole cache for every token,
-and on a CPU that is most of the time of a generation (`python -m benchmarks.rollout`).
+A session has slots, each with room for one episode's keys and values. A request takes a slot as soon as one
+is free, reads what is new in it, and then gets a token a step together with all others; its episode's next
+turn goes on in the same slot. transformers' DynamicCache concatenates, which copies the whole cache for every
+token, and on a CPU that is most of the time of a generation.
 """
 
 import math
@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import DynamicCache, DynamicLayer, PretrainedConfig, PreTrainedModel
 
-from dgpo_core.agent.engine import Finished, FinishReason, Generation, Request, StopCriteria, eos_ids
+from dgpo_core.agent.engine import Finished, Generation, Request, StopCriteria, eos_ids
 from dgpo_core.config.agent import RolloutConfig, Sampling
 
 STRIDE = 4  # tokens that `advance` gives each request
@@ -48,7 +48,7 @@ class TransformersEngine:
 
 @dataclass(eq=False)
 class _Row:
-    """A request in its slot; `ids` are the tokens of which the slot has keys and values when it is finished."""
+    """A request in its slot; `ids` are the tokens of which the slot has keys and values between turns."""
 
     request: Request
     sampling: Sampling
@@ -102,6 +102,8 @@ class TransformersSession:
     def _admit(self) -> list[_Row]:
         """Give waiting requests their episode's slot or a free one; return those that got one."""
         self._rows = [row if row and (_at_work(row) or row.kept) else None for row in self._rows]
+        if not any(map(_at_work, self._rows)) and not any(map(self._has_own_slot, self._waiting)):
+            self._rows = [None] * len(self._rows)  # kept for turns that others would wait for in vain
         admitted, waiting = [], []
         for row in self._waiting:
             own = self._own_slot(row)
@@ -122,14 +124,17 @@ class TransformersSession:
         self._arrange()
         return admitted
 
+    def _has_own_slot(self, row: _Row) -> bool:
+        """Return whether the episode's last turn is still in its slot."""
+        last: _Row | None = row.request.cache.content if row.request.cache else None
+        return last is not None and last.place < len(self._rows) and self._rows[last.place] is last
+
     def _own_slot(self, row: _Row) -> int | None:
-        """Return the slot with the beginning of the request's tokens; its length stays as it is."""
-        cache = row.request.cache
-        last: _Row | None = cache.content if cache else None
-        if cache is not None:
-            cache.clear()
-        if last is None or last.place >= len(self._rows) or self._rows[last.place] is not last:
+        """Return the slot with the beginning of the request's tokens, and note how far it goes."""
+        if row.request.cache is None or not self._has_own_slot(row):
             return None
+        last: _Row = row.request.cache.content
+        row.request.cache.clear()
         past = len(last.ids or ())
         if last.ids == row.request.token_ids[:past] and past < len(row.request.token_ids):
             row.ids = last.ids
@@ -153,7 +158,7 @@ class TransformersSession:
     # --- passes through the model
 
     def _reading(self, rows: list[_Row]) -> Iterator[list[_Row]]:
-        """Yield groups of rows with about equally many tokens to read; the padded ones stay within the limit."""
+        """Yield groups of rows with about equally many tokens to read, padded ones within the limit."""
         group: list[_Row] = []
         for row in sorted(rows, key=lambda row: (row.ids is not None, -len(_unread(row)))):
             mixed = group and (group[0].ids is None) != (row.ids is None)
@@ -326,7 +331,9 @@ class Slots:
         window.columns = positions.clamp(max=window.room - 1)
         window.width = ids.shape[1] if fresh else int(lengths.max()) + ids.shape[1]
         hidden_from = torch.arange(window.width, device=ids.device) > positions[:, None, :, None]
-        mask = torch.zeros(hidden_from.shape, dtype=model.dtype, device=ids.device).masked_fill_(hidden_from, -math.inf)
+        mask = torch.zeros(hidden_from.shape, dtype=model.dtype, device=ids.device).masked_fill_(
+            hidden_from, -math.inf
+        )
         hidden: Tensor = model.base_model(
             input_ids=ids,
             attention_mask=mask,  # numbers: of truth values each layer would make them again

@@ -96,7 +96,12 @@ class VllmEngine:
 
     def session(self, stop: tuple[str, ...]) -> "VllmSession":
         """Return a session whose requests fail when vLLM does, or has other weights."""
-        return VllmSession(self._llm.llm_engine, lambda request, answer: self._read(request, answer, stop), stop, self.stop_criteria)
+        return VllmSession(
+            self._llm.llm_engine,
+            lambda request, answer: self._read(request, answer, stop),
+            stop,
+            self.stop_criteria,
+        )
 
     def _read(self, request: Request, answer: Any, stop: tuple[str, ...]) -> Generation:
         require_version([span.version for span in answer.weight_versions or ()], self._version)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dgpo_core.agent.engine import FinishReason, Generation, Request
+from dgpo_core.agent.engine import Finished, FinishReason, Generation, Request
 from dgpo_core.config.agent import Sampling
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError
@@ -18,17 +18,16 @@ Script = Callable[[tuple[int, ...], int], str]  # (the task's seed, turn) -> tex
 class ScriptedEngine:
     """Cuts a text at its limit of new tokens, as an engine must; every token has log-probability -0.5."""
 
+    lane = None
+
     def __init__(self, tokenizer: Any, script: Script) -> None:
         self.tokenizer, self.script = tokenizer, script
         self.requests: list[Request] = []
 
-    def generate(
-        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
-    ) -> list[Generation]:
-        self.requests += requests
-        return [self._one(request, stop) for request in requests]
+    def session(self, stop: tuple[str, ...]) -> "ScriptedSession":
+        return ScriptedSession(self, stop)
 
-    def _one(self, request: Request, stop: tuple[str, ...]) -> Generation:
+    def answer(self, request: Request, stop: tuple[str, ...]) -> Generation:
         *seed, turn = request.seed
         text = self.script(tuple(seed), turn)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
@@ -36,6 +35,32 @@ class ScriptedEngine:
         if len(ids) > request.max_new_tokens:
             ids, finish = ids[: request.max_new_tokens], FinishReason.LENGTH
         return Generation(ids, [-0.5] * len(ids), finish)
+
+
+class ScriptedSession:
+    """Finishes at every call what was added before it, or says that the engine has failed."""
+
+    def __init__(self, engine: ScriptedEngine, stop: tuple[str, ...], paced: bool = True) -> None:
+        self.paced = paced
+        self._engine, self._stop = engine, stop
+        self._added: list[Request] = []
+
+    def add(self, requests: list[Request], sampling: Sampling) -> None:
+        self._engine.requests += requests
+        self._added += requests
+
+    def advance(self) -> list[Finished]:
+        added, self._added = self._added, []
+        return [(request, self._answer(request)) for request in added]
+
+    def _answer(self, request: Request) -> Generation | Exception:
+        try:
+            return self._engine.answer(request, self._stop)
+        except InfrastructureError as error:
+            return error
+
+    def close(self) -> None:
+        pass
 
 
 class Answering:
