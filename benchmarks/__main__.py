@@ -8,7 +8,6 @@ than 20 % below the one that is checked in.
 import argparse
 import json
 import platform
-import re
 import subprocess
 import sys
 from functools import partial
@@ -18,10 +17,10 @@ from pathlib import Path
 import torch
 
 from benchmarks import peer_rollouts, peer_updates
-from benchmarks.alternation import Rounds, alternate, save, table
+from benchmarks.alternation import Rounds, alternate, fill, save, table
 
 MODEL = Path("models/kd")
-TIMES, PAGE = Path("runs/benchmarks.json"), Path("docs/benchmarks.md")
+TIMES = Path("runs/benchmarks.json")
 RATIOS = Path(__file__).parent / "ratios.json"
 ALLOWED_DROP = 0.2
 COMMANDS = {
@@ -94,10 +93,7 @@ def main() -> None:
     alone = commands(given.rounds)
     save(results + alone, TIMES)
     RATIOS.write_text(json.dumps(ratios_of(results), indent=2) + "\n", encoding="utf-8")
-    text = PAGE.read_text(encoding="utf-8")
-    filled = f"<!-- measured -->\n{report(results, alone, checks)}\n<!-- end -->"
-    pattern = re.compile(r"<!-- measured -->.*<!-- end -->", re.DOTALL)
-    PAGE.write_text(pattern.sub(lambda _: filled, text), encoding="utf-8")
+    fill("measured", report(results, alone, checks))
     print(report(results, alone, checks))
 
 

@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pyperf
 
+PAGE = Path("docs/benchmarks.md")
+
 
 @dataclass(frozen=True)
 class Rounds:
@@ -89,6 +91,15 @@ def table(results: list[Rounds]) -> str:
             rate = f"{rounds.rate(contender):.3g} {rounds.unit}s"
             lines.append(f"| {rounds.name} | {contender} | {rate} | {compared} |")
     return "\n".join(lines)
+
+
+def fill(name: str, text: str, page: Path = PAGE) -> None:
+    """Write a part of the page: between its lines `<!-- name -->` and `<!-- end name -->`."""
+    begin, end = f"<!-- {name} -->\n", f"<!-- end {name} -->"
+    content = page.read_text(encoding="utf-8")
+    before, rest = content.split(begin)
+    _, after = rest.split(end)
+    page.write_text(f"{before}{begin}{text}\n{end}{after}", encoding="utf-8")
 
 
 def save(results: list[Rounds], path: Path) -> None:

@@ -22,13 +22,13 @@ from typing import Any, Literal, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dgpo_core.agent.engine import Request, generate
+from dgpo_core.agent.engine import EpisodeCache, Generation, Request
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.config.agent import RolloutConfig, Sampling
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
-from dgpo_core.planning.shapes import Architecture, Training, table
+from dgpo_core.planning.shapes import Architecture, table
 from dgpo_core.training.batches import TokenModel
 from dgpo_core.training.engines import FrozenModel, training_engine
 from dgpo_core.training.optimizer import Optimization, constant
@@ -36,7 +36,6 @@ from dgpo_core.training.reinforce import Critic, ExperienceMaker, Updater
 
 PROMPT, TURN, INFORMATION = (150, 220), (25, 160), (350, 500)  # tokens: least and most of a part
 SEARCHES = (1, 2, 2, 3, 4)  # drawn from, each as often
-WRONG = 0.65  # share of the episodes whose gate is open
 SMALLEST = 2048  # padded tokens of a pass below which nothing is tried
 
 
@@ -51,14 +50,19 @@ class Settings:
     device: str = "cuda"
     precision: str = "bfloat16"
     rollout: str = "none"
-    layers: int | None = None  # of both models, for a smoke test
-    scale: float = 1.0  # of the episodes' lengths, for a smoke test
+    wrong: float = 0.65  # share of the episodes whose gate is open
+    shrink: int = (
+        1  # divides widths and layers of both models, and twice the vocabulary: parts keep their shares
+    )
+    scale: float = 1.0  # of the episodes' lengths
     seed: int = 0
 
 
 def make_episodes(settings: Settings, vocabulary: int) -> list[Episode]:
     """Make episodes of random tokens: a prompt, turns with retrieved text between them, an answer."""
     rng = random.Random(f"dgpo-step-{settings.seed}")
+    order = random.Random(f"wrong-{settings.seed}").sample(range(settings.episodes), settings.episodes)
+    wrong = set(order[: round(settings.wrong * settings.episodes)])
 
     def length(bounds: tuple[int, int]) -> int:
         return max(2, round(settings.scale * rng.randint(*bounds)))
@@ -70,7 +74,6 @@ def make_episodes(settings: Settings, vocabulary: int) -> list[Episode]:
         for _ in range(searches):
             owners += [Owner.MODEL] * length(TURN) + [Owner.ENVIRONMENT] * length(INFORMATION)
         owners += [Owner.MODEL] * length(TURN)
-        wrong = rng.random() < WRONG
         episodes.append(
             Episode(
                 question_id=str(number),
@@ -82,8 +85,8 @@ def make_episodes(settings: Settings, vocabulary: int) -> list[Episode]:
                 owners=[int(owner) for owner in owners],
                 logprobs=[-1.0 if owner is Owner.MODEL else 0.0 for owner in owners],
                 response="",
-                prediction=None if wrong else "x",
-                outcome=Outcome.WRONG if wrong else Outcome.CORRECT,
+                prediction=None if number in wrong else "x",
+                outcome=Outcome.WRONG if number in wrong else Outcome.CORRECT,
                 ending=Ending.ANSWERED,
                 well_formed=True,
                 hit=False,
@@ -95,11 +98,18 @@ def make_episodes(settings: Settings, vocabulary: int) -> list[Episode]:
     return episodes
 
 
+def shape_of(name: str, settings: Settings) -> dict[str, Any]:
+    """Return the config of a published shape, shrunk."""
+    values = dict(table()[name]["config"])
+    for key in ("hidden_size", "intermediate_size", "num_hidden_layers"):
+        values[key] = max(1, values[key] // settings.shrink)
+    values["vocab_size"] //= settings.shrink**2
+    return values
+
+
 def random_model(name: str, settings: Settings) -> PreTrainedModel:
     """Make a model of a published shape on the device (float32, as the stages load theirs)."""
-    values = dict(table()[name]["config"])
-    if settings.layers is not None:
-        values["num_hidden_layers"] = settings.layers
+    values = shape_of(name, settings)
     config = AutoConfig.for_model(values.pop("model_type"), **values)
     torch.manual_seed(settings.seed)
     with torch.device(settings.device):
@@ -171,8 +181,8 @@ def run(settings: Settings) -> dict[str, Any]:
         "seconds": {part: round(seconds, 3) for part, seconds in clock.seconds.items()},
         "teacher_share": round(clock.seconds.get("teacher", 0.0) / total, 4),
         "peak_memory_gib": peak and round(peak, 2),  # of tensors in the last step; null without a GPU
-        "tokens_per_second": round(sum(len(e.token_ids) for e in episodes) / total, 1),
-        "model_tflops_per_second": round(flops(settings, episodes, config) / total / 1e12, 3),
+        "tokens_per_second": round(result["tokens"] / total, 1),
+        "model_flops": model_flops(settings, episodes, config),
     }
     return result
 
@@ -180,7 +190,7 @@ def run(settings: Settings) -> dict[str, Any]:
 def make_trainers(
     student: PreTrainedModel, teacher: PreTrainedModel, config: ReinforceConfig, compute: ComputeConfig
 ) -> tuple[ExperienceMaker, Updater]:
-    """Make of the models what `Reinforcer.train` does before its first step."""
+    """Make of the models what `Reinforcer.train` does before its first step of DGPO."""
 
     def optimization(rate: float) -> Optimization:
         return Optimization(rate, config.weight_decay, config.max_grad_norm, constant())
@@ -203,10 +213,12 @@ def one_step(clock: Clock, maker: ExperienceMaker, updater: Updater, episodes: l
             experience = maker.make(episodes)
         with clock.measure("update"):
             updater.update(experience, list(range(len(episodes))))
+    timed = clock.seconds
+    timed["values"] = timed["experience"] - timed["policy log-probabilities"] - timed.get("teacher", 0.0)
 
 
 def roll_out(settings: Settings, student: PreTrainedModel, episodes: list[Episode]) -> dict[str, float]:
-    """Generate every turn at its length with the default engine, from the episode's own history."""
+    """Generate every turn at its length with the default engine, between the environment's own texts."""
 
     class Tokenizer:
         """No text is looked at: nothing is to stop a turn before its length."""
@@ -220,42 +232,60 @@ def roll_out(settings: Settings, student: PreTrainedModel, episodes: list[Episod
             return [""] * len(tokens)
 
     precision: Any = settings.precision
-    engine = TransformersEngine(student, Tokenizer(), RolloutConfig(precision=precision))
+    config = RolloutConfig(precision=precision, slots=len(episodes))
     if student.generation_config is not None:
         student.generation_config.eos_token_id = None
-    started, written = time.perf_counter(), 0
-    for turn in range(max(episode.generations for episode in episodes)):
-        requests = []
-        for number, episode in enumerate(episodes):
-            if turn < len(episode.turns):
-                begin, end = episode.turns[turn].start, episode.turns[turn].end
-                requests.append(
-                    Request(episode.token_ids[:begin], end - begin, (settings.seed, number, turn))
-                )
-                written += end - begin
-        generate(engine, requests, Sampling(), ())
+    session = TransformersEngine(student, Tokenizer(), config).session(())
+    caches = [EpisodeCache() for _ in episodes]
+    histories = [episode.token_ids[: episode.turns[0].start] for episode in episodes]
+
+    def ask(number: int, turn: int) -> None:
+        asked = episodes[number].turns[turn]
+        caches[number].renew = turn + 1 < len(episodes[number].turns)
+        seed = (settings.seed, number, turn)
+        session.add([Request(histories[number], asked.end - asked.start, seed, caches[number])], Sampling())
+
+    started, written, going = time.perf_counter(), 0, len(episodes)
+    for number in range(len(episodes)):
+        ask(number, 0)
+    while going:
+        for request, result in session.advance():
+            assert isinstance(result, Generation)
+            _, number, turn = request.seed
+            written += len(result.token_ids)
+            turns = episodes[number].turns
+            if turn + 1 == len(turns):
+                going -= 1
+                continue
+            reply = episodes[number].token_ids[turns[turn].end : turns[turn + 1].start]
+            histories[number] = [*request.token_ids, *result.token_ids, *reply]
+            ask(number, turn + 1)
     seconds = time.perf_counter() - started
     return {"seconds": round(seconds, 3), "written_tokens_per_second": round(written / seconds, 1)}
 
 
-def flops(settings: Settings, episodes: list[Episode], config: ReinforceConfig) -> float:
-    """Estimate one step by the plan's formulas (docs/scaling.md)."""
-    configs = [table()[name]["config"] for name in (settings.student, settings.teacher)]
-    shapes = [Architecture.from_config(config) for config in configs]
-    if settings.layers is not None:
-        shapes = [replace(shape, layers=settings.layers) for shape in shapes]
-    student, teacher = shapes
-    training = Training(student, ComputeConfig())  # all weights, every activation kept
-    total, outside = 0.0, 0
+def model_flops(settings: Settings, episodes: list[Episode], config: ReinforceConfig) -> dict[str, float]:
+    """Count what each part of a step must compute, by the plan's formulas (docs/scaling.md).
+
+    A backward pass counts twice its forward pass, attention half of all pairs, and nothing that is computed
+    again to save memory: model-FLOP utilisation is of these.
+    """
+    names = (settings.student, settings.teacher)
+    student, teacher = (Architecture.from_config(shape_of(name, settings)) for name in names)
+    policy = values = reference = 0.0
+    outside = 0
     for episode in episodes:
         n, own = len(episode.token_ids), episode.model_tokens
-        total += student.flops(n, n**2, own) + student.flops(n, n**2)  # old log-probabilities, values
-        total += training.flops(n, n**2, own) + training.flops(n, n**2)  # actor, critic
+        policy += student.flops(n, n**2 / 2, own)
+        values += student.flops(n, n**2 / 2)
         audited = episode.correct and outside < config.audit_episodes
         outside += audited
         if not episode.correct or audited:
-            total += teacher.flops(n, n**2, own)
-    return total
+            reference += teacher.flops(n, n**2 / 2, own)
+    parts = {"policy log-probabilities": policy, "teacher": reference, "values": values}
+    parts |= {"actor gradient": 3 * policy, "critic gradient": 3 * values}
+    parts["update"] = parts["actor gradient"] + parts["critic gradient"]
+    return parts | {"step": policy + values + reference + parts["update"]}
 
 
 def describe(episodes: list[Episode], student: PreTrainedModel, teacher: PreTrainedModel) -> dict[str, Any]:
@@ -266,6 +296,7 @@ def describe(episodes: list[Episode], student: PreTrainedModel, teacher: PreTrai
         "episode_tokens": round(sum(len(e.token_ids) for e in episodes) / n, 1),
         "model_tokens": round(sum(e.model_tokens for e in episodes) / n, 1),
         "gated": sum(not e.correct for e in episodes) / n,
+        "tokens": sum(len(e.token_ids) for e in episodes),
         "torch": torch.__version__,
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
     }

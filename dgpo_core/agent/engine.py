@@ -13,6 +13,7 @@ import torch
 
 from dgpo_core.agent.prompts import known_ids
 from dgpo_core.config.agent import Sampling
+from dgpo_core.errors import InfrastructureError
 
 
 class FinishReason(StrEnum):
@@ -102,6 +103,32 @@ class Engine(Protocol):
     def lane(self) -> int | None: ...
 
     def session(self, stop: tuple[str, ...]) -> Session: ...
+
+
+class FunctionSession:
+    """Answers each request with a function, which may raise InfrastructureError, at the next `advance`."""
+
+    paced = True
+
+    def __init__(self, answer: Callable[[Request], Generation]) -> None:
+        self._answer = answer
+        self._added: list[Request] = []
+
+    def add(self, requests: list[Request], sampling: Sampling) -> None:
+        self._added += requests
+
+    def advance(self) -> list[Finished]:
+        added, self._added = self._added, []
+        return [(request, self._result(request)) for request in added]
+
+    def _result(self, request: Request) -> Generation | Exception:
+        try:
+            return self._answer(request)
+        except InfrastructureError as error:
+            return error
+
+    def close(self) -> None:
+        """Do nothing."""
 
 
 def generate(

@@ -19,10 +19,9 @@ from torch.nn.functional import pad
 from transformers import DynamicCache, DynamicLayer, PretrainedConfig, PreTrainedModel
 
 from dgpo_core.agent.engine import Finished, Generation, Request, StopCriteria, eos_ids
-from dgpo_core.config.agent import RolloutConfig, Sampling
+from dgpo_core.config.agent import RolloutConfig, Sampling, slot_room
 
 STRIDE = 4  # tokens that `advance` gives each request
-SHORTEST = 256  # tokens for which a slot has room from the start; it doubles when they are too few
 
 
 class TransformersEngine:
@@ -271,12 +270,10 @@ class Slots:
         device = model.device
         self.cache, self._window = slot_cache(model.config)
         self._layers = [layer for layer in self.cache.layers if isinstance(layer, SlotLayer)]
-        whole, real = {"dtype": torch.long, "device": device}, {"dtype": torch.float64, "device": device}
-        self.lengths, self.counts, self.limits, self.newest = (torch.zeros(0, **whole) for _ in range(4))
-        self.working = torch.zeros(0, dtype=torch.bool, device=device)
-        self.temperatures = torch.zeros(0, device=device)
-        self._uniforms, self._tokens = torch.zeros(0, 0, **real), torch.zeros(0, 0, **whole)
-        self._logprobs = torch.zeros(0, 0, device=device)
+        self.temperatures, self._logprobs = torch.zeros(0, device=device), torch.zeros(0, 0, device=device)
+        self.working, self._uniforms = self.temperatures.bool(), self._logprobs.double()
+        self.lengths, self.counts, self.limits, self.newest = (self.temperatures.long() for _ in range(4))
+        self._tokens = self._logprobs.long()
 
     _VECTORS = ("lengths", "counts", "limits", "newest", "working", "temperatures")
     _TABLES = ("_uniforms", "_tokens", "_logprobs")
@@ -291,7 +288,7 @@ class Slots:
             setattr(self, name, pad(getattr(self, name), (0, max(0, wider), 0, max(0, more))))
         if more > 0 or longest > window.room:
             window.slots = len(self.working)
-            window.room = max(window.room, SHORTEST, 1 << (longest - 1).bit_length())
+            window.room = max(window.room, slot_room(longest))
             for layer in self._layers:
                 layer.grow(used)
 
@@ -329,7 +326,8 @@ class Slots:
         positions = lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
         window.places, window.fresh, window.leading = places, fresh, leading
         window.columns = positions.clamp(max=window.room - 1)
-        window.width = ids.shape[1] if fresh else int(lengths.max()) + ids.shape[1]
+        longest = ids.shape[1] if fresh else int(lengths.max()) + ids.shape[1]
+        window.width = min(longest, window.room)  # beyond it is padding alone
         hidden_from = torch.arange(window.width, device=ids.device) > positions[:, None, :, None]
         mask = torch.zeros(hidden_from.shape, dtype=model.dtype, device=ids.device).masked_fill_(
             hidden_from, -math.inf
@@ -391,6 +389,9 @@ def slot_cache(config: PretrainedConfig) -> tuple[DynamicCache, Window]:
 
 class SlotLayer(DynamicLayer):
     """Keys and values [slots, heads, room, head size] of one layer."""
+
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, window: Window) -> None:
         super().__init__()  # type: ignore[no-untyped-call]

@@ -68,6 +68,11 @@ class ProbeConfig(Section):
     )
 
 
+def slot_room(tokens: int) -> int:
+    """Return for how many tokens a slot has room that must hold these: it doubles when it is too small."""
+    return max(256, 1 << (tokens - 1).bit_length())
+
+
 class RolloutConfig(Section):
     """How episodes are generated."""
 

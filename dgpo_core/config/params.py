@@ -160,6 +160,10 @@ class Params(Section):
             raise ValueError(
                 "reinforce.old_logprobs: rollout needs rollout.precision equal to compute.precision"
             )
+        if self.reinforce.overlap and self.rollout.vllm.sleep:
+            raise ValueError(
+                "rollout.vllm.sleep: with reinforce.overlap vLLM is awake while the model trains"
+            )
         compute = self.compute
         if self.rollout.engine == "vllm" and (compute.processes > 1 or compute.hostfile):
             raise ValueError(

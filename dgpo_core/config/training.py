@@ -192,6 +192,10 @@ class ReinforceConfig(Section):
         None,
         description="weight of a token's policy loss: min(pi by trainer / pi by engine, cap); null: off",
     )
+    overlap: bool = Field(
+        False,
+        description="a step's episodes are sampled while the step before it trains: one update off-policy",
+    )
     gamma: float = Field(1.0, ge=0, le=1)
     lam: float = Field(1.0, ge=0, le=1)
     gae_scope: Literal["model_tokens", "all"] = Field("model_tokens", description="the release: all")
@@ -210,6 +214,11 @@ class ReinforceConfig(Section):
             raise ValueError("batch_size must be a multiple of mini_batch_size")
         if self.importance_cap is not None and self.old_logprobs == "rollout":
             raise ValueError("importance_cap compares trainer and engine: set old_logprobs: trainer, or null")
+        if self.overlap and self.importance_cap is None:
+            raise ValueError(
+                "overlap trains on episodes of older weights: set importance_cap (2.0, say), "
+                "and old_logprobs: trainer"
+            )
         if self.sampling.temperature == 0:
             raise ValueError("sampling.temperature must be above 0: greedy rollouts explore nothing")
         return self

@@ -76,12 +76,20 @@ def padded_share(items: Iterable[Item], lockstep: bool) -> list[tuple[Item, bool
     return own + padding
 
 
-def gather(own: list[Item]) -> list[Item]:
-    """Collect the results of all processes, in the order of the list whose `share` each has worked on."""
+def further_group() -> dist.ProcessGroup | None:
+    """Return another group of all processes, for threads that talk beside each other; all must call this."""
+    return dist.new_group(backend="gloo", timeout=PATIENCE) if processes() > 1 else None
+
+
+def gather(own: list[Item], group: dist.ProcessGroup | None = None) -> list[Item]:
+    """Collect the results of all processes, in the order of the list whose `share` each has worked on.
+
+    `group` is a `further_group`, where other threads may be talking in the default one.
+    """
     if processes() == 1:
         return own
     parts: list[Any] = [None] * processes()
-    dist.all_gather_object(parts, own)
+    dist.all_gather_object(parts, own, group)
     width = max(len(part) for part in parts)
     return [part[i] for i in range(width) for part in parts if i < len(part)]
 

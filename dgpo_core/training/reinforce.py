@@ -67,6 +67,7 @@ from dgpo_core.training.episode_sources import (
     usable,
 )
 from dgpo_core.training.optimizer import Optimization, constant
+from dgpo_core.training.overlap import StepEpisodes
 
 # Training stops when one of these is no number; causes first, as the first one says what to lower.
 WATCHED = ["kl_inside", "kl_outside", "reward", "value_loss", "critic_grad_norm", "policy_loss", "entropy"]
@@ -79,6 +80,7 @@ ByEpisode = list[Float[Tensor, " tokens"]]  # one tensor an episode, of the toke
 class Reinforcer:
     """Trains `student` in place. `reference` is the model that the recipe names, frozen.
 
+    `sampler` is the model that rolls out: a copy of the student under `overlap`, by default the student.
     Distributions are over the ids that the tokenizer knows, the first `known`, as far as both models have
     rows for them; None: all of these rows.
     """
@@ -90,6 +92,7 @@ class Reinforcer:
     compute: ComputeConfig
     seed: int
     known: int | None = None
+    sampler: PreTrainedModel | None = None
 
     def __post_init__(self) -> None:
         self.vocabulary = shared_ids(self.known, self.student, self.reference)
@@ -113,8 +116,14 @@ class Reinforcer:
         actor, reference, critic = self._engines()
         engines = {"actor": actor} if critic is None else {"actor": actor, "critic": critic}
         rows: list[Metrics] = []
+        stepped = StepEpisodes(
+            lambda step: rollout(self._questions(questions, step), step),
+            self.student,
+            self.sampler or self.student,
+            config.steps,
+        )
         if state := checkpoint.load():
-            rows = state["rows"]
+            rows, stepped.pending = state["rows"], state.get("pending")
             for name, engine in engines.items():
                 engine.load_state_dict(state[name])
         maker = ExperienceMaker(actor, reference, critic, self.recipe, config, self.compute)
@@ -122,16 +131,19 @@ class Reinforcer:
         actor.publish()
         for step in range(len(rows), config.steps):
             with training_step(step + 1, self._rate_behind):
-                # (1) Roll out: the student as it is now answers the step's questions.
-                episodes = rollout(self._questions(questions, step), step)
-                row = self._learn(episodes, maker, updater, step)
+                # (1) Roll out: the student as it is now answers the step's questions; or it has, a step ago.
+                episodes = stepped.take(step)
+                with stepped.ahead(step + 1):
+                    row = self._learn(episodes, maker, updater, step)
                 actor.publish()
                 if (step + 1) % config.dev_every == 0 or step + 1 == config.steps:
+                    stepped.refresh()
                     row["dev_em"] = evaluate()
             rows.append({"step": step + 1, **row})
             report(config.steps, rows)
             if (step + 1) % config.checkpoint_every == 0:
-                checkpoint.save({"rows": rows, **{name: e.state_dict() for name, e in engines.items()}})
+                states = {name: engine.state_dict() for name, engine in engines.items()}
+                checkpoint.save({"rows": rows, "pending": stepped.pending, **states})
         actor.finish()
         return rows
 

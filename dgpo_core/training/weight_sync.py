@@ -74,11 +74,11 @@ class SharedLoop:
     """Runs the agent loop with the model in training itself: each of several processes runs its share."""
 
     def __init__(self, loop: AgentLoop) -> None:
-        self._loop = loop
+        self._loop, self._group = loop, parallel.further_group()
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
         """Return all episodes, in order, in every process."""
-        return parallel.gather(self._loop.run(parallel.share(tasks), sampling))
+        return parallel.gather(self._loop.run(parallel.share(tasks), sampling), self._group)
 
 
 class SyncedLoop:
@@ -96,7 +96,7 @@ class SyncedLoop:
         config: ProtocolConfig,
         top_k: int,
     ) -> None:
-        self._sync = sync
+        self._sync, self._group = sync, parallel.further_group()
         self._loop = AgentLoop(sync.engine, tokenizer, retriever, config, top_k) if sync else None
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
@@ -108,4 +108,4 @@ class SyncedLoop:
                 episodes = self._loop.run(tasks, sampling)
             finally:
                 self._sync.engine.sleep()
-        return parallel.gather(episodes)
+        return parallel.gather(episodes, self._group)

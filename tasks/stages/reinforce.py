@@ -1,5 +1,7 @@
 """Stage `reinforce`: train a recipe's student by PPO or GRPO, guided as its gate says (eqs. 2-4)."""
 
+import copy
+
 from transformers import PreTrainedModel
 
 from dgpo_core.agent.prompts import known_ids
@@ -40,8 +42,9 @@ def reinforce(name: str) -> None:
             )
         tokenizer = load_tokenizer(start)
         student = load_student(params, start)
+        sampler = copy.deepcopy(student) if params.reinforce.overlap else student
         reference = _reference(params, recipe, start, tokenizer)
-        loop = training_loop(params, student, start, tokenizer, retriever(params))
+        loop = training_loop(params, sampler, start, tokenizer, retriever(params))
         tasks = split_tasks(params, "train", params.seed)
         rollout = training_rollout(loop, tasks, params.reinforce.sampling, params.seed)
         every, limit = params.reinforce.dev_every, params.evaluate.trace_episodes
@@ -56,6 +59,7 @@ def reinforce(name: str) -> None:
             params.compute,
             params.seed,
             known_ids(tokenizer),
+            sampler,
         )
         report = reporter(run, ("em", "kl_inside", "searches"))
         rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)

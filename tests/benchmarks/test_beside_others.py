@@ -6,7 +6,7 @@ import pyperf
 import pytest
 
 from benchmarks.__main__ import dropped, ratios_of
-from benchmarks.alternation import Rounds, alternate, save, table
+from benchmarks.alternation import Rounds, alternate, fill, save, table
 from benchmarks.peer_loops import BatchLoop
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.agent.transformers_engine import TransformersEngine
@@ -50,6 +50,16 @@ def test_a_ratio_is_that_of_one_round() -> None:
     assert rounds.ratios("slow") == [2.0, 2.0, 3.0] and rounds.ratio("slow") == 2.0
     assert rounds.rate("ours") == 4.0
     assert "| x | slow | 2 episodes | **2.00** (2.00 to 3.00) |" in table([rounds])
+
+
+def test_a_command_fills_its_own_part_of_the_page(tmp_path: Path) -> None:
+    page = tmp_path / "page.md"
+    page.write_text("a\n<!-- x -->\nold\n<!-- end x -->\nb\n<!-- y -->\n<!-- end y -->\n")
+    fill("y", "| 1 |", page)
+    fill("x", "new\\1", page)
+    assert page.read_text() == "a\n<!-- x -->\nnew\\1\n<!-- end x -->\nb\n<!-- y -->\n| 1 |\n<!-- end y -->\n"
+    with pytest.raises(ValueError):
+        fill("z", "lost", page)
 
 
 def test_the_guard_names_what_has_dropped() -> None:

@@ -46,5 +46,5 @@ def test_episodes_are_the_same_for_a_seed_and_have_the_lengths_of_real_ones() ->
 
 
 def test_arguments() -> None:
-    made = parse(["--episodes", "64", "--rollout", "transformers", "--layers", "2"])
-    assert made == Settings(episodes=64, rollout="transformers", layers=2)
+    made = parse(["--episodes", "64", "--rollout", "transformers", "--shrink", "2"])
+    assert made == Settings(episodes=64, rollout="transformers", shrink=2)

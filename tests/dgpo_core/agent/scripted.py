@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dgpo_core.agent.engine import Finished, FinishReason, Generation, Request
+from dgpo_core.agent.engine import FinishReason, FunctionSession, Generation, Request
 from dgpo_core.config.agent import Sampling
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError
@@ -24,8 +24,12 @@ class ScriptedEngine:
         self.tokenizer, self.script = tokenizer, script
         self.requests: list[Request] = []
 
-    def session(self, stop: tuple[str, ...]) -> "ScriptedSession":
-        return ScriptedSession(self, stop)
+    def session(self, stop: tuple[str, ...]) -> FunctionSession:
+        def answer(request: Request) -> Generation:
+            self.requests.append(request)
+            return self.answer(request, stop)
+
+        return FunctionSession(answer)
 
     def answer(self, request: Request, stop: tuple[str, ...]) -> Generation:
         *seed, turn = request.seed
@@ -35,32 +39,6 @@ class ScriptedEngine:
         if len(ids) > request.max_new_tokens:
             ids, finish = ids[: request.max_new_tokens], FinishReason.LENGTH
         return Generation(ids, [-0.5] * len(ids), finish)
-
-
-class ScriptedSession:
-    """Finishes at every call what was added before it, or says that the engine has failed."""
-
-    def __init__(self, engine: ScriptedEngine, stop: tuple[str, ...], paced: bool = True) -> None:
-        self.paced = paced
-        self._engine, self._stop = engine, stop
-        self._added: list[Request] = []
-
-    def add(self, requests: list[Request], sampling: Sampling) -> None:
-        self._engine.requests += requests
-        self._added += requests
-
-    def advance(self) -> list[Finished]:
-        added, self._added = self._added, []
-        return [(request, self._answer(request)) for request in added]
-
-    def _answer(self, request: Request) -> Generation | Exception:
-        try:
-            return self._engine.answer(request, self._stop)
-        except InfrastructureError as error:
-            return error
-
-    def close(self) -> None:
-        pass
 
 
 class Answering:

@@ -330,6 +330,22 @@ def test_only_new_tokens_are_read(engine: TransformersEngine, model: PreTrainedM
     assert shapes == [(1, 1 + 3), (1, 1)]
 
 
+def test_a_long_history_beside_a_long_reply(engine: TransformersEngine) -> None:
+    """Together they would not have room in a slot."""
+    session, caches = engine.session(NEVER), [EpisodeCache(), EpisodeCache()]
+    words = [random.Random(i).choices(range(300), k=240) for i in range(2)]
+    firsts = [words[0], words[1][:10]]
+    asked = [Request(list(ids), 4, (i, 0), caches[i]) for i, ids in enumerate(firsts)]
+    for ids, answer in zip(firsts, finish(session, asked, GREEDY), strict=True):
+        ids += answer.token_ids
+    again = [
+        Request([*firsts[0], 5, 6], 8, (0, 1), caches[0]),
+        Request([*firsts[1], *words[1]], 2, (1, 1), caches[1]),
+    ]
+    plain = [replace(request, cache=None) for request in again]
+    same([finish(session, again, WARM)], [generate(engine, plain, WARM, NEVER)])
+
+
 def test_what_belongs_to_another_history_is_not_used(engine: TransformersEngine) -> None:
     for other in ([1, 2, 9, 4, 5, 6, 7, 8, 9, 10, 11, 12], [1, 2]):
         cache, session = EpisodeCache(), engine.session(NEVER)

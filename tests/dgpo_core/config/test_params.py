@@ -69,6 +69,11 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
             "reinforce: {old_logprobs: rollout, importance_cap: 2.0}",
             "reinforce: importance_cap compares trainer and engine",
         ),
+        ("reinforce: {overlap: true}", "reinforce: overlap trains on episodes of older weights"),
+        (
+            "reinforce: {overlap: true, importance_cap: 2.0}, rollout: {vllm: {sleep: true}}",
+            "rollout.vllm.sleep: with reinforce.overlap vLLM is awake",
+        ),
         ("rollout: {engine: sglang}", "rollout.engine: Input should be 'transformers', 'vllm'"),
         ("distill: {distillm: {replay: 8}}", "distill: distillm.replay: must be at least batch_size"),
         ("distill: {taid: {start: 0.9, end: 0.2}}", "distill.taid: start: t rises from start to end"),

@@ -28,6 +28,7 @@ TRAININGS: dict[str, Callable[..., dict[str, Any]]] = {
     "taid": partial(distilled, recipe=distillation("taid")),
     "ppo": reinforced,
     "grpo": partial(reinforced, recipe=reinforcement("grpo")),
+    "overlap": partial(reinforced, overlap=True),
 }
 
 

@@ -5,6 +5,7 @@ Importing DeepSpeed takes seconds, so one program runs many cases:
 """
 
 import contextlib
+import copy
 import os
 import sys
 from pathlib import Path
@@ -77,18 +78,22 @@ def reinforced(
     config: ComputeConfig,
     kill_at: int | None = None,
     recipe: Reinforcement = DGPO,
+    overlap: bool = False,
 ) -> dict[str, Any]:
     """Four steps; of PPO with the KL of wrong episodes over the full vocabulary."""
     settings = ReinforceConfig(
         steps=4, batch_size=8, mini_batch_size=4, group_size=4, actor_learning_rate=1e-3,
         critic_learning_rate=1e-3, entropy_weight=0.01, kl_estimator="full", checkpoint_every=2,
+        overlap=overlap, importance_cap=2.0 if overlap else None,
     )  # fmt: skip
     student = tiny_model(tokenizer, 1)
-    trainer = Reinforcer(student, tiny_model(tokenizer, 2), recipe, settings, config, 3)
+    sampler = copy.deepcopy(student) if overlap else None
+    teacher, group = tiny_model(tokenizer, 2), parallel.further_group()
+    trainer = Reinforcer(student, teacher, recipe, settings, config, 3, sampler=sampler)
 
     def rollout(chosen: list[int], step: int) -> list[Episode]:
         own = parallel.share(range(len(chosen)))
-        return parallel.gather([random_episode(100 * step + place) for place in own])
+        return parallel.gather([random_episode(100 * step + place) for place in own], group)
 
     def report(_: int, rows: list[Any]) -> None:
         if len(rows) == kill_at:
