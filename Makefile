@@ -96,7 +96,11 @@ format: $(VENV)/.installed-dev  ## format the sources
 	$(PY) -m ruff check --fix-only .
 	$(PY) -m ruff format .
 
-bench: $(VENV)/.installed-dev  ## time what is compared with others (after the demo); docs/benchmarks.md
+# TRL's last version with PPOTrainer, beside the one in $(VENV), of which the comparisons of PPO take all else
+.venv-trl: $(VENV)/.installed-dev
+	$(PY) -m pip install -q --no-deps --target $@ trl==1.12.0
+
+bench: $(VENV)/.installed-dev .venv-trl  ## time what is compared with others (after the demo); docs/benchmarks.md
 	$(PY) -m benchmarks
 
 ci:  ## run what the hosted checks run: check, and all tests but the slow ones (.ci/run)

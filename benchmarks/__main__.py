@@ -40,11 +40,12 @@ def commands(rounds: int) -> list[Rounds]:
     return found
 
 
-def report(results: list[Rounds], alone: list[Rounds], checks: list[str]) -> str:
+def report(results: list[Rounds], alone: list[Rounds], checks: list[str], memory: str) -> str:
     """Return the page's part that this run fills."""
     machine = f"{torch.get_num_threads()} threads, {platform.machine()}, Python {platform.python_version()}"
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "trl"))
     lines = [f"{machine}, {versions}.", "", table(results), "", *(f"- {check}" for check in checks), ""]
+    lines += [memory, ""]
     lines += ["| command | seconds: median (least to greatest) |", "|---|---|"]
     for one in alone:
         seconds = sorted(one.seconds["ours"])
@@ -80,21 +81,25 @@ def main() -> None:
     if not MODEL.is_dir():
         raise SystemExit(f"error: {MODEL} is missing: run `make demo` first")
     rolled, same = peer_rollouts.compare(str(MODEL), 128, given.rounds)
-    updated, difference = peer_updates.compare(str(MODEL), 64, given.rounds, (8, 64))
-    results = [rolled, updated]
+    updates = peer_updates.compare(given.rounds, memory=not given.guard)
+    results = [rolled, *(update.rounds for update in updates)]
     if given.guard:
         worse = dropped(ratios_of(results), json.loads(RATIOS.read_text(encoding="utf-8")))
         print(table(results), *worse, sep="\n")
         raise SystemExit(1 if worse else 0)
     checks = [
         f"greedy episodes that are Search-R1's loop's to the letter: {same:.1%}",
-        f"our gradient and TRL's differ by {difference:.1e} of their norm",
+        *(
+            f"{one.rounds.name}: TRL {one.trl}, gradients that differ by {one.difference:.0e} of their norm"
+            for one in updates
+        ),
     ]
     alone = commands(given.rounds)
     save(results + alone, TIMES)
     RATIOS.write_text(json.dumps(ratios_of(results), indent=2) + "\n", encoding="utf-8")
-    fill("measured", report(results, alone, checks))
-    print(report(results, alone, checks))
+    written = report(results, alone, checks, peer_updates.memory_table(updates))
+    fill("measured", written)
+    print(written)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ and critic). Passes are as large as fits: `--micro-batch-tokens` is halved after
 step goes through; what is left of a mini-batch is accumulated. `--rollout transformers` also generates the
 episodes' turns, at their lengths, with the default engine.
 
-Needs torch, transformers, numpy, pyarrow and pydantic (and PyYAML for the table of shapes). Prints JSON.
+Needs torch, transformers, numpy, pyarrow, pydantic, jaxtyping and ruamel.yaml. Prints JSON.
 """
 
 import argparse
