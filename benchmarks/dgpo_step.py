@@ -235,33 +235,47 @@ def roll_out(settings: Settings, student: PreTrainedModel, episodes: list[Episod
     config = RolloutConfig(precision=precision, slots=len(episodes))
     if student.generation_config is not None:
         student.generation_config.eos_token_id = None
-    session = TransformersEngine(student, Tokenizer(), config).session(())
-    caches = [EpisodeCache() for _ in episodes]
-    histories = [episode.token_ids[: episode.turns[0].start] for episode in episodes]
+    engine = TransformersEngine(student, Tokenizer(), config)
+    started = time.perf_counter()
+    written = converse(engine, [_turns(episode) for episode in episodes], settings.seed)
+    seconds = time.perf_counter() - started
+    return {"seconds": round(seconds, 3), "written_tokens_per_second": round(written / seconds, 1)}
 
-    def ask(number: int, turn: int) -> None:
-        asked = episodes[number].turns[turn]
-        caches[number].renew = turn + 1 < len(episodes[number].turns)
-        seed = (settings.seed, number, turn)
-        session.add([Request(histories[number], asked.end - asked.start, seed, caches[number])], Sampling())
 
-    started, written, going = time.perf_counter(), 0, len(episodes)
-    for number in range(len(episodes)):
-        ask(number, 0)
+Turns = list[tuple[list[int], int]]  # what the environment says, and how many tokens are then written
+
+
+def _turns(episode: Episode) -> Turns:
+    ends = [0, *(turn.end for turn in episode.turns)]
+    return [
+        (episode.token_ids[end : turn.start], turn.end - turn.start)
+        for end, turn in zip(ends, episode.turns, strict=False)
+    ]
+
+
+def converse(engine: TransformersEngine, conversations: list[Turns], seed: int) -> int:
+    """Write all turns at their lengths, each conversation as fast as it goes; return the tokens written."""
+    session, caches = engine.session(()), [EpisodeCache() for _ in conversations]
+
+    def ask(number: int, turn: int, history: list[int]) -> None:
+        said, length = conversations[number][turn]
+        caches[number].renew = turn + 1 < len(conversations[number])
+        request = Request([*history, *said], length, (seed, number, turn), caches[number])
+        session.add([request], Sampling())
+
+    for number in range(len(conversations)):
+        ask(number, 0, [])
+    written, going = 0, len(conversations)
     while going:
         for request, result in session.advance():
             assert isinstance(result, Generation)
-            _, number, turn = request.seed
             written += len(result.token_ids)
-            turns = episodes[number].turns
-            if turn + 1 == len(turns):
+            _, number, turn = request.seed
+            if caches[number].renew:
+                ask(number, turn + 1, [*request.token_ids, *result.token_ids])
+            else:
                 going -= 1
-                continue
-            reply = episodes[number].token_ids[turns[turn].end : turns[turn + 1].start]
-            histories[number] = [*request.token_ids, *result.token_ids, *reply]
-            ask(number, turn + 1)
-    seconds = time.perf_counter() - started
-    return {"seconds": round(seconds, 3), "written_tokens_per_second": round(written / seconds, 1)}
+    return written
 
 
 def model_flops(settings: Settings, episodes: list[Episode], config: ReinforceConfig) -> dict[str, float]:
