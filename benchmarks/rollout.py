@@ -33,14 +33,14 @@ def step_time(model: PreTrainedModel, cache: Cache, batch: int, tokens: int) -> 
     return (time.perf_counter() - started) / STEPS * 1000
 
 
-def episodes_time(engine: TransformersEngine, appended: int) -> float:
+def episodes_time(engine: TransformersEngine, appended: int, episodes: int = EPISODES) -> float:
     """Measure the seconds of a batch of episodes whose turns all have the same number of tokens."""
     rng = random.Random(0)
 
     def words(count: int) -> list[int]:
         return [rng.randrange(20, 700) for _ in range(count)]
 
-    histories, caches = [words(PROMPT) for _ in range(EPISODES)], [EpisodeCache() for _ in range(EPISODES)]
+    histories, caches = [words(PROMPT) for _ in range(episodes)], [EpisodeCache() for _ in range(episodes)]
     started = time.perf_counter()
     for turn in range(TURNS):
         asked = [

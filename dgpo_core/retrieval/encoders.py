@@ -4,7 +4,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Protocol
 
 import numpy as np
@@ -66,10 +67,15 @@ class Bm25Encoder:
         return [_sorted_terms(self._bm25.embed_query(_words(text))) for text in texts]
 
     def passage_column(self, texts: list[str], on_encoded: OnEncoded) -> pa.Array:
-        fields = [("indices", pa.list_(pa.uint32())), ("values", pa.list_(pa.float32()))]
-        vectors = [asdict(_sorted_terms(self._bm25.embed_document(_words(text)))) for text in texts]
+        vectors = [self._bm25.embed_document(_words(text)) for text in texts]
+        lengths = [len(vector.indices) for vector in vectors]
+        terms = np.fromiter(chain.from_iterable(vector.indices for vector in vectors), np.uint32)
+        weights = np.fromiter(chain.from_iterable(vector.values for vector in vectors), np.float32)
+        order = np.lexsort((terms, np.repeat(np.arange(len(texts)), lengths)))
+        starts = np.cumsum([0, *lengths], dtype=np.int32)
+        lists = [pa.ListArray.from_arrays(starts, values[order]) for values in (terms, weights)]
         on_encoded(len(texts))
-        return pa.array(vectors, type=pa.struct(fields))
+        return pa.StructArray.from_arrays(lists, ["indices", "values"])
 
 
 def _words(text: str) -> str:
