@@ -138,7 +138,9 @@ def run(
     from_stage: Annotated[str | None, typer.Option(help="only this stage and what depends on it")] = None,
     force: Annotated[bool, typer.Option("--force", help="run stages even if nothing has changed")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run")] = False,
-    max_parallel: Annotated[int, typer.Option(help="stages side by side", min=1)] = 1,
+    max_parallel: Annotated[
+        int | None, typer.Option(help="stages side by side; without it workers.side_by_side", min=1)
+    ] = None,
     prefect_port: PrefectServer = None,
 ) -> None:
     """Run the pipeline as a Prefect flow: what has changed, and what depends on it.
