@@ -264,9 +264,7 @@ def serve(
         str, typer.Option(help="0.0.0.0: every machine that reaches this one may ask")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8080,
-    waiting: Annotated[
-        int, typer.Option(min=0, help="questions that may wait for the one being answered")
-    ] = 8,
+    waiting: Annotated[int, typer.Option(min=0, help="questions that may wait for those being answered")] = 8,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(help="another name by which clients call this machine, such as host.docker.internal"),
