@@ -6,8 +6,10 @@ passes, precisions of the teacher. Every part is a process with a time limit of 
 fails or hangs loses nothing of the others; after each, `gpu.json` and `gpu.md` are written anew. `--smoke`
 runs all of it on a processor, with tiny shapes.
 
-Needs torch, transformers, numpy, pyarrow, pydantic, jaxtyping, tenacity, psutil and PyYAML. What is optional
-(Liger, flash-attn) is left out where it is missing, and the table says so.
+Needs torch, transformers, numpy and pyarrow, and 11 MB more, which a machine without a network gets in a
+folder on its PYTHONPATH: `pip install --target FOLDER --python-version 3.12 --only-binary=:all: pydantic
+jaxtyping ruamel.yaml`. What is optional (Liger, flash-attn) is left out where it is missing, and the table
+says so.
 """
 
 import argparse

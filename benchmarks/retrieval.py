@@ -21,6 +21,7 @@ from dgpo_core.retrieval.encoders import Bm25Encoder
 
 SIZE, WORDS, CENTRES, QUERIES, TOP_K = 768, 100, 2_000, 200, 3
 VOCABULARY = 200_000
+BLOCK = 10_000  # passages that are drawn at a time
 SCALES = (100_000, 1_000_000, 21_015_324)
 PARTS = {
     "originals": "vector_storage-text/matrix",
@@ -45,20 +46,35 @@ class Data(NamedTuple):
 
 def make_data(points: int) -> Data:
     """Draw `points` passages and QUERIES queries, always the same."""
+    texts = make_texts(points)
+    return Data(*make_vectors(points, SIZE), texts, Bm25Encoder(WORDS).encode_passages(texts))
+
+
+def make_texts(points: int, ending: str = "") -> list[str]:
+    """Draw texts of WORDS words; every word of the vocabulary ends in `ending`."""
     rng = np.random.default_rng(0)
-    centres = rng.normal(size=(CENTRES, SIZE)).astype(np.float32)
+    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
+    words = ["".join(rng.choice(letters, size=rng.integers(2, 10))) + ending for _ in range(VOCABULARY)]
+    blocks = (range(start, min(start + BLOCK, points)) for start in range(0, points, BLOCK))
+    drawn = (np.minimum(rng.zipf(1.15, size=(len(block), WORDS)), VOCABULARY) - 1 for block in blocks)
+    return [" ".join([words[rank] for rank in row]) for ranks in drawn for row in ranks.tolist()]
+
+
+def make_vectors(points: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Draw the vectors of `points` passages and of QUERIES queries: [count, size] float32, of length 1."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(CENTRES, size)).astype(np.float32)
 
     def around(count: int) -> np.ndarray:
-        vectors = centres[rng.integers(CENTRES, size=count)]
-        vectors = vectors + rng.normal(size=vectors.shape).astype(np.float32)
-        normalised: np.ndarray = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-        return normalised
+        vectors = np.empty((count, size), np.float32)
+        for start in range(0, count, BLOCK):
+            block = vectors[start : start + BLOCK]
+            block[:] = centres[rng.integers(CENTRES, size=len(block))]
+            block += rng.normal(size=block.shape).astype(np.float32)
+            block /= np.linalg.norm(block, axis=1, keepdims=True)
+        return vectors
 
-    letters = np.array(list("abcdefghijklmnopqrstuvwxyz"))
-    words = ["".join(rng.choice(letters, size=rng.integers(2, 10))) for _ in range(VOCABULARY)]
-    ranks = np.minimum(rng.zipf(1.15, size=(points, WORDS)), VOCABULARY) - 1
-    texts = [" ".join(words[rank] for rank in row) for row in ranks]
-    return Data(around(points), around(QUERIES), texts, Bm25Encoder(WORDS).encode_passages(texts))
+    return around(points), around(QUERIES)
 
 
 def quantisation(kind: str) -> Any:

@@ -12,6 +12,8 @@ import os
 import resource
 import subprocess
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -99,14 +101,10 @@ def estimate(shape: Architecture, compute: ComputeConfig) -> Numbers:
     }
 
 
-def measure(config: dict[str, Any], compute: ComputeConfig) -> Numbers:
-    """Do the same update: count its FLOPs, and what the process's peak memory grows by."""
+def update_of(config: dict[str, Any], compute: ComputeConfig) -> tuple[Any, Callable[[], object]]:
+    """Make a model, and return it with a function that updates it by EPISODES sequences in one pass."""
     torch.manual_seed(0)
     torch.set_num_threads(1)  # the counter sees the operations of its own thread
-    torch.ones(8, requires_grad=True).sum().backward()  # what torch itself loads when first used
-    if compute.lora:
-        import peft  # noqa: F401  # likewise
-    before = _peak()
     model = model_of(config, compute)
     how = Optimization(learning_rate=1e-4, weight_decay=0.01, max_grad_norm=1.0, schedule=constant())
     actor = training_engine(TokenModel(model), how, compute)
@@ -126,14 +124,29 @@ def measure(config: dict[str, Any], compute: ComputeConfig) -> Numbers:
         advantages=[torch.ones(COUNTED) for _ in ids],
         reference_logprobs=[None] * len(ids),
     )
+    return model, partial(updater.update, experience, list(range(EPISODES)))
+
+
+def measure(config: dict[str, Any], compute: ComputeConfig) -> Numbers:
+    """Do the same update: count its FLOPs, and what the process's peak memory grows by."""
+    load_first(compute)
+    before = peak()
+    model, update = update_of(config, compute)
     with FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION) as counter:
-        updater.update(experience, list(range(EPISODES)))
+        update()
     return {
         "parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "flops": counter.get_total_flops(),
-        "memory": _peak() - before,
+        "memory": peak() - before,
         "saved": saved_bytes(model, compute, LENGTH),
     }
+
+
+def load_first(compute: ComputeConfig) -> None:
+    """Load what torch and its libraries load when first used: it is not the update's."""
+    torch.ones(8, requires_grad=True).sum().backward()
+    if compute.lora:
+        import peft  # noqa: F401
 
 
 def saved_bytes(model: Any, compute: ComputeConfig, length: int) -> float:
@@ -172,7 +185,8 @@ def measure_published(config: dict[str, Any], precision: str) -> Numbers:
         }
 
 
-def _peak() -> float:
+def peak() -> float:
+    """Return the most bytes that this process has had in memory."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024.0
 
 

@@ -1,7 +1,7 @@
 """The record of an episode, its turns, and its table on disk (Parquet)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any
@@ -154,7 +154,11 @@ SCHEMA = pa.schema(
 def write_episodes(path: Path, episodes: list[Episode], metadata: dict[str, str] | None = None) -> None:
     """Write a table; `metadata` (tokenizer fingerprint, index digest) goes into the file's schema."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    table = pa.Table.from_pylist([asdict(episode) for episode in episodes], schema=SCHEMA)
+    # not dataclasses.asdict: it copies every token
+    rows = [
+        vars(episode) | {"searches": [vars(search) for search in episode.searches]} for episode in episodes
+    ]
+    table = pa.Table.from_pylist(rows, schema=SCHEMA)
     pq.write_table(table.replace_schema_metadata(metadata or {}), path, compression="zstd")
 
 

@@ -1,7 +1,6 @@
 """The content of a Qdrant collection: passages with their vectors, in parts that can be loaded one by one.
 
-A `Backend` searches a filled collection: Qdrant's engine in this process (qdrant_embedded.py) or a server
-(qdrant_server.py).
+A `Backend` searches a filled collection: in this process (embedded.py) or on a server (qdrant_server.py).
 """
 
 import hashlib
@@ -133,6 +132,6 @@ def payload(passage: Passage) -> dict[str, str]:
     return {"id": passage.id, "title": passage.title, "text": passage.text}
 
 
-def candidate(point: Any, score: float | None = None) -> Candidate:
-    """Return a point that Qdrant has found as a candidate, with its own score unless another is given."""
-    return Candidate(int(point.id), Passage(**point.payload), float(point.score) if score is None else score)
+def candidate(point: Any) -> Candidate:
+    """Return a point that Qdrant has found as a candidate."""
+    return Candidate(int(point.id), Passage(**point.payload), float(point.score))

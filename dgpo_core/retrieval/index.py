@@ -27,8 +27,8 @@ from dgpo_core.retrieval.collection import (
     index_digest,
     stored_content,
 )
+from dgpo_core.retrieval.embedded import EmbeddedBackend
 from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, make_encoder
-from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
 from dgpo_core.retrieval.qdrant_server import MEMORY, Progress, QdrantBackend, connect, ensure, refusal
 from dgpo_core.retrieval.ranking import RRF_DEPTH, Candidate, Hit, Query, fuse, rank
 from dgpo_core.retrieval.shards import read_manifest

@@ -16,8 +16,8 @@ import pytest
 from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.retrieval.collection import Backend, Content
+from dgpo_core.retrieval.embedded import EmbeddedBackend
 from dgpo_core.retrieval.encoders import Bm25Encoder
-from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
 from dgpo_core.retrieval.qdrant_server import (
     QdrantBackend,
     alias_target,

@@ -12,17 +12,19 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.agent.episode import Episode, Outcome
-from dgpo_core.agent.loop import AgentLoop, Task
+from dgpo_core.agent.loop import AgentLoop, EpisodeRunner, Task
 from dgpo_core.agent.transformers_engine import TransformersEngine
-from dgpo_core.config.agent import ProtocolConfig, RolloutConfig, Sampling
+from dgpo_core.config.agent import ProbeConfig, ProtocolConfig, RolloutConfig, Sampling
 from dgpo_core.config.training import ReinforceConfig
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.episode_sources import Metrics, Rollout
 from dgpo_core.training.overlap import StepEpisodes
 from dgpo_core.training.reinforce import Reinforcer
+from dgpo_core.training.weight_sync import EngineSync, SyncedLoop
 from tests.dgpo_core.agent.scripted import Answering
 from tests.dgpo_core.making import exact, question, random_episode, reinforcement, tiny_model, weights_of
+from tests.dgpo_core.training.test_weight_sync import CopyEngine
 
 CONFIG = ReinforceConfig(
     steps=5, batch_size=6, mini_batch_size=3, actor_learning_rate=3e-3, critic_learning_rate=1e-2,
@@ -37,11 +39,17 @@ def student(tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     return tiny_model(tokenizer, 1)
 
 
-def rollout_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Rollout:
-    """Two turns of six tokens of the model as it is when asked."""
-    engine = TransformersEngine(model, tokenizer, RolloutConfig(precision="float32", batch_tokens=400))
+def rollout_of(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, separate: bool = False) -> Rollout:
+    """Two turns of six tokens of the model as it is when asked; or of a `separate` engine, as vLLM is."""
     config = ProtocolConfig(instruction="short", max_turns=1, max_new_tokens=6)
-    loop = AgentLoop(engine, tokenizer, Answering(), config, 1)
+    loop: EpisodeRunner
+    if separate:
+        probe = ProbeConfig(prompts=1, tokens=4, tolerance=1e-4)
+        sync = EngineSync(CopyEngine(model, tokenizer), model, [[20, 21]], probe, exact())
+        loop = SyncedLoop(sync, tokenizer, Answering(), config, 1)
+    else:
+        engine = TransformersEngine(model, tokenizer, RolloutConfig(precision="float32"))
+        loop = AgentLoop(engine, tokenizer, Answering(), config, 1)
 
     def rollout(chosen: list[int], step: int) -> list[Episode]:
         tasks = [Task(question(name=f"q{i}"), "onehop", seed=(step, place)) for place, i in enumerate(chosen)]
@@ -84,9 +92,15 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Train:
     return run
 
 
-def overlapped(train: Train, student: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, **how: Any) -> Any:
+def overlapped(
+    train: Train,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    separate: bool = False,
+    **how: Any,
+) -> Any:
     sampler = copy.deepcopy(student)
-    return train(copy.deepcopy(student), rollout_of(sampler, tokenizer), sampler, **how)
+    return train(copy.deepcopy(student), rollout_of(sampler, tokenizer, separate), sampler, **how)
 
 
 def sequential(train: Train, student: PreTrainedModel, tokenizer: PreTrainedTokenizerFast) -> Any:
@@ -106,15 +120,19 @@ def same(first: tuple[Weights, list[Metrics]], second: tuple[Weights, list[Metri
     return first[1] == second[1] and all(torch.equal(second[0][k], value) for k, value in first[0].items())
 
 
-@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize(("threads", "separate"), [(1, False), (3, False), (1, True)])
 def test_episodes_are_those_of_the_weights_of_a_step_ago(
-    train: Train, student: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, threads: int
+    train: Train,
+    student: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    threads: int,
+    separate: bool,
 ) -> None:
     expected = sequential(train, student, tokenizer)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(threads)
-        found = overlapped(train, student, tokenizer)
+        found = overlapped(train, student, tokenizer, separate)
     finally:
         torch.set_num_threads(before)
     assert same(found, expected)

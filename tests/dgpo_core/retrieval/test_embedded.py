@@ -1,4 +1,4 @@
-"""Qdrant's engine in this process: dense and sparse, for a moment or in a folder that stays."""
+"""The index in this process: dense and sparse, for a moment or in a folder that stays."""
 
 import os
 import signal
@@ -14,8 +14,8 @@ import pytest
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError
 from dgpo_core.retrieval.collection import Content, Point
+from dgpo_core.retrieval.embedded import EmbeddedBackend
 from dgpo_core.retrieval.encoders import Bm25Encoder
-from dgpo_core.retrieval.qdrant_embedded import EmbeddedBackend
 from dgpo_core.retrieval.ranking import Query, rank
 from tests.conftest import ROOT, run_python
 from tests.dgpo_core.retrieval.conftest import content, dense_content
@@ -40,7 +40,6 @@ def test_dense_vectors_are_ranked_by_inner_product(passages: list[Passage]) -> N
 
 
 def test_scores_do_not_depend_on_the_build(passages: list[Passage], queries: list[tuple[str, str]]) -> None:
-    """The engine's own do, in the last bits: its terms are added in an order of its own."""
     encoder = Bm25Encoder(30.0)
     made = content(passages, encoder.encode_passages([p.contents for p in passages]), None)
     asked = encoder.encode_queries([query for query, _ in queries[:100]])
