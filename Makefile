@@ -77,7 +77,8 @@ test-all: $(VENV)/.installed-dev  ## run all tests
 
 test-vllm: $(VLLM_VENV)/.installed  ## run the tests of the vLLM engines on the CPU, in an environment of their own
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
-		$(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/dgpo_core/agent tests/tasks/test_vllm_stages.py $(PYTEST_ARGS)
+		$(VLLM_VENV)/bin/python -m pytest -q -m vllm tests/dgpo_core/agent/test_vllm_engines.py \
+		tests/tasks/test_vllm_stages.py $(PYTEST_ARGS)
 
 $(VENV)/.installed-gpu: $(VENV)/.installed-dev
 	@$(PY) -m infra.install "$(PLACE)" gpu

@@ -7,6 +7,7 @@ than 20 % below the one that is checked in.
 
 import argparse
 import json
+import os
 import platform
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import torch
 
 from benchmarks import peer_rollouts, peer_updates
 from benchmarks.alternation import Rounds, alternate, fill, save, table
+from flows.server import API_URL, local_server
 
 MODEL = Path("models/kd")
 TIMES = Path("runs/benchmarks.json")
@@ -27,16 +29,20 @@ COMMANDS = {
     "`dgpo --help`": ["tasks.commands.cli", "--help"],
     "`dvc repro`, nothing to do": ["dvc", "repro", "-q"],
     "a stage that computes nothing (`filter`)": ["tasks.stages.filter"],
+    "`dgpo run`, nothing to do, with a Prefect server": ["tasks.commands.cli", "run"],
 }
+PREFECT_PORT = 4289  # of the server that runs meanwhile
 
 
 def commands(rounds: int) -> list[Rounds]:
     """Time whole commands, each alone: there is nobody to compare them with."""
     found = []
-    for name, arguments in COMMANDS.items():
-        command = [sys.executable, "-m", *arguments]
-        run = partial(subprocess.run, command, check=True, capture_output=True)
-        found.append(alternate(name, {"ours": run}, rounds))
+    with local_server(PREFECT_PORT) as url:
+        environment = {**os.environ, API_URL: url}
+        for name, arguments in COMMANDS.items():
+            command = [sys.executable, "-m", *arguments]
+            run = partial(subprocess.run, command, env=environment, check=True, capture_output=True)
+            found.append(alternate(name, {"ours": run}, rounds))
     return found
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal, cast
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from dgpo_core.agent.engine import EpisodeCache, Request
+from dgpo_core.agent.engine import EpisodeCache, Generation, Request
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.config.agent import RolloutConfig, Sampling
@@ -218,7 +218,7 @@ def one_step(clock: Clock, maker: ExperienceMaker, updater: Updater, episodes: l
 
 
 def roll_out(settings: Settings, student: PreTrainedModel, episodes: list[Episode]) -> dict[str, float]:
-    """Generate every turn at its length with the default engine, from the episode's own history."""
+    """Generate every turn at its length with the default engine, between the environment's own texts."""
 
     class Tokenizer:
         """No text is looked at: nothing is to stop a turn before its length."""
@@ -232,25 +232,50 @@ def roll_out(settings: Settings, student: PreTrainedModel, episodes: list[Episod
             return [""] * len(tokens)
 
     precision: Any = settings.precision
-    tokens = 2 * sum(len(episode.token_ids) for episode in episodes)  # nothing is read twice
-    config = RolloutConfig(precision=precision, batch_tokens=tokens, kept_tokens=tokens)
+    config = RolloutConfig(precision=precision, slots=len(episodes))
     if student.generation_config is not None:
         student.generation_config.eos_token_id = None
     engine = TransformersEngine(student, Tokenizer(), config)
-    caches = [EpisodeCache() for _ in episodes]
-    started, written = time.perf_counter(), 0
-    for turn in range(max(episode.generations for episode in episodes)):
-        requests = []
-        for number, episode in enumerate(episodes):
-            if turn < len(episode.turns):
-                begin, end = episode.turns[turn].start, episode.turns[turn].end
-                caches[number].renew = turn + 1 < len(episode.turns)
-                seed = (settings.seed, number, turn)
-                requests.append(Request(episode.token_ids[:begin], end - begin, seed, caches[number]))
-                written += end - begin
-        engine.generate(requests, Sampling(), ())
+    started = time.perf_counter()
+    written = converse(engine, [_turns(episode) for episode in episodes], settings.seed)
     seconds = time.perf_counter() - started
     return {"seconds": round(seconds, 3), "written_tokens_per_second": round(written / seconds, 1)}
+
+
+Turns = list[tuple[list[int], int]]  # what the environment says, and how many tokens are then written
+
+
+def _turns(episode: Episode) -> Turns:
+    ends = [0, *(turn.end for turn in episode.turns)]
+    return [
+        (episode.token_ids[end : turn.start], turn.end - turn.start)
+        for end, turn in zip(ends, episode.turns, strict=False)
+    ]
+
+
+def converse(engine: TransformersEngine, conversations: list[Turns], seed: int) -> int:
+    """Write all turns at their lengths, each conversation as fast as it goes; return the tokens written."""
+    session, caches = engine.session(()), [EpisodeCache() for _ in conversations]
+
+    def ask(number: int, turn: int, history: list[int]) -> None:
+        said, length = conversations[number][turn]
+        caches[number].renew = turn + 1 < len(conversations[number])
+        request = Request([*history, *said], length, (seed, number, turn), caches[number])
+        session.add([request], Sampling())
+
+    for number in range(len(conversations)):
+        ask(number, 0, [])
+    written, going = 0, len(conversations)
+    while going:
+        for request, result in session.advance():
+            assert isinstance(result, Generation)
+            written += len(result.token_ids)
+            _, number, turn = request.seed
+            if caches[number].renew:
+                ask(number, turn + 1, [*request.token_ids, *result.token_ids])
+            else:
+                going -= 1
+    return written
 
 
 def model_flops(settings: Settings, episodes: list[Episode], config: ReinforceConfig) -> dict[str, float]:

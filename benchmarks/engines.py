@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dgpo_core.agent.engine import Engine, Request, weights_of
+from dgpo_core.agent.engine import Engine, Request, generate, weights_of
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.agent.vllm_engine import VllmEngine
@@ -68,7 +68,7 @@ def turns(count: int) -> Callable[[Engine], int]:
         contexts, written = [list(prompt) for prompt in prompts], 0
         for turn in range(TURNS):
             requests = [Request(ids, WRITTEN, (i, turn)) for i, ids in enumerate(contexts)]
-            answers = engine.generate(requests, Sampling(), ())
+            answers = generate(engine, requests, Sampling(), ())
             written += sum(len(answer.token_ids) for answer in answers)
             contexts = [
                 ids + answer.token_ids + more

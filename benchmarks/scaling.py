@@ -9,6 +9,7 @@ them. Writes its part of docs/benchmarks.md, and docs/images/scaling.svg.
 import argparse
 import json
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -30,6 +31,8 @@ from benchmarks.alternation import fill
 from benchmarks.training_step import RETURNS, peak
 from dgpo_core.planning.shapes import Architecture
 from dgpo_core.temporary import temporary_folder
+
+TURNS, PROMPT, WRITTEN = 5, 32, 64  # of a rollout: the untrained student's, who never answers
 
 PLOT = Path("docs/images/scaling.svg")
 SECONDS, REPEATED = 2.0, 5  # of repetitions: until one of them is reached
@@ -191,16 +194,23 @@ def _evaluate(folder: Path, episodes: list[Any], asked: Any, decode: Any) -> Non
 
 
 def _rollout(appended: int, episodes: int) -> Work:
-    from benchmarks.rollout import episodes_time
+    from benchmarks.dgpo_step import converse
     from dgpo_core.agent.transformers_engine import TransformersEngine
     from dgpo_core.config.agent import RolloutConfig
     from dgpo_core.models import load_model, load_tokenizer
 
-    source = "models/student"
+    source, rng = "models/student", random.Random(0)
     engine = TransformersEngine(
         load_model(source), load_tokenizer(source), RolloutConfig(precision="float32")
     )
-    return partial(episodes_time, engine, appended, episodes)
+
+    def words(count: int) -> list[int]:
+        return [rng.randrange(20, 700) for _ in range(count)]
+
+    turns = [
+        [(words(appended if turn else PROMPT), WRITTEN) for turn in range(TURNS)] for _ in range(episodes)
+    ]
+    return partial(converse, engine, turns, 0)
 
 
 def _update(config: dict[str, Any], episodes: int, length: int) -> Work:

@@ -30,11 +30,11 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from dgpo_core.config.params import read_yaml
 from dgpo_core.errors import UserError
-from flows.dag import POOLS
 from flows.execution import GPU_LIMIT
 from flows.server import API_URL, answers_of, running_server
 from flows.work_pools import Kind, job_template
 from tasks.commands.cli import run_as
+from tasks.project.graph import POOLS
 
 PREFECT_YAML = Path(__file__).resolve().parents[1] / "prefect.yaml"
 TAG = "dgpo"  # of what is ours on a server; pools have no tags: their description begins with it

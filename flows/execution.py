@@ -19,9 +19,9 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
 import tasks
-from flows.dag import Stage
-from flows.process import run_group
 from flows.workspace import LOCK_MESSAGES
+from tasks.project.graph import Stage
+from tasks.project.groups import run_group
 from tasks.stages.stage import FAILURE, STATE
 from tasks.tracking.store import tracking_uri
 

@@ -25,8 +25,6 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from dgpo_core.config.params import PARAMS, read_yaml, resolve_profile
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from dgpo_core.text import markdown_cell
-from flows.dag import Stage, read_dag, select
-from flows.process import end_all
 from flows.promotion import offer
 from flows.remote import cancel_all, refuse_without_push
 from flows.schedule import Schedule, StageResult, is_stale, run_all
@@ -41,11 +39,14 @@ from flows.workspace import (
     restore_outputs,
 )
 from tasks.commands.cli import run_as
+from tasks.commands.pipeline import side_by_side
 from tasks.commands.preflight import preflight
 from tasks.commands.show import RESULTS, load_results, markdown
 from tasks.commands.use import profile_path
 from tasks.project.dvc import refuse_second
 from tasks.project.git import changed_files
+from tasks.project.graph import Stage, read_dag, select
+from tasks.project.groups import end_all
 from tasks.project.progress import duration
 from tasks.tracking.runs import PIPELINE_RUN, Pipeline, experiment_of
 from tasks.tracking.store import tracking_uri
@@ -183,10 +184,10 @@ def _bring_up_to_date(
         refuse_without_push((stage for stage in chosen.values() if may_run[stage.name]), workspace.root)
     name, id_ = str(flow_run.name), str(flow_run.id)
     parent = Pipeline(name, {"flow": "prefect", "prefect.flow_run": name, "prefect.flow_run_id": id_}, tree)
+    os.environ[PIPELINE_RUN] = parent.run_id or ""
     if parent.run_id:
-        os.environ[PIPELINE_RUN] = parent.run_id
         _link(parent.run_id, "MLflow run")
-    parallel, force = settings.max_parallel, settings.force
+    parallel, force = settings.max_parallel or side_by_side(tree), settings.force
     schedule = Schedule(chosen, tree, workspace, parallel, force, retry_delay_seconds, parent.run_id)
     results: list[StageResult] = []
     succeeded = ended = False
@@ -264,7 +265,7 @@ def run(
     from_stage: str | None,
     force: bool,
     dry_run: bool,
-    max_parallel: int,
+    max_parallel: int | None,
     **_server: object,
 ) -> None:
     """Run the stages now, in this checkout: `dgpo run`."""

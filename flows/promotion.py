@@ -13,8 +13,8 @@ from pydantic import Field
 from dgpo_core.config.params import PARAMS, load_params
 from dgpo_core.errors import UserError
 from flows.execution import environment
-from flows.process import run_group
 from tasks.project.dvc import read_lock
+from tasks.project.groups import run_group
 from tasks.tracking.registry import store
 
 PATIENCE = timedelta(days=7)  # for a person's answer; the run fails afterwards and can be retried

@@ -21,9 +21,7 @@ from prefect.logging import get_run_logger
 from prefect.states import Cancelling, Completed, Failed
 
 from dgpo_core.errors import InfrastructureError, UserError
-from flows.dag import Stage, read_dag, select
 from flows.execution import StageFailed, execute
-from flows.process import Ended, end_all
 from flows.workspace import (
     BRANCHES,
     PUSH_VARIABLE,
@@ -41,6 +39,8 @@ from flows.workspace import (
     share_cache,
 )
 from tasks.project.git import alone, ask, git
+from tasks.project.graph import Stage, read_dag, select
+from tasks.project.groups import Ended, end_all
 from tasks.tracking.runs import PIPELINE_RUN
 
 POOL_VARIABLE = "DGPO_POOL"  # set where a worker starts: `cpu` or `gpu`

@@ -19,11 +19,12 @@ from prefect.states import Cancelled, Completed, Crashed
 from prefect.tasks import exponential_backoff
 
 from dgpo_core.errors import InfrastructureError
-from flows.dag import Stage
 from flows.execution import StageFailed, execute
-from flows.process import Ended
 from flows.remote import is_elsewhere, run_elsewhere
 from flows.workspace import Workspace
+from tasks.project import graph
+from tasks.project.graph import Stage
+from tasks.project.groups import Ended
 
 UNCHANGED = "Unchanged"
 
@@ -116,8 +117,8 @@ def run_all(schedule: Schedule) -> list[StageResult]:
 
 def is_stale(stage: Stage, results: Mapping[str, StageResult], force: bool) -> bool:
     """Tell whether the stage may have something to do, given how the stages that it needs have ended."""
-    touched = any(results[name].state != UNCHANGED for name in stage.upstream if name in results)
-    return force or stage.changed or touched
+    touched = {name for name, result in results.items() if result.state != UNCHANGED}
+    return force or graph.is_stale(stage, touched)
 
 
 def _submit(

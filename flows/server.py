@@ -18,8 +18,8 @@ import httpx
 import typer
 
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
-from flows.process import end_group
 from tasks.project import servers as services
+from tasks.project.groups import end_group
 from tasks.project.process import run_program
 
 API_URL = "PREFECT_API_URL"

@@ -36,7 +36,9 @@ class PipelineSettings(BaseModel):
     from_stage: str | None = Field(None, description="only this stage and what depends on it")
     force: bool = Field(False, description="execute the stages even if nothing has changed")
     dry_run: bool = Field(False, description="say what would be executed, and execute nothing")
-    max_parallel: PositiveInt = Field(1, description="stages side by side")
+    max_parallel: PositiveInt | None = Field(
+        None, description="stages side by side; as params.yaml says (workers.side_by_side), if none"
+    )
     revision: str = Field("HEAD", description="commit, branch or tag to run")
     promote: bool = Field(False, description="offer this run's model as champion, as `dgpo promote` does")
     keep_worktree: bool = Field(False, description="keep it after success (after failure it is kept)")

@@ -1,5 +1,6 @@
 """The interface between the agent loop and an engine: token ids in, token ids and log-probabilities out.
 
+Requests join a `Session` at any time and leave it when they are finished, so that none waits for another.
 `StopCriteria` decides when a generation has ended, in the same way for every engine.
 """
 
@@ -12,6 +13,7 @@ import torch
 
 from dgpo_core.agent.prompts import known_ids
 from dgpo_core.config.agent import Sampling
+from dgpo_core.errors import InfrastructureError
 
 
 class FinishReason(StrEnum):
@@ -39,13 +41,16 @@ class EpisodeCache:
 class Request:
     """One continuation. The same request with the same seed samples the same tokens, up to rounding.
 
-    An engine may use what it finds in `cache`, and leave there what it has computed.
+    An engine may use what it finds in `cache`, and leave there what it has computed. `on_token` is called
+    with each token when it is sampled, EOS too, by engines that sample in this process; what it raises ends
+    the request.
     """
 
     token_ids: list[int]
     max_new_tokens: int
     seed: tuple[int, ...]
     cache: EpisodeCache | None = field(default=None, compare=False, repr=False)
+    on_token: Callable[[int], None] | None = field(default=None, compare=False, repr=False)
 
 
 @dataclass(frozen=True)
@@ -66,12 +71,82 @@ def weights_of(model: torch.nn.Module) -> Weights:
     return lambda: model.named_parameters(remove_duplicate=False)
 
 
-class Engine(Protocol):
-    def generate(
-        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
-    ) -> list[Generation]:
-        """Continue each request until a stop string, EOS or its limit; answer in the requests' order."""
+# A request and what became of it: a failure of the engine, or what `on_token` raised, instead of tokens.
+Finished = tuple[Request, Generation | Exception]
+
+
+class Session(Protocol):
+    """Requests that are continued together, each until a stop string, EOS or its limit.
+
+    With `paced` the same calls give the same generations to the bit.
+    """
+
+    paced: bool
+
+    def add(self, requests: list[Request], sampling: Sampling) -> None:
+        """Let requests join."""
         ...
+
+    def advance(self) -> list[Finished]:
+        """Generate for a while and return the requests that are finished; often there are none."""
+        ...
+
+    def close(self) -> None:
+        """Release what the session holds."""
+        ...
+
+
+class Engine(Protocol):
+    """`lane`: how many episodes one session runs best where sessions run side by side; None: all in one."""
+
+    @property
+    def lane(self) -> int | None: ...
+
+    def session(self, stop: tuple[str, ...]) -> Session: ...
+
+
+class FunctionSession:
+    """Answers each request with a function, which may raise InfrastructureError, at the next `advance`."""
+
+    paced = True
+
+    def __init__(self, answer: Callable[[Request], Generation]) -> None:
+        self._answer = answer
+        self._added: list[Request] = []
+
+    def add(self, requests: list[Request], sampling: Sampling) -> None:
+        self._added += requests
+
+    def advance(self) -> list[Finished]:
+        added, self._added = self._added, []
+        return [(request, self._result(request)) for request in added]
+
+    def _result(self, request: Request) -> Generation | Exception:
+        try:
+            return self._answer(request)
+        except InfrastructureError as error:
+            return error
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def generate(
+    engine: Engine, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
+) -> list[Generation]:
+    """Continue all requests; return their generations in order, or raise the first error."""
+    found: dict[int, Generation] = {}
+    session = engine.session(stop)
+    try:
+        session.add(requests, sampling)
+        while len(found) < len(requests):
+            for request, result in session.advance():
+                if isinstance(result, Exception):
+                    raise result
+                found[id(request)] = result
+    finally:
+        session.close()
+    return [found[id(request)] for request in requests]
 
 
 class SeparateEngine(Engine, Protocol):
@@ -105,13 +180,13 @@ class StopCriteria:
         self.known = min(known_ids(tokenizer), rows)
         self.unknown = range(self.known, rows)
         self._tokenizer = tokenizer
-        self._may_stop: dict[tuple[str, ...], list[bool]] = {}
+        self._may_end: dict[tuple[str, ...], list[bool]] = {}
 
     def finish(self, ids: list[int], limit: int, stop: tuple[str, ...]) -> FinishReason | None:
         """Return why a generation of `ids` ends with its last token; None when it goes on."""
         if ids[-1] in self.eos:
             return FinishReason.EOS
-        if self._can_stop(stop)[ids[-1]]:
+        if self.may_end(stop)[ids[-1]]:
             text = self._tokenizer.decode(ids[-TAIL:])
             if any(ending in text for ending in stop):
                 return FinishReason.STOP
@@ -126,16 +201,17 @@ class StopCriteria:
                 return count, reason
         return len(ids), None
 
-    def _can_stop(self, stop: tuple[str, ...]) -> list[bool]:
-        """Return for each id whether its token can hold the last character of a stop string.
+    def may_end(self, stop: tuple[str, ...]) -> list[bool]:
+        """Return for each id whether its token can end a generation: EOS, or a stop string's last character.
 
         Thanks to this table only few sampled tokens are decoded to look for a stop string.
         """
-        if stop not in self._may_stop:
+        if stop not in self._may_end:
             last = {text[-1] for text in stop}
             texts = self._tokenizer.batch_decode([[i] for i in range(self.known)])
-            self._may_stop[stop] = [bool(last & set(text)) for text in texts] + [False] * len(self.unknown)
-        return self._may_stop[stop]
+            known = [i in self.eos or bool(last & set(text)) for i, text in enumerate(texts)]
+            self._may_end[stop] = known + [False] * len(self.unknown)
+        return self._may_end[stop]
 
 
 def eos_ids(tokenizer: Any, settings: Any | None) -> set[int]:

@@ -1,17 +1,22 @@
 """The agent loop: generate, act, append (docs/method.md, "The protocol"); and collections of many episodes.
 
 The loop knows token ids, an engine and a retriever. Token-in, token-out: sampled ids are kept as they are,
-and each text of the environment is tokenised once, when it is appended.
+and each text of the environment is tokenised once, when it is appended. No episode waits for another: each
+goes on as soon as its own turn is written or its own search answered (`RunningEpisodes`).
 """
 
 import hashlib
 import math
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Protocol
+from types import TracebackType
+from typing import Any, Protocol, Self
 
+import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from dgpo_core.agent import prompts
@@ -25,8 +30,23 @@ from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import InfrastructureError, NotFinite
 from dgpo_core.files import replacement
 from dgpo_core.retrieval.ranking import Hit, Retriever
+from dgpo_core.threads import side_by_side
 
 STOP = (prompts.SEARCH_END, prompts.ANSWER_END)
+PAUSE = 0.05  # seconds after which others may join episodes that all wait for a search
+SHORTEST_LANE = 8  # episodes: fewer together take as long as these
+
+
+class Watcher(Protocol):
+    """Is told of an episode as it happens. What it raises ends the episode, and no other."""
+
+    def begin_turn(self) -> None: ...
+
+    def token(self, token: int) -> None: ...
+
+    def end_turn(self) -> None: ...
+
+    def search(self, query: str, hits: list[Hit]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -35,6 +55,7 @@ class Task:
 
     `opening` is text of the environment between the prompt and the first generation (ARCap's given context);
     with `single_turn` that generation is the only one. `seed` with the turn's number seeds the sampling.
+    `protocol` has limits of its own for this episode.
     """
 
     question: Question
@@ -43,16 +64,21 @@ class Task:
     seed: tuple[int, ...] = (0,)
     opening: str = ""
     single_turn: bool = False
+    protocol: ProtocolConfig | None = None
+    watcher: Watcher | None = None
 
 
-@dataclass
+@dataclass(eq=False)
 class _State:
     """What is known so far of an episode that runs."""
 
     task: Task
+    sampling: Sampling
+    limits: ProtocolConfig
     ids: list[int]
     owners: list[int]
     logprobs: list[float]
+    turn: int = -1
     turn_texts: list[str] = field(default_factory=list)  # what the model wrote, turn by turn
     searches: list[Search] = field(default_factory=list)
     invalid_actions: int = 0
@@ -60,7 +86,26 @@ class _State:
     query: str | None = None  # the search that is to be answered
     ending: Ending | None = None
     failure: str | None = None
+    error: Exception | None = None  # of its watcher
     cache: EpisodeCache = field(default_factory=EpisodeCache)
+
+    @property
+    def is_last(self) -> bool:
+        """Return whether the turn is the last that the protocol allows."""
+        return self.turn == self.limits.max_turns or self.task.single_turn
+
+    def fail(self, reason: str) -> None:
+        self.ending, self.failure, self.query = Ending.FAILURE, reason, None
+
+    def tell(self, *told: Callable[[Watcher], None]) -> None:
+        """Tell the watcher; what it raises is the episode's end."""
+        if self.task.watcher is None or self.error is not None:
+            return
+        try:
+            for one in told:
+                one(self.task.watcher)
+        except Exception as error:
+            self.error = error
 
     def append(self, ids: list[int], owner: Owner, logprobs: list[float] | None = None) -> None:
         self.ids += ids
@@ -80,75 +125,89 @@ class AgentLoop:
     def __init__(
         self, engine: Engine, tokenizer: Any, retriever: Retriever, config: ProtocolConfig, top_k: int
     ) -> None:
-        self._engine, self._tokenizer, self._retriever = engine, tokenizer, retriever
+        self.engine, self._tokenizer, self._retriever = engine, tokenizer, retriever
         self._config, self._top_k = config, top_k
+        self._searching = threading.Lock()  # a retriever is asked by one thread at a time
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
         """Run one episode a task; return them in order. A failing retriever makes one `failed`, never wrong.
 
-        Raises NotFinite for a model that gives no numbers.
+        On a processor lanes of episodes run side by side; what is in a lane does not depend on the number of
+        threads. Raises NotFinite for a model that gives no numbers.
         """
-        running = [self._start(task) for task in tasks]
-        for turn in range(self._config.max_turns + 1):
-            active = self._with_room(running)
-            if not active:
-                break
-            for episode in running:
-                if episode.ending is not None:
-                    episode.cache.clear()
-            self._generate(active, turn, sampling)
-            for episode in active:
-                if episode.ending is None and self._is_last(episode, turn):
-                    episode.ending = Ending.BUDGET
-            going = [episode for episode in active if episode.ending is None]
-            self._answer_searches([episode for episode in going if episode.query is not None])
-        return [self._record(episode) for episode in running]
+        lanes = self._lanes(len(tasks))
 
-    def _is_last(self, episode: _State, turn: int) -> bool:
-        return turn == self._config.max_turns or episode.task.single_turn
+        def run(lane: int) -> list[Episode]:
+            return self._run(tasks[lane::lanes], sampling)
 
-    def _start(self, task: Task) -> _State:
-        ids = encode_prompt(task.question.question, self._config.instruction, self._tokenizer)
-        episode = _State(task, ids, [Owner.PROMPT] * len(ids), [0.0] * len(ids))
+        if self.engine.lane is None:
+            return run(0)
+        parts = list(side_by_side(run, range(lanes), torch.device("cpu")))
+        return [parts[i % lanes][i // lanes] for i in range(len(tasks))]
+
+    def _lanes(self, episodes: int) -> int:
+        """Return into how many lanes episodes are dealt: evenly, so that two threads have equally many."""
+        lane = self.engine.lane
+        if lane is None or episodes < 2 * SHORTEST_LANE:
+            return 1
+        return 2 * math.ceil(episodes / (2 * lane))
+
+    def _run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
+        done: dict[int, Episode] = {}
+        with self.start() as running:
+            running.add(tasks, sampling)
+            while running.count:
+                for task, result in running.advance():
+                    if isinstance(result, Exception):
+                        raise result
+                    done[id(task)] = result
+        return [done[id(task)] for task in tasks]
+
+    def start(self, paced: bool = True) -> "RunningEpisodes":
+        """Return a session without episodes, which may be added at any time (`RunningEpisodes`)."""
+        return RunningEpisodes(self, paced)
+
+    def begin(self, task: Task, sampling: Sampling) -> _State:
+        """Return an episode before its first turn."""
+        limits = task.protocol or self._config
+        ids = encode_prompt(task.question.question, limits.instruction, self._tokenizer)
+        episode = _State(task, sampling, limits, ids, [Owner.PROMPT] * len(ids), [0.0] * len(ids))
         if task.opening:
             episode.append(self._encode(task.opening), Owner.ENVIRONMENT)
         return episode
 
-    def _with_room(self, running: list[_State]) -> list[_State]:
-        """Return the episodes that go on, and end those whose context is full."""
-        active = [episode for episode in running if episode.ending is None]
-        for episode in active:
-            if len(episode.ids) >= self._config.max_context:
-                episode.ending = Ending.LENGTH
-        return [episode for episode in active if episode.ending is None]
+    def request(self, episode: _State) -> Request | None:
+        """Begin the next turn; return None, and end the episode, where its context is full."""
+        limits = episode.limits
+        if len(episode.ids) >= limits.max_context:
+            episode.ending = Ending.LENGTH
+            return None
+        episode.tell(lambda watcher: watcher.begin_turn())
+        episode.turn += 1
+        episode.cache.renew = not episode.is_last
+        watcher = episode.task.watcher
+        return Request(
+            list(episode.ids),
+            min(limits.max_new_tokens, limits.max_context - len(episode.ids)),
+            (*episode.task.seed, episode.turn),
+            episode.cache,
+            None if watcher is None else watcher.token,
+        )
 
-    def _generate(self, active: list[_State], turn: int, sampling: Sampling) -> None:
-        """Let the model write a turn of each episode."""
-        for episode in active:
-            episode.cache.renew = not self._is_last(episode, turn)
-        requests = [
-            Request(
-                list(episode.ids),
-                min(self._config.max_new_tokens, self._config.max_context - len(episode.ids)),
-                (*episode.task.seed, turn),
-                episode.cache,
-            )
-            for episode in active
-        ]
-        try:
-            generations = self._engine.generate(requests, sampling, STOP)
-        except InfrastructureError as error:
-            for episode in active:
-                episode.ending, episode.failure = Ending.FAILURE, str(error)
-            return
-        for episode, generation in zip(active, generations, strict=True):
-            for value in generation.logprobs:
-                if not math.isfinite(value):
-                    raise NotFinite("log-probability of a sampled token", value)
-            self._act(episode, generation, last=self._is_last(episode, turn))
+    def take(self, episode: _State, generation: Generation) -> None:
+        """Append what the model wrote, and note the search or the answer that it holds.
 
-    def _act(self, episode: _State, generation: Generation, last: bool) -> None:
-        """Append what the model wrote, and note the search or the answer that it holds."""
+        Raises NotFinite for a log-probability that is no number.
+        """
+        for value in generation.logprobs:
+            if not math.isfinite(value):
+                raise NotFinite("log-probability of a sampled token", value)
+        episode.tell(lambda watcher: watcher.end_turn())
+        self._act(episode, generation)
+        if episode.ending is None and episode.is_last:
+            episode.ending, episode.query = Ending.BUDGET, None
+
+    def _act(self, episode: _State, generation: Generation) -> None:
         written = self._tokenizer.decode(generation.token_ids)
         first = not episode.turn_texts
         episode.turn_texts.append(written)
@@ -162,42 +221,36 @@ class AgentLoop:
             episode.query = action.content
         else:
             episode.invalid_actions += 1
-            if not last:
+            if not episode.is_last:
                 episode.append(self._encode(prompts.INVALID_ACTION), Owner.ENVIRONMENT)
 
-    def _answer_searches(self, waiting: list[_State]) -> None:
-        """Search for all queries at once, and append what was found."""
-        if not waiting:
-            return
-        queries = [episode.query or "" for episode in waiting]
-        try:
-            results = self._search(queries)
-        except InfrastructureError as error:
-            for episode in waiting:
-                episode.ending, episode.failure = Ending.FAILURE, str(error)
-            return
-        for episode, query, hits in zip(waiting, queries, results, strict=True):
-            episode.append(self._information(hits), Owner.ENVIRONMENT)
-            answers = episode.task.question.golden_answers
-            hit = any(_holds_answer(found.passage, answers) for found in hits)
-            episode.searches.append(Search(query, [h.passage.id for h in hits], [h.score for h in hits], hit))
-            episode.query = None
-
-    def _search(self, queries: list[str]) -> list[list[Hit]]:
+    def search(self, queries: list[str]) -> list[list[Hit]]:
+        """Search; failures of the infrastructure are tried again. Raises InfrastructureError."""
         retrying = Retrying(
             retry=retry_if_exception_type(InfrastructureError),
             stop=stop_after_attempt(3),
             wait=wait_exponential(multiplier=0.5),
             reraise=True,
         )
-        return retrying(self._retriever.search, queries, self._top_k)
+        with self._searching:
+            return retrying(self._retriever.search, queries, self._top_k)
 
-    def _information(self, hits: list[Hit]) -> list[int]:
+    def inform(self, episode: _State, hits: list[Hit]) -> None:
+        """Append what the episode's search has found."""
+        query = episode.query or ""
+        episode.append(self._information(hits, episode.limits), Owner.ENVIRONMENT)
+        answers = episode.task.question.golden_answers
+        hit = any(_holds_answer(found.passage, answers) for found in hits)
+        episode.searches.append(Search(query, [h.passage.id for h in hits], [h.score for h in hits], hit))
+        episode.query = None
+        episode.tell(lambda watcher: watcher.search(query, hits))
+
+    def _information(self, hits: list[Hit], limits: ProtocolConfig) -> list[int]:
         """Return retrieved passages as ids; cut inside a passage's text, so that the closing tag stays."""
-        if self._config.documents == "release":
-            return self._release_information(hits)
+        if limits.documents == "release":
+            return self._release_information(hits, limits)
         ids: list[int] = []
-        room = self._config.max_information
+        room = limits.max_information
         for number, hit in enumerate(hits, 1):
             text = prompts.document(number, hit.passage.title, hit.passage.text)
             document = encode_start(text, self._tokenizer, room + 1)
@@ -212,11 +265,11 @@ class AgentLoop:
             room -= len(document)
         return [*self._encode(prompts.INFORMATION_PREFIX), *ids, *self._encode(prompts.INFORMATION_SUFFIX)]
 
-    def _release_information(self, hits: list[Hit]) -> list[int]:
+    def _release_information(self, hits: list[Hit], limits: ProtocolConfig) -> list[int]:
         """Return them as the release has them: tokens of one text, cut anywhere; the closing tag stays."""
         passages = [(hit.passage.title, hit.passage.text) for hit in hits]
         closing = self._encode(prompts.INFORMATION_SUFFIX)
-        room = len(self._encode(prompts.INFORMATION_PREFIX)) + self._config.max_information
+        room = len(self._encode(prompts.INFORMATION_PREFIX)) + limits.max_information
         text = prompts.information(passages, "release")
         ids = encode_start(text, self._tokenizer, room + len(closing) + 1)
         return ids if len(ids) <= room + len(closing) else [*ids[:room], *closing]
@@ -224,7 +277,8 @@ class AgentLoop:
     def _encode(self, text: str) -> list[int]:
         return encode_text(text, self._tokenizer)
 
-    def _record(self, episode: _State) -> Episode:
+    def record(self, episode: _State) -> Episode:
+        """Return a finished episode."""
         question = episode.task.question
         prompt_length = sum(owner == Owner.PROMPT for owner in episode.owners)
         response = self._tokenizer.decode(episode.ids[prompt_length:])
@@ -256,11 +310,127 @@ class AgentLoop:
 
     def _prediction(self, episode: _State) -> str | None:
         """Return the model's last complete answer: tags left open never reach into its next turn."""
-        if self._config.answer_scope == "prompt_and_response":  # the release's: the prompt's example is one
+        if episode.limits.answer_scope == "prompt_and_response":  # the release's: the prompt's example is one
             return last_answer(self._tokenizer.decode(episode.ids))
         opened = _open_tag(episode.task.opening)
         texts = [opened + text if i == 0 else text for i, text in enumerate(episode.turn_texts)]
         return next((answer for answer in map(last_answer, reversed(texts)) if answer is not None), None)
+
+
+class RunningEpisodes:
+    """Episodes under way together, in one session of the engine; new ones may join at any time.
+
+    Searches run beside generation, those of a moment as one batch. With `paced`, in a session that is it too,
+    a batch is waited for at the next `advance`: its episodes go on at the same place whenever it was done.
+    """
+
+    def __init__(self, loop: AgentLoop, paced: bool) -> None:
+        self._loop = loop
+        self._session = loop.engine.session(STOP)
+        self._paced = paced and self._session.paced
+        self._generating: dict[int, _State] = {}  # by the identity of the request
+        self._asking: list[_State] = []  # their searches have not begun
+        self._search: tuple[list[_State], Future[list[list[Hit]]]] | None = None
+        self._ready: list[_State] = []  # their next turn may begin
+        self._ended: list[_State] = []
+        self._searcher = ThreadPoolExecutor(1, thread_name_prefix="search")
+
+    @property
+    def count(self) -> int:
+        """Return the number of episodes that have not been returned."""
+        searching = len(self._search[0]) if self._search else 0
+        waiting = len(self._asking) + len(self._ready) + len(self._ended)
+        return len(self._generating) + searching + waiting
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._session.close()
+        self._searcher.shutdown(wait=True, cancel_futures=True)
+
+    def add(self, tasks: list[Task], sampling: Sampling) -> None:
+        """Let episodes join."""
+        self._ready += [self._loop.begin(task, sampling) for task in tasks]
+        self._begin_turns()
+
+    def advance(self) -> list[tuple[Task, Episode | Exception]]:
+        """Go on for a while and return the episodes that have ended, or the errors that ended them."""
+        finished = self._session.advance() if self._generating else []
+        self._take_hits()
+        for request, result in finished:
+            self._take(self._generating.pop(id(request)), result)
+        self._begin_search()
+        self._begin_turns()
+        ended, self._ended = self._ended, []
+        for episode in ended:
+            episode.cache.clear()
+        return [(episode.task, episode.error or self._loop.record(episode)) for episode in ended]
+
+    def _take(self, episode: _State, result: Generation | Exception) -> None:
+        """Act on what the engine has done for an episode."""
+        if isinstance(result, Generation):
+            self._loop.take(episode, result)
+        else:
+            self._lose(episode, result)
+        self._sort(episode)
+
+    @staticmethod
+    def _lose(episode: _State, error: Exception) -> None:
+        """End an episode: `failed` when something was down, else with the error."""
+        if isinstance(error, InfrastructureError):
+            episode.fail(str(error))
+        else:
+            episode.error = error
+
+    def _sort(self, episode: _State) -> None:
+        """Put an episode where it goes on."""
+        if episode.ending is not None or episode.error is not None:
+            self._ended.append(episode)
+        elif episode.query is not None:
+            self._asking.append(episode)
+        else:
+            self._ready.append(episode)
+
+    def _begin_search(self) -> None:
+        if self._asking and self._search is None:
+            queries = [episode.query or "" for episode in self._asking]
+            self._search = self._asking, self._searcher.submit(self._loop.search, queries)
+            self._asking = []
+
+    def _take_hits(self) -> None:
+        """Append what was found, if it was; wait for it a while where nothing else is to be done."""
+        if self._search is None:
+            return
+        episodes, found = self._search
+        if not self._paced:
+            wait([found], 0 if self._generating else PAUSE)
+            if not found.done():
+                return
+        self._search = None
+        try:
+            results = found.result()
+        except Exception as error:
+            for episode in episodes:
+                self._lose(episode, error)
+        else:
+            for episode, hits in zip(episodes, results, strict=True):
+                self._loop.inform(episode, hits)
+        for episode in episodes:
+            self._sort(episode)
+
+    def _begin_turns(self) -> None:
+        """Ask the engine for the next turns; episodes whose context is full end."""
+        ready, self._ready = self._ready, []
+        for episode in ready:
+            request = self._loop.request(episode)
+            if request is None or episode.error is not None:
+                self._ended.append(episode)
+                continue
+            self._generating[id(request)] = episode
+            self._session.add([request], episode.sampling)
 
 
 @lru_cache(maxsize=1000)

@@ -3,6 +3,7 @@
 Texts become token ids here too: what people and documents write never becomes a control token of the model.
 """
 
+import threading
 from collections.abc import Iterable
 from typing import Any, Literal
 
@@ -101,8 +102,7 @@ def known_ids(tokenizer: Any) -> int:
 
 def encode_text(text: str, tokenizer: Any) -> list[int]:
     """Return the ids of a text of the environment; `<|im_end|>` in a passage is ordinary characters."""
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False, split_special_tokens=True)
-    return ids
+    return _encode(text, tokenizer, split=True)
 
 
 def encode_start(text: str, tokenizer: Any, count: int) -> list[int]:
@@ -117,9 +117,20 @@ def encode_prompt(question: str, instruction: str, tokenizer: Any) -> list[int]:
     if message not in text:
         message = message.strip()  # as some templates do
     own = encode_text(message, tokenizer)
-    if own == tokenizer.encode(message, add_special_tokens=False):  # as good as always: nothing to keep apart
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-        return ids
+    if own == _encode(message, tokenizer):  # as good as always: nothing to keep apart
+        return _encode(text, tokenizer)
     before, _, after = text.partition(message)
-    around = [tokenizer.encode(part, add_special_tokens=False) for part in (before, after)]
+    around = [_encode(part, tokenizer) for part in (before, after)]
     return [*around[0], *own, *around[1]]
+
+
+# Whether control tokens are split is a state of the tokenizer, which a call sets before it encodes.
+_ENCODING = threading.Lock()
+
+
+def _encode(text: str, tokenizer: Any, split: bool = False) -> list[int]:
+    """Return the ids of a text; with `split` what looks like a control token is text too."""
+    options = {"split_special_tokens": True} if split else {}
+    with _ENCODING:
+        ids: list[int] = tokenizer.encode(text, add_special_tokens=False, **options)
+    return ids

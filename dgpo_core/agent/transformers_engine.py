@@ -1,41 +1,34 @@
-"""The default engine: batched generation with transformers, on a CPU or a GPU.
+"""The default engine: continuous batching with transformers, on a CPU or a GPU.
 
-Its key-value cache has room for all tokens of a turn from the start. transformers' DynamicCache concatenates,
-which copies the whole cache for every token, and on a CPU that is most of the time of a generation
-(`python -m benchmarks.rollout`).
+A session has slots, each with room for one episode's keys and values. A request takes a slot as soon as one
+is free, reads what is new in it, and then gets a token a step together with all others; its episode's next
+turn goes on in the same slot. transformers' DynamicCache concatenates, which copies the whole cache for every
+token, and on a CPU that is most of the time of a generation.
 """
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.nn.functional import pad
 from transformers import DynamicCache, DynamicLayer, PretrainedConfig, PreTrainedModel
 
-from dgpo_core.agent.engine import EpisodeCache, FinishReason, Generation, Request, StopCriteria, eos_ids
-from dgpo_core.config.agent import RolloutConfig, Sampling
-from dgpo_core.threads import side_by_side
+from dgpo_core.agent.engine import Finished, Generation, Request, StopCriteria, eos_ids
+from dgpo_core.config.agent import RolloutConfig, Sampling, slot_room
 
-COMPACT = 0.7  # share of unfinished rows below which the finished ones are taken out of the cache
-
-KeyValues = tuple[torch.Tensor, torch.Tensor]  # of one layer: [heads, tokens, head size] each
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """Keys and values of the tokens `ids`, for each layer: what an episode's next turn begins with."""
-
-    ids: list[int]
-    states: list[KeyValues]
+STRIDE = 4  # tokens that `advance` gives each request
 
 
 class TransformersEngine:
-    """Generates in left-padded batches of requests of similar length, cut by padded tokens.
+    """Continues requests in sessions, each with up to `rollout.slots` at a time.
 
     Sampling draws one uniform number a token from a stream that belongs to the request, so what an episode
-    samples does not depend on which other episodes share its batch. A request with a cache leaves its keys
-    and values there, as long as there is room, and its episode's next turn reads only what is new.
+    samples does not depend on which other episodes share its batch.
     """
 
     def __init__(self, model: PreTrainedModel, tokenizer: Any, config: RolloutConfig) -> None:
@@ -43,256 +36,404 @@ class TransformersEngine:
         rows = model.config.get_text_config().vocab_size
         self.stop_criteria = StopCriteria(tokenizer, eos_ids(tokenizer, model.generation_config), rows)
 
-    @torch.inference_mode()
-    def generate(
-        self,
-        requests: list[Request],
-        sampling: Sampling,
-        stop: tuple[str, ...],
-        on_token: Callable[[Request, int], None] | None = None,
-    ) -> list[Generation]:
-        """Continue each request; call `on_token` with each token when it is sampled, EOS too.
+    @property
+    def lane(self) -> int | None:
+        """Return the slots: on a CPU sessions run side by side, a thread each."""
+        return self._config.slots if self.model.device.type == "cpu" else None
 
-        What `on_token` raises ends the generation.
-        """
-        rows = [_Row(request, sampling) for request in requests]
-        batches = self._batches(rows)
-        self._grant_room(batches)
-        self._on_token = on_token
-        narrow = self._config.precision == "bfloat16"
-
-        def run(batch: list[_Row]) -> None:
-            with torch.autocast(self.model.device.type, dtype=torch.bfloat16, enabled=narrow):
-                self._run(batch, sampling, stop)
-
-        for _ in side_by_side(run, batches, self.model.device):
-            pass
-        return [Generation(row.ids, row.logprobs, row.finish or FinishReason.LENGTH) for row in rows]
-
-    def _batches(self, rows: list["_Row"]) -> list[list["_Row"]]:
-        """Group rows of similar length; padded tokens, with what may be generated, stay within the limit."""
-        batches: list[list[_Row]] = []
-        widths = [0, 0, 0]
-        for row in sorted(rows, key=lambda row: row.widths):
-            widths = [max(pair) for pair in zip(widths, row.widths, strict=True)]
-            if not batches or sum(widths) * (len(batches[-1]) + 1) > self._config.batch_tokens:
-                batches.append([])
-                widths = list(row.widths)
-            batches[-1].append(row)
-        return batches
-
-    def _grant_room(self, batches: list[list["_Row"]]) -> None:
-        """Decide which rows keep keys and values for their next turn: no more tokens than `kept_tokens`.
-
-        A row needs what it may become, beside what rows without room still have of their last turn.
-        """
-        held = sum(row.past for batch in batches for row in batch)
-        for row in (row for batch in batches for row in batch):
-            own = row.request.cache
-            more = len(row.request.token_ids) + row.request.max_new_tokens - 1 - row.past
-            if own is not None and own.renew and held + more <= self._config.kept_tokens:
-                row.keeper = own
-                held += more
-
-    def _run(self, rows: list["_Row"], sampling: Sampling, stop: tuple[str, ...]) -> None:
-        """Prefill, then sample one token a step; finished rows leave the batch many at a time."""
-        cache, ids, mask, positions = self._begin(rows)
-        batch = rows  # those in the cache
-        while True:
-            hidden = self.model.base_model(
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            ).last_hidden_state[:, -1]
-            logits = self.model.get_output_embeddings()(hidden)[:, : self.stop_criteria.known].float()
-            tokens, logprobs = _sample(logits, batch, sampling)
-            self._append(batch, tokens.tolist(), logprobs.tolist(), stop)
-            going = [place for place, row in enumerate(batch) if row.finish is None]
-            if len(going) <= COMPACT * len(batch):
-                self._store_prefixes(batch, cache, mask)
-                if not going:
-                    return
-                batch = [batch[place] for place in going]
-                chosen = torch.tensor(going, device=ids.device)
-                cache.batch_select_indices(chosen)
-                tokens, mask, positions = tokens[chosen], mask[chosen], positions[chosen]
-            ids, positions = tokens[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
-
-    def _begin(self, rows: list["_Row"]) -> tuple[DynamicCache, torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return the cache with the rows' prefixes, the ids to read, the mask of both, and the positions."""
-        device = self.model.device
-        capacity = sum(max(column) for column in zip(*(row.widths for row in rows), strict=True))
-        cache = preallocated_cache(self.model.config, capacity, [row.prefix for row in rows])
-        past = _left_pad([row.prefix.ids if row.prefix else [] for row in rows], device)[1]
-        ids, new = _left_pad([row.unread for row in rows], device)
-        mask = torch.cat([past, new], dim=1)
-        for row in rows:  # the cache has a copy
-            row.drop_prefix()
-        return cache, ids, mask, (mask.cumsum(1) - 1).clamp(min=0)[:, past.shape[1] :]
-
-    def _store_prefixes(self, batch: list["_Row"], cache: DynamicCache, mask: torch.Tensor) -> None:
-        """Leave finished rows' keys and values in their caches; `mask` [rows, tokens in the cache]."""
-        for place, row in enumerate(batch):
-            if row.finish is None or row.keeper is None:
-                continue
-            # the last token was not read, and what follows it is not the row's
-            ids = [*row.request.token_ids, *row.ids[:-1]]
-            columns = mask[place].nonzero()[: len(ids), 0]
-            row.keeper.content = Prefix(ids, _row_states(cache, place, columns))
-
-    def _append(
-        self, batch: list["_Row"], tokens: list[int], logprobs: list[float], stop: tuple[str, ...]
-    ) -> None:
-        """Give each unfinished row its token, and finish the rows that it completes."""
-        for row, token, logprob in zip(batch, tokens, logprobs, strict=True):
-            if row.finish is not None:
-                continue
-            row.ids.append(token)
-            row.logprobs.append(logprob)
-            row.finish = self.stop_criteria.finish(row.ids, row.request.max_new_tokens, stop)
-            if self._on_token is not None:
-                self._on_token(row.request, token)
+    def session(self, stop: tuple[str, ...]) -> "TransformersSession":
+        return TransformersSession(self.model, self.stop_criteria, self._config, stop)
 
 
+@dataclass(eq=False)
 class _Row:
-    """One request in generation; `prefix` is what its episode's last turn left in its cache."""
+    """A request in its slot; `ids` are the tokens of which the slot has keys and values between turns."""
 
-    def __init__(self, request: Request, sampling: Sampling) -> None:
-        self.request = request
-        self.ids: list[int] = []
-        self.logprobs: list[float] = []
-        self.finish: FinishReason | None = None
-        self.keeper: EpisodeCache | None = None  # of its keys and values, for the episode's next turn
-        count = request.max_new_tokens if sampling.temperature > 0 else 0
-        self.uniforms = np.random.default_rng(request.seed).random(count)
-        prefix: Prefix | None = request.cache.content if request.cache else None
-        past = len(prefix.ids) if prefix else 0
-        self.prefix = prefix
-        if prefix is None or prefix.ids != request.token_ids[:past] or past >= len(request.token_ids):
-            self.drop_prefix()
+    request: Request
+    sampling: Sampling
+    place: int = -1
+    finished: bool = False
+    ids: list[int] | None = None
 
     @property
-    def past(self) -> int:
-        """The number of the request's tokens whose keys and values are there already."""
-        return len(self.prefix.ids) if self.prefix else 0
-
-    @property
-    def unread(self) -> list[int]:
-        """The request's tokens that the model has to read."""
-        return self.request.token_ids[self.past :]
-
-    @property
-    def widths(self) -> tuple[int, int, int]:
-        """The numbers of tokens that were read, that are to be read, and that may be generated."""
-        return self.past, len(self.request.token_ids) - self.past, self.request.max_new_tokens
-
-    def drop_prefix(self) -> None:
-        self.prefix = None
-        if self.request.cache is not None:
-            self.request.cache.clear()
+    def kept(self) -> bool:
+        """Return whether the finished request's slot waits for its episode's next turn."""
+        return self.request.cache is not None and self.request.cache.content is self
 
 
-def _left_pad(sequences: list[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ids and mask, [rows, longest], int64."""
-    width = max(map(len, sequences))
-    ids = torch.zeros(len(sequences), width, dtype=torch.long)
-    mask = torch.zeros(len(sequences), width, dtype=torch.long)
-    for row, sequence in enumerate(sequences):
-        ids[row, width - len(sequence) :] = torch.tensor(sequence)
-        mask[row, width - len(sequence) :] = 1
-    return ids.to(device), mask.to(device)
+class TransformersSession:
+    """Requests in slots. `batch_tokens` limits the padded tokens of a pass that reads."""
+
+    paced = True
+
+    def __init__(
+        self, model: PreTrainedModel, criteria: StopCriteria, config: RolloutConfig, stop: tuple[str, ...]
+    ) -> None:
+        self._model, self._criteria, self._config, self._stop = model, criteria, config, stop
+        self._narrow = config.precision == "bfloat16"
+        self._ends: Bool[Tensor, " V"] = torch.tensor(criteria.may_end(stop), device=model.device)
+        self._waiting: list[_Row] = []
+        self._rows: list[_Row | None] = []  # slot by slot
+        self._slots = Slots(model)
+        self._finished: list[Finished] = []
+
+    def add(self, requests: list[Request], sampling: Sampling) -> None:
+        self._waiting += [_Row(request, sampling) for request in requests]
+
+    def close(self) -> None:
+        """Do nothing: memory goes with the session."""
+
+    @torch.inference_mode()
+    def advance(self) -> list[Finished]:
+        """Let requests into free slots, and sample up to STRIDE tokens for each that is in one."""
+        with torch.autocast(self._model.device.type, dtype=torch.bfloat16, enabled=self._narrow):
+            for rows in self._reading(self._admit()):
+                self._read(rows)
+            for _ in range(STRIDE):
+                if not any(map(_at_work, self._rows)):
+                    break
+                self._step()
+        finished, self._finished = self._finished, []
+        return finished
+
+    # --- slots
+
+    def _admit(self) -> list[_Row]:
+        """Give waiting requests their episode's slot or a free one; return those that got one."""
+        self._rows = [row if row and (_at_work(row) or row.kept) else None for row in self._rows]
+        if not any(map(_at_work, self._rows)) and not any(map(self._has_own_slot, self._waiting)):
+            self._rows = [None] * len(self._rows)  # kept for turns that others would wait for in vain
+        admitted, waiting = [], []
+        for row in self._waiting:
+            own = self._own_slot(row)
+            free = [place for place, other in enumerate(self._rows) if other is None] if own is None else []
+            if own is not None:
+                row.place = own
+            elif free:
+                row.place = free[0]
+            elif len(self._rows) < self._config.slots:
+                row.place = len(self._rows)
+                self._rows.append(None)
+            else:
+                waiting.append(row)
+                continue
+            self._rows[row.place] = row
+            admitted.append(row)
+        self._waiting = waiting
+        self._arrange()
+        return admitted
+
+    def _has_own_slot(self, row: _Row) -> bool:
+        """Return whether the episode's last turn is still in its slot."""
+        last: _Row | None = row.request.cache.content if row.request.cache else None
+        return last is not None and last.place < len(self._rows) and self._rows[last.place] is last
+
+    def _own_slot(self, row: _Row) -> int | None:
+        """Return the slot with the beginning of the request's tokens, and note how far it goes."""
+        if row.request.cache is None or not self._has_own_slot(row):
+            return None
+        last: _Row = row.request.cache.content
+        row.request.cache.clear()
+        past = len(last.ids or ())
+        if last.ids == row.request.token_ids[:past] and past < len(row.request.token_ids):
+            row.ids = last.ids
+            return last.place
+        self._rows[last.place] = None
+        return None
+
+    def _arrange(self) -> None:
+        """Make room for what the requests may become, and move the last rows at work into free places."""
+        requests = [row.request for row in self._rows if row]
+        longest = max((len(r.token_ids) + r.max_new_tokens for r in requests), default=0)
+        self._slots.grow(len(self._rows), longest, max((r.max_new_tokens for r in requests), default=0))
+        for place in [place for place, row in enumerate(self._rows) if row is None]:
+            last = max((row.place for row in self._rows if row and _at_work(row)), default=0)
+            if last < place:
+                break
+            self._slots.move(last, place)
+            self._rows[place], self._rows[last] = self._rows[last], None
+            self._rows[place].place = place  # type: ignore[union-attr]
+
+    # --- passes through the model
+
+    def _reading(self, rows: list[_Row]) -> Iterator[list[_Row]]:
+        """Yield groups of rows with about equally many tokens to read, padded ones within the limit."""
+        group: list[_Row] = []
+        for row in sorted(rows, key=lambda row: (row.ids is not None, -len(_unread(row)))):
+            mixed = group and (group[0].ids is None) != (row.ids is None)
+            if group and (mixed or len(_unread(group[0])) * (len(group) + 1) > self._config.batch_tokens):
+                yield group
+                group = []
+            group.append(row)
+        if group:
+            yield group
+
+    def _read(self, rows: list[_Row]) -> None:
+        """Read what is new in the rows' requests, and sample the first token of each."""
+        slots, device = self._slots, self._model.device
+        unread = [_unread(row) for row in rows]
+        counts = torch.tensor([len(ids) for ids in unread])
+        ids = torch.zeros(len(rows), int(counts.max()), dtype=torch.long)
+        for line, new in zip(ids, unread, strict=True):
+            line[: len(new)] = torch.tensor(new)
+        for row in rows:
+            slots.begin(row.place, len(row.ids or ()), row.request, row.sampling)
+        places = torch.tensor([row.place for row in rows], device=device)
+        hidden = slots.forward(self._model, ids.to(device), places, fresh=rows[0].ids is None)
+        counts = counts.to(device)
+        slots.lengths[places] += counts
+        self._sample(places, hidden[torch.arange(len(rows), device=device), counts - 1], rows)
+
+    def _step(self) -> None:
+        """Sample a token for each row at work, from the one before."""
+        slots = self._slots
+        rows = self._rows[: 1 + max(row.place for row in self._rows if row and _at_work(row))]
+        places = torch.arange(len(rows), device=self._model.device)
+        hidden = slots.forward(self._model, slots.newest[places][:, None], places, leading=True)
+        slots.lengths[places] += slots.working[places].long()
+        self._sample(places, hidden[:, -1], rows)
+
+    def _sample(self, places: Int[Tensor, " B"], hidden: Float[Tensor, "B H"], rows: list[Any]) -> None:
+        """Give rows their next tokens, and finish those that it completes."""
+        slots = self._slots
+        logits = self._model.get_output_embeddings()(hidden)[:, : self._criteria.known].float()
+        tokens, logprobs = sample(logits, slots.temperatures[places], slots.next_uniforms(places))
+        slots.append(places, tokens, logprobs)
+        for row in rows:
+            if row is not None and row.request.on_token is not None and _at_work(row):
+                self._tell(row, int(slots.newest[row.place]))
+        may = slots.working[places] & (self._ends[tokens] | (slots.counts[places] >= slots.limits[places]))
+        for place in places[may].tolist():
+            self._end(self._rows[place])
+
+    def _tell(self, row: _Row, token: int) -> None:
+        """Tell whoever listens of a token; what it raises is the request's end."""
+        try:
+            assert row.request.on_token is not None
+            row.request.on_token(token)
+        except Exception as error:
+            self._leave(row)
+            self._finished.append((row.request, error))
+
+    def _end(self, row: _Row | None) -> None:
+        """Finish a row if its tokens say so, and leave its slot to its episode's next turn."""
+        assert row is not None
+        request = row.request
+        ids, logprobs = self._slots.written(row.place)
+        reason = self._criteria.finish(ids, request.max_new_tokens, self._stop)
+        if reason is None:
+            return
+        self._leave(row)
+        row.ids = [*request.token_ids, *ids[:-1]]  # the last token was not read
+        if request.cache is not None and request.cache.renew:
+            request.cache.content = row
+        self._finished.append((request, Generation(ids, logprobs, reason)))
+
+    def _leave(self, row: _Row) -> None:
+        row.finished = True
+        self._slots.working[row.place] = False
 
 
-def _sample(logits: torch.Tensor, rows: list[_Row], sampling: Sampling) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the next tokens and their log-probabilities, [rows] each; `logits` [rows, known ids] float32."""
-    if sampling.temperature == 0:
-        logprobs = logits.log_softmax(-1)
-        tokens = logits.argmax(-1)
-    else:
-        logprobs = (logits / sampling.temperature).log_softmax(-1)
-        drawn = [0.0 if row.finish else row.uniforms[len(row.ids)] for row in rows]
-        cumulative = logprobs.double().exp().cumsum(-1)
-        scaled = torch.tensor(drawn, dtype=torch.float64, device=logits.device)[:, None] * cumulative[:, -1:]
-        tokens = torch.searchsorted(cumulative, scaled, right=True)[:, 0].clamp(max=logits.shape[-1] - 1)
+def _at_work(row: _Row | None) -> bool:
+    return row is not None and not row.finished
+
+
+def _unread(row: _Row) -> list[int]:
+    """Return the request's tokens that the model has to read."""
+    return row.request.token_ids[len(row.ids or ()) :]
+
+
+def sample(
+    logits: Float[Tensor, "B V"], temperatures: Float[Tensor, " B"], uniforms: Float[Tensor, " B"]
+) -> tuple[Int[Tensor, " B"], Float[Tensor, " B"]]:
+    """Return the next tokens and their log-probabilities; at temperature 0 the likeliest.
+
+    A token is the inverse of the cumulative distribution at a uniform number.
+    """
+    greedy = temperatures == 0
+    logprobs = (logits / temperatures.masked_fill(greedy, 1.0)[:, None]).log_softmax(-1)
+    tokens = logits.argmax(-1)
+    if not greedy.all():
+        cumulative = logprobs.exp().cumsum(-1, dtype=torch.float64)
+        drawn = torch.searchsorted(cumulative, uniforms[:, None] * cumulative[:, -1:], right=True)[:, 0]
+        tokens = torch.where(greedy, tokens, drawn.clamp(max=logits.shape[-1] - 1))
     return tokens, logprobs.gather(-1, tokens[:, None])[:, 0]
 
 
-def preallocated_cache(
-    config: PretrainedConfig, capacity: int, prefixes: Sequence[Prefix | None] = ()
-) -> DynamicCache:
-    """Return a cache for `capacity` tokens a row that begins with the rows' `prefixes`, right-aligned.
+class Slots:
+    """What a session knows of its slots, a row of each tensor a slot: the cache, and the tokens of the turn.
+
+    `lengths` are tokens in the cache; `counts` and `limits` those that were and may be sampled.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        device = model.device
+        self.cache, self._window = slot_cache(model.config)
+        self._layers = [layer for layer in self.cache.layers if isinstance(layer, SlotLayer)]
+        self.temperatures, self._logprobs = torch.zeros(0, device=device), torch.zeros(0, 0, device=device)
+        self.working, self._uniforms = self.temperatures.bool(), self._logprobs.double()
+        self.lengths, self.counts, self.limits, self.newest = (self.temperatures.long() for _ in range(4))
+        self._tokens = self._logprobs.long()
+
+    _VECTORS = ("lengths", "counts", "limits", "newest", "working", "temperatures")
+    _TABLES = ("_uniforms", "_tokens", "_logprobs")
+
+    def grow(self, slots: int, longest: int, written: int) -> None:
+        """Have at least so many slots, with room for `longest` tokens each, `written` of them of a turn."""
+        window, used = self._window, int(self.lengths.max()) + 1 if len(self.lengths) else 0
+        more, wider = slots - len(self.working), written + 1 - self._tokens.shape[1]
+        for name in self._VECTORS:
+            setattr(self, name, pad(getattr(self, name), (0, max(0, more))))
+        for name in self._TABLES:
+            setattr(self, name, pad(getattr(self, name), (0, max(0, wider), 0, max(0, more))))
+        if more > 0 or longest > window.room:
+            window.slots = len(self.working)
+            window.room = max(window.room, slot_room(longest))
+            for layer in self._layers:
+                layer.grow(used)
+
+    def move(self, place: int, to: int) -> None:
+        """Let what is in one slot be in another."""
+        for name in (*self._VECTORS, *self._TABLES):
+            tensor: Tensor = getattr(self, name)
+            tensor[to] = tensor[place]
+        self.working[place] = False
+        for layer in self._layers:
+            layer.move(place, to, int(self.lengths[to]))
+
+    def begin(self, place: int, past: int, request: Request, sampling: Sampling) -> None:
+        """Begin a turn in a slot whose first `past` tokens are in the cache."""
+        self.lengths[place], self.counts[place], self.limits[place] = past, 0, request.max_new_tokens
+        self.temperatures[place], self.working[place] = sampling.temperature, True
+        if sampling.temperature > 0:
+            drawn = np.random.default_rng(request.seed).random(request.max_new_tokens)
+            self._uniforms[place, : request.max_new_tokens] = torch.from_numpy(drawn)
+
+    def forward(
+        self,
+        model: PreTrainedModel,
+        ids: Int[Tensor, "B T"],
+        places: Int[Tensor, " B"],
+        fresh: bool = False,
+        leading: bool = False,
+    ) -> Float[Tensor, "B T H"]:
+        """Put new tokens behind those of their slots and return the last hidden states.
+
+        `ids` are padded on the right: what stands there is masked until a token takes its place. With `fresh`
+        no slot has any tokens yet; with `leading` the places are the first ones.
+        """
+        lengths, window = self.lengths[places], self._window
+        positions = lengths[:, None] + torch.arange(ids.shape[1], device=ids.device)
+        window.places, window.fresh, window.leading = places, fresh, leading
+        window.columns = positions.clamp(max=window.room - 1)
+        longest = ids.shape[1] if fresh else int(lengths.max()) + ids.shape[1]
+        window.width = min(longest, window.room)  # beyond it is padding alone
+        hidden_from = torch.arange(window.width, device=ids.device) > positions[:, None, :, None]
+        mask = torch.zeros(hidden_from.shape, dtype=model.dtype, device=ids.device).masked_fill_(
+            hidden_from, -math.inf
+        )
+        hidden: Tensor = model.base_model(
+            input_ids=ids,
+            attention_mask=mask,  # numbers: of truth values each layer would make them again
+            position_ids=window.columns,
+            past_key_values=self.cache,
+            use_cache=True,
+        ).last_hidden_state
+        return hidden
+
+    def next_uniforms(self, places: Int[Tensor, " B"]) -> Float[Tensor, " B"]:
+        return self._uniforms[places, self.counts[places]]
+
+    def append(
+        self, places: Int[Tensor, " B"], tokens: Int[Tensor, " B"], logprobs: Float[Tensor, " B"]
+    ) -> None:
+        """Write a token behind those of the turn; slots that are not at work stay as they are."""
+        counts = self.counts[places]
+        self._tokens[places, counts], self._logprobs[places, counts] = tokens, logprobs
+        self.newest[places] = tokens
+        self.counts[places] = counts + self.working[places].long()
+
+    def written(self, place: int) -> tuple[list[int], list[float]]:
+        """Return the turn's tokens and their log-probabilities."""
+        count = int(self.counts[place])
+        return self._tokens[place, :count].tolist(), self._logprobs[place, :count].tolist()
+
+
+@dataclass
+class Window:
+    """Where the next pass reads and writes in all layers: `slots` of `room` tokens each.
+
+    New tokens go to `columns` [B, T] of the slots `places` [B]; the first `width` columns are attended to.
+    """
+
+    slots: int = 0
+    room: int = 0
+    width: int = 0
+    fresh: bool = False
+    leading: bool = False
+    places: Tensor | None = None
+    columns: Tensor | None = None
+
+
+def slot_cache(config: PretrainedConfig) -> tuple[DynamicCache, Window]:
+    """Return a cache of slots and the window through which it is used.
 
     It is for models whose layers all attend to everything (Qwen2, Llama). Raises ValueError for others.
     """
-    cache = DynamicCache(config=config)
+    cache, window = DynamicCache(config=config), Window()
     if any(type(layer) is not DynamicLayer for layer in cache.layers):
         raise ValueError("this model's layers need caches of other kinds than full attention")
-    layers = [PreallocatedLayer(capacity) for _ in cache.layers]
-    if any(prefixes):
-        for number, layer in enumerate(layers):
-            layer.begin([prefix.states[number] if prefix else None for prefix in prefixes])
-    cache.layers = list(layers)
-    return cache
+    cache.layers = [SlotLayer(window) for _ in cache.layers]
+    return cache, window
 
 
-class PreallocatedLayer(DynamicLayer):
-    """Keys and values [batch, heads, tokens, head size] as views of buffers with `capacity` tokens."""
+class SlotLayer(DynamicLayer):
+    """Keys and values [slots, heads, room, head size] of one layer."""
 
-    def __init__(self, capacity: int) -> None:
+    keys: Tensor
+    values: Tensor
+
+    def __init__(self, window: Window) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self._capacity = capacity
+        self._window = window
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         self.dtype, self.device = key_states.dtype, key_states.device
-        shape = (*key_states.shape[:2], self._capacity)
-        self._key_buffer = key_states.new_empty(*shape, key_states.shape[-1])
-        self._value_buffer = value_states.new_empty(*shape, value_states.shape[-1])
-        self._length = 0
-        self._set_views()
+        self.keys, self.values = (self._room(states) for states in (key_states, value_states))
         self.is_initialized = True
 
-    def begin(self, rows: list[KeyValues | None]) -> None:
-        """Write the rows' earlier tokens, right-aligned; zeros, to be masked, fill what a row lacks."""
-        first = next(filter(None, rows))  # under autocast keys and values are of two types
-        keys, values = (part.new_empty(len(rows), part.shape[0], 0, part.shape[2]) for part in first)
-        self.lazy_initialization(keys, values)
-        self._length = max(keys.shape[1] for keys, _ in filter(None, rows))
-        keys, values = self._set_views()
-        keys.zero_()
-        values.zero_()
-        for place, row in enumerate(rows):
-            if row is not None:
-                start = self._length - row[0].shape[1]
-                keys[place, :, start:], values[place, :, start:] = row
-
     def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Append the states of new tokens. Raises IndexError when there is no room for them."""
+        self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """Write the states of new tokens; return those that are attended to, [B, heads, width, head size]."""
+        window = self._window
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        end = self._length + key_states.shape[-2]
-        if end > self._capacity:
-            raise IndexError(f"the cache has room for {self._capacity} tokens, not for {end}")
-        self._key_buffer[:, :, self._length : end] = key_states
-        self._value_buffer[:, :, self._length : end] = value_states
-        self._length = end
-        return self._set_views()
+        assert window.places is not None and window.columns is not None
+        rows = window.places[:, None]
+        self.keys[rows, :, window.columns] = key_states.transpose(1, 2)
+        self.values[rows, :, window.columns] = value_states.transpose(1, 2)
+        if window.fresh:
+            return key_states, value_states
+        chosen = slice(len(window.places)) if window.leading else window.places
+        seen = (states[:, :, : window.width][chosen] for states in (self.keys, self.values))
+        return next(seen), next(seen)
 
-    def batch_select_indices(self, indices: torch.Tensor) -> None:
-        self._key_buffer, self._value_buffer = self._key_buffer[indices], self._value_buffer[indices]
-        self._set_views()
+    def grow(self, used: int) -> None:
+        """Take a buffer as large as the window says; of the old one the first `used` columns matter."""
+        if not self.is_initialized:
+            return
+        for name in ("keys", "values"):
+            old: Tensor = getattr(self, name)
+            new = self._room(old)
+            new[: len(old), :, :used] = old[:, :, :used]
+            setattr(self, name, new)
 
-    def _set_views(self) -> tuple[torch.Tensor, torch.Tensor]:
-        self.keys: torch.Tensor = self._key_buffer[:, :, : self._length]
-        self.values: torch.Tensor = self._value_buffer[:, :, : self._length]
-        return self.keys, self.values
+    def move(self, place: int, to: int, length: int) -> None:
+        """Copy a slot's first `length` tokens into another slot."""
+        for states in (self.keys, self.values) if self.is_initialized else ():
+            states[to, :, :length] = states[place, :, :length]
 
-
-def _row_states(cache: DynamicCache, place: int, columns: torch.Tensor) -> list[KeyValues]:
-    """Copy one row's keys and values at the `columns` [tokens] out of each layer."""
-    layers = [layer for layer in cache.layers if isinstance(layer, PreallocatedLayer)]
-    return [(layer.keys[place][:, columns], layer.values[place][:, columns]) for layer in layers]
+    def _room(self, like: Tensor) -> Tensor:
+        # zeros: what is masked must still be a number
+        return like.new_zeros(self._window.slots, like.shape[1], self._window.room, like.shape[3])

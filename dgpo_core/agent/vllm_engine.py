@@ -6,11 +6,12 @@ How requests are asked and answers are read is the same for vLLM's servers (`vll
 """
 
 import contextlib
+import itertools
 import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, GenerationConfig
 
-from dgpo_core.agent.engine import FinishReason, Generation, Request, StopCriteria, Weights, eos_ids
+from dgpo_core.agent.engine import Finished, FinishReason, Generation, Request, StopCriteria, Weights, eos_ids
 from dgpo_core.agent.loop import stable_seed
 from dgpo_core.config.agent import RolloutConfig, Sampling
 from dgpo_core.errors import InfrastructureError, UserError
@@ -32,6 +33,7 @@ INSTALL = "needs vLLM in this environment: see docs/vllm.md"
 # Log-probabilities at the sampling temperature, as the loop records them; vLLM's default is raw ones.
 LOGPROBS_MODE = "processed_logprobs"
 NEVER = -1e9  # added to a logit: no probability, whatever the logit is
+_NUMBERS = itertools.count()  # of requests: their names must be new ones in an engine
 SMI_TIMEOUT = 30.0  # seconds that nvidia-smi may take
 
 
@@ -87,17 +89,19 @@ class VllmEngine:
         except (RuntimeError, OSError) as error:
             raise InfrastructureError(f"vLLM does not start with {source}: {error}") from error
 
-    def generate(
-        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
-    ) -> list[Generation]:
-        """Continue each request. Raises InfrastructureError when vLLM fails or has other weights."""
-        from vllm import SamplingParams
+    @property
+    def lane(self) -> int | None:
+        """Return None: vLLM wants all requests at once."""
+        return None
 
-        params = [SamplingParams(**sampling_fields(r, sampling, stop, self.stop_criteria)) for r in requests]
-        prompts = [{"prompt_token_ids": request.token_ids} for request in requests]
-        with _failures("generate"):
-            outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [self._read(r, answer.outputs[0], stop) for r, answer in zip(requests, outputs, strict=True)]
+    def session(self, stop: tuple[str, ...]) -> "VllmSession":
+        """Return a session whose requests fail when vLLM does, or has other weights."""
+        return VllmSession(
+            self._llm.llm_engine,
+            lambda request, answer: self._read(request, answer, stop),
+            stop,
+            self.stop_criteria,
+        )
 
     def _read(self, request: Request, answer: Any, stop: tuple[str, ...]) -> Generation:
         require_version([span.version for span in answer.weight_versions or ()], self._version)
@@ -141,6 +145,61 @@ class VllmEngine:
             client, dtype = InProcessClient(self._llm), getattr(torch, self._config.precision)
             self._sender = Transfer(IPCTrainerInitInfo(rank=0), client, dtype)
         self._sender.send(weights)
+
+
+class VllmSession:
+    """Requests in vLLM's own continuous batch."""
+
+    paced = False
+
+    def __init__(
+        self,
+        engine: Any,
+        read: Callable[[Request, Any], Generation],
+        stop: tuple[str, ...],
+        criteria: StopCriteria,
+    ) -> None:
+        self._engine, self._read, self._stop, self._criteria = engine, read, stop, criteria
+        self._under_way: dict[str, Request] = {}
+        self._failed: list[Finished] = []
+
+    def add(self, requests: list[Request], sampling: Sampling) -> None:
+        from vllm import SamplingParams
+
+        for request in requests:
+            params = SamplingParams(**sampling_fields(request, sampling, self._stop, self._criteria))
+            name = f"dgpo-{next(_NUMBERS)}"
+            try:
+                with _failures("take a request"):
+                    self._engine.add_request(name, {"prompt_token_ids": request.token_ids}, params)
+            except InfrastructureError as error:
+                self._failed.append((request, error))
+            else:
+                self._under_way[name] = request
+
+    def advance(self) -> list[Finished]:
+        """Let vLLM do a step. When it fails, so do all requests."""
+        finished, self._failed = self._failed, []
+        try:
+            with _failures("generate"):
+                outputs = self._engine.step() if self._under_way else []
+        except InfrastructureError as error:
+            finished += [(request, error) for request in self._under_way.values()]
+            self._under_way = {}
+            return finished
+        for output in outputs:
+            if output.finished and (request := self._under_way.pop(output.request_id, None)):
+                try:
+                    finished.append((request, self._read(request, output.outputs[0])))
+                except InfrastructureError as error:
+                    finished.append((request, error))
+        return finished
+
+    def close(self) -> None:
+        """End what is under way."""
+        if self._under_way:
+            with contextlib.suppress(InfrastructureError), _failures("end requests"):
+                self._engine.abort_request(list(self._under_way))
 
 
 @contextlib.contextmanager

@@ -2,8 +2,8 @@
 
 import os
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import httpx
 import torch
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
-from dgpo_core.agent.engine import Generation, Request, Weights, weights_of
+from dgpo_core.agent.engine import Finished, Generation, Request, Weights, weights_of
 from dgpo_core.agent.loop import stable_seed
 from dgpo_core.agent.vllm_engine import (
     LOGPROBS_MODE,
@@ -30,6 +30,7 @@ from dgpo_core.errors import InfrastructureError, UserError, may_pass, without_c
 from dgpo_core.models import load_model
 
 GENERATE = "/inference/v1/generate"  # token ids in, token ids out
+WAIT = 0.05  # seconds after which searches that are done are seen to
 HOW_TO_START = "start it as docs/vllm.md says"
 
 
@@ -55,25 +56,27 @@ class VllmServerEngine:
         if any(not server.has_untouched(source) for server in self._servers):
             self._reload(weights_of(load_model(source)))
 
-    def generate(
-        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
-    ) -> list[Generation]:
-        """Continue each request. Raises InfrastructureError when a server fails or has other weights."""
+    @property
+    def lane(self) -> int | None:
+        """Return None: servers want all requests at once."""
+        return None
 
-        def one(request: Request) -> Generation:
-            # without the turn, which comes last: the server that has the earlier turns in its cache
-            server = self._servers[stable_seed(*request.seed[:-1]) % len(self._servers)]
-            choice = server.generate(
-                request.token_ids, sampling_fields(request, sampling, stop, self.stop_criteria)
-            )
-            with _reading(GENERATE):
-                require_version([span["version"] for span in choice["weight_versions"] or ()], self._version)
-                logprobs = [float(step["logprob"]) for step in choice["logprobs"]["content"]]
-                ids, reason = [int(token) for token in choice["token_ids"]], choice["finish_reason"]
-            return read_generation(request, ids, logprobs, reason, self.stop_criteria, stop)
+    def session(self, stop: tuple[str, ...]) -> "ServerSession":
+        """Return a session whose requests fail when a server does, or has other weights."""
+        threads = self._config.server.concurrency * len(self._servers)
+        return ServerSession(lambda request, sampling: self._one(request, sampling, stop), threads)
 
-        with ThreadPoolExecutor(self._config.server.concurrency * len(self._servers)) as threads:
-            return list(threads.map(one, requests))
+    def _one(self, request: Request, sampling: Sampling, stop: tuple[str, ...]) -> Generation:
+        # without the turn, which comes last: the server that has the earlier turns in its cache
+        server = self._servers[stable_seed(*request.seed[:-1]) % len(self._servers)]
+        choice = server.generate(
+            request.token_ids, sampling_fields(request, sampling, stop, self.stop_criteria)
+        )
+        with _reading(GENERATE):
+            require_version([span["version"] for span in choice["weight_versions"] or ()], self._version)
+            logprobs = [float(step["logprob"]) for step in choice["logprobs"]["content"]]
+            ids, reason = [int(token) for token in choice["token_ids"]], choice["finish_reason"]
+        return read_generation(request, ids, logprobs, reason, self.stop_criteria, stop)
 
     def refresh(self, weights: Weights) -> None:
         """Give the weights to every server. Raises UserError for a server that allows none."""
@@ -101,6 +104,35 @@ class VllmServerEngine:
         self._version = f"{self._client}-{self._refreshes}"
         for server in self._servers:
             server.set_version(self._version)
+
+
+class ServerSession:
+    """Requests at servers, which batch them as they come; each is a thread that waits for its answer."""
+
+    paced = False
+
+    def __init__(self, answer: Callable[[Request, Sampling], Generation], threads: int) -> None:
+        self._answer, self._threads = answer, ThreadPoolExecutor(threads)
+        self._under_way: dict[Future[Generation], Request] = {}
+
+    def add(self, requests: list[Request], sampling: Sampling) -> None:
+        for request in requests:
+            self._under_way[self._threads.submit(self._answer, request, sampling)] = request
+
+    def advance(self) -> list[Finished]:
+        """Return what is answered; wait up to WAIT seconds for the first."""
+        done = wait(self._under_way, WAIT, FIRST_COMPLETED).done
+        finished: list[Finished] = []
+        for future in done:
+            error = future.exception()
+            if error is not None and not isinstance(error, Exception):
+                raise error
+            finished.append((self._under_way.pop(future), error or future.result()))
+        return finished
+
+    def close(self) -> None:
+        """Forget requests that have not been sent."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 @contextmanager

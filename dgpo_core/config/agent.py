@@ -68,19 +68,22 @@ class ProbeConfig(Section):
     )
 
 
+def slot_room(tokens: int) -> int:
+    """Return for how many tokens a slot has room that must hold these: it doubles when it is too small."""
+    return max(256, 1 << (tokens - 1).bit_length())
+
+
 class RolloutConfig(Section):
     """How episodes are generated."""
 
-    FREE = frozenset({"batch_tokens", "kept_tokens", "vllm", "server", "refresh", "weights_folder", "probe"})
+    FREE = frozenset({"batch_tokens", "slots", "vllm", "server", "refresh", "weights_folder", "probe"})
 
     engine: Literal["transformers", "vllm", "vllm-server"] = "transformers"
-    batch_tokens: PositiveInt = Field(
-        65_536,
-        description="padded tokens in a forward pass (of each thread, on a processor); of transformers",
+    slots: PositiveInt = Field(
+        64, description="episodes generated at a time (by each thread, on a processor); of transformers"
     )
-    kept_tokens: NonNegativeInt = Field(
-        65_536,
-        description="tokens whose keys and values stay in memory for their episodes' next turns; of the same",
+    batch_tokens: PositiveInt = Field(
+        65_536, description="padded tokens of a pass that reads prompts and passages; of the same"
     )
     precision: Literal["float32", "bfloat16"] = "bfloat16"
     vllm: VllmConfig = VllmConfig()

@@ -47,6 +47,9 @@ class WorkersConfig(Section):
 
     pool: Literal["cpu", "gpu"] = Field("gpu", description="pool whose workers run the stages with models")
     gpus: NonNegativeInt = Field(1, description="slots of Prefect's limit `dgpo-gpu` that such a stage takes")
+    side_by_side: PositiveInt = Field(
+        1, description="stages that run at a time, where nothing else is asked for"
+    )
     timeout_minutes: PositiveInt = Field(
         2880, description="after which a flow takes such a stage for hung and ends it; its checkpoint stays"
     )

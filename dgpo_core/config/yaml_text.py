@@ -44,7 +44,7 @@ _Representer.add_representer(float, _Representer.number)
 def parse(text: str) -> Any:
     """Return the content of a YAML document. Raise ValueError with the line and what is wrong there."""
     try:
-        return YAML(typ="safe", pure=True).load(text)
+        return YAML(typ="safe").load(text)  # as DVC: read in C where that is installed
     except YAMLError as error:
         where = ""
         if isinstance(error, MarkedYAMLError) and error.problem:

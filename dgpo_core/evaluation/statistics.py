@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
-from scipy import stats
 
 RESAMPLES, CONFIDENCE, SEED = 5000, 0.95, 0
 MIN_APPLYING = 10  # questions of a rate, below which some bootstrap samples would have none
@@ -132,6 +131,8 @@ def _interval(
     paired: bool = False,
 ) -> tuple[float, float]:
     """Bootstrap `statistic` over independent or `paired` samples (percentile method), from a fixed seed."""
+    from scipy import stats  # slow, and whoever only reads episodes comes by here
+
     result = stats.bootstrap(
         samples,
         statistic,

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field, replace
 from math import inf
 from typing import NamedTuple
 
+from dgpo_core.config.agent import slot_room
 from dgpo_core.config.params import Params
 from dgpo_core.config.recipes import STUDENT, TEACHER, Distillation, Reinforcement
 from dgpo_core.config.retrieval import RetrievalConfig, parse_location
@@ -174,34 +175,28 @@ class Planner:
         each turn but the last one.
 
         `together`: episodes that are under way at a time on one device, as in a step of reinforcement
-        learning, whose end waits for the longest. vLLM keeps the prefixes of earlier turns, and its batches
-        stay full while there is more to do. transformers keeps those of `rollout.kept_tokens`, out of `chunk`
-        episodes that it is asked for at a time, and reads the history of others again.
+        learning, whose end waits for the longest; `chunk`: those that are asked for at a time. Both engines
+        keep the prefixes of earlier turns. transformers has `rollout.slots`, whose room doubles as it must.
         """
         lengths, rollout, vllm = lengths or self.work.lengths, self.params.rollout, self._vllm
-        under_way = max(1.0, min(episodes, together, chunk)) * lengths.total
-        kept = 0.0 if vllm else min(float(rollout.kept_tokens), under_way)
-        again = 0.0 if vllm else 1 - kept / under_way  # share of the history that is read again
-        new, written = lengths.total - lengths.model, lengths.model
-        prefill = new + again * max(0.0, lengths.prefill - new)
-        pairs = lengths.square * (1 + again * max(0.0, lengths.turns / 2 - 1))
-        reading, writing = shape.flops(prefill, pairs), shape.flops(written, 0, written)
+        read, written = lengths.total - lengths.model, lengths.model
+        reading, writing = shape.flops(read, lengths.square), shape.flops(written, 0, written)
         room = lengths.total + (0 if vllm else self.params.protocol.max_new_tokens)
-        batch = VLLM_ROWS if vllm else max(1.0, rollout.batch_tokens / room) * self.machine.batches
-        rows = min(batch, max(1.0, together))
+        rows = VLLM_ROWS if vllm else float(rollout.slots * self.machine.batches)
+        rows = min(rows, max(1.0, together), max(1.0, chunk))
+        allotted = room if vllm else float(slot_room(math.ceil(room)))
+        pass_tokens = VLLM_TOKENS if vllm else min(float(rollout.batch_tokens), rows * room)
         width = 4 if vllm else CACHE_WIDTH[rollout.precision]  # of a key's and a value's channel together
         memory = {
-            "key-value cache": (rows * room + kept) * shape.layers * shape.keys * width,
-            "activations of generation": shape.passing(
-                VLLM_TOKENS if vllm else rows * room, rollout.precision
-            ),
+            "key-value cache": rows * allotted * shape.layers * shape.keys * width,
+            "activations of generation": shape.passing(pass_tokens, rollout.precision),
             # of sampling: float32 and float64, twice each
             "logits of generation": 24.0 * rows * shape.vocabulary,
         }
         steps = episodes / rows * written * (1 if vllm and together == inf else lengths.spread)
         step = self._decoding(shape, rows, rows * lengths.total / 2 * shape.layers * shape.keys * width)
         return Generation(
-            episodes * (prefill + written),
+            episodes * lengths.total,
             episodes * (reading + writing),
             self._seconds(reading * episodes) + steps * step,
             memory,
@@ -224,7 +219,7 @@ class Planner:
         asked = {name: min(count, config.questions or count) for name, count in self.work.test.items()}
         given = [self.params.questions.playing(role) for role in ("nq", "musique")]
         every, extra = sum(asked.values()), 2 * sum(asked[name] for name in given if name)
-        single = replace(lengths, model=lengths.model / lengths.turns, turns=1.0, histories=None)
+        single = replace(lengths, model=lengths.model / lengths.turns, turns=1.0)
         sets = self._generate(shape, every, chunk=config.chunk)
         arcap = self._generate(shape, extra, single, chunk=config.chunk)
         both = sets._replace(

@@ -158,24 +158,23 @@ def _changes(params: Params, gpus: int) -> Iterator[Settings]:
 
 
 def _smaller(params: Params) -> Iterator[Settings]:
-    """Halve passes of training, until one episode is left; of generation keep less between turns, then
-    nothing, and then halve its passes too."""
+    """Halve passes of training, until one episode is left; of generation the slots, and then its passes."""
 
-    def halved(value: int) -> list[int]:
+    def halved(value: int, least: int) -> list[int]:
         values = [value]
-        while values[-1] // 2 >= params.protocol.max_context:
+        while values[-1] // 2 >= least:
             values.append(values[-1] // 2)
         return values
 
-    rollout = params.rollout
+    rollout, longest = params.rollout, params.protocol.max_context
     training: list[Settings] = [
-        {"compute.micro_batch_tokens": n} for n in halved(params.compute.micro_batch_tokens)
+        {"compute.micro_batch_tokens": n} for n in halved(params.compute.micro_batch_tokens, longest)
     ]
-    kept = [*halved(rollout.kept_tokens), 0] if rollout.kept_tokens else [0]
-    generation: list[Settings] = [{"rollout.kept_tokens": n} for n in kept]
-    nothing: Settings = {"rollout.kept_tokens": 0} if rollout.kept_tokens else {}
+    slots = halved(rollout.slots, 1)
+    generation: list[Settings] = [{"rollout.slots": n} for n in slots]
+    fewest: Settings = generation[-1] if len(slots) > 1 else {}
     generation[0] = training[0] = {}  # as it is
-    generation += [nothing | {"rollout.batch_tokens": n} for n in halved(rollout.batch_tokens)[1:]]
+    generation += [fewest | {"rollout.batch_tokens": n} for n in halved(rollout.batch_tokens, longest)[1:]]
     steps = itertools.product(range(len(training)), range(len(generation)))
     for first, second in sorted(steps, key=lambda steps: (sum(steps), steps)):
         if first or second:

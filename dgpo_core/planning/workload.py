@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 
-from dgpo_core.agent.episode import Owner, model_runs
+from dgpo_core.agent.episode import Owner
 from dgpo_core.config.agent import ProtocolConfig
 from dgpo_core.config.params import Params
 from dgpo_core.datasets.published import PASSAGES, TEST_QUESTIONS, TRAIN_QUESTIONS
@@ -25,8 +25,7 @@ class EpisodeLengths:
     """Means of an episode, in tokens; `turns` are the model's generations. `source` says where they are from.
 
     `variation` is the standard deviation of the length relative to its mean, `spread` how much longer the
-    longest turn of a batch is than the mean one, `histories` the sum of what stands before each turn, where
-    it was counted.
+    longest turn of a batch is than the mean one.
     """
 
     prompt: float
@@ -36,7 +35,6 @@ class EpisodeLengths:
     source: str
     variation: float = 0.3
     spread: float = 2.0
-    histories: float | None = None
 
     @property
     def total(self) -> float:
@@ -46,15 +44,6 @@ class EpisodeLengths:
     def square(self) -> float:
         """Mean of the squared length, for attention."""
         return self.total**2 * (1 + self.variation**2)
-
-    @property
-    def prefill(self) -> float:
-        """Tokens that an engine without a prefix cache reads: the history before each of the turns."""
-        if self.histories is not None:
-            return self.histories
-        n = self.turns
-        retrieved = self.environment * (n / 2 if n > 1 else 1)  # with one turn it was given beforehand
-        return n * self.prompt + (n - 1) * self.model / 2 + retrieved
 
 
 def assumed(protocol: ProtocolConfig, top_k: int) -> EpisodeLengths:
@@ -82,7 +71,6 @@ def first_measured(paths: Iterable[Path]) -> EpisodeLengths | None:
         offsets, flat = owners.offsets.to_numpy(), owners.flatten().to_numpy()
         lengths = np.diff(offsets)
         counts = np.bincount(flat, minlength=len(Owner)) / table.num_rows
-        places = np.arange(len(flat)) - np.repeat(offsets[:-1], lengths)
         return EpisodeLengths(
             prompt=float(counts[Owner.PROMPT]),
             model=float(counts[Owner.MODEL]),
@@ -90,7 +78,6 @@ def first_measured(paths: Iterable[Path]) -> EpisodeLengths | None:
             turns=float(np.mean(table["generations"].to_numpy())),
             source=f"measured: {table.num_rows} episodes of {path}",
             variation=float(np.std(lengths) / np.mean(lengths)),
-            histories=float(places[model_runs(flat)[0]].sum()) / table.num_rows,
         )
     return None
 

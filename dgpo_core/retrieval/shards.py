@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 from numpy.typing import NDArray
 
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
@@ -181,6 +180,8 @@ class Job:
 
 def visible_devices() -> list[str]:
     """Return every GPU that this process sees (CUDA_VISIBLE_DEVICES chooses), or the CPU."""
+    import torch  # slow, and BM25 does without
+
     return [f"cuda:{number}" for number in range(torch.cuda.device_count())] or ["cpu"]
 
 

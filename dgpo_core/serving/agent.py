@@ -1,13 +1,14 @@
-"""One model with its index, which answers one question at a time through the pipeline's own agent loop."""
+"""One model with its index, which answers questions through the pipeline's own agent loop."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 from transformers import PreTrainedModel
 
 from dgpo_core.agent import prompts
 from dgpo_core.agent.episode import Decode, Episode
-from dgpo_core.agent.loop import AgentLoop, Task
+from dgpo_core.agent.loop import AgentLoop, RunningEpisodes, Task
 from dgpo_core.agent.prompts import encode_prompt, encode_start
 from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.config.agent import ProtocolConfig, RolloutConfig, Sampling
@@ -22,12 +23,12 @@ from dgpo_core.serving.events import (
     SearchResult,
     SourcePassage,
 )
-from dgpo_core.serving.streaming import EventStream, TagSplitter, WatchedEngine, WatchedRetriever
+from dgpo_core.serving.streaming import EventStream, TagSplitter
 from dgpo_core.text import normalize, stands_in
 
 
 class Agent:
-    """Answers with one model, which people call `name`. Not to be used by two threads at once."""
+    """Answers with one model, which people call `name`."""
 
     def __init__(
         self,
@@ -41,8 +42,8 @@ class Agent:
     ) -> None:
         self.name, self.index = name, retriever.digest
         self._engine = TransformersEngine(model, tokenizer, rollout)
-        self._tokenizer, self._retriever = tokenizer, retriever
-        self._protocol, self._top_k = protocol, top_k
+        self._loop = AgentLoop(self._engine, tokenizer, retriever, protocol, top_k)
+        self._tokenizer, self._protocol = tokenizer, protocol
 
     def ask(
         self, request: AgentRequest, emit: Callable[[Event], None], cancelled: Callable[[], bool]
@@ -52,13 +53,23 @@ class Agent:
         `cancelled` is asked at every token. Raises EpisodeCancelled when it says so, and UserError for a
         question that is empty or too long, or a limit that the protocol does not have.
         """
+        asked = self.begin(request, emit, cancelled)
+        (episode,) = self._loop.run([asked.task], asked.sampling)
+        return self.record(asked, episode)
+
+    def start(self) -> RunningEpisodes:
+        """Return a session for the tasks that `begin` returns; they may join at any time."""
+        return self._loop.start(paced=False)
+
+    def begin(
+        self, request: AgentRequest, emit: Callable[[Event], None], cancelled: Callable[[], bool]
+    ) -> "Asked":
+        """Return a request as a task that calls `emit` and `cancelled` as `ask` does. Raises UserError."""
         protocol = self._limited(request)
-        stream = EventStream(self._tokenizer.decode, emit, cancelled)
-        engine, retriever = WatchedEngine(self._engine, stream), WatchedRetriever(self._retriever, stream)
-        loop = AgentLoop(engine, self._tokenizer, retriever, protocol, self._top_k)
-        task = Task(Question("asked", request.question, ()), "asked", seed=(request.seed,))
-        (episode,) = loop.run([task], Sampling(temperature=request.temperature))
-        return self._record(request, episode, stream.searches)
+        stream = EventStream(self._tokenizer.decode, self._engine.stop_criteria.eos, emit, cancelled)
+        question = Question("asked", request.question, ())
+        task = Task(question, "asked", seed=(request.seed,), protocol=protocol, watcher=stream)
+        return Asked(request, task, stream)
 
     def _limited(self, request: AgentRequest) -> ProtocolConfig:
         """Return the protocol with the request's limits. Raises UserError."""
@@ -83,7 +94,9 @@ class Agent:
         new_tokens = min(protocol.max_new_tokens, request.max_new_tokens or protocol.max_new_tokens)
         return protocol.model_copy(update={"max_turns": searches, "max_new_tokens": new_tokens})
 
-    def _record(self, request: AgentRequest, episode: Episode, searches: list[SearchResult]) -> EpisodeRecord:
+    def record(self, asked: "Asked", episode: Episode) -> EpisodeRecord:
+        """Return what became of a request."""
+        request, searches = asked.request, asked.stream.searches
         answer = episode.prediction if episode.failure is None else None  # a failed episode has no answer
         return EpisodeRecord(
             question=request.question,
@@ -102,6 +115,19 @@ class Agent:
             model_tokens=episode.model_tokens,
             other_tokens=len(episode.token_ids) - episode.model_tokens,
         )
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request on its way through the loop."""
+
+    request: AgentRequest
+    task: Task
+    stream: EventStream
+
+    @property
+    def sampling(self) -> Sampling:
+        return Sampling(temperature=self.request.temperature)
 
 
 def sources(answer: str | None, searches: list[SearchResult]) -> list[SourcePassage]:

@@ -1,17 +1,14 @@
-"""Events of a running episode: wrappers around its engine and its retriever report to an `EventStream`.
+"""Events of a running episode: the agent loop tells an `EventStream` what happens, which tells a client.
 
-The agent loop knows nothing of this: an episode that is watched is the same episode.
+An episode that is watched is the same episode.
 """
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 
-from dgpo_core.agent.engine import Generation, Request
 from dgpo_core.agent.episode import Decode
 from dgpo_core.agent.prompts import INVALID_ACTION
-from dgpo_core.agent.transformers_engine import TransformersEngine
-from dgpo_core.config.agent import Sampling
-from dgpo_core.retrieval.ranking import Hit, Retriever
+from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.serving.events import (
     Delta,
     EpisodeCancelled,
@@ -28,12 +25,19 @@ INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how a character decodes of which byt
 class EventStream:
     """Turns the tokens and hits of one episode into events; raises EpisodeCancelled when `cancelled` says so.
 
-    Tokens are decoded with the turn's earlier ones, so that a character of several tokens is sent whole.
+    Tokens are decoded with the turn's earlier ones, so that a character of several tokens is sent whole;
+    those that end a generation (`eos`) are not sent.
     """
 
-    def __init__(self, decode: Decode, emit: Callable[[Event], None], cancelled: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        decode: Decode,
+        eos: Collection[int],
+        emit: Callable[[Event], None],
+        cancelled: Callable[[], bool],
+    ) -> None:
         self.searches: list[SearchResult] = []
-        self._decode, self._emit, self._cancelled = decode, emit, cancelled
+        self._decode, self._eos, self._emit, self._cancelled = decode, eos, emit, cancelled
         self._turn = -1
         self._ids: list[int] = []  # of the turn, and how many characters of them are sent
         self._sent = 0
@@ -50,6 +54,8 @@ class EventStream:
     def token(self, token: int) -> None:
         """Tell what is certain of the text with this token."""
         self._check()
+        if token in self._eos:
+            return
         self._ids.append(token)
         self._send(self._decode(self._ids).rstrip(INCOMPLETE))
 
@@ -83,43 +89,6 @@ class EventStream:
     def _check(self) -> None:
         if self._cancelled():
             raise EpisodeCancelled
-
-
-class WatchedEngine:
-    """Passes requests on, one at a time, and reports each token but the EOS as it is sampled."""
-
-    def __init__(self, engine: TransformersEngine, stream: EventStream) -> None:
-        self._engine, self._stream = engine, stream
-
-    def generate(
-        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
-    ) -> list[Generation]:
-        """Continue the request. Raises ValueError for several: whose tokens would they be?"""
-        if len(requests) != 1:
-            raise ValueError(f"one request at a time, not {len(requests)}")
-        self._stream.begin_turn()
-        generations = self._engine.generate(requests, sampling, stop, self._on_token)
-        self._stream.end_turn()
-        return generations
-
-    def _on_token(self, _request: Request, token: int) -> None:
-        if token not in self._engine.stop_criteria.eos:
-            self._stream.token(token)
-
-
-class WatchedRetriever:
-    """Passes searches on, and reports each query with its hits."""
-
-    def __init__(self, retriever: Retriever, stream: EventStream) -> None:
-        self.digest = retriever.digest
-        self._retriever, self._stream = retriever, stream
-
-    def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
-        """Search. Raises InfrastructureError as the retriever does; then nothing is reported."""
-        results = self._retriever.search(queries, top_k)
-        for query, hits in zip(queries, results, strict=True):
-            self._stream.search(query, hits)
-        return results
 
 
 Piece = tuple[TextKind, str]

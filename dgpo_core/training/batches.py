@@ -10,7 +10,6 @@ own, although its weight may be the input embedding's.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -20,18 +19,6 @@ from transformers import PreTrainedModel
 from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.errors import UserError
 from dgpo_core.objectives.logprobs import PerToken, TopK, token_logprobs
-
-
-def check_same_vocabulary(student: Any, teacher: Any) -> None:
-    """Raise UserError when two tokenizers (with `get_vocab()`) give one id different strings."""
-    first, second = ({i: token for token, i in t.get_vocab().items()} for t in (student, teacher))
-    wrong = min((i for i in first.keys() & second.keys() if first[i] != second[i]), default=None)
-    if wrong is not None:
-        raise UserError(
-            "models: student and teacher have different tokenizers, "
-            "so the teacher's tokens and distributions mean nothing to the student; "
-            f"the first difference is id {wrong}: {first[wrong]!r} against {second[wrong]!r}"
-        )
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dgpo_core.agent.engine import Request, SeparateEngine, weights_of
+from dgpo_core.agent.engine import Request, SeparateEngine, generate, weights_of
 from dgpo_core.agent.episode import Episode
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.config.agent import ProbeConfig, ProtocolConfig, Sampling
@@ -56,7 +56,7 @@ class EngineSync:
         Raise NotFinite when the model gives no numbers.
         """
         requests = [Request(ids, self.config.tokens, (i,)) for i, ids in enumerate(self.prompts)]
-        answers = self.engine.generate(requests, PROBED, ())
+        answers = generate(self.engine, requests, PROBED, ())
         sequences = [
             TokenSequence(ids + answer.token_ids, list(range(len(ids), len(ids) + len(answer.token_ids))))
             for ids, answer in zip(self.prompts, answers, strict=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from dgpo_core.agent.engine import FinishReason, Generation, Request
+from dgpo_core.agent.engine import FinishReason, FunctionSession, Generation, Request
 from dgpo_core.agent.episode import Owner
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.agent.prompts import document
@@ -175,14 +175,14 @@ def _drafts(writer: QuestionWriter, rng: random.Random, count: int) -> Iterator[
 class ExpertEngine:
     """An engine that writes the expert's turns; a request's seed is (number of the draft, turn)."""
 
+    lane = None
+
     def __init__(self, drafts: list[Draft], texts: dict[tuple[int, str], str], tokenizer: Any) -> None:
         self._drafts, self._texts, self._tokenizer = drafts, texts, tokenizer
         self._begun: set[int] = set()  # drafts whose first turn is written
 
-    def generate(
-        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
-    ) -> list[Generation]:
-        return [self._turn(request) for request in requests]
+    def session(self, stop: tuple[str, ...]) -> FunctionSession:
+        return FunctionSession(self._turn)
 
     def _turn(self, request: Request) -> Generation:
         number, _ = request.seed

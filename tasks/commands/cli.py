@@ -138,7 +138,9 @@ def run(
     from_stage: Annotated[str | None, typer.Option(help="only this stage and what depends on it")] = None,
     force: Annotated[bool, typer.Option("--force", help="run stages even if nothing has changed")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="say what would run")] = False,
-    max_parallel: Annotated[int, typer.Option(help="stages side by side", min=1)] = 1,
+    max_parallel: Annotated[
+        int | None, typer.Option(help="stages side by side; without it workers.side_by_side", min=1)
+    ] = None,
     prefect_port: PrefectServer = None,
 ) -> None:
     """Run the pipeline as a Prefect flow: what has changed, and what depends on it.
@@ -262,9 +264,7 @@ def serve(
         str, typer.Option(help="0.0.0.0: every machine that reaches this one may ask")
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8080,
-    waiting: Annotated[
-        int, typer.Option(min=0, help="questions that may wait for the one being answered")
-    ] = 8,
+    waiting: Annotated[int, typer.Option(min=0, help="questions that may wait for those being answered")] = 8,
     allow_host: Annotated[
         list[str] | None,
         typer.Option(help="another name by which clients call this machine, such as host.docker.internal"),

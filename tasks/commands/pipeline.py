@@ -1,6 +1,7 @@
 """Run the pipeline: `python -m tasks.commands.pipeline [arguments of dvc repro]`.
 
-The same as `dvc repro`, with a run in MLflow above the runs of the stages.
+The same as `dvc repro`, with a run in MLflow above the runs of the stages. Without options as many stages run
+side by side as `workers.side_by_side` says.
 """
 
 import contextlib
@@ -8,47 +9,75 @@ import io
 import logging
 import os
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from dgpo_core.errors import UserError
 from tasks.commands.preflight import preflight
-from tasks.project.dvc import LockFilter, at_work, require_dvc
+from tasks.project.dvc import LockFilter, at_work, refuse_second, require_dvc
+from tasks.project.graph import Stage, read_dag, select
 from tasks.project.process import exit_on_signals
 from tasks.project.servers import adopt
+from tasks.project.side_by_side import run_stages
+from tasks.tracking.lineage import settings
 from tasks.tracking.runs import PIPELINE_RUN, Pipeline
 
 
 def main(arguments: list[str]) -> int:
     """Run the pipeline. Return the exit code of `dvc repro`, or 2 for what keeps every run from starting.
 
-    Under a flow, which has opened the pipeline's run in MLflow, none is opened.
+    Below a pipeline or a flow, which has looked at the parameters and opened MLflow's run, only DVC runs.
     """
     exit_on_signals()
     if {"-h", "--help"}.intersection(arguments):
         print(__doc__)
         return reproduce(["--help"])
+    below = PIPELINE_RUN in os.environ
     try:
         adopt()
         require_dvc()
-        preflight()
+        if not below:
+            preflight()
+        stages = {} if below else together(arguments)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    if os.environ.get(PIPELINE_RUN):
-        return reproduce(arguments)
+    if below:
+        return reproduce(arguments, ["--wait-for-lock"])  # stages beside it take DVC's lock for moments
     pipeline = Pipeline("pipeline", {"arguments": " ".join(arguments)})
-    if pipeline.run_id:
-        os.environ[PIPELINE_RUN] = pipeline.run_id
-    code, stages = 1, list[str]()
+    os.environ[PIPELINE_RUN] = pipeline.run_id or ""
+    code, names = 1, list(stages)
     try:
-        # In this process and not in a child of it: when it is killed, the stage's parent is gone and it ends.
-        code = reproduce(arguments)
-        stages = planned(arguments)
+        if stages:
+            code = run_stages(stages, side_by_side())
+        else:
+            # Not in a child: when this process is killed, the stage's parent is gone and it ends.
+            code = reproduce(arguments)
+            names = planned(arguments)
     finally:
-        pipeline.close(code == 0, stages)
+        pipeline.close(code == 0, names)
     return code
 
 
-def reproduce(arguments: list[str]) -> int:
+def side_by_side(root: Path = Path()) -> int:
+    """Return how many stages run at a time; one where params.yaml cannot be read, which its readers say."""
+    params = settings(root)
+    return params.workers.side_by_side if params else 1
+
+
+def together(arguments: list[str]) -> dict[str, Stage]:
+    """Return the stages that are to run side by side; none where DVC does it all: alone, or with options.
+
+    Raises UserError where DVC cannot read its files, or somebody else is at work here.
+    """
+    if side_by_side() == 1 or any(argument.startswith("-") for argument in arguments):
+        return {}
+    refuse_second()
+    stages = read_dag(Path())
+    return select(stages, arguments) if stages.keys() >= set(arguments) else {}
+
+
+def reproduce(arguments: list[str], options: Sequence[str] = ()) -> int:
     """Run `dvc repro`. Return its exit code, or 2 where another run holds what it needs, and say which."""
     from dvc.cli import main as dvc
 
@@ -57,7 +86,7 @@ def reproduce(arguments: list[str]) -> int:
     for handler in handlers:
         handler.addFilter(locked)
     try:
-        code = int(dvc(["repro", *arguments]))
+        code = int(dvc([*options, "repro", *arguments]))
     finally:
         for handler in handlers:
             handler.removeFilter(locked)

@@ -6,6 +6,7 @@ from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
 from dgpo_core.config.params import PARAMS, load_params
+from dgpo_core.vocabulary import check_same_vocabulary
 
 VOCABULARY = "tokenizer.json"
 
@@ -20,8 +21,6 @@ def preflight(root: Path = Path()) -> None:
     params = load_params(root / PARAMS)
     files = [_vocabulary(root, source) for source in (params.models.student, params.models.teacher)]
     if params.recipes.need_one_vocabulary and None not in files:
-        from dgpo_core.training.batches import check_same_vocabulary  # it imports torch
-
         check_same_vocabulary(*(Tokenizer.from_file(str(file)) for file in files))
 
 

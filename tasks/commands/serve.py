@@ -39,7 +39,7 @@ def serve(
     require_index()
     listening = listen(host, port)
     source = resolve_model(params, model)
-    queue = RequestQueue(waiting)
+    queue = RequestQueue(waiting, params.rollout.slots)
     config = uvicorn.Config(
         make_app(queue, host, hosts, origins),
         log_level="warning",

@@ -12,7 +12,6 @@ from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.errors import UserError
 from dgpo_core.models import load_model, load_tokenizer, merged, save_model
-from dgpo_core.training.batches import check_same_vocabulary
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import (
@@ -23,6 +22,7 @@ from dgpo_core.training.episode_sources import (
     without_failed,
 )
 from dgpo_core.training.teacher_cache import TeacherCache
+from dgpo_core.vocabulary import check_same_vocabulary
 from tasks.project.paths import (
     CORRECT_EPISODES,
     DISTRIBUTIONS,

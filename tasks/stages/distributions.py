@@ -5,9 +5,9 @@ import json
 from dgpo_core.agent.episode import read_episodes
 from dgpo_core.config.params import load_params
 from dgpo_core.models import load_model, load_tokenizer
-from dgpo_core.training.batches import check_same_vocabulary
 from dgpo_core.training.episode_sources import without_failed
 from dgpo_core.training.teacher_cache import CERTIFICATE, build_cache
+from dgpo_core.vocabulary import check_same_vocabulary
 from tasks.project.paths import DISTRIBUTIONS, TEACHER_EPISODES
 from tasks.stages.inputs import local, require_episodes
 from tasks.stages.outputs import write_metrics

@@ -6,7 +6,7 @@ from dgpo_core.agent.episode import Outcome, write_episodes
 from dgpo_core.agent.loop import collect, em_of
 from dgpo_core.config.params import load_params
 from dgpo_core.models import load_tokenizer
-from dgpo_core.training.batches import check_same_vocabulary
+from dgpo_core.vocabulary import check_same_vocabulary
 from tasks.project.paths import INDEX, MODELS, QUESTIONS, TEACHER_EPISODES
 from tasks.stages.inputs import local, retriever
 from tasks.stages.outputs import write_metrics

@@ -10,7 +10,7 @@ from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.hub import HTTP_ERROR, unreachable
-from dgpo_core.retrieval.encoders import _errors_with_model
+from dgpo_core.retrieval.dense_encoders import _errors_with_model
 from tests.conftest import run_python
 from tests.web import Handler, handled
 

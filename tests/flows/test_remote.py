@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from dgpo_core.errors import UserError
-from flows.dag import Stage
 from flows.workspace import open_workspace
+from tasks.project.graph import Stage
 from tests.conftest import commit_all, git
 
 

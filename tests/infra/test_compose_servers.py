@@ -15,8 +15,8 @@ import httpx
 import pytest
 
 from dgpo_core.config.params import Params, resolve_profile
-from flows.process import end_group
 from tasks.commands.doctor import store
+from tasks.project.groups import end_group
 from tests.conftest import ROOT, free_port
 from tests.infra.composition import load, secrets
 

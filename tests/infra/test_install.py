@@ -1,15 +1,17 @@
 """How the environment is installed: which torch, what is said before, and what a moved checkout needs."""
 
 import itertools
+import os
 import shlex
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 from infra import install
-from infra.install import Choice, Refusal, announce, brings_cuda, choose, moved, shebang
+from infra.install import Choice, Refusal, announce, brings_cuda, choose, moved, shebang, translate
 from tests.conftest import ROOT
 
 INDEX = "https://torch.example/cpu"
@@ -89,6 +91,51 @@ def test_programs_of_a_moved_environment_start_its_python(tmp_path: Path, name: 
     assert subprocess.check_output(["sh", "-c", activated], text=True).strip() == f"{new}/bin/python"
 
 
+def test_pips_settings_are_uvs_and_what_has_no_counterpart_is_left_to_pip() -> None:
+    settings = r"""
+        global.index-url='https://a/simple'
+        global.extra-index-url='\nhttps://b/simple\nhttps://c/simple'
+        global.timeout='60'
+        install.index-url='https://d/simple'
+        freeze.index-url='https://no/simple'
+        :env:.find-links='/wheels'
+        :env:.no-index='0'
+        :env:.timeout='90'
+        :env:.disable-pip-version-check='1'
+    """
+    lines = "\n".join(line.strip() for line in settings.splitlines())
+    options = (
+        "--index-url https://d/simple --extra-index-url https://b/simple --extra-index-url https://c/simple"
+    )
+    expected = ([*options.split(), "--find-links", "/wheels"], {"UV_HTTP_TIMEOUT": "90"})
+    assert translate(lines) == expected
+    assert translate(f"{lines}\nglobal.only-binary=':all:'") is None
+
+
+def test_uv_finds_what_only_pips_settings_lead_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    wheels.mkdir()
+    for version in ("1", "2", "3"):
+        info = f"toy-{version}.dist-info"
+        with zipfile.ZipFile(wheels / f"toy-{version}-py3-none-any.whl", "w") as wheel:
+            wheel.writestr("toy.py", f"version = {version}\n")
+            wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: toy\nVersion: {version}\n")
+            wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+            wheel.writestr(f"{info}/RECORD", "")
+    (tmp_path / "most.txt").write_text("toy<3\n")
+    settings = f"[global]\nfind-links = {wheels}\nconstraint = {tmp_path / 'most.txt'}\n"
+    (tmp_path / "pip.conf").write_text(settings)
+    monkeypatch.setenv("PIP_CONFIG_FILE", str(tmp_path / "pip.conf"))
+    monkeypatch.delenv("PIP_FIND_LINKS", raising=False)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    log = tmp_path / "log"
+    assert install.uv(log, ["--target", str(site), "toy"], os.environ), log.read_text()
+    assert (site / "toy.py").read_text() == "version = 2\n"
+    assert not install.uv(log, ["--target", str(site), "toy==4"], os.environ)
+    monkeypatch.setenv("PIP_PREFER_BINARY", "1")
+    assert not install.uv(log, ["--target", str(site), "toy"], os.environ)
+
+
 def test_a_failing_pip_is_shown_and_leaves_no_stamp(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -100,7 +147,8 @@ def test_a_failing_pip_is_shown_and_leaves_no_stamp(
     assert install.main("/somewhere python3") == 1
     said, log = capsys.readouterr(), tmp_path / "install.log"
     assert f"(some minutes; log: {log})" in said.out and "no room" not in said.out
-    assert said.err == f"no room\nerror: pip ended with exit code 3; all that it said: {log}\n"
+    # it cannot install uv either
+    assert said.err == f"no room\nno room\nerror: pip ended with exit code 3; all that it said: {log}\n"
     assert not (tmp_path / ".installed").exists()
 
 

@@ -15,9 +15,9 @@ import yaml
 
 from dgpo_core.agent.episode import read_episodes
 from dgpo_core.errors import UserError
-from flows.dag import read_dag
 from tasks.commands.compare import compare
 from tasks.project import paths
+from tasks.project.graph import read_dag
 from tasks.stages.data import generate
 from tasks.stages.distill import distill
 from tasks.stages.distributions import distributions

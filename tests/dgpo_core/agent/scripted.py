@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from dgpo_core.agent.engine import FinishReason, Generation, Request
+from dgpo_core.agent.engine import FinishReason, FunctionSession, Generation, Request
 from dgpo_core.config.agent import Sampling
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError
@@ -18,17 +18,20 @@ Script = Callable[[tuple[int, ...], int], str]  # (the task's seed, turn) -> tex
 class ScriptedEngine:
     """Cuts a text at its limit of new tokens, as an engine must; every token has log-probability -0.5."""
 
+    lane = None
+
     def __init__(self, tokenizer: Any, script: Script) -> None:
         self.tokenizer, self.script = tokenizer, script
         self.requests: list[Request] = []
 
-    def generate(
-        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
-    ) -> list[Generation]:
-        self.requests += requests
-        return [self._one(request, stop) for request in requests]
+    def session(self, stop: tuple[str, ...]) -> FunctionSession:
+        def answer(request: Request) -> Generation:
+            self.requests.append(request)
+            return self.answer(request, stop)
 
-    def _one(self, request: Request, stop: tuple[str, ...]) -> Generation:
+        return FunctionSession(answer)
+
+    def answer(self, request: Request, stop: tuple[str, ...]) -> Generation:
         *seed, turn = request.seed
         text = self.script(tuple(seed), turn)
         ids = self.tokenizer.encode(text, add_special_tokens=False)

@@ -15,7 +15,7 @@ from dgpo_core.agent import prompts
 from dgpo_core.agent.engine import EpisodeCache, Generation, Request
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.agent.loop import AgentLoop, Task, collect, em_of, stable_seed
-from dgpo_core.config.agent import GREEDY, ProtocolConfig, Sampling
+from dgpo_core.config.agent import GREEDY, ProtocolConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError, NotFinite
 from dgpo_core.retrieval.index import Index
@@ -293,9 +293,7 @@ def test_owners_line_up_with_ids(scripts: list[list[str]], turns: int, context: 
         marked = set()
         for request in own:
             assert len(request.token_ids) + request.max_new_tokens <= context
-            (answer,) = ScriptedEngine(TOKENIZER, engine.script).generate(
-                [request], GREEDY, ("</search>", "</answer>")
-            )
+            answer = engine.answer(request, ("</search>", "</answer>"))
             start = len(request.token_ids)
             assert episode.token_ids[: start + len(answer.token_ids)] == request.token_ids + answer.token_ids
             marked |= set(range(start, start + len(answer.token_ids)))
@@ -355,19 +353,18 @@ def test_an_ended_episode_holds_no_cache() -> None:
     held: list[list[bool]] = []
 
     class Keeping(ScriptedEngine):
-        def generate(
-            self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
-        ) -> list[Generation]:
-            caches.extend(r.cache for r in requests if r.cache and r.cache not in caches)
+        def answer(self, request: Request, stop: tuple[str, ...]) -> Generation:
+            assert request.cache is not None
+            if request.cache not in caches:
+                caches.append(request.cache)
             held.append([cache.content is not None for cache in caches])
-            for cache in (r.cache for r in requests if r.cache):
-                cache.content = "something"
-            return super().generate(requests, sampling, stop)
+            request.cache.content = "something"
+            return super().answer(request, stop)
 
     engine = Keeping(TOKENIZER, lambda seed, turn: ANSWER if seed == (0,) or turn == 2 else SEARCH)
     loop = AgentLoop(engine, TOKENIZER, Answering(), ProtocolConfig(), 3)
     loop.run(tasks(range(2)), GREEDY)
-    assert held == [[False, False], [False, True], [False, True]]
+    assert held == [[False], [True, False], [False, True], [False, True]]
     loop.run(tasks(range(2)), GREEDY)
     assert len(caches) == 4  # a run of its own, with caches of its own
 
@@ -377,8 +374,8 @@ def test_a_model_that_gives_no_numbers_is_no_wrong_answer(value: float) -> None:
     """Whichever engine samples for it: evaluated, it would have EM 0."""
 
     class Broken(ScriptedEngine):
-        def _one(self, request: Request, stop: tuple[str, ...]) -> Generation:
-            made = super()._one(request, stop)
+        def answer(self, request: Request, stop: tuple[str, ...]) -> Generation:
+            made = super().answer(request, stop)
             return replace(made, logprobs=[*made.logprobs[:-1], value])
 
     loop = AgentLoop(Broken(TOKENIZER, lambda *_: ANSWER), TOKENIZER, Answering(), ProtocolConfig(), 3)
@@ -422,10 +419,10 @@ def test_killed_collection_continues_with_the_same_episodes(tmp_path: Path) -> N
 
 def test_what_is_down_stops_a_collection_that_continues_later(tmp_path: Path) -> None:
     class Down(ScriptedEngine):
-        def generate(self, *args: Any) -> list[Generation]:
-            if len(self.requests) >= 3:
+        def answer(self, request: Request, stop: tuple[str, ...]) -> Generation:
+            if len(self.requests) > 3:
                 raise InfrastructureError("the engine is dead")
-            return super().generate(*args)
+            return super().answer(request, stop)
 
     with pytest.raises(InfrastructureError, match="all 3 episodes of a chunk failed: the engine is dead"):
         Chunks(tmp_path, Down(TOKENIZER, lambda *_: ANSWER))()

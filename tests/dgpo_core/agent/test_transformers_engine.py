@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import chain
 from typing import Any
 
@@ -10,12 +11,12 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
+from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
-from dgpo_core.agent.engine import Engine, EpisodeCache, FinishReason, Generation, Request
+from dgpo_core.agent.engine import EpisodeCache, FinishReason, Generation, Request, Session, generate
 from dgpo_core.agent.episode import Episode
 from dgpo_core.agent.loop import AgentLoop, Task
-from dgpo_core.agent.transformers_engine import TransformersEngine, _Row, preallocated_cache
+from dgpo_core.agent.transformers_engine import TransformersEngine, slot_cache
 from dgpo_core.config.agent import GREEDY, ProtocolConfig, RolloutConfig, Sampling
 from dgpo_core.models import build_model
 from tests.dgpo_core.agent.scripted import Answering, forward_logprobs, own_logprobs
@@ -53,7 +54,7 @@ def engine(make_engine: MakeEngine) -> TransformersEngine:
 
 def test_greedy_is_that_of_transformers(engine: TransformersEngine, model: PreTrainedModel) -> None:
     requests = prompts()
-    answers = engine.generate(requests, GREEDY, NEVER)
+    answers = generate(engine, requests, GREEDY, NEVER)
     for request, answer in zip(requests, answers, strict=True):
         generated = model.generate(  # type: ignore[operator]
             torch.tensor([request.token_ids]), max_new_tokens=request.max_new_tokens, do_sample=False
@@ -67,7 +68,7 @@ def test_logprobs_are_those_of_a_forward_pass(
     engine: TransformersEngine, model: PreTrainedModel, sampling: Sampling
 ) -> None:
     requests = prompts()
-    for request, answer in zip(requests, engine.generate(requests, sampling, NEVER), strict=True):
+    for request, answer in zip(requests, generate(engine, requests, sampling, NEVER), strict=True):
         expected = own_logprobs(model, request, answer.token_ids, sampling)
         assert answer.logprobs == pytest.approx(expected, abs=1e-4)
 
@@ -75,7 +76,7 @@ def test_logprobs_are_those_of_a_forward_pass(
 def test_samples_follow_the_distribution(engine: TransformersEngine, model: PreTrainedModel) -> None:
     """Each token is the inverse of the cumulative distribution at the request's next uniform number."""
     requests = prompts()
-    for request, answer in zip(requests, engine.generate(requests, WARM, NEVER), strict=True):
+    for request, answer in zip(requests, generate(engine, requests, WARM, NEVER), strict=True):
         table = forward_logprobs(model, request, answer.token_ids, WARM).double().exp().numpy()
         uniforms = np.random.default_rng(request.seed).random(request.max_new_tokens)
         for probabilities, uniform, token in zip(table, uniforms, answer.token_ids, strict=False):
@@ -84,39 +85,89 @@ def test_samples_follow_the_distribution(engine: TransformersEngine, model: PreT
             assert below - 1e-5 <= uniform * cumulative[-1] <= cumulative[token] + 1e-5
 
 
-@pytest.mark.parametrize("batch_tokens", [65_536, 120, 1])
-def test_sampling_does_not_depend_on_the_batch(make_engine: MakeEngine, batch_tokens: int) -> None:
-    engine = make_engine(batch_tokens=batch_tokens)
+LIMITS = [{}, {"batch_tokens": 120}, {"slots": 5}, {"batch_tokens": 1}, {"slots": 1}]
+
+
+@pytest.mark.parametrize("limits", LIMITS)
+def test_sampling_does_not_depend_on_the_batch(make_engine: MakeEngine, limits: dict[str, int]) -> None:
+    engine = make_engine(**limits)
     requests = prompts(12)
-    together = engine.generate(requests, Sampling(), NEVER)
-    backwards = engine.generate(requests[::-1], Sampling(), NEVER)[::-1]
+    together = generate(engine, requests, Sampling(), NEVER)
+    backwards = generate(engine, requests[::-1], Sampling(), NEVER)[::-1]
     for request, first, second in zip(requests, together, backwards, strict=True):
-        (alone,) = engine.generate([request], Sampling(), NEVER)
+        (alone,) = generate(engine, [request], Sampling(), NEVER)
         assert first.token_ids == second.token_ids == alone.token_ids
         assert first.logprobs == pytest.approx(alone.logprobs, abs=1e-4)
 
 
+def finish(session: Session, requests: list[Request], sampling: Sampling) -> list[Generation]:
+    """Let requests join a session, and wait for them."""
+    session.add(requests, sampling)
+    found: dict[int, Generation] = {}
+    while len(found) < len(requests):
+        for request, result in session.advance():
+            assert isinstance(result, Generation)
+            found[id(request)] = result
+    return [found[id(request)] for request in requests]
+
+
+def test_requests_join_and_leave_at_any_time(engine: TransformersEngine) -> None:
+    """Whatever else is under way, and however it is sampled."""
+    requests = prompts(12)
+    ways = [GREEDY, Sampling(), WARM] * 4
+    alone = [generate(engine, [r], way, NEVER)[0] for r, way in zip(requests, ways, strict=True)]
+    session = engine.session(NEVER)
+    found: dict[int, Generation | Exception] = {}
+    for request, way in zip(requests, ways, strict=True):
+        session.add([request], way)
+        found |= {id(ended): result for ended, result in session.advance()}
+    while len(found) < len(requests):
+        found |= {id(ended): result for ended, result in session.advance()}
+    for request, expected in zip(requests, alone, strict=True):
+        result = found[id(request)]
+        assert isinstance(result, Generation)
+        assert (result.token_ids, result.finish) == (expected.token_ids, expected.finish)
+        assert result.logprobs == pytest.approx(expected.logprobs, abs=1e-4)
+
+
+def test_who_listens_hears_every_token_and_may_end_its_own_request(engine: TransformersEngine) -> None:
+    heard: list[int] = []
+
+    def refuse(token: int) -> None:
+        raise KeyError(token)
+
+    requests = [replace(request, max_new_tokens=9) for request in prompts(4)]
+    expected = generate(engine, requests, WARM, NEVER)
+    session = engine.session(NEVER)
+    listening, refusing = replace(requests[1], on_token=heard.append), replace(requests[2], on_token=refuse)
+    session.add([requests[0], listening, refusing, requests[3]], WARM)
+    results: dict[int, Generation | Exception] = {}
+    while len(results) < 4:
+        results |= {id(ended): result for ended, result in session.advance()}
+    assert heard == expected[1].token_ids
+    assert isinstance(results[id(refusing)], KeyError)
+    for place in (0, 3):
+        result = results[id(requests[place])]
+        assert isinstance(result, Generation) and result.token_ids == expected[place].token_ids
+
+
 def test_seeds_differ(engine: TransformersEngine) -> None:
     requests = [Request([1, 2, 3], 12, (seed,)) for seed in range(5)]
-    answers = engine.generate(requests, Sampling(), NEVER)
+    answers = generate(engine, requests, Sampling(), NEVER)
     assert len({tuple(answer.token_ids) for answer in answers}) == 5
 
 
-def test_batches_stay_in_the_limit(make_engine: MakeEngine) -> None:
-    engine = make_engine(batch_tokens=100)
-    requests = prompts(30)
-    batches = engine._batches([_Row(request, GREEDY) for request in requests])
-    lengths = [len(row.request.token_ids) for batch in batches for row in batch]
-    assert lengths == sorted(len(request.token_ids) for request in requests)
-    assert max(map(len, batches)) > 1
-    for batch in batches:
-        asked = [row.request for row in batch]
-        longest = max(len(r.token_ids) for r in asked) + max(r.max_new_tokens for r in asked)
-        assert len(batch) == 1 or longest * len(batch) <= 100
+def test_passes_stay_in_the_limits(make_engine: MakeEngine, model: PreTrainedModel) -> None:
+    engine, requests = make_engine(batch_tokens=100, slots=7), prompts(30)
+    with passes(model) as shapes:
+        generate(engine, requests, Sampling(), NEVER)
+    assert max(rows for rows, _ in shapes) == 7
+    assert max(rows * columns for rows, columns in shapes) <= 100
+    assert sum(columns > 1 for _, columns in shapes) < len(requests), "none is read alone"
 
 
 def test_length_ends_a_generation(engine: TransformersEngine) -> None:
-    answers = engine.generate([Request([5, 6], 7, (0,)), Request([5], 1, (0,))], GREEDY, NEVER)
+    answers = generate(engine, [Request([5, 6], 7, (0,)), Request([5], 1, (0,))], GREEDY, NEVER)
     assert [len(answer.token_ids) for answer in answers] == [7, 1]
     assert {answer.finish for answer in answers} == {FinishReason.LENGTH}
 
@@ -170,7 +221,7 @@ def test_stop_strings_of_many_tokens(parrot: tuple[PreTrainedModel, PreTrainedTo
     model.generation_config.eos_token_id = [tokenizer.convert_tokens_to_ids("<|eot|>")]
     engine = TransformersEngine(model, tokenizer, rollout_config())
     requests = [Request(tokenizer.encode(prompt), 48, (0,)) for prompt in TEXTS]
-    answers = engine.generate(requests, GREEDY, ("</search>", "</answer>"))
+    answers = generate(engine, requests, GREEDY, ("</search>", "</answer>"))
     assert [tokenizer.decode(answer.token_ids) for answer in answers] == [
         "<think> é </think><search> red house </search>",
         "<answer> blue </answer>",
@@ -188,7 +239,7 @@ def test_eos_of_the_tokenizer_alone(parrot: tuple[PreTrainedModel, PreTrainedTok
     model, tokenizer = parrot
     model.generation_config.eos_token_id = None
     engine = TransformersEngine(model, tokenizer, rollout_config())
-    answers = engine.generate([Request(tokenizer.encode(p), 12, (0,)) for p in ("C:", "E:")], GREEDY, NEVER)
+    answers = generate(engine, [Request(tokenizer.encode(p), 12, (0,)) for p in ("C:", "E:")], GREEDY, NEVER)
     assert [answer.finish for answer in answers] == [FinishReason.EOS, FinishReason.LENGTH]
 
 
@@ -202,8 +253,8 @@ def test_rows_without_a_token_have_no_probability(
     logits = wider(torch.tensor([[1, 2, 3]])).logits[0, -1]
     assert logits.argmax() >= len(tokenizer)
     requests = prompts()
-    found = TransformersEngine(wider, tokenizer, rollout_config()).generate(requests, sampling, NEVER)
-    for own, other in zip(found, engine.generate(requests, sampling, NEVER), strict=True):
+    found = generate(TransformersEngine(wider, tokenizer, rollout_config()), requests, sampling, NEVER)
+    for own, other in zip(found, generate(engine, requests, sampling, NEVER), strict=True):
         assert (own.token_ids, own.finish) == (other.token_ids, other.finish)
         assert own.logprobs == pytest.approx(other.logprobs, abs=1e-5)
 
@@ -219,6 +270,7 @@ def conversation(
     """Turns of episodes with prompts, limits and environment's texts of mixed lengths; each turn continues
     what the last one wrote."""
     rng = random.Random(3)
+    session = engine.session(NEVER)
 
     def words(longest: int) -> list[int]:
         return [rng.randrange(300) for _ in range(rng.randint(1, longest))]
@@ -230,23 +282,24 @@ def conversation(
             Request(list(history), rng.randint(1, 14), (i, turn), cache)
             for i, (history, cache) in enumerate(zip(histories, caches, strict=True))
         ]
-        turns.append(engine.generate(asked, sampling, NEVER))
+        turns.append(finish(session, asked, sampling))
         for history, answer in zip(histories, turns[-1], strict=True):
             history += answer.token_ids + words(20)
     return turns
 
 
 @contextmanager
-def tokens_read(model: PreTrainedModel) -> Iterator[list[int]]:
-    """Rows times columns of each pass through the model."""
-    read: list[int] = []
+def passes(model: PreTrainedModel) -> Iterator[list[tuple[int, int]]]:
+    """Rows and columns of each pass through the model."""
+    shapes: list[tuple[int, int]] = []
 
     def note(_: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        read.append(kwargs["input_ids"].numel())
+        rows, columns = kwargs["input_ids"].shape
+        shapes.append((rows, columns))
 
     hook = model.base_model.register_forward_pre_hook(note, with_kwargs=True)
     try:
-        yield read
+        yield shapes
     finally:
         hook.remove()
 
@@ -258,189 +311,122 @@ def same(first: list[list[Generation]], second: list[list[Generation]]) -> None:
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, WARM])
-@pytest.mark.parametrize("limits", [{}, {"batch_tokens": 200}, {"kept_tokens": 150}, {"batch_tokens": 1}])
+@pytest.mark.parametrize("limits", LIMITS)
 def test_same_tokens_as_without(make_engine: MakeEngine, limits: dict[str, int], sampling: Sampling) -> None:
     engine = make_engine(**limits)
     some = [EpisodeCache() if i % 3 else None for i in range(EPISODES)]
     alone = conversation(engine, [None] * EPISODES, sampling)
-    same(conversation(engine, some, sampling), alone)
+    same(conversation(engine, [*some], sampling), alone)
     same(conversation(engine, [EpisodeCache() for _ in range(EPISODES)], sampling), alone)
 
 
-@pytest.mark.parametrize("limits", [{"batch_tokens": 200}, {"batch_tokens": 100, "kept_tokens": 150}])
-def test_threads_change_nothing(make_engine: MakeEngine, limits: dict[str, int]) -> None:
-    before = torch.get_num_threads()
-    found = []
-    try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            caches = [EpisodeCache() for _ in range(EPISODES)]
-            turns = conversation(make_engine(**limits), [*caches], WARM)
-            found.append((turns, [cache.content and cache.content.ids for cache in caches]))
-    finally:
-        torch.set_num_threads(before)
-    assert found[0] == found[1] == found[2]
-
-
 def test_only_new_tokens_are_read(engine: TransformersEngine, model: PreTrainedModel) -> None:
-    cache = EpisodeCache()
-    (first,) = engine.generate([Request(list(range(20, 60)), 5, (0,), cache)], GREEDY, NEVER)
+    cache, session = EpisodeCache(), engine.session(NEVER)
+    (first,) = finish(session, [Request(list(range(20, 60)), 5, (0,), cache)], GREEDY)
     history = [*range(20, 60), *first.token_ids, 7, 8, 9]
-    with tokens_read(model) as read:
-        engine.generate([Request(history, 2, (1,), cache)], GREEDY, NEVER)
+    with passes(model) as shapes:
+        finish(session, [Request(history, 2, (1,), cache)], GREEDY)
     # the last token that was sampled had not been read, three are new; then one for the second sample
-    assert read == [1 + 3, 1]
+    assert shapes == [(1, 1 + 3), (1, 1)]
+
+
+def test_a_long_history_beside_a_long_reply(engine: TransformersEngine) -> None:
+    """Together they would not have room in a slot."""
+    session, caches = engine.session(NEVER), [EpisodeCache(), EpisodeCache()]
+    words = [random.Random(i).choices(range(300), k=240) for i in range(2)]
+    firsts = [words[0], words[1][:10]]
+    asked = [Request(list(ids), 4, (i, 0), caches[i]) for i, ids in enumerate(firsts)]
+    for ids, answer in zip(firsts, finish(session, asked, GREEDY), strict=True):
+        ids += answer.token_ids
+    again = [
+        Request([*firsts[0], 5, 6], 8, (0, 1), caches[0]),
+        Request([*firsts[1], *words[1]], 2, (1, 1), caches[1]),
+    ]
+    plain = [replace(request, cache=None) for request in again]
+    same([finish(session, again, WARM)], [generate(engine, plain, WARM, NEVER)])
 
 
 def test_what_belongs_to_another_history_is_not_used(engine: TransformersEngine) -> None:
-    cache = EpisodeCache()
-    engine.generate([Request([1, 2, 3, 4], 6, (0,), cache)], GREEDY, NEVER)
     for other in ([1, 2, 9, 4, 5, 6, 7, 8, 9, 10, 11, 12], [1, 2]):
-        kept = cache.content
-        found = engine.generate([Request(other, 6, (1,), cache)], WARM, NEVER)
-        assert found == engine.generate([Request(other, 6, (1,))], WARM, NEVER)
+        cache, session = EpisodeCache(), engine.session(NEVER)
+        finish(session, [Request([1, 2, 3, 4], 6, (0,), cache)], GREEDY)
+        found = finish(session, [Request(other, 6, (1,), cache)], WARM)
+        assert found == generate(engine, [Request(other, 6, (1,))], WARM, NEVER)
         assert cache.content.ids == [*other, *found[0].token_ids[:-1]]
-        cache.content = kept
 
 
-@pytest.mark.parametrize("batch_tokens", [100, 65_536])
-@pytest.mark.parametrize(("limit", "counts"), [(0, {0}), (100, {1, 2, 3}), (10_000, {EPISODES})])
-def test_no_more_is_kept_than_allowed(
-    make_engine: MakeEngine, model: PreTrainedModel, limit: int, counts: set[int], batch_tokens: int
-) -> None:
-    """At no moment: a turn's first batches are done while later ones still have what the last turn left."""
-    engine = make_engine(kept_tokens=limit, batch_tokens=batch_tokens)
-    caches = [EpisodeCache() for _ in range(EPISODES)]
-    held: list[int] = []
-
-    def note(*_: Any) -> None:
-        held.append(sum(len(cache.content.ids) for cache in caches if cache.content))
-
-    hook = model.base_model.register_forward_hook(note)
-    try:
-        conversation(engine, [*caches])
-    finally:
-        hook.remove()
-    assert max(held) <= limit
-    kept = [cache.content for cache in caches if cache.content]
-    assert len(kept) in counts
-    assert sum(len(one.ids) for one in kept) <= limit
-    for one in kept:
-        assert {keys.shape[1] for keys, _ in one.states} == {len(one.ids)}
+def test_nothing_is_kept_for_a_turn_that_will_not_come(engine: TransformersEngine) -> None:
+    session = engine.session(NEVER)
+    for renew in (True, False):
+        cache = EpisodeCache(renew=renew)
+        finish(session, [Request([1, 2, 3], 4, (0,), cache)], GREEDY)
+        assert (cache.content is not None) == renew
 
 
-class Remembering:
-    """An engine; `caches` are those that it was given, in the order of the requests."""
-
-    def __init__(self, engine: TransformersEngine) -> None:
-        self._engine = engine
-        self.caches: list[EpisodeCache] = []
-        self.kept: list[bool] = []
-
-    def generate(
-        self, requests: list[Request], sampling: Sampling, stop: tuple[str, ...]
-    ) -> list[Generation]:
-        answers = self._engine.generate(requests, sampling, stop)
-        given = [request.cache for request in requests if request.cache]
-        self.caches += given
-        self.kept += [cache.content is not None for cache in given]
-        return answers
-
-
-def episodes(engine: Engine, tokenizer: PreTrainedTokenizerFast) -> list[Episode]:
+def episodes(engine: TransformersEngine, tokenizer: PreTrainedTokenizerFast, count: int = 5) -> list[Episode]:
     config = ProtocolConfig(max_new_tokens=12, instruction="short")
     loop = AgentLoop(engine, tokenizer, Answering(), config, 3)
-    return loop.run([Task(question(), "onehop", seed=(i,)) for i in range(5)], Sampling())
+    return loop.run([Task(question(), "onehop", seed=(i,)) for i in range(count)], Sampling())
 
 
 def test_a_run_with_new_weights_uses_nothing_of_an_older_one(tokenizer: PreTrainedTokenizerFast) -> None:
     model = tiny_model(tokenizer)
     engine = TransformersEngine(model, tokenizer, rollout_config())
-    first, second = Remembering(engine), Remembering(engine)
-    before = episodes(first, tokenizer)
+    before = episodes(engine, tokenizer)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.mul_(1.5)
-    after = episodes(second, tokenizer)
-    assert not {*map(id, first.caches)} & {*map(id, second.caches)}
-    fresh = episodes(TransformersEngine(model, tokenizer, rollout_config(kept_tokens=0)), tokenizer)
+    after = episodes(engine, tokenizer)
+    fresh = episodes(TransformersEngine(model, tokenizer, rollout_config()), tokenizer)
     assert [e.token_ids for e in after] == [e.token_ids for e in fresh]
     assert [e.token_ids for e in after] != [e.token_ids for e in before]
     assert max(e.generations for e in after) > 1
 
 
-def test_nothing_is_kept_for_a_turn_that_will_not_come(
-    engine: TransformersEngine, tokenizer: PreTrainedTokenizerFast
+@pytest.mark.parametrize("slots", [64, 3])
+def test_threads_change_nothing(
+    make_engine: MakeEngine, tokenizer: PreTrainedTokenizerFast, slots: int
 ) -> None:
-    watched = Remembering(engine)
-    config = ProtocolConfig(max_new_tokens=12, instruction="short", max_turns=2)
-    loop = AgentLoop(watched, tokenizer, Answering(), config, 3)
-    single = Task(question(), "onehop", seed=(0,), opening="<answer>", single_turn=True)
-    loop.run([single], GREEDY)
-    assert watched.kept == [False]
-    (episode,) = loop.run([Task(question(), "onehop", seed=(1,))], GREEDY)
-    assert episode.generations == 3 and watched.kept[1:] == [True, True, False]
+    """Not one bit: what is computed together does not depend on their number."""
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            found.append(episodes(make_engine(slots=slots), tokenizer, 21))
+    finally:
+        torch.set_num_threads(before)
+    assert found[0] == found[1] == found[2]
+    assert len({tuple(episode.token_ids) for episode in found[0]}) == 21
 
 
 def test_an_episode_reads_each_token_once(
-    make_engine: MakeEngine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
+    engine: TransformersEngine, model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    """But for the padding of the batch; without a cache the history is read again in each turn."""
-    read = {}
-    for limit in (0, 10_000):
-        engine = make_engine(kept_tokens=limit)
-        with tokens_read(model) as found:
-            done = episodes(engine, tokenizer)
-        read[limit] = sum(found)
-        assert min(e.generations for e in done) > 2
-    assert read[10_000] < 1.2 * sum(len(e.token_ids) for e in done) < 0.8 * read[0]
+    """But for the padding of the batch."""
+    with passes(model) as shapes:
+        done = episodes(engine, tokenizer)
+    assert min(e.generations for e in done) > 2
+    assert sum(rows * columns for rows, columns in shapes) < 1.2 * sum(len(e.token_ids) for e in done)
 
 
 def test_bfloat16(make_engine: MakeEngine, model: PreTrainedModel) -> None:
-    engine, cache, history = make_engine(precision="bfloat16"), EpisodeCache(), [4, 5, 6]
+    session, cache = make_engine(precision="bfloat16").session(NEVER), EpisodeCache()
+    history = [4, 5, 6]
     for turn in range(3):
         request = Request(list(history), 6, (turn,), cache)
-        (answer,) = engine.generate([request], Sampling(), NEVER)
+        (answer,) = finish(session, [request], Sampling())
         expected = own_logprobs(model, request, answer.token_ids, Sampling())
         assert answer.logprobs == pytest.approx(expected, abs=0.3)
         history += [*answer.token_ids, 9, 10]
-        keys, values = cache.content.states[0]
-        assert (keys.dtype, values.dtype) == (torch.float32, torch.bfloat16)  # the planner counts 6 bytes
-    assert cache.content.ids == history[:-3]
-
-
-# the preallocated cache against transformers' own
-
-
-def states(model: PreTrainedModel, cache: Any, ids: torch.Tensor, stay: list[int]) -> list[torch.Tensor]:
-    """Hidden states of six tokens, then, of the rows that stay, of one and of two more."""
-    found = []
-    with torch.inference_mode():
-        found.append(model.base_model(input_ids=ids[:, :6], past_key_values=cache).last_hidden_state)
-        if len(stay) < len(ids):
-            cache.batch_select_indices(torch.tensor(stay))
-        parts = (ids[stay, 6:7], ids[stay, 7:])
-        found += [model.base_model(input_ids=part, past_key_values=cache).last_hidden_state for part in parts]
-    return found
-
-
-@pytest.mark.parametrize("stay", [[0, 1, 2], [0, 2], [1]])
-def test_same_states_as_dynamic_cache(model: PreTrainedModel, stay: list[int]) -> None:
-    ids = torch.randint(100, (3, 9), generator=torch.Generator().manual_seed(0))
-    first = states(model, preallocated_cache(model.config, 9), ids, stay)
-    second = states(model, DynamicCache(config=model.config), ids, stay)
-    torch.testing.assert_close(first, second, rtol=0, atol=1e-6)
-    whole = model.base_model(input_ids=ids[stay]).last_hidden_state[:, 7:]
-    torch.testing.assert_close(first[-1], whole, rtol=1e-4, atol=1e-5)
-
-
-def test_full_cache(model: PreTrainedModel) -> None:
-    cache = preallocated_cache(model.config, 4)
-    with torch.inference_mode(), pytest.raises(IndexError, match="room for 4 tokens, not for 5"):
-        model.base_model(input_ids=torch.zeros(1, 5, dtype=torch.long), past_key_values=cache)
+        layer = session._slots._layers[0]
+        assert (layer.keys.dtype, layer.values.dtype) == (
+            torch.float32,
+            torch.bfloat16,
+        )  # the planner: 6 bytes
 
 
 def test_other_kinds_of_layers_are_refused() -> None:
     config = Qwen2Config(num_hidden_layers=2, use_sliding_window=True, sliding_window=8, max_window_layers=0)
     with pytest.raises(ValueError, match="other kinds than full attention"):
-        preallocated_cache(config, 4)
+        slot_cache(config)

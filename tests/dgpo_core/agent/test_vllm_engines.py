@@ -15,7 +15,7 @@ from scipy.stats import chisquare
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.agent import prompts
-from dgpo_core.agent.engine import FinishReason, Request, SeparateEngine, StopCriteria, weights_of
+from dgpo_core.agent.engine import FinishReason, Request, SeparateEngine, StopCriteria, generate, weights_of
 from dgpo_core.agent.loop import STOP, AgentLoop, Task
 from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.agent.vllm_engine import InProcessClient, Transfer, VllmEngine
@@ -153,7 +153,7 @@ def test_logprobs_are_those_at_the_temperature(
 ) -> None:
     for sampling in (WARM, Sampling(temperature=1.5), GREEDY):
         asked = requests(words, 4, 12)
-        for request, answer in zip(asked, engine.generate(asked, sampling, NEVER), strict=True):
+        for request, answer in zip(asked, generate(engine, asked, sampling, NEVER), strict=True):
             close(answer.logprobs, own_logprobs(teacher, request, answer.token_ids, sampling))
 
 
@@ -171,7 +171,7 @@ def test_rows_without_a_token_are_never_sampled(
         else:
             engine = VllmEngine(wider, words, config(tmp_path), 1024)
         for sampling in (GREEDY, WARM):
-            for request, answer in zip(asked, engine.generate(asked, sampling, NEVER), strict=True):
+            for request, answer in zip(asked, generate(engine, asked, sampling, NEVER), strict=True):
                 ids = answer.token_ids
                 close(answer.logprobs, own_logprobs(reference.model, request, ids, sampling))
                 if sampling == GREEDY:
@@ -187,34 +187,34 @@ def test_endings(
 ) -> None:
     """Tags, a stop string that ends inside a token, EOS, the limit: the very tokens of the other engine."""
     asked = requests(words)
-    whole = reference.generate(asked, GREEDY, NEVER)[0].token_ids
+    whole = generate(reference, asked, GREEDY, NEVER)[0].token_ids
     texts = [str(words.decode(token)).strip() for token in whole]
     inside = next(text for text in texts if len(text) > 3)[:-1]
     for stop in (STOP, (inside,), NEVER):
-        own, expected = (each.generate(asked, GREEDY, stop) for each in (engine, reference))
+        own, expected = (generate(each, asked, GREEDY, stop) for each in (engine, reference))
         assert [(a.token_ids, a.finish) for a in own] == [(a.token_ids, a.finish) for a in expected]
         if stop != NEVER:
             assert FinishReason.STOP in {answer.finish for answer in own}
     cut = [Request(request.token_ids, 3, request.seed) for request in asked]
-    assert {(len(a.token_ids), a.finish) for a in engine.generate(cut, GREEDY, STOP)} == {
+    assert {(len(a.token_ids), a.finish) for a in generate(engine, cut, GREEDY, STOP)} == {
         (3, FinishReason.LENGTH)
     }
     ending = StopCriteria(words, {whole[5]}, len(words))  # as if this token were the model's EOS
     monkeypatch.setattr(engine, "stop_criteria", ending)
-    (answer,) = engine.generate(asked[:1], GREEDY, NEVER)
+    (answer,) = generate(engine, asked[:1], GREEDY, NEVER)
     assert (answer.token_ids, answer.finish) == (whole[: whole.index(whole[5]) + 1], FinishReason.EOS)
 
 
 def test_samples_belong_to_the_request(engine: SeparateEngine, words: PreTrainedTokenizerFast) -> None:
     asked = requests(words, 12, 16)
-    together = engine.generate(asked, Sampling(), NEVER)
-    (alone,) = engine.generate([asked[5]], Sampling(), NEVER)
+    together = generate(engine, asked, Sampling(), NEVER)
+    (alone,) = generate(engine, [asked[5]], Sampling(), NEVER)
     assert alone.token_ids == together[5].token_ids
-    backwards = engine.generate(asked[::-1], Sampling(), NEVER)[::-1]
+    backwards = generate(engine, asked[::-1], Sampling(), NEVER)[::-1]
     assert [answer.token_ids for answer in backwards] == [answer.token_ids for answer in together]
     again = [Request(asked[5].token_ids, 16, (seed,)) for seed in range(5)]
     assert (
-        len({tuple(answer.token_ids) for answer in engine.generate(again, Sampling(temperature=2.0), NEVER)})
+        len({tuple(answer.token_ids) for answer in generate(engine, again, Sampling(temperature=2.0), NEVER)})
         == 5
     )
 
@@ -226,7 +226,7 @@ def test_samples_follow_the_distribution(
     prompt, count, sampling = requests(words, 1)[0].token_ids, 1500, Sampling(temperature=2.0)
     with torch.inference_mode():
         chances = (teacher(torch.tensor([prompt])).logits[0, -1] / sampling.temperature).softmax(-1)
-    answers = engine.generate([Request(prompt, 1, (i, 0)) for i in range(count)], sampling, NEVER)
+    answers = generate(engine, [Request(prompt, 1, (i, 0)) for i in range(count)], sampling, NEVER)
     sampled = torch.tensor([answer.token_ids[0] for answer in answers])
     likely = torch.nonzero(chances * count > 10)[:, 0]
     expected = [*(chances[likely] * count).tolist()]
@@ -258,7 +258,7 @@ def test_refresh_after_a_training_step(
     sync.refresh()
     assert sync.probe()["engine_gap_max"] < 1e-3
     asked = requests(words)
-    own, expected = (each.generate(asked, GREEDY, STOP) for each in (engine, reference))
+    own, expected = (generate(each, asked, GREEDY, STOP) for each in (engine, reference))
     assert [answer.token_ids for answer in own] == [answer.token_ids for answer in expected]
 
 
@@ -289,11 +289,11 @@ def test_server_gets_the_weights_of_the_stage(
     save_model(teacher, words, tmp_path / "trained")
     asked = requests(words)
     first = connect(url, str(tmp_path / "trained"), words, tmp_path)
-    expected = [answer.token_ids for answer in reference.generate(asked, GREEDY, STOP)]
-    assert [answer.token_ids for answer in first.generate(asked, GREEDY, STOP)] == expected
+    expected = [answer.token_ids for answer in generate(reference, asked, GREEDY, STOP)]
+    assert [answer.token_ids for answer in generate(first, asked, GREEDY, STOP)] == expected
     connect(url, TEACHER, words, tmp_path)
     with pytest.raises(InfrastructureError, match="another stage uses it"):
-        first.generate(asked, GREEDY, STOP)
+        generate(first, asked, GREEDY, STOP)
 
 
 def test_librarys_weight_transfer(

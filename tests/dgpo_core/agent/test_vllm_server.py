@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from transformers import PreTrainedTokenizerFast
 
-from dgpo_core.agent.engine import FinishReason, Generation, Request, weights_of
+from dgpo_core.agent.engine import FinishReason, Generation, Request, generate, weights_of
 from dgpo_core.agent.vllm_server import GENERATE, VllmServerEngine
 from dgpo_core.config.agent import RolloutConfig, Sampling, ServerConfig
 from dgpo_core.errors import InfrastructureError, UserError
@@ -97,7 +97,7 @@ def server(nowhere: Pretender) -> Iterator[Pretender]:
 
 
 def ask(engine: VllmServerEngine) -> list[Generation]:
-    return engine.generate([Request([1, 2], 3, (4, 0)), Request([3], 3, (5, 0))], Sampling(), ("</search>",))
+    return generate(engine, [Request([1, 2], 3, (4, 0)), Request([3], 3, (5, 0))], Sampling(), ("</search>",))
 
 
 def test_untouched_server_is_left_as_it_is(server: Pretender) -> None:

@@ -190,39 +190,29 @@ def test_devices_are_named_or_sized() -> None:
             device_of(wrong)
 
 
-def test_what_is_kept_between_turns_is_not_read_again() -> None:
-    """With more room there is less to read and compute, and more to hold, up to all episodes of a chunk."""
+def test_slots_are_the_episodes_at_a_time_and_no_history_is_read_again() -> None:
     made = planner()
-    under_way = int(made.params.teach.chunk * made.work.lengths.total)
-    none, half, whole, more = (
-        stage(changed(made, "rollout", kept_tokens=kept), "teach")
-        for kept in (0, under_way // 2, under_way + 1, 10 * under_way)
-    )
-    lengths, episodes = made.work.lengths, made.work.teach
-    assert none.tokens == pytest.approx(episodes * (lengths.prefill + lengths.model))
-    assert whole.tokens == pytest.approx(episodes * lengths.total)
-    assert half.tokens == pytest.approx((none.tokens + whole.tokens) / 2, rel=1e-3)
-    assert none.flops > half.flops > whole.flops
-    assert none.seconds > half.seconds > whole.seconds > 0
-    caches = [each.memory["key-value cache"] for each in (none, half, whole)]
-    assert caches == sorted(set(caches))
-    assert more == whole
+    few, many, more = (stage(changed(made, "rollout", slots=n), "teach") for n in (8, 64, 10**6))
+    assert few.tokens == many.tokens == pytest.approx(made.work.teach * made.work.lengths.total)
+    assert few.memory["key-value cache"] * 8 == pytest.approx(many.memory["key-value cache"])
+    assert few.seconds > many.seconds > more.seconds > 0
+    assert more == stage(changed(made, "rollout", slots=made.params.teach.chunk), "teach")
 
 
 def test_of_trainings_a_step_is_under_way_not_a_chunk_of_evaluation() -> None:
     made = planner()
     alone = changed(made, "evaluate", chunk=1)
     for name in ("teach", "distill@kd", "reinforce@dgpo", "evaluate@kd"):
-        assert (stage(alone, name).tokens == stage(made, name).tokens) == (name != "evaluate@kd")
+        assert (stage(alone, name).seconds == stage(made, name).seconds) == (name != "evaluate@kd")
 
 
-def test_keeping_less_is_advised_where_passes_cannot_be_smaller() -> None:
+def test_fewer_slots_are_advised_where_passes_cannot_be_smaller() -> None:
     made = planner(Device("small", 29.6 * GIB))
     smallest = made.params.protocol.max_context
-    narrow = changed(made, "rollout", batch_tokens=smallest, kept_tokens=10**7)
+    narrow = changed(made, "rollout", batch_tokens=smallest, slots=512)
     problems = {problem.stage: problem for problem in make_plan(narrow).problems}
     advice = problems["teach"].advice
-    assert "kept_tokens" in advice and "batch_tokens" not in advice
+    assert "slots" in advice and "batch_tokens" not in advice
     assert stage(with_advice(narrow, advice), "teach").device_memory <= 29.6 * GIB < problems["teach"].needed
 
 

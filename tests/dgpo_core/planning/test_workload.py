@@ -7,7 +7,7 @@ import pytest
 
 from dgpo_core.agent.episode import Owner, write_episodes
 from dgpo_core.config.agent import ProtocolConfig
-from dgpo_core.planning.workload import EpisodeLengths, assumed, first_measured
+from dgpo_core.planning.workload import assumed, first_measured
 from tests.dgpo_core.making import random_episode
 
 
@@ -27,11 +27,6 @@ def test_lengths_are_counted_by_owner(tmp_path: Path) -> None:
     assert lengths.total == pytest.approx(np.mean(sizes))
     assert lengths.square == pytest.approx(np.mean(np.square(sizes)))
     assert lengths.turns == pytest.approx(np.mean([e.generations for e in episodes]))
-    before = [
-        sum(i for i in range(1, len(e.owners)) if e.owners[i] == Owner.MODEL != e.owners[i - 1])
-        for e in episodes
-    ]
-    assert lengths.prefill == pytest.approx(np.mean(before))
     assert "measured: 20 episodes" in lengths.source
 
 
@@ -40,16 +35,8 @@ def test_without_episodes_nothing_is_measured(tmp_path: Path) -> None:
     assert first_measured([tmp_path / "none.parquet", tmp_path / "empty.parquet"]) is None
 
 
-def test_what_is_read_before_each_turn() -> None:
-    """Two turns of 10 with 100 retrieved between: 20, then 20 + 10 + 100."""
-    lengths = EpisodeLengths(prompt=20, model=20, environment=100, turns=2, source="")
-    assert lengths.prefill == 20 + 130
-    assert EpisodeLengths(prompt=20, model=10, environment=100, turns=1, source="").prefill == 120
-
-
 @pytest.mark.parametrize("context", [300, 1024, 4096])
 @pytest.mark.parametrize("turns", [0, 1, 4])
 def test_assumed_episodes_keep_to_the_limits(context: int, turns: int) -> None:
     lengths = assumed(ProtocolConfig(max_context=context, max_turns=turns), 3)
     assert lengths.total <= context and lengths.turns <= turns + 1
-    assert lengths.prefill >= lengths.prompt

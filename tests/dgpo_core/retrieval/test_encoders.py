@@ -17,15 +17,9 @@ from transformers import BertModel
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import UserError
-from dgpo_core.retrieval import encoders
-from dgpo_core.retrieval.encoders import (
-    BUFFER,
-    Bm25Encoder,
-    MeanPoolingEncoder,
-    SentenceTransformersEncoder,
-    SparseVector,
-    make_encoder,
-)
+from dgpo_core.retrieval import dense_encoders
+from dgpo_core.retrieval.dense_encoders import BUFFER, MeanPoolingEncoder, SentenceTransformersEncoder
+from dgpo_core.retrieval.encoders import Bm25Encoder, SparseVector, make_encoder
 from dgpo_core.retrieval.index import index_passages
 from dgpo_core.text import start_of
 from tests.dgpo_core.retrieval.conftest import BM25
@@ -86,7 +80,7 @@ def test_of_a_long_text_the_start_alone_is_read(
         whole, start = (np.array(encoder.encode_passages([t])) for t in (text, text[:400]))
         np.testing.assert_allclose(whole, start, atol=1e-5)
         with monkeypatch.context() as patch:
-            patch.setattr(encoders, "start_of", measured)
+            patch.setattr(dense_encoders, "start_of", measured)
             encoder.encode_passages([text])
         assert read.pop() < 2000
 

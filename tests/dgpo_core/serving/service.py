@@ -16,10 +16,14 @@ from dgpo_core.serving.queue import RequestQueue
 
 @contextmanager
 def serving(
-    agent: Agent | None, waiting: int = 2, hosts: tuple[str, ...] = (), origins: tuple[str, ...] = ()
+    agent: Agent | None,
+    waiting: int = 2,
+    hosts: tuple[str, ...] = (),
+    origins: tuple[str, ...] = (),
+    together: int = 1,
 ) -> Iterator[httpx.Client]:
     """A client of a running service; None: one that is loading for ever."""
-    queue = RequestQueue(waiting)
+    queue = RequestQueue(waiting, together)
     queue.agent = agent
     config = uvicorn.Config(
         make_app(queue, "127.0.0.1", hosts, origins), log_level="critical", lifespan="off", ws="none"

@@ -4,15 +4,15 @@ import http.client
 import json
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import httpx
 import pytest
 
 from dgpo_core.datasets.records import Question
-from dgpo_core.serving.agent import Agent
-from dgpo_core.serving.events import AgentRequest, EpisodeCancelled, EpisodeRecord
+from dgpo_core.serving.agent import Agent, Asked
+from dgpo_core.serving.events import AgentRequest, Event
 from tests.dgpo_core.agent.scripted import Answering
 from tests.dgpo_core.serving.conftest import Gate, MakeAgent
 from tests.dgpo_core.serving.service import serving
@@ -232,7 +232,7 @@ def test_a_bug_tells_nothing_of_the_inside(
     make_agent: MakeAgent, questions: list[Question], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     broken = make_agent(Answering())
-    monkeypatch.setattr(broken, "_top_k", "secret")
+    monkeypatch.setattr(broken._loop, "_top_k", "secret")
     with serving(broken) as client:
         response = client.post(CHAT, json=body(questions[0].question))
         assert response.status_code == 500 and "secret" not in response.text
@@ -247,14 +247,15 @@ def test_who_disconnects_ends_the_episode(
     agent = make_agent(retriever)
     stopped = threading.Event()
 
-    def ask(*arguments: Any) -> EpisodeRecord:
-        try:
-            return Agent.ask(agent, *arguments)
-        except EpisodeCancelled:
-            stopped.set()
-            raise
+    def begin(request: AgentRequest, emit: Callable[[Event], None], cancelled: Callable[[], bool]) -> Asked:
+        def looked() -> bool:
+            if cancelled():
+                stopped.set()
+            return cancelled()
 
-    monkeypatch.setattr(agent, "ask", ask)
+        return Agent.begin(agent, request, emit, looked)
+
+    monkeypatch.setattr(agent, "begin", begin)
     with serving(agent, waiting=0) as client:
         other = http.client.HTTPConnection(client.base_url.host, client.base_url.port)
         asked = json.dumps(body(questions[0].question, stream=stream))

@@ -1,4 +1,4 @@
-"""One episode at a time, in order; who leaves or is too late costs nobody anything."""
+"""In order, as many together as may be; who leaves or is too late costs nobody anything."""
 
 import asyncio
 from collections.abc import Iterator
@@ -7,6 +7,7 @@ import pytest
 
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
+from dgpo_core.retrieval.index import Index
 from dgpo_core.serving.events import AgentRequest, EpisodeCancelled, EpisodeEnd, Event, QueuePosition
 from dgpo_core.serving.queue import NotReady, QueuedRequest, QueueFull, RequestQueue
 from tests.dgpo_core.serving.conftest import Gate, MakeAgent
@@ -122,3 +123,43 @@ async def test_after_closing_no_request_is_taken(queue: RequestQueue, gate: Gate
             await told(request)
     with pytest.raises(NotReady):
         queue.submit(ask)
+
+
+async def test_many_run_together_with_the_answers_of_each_alone(
+    make_agent: MakeAgent, index: Index, questions: list[Question]
+) -> None:
+    agent = make_agent(index)
+    asked = [AgentRequest(question.question) for question in questions[:12]]
+    alone = [agent.ask(request, lambda _: None, lambda: False) for request in asked]
+    together = RequestQueue(limit=4, together=8)
+    await together.open(lambda: agent)
+    try:
+        requests = [together.submit(request) for request in asked]
+        assert together.waiting == 4
+        events = await asyncio.gather(*map(told, requests))
+    finally:
+        together.shutdown()
+    assert [ahead(each) for each in events[:8]] == [[]] * 8
+    assert all(ahead(each)[-1] == 0 for each in events[8:])
+    for record, each in zip(alone, events, strict=True):
+        assert isinstance(each[-1], EpisodeEnd)
+        assert each[-1].episode == record
+
+
+async def test_a_slow_search_holds_nobody_else_up(make_agent: MakeAgent, questions: list[Question]) -> None:
+    """Who searches waits; who joins meanwhile and needs no search is answered."""
+    gate = Gate()
+    agent = make_agent(gate)
+    together = RequestQueue(limit=0, together=2)
+    await together.open(lambda: agent)
+    try:
+        slow = together.submit(AgentRequest(questions[0].question))
+        assert await asyncio.to_thread(gate.reached.wait, 30)
+        quick = together.submit(AgentRequest(questions[1].question, max_searches=0))
+        assert isinstance((await told(quick))[-1], EpisodeEnd)
+        assert not gate.calls
+        gate.opened.set()
+        assert isinstance((await told(slow))[-1], EpisodeEnd)
+    finally:
+        gate.opened.set()
+        together.shutdown()

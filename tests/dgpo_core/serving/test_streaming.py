@@ -4,6 +4,7 @@ Kinds of a text do not depend on how it is cut into chunks; the oracle splits th
 """
 
 import re
+from dataclasses import replace
 from itertools import groupby, pairwise
 from typing import Any
 
@@ -12,7 +13,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.agent.engine import Request
 from dgpo_core.agent.episode import Episode
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.agent.prompts import INVALID_ACTION, TAGS
@@ -23,7 +23,7 @@ from dgpo_core.models import load_tokenizer
 from dgpo_core.retrieval.index import Index
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.events import AgentRequest, Delta, EpisodeCancelled, Event, Notice, SearchResult
-from dgpo_core.serving.streaming import EventStream, Piece, TagSplitter, WatchedEngine, WatchedRetriever
+from dgpo_core.serving.streaming import EventStream, Piece, TagSplitter
 from tests.dgpo_core.serving.conftest import FLOAT32, PROTOCOL, TEACHER
 
 Watched = tuple[Episode, list[Event], EventStream]
@@ -36,10 +36,10 @@ def engine(teacher: PreTrainedModel) -> TransformersEngine:
 
 def watch(engine: TransformersEngine, index: Index, task: Task, sampling: Sampling) -> Watched:
     events: list[Event] = []
-    stream = EventStream(engine.tokenizer.decode, events.append, lambda: False)
-    watched = WatchedEngine(engine, stream)
-    loop = AgentLoop(watched, engine.tokenizer, WatchedRetriever(index, stream), PROTOCOL, 3)
-    return loop.run([task], sampling)[0], events, stream
+    eos = engine.stop_criteria.eos
+    stream = EventStream(engine.tokenizer.decode, eos, events.append, lambda: False)
+    loop = AgentLoop(engine, engine.tokenizer, index, PROTOCOL, 3)
+    return loop.run([replace(task, watcher=stream)], sampling)[0], events, stream
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=0.8)])
@@ -93,7 +93,7 @@ def test_characters_of_several_tokens_are_told_whole(tokenizer: Any) -> None:
     lost = "\N{REPLACEMENT CHARACTER}"
     half = next(token for token in ids if tokenizer.decode([token]) == lost)
     events: list[Event] = []
-    stream = EventStream(tokenizer.decode, events.append, lambda: False)
+    stream = EventStream(tokenizer.decode, (), events.append, lambda: False)
     stream.begin_turn()
     for token in ids:
         stream.token(token)
@@ -115,12 +115,6 @@ def test_it_stops_at_the_next_token(agent: Agent, questions: list[Question]) -> 
     assert agent.ask(AgentRequest(questions[0].question), events.append, lambda: False).answer, (
         "and is ready again"
     )
-
-
-def test_more_than_one_request_is_refused(engine: TransformersEngine) -> None:
-    watched = WatchedEngine(engine, EventStream(engine.tokenizer.decode, lambda _: None, lambda: False))
-    with pytest.raises(ValueError, match="one request at a time, not 2"):
-        watched.generate([Request([1], 1, (0,))] * 2, GREEDY, ("x",))
 
 
 FRAGMENTS = st.sampled_from(

@@ -12,12 +12,12 @@ from transformers import PreTrainedTokenizerFast
 from dgpo_core.agent.episode import Owner
 from dgpo_core.errors import UserError
 from dgpo_core.training.batches import (
-    check_same_vocabulary,
     collate,
     micro_batches,
     model_sequence,
     response_sequence,
 )
+from dgpo_core.vocabulary import check_same_vocabulary
 from tests.dgpo_core.making import random_episode
 
 CPU = torch.device("cpu")

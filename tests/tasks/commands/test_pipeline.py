@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from dgpo_core.errors import UserError
-from flows.dag import read_dag
 from tasks.commands.pipeline import planned
 from tasks.project.dvc import refuse_second
+from tasks.project.graph import read_dag
 from tasks.tracking.runs import connect
 
 STAGE = """

@@ -10,7 +10,7 @@ import pytest
 
 from dgpo_core.errors import UserError
 from dgpo_core.world import pretraining as loop
-from flows.dag import read_dag
+from tasks.project.graph import read_dag
 from tasks.project.paths import GIVEN
 from tasks.stages.base_model import bring_up_to_date, build
 from tasks.stages.given import link

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from dgpo_core.errors import UserError
-from flows.dag import Stage, downstream, read_dag, select
 from tasks.commands.use import use
+from tasks.project.graph import Stage, downstream, read_dag, select
 from tests.conftest import ROOT
 
 PIPELINE = """

@@ -45,7 +45,8 @@ def run_group(
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
-        start_new_session=True,
+        stdin=subprocess.DEVNULL,  # a terminal would stop who reads it and is not in front
+        process_group=0,  # of the same session: the kernel shares cores by session first, by niceness then
     )
     _running.add(process)
     tail: deque[str] = deque(maxlen=TAIL)

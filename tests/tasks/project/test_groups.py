@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.process import Ended, end_all, run_group
+from tasks.project.groups import Ended, end_all, run_group
 from tests.conftest import alive
 
 
@@ -38,7 +38,7 @@ def test_timeout_ends_the_whole_group(tmp_path: Path) -> None:
 def test_end_all_ends_what_ignores_nothing_and_what_ignores_sigterm(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("flows.process.end_group.__defaults__", (1.0,))
+    monkeypatch.setattr("tasks.project.groups.end_group.__defaults__", (1.0,))
     program = (
         "import os, signal, time, pathlib; signal.signal(signal.SIGTERM, signal.SIG_IGN); "
         "pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(600)"

@@ -1,6 +1,6 @@
 """The stages of the pipeline and how they depend on each other, as DVC has them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -76,6 +76,11 @@ def select(
     if not chosen:
         raise UserError(f"none of {', '.join(targets)} depends on {from_stage}")
     return chosen
+
+
+def is_stale(stage: Stage, touched: Container[str]) -> bool:
+    """Tell whether the stage may have something to do: DVC said so, or one that it needs was `touched`."""
+    return stage.changed or any(name in touched for name in stage.upstream)
 
 
 def downstream(stages: Mapping[str, Stage], name: str) -> set[str]:
