@@ -1,6 +1,6 @@
 """How time and memory grow with each size: `python -m benchmarks.scaling`, within ten minutes on two cores.
 
-A point is a process of its own with one thread: the least seconds of some repetitions, and what the process's
+A point is a process of its own with one thread: the least processor time of some repetitions, and what its
 peak memory grows by. An exponent is the slope of the straight line through the logarithms (least squares),
 with its 95 % interval. The updates of benchmarks/training_step.py have the plan's FLOPs and bytes beside
 them. Writes its part of docs/benchmarks.md, and docs/images/scaling.svg.
@@ -264,9 +264,9 @@ def measure(curve: Curve, size: int) -> Point:
         before = peak()
         seconds: list[float] = []
         while not seconds or (len(seconds) < REPEATED and sum(seconds) < SECONDS):
-            started = time.perf_counter()
+            started = time.process_time()
             work()
-            seconds.append(time.perf_counter() - started)
+            seconds.append(time.process_time() - started)
             memory = peak() - before
     return {"size": size, "seconds": min(seconds), "memory": memory} | planned(curve, size)
 

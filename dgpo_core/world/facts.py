@@ -9,6 +9,7 @@ The tables say what the encyclopedia can state. In the templates `{s}` is the su
 import random
 from collections import Counter
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
 from dgpo_core.config.data import WorldConfig
 
@@ -334,7 +335,14 @@ class World:
         return [self.facts[subject.key, rel.noun] for rel in relations_of(subject.type)]
 
     def of_type(self, entity_type: str) -> list[Entity]:
-        return [entity for entity in self.entities if entity.type == entity_type]
+        return self._by_type.get(entity_type, [])
+
+    @cached_property
+    def _by_type(self) -> dict[str, list[Entity]]:  # when facts are drawn, all entities are there
+        by_type: dict[str, list[Entity]] = {}
+        for entity in self.entities:
+            by_type.setdefault(entity.type, []).append(entity)
+        return by_type
 
 
 def generate_world(config: WorldConfig, seed: int) -> World:
@@ -404,8 +412,10 @@ def _value(
     names: NameMaker,
 ) -> tuple[str, Entity | None]:
     if relation.object in by_type:
-        target = rng.choice([e for e in by_type[relation.object] if e.key != subject.key])
-        return target.name, target
+        others, own = by_type[relation.object], subject.type == relation.object
+        place = rng.choice(range(len(others) - own))
+        place += own and others[place].key >= subject.key  # keys ascend: the subject is passed over
+        return others[place].name, others[place]
     if relation.object == "year":
         return str(rng.randint(*YEARS[relation.noun])), None
     words = {"occupation": OCCUPATIONS, "industry": INDUSTRIES, "genre": GENRES}

@@ -110,8 +110,11 @@ class QuestionWriter:
             if fact_split(world, fact) == split and (split == "test" or fact.subject.popular)
         ]
         self._by_subject: dict[int, list[Fact]] = {}
+        self._popular: dict[str, list[Fact]] = {}  # by the relation's noun
         for fact in self.facts:
             self._by_subject.setdefault(fact.subject.key, []).append(fact)
+            if fact.subject.popular:
+                self._popular.setdefault(fact.relation.noun, []).append(fact)
 
     def chain(self, hops: int, other: bool = False, rare: bool | None = None) -> Draft | None:
         """Ask for a chain of `hops` facts, each about the value before; None when the draw fails."""
@@ -137,7 +140,7 @@ class QuestionWriter:
     def comparison(self) -> Draft | None:
         """Ask which of two entities of one type has the earlier year; None when the draw fails."""
         noun = self.rng.choice(list(COMPARISONS))
-        candidates = [fact for fact in self.facts if fact.relation.noun == noun and fact.subject.popular]
+        candidates = self._popular.get(noun, [])
         if len(candidates) < 2:
             return None
         first, second = self.rng.sample(candidates, 2)
