@@ -7,7 +7,6 @@ goes on as soon as its own turn is written or its own search answered (`RunningE
 
 import hashlib
 import math
-import threading
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
@@ -127,7 +126,6 @@ class AgentLoop:
     ) -> None:
         self.engine, self._tokenizer, self._retriever = engine, tokenizer, retriever
         self._config, self._top_k = config, top_k
-        self._searching = threading.Lock()  # a retriever is asked by one thread at a time
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
         """Run one episode a task; return them in order. A failing retriever makes one `failed`, never wrong.
@@ -232,8 +230,7 @@ class AgentLoop:
             wait=wait_exponential(multiplier=0.5),
             reraise=True,
         )
-        with self._searching:
-            return retrying(self._retriever.search, queries, self._top_k)
+        return retrying(self._retriever.search, queries, self._top_k)
 
     def inform(self, episode: _State, hits: list[Hit]) -> None:
         """Append what the episode's search has found."""

@@ -10,7 +10,6 @@ import pyarrow as pa
 import qdrant_edge
 from numpy.typing import NDArray
 
-from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.text import canonical, spaced
 
 OnEncoded = Callable[[int], None]  # is told that so many more texts are encoded
@@ -84,15 +83,3 @@ def _sorted_terms(vector: Any) -> SparseVector:
 def dense_column(vectors: NDArray[np.floating]) -> pa.Array:
     """Return [passages, size] as shards store it: lists of float16."""
     return pa.FixedSizeListArray.from_arrays(pa.array(vectors.astype(np.float16).ravel()), vectors.shape[1])
-
-
-def make_encoder(
-    config: EncoderConfig, average_words: float, device: str = "cpu", precision: str = "float32"
-) -> Encoder:
-    """Make the encoder of `config`; `average_words` is the corpus's mean passage length, for BM25 alone."""
-    if config.kind == "bm25":
-        return Bm25Encoder(average_words)
-    from dgpo_core.retrieval.dense_encoders import MeanPoolingEncoder, SentenceTransformersEncoder  # slow
-
-    kind = MeanPoolingEncoder if config.kind == "dense" else SentenceTransformersEncoder
-    return kind(config, device, precision)

@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -28,10 +29,10 @@ from dgpo_core.retrieval.collection import (
     stored_content,
 )
 from dgpo_core.retrieval.embedded import EmbeddedBackend
-from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder, make_encoder
+from dgpo_core.retrieval.encoders import Bm25Encoder, Encoder
 from dgpo_core.retrieval.qdrant_server import MEMORY, Progress, QdrantBackend, connect, ensure, refusal
 from dgpo_core.retrieval.ranking import RRF_DEPTH, Candidate, Hit, Query, fuse, rank
-from dgpo_core.retrieval.shards import read_manifest
+from dgpo_core.retrieval.shards import make_encoder, read_manifest
 from dgpo_core.text import spaced
 
 CACHED_QUERIES = 100_000  # queries whose hits are kept
@@ -66,13 +67,17 @@ class Searcher:
 
 
 class Index:
-    """A Retriever that asks the same query only once, and whose failures are InfrastructureErrors."""
+    """A Retriever that asks the same query only once, and whose failures are InfrastructureErrors.
+
+    Several threads may search; one does at a time.
+    """
 
     def __init__(self, digest: str, source: Searcher | ServiceClient) -> None:
         self.digest = digest
         self._source = source
         self._cache: dict[tuple[str, int], list[Hit]] = {}  # the most recently used ones last
         self._text = 0  # characters in `_cache`
+        self._lock = threading.Lock()
 
     def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
         """Return the best passages of each query, best first.
@@ -80,6 +85,10 @@ class Index:
         Raise InfrastructureError when the search fails, and UserError when it is refused: the query, or the
         settings, are at fault.
         """
+        with self._lock:
+            return self._search(queries, top_k)
+
+    def _search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
         found = {query: self._forget((query, top_k)) for query in queries}
         new = [query for query, hits in found.items() if hits is None]
         try:

@@ -32,7 +32,10 @@ class Retriever(Protocol):
     digest: str
 
     def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
-        """Return the best passages of each query, best first. Raise InfrastructureError when that fails."""
+        """Return the best passages of each query, best first. Raise InfrastructureError when that fails.
+
+        Several threads may ask at a time.
+        """
         ...
 
 

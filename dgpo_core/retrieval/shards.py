@@ -30,12 +30,12 @@ from dgpo_core.datasets.records import Passage, read_corpus
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.files import replacement
 from dgpo_core.retrieval.encoders import (
+    Bm25Encoder,
     Encoder,
     OnEncoded,
     SparseVector,
     Vector,
     dense_column,
-    make_encoder,
 )
 from dgpo_core.text import spaced
 
@@ -48,6 +48,18 @@ SAME = 0.95  # cosine of an imported vector and our own of the same passage: rou
 HEADER = struct.Struct("<4siqqq?iQ")
 FLAT = (b"IxFI", b"IxF2")  # by inner product, by L2 distance
 Progress = Callable[[float, float, str], None]  # (done, total, unit)
+
+
+def make_encoder(
+    config: EncoderConfig, average_words: float, device: str = "cpu", precision: str = "float32"
+) -> Encoder:
+    """Make the encoder of `config`; `average_words` is the corpus's mean passage length, for BM25 alone."""
+    if config.kind == "bm25":
+        return Bm25Encoder(average_words)
+    from dgpo_core.retrieval.dense_encoders import MeanPoolingEncoder, SentenceTransformersEncoder  # slow
+
+    kind = MeanPoolingEncoder if config.kind == "dense" else SentenceTransformersEncoder
+    return kind(config, device, precision)
 
 
 @dataclass(frozen=True)

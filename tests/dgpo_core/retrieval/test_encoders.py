@@ -19,8 +19,9 @@ from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval import dense_encoders
 from dgpo_core.retrieval.dense_encoders import BUFFER, MeanPoolingEncoder, SentenceTransformersEncoder
-from dgpo_core.retrieval.encoders import Bm25Encoder, SparseVector, make_encoder
+from dgpo_core.retrieval.encoders import Bm25Encoder, SparseVector
 from dgpo_core.retrieval.index import index_passages
+from dgpo_core.retrieval.shards import make_encoder
 from dgpo_core.text import start_of
 from tests.dgpo_core.retrieval.conftest import BM25
 from tests.dgpo_core.retrieval.words import WORDS

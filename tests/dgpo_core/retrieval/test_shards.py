@@ -19,13 +19,14 @@ from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, write_jsonl
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval import shards
-from dgpo_core.retrieval.encoders import Bm25Encoder, OnEncoded, SparseVector, dense_column, make_encoder
+from dgpo_core.retrieval.encoders import Bm25Encoder, OnEncoded, SparseVector, dense_column
 from dgpo_core.retrieval.shards import (
     FlatIndex,
     Job,
     Manifest,
     build_shards,
     encode_shards,
+    make_encoder,
     read_manifest,
     read_shard,
     write_shard,
