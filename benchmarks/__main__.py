@@ -35,10 +35,11 @@ PREFECT_PORT = 4289  # of the server that runs meanwhile
 
 
 def commands(rounds: int) -> list[Rounds]:
-    """Time whole commands, each alone: there is nobody to compare them with."""
+    """Time whole commands, each alone: there is nobody to compare them with. They may keep bytecode."""
     found = []
     with local_server(PREFECT_PORT) as url:
         environment = {**os.environ, API_URL: url}
+        environment.pop("PYTHONDONTWRITEBYTECODE", None)
         for name, arguments in COMMANDS.items():
             command = [sys.executable, "-m", *arguments]
             run = partial(subprocess.run, command, env=environment, check=True, capture_output=True)
