@@ -45,8 +45,8 @@ HARMLESS = (
 ).split()
 # What the programs import: compiled at once, by two processes, for uv leaves it to who comes first.
 PROGRAMS = (
-    "dvc.cli, dvc.repo.reproduce, dvc.repo.index, tasks.commands.pipeline, tasks.stages.report, mlflow.genai, "
-    "mlflow.store.tracking.sqlalchemy_store",
+    "dvc.cli, dvc.repo.reproduce, dvc.repo.index, tasks.commands.pipeline, tasks.stages.report, "
+    "mlflow.genai, mlflow.store.tracking.sqlalchemy_store",
     "tasks.stages.reinforce, tasks.stages.evaluate, transformers.models.qwen2.modeling_qwen2",
 )
 LONGEST = 120  # bytes of a path behind #! that every system reads
