@@ -7,7 +7,7 @@ token, and on a CPU that is most of the time of a generation.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,27 +101,29 @@ class TransformersSession:
     def _admit(self) -> list[_Row]:
         """Give waiting requests their episode's slot or a free one; return those that got one."""
         self._rows = [row if row and (_at_work(row) or row.kept) else None for row in self._rows]
-        if not any(map(_at_work, self._rows)) and not any(map(self._has_own_slot, self._waiting)):
+        kept_alone = self._free_slot() is None and not any(map(_at_work, self._rows))
+        if kept_alone and not any(map(self._has_own_slot, self._waiting)):
             self._rows = [None] * len(self._rows)  # kept for turns that others would wait for in vain
         admitted, waiting = [], []
         for row in self._waiting:
             own = self._own_slot(row)
-            free = [place for place, other in enumerate(self._rows) if other is None] if own is None else []
-            if own is not None:
-                row.place = own
-            elif free:
-                row.place = free[0]
-            elif len(self._rows) < self._config.slots:
-                row.place = len(self._rows)
-                self._rows.append(None)
-            else:
+            place = self._free_slot() if own is None else own
+            if place is None:
                 waiting.append(row)
                 continue
-            self._rows[row.place] = row
+            if place == len(self._rows):
+                self._rows.append(None)
+            self._rows[place], row.place = row, place
             admitted.append(row)
         self._waiting = waiting
         self._arrange()
         return admitted
+
+    def _free_slot(self) -> int | None:
+        """Return the first free slot, which may be a new one; None when all are taken."""
+        free = (place for place, row in enumerate(self._rows) if row is None)
+        more = len(self._rows) if len(self._rows) < self._config.slots else None
+        return next(free, more)
 
     def _has_own_slot(self, row: _Row) -> bool:
         """Return whether the episode's last turn is still in its slot."""
@@ -147,12 +149,12 @@ class TransformersSession:
         longest = max((len(r.token_ids) + r.max_new_tokens for r in requests), default=0)
         self._slots.grow(len(self._rows), longest, max((r.max_new_tokens for r in requests), default=0))
         for place in [place for place, row in enumerate(self._rows) if row is None]:
-            last = max((row.place for row in self._rows if row and _at_work(row)), default=0)
-            if last < place:
+            working = [row for row in self._rows[place:] if row is not None and not row.finished]
+            if not working:
                 break
-            self._slots.move(last, place)
-            self._rows[place], self._rows[last] = self._rows[last], None
-            self._rows[place].place = place  # type: ignore[union-attr]
+            last = working[-1]
+            self._slots.move(last.place, place)
+            self._rows[place], self._rows[last.place], last.place = last, None, place
 
     # --- passes through the model
 
@@ -193,33 +195,35 @@ class TransformersSession:
         slots.lengths[places] += slots.working[places].long()
         self._sample(places, hidden[:, -1], rows)
 
-    def _sample(self, places: Int[Tensor, " B"], hidden: Float[Tensor, "B H"], rows: list[Any]) -> None:
+    def _sample(
+        self, places: Int[Tensor, " B"], hidden: Float[Tensor, "B H"], rows: Sequence[_Row | None]
+    ) -> None:
         """Give rows their next tokens, and finish those that it completes."""
         slots = self._slots
         logits = self._model.get_output_embeddings()(hidden)[:, : self._criteria.known].float()
         tokens, logprobs = sample(logits, slots.temperatures[places], slots.next_uniforms(places))
         slots.append(places, tokens, logprobs)
         for row in rows:
-            if row is not None and row.request.on_token is not None and _at_work(row):
-                self._tell(row, int(slots.newest[row.place]))
+            if row is not None and not row.finished and row.request.on_token is not None:
+                self._tell(row, row.request.on_token)
         may = slots.working[places] & (self._ends[tokens] | (slots.counts[places] >= slots.limits[places]))
         for place in places[may].tolist():
-            self._end(self._rows[place])
+            self._end(place)
 
-    def _tell(self, row: _Row, token: int) -> None:
-        """Tell whoever listens of a token; what it raises is the request's end."""
+    def _tell(self, row: _Row, on_token: Callable[[int], None]) -> None:
+        """Tell whoever listens of the newest token; what it raises is the request's end."""
         try:
-            assert row.request.on_token is not None
-            row.request.on_token(token)
+            on_token(int(self._slots.newest[row.place]))
         except Exception as error:
             self._leave(row)
             self._finished.append((row.request, error))
 
-    def _end(self, row: _Row | None) -> None:
-        """Finish a row if its tokens say so, and leave its slot to its episode's next turn."""
+    def _end(self, place: int) -> None:
+        """Finish the row in a slot if its tokens say so, and leave the slot to its episode's next turn."""
+        row = self._rows[place]
         assert row is not None
         request = row.request
-        ids, logprobs = self._slots.written(row.place)
+        ids, logprobs = self._slots.written(place)
         reason = self._criteria.finish(ids, request.max_new_tokens, self._stop)
         if reason is None:
             return

@@ -330,6 +330,18 @@ def test_only_new_tokens_are_read(engine: TransformersEngine, model: PreTrainedM
     assert shapes == [(1, 1 + 3), (1, 1)]
 
 
+@pytest.mark.parametrize(("slots", "read"), [(2, 2), (1, 7)])
+def test_who_joins_takes_a_kept_slot_only_where_none_is_free(
+    make_engine: MakeEngine, model: PreTrainedModel, slots: int, read: int
+) -> None:
+    session, cache = make_engine(slots=slots).session(NEVER), EpisodeCache()
+    (first,) = finish(session, [Request([1, 2, 3, 4], 2, (0,), cache)], GREEDY)
+    finish(session, [Request([5, 6], 2, (1,))], GREEDY)  # while the first one searches
+    with passes(model) as shapes:
+        finish(session, [Request([1, 2, 3, 4, *first.token_ids, 7], 1, (2,), cache)], GREEDY)
+    assert shapes == [(1, read)]
+
+
 def test_a_long_history_beside_a_long_reply(engine: TransformersEngine) -> None:
     """Together they would not have room in a slot."""
     session, caches = engine.session(NEVER), [EpisodeCache(), EpisodeCache()]
