@@ -157,28 +157,6 @@ def test_logprobs_are_those_at_the_temperature(
             close(answer.logprobs, own_logprobs(teacher, request, answer.token_ids, sampling))
 
 
-@pytest.mark.parametrize("where", ["in-process", "server"])
-def test_rows_without_a_token_are_never_sampled(
-    where: str, reference: TransformersEngine, words: PreTrainedTokenizerFast, tmp_path: Path
-) -> None:
-    """Of a head with 70 likely ones more: tokens and log-probabilities are as without them."""
-    wider, asked = str(tmp_path / "wider"), requests(words, 4, 12)
-    save_model(padded(reference.model, 70), words, Path(wider))
-    with contextlib.ExitStack() as open_servers:
-        if where == "server":
-            url = open_servers.enter_context(serving(wider, tmp_path / "log"))
-            engine: SeparateEngine = connect(url, wider, words, tmp_path)
-        else:
-            engine = VllmEngine(wider, words, config(tmp_path), 1024)
-        for sampling in (GREEDY, WARM):
-            for request, answer in zip(asked, generate(engine, asked, sampling, NEVER), strict=True):
-                ids = answer.token_ids
-                close(answer.logprobs, own_logprobs(reference.model, request, ids, sampling))
-                if sampling == GREEDY:
-                    table = forward_logprobs(reference.model, request, ids, sampling)
-                    assert ids == table.argmax(-1).tolist()
-
-
 def test_endings(
     engine: SeparateEngine,
     reference: TransformersEngine,
@@ -358,3 +336,26 @@ def register_memory_transfer() -> None:
 
     WeightTransferEngineFactory._registry["ipc"] = lambda: Receiver
     WeightTransferTrainerFactory.register_engine("memory", Sender)
+
+
+# The last one: an engine in this process that goes takes vLLM's groups of processes along, those of others too.
+@pytest.mark.parametrize("where", ["in-process", "server"])
+def test_rows_without_a_token_are_never_sampled(
+    where: str, reference: TransformersEngine, words: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Of a head with 70 likely ones more: tokens and log-probabilities are as without them."""
+    wider, asked = str(tmp_path / "wider"), requests(words, 4, 12)
+    save_model(padded(reference.model, 70), words, Path(wider))
+    with contextlib.ExitStack() as open_servers:
+        if where == "server":
+            url = open_servers.enter_context(serving(wider, tmp_path / "log"))
+            engine: SeparateEngine = connect(url, wider, words, tmp_path)
+        else:
+            engine = VllmEngine(wider, words, config(tmp_path), 1024)
+        for sampling in (GREEDY, WARM):
+            for request, answer in zip(asked, generate(engine, asked, sampling, NEVER), strict=True):
+                ids = answer.token_ids
+                close(answer.logprobs, own_logprobs(reference.model, request, ids, sampling))
+                if sampling == GREEDY:
+                    table = forward_logprobs(reference.model, request, ids, sampling)
+                    assert ids == table.argmax(-1).tolist()
