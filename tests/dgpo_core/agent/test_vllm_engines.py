@@ -338,7 +338,7 @@ def register_memory_transfer() -> None:
     WeightTransferTrainerFactory.register_engine("memory", Sender)
 
 
-# The last one: an engine in this process that goes takes vLLM's groups of processes along, those of others too.
+# The last one: an engine of this process that goes takes vLLM's groups of processes along, others' too.
 @pytest.mark.parametrize("where", ["in-process", "server"])
 def test_rows_without_a_token_are_never_sampled(
     where: str, reference: TransformersEngine, words: PreTrainedTokenizerFast, tmp_path: Path
