@@ -33,7 +33,7 @@ def ours(episodes: list[Episode]) -> OurUpdate:
     return OurUpdate(
         [model],
         lambda: updater._actor_gradient(experience, everything),
-        lambda: updater._step(experience, everything),
+        lambda: updater._step(experience, everything, critic_only=False),
     )
 
 

@@ -118,11 +118,10 @@ def update_of(config: dict[str, Any], compute: ComputeConfig) -> tuple[Any, Call
         sampled_logprobs=None,
         correct=torch.ones(len(ids), dtype=torch.bool),
         gate=torch.zeros(len(ids)),
-        kl=zeros,
-        kl_outside=[],
+        kl={},
+        kl_outside={},
         rewards=[torch.ones(1) for _ in ids],
         advantages=[torch.ones(COUNTED) for _ in ids],
-        reference_logprobs=[None] * len(ids),
     )
     return model, partial(updater.update, experience, list(range(EPISODES)))
 

@@ -27,7 +27,7 @@ from dgpo_core.config.data import (
     QuestionSetsConfig,
     WorldConfig,
 )
-from dgpo_core.config.recipes import STUDENT, TABLE, TEACHER, Distillation, Recipes, Reinforcement
+from dgpo_core.config.recipes import STUDENT, TABLE, TEACHER, VARIANTS, Distillation, Recipes, Reinforcement
 from dgpo_core.config.retrieval import RetrievalConfig
 from dgpo_core.config.training import (
     ComputeConfig,
@@ -88,6 +88,7 @@ PARAMS = Path("params.yaml")
 RENAMED = {
     "reinforce.actor_warmup": "reinforce.actor_learning_rate_warmup",
     "reinforce.critic_warmup": "reinforce.critic_learning_rate_warmup",
+    "reinforce.kl_estimator": "divergence, in the rows of recipes.reinforce",
 }
 DATA_HINT = "the embedded world's sets need data.source: world"
 NO_RECIPES = Recipes()
@@ -151,22 +152,14 @@ class Params(Section):
             raise ValueError(f"compare: there is no {unknown[0]!r}, only {known}")
         if twice := [model for model in self.compare if self.compare.count(model) > 1]:
             raise ValueError(f"compare: {twice[0]!r} stands there twice")
-        grpo = [name for name, recipe in self.recipes.reinforce.items() if recipe.algorithm == "grpo"]
-        if grpo and self.reinforce.batch_size < 2 * self.reinforce.group_size:
-            raise ValueError(f"reinforce.batch_size: {grpo[0]} needs at least two groups of group_size")
-        if self.reinforce.old_logprobs == "rollout" and self.rollout.engine != "transformers":
-            raise ValueError(
-                f"reinforce.old_logprobs: rollout.engine {self.rollout.engine} rounds otherwise "
-                "than the model in training: set it to trainer"
-            )
-        if self.reinforce.old_logprobs == "rollout" and self.rollout.precision != self.compute.precision:
-            raise ValueError(
-                "reinforce.old_logprobs: rollout needs rollout.precision equal to compute.precision"
-            )
-        if self.reinforce.overlap and self.rollout.vllm.sleep:
-            raise ValueError(
-                "rollout.vllm.sleep: with reinforce.overlap vLLM is awake while the model trains"
-            )
+        self._check_reinforcement(self.reinforce)
+        for name, recipe in self.recipes.reinforce.items():
+            own = self.for_recipe(name).reinforce
+            if recipe.algorithm == "grpo" and own.batch_size < 2 * own.group_size:
+                raise ValueError(f"reinforce.batch_size: {name} needs at least two groups of group_size")
+            self._check_reinforcement(own)
+        for name in self.recipes.distill:
+            self.for_recipe(name)
         compute = self.compute
         if self.rollout.engine == "vllm" and (compute.processes > 1 or compute.hostfile):
             raise ValueError(
@@ -184,6 +177,38 @@ class Params(Section):
         if first <= self.world.seed < first + self.base_models.worlds:
             raise ValueError(f"world.seed: the base models were trained on worlds {first} and following")
         return self
+
+    def _check_reinforcement(self, config: ReinforceConfig) -> None:
+        """Raise ValueError for settings of RL that do not go with those of other sections."""
+        if config.old_logprobs == "rollout" and self.rollout.engine != "transformers":
+            raise ValueError(
+                f"reinforce.old_logprobs: rollout.engine {self.rollout.engine} rounds otherwise "
+                "than the model in training: set it to trainer"
+            )
+        if config.old_logprobs == "rollout" and self.rollout.precision != self.compute.precision:
+            raise ValueError(
+                "reinforce.old_logprobs: rollout needs rollout.precision equal to compute.precision"
+            )
+        if config.overlap and self.rollout.vllm.sleep:
+            raise ValueError(
+                "rollout.vllm.sleep: with reinforce.overlap vLLM is awake while the model trains"
+            )
+
+    def for_recipe(self, name: str) -> "Params":
+        """Lay a recipe's own `settings` over its section. Raise ValueError for a wrong key or value."""
+        group = "distill" if name in self.recipes.distill else "reinforce"
+        section: Section = getattr(self, group)
+        own: dict[str, Any] = self.recipes.all[name].settings
+        if not own:
+            return self
+        try:
+            merged = type(section).model_validate(overlay(section.model_dump(), own))
+        except ValidationError as error:
+            detail = error.errors()[0]
+            key = ".".join(map(str, ("recipes", group, name, "settings", *detail["loc"])))
+            message = "unknown key" if detail["type"] == "extra_forbidden" else detail["msg"]
+            raise ValueError(f"{key}: {message.removeprefix('Value error, ')}") from None
+        return self.model_copy(update={group: merged})
 
     def distillation(self, name: str) -> Distillation:
         """Return a row of recipes.distill. Raises UserError with the names there are."""
@@ -261,14 +286,22 @@ def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 def paper_recipes(names: list[str], own: Recipes = NO_RECIPES) -> Recipes:
     """Select rows of the paper's table (`all`: every one) and those that they start from. Raises UserError.
 
-    Rows of `own` can be named too; where the table has the name, its row counts.
+    Rows beyond the paper (`variants`: every one) and of `own` can be named too; where a table has the name,
+    its row counts.
     """
-    table = Recipes.model_validate(read_yaml(TABLE))
+    paper, variants = (Recipes.model_validate(content) for content in _tables())
+    groups = {"all": list(paper.all), "variants": [name for name in variants.all if name not in paper.all]}
     try:
-        rows = table.with_others(own)
-        return rows.only(row for name in names for row in (table.all if name == "all" else [name]))
+        rows = variants.with_others(own)
+        return rows.only(row for name in names for row in groups.get(name, [name]))
     except ValueError as error:
         raise UserError(f"recipes: {error}") from None
+
+
+def _tables() -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return the paper's table, and it with the variants, which start from its rows."""
+    paper = read_yaml(TABLE)
+    return paper, overlay(paper, read_yaml(VARIANTS))
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -3,15 +3,16 @@
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
 from dgpo_core.config.base import Section
 
 # A recipe's name: part of folders' and DVC stages' names and, two of them joined by -, of the reports' pairs.
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_]*")
 TABLE = Path(__file__).with_name("recipes.yaml")  # the paper's rows
+VARIANTS = TABLE.with_name("variants.yaml")
 STUDENT, TEACHER = "student", "teacher"  # the given models
 
 
@@ -19,13 +20,14 @@ class Distillation(Section):
     """Training on a teacher's distributions."""
 
     start: str = Field(description="student, or the recipe whose model is trained further")
-    objective: Literal["kd", "ce", "taid", "skew_kl", "skew_reverse_kl", "reverse_kl", "jsd"] = Field(
-        description="kd: cross-entropy and forward KL (eq. 1); ce: cross-entropy alone"
+    objective: Literal["kd", "ce", "taid", "skew_kl", "skew_reverse_kl", "reverse_kl", "jsd", "k1"] = Field(
+        description="kd: cross-entropy and forward KL (eq. 1); ce: cross-entropy alone; k1: estimated KL"
     )
     episodes: Literal["teacher", "student", "mixed"] = Field(
         "teacher", description="whose; mixed: DistiLLM's adaptive choice"
     )
     correct_only: bool = Field(True, description="of the teacher's episodes; the student's are all used")
+    settings: dict[str, Any] = Field({}, description="keys of `distill` that differ for this recipe")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -34,7 +36,15 @@ class Distillation(Section):
                 f"objective {self.objective} imitates the text of episodes, so they must be the teacher's: "
                 "set episodes: teacher, or another objective"
             )
+        if self.objective == "k1" and self.episodes != "student":
+            raise ValueError(
+                "objective k1 estimates KL[student || teacher] by what the student has sampled: "
+                "set episodes: student"
+            )
         return self
+
+
+REWARDS = ("k1", "k2", "k3", "abs", "reverse_kl")
 
 
 class Reinforcement(Section):
@@ -42,12 +52,23 @@ class Reinforcement(Section):
 
     start: str = Field(description="student, or the recipe whose model is trained further")
     algorithm: Literal["ppo", "grpo"] = "ppo"
-    guidance: Literal["selective", "uniform", "none"] = Field(
-        description="selective: wrong episodes only (eq. 4)"
+    guidance: Literal["selective", "teachable", "uniform", "none"] = Field(
+        description="selective: wrong episodes (eq. 4); teachable: where the teacher was right"
     )
     reference: Literal["teacher", "initial", "none"] = Field(
         "none", description="initial: the model that RL starts from"
     )
+    placement: Literal["reward", "loss"] = Field(
+        "reward", description="of the KL to the reference: in the reward (eq. 4), or a term of the loss"
+    )
+    divergence: Literal["k1", "k2", "k3", "abs", "reverse_kl", "forward_kl"] = Field(
+        "k1",
+        description="what stands for the KL; in the reward only k1 is eq. 4 (docs/method.md, Estimators)",
+    )
+    weight: PositiveFloat | None = Field(
+        None, description="of the KL as a term of the loss; that in the reward is reinforce.beta"
+    )
+    settings: dict[str, Any] = Field({}, description="keys of `reinforce` that differ for this recipe")
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
@@ -55,6 +76,12 @@ class Reinforcement(Section):
             raise ValueError(f"guidance {self.guidance} needs a reference: teacher or initial")
         if self.guidance == "none" and self.reference != "none":
             raise ValueError("a reference is for guidance: set guidance, or reference: none")
+        if self.placement == "loss" and (self.guidance == "none" or self.weight is None):
+            raise ValueError("placement loss needs a weight of the KL, and a guidance")
+        if self.placement == "reward" and self.weight is not None:
+            raise ValueError("weight is for placement loss; the reward's is reinforce.beta")
+        if self.placement == "reward" and self.divergence not in REWARDS:
+            raise ValueError(f"divergence {self.divergence} is for placement loss; a reward takes {REWARDS}")
         return self
 
 

@@ -145,6 +145,10 @@ class DistillConfig(Section):
     taid: TaidConfig = TaidConfig()
     distillm: DistillmConfig = DistillmConfig()
     dev_questions: PositiveInt = Field(200, description="validation questions after each epoch")
+    patience: PositiveInt | None = Field(
+        None,
+        description="validations without a rise of EM that end training, of which the best model is kept",
+    )
     min_em: float = Field(
         0.0, ge=0, le=1, description="validation EM of a model that a recipe of recipes.reinforce starts from"
     )
@@ -176,11 +180,11 @@ class ReinforceConfig(Section):
     )
     weight_decay: NonNegativeFloat = 0.01
     max_grad_norm: PositiveFloat = 1.0
-    beta: NonNegativeFloat = Field(0.001, description="weight of the KL to the reference (eq. 4)")
-    kl_estimator: Literal["k1", "k2", "k3", "abs", "full"] = Field(
-        "k1", description="of PPO's reward, where only k1 is eq. 4; GRPO has k3 in its loss"
-    )
+    beta: NonNegativeFloat = Field(0.001, description="weight of the KL in the reward (eq. 4)")
     group_size: int = Field(5, ge=2, description="GRPO: episodes of one question")
+    critic_only_steps: NonNegativeInt = Field(
+        0, description="PPO: first steps in which the critic alone learns (verl: critic_warmup)"
+    )
     audit_episodes: NonNegativeInt = Field(
         16, description="ungated episodes a step whose KL is measured too, for the gate's audit"
     )
@@ -206,6 +210,10 @@ class ReinforceConfig(Section):
     sampling: Sampling = Sampling()
     dev_every: PositiveInt = Field(50, description="steps between two looks at the validation questions")
     dev_questions: PositiveInt = 200
+    patience: PositiveInt | None = Field(
+        None,
+        description="validations without a rise of EM that end training, of which the best model is kept",
+    )
     checkpoint_every: PositiveInt = Field(20, description="steps")
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
@@ -18,7 +18,7 @@ CHUNK = 1024  # tokens whose logits exist at one time
 
 REST = 1e-6  # least mass of the tokens outside of TopK
 
-PerToken = tuple[Float[Tensor, " N"], Float[Tensor, " N"]]  # two values of each token
+PerToken = tuple[Float[Tensor, " N"], ...]  # some values of each token
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,44 @@ def token_logprobs(
         return logprobs.gather(-1, targets[part, None])[:, 0], entropy
 
     return _in_chunks(values, len(targets), chunk, hidden)
+
+
+def guided_logprobs(
+    hidden: Float[Tensor, "N H"],
+    head: Float[Tensor, "V H"],
+    targets: Int[Tensor, " N"],
+    temperature: float,
+    guided: Bool[Tensor, " N"],
+    reference_hidden: Float[Tensor, "M reference_H"],
+    reference_head: Float[Tensor, "V reference_H"],
+    divergence: Divergence | None,
+    chunk: int = CHUNK,
+) -> PerToken:
+    """Return what `token_logprobs` does, the divergence to a reference, and the reference's log-probability.
+
+    The last two are those of the M tokens that are `guided`, and 0 at the others. `reference_hidden` has the
+    reference's states at these M tokens alone. As in a distillation the divergence is taken at temperature 1;
+    without one it is 0. Differentiable in `hidden` and `head` only.
+    """
+    theirs = reference_hidden.new_zeros(len(targets), reference_hidden.shape[-1])
+    theirs[guided] = reference_hidden
+
+    def values(part: slice) -> PerToken:
+        logits = _logits(hidden[part], head)
+        logprobs = (logits / temperature).log_softmax(-1)
+        entropy = -(logprobs.exp() * logprobs).sum(-1)
+        own, chosen = targets[part, None], guided[part]
+        with torch.no_grad():
+            reference_logits = _logits(theirs[part][chosen], reference_head)
+            scaled = (reference_logits / temperature).log_softmax(-1)
+        distance = nothing = torch.zeros_like(entropy)
+        if divergence is not None:
+            between = divergence(reference_logits.log_softmax(-1), logits[chosen].log_softmax(-1))
+            distance = nothing.masked_scatter(chosen, between)
+        reference_logprobs = nothing.masked_scatter(chosen, scaled.gather(-1, own[chosen])[:, 0])
+        return logprobs.gather(-1, own)[:, 0], entropy, distance, reference_logprobs
+
+    return _in_chunks(values, len(targets), chunk, hidden, width=4)
 
 
 def distillation_losses(
@@ -136,15 +174,19 @@ def engine_gap(trainer: Float[Tensor, " N"], engine: Float[Tensor, " N"]) -> dic
 def _logprobs(
     hidden: Float[Tensor, "N H"], head: Float[Tensor, "V H"], temperature: float
 ) -> Float[Tensor, "N V"]:
-    logits = torch.nn.functional.linear(hidden, head).float()
-    return (logits / temperature).log_softmax(-1)
+    return (_logits(hidden, head) / temperature).log_softmax(-1)
 
 
-def _in_chunks(values: Callable[[slice], PerToken], count: int, chunk: int, like: Tensor) -> PerToken:
+def _logits(hidden: Float[Tensor, "N H"], head: Float[Tensor, "V H"]) -> Float[Tensor, "N V"]:
+    return torch.nn.functional.linear(hidden, head).float()
+
+
+def _in_chunks(
+    values: Callable[[slice], PerToken], count: int, chunk: int, like: Tensor, width: int = 2
+) -> PerToken:
     """Join `values` of slices of at most `chunk` tokens; the backward pass computes them again."""
     parts = [slice(i, min(i + chunk, count)) for i in range(0, count, chunk)]
     pieces = [checkpoint(values, part, use_reentrant=False, preserve_rng_state=False) for part in parts]
     if not pieces:
-        empty = like.new_zeros(0, dtype=torch.float32)
-        return empty, empty
-    return torch.cat([first for first, _ in pieces]), torch.cat([second for _, second in pieces])
+        return (like.new_zeros(0, dtype=torch.float32),) * width
+    return tuple(torch.cat(parts_) for parts_ in zip(*pieces, strict=True))

@@ -9,21 +9,20 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-Guidance = Literal["selective", "uniform", "none"]
-KlEstimator = Literal["k1", "k2", "k3", "abs", "full"]
+Guidance = Literal["selective", "teachable", "uniform", "none"]
 K3_MAX = 10.0  # of k3's value, as in the released code
 K3_MAX_LOG_RATIO = 20.0  # as in verl: beyond it the value is at its bound, and exp() stays finite
 
 
 def kl_estimate(
-    logprobs: Float[Tensor, " tokens"], reference: Float[Tensor, " tokens"], estimator: KlEstimator
+    logprobs: Float[Tensor, " tokens"], reference: Float[Tensor, " tokens"], estimator: str
 ) -> Float[Tensor, " tokens"]:
     """Estimate KL[policy || reference] at each token from the sampled tokens' log-probabilities, nats.
 
-    k1, k2, k3 are Schulman's estimators ("Approximating KL divergence", 2020); `full` is no estimate from
-    samples, and raises ValueError (see `divergences.reverse_kl`). Differentiable, for use in a loss: there,
-    on-policy, k1 has an expected gradient of zero, k2 that of KL[policy || reference] and k3 that of
-    KL[reference || policy] (where it is not clamped).
+    `estimator` is k1, k2, k3 or abs; ValueError for what needs whole distributions (`divergences`).
+    k1, k2, k3 are Schulman's estimators ("Approximating KL divergence", 2020). Differentiable, for use in a
+    loss: there, on-policy, k1 has an expected gradient of zero, k2 that of KL[policy || reference] and k3
+    that of KL[reference || policy] (where it is not clamped).
     """
     difference = logprobs - reference
     if estimator == "k1":
@@ -38,13 +37,18 @@ def kl_estimate(
     raise ValueError(f"{estimator!r} needs the whole distributions, not the sampled tokens")
 
 
-def gate(correct: Bool[Tensor, " episodes"], guidance: Guidance) -> Float[Tensor, " episodes"]:
+def gate(
+    correct: Bool[Tensor, " episodes"], guidance: Guidance, answered: Bool[Tensor, " episodes"]
+) -> Float[Tensor, " episodes"]:
     """Return 1 for the episodes that are pulled towards the reference, 0 for the others.
 
-    selective: the wrong ones (DGPO, eq. 4). uniform: all. none: no episode.
+    selective: the wrong ones (DGPO, eq. 4). teachable: of these those whose question the teacher has
+    `answered` correctly. uniform: all. none: no episode.
     """
     if guidance == "selective":
         return (~correct).float()
+    if guidance == "teachable":
+        return (~correct & answered).float()
     return torch.full(correct.shape, float(guidance == "uniform"), device=correct.device)
 
 

@@ -268,7 +268,7 @@ class Planner:
         )
 
     def _distill(self, name: str, recipe: Distillation) -> Estimate:
-        config, student = self.params.distill, self._training()
+        config, student = self.params.for_recipe(name).distill, self._training()
         looks, chunk = config.epochs, float(config.dev_questions)
         episodes = config.epochs * (self.work.teach * (self.work.correct if recipe.correct_only else 1.0))
         generated = 0.5 * episodes if recipe.episodes == "mixed" else 0.0
@@ -289,11 +289,13 @@ class Planner:
     def _reinforce(self, name: str, recipe: Reinforcement) -> Estimate:
         """A step: episodes, log-probabilities of the policy and, of gated episodes, of the reference, values,
         then an update of actor and critic over all episodes (Updater: one after the other)."""
-        config, student = self.params.reinforce, self._training()
+        config, student = self.params.for_recipe(name).reinforce, self._training()
         episodes, ppo = float(config.steps * config.batch_size), recipe.algorithm == "ppo"
         asked = episodes + config.steps // config.dev_every * config.dev_questions
         made = self._generate(self.student, asked, together=config.batch_size / self._processes)
-        gated = {"none": 0.0, "uniform": 1.0, "selective": self.work.gated}[recipe.guidance]
+        wrong = self.work.gated
+        shares = {"none": 0.0, "uniform": 1.0, "selective": wrong, "teachable": wrong * self.work.correct}
+        gated = shares[recipe.guidance]
         audited = (1 - gated) * min(1.0, config.audit_episodes / config.batch_size)
         again = 1.0 if config.old_logprobs == "trainer" else 0.0
         each, times = again * self._reading(self.student, student.rank) + self._learning(), again + 1

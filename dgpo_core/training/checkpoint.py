@@ -1,4 +1,4 @@
-"""What keeps a training loop safe: a checkpoint on disk, and a stop at the first quantity that is no number.
+"""What a training loop keeps: a checkpoint on disk and the best model; and its stop at what is no number.
 
 A run that is killed at any moment is continued exactly. A quantity that is nan or infinite changes no
 weights, and no model is saved.
@@ -13,10 +13,13 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dgpo_core.errors import NotFinite, UserError, first_line
 from dgpo_core.files import replacement
 from dgpo_core.training.parallel import leads
+
+Weights = dict[str, Tensor]  # parameter -> value, on the CPU
 
 
 def require_finite(quantities: Mapping[str, float]) -> None:
@@ -36,6 +39,36 @@ def training_step(step: int, lower: Callable[[str], str]) -> Iterator[None]:
         if step == 1:  # it may have come before any update
             cure += f"; if that does not help, {error.cure}"
         raise NotFinite(error.quantity, error.value, cure, step) from error
+
+
+class BestModel:
+    """Keeps the weights of the best validation, the first of equal ones, where there is a `patience`.
+
+    Training is `over` when so many validations in a row brought no higher EM.
+    """
+
+    def __init__(self, patience: int | None) -> None:
+        self._patience = patience
+        self._em, self._behind = -math.inf, 0
+        self.weights: Weights | None = None
+
+    @property
+    def over(self) -> bool:
+        return self._patience is not None and self._behind >= self._patience
+
+    def validated(self, em: float, weights: Callable[[], Weights]) -> None:
+        """Compare a validation with the best so far; `weights` returns copies of the model's."""
+        if self._patience is None:
+            return
+        self._behind += 1
+        if em > self._em:
+            self._em, self._behind, self.weights = em, 0, weights()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"em": self._em, "behind": self._behind, "weights": self.weights}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self._em, self._behind, self.weights = state["em"], state["behind"], state["weights"]
 
 
 class Checkpoint:

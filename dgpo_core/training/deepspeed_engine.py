@@ -25,6 +25,8 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.training import DEFAULT_ZERO_STAGE, ComputeConfig
 from dgpo_core.training.batches import TokenSequence, backbone_of, collate, head_of
+from dgpo_core.training.checkpoint import Weights
+from dgpo_core.training.engines import put_weights, trainable
 from dgpo_core.training.optimizer import Optimization, adamw
 from dgpo_core.training.parallel import leads, processes, rank
 
@@ -110,20 +112,21 @@ class ZeroEngine:
                 with deepspeed.zero.GatheredParameters([source]):
                     whole.data.copy_(source.data)
 
-    def finish(self) -> None:
-        exact = [self._whole(parameter) for parameter in self._parameters()]
+    def weights(self) -> Weights:
+        return {name: self._whole(p) for name, p in trainable(self._trained)}
+
+    def finish(self, weights: Weights | None = None) -> None:
+        exact = weights or self.weights()
         self._engine.destroy()
         self._module.to("cpu", torch.float32)
-        for parameter, value in zip(_trainable(self._module), exact, strict=True):
-            parameter.data.copy_(value)
+        put_weights(self._module, exact)
 
     def state_dict(self) -> dict[str, Any]:
         """Return the state; only the first process, which saves it, has the tensors."""
         steps = self._steps()
         state: dict[str, Any] = {"schedule": self._schedule.state_dict(), "steps": steps, "parameters": {}}
         self._link_moments()
-        names = [name for name, p in self._trained.named_parameters() if p.requires_grad]
-        for name, parameter in zip(names, self._parameters(), strict=True):
+        for name, parameter in trainable(self._trained):
             moments = MOMENTS if steps else ()
             whole = [self._whole(parameter, key) for key in (None, *moments)]
             if leads():
@@ -162,7 +165,7 @@ class ZeroEngine:
             zero._lazy_init_hp_params_optimizer_state()
 
     def _parameters(self) -> list[torch.nn.Parameter]:
-        return _trainable(self._trained)
+        return [parameter for _, parameter in trainable(self._trained)]
 
     def _optimizer_states(self) -> list[dict[str, torch.Tensor]]:
         return list(self._optimizer.state.values())
@@ -232,10 +235,6 @@ def _config(compute: ComputeConfig, stage: int) -> dict[str, Any]:
         "bf16": {"enabled": compute.precision == "bfloat16"},
         "data_types": {"grad_accum_dtype": "fp32"},
     }
-
-
-def _trainable(module: torch.nn.Module) -> list[torch.nn.Parameter]:
-    return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _part(parameter: Any, value: torch.Tensor) -> torch.Tensor:

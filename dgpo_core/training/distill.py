@@ -27,6 +27,7 @@ from dgpo_core.errors import UserError
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
 from dgpo_core.objectives.logprobs import cached_losses, distillation_losses
+from dgpo_core.objectives.rewards import kl_estimate
 from dgpo_core.threads import single_threaded
 from dgpo_core.training.batches import (
     TokenBatch,
@@ -34,9 +35,10 @@ from dgpo_core.training.batches import (
     TokenSequence,
     check_ids,
     model_sequence,
+    policy_function,
     shared_ids,
 )
-from dgpo_core.training.checkpoint import Checkpoint, require_finite, training_step
+from dgpo_core.training.checkpoint import BestModel, Checkpoint, require_finite, training_step
 from dgpo_core.training.engines import FrozenModel, summed, training_engine
 from dgpo_core.training.episode_sources import EpisodeSource, Metrics, episode_metrics, sampled_entropy
 from dgpo_core.training.optimizer import Optimization, cosine
@@ -83,12 +85,14 @@ class Distiller:
     ) -> list[Metrics]:
         """Train and return one row of metrics a step, with `dev_em` where the student was validated.
 
+        With `patience` the student is in the end the best of those that were validated.
         Resume from the checkpoint exactly. `report` is called with the number of steps and the rows so far.
         Raise NotFinite at the first step with a metric that is no number; the checkpoint is then the last one
         before it.
         """
         source = self.source
-        parts: dict[str, Any] = {"student": self.engine, "source": source, "taid": self.taid}
+        best = BestModel(self.config.patience)
+        parts: dict[str, Any] = {"student": self.engine, "source": source, "taid": self.taid, "best": best}
         rows: list[Metrics] = []
         if state := checkpoint.load():
             rows = state["rows"]
@@ -97,6 +101,8 @@ class Distiller:
         elif source.held_out:
             source.validated(self.loss(source.held_out))
         for step in range(len(rows), source.steps):
+            if best.over:
+                break
             validates = (step + 1) % source.validate_every == 0 or step + 1 == source.steps
             with training_step(step + 1, lambda _: self._rate):
                 # (1) Episodes: a student that writes some needs its newest weights.
@@ -106,6 +112,7 @@ class Distiller:
                 if validates:
                     self.engine.publish()
                     row["dev_em"] = evaluate()
+                    best.validated(row["dev_em"], self.engine.weights)
                     if source.held_out:
                         row["validation_loss"] = self.loss(source.held_out)
                         source.validated(row["validation_loss"])
@@ -113,7 +120,7 @@ class Distiller:
             report(source.steps, rows)
             if validates:
                 checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
-        self.engine.finish()
+        self.engine.finish(best.weights)
         return rows
 
     def _learn(self, episodes: list[Episode], step: int) -> Metrics:
@@ -183,6 +190,11 @@ class Distiller:
             )
         else:
             assert frozen is not None
+            if self.recipe.objective == "k1":  # of each token that the student has sampled
+                with torch.no_grad():
+                    teacher = frozen(batch, policy_function(batch))[0]
+                logprobs = self.engine(batch)
+                return {"ce": -logprobs, "divergence": kl_estimate(logprobs, teacher, "k1")}
             theirs = frozen.hidden(batch)
             losses = self.engine(
                 batch,

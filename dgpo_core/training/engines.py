@@ -25,6 +25,7 @@ from dgpo_core.training.batches import (
     head_of,
     micro_batches,
 )
+from dgpo_core.training.checkpoint import Weights
 from dgpo_core.training.optimizer import Optimization, Stepper, adamw
 from dgpo_core.training.parallel import add_gradients, all_sum, autocast, gather, padded_share
 
@@ -73,8 +74,12 @@ class TrainingEngine(Protocol):
         """Put the current weights, whole, into the module that the engine was made of, for rollouts."""
         ...
 
-    def finish(self) -> None:
-        """Put the trained weights, whole and in float32, into that module; the engine is spent."""
+    def weights(self) -> Weights:
+        """Return copies of what is trained, whole and in float32; only the first process need have them."""
+        ...
+
+    def finish(self, weights: Weights | None = None) -> None:
+        """Put the trained weights, or these, whole and in float32, into that module; the engine is spent."""
         ...
 
     def state_dict(self) -> dict[str, Any]:
@@ -215,18 +220,32 @@ class TorchEngine:
     def publish(self) -> None:
         """Do nothing: the module is the one that is trained."""
 
-    def finish(self) -> None:
+    def weights(self) -> Weights:
+        return {name: p.data.to("cpu", copy=True) for name, p in trainable(self.module)}
+
+    def finish(self, weights: Weights | None = None) -> None:
         self.module.float()
+        if weights is not None:
+            put_weights(self.module, weights)
 
     def state_dict(self) -> dict[str, Any]:
-        weights = {name: p.data for name, p in self.module.named_parameters() if p.requires_grad}
+        weights = {name: parameter.data for name, parameter in trainable(self.module)}
         return {"weights": weights, "stepper": self._stepper.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name, parameter in self.module.named_parameters():
-            if parameter.requires_grad:
-                parameter.data.copy_(state["weights"][name])
+        put_weights(self.module, state["weights"])
         self._stepper.load_state_dict(state["stepper"])
+
+
+def trainable(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the parameters that training changes, with their names."""
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def put_weights(module: torch.nn.Module, weights: Weights) -> None:
+    """Copy values into the parameters of these names, all that are trainable."""
+    for name, parameter in trainable(module):
+        parameter.data.copy_(weights[name])
 
 
 class FrozenModel:

@@ -5,11 +5,12 @@
 (1) roll out: the student answers the step's questions, searching as it likes;
 (2) log-probabilities of what it wrote under the student, pi_old of eq. 2;
 (3) gate: which episodes are pulled towards the reference, in DGPO the wrong ones (eq. 4);
-(4) KL of the student to the reference (the teacher, or the model that training started from), whose own
-    log-probabilities are computed where the gate is open, and nowhere else but for an audit;
-(5) rewards: exact match, and under PPO the KL (eqs. 3 and 4);
+(4) KL of the student to the reference (the teacher, or the model that training started from), which reads
+    the episodes whose gate is open, and no others but for an audit;
+(5) rewards: exact match and, where the recipe places it there, the KL (eqs. 3 and 4);
 (6) advantages: over a critic's values (PPO), or over other episodes of the same question (GRPO);
-(7) update: the clipped surrogate (eq. 2), the entropy and, under GRPO, the KL; under PPO also the critic.
+(7) update: the clipped surrogate (eq. 2), the entropy and, where the recipe places it there, the KL, of which
+    (4) is then a part of this pass; under PPO also the critic.
 
 (1) and the loop are `Reinforcer`, (2) to (6) `ExperienceMaker`, (7) `Updater`. Only tokens that the model
 wrote have an advantage, a KL and a gradient; the prompt's and the environment's are context.
@@ -20,6 +21,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 from jaxtyping import Bool, Float
@@ -30,8 +32,8 @@ from transformers import PreTrainedModel
 from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
-from dgpo_core.objectives.divergences import reverse_kl
-from dgpo_core.objectives.logprobs import PerToken, distillation_losses, engine_gap
+from dgpo_core.objectives.divergences import Divergence, forward_kl, reverse_kl
+from dgpo_core.objectives.logprobs import PerToken, distillation_losses, engine_gap, guided_logprobs
 from dgpo_core.objectives.policy import (
     clipped_surrogate,
     explained_variance,
@@ -50,13 +52,14 @@ from dgpo_core.training.batches import (
     TokenSequence,
     backbone_of,
     check_ids,
+    collate,
     counted_hidden,
     model_sequence,
     policy_function,
     response_sequence,
     shared_ids,
 )
-from dgpo_core.training.checkpoint import Checkpoint, require_finite, training_step
+from dgpo_core.training.checkpoint import BestModel, Checkpoint, require_finite, training_step
 from dgpo_core.training.engines import FrozenModel, TrainingEngine, each_sequence, summed, training_engine
 from dgpo_core.training.episode_sources import (
     Metrics,
@@ -71,8 +74,11 @@ from dgpo_core.training.overlap import StepEpisodes
 
 # Training stops when one of these is no number; causes first, as the first one says what to lower.
 WATCHED = ["kl_inside", "kl_outside", "reward", "value_loss", "critic_grad_norm", "policy_loss", "entropy"]
-WATCHED += ["approx_kl", "actor_grad_norm"]
+WATCHED += ["guidance_loss", "approx_kl", "actor_grad_norm"]
 
+WHOLE: dict[str, Divergence] = {"reverse_kl": reverse_kl, "forward_kl": forward_kl}  # over the vocabulary
+
+Answered = frozenset[tuple[str, str]]  # (data set, question) that the teacher answers correctly
 ByEpisode = list[Float[Tensor, " tokens"]]  # one tensor an episode, of the tokens that the model wrote
 
 
@@ -82,7 +88,8 @@ class Reinforcer:
 
     `sampler` is the model that rolls out: a copy of the student under `overlap`, by default the student.
     Distributions are over the ids that the tokenizer knows, the first `known`, as far as both models have
-    rows for them; None: all of these rows.
+    rows for them; None: all of these rows. `answered` are the questions that the teacher answers correctly,
+    for the gate `teachable`.
     """
 
     student: PreTrainedModel
@@ -93,6 +100,7 @@ class Reinforcer:
     seed: int
     known: int | None = None
     sampler: PreTrainedModel | None = None
+    answered: Answered = frozenset()
 
     def __post_init__(self) -> None:
         self.vocabulary = shared_ids(self.known, self.student, self.reference)
@@ -108,13 +116,17 @@ class Reinforcer:
     ) -> list[Metrics]:
         """Train on questions 0 to `questions` - 1 and return one row of metrics a step.
 
+        With `patience` the student is in the end the best of those that were validated.
         Resume from the checkpoint exactly. `report` is called with the number of steps and the rows so far.
         Raise NotFinite at the first step that gives no numbers; the checkpoint is then the last before it.
         """
         config = self.config
         torch.manual_seed(self.seed)
         actor, reference, critic = self._engines()
-        engines = {"actor": actor} if critic is None else {"actor": actor, "critic": critic}
+        best = BestModel(config.patience)
+        parts: dict[str, Any] = {"actor": actor, "best": best}
+        if critic is not None:
+            parts["critic"] = critic
         rows: list[Metrics] = []
         stepped = StepEpisodes(
             lambda step: rollout(self._questions(questions, step), step),
@@ -124,12 +136,15 @@ class Reinforcer:
         )
         if state := checkpoint.load():
             rows, stepped.pending = state["rows"], state.get("pending")
-            for name, engine in engines.items():
-                engine.load_state_dict(state[name])
-        maker = ExperienceMaker(actor, reference, critic, self.recipe, config, self.compute)
-        updater = Updater(actor, critic, config, self.compute)
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+        maker = ExperienceMaker(actor, reference, critic, self.recipe, config, self.compute, self.answered)
+        guidance = GuidanceLoss.of(self.recipe, reference)
+        updater = Updater(actor, critic, config, self.compute, guidance)
         actor.publish()
         for step in range(len(rows), config.steps):
+            if best.over:
+                break
             with training_step(step + 1, self._rate_behind):
                 # (1) Roll out: the student as it is now answers the step's questions; or it has, a step ago.
                 episodes = stepped.take(step)
@@ -139,12 +154,13 @@ class Reinforcer:
                 if (step + 1) % config.dev_every == 0 or step + 1 == config.steps:
                     stepped.refresh()
                     row["dev_em"] = evaluate()
+                    best.validated(row["dev_em"], actor.weights)
             rows.append({"step": step + 1, **row})
             report(config.steps, rows)
             if (step + 1) % config.checkpoint_every == 0:
-                states = {name: engine.state_dict() for name, engine in engines.items()}
+                states = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint.save({"rows": rows, "pending": stepped.pending, **states})
-        actor.finish()
+        actor.finish(best.weights)
         return rows
 
     def _learn(
@@ -166,7 +182,8 @@ class Reinforcer:
         _require_numbers(row)  # before weights are changed by it
 
         # (7) Update, in mini-batches of shuffled episodes.
-        row |= updater.update(experience, shuffled(len(learned), f"mini-{self.seed}-{step}"))
+        order = shuffled(len(learned), f"mini-{self.seed}-{step}")
+        row |= updater.update(experience, order, critic_only=step < self.config.critic_only_steps)
         _require_numbers(row)
         return row
 
@@ -209,8 +226,8 @@ def _require_numbers(row: Metrics) -> None:
 class GatedEpisodes:
     """What steps (2) to (4) give, whatever the algorithm.
 
-    `sampled_logprobs` are the engine's, where `old_logprobs` are the trainer's and may differ. `kl` is in
-    nats, and zero where the gate is closed; `kl_outside` has that of some of the episodes where it is closed.
+    `sampled_logprobs` are the engine's, where `old_logprobs` are the trainer's and may differ. `kl`, in nats,
+    has the episodes whose gate is open, where the KL is a reward; `kl_outside` has some of the others.
     """
 
     sequences: list[TokenSequence]
@@ -218,8 +235,8 @@ class GatedEpisodes:
     sampled_logprobs: ByEpisode | None
     correct: Bool[Tensor, " episodes"]
     gate: Float[Tensor, " episodes"]
-    kl: ByEpisode
-    kl_outside: ByEpisode
+    kl: dict[int, Float[Tensor, " tokens"]]
+    kl_outside: dict[int, Float[Tensor, " tokens"]]
 
 
 @dataclass(frozen=True)
@@ -239,14 +256,10 @@ class PPOExperience(GatedEpisodes):
 
 @dataclass(frozen=True)
 class GRPOExperience(GatedEpisodes):
-    """What an update of GRPO learns from.
-
-    `rewards` has one number an episode; `reference_logprobs` are there where the gate is open, for the loss.
-    """
+    """What an update of GRPO learns from; `rewards` has one number an episode."""
 
     rewards: list[Float[Tensor, " 1"]]
     advantages: ByEpisode
-    reference_logprobs: list[Float[Tensor, " tokens"] | None]
 
 
 Experience = PPOExperience | GRPOExperience
@@ -262,6 +275,7 @@ class ExperienceMaker:
     recipe: Reinforcement
     config: ReinforceConfig
     compute: ComputeConfig
+    answered: Answered = frozenset()
 
     @torch.no_grad()
     def make(self, episodes: list[Episode]) -> Experience:
@@ -275,13 +289,16 @@ class ExperienceMaker:
 
         # (3) Gate: which episodes are pulled towards the reference (the second case of eq. 4).
         correct: Bool[Tensor, " episodes"] = torch.tensor([episode.correct for episode in episodes])
-        open_gate: Float[Tensor, " episodes"] = gate(correct, self.recipe.guidance)
+        answered = torch.tensor([(e.dataset, e.question_id) in self.answered for e in episodes])
+        open_gate: Float[Tensor, " episodes"] = gate(correct, self.recipe.guidance, answered)
         inside = [i for i, is_open in enumerate(open_gate) if is_open]
         outside = [i for i, is_open in enumerate(open_gate) if not is_open][: self.config.audit_episodes]
 
         # (4) KL[student || reference] at each token of these episodes; the reference runs on no others.
-        kl, references = self._kl(sequences, old, inside)
-        kl_outside, _ = self._kl(sequences, old, outside)
+        in_reward = self.recipe.placement == "reward"
+        estimator = self.recipe.divergence if in_reward else "k1"
+        kl = self._kl(sequences, old, inside, estimator) if in_reward else {}
+        kl_outside = self._kl(sequences, old, outside, estimator)
 
         gated = GatedEpisodes(
             sequences,
@@ -289,11 +306,11 @@ class ExperienceMaker:
             sampled if by_trainer else None,
             correct,
             open_gate,
-            [kl.get(i, torch.zeros_like(logprobs)) for i, logprobs in enumerate(old)],
-            list(kl_outside.values()),
+            kl,
+            kl_outside,
         )
         if self.critic is None:
-            return self._grpo(episodes, gated, references)
+            return self._grpo(episodes, gated)
         return self._ppo(episodes, gated, self.critic)
 
     def _ppo(self, episodes: list[Episode], gated: GatedEpisodes, critic: TrainingEngine) -> PPOExperience:
@@ -309,10 +326,9 @@ class ExperienceMaker:
         mask = pad_sequence([torch.ones(length) for length in lengths], batch_first=True)
 
         # (5) Rewards (eqs. 3 and 4): EM on the last token, -beta KL on every token where the gate is open.
-        kl = [
-            torch.zeros(len(tokens)).masked_scatter(tokens, own)
-            for tokens, own in zip(written, gated.kl, strict=True)
-        ]
+        kl = [torch.zeros(len(tokens)) for tokens in written]
+        for i, own in gated.kl.items():
+            kl[i].masked_scatter_(written[i], own)
         padded_kl: Float[Tensor, "episodes tokens"] = pad_sequence(kl, batch_first=True)
         rewards: Float[Tensor, "episodes tokens"]
         rewards = token_rewards(gated.correct, padded_kl, mask, gated.gate, self.config.beta)
@@ -332,12 +348,12 @@ class ExperienceMaker:
             returns=[row[:n] for row, n in zip(returns, lengths, strict=True)],
         )
 
-    def _grpo(
-        self, episodes: list[Episode], gated: GatedEpisodes, references: dict[int, Float[Tensor, " tokens"]]
-    ) -> GRPOExperience:
+    def _grpo(self, episodes: list[Episode], gated: GatedEpisodes) -> GRPOExperience:
         """Do (5) and (6) of GRPO."""
-        # (5) Rewards (eq. 3): EM; the KL is a term of the loss.
+        # (5) Rewards (eqs. 3 and 4): EM, and -beta times the sum of the KL where the gate is open.
         rewards: Float[Tensor, " episodes"] = gated.correct.float()
+        for i, own in gated.kl.items():
+            rewards[i] -= self.config.beta * own.sum()
 
         # (6) Advantages: how much better an episode is than others of its question, at each of its tokens.
         questions = [(episode.dataset, episode.question_id) for episode in episodes]
@@ -350,21 +366,21 @@ class ExperienceMaker:
                 torch.full_like(old, float(advantage))
                 for old, advantage in zip(gated.old_logprobs, advantages, strict=True)
             ],
-            reference_logprobs=[references.get(i) for i in range(len(episodes))],
         )
 
     def _kl(
-        self, sequences: list[TokenSequence], old: ByEpisode, chosen: list[int]
-    ) -> tuple[dict[int, Float[Tensor, " tokens"]], dict[int, Float[Tensor, " tokens"]]]:
-        """Return the KL of the chosen episodes, and the reference's log-probabilities that it is made of."""
+        self, sequences: list[TokenSequence], old: ByEpisode, chosen: list[int], estimator: str
+    ) -> dict[int, Float[Tensor, " tokens"]]:
+        """Return the KL of the chosen episodes to the reference, if there is one."""
         if not chosen or self.reference is None:
-            return {}, {}
+            return {}
         own = [sequences[i] for i in chosen]
-        estimator = "k3" if self.critic is None else self.config.kl_estimator  # GRPO's is that of its loss
-        if estimator == "full":
-            return dict(zip(chosen, self._each(own, self._full_kl), strict=True)), {}
-        references = dict(zip(chosen, self._each(own, self._reference_logprobs), strict=True))
-        return {i: kl_estimate(old[i], theirs, estimator) for i, theirs in references.items()}, references
+        if estimator == "reverse_kl":
+            return dict(zip(chosen, self._each(own, self._whole_kl), strict=True))
+        references = self._each(own, self._reference_logprobs)
+        return {
+            i: kl_estimate(old[i], theirs, estimator) for i, theirs in zip(chosen, references, strict=True)
+        }
 
     def _policy_logprobs(self, batch: TokenBatch) -> Float[Tensor, " N"]:
         logprobs: Tensor = self.actor(batch, self._policy_function(batch))[0]
@@ -377,7 +393,7 @@ class ExperienceMaker:
     def _policy_function(self, batch: TokenBatch) -> HeadFunction:
         return policy_function(batch, self.config.sampling.temperature)
 
-    def _full_kl(self, batch: TokenBatch) -> Float[Tensor, " N"]:
+    def _whole_kl(self, batch: TokenBatch) -> Float[Tensor, " N"]:
         """Compute the KL over the whole vocabulary."""
         reference, temperature = self.reference, self.config.sampling.temperature
         assert reference is not None
@@ -405,18 +421,59 @@ def _sampled_logprobs(episodes: list[Episode], sequences: list[TokenSequence]) -
 
 def training_metrics(episodes: list[Episode], experience: Experience) -> Metrics:
     """Return what shows collapse: the episodes' own metrics, reward, KL inside and outside the gate, ..."""
-    inside = [kl for kl, is_open in zip(experience.kl, experience.gate, strict=True) if is_open]
     metrics = episode_metrics(episodes)
     metrics["reward"] = sum(float(rewards.sum()) for rewards in experience.rewards) / len(episodes)
-    for name, estimates in (("kl_inside", inside), ("kl_outside", experience.kl_outside)):
-        if estimates:
-            metrics[name] = float(torch.cat(estimates).mean())
+    for name, kl in (("kl_inside", experience.kl), ("kl_outside", experience.kl_outside)):
+        if kl:
+            metrics[name] = float(torch.cat(list(kl.values())).mean())
     if experience.sampled_logprobs is not None:
         metrics |= engine_gap(torch.cat(experience.old_logprobs), torch.cat(experience.sampled_logprobs))
     if isinstance(experience, PPOExperience):
         values, returns = torch.cat(experience.values), torch.cat(experience.returns)
         metrics["explained_variance"] = explained_variance(values, returns)
     return metrics
+
+
+@dataclass(frozen=True)
+class GuidanceLoss:
+    """The KL to a reference as a term of the loss, on the tokens of episodes whose gate is open."""
+
+    reference: FrozenModel
+    divergence: str
+    weight: float
+
+    @classmethod
+    def of(cls, recipe: Reinforcement, reference: FrozenModel | None) -> "GuidanceLoss | None":
+        """Return the term of a recipe, if it places the KL in the loss."""
+        if recipe.weight is None or reference is None:
+            return None
+        return cls(reference, recipe.divergence, recipe.weight)
+
+    def forward(
+        self,
+        actor: TrainingEngine,
+        batch: TokenBatch,
+        read: TokenBatch,
+        guided: Bool[Tensor, " N"],
+        temperature: float,
+    ) -> PerToken:
+        """Return log-probabilities, entropies, KL and the reference's log-probabilities, by one pass.
+
+        The last two are 0 at tokens that are not `guided`. `read` are the guided episodes, or, where there is
+        none and processes must call the reference equally often, another one.
+        """
+        theirs = self.reference.hidden(read)[: int(guided.sum())]
+        whole = WHOLE.get(self.divergence)
+
+        def function(hidden: Float[Tensor, "N H"], head: Float[Tensor, "V H"]) -> PerToken:
+            return guided_logprobs(
+                hidden, head, batch.targets, temperature, guided, theirs, self.reference.head, whole
+            )
+
+        logprobs, entropy, kl, reference = actor(batch, function)
+        if whole is None:
+            kl = kl_estimate(logprobs, reference, self.divergence) * guided
+        return logprobs, entropy, kl, reference
 
 
 @dataclass
@@ -427,15 +484,20 @@ class Updater:
     critic: TrainingEngine | None  # of a Critic; GRPO has none
     config: ReinforceConfig
     compute: ComputeConfig
+    guidance: GuidanceLoss | None = None
 
-    def update(self, experience: Experience, order: list[int]) -> Metrics:
+    def update(self, experience: Experience, order: list[int], critic_only: bool = False) -> Metrics:
         """Update by the episodes in this order; return averages of the mini-batches' metrics."""
-        rows = [self._step(experience, part) for part in mini_batches(order, self.config.mini_batch_size)]
-        return {key: sum(row[key] for row in rows) / len(rows) for key in rows[0]}
+        parts = mini_batches(order, self.config.mini_batch_size)
+        rows = [self._step(experience, part, critic_only) for part in parts]
+        found = {key: [row[key] for row in rows if key in row] for row in rows for key in row}
+        return {key: sum(values) / len(values) for key, values in found.items()}
 
-    def _step(self, experience: Experience, chosen: list[int]) -> Metrics:
-        metrics = self._actor_gradient(experience, chosen)
-        metrics["actor_grad_norm"] = self.actor.step()
+    def _step(self, experience: Experience, chosen: list[int], critic_only: bool) -> Metrics:
+        metrics: Metrics = {}
+        if not critic_only or self.critic is None:
+            metrics = self._actor_gradient(experience, chosen)
+            metrics["actor_grad_norm"] = self.actor.step()
         if self.critic is not None and isinstance(experience, PPOExperience):
             metrics["value_loss"] = self._critic_gradient(self.critic, experience, chosen)
             metrics["critic_grad_norm"] = self.critic.step()
@@ -443,27 +505,47 @@ class Updater:
 
     def _actor_gradient(self, experience: Experience, chosen: list[int]) -> Metrics:
         """Add up the gradient of the policy's loss (eq. 2), an average over the mini-batch's model tokens."""
-        config, actor = self.config, self.actor
+        config, actor, guidance = self.config, self.actor, self.guidance
         sequences = [experience.sequences[i] for i in chosen]
         tokens = sum(len(sequence.positions) for sequence in sequences)
+        inside = sum(len(experience.sequences[i].positions) for i in chosen if experience.gate[i])
 
         def objective(part: list[int], batch: TokenBatch) -> tuple[Float[Tensor, ""], Metrics]:
             episodes = [chosen[i] for i in part]
             old = _flat(experience.old_logprobs, episodes).to(actor.device)
             advantages = _flat(experience.advantages, episodes).to(actor.device)
-            logprobs, entropy = actor(batch, policy_function(batch, config.sampling.temperature))
+            gates = experience.gate[episodes].bool()
+            guided = gates.repeat_interleave(torch.tensor(batch.counts)).to(actor.device)
+            logprobs, entropy, kl, reference = self._forward(experience, episodes, batch, guided)
             losses, clipped = clipped_surrogate(logprobs, old, advantages, config.clip)
             if config.importance_cap is not None and experience.sampled_logprobs is not None:
                 sampled = _flat(experience.sampled_logprobs, episodes).to(actor.device)
                 losses = losses * importance_weights(old, sampled, config.importance_cap)
             loss = losses.sum() / tokens - config.entropy_weight * entropy.sum() / tokens
-            if isinstance(experience, GRPOExperience):
-                loss = loss + config.beta * _kl_of_gated(experience, episodes, logprobs) / tokens
-            sums = (losses.sum(), entropy.sum(), clipped.sum(), (old - logprobs).sum())
+            sums = [losses.sum(), entropy.sum(), clipped.sum(), (old - logprobs).sum()]
+            if guidance is not None:
+                loss = loss + guidance.weight * kl.sum() / tokens
+                sums += [kl.sum(), ((old - reference) * guided).sum() * tokens / max(1, inside)]
             return loss, dict(zip(names, (value.item() / tokens for value in sums), strict=True))
 
-        names = ("policy_loss", "entropy", "clip_fraction", "approx_kl")
-        return summed(actor, sequences, self.compute.micro_batch_tokens, names, objective)
+        names = ["policy_loss", "entropy", "clip_fraction", "approx_kl"]
+        names += ["guidance_loss", "kl_inside"] if guidance is not None else []
+        metrics = summed(actor, sequences, self.compute.micro_batch_tokens, names, objective)
+        if not inside:
+            metrics.pop("kl_inside", None)
+        return metrics
+
+    def _forward(
+        self, experience: Experience, episodes: list[int], batch: TokenBatch, guided: Bool[Tensor, " N"]
+    ) -> PerToken:
+        """Return what `GuidanceLoss.forward` does, with zeros where no token of the micro-batch is guided."""
+        actor, temperature = self.actor, self.config.sampling.temperature
+        read = [i for i in episodes if experience.gate[i]] or (episodes[:1] if actor.lockstep else [])
+        if self.guidance is None or not read:
+            logprobs, entropy = actor(batch, policy_function(batch, temperature))
+            return logprobs, entropy, torch.zeros_like(logprobs), torch.zeros_like(logprobs)
+        gated = collate([experience.sequences[i] for i in read], actor.device)
+        return self.guidance.forward(actor, batch, gated, guided, temperature)
 
     def _critic_gradient(self, critic: TrainingEngine, experience: PPOExperience, chosen: list[int]) -> float:
         """Add up the gradient of the clipped squared error of the values, and return the loss."""
@@ -495,19 +577,6 @@ def mini_batches(order: list[int], size: int) -> list[list[int]]:
 def _flat(values: list[Tensor], episodes: list[int]) -> Float[Tensor, " N"]:
     """Join the values of these episodes' tokens, in the order in which `collate` lays them out."""
     return torch.cat([values[i] for i in episodes])
-
-
-def _kl_of_gated(
-    experience: GRPOExperience, episodes: list[int], logprobs: Float[Tensor, " N"]
-) -> Float[Tensor, ""]:
-    """Sum the k3 estimates of episodes whose gate is open; k1 in a loss would have no gradient on average."""
-    total = logprobs.new_zeros(())
-    own = logprobs.split([len(experience.old_logprobs[i]) for i in episodes])
-    for i, policy in zip(episodes, own, strict=True):
-        reference = experience.reference_logprobs[i]
-        if reference is not None:
-            total = total + kl_estimate(policy, reference.to(policy.device), "k3").sum()
-    return total
 
 
 class Critic(torch.nn.Module):

@@ -43,6 +43,7 @@ from tasks.stages.rollouts import (
     training_loop,
     training_rollout,
     training_settings,
+    validation,
 )
 from tasks.stages.stage import stage, stage_main
 
@@ -50,6 +51,7 @@ from tasks.stages.stage import stage, stage_main
 def distill(name: str) -> None:
     params = load_params()
     recipe = params.distillation(name)
+    params = params.for_recipe(name)
     start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"distill-{name}.csv"
     config = training_settings(params, "distill", recipe)
     inputs = [TEACHER_EPISODES, CORRECT_EPISODES, DISTRIBUTIONS, INDEX, QUESTIONS]
@@ -73,7 +75,8 @@ def distill(name: str) -> None:
             known_ids(tokenizer),
         )
         rows = distiller.train(Checkpoint(run.state), dev, reporter(run, ("loss", "em")))
-        em = rows[-1]["dev_em"]
+        summary = validation(run, rows, params.distill.patience, source.steps)
+        em = summary["dev_em"]
         begins_rl = any(row.start == name for row in params.recipes.reinforce.values())
         if begins_rl and em < params.distill.min_em:
             raise UserError(
@@ -84,8 +87,8 @@ def distill(name: str) -> None:
             return
         save_model(merged(student), tokenizer, run.output(out))
         write_curves(run.output(curves), rows)
-        shown = ("dev_em", "loss", "divergence", "em", "searches")
-        write_metrics(run, {key: rows[-1][key] for key in shown if key in rows[-1]})
+        shown = ("loss", "divergence", "em", "searches")
+        write_metrics(run, summary | {key: rows[-1][key] for key in shown if key in rows[-1]})
         run.register_model(name, out)
 
 

@@ -4,14 +4,15 @@ import copy
 
 from transformers import PreTrainedModel
 
+from dgpo_core.agent.episode import read_episodes
 from dgpo_core.agent.prompts import known_ids
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.models import load_model, load_tokenizer, merged, save_model
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.reinforce import Reinforcer
+from dgpo_core.training.reinforce import Answered, Reinforcer
 from dgpo_core.vocabulary import check_same_vocabulary
-from tasks.project.paths import INDEX, MODELS, PLOTS, QUESTIONS
+from tasks.project.paths import CORRECT_EPISODES, INDEX, MODELS, PLOTS, QUESTIONS
 from tasks.stages.inputs import local, model_source, retriever
 from tasks.stages.launch import in_processes
 from tasks.stages.outputs import write_curves, write_metrics
@@ -23,6 +24,7 @@ from tasks.stages.rollouts import (
     training_loop,
     training_rollout,
     training_settings,
+    validation,
 )
 from tasks.stages.stage import stage, stage_main
 from tasks.tracking.traces import traced
@@ -31,13 +33,14 @@ from tasks.tracking.traces import traced
 def reinforce(name: str) -> None:
     params = load_params()
     recipe = params.reinforcement(name)
+    params = params.for_recipe(name)
     start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"reinforce-{name}.csv"
     config = training_settings(params, "reinforce", recipe)
-    inputs = [INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
+    inputs = [CORRECT_EPISODES, INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
     with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
-        if recipe.guidance != "none" and recipe.algorithm == "ppo" and params.reinforce.kl_estimator != "k1":
+        if recipe.placement == "reward" and recipe.divergence != "k1":
             run.note(
-                f"reinforce.kl_estimator: {params.reinforce.kl_estimator} as a reward does not pull towards "
+                f"recipes.reinforce.{name}.divergence: {recipe.divergence} as a reward does not pull towards "
                 "the reference as eq. 4 does; only k1 has the KL's gradient (docs/method.md, Estimators)"
             )
         tokenizer = load_tokenizer(start)
@@ -60,6 +63,7 @@ def reinforce(name: str) -> None:
             params.seed,
             known_ids(tokenizer),
             sampler,
+            _answered(recipe),
         )
         report = reporter(run, ("em", "kl_inside", "searches"))
         rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)
@@ -67,8 +71,9 @@ def reinforce(name: str) -> None:
             return
         save_model(merged(student), tokenizer, run.output(out))
         write_curves(run.output(curves), rows)
-        shown = ("dev_em", "em", "searches", "kl_inside", "kl_outside", "entropy")
-        summary = {key: rows[-1][key] for key in shown if key in rows[-1]}
+        shown = ("em", "searches", "kl_inside", "kl_outside", "entropy")
+        summary = validation(run, rows, params.reinforce.patience, params.reinforce.steps)
+        summary |= {key: rows[-1][key] for key in shown if key in rows[-1]}
         summary["gate_excluded"] = sum(row["gate_excluded"] for row in rows) / len(rows)
         write_metrics(run, summary)
         run.register_model(name, out)
@@ -84,6 +89,13 @@ def _reference(
         return load_model(start, params.compute.device)
     check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))
     return load_model(params.models.teacher, params.compute.device)
+
+
+def _answered(recipe: Reinforcement) -> Answered:
+    """Return the training questions that the teacher has answered correctly, where the gate asks for them."""
+    if recipe.guidance != "teachable":
+        return frozenset()
+    return frozenset((e.dataset, e.question_id) for e in read_episodes(CORRECT_EPISODES))
 
 
 if __name__ == "__main__":

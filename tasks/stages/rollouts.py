@@ -28,9 +28,12 @@ from tasks.stages.stage import Run
 
 
 def training_settings(params: Params, section: str, recipe: Distillation | Reinforcement) -> dict[str, Any]:
-    """Return what decides the result of a training stage, besides its inputs; `section` is its own."""
+    """Return what decides the result of a training stage, besides its inputs; `section` is its own.
+
+    `params` are those of the recipe (`Params.for_recipe`).
+    """
     shared = ("compute", "protocol", "rollout", "retrieval", "models", "questions", "seed")
-    return params.sections(section, *shared) | {"recipe": recipe.model_dump()}
+    return params.sections(section, *shared) | {"recipe": recipe.model_dump(exclude={"settings"})}
 
 
 def agent_loop(params: Params, source: str, tokenizer: Any, index: Retriever) -> AgentLoop:
@@ -128,6 +131,17 @@ class DevEvaluator:
         episodes = self._runner.run(self._tasks, GREEDY)
         require_answered(episodes)
         return em_of(episodes)
+
+
+def validation(run: Run, rows: list[dict[str, float]], patience: int | None, steps: int) -> dict[str, float]:
+    """Return the validation EM of the model that is kept, the last or the best, and the step it is of."""
+    looks = [(row["dev_em"], int(row["step"])) for row in rows if "dev_em" in row]
+    em, step = max(looks, key=lambda look: look[0]) if patience else looks[-1]
+    if len(rows) < steps:
+        run.note(
+            f"ended after step {len(rows)} of {steps}: no better validation EM {patience} times in a row"
+        )
+    return {"dev_em": em, "kept_step": step}
 
 
 def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, float]]], None]:

@@ -28,11 +28,11 @@ def exact(tokens: int = 10_000, **changes: Any) -> ComputeConfig:
     return ComputeConfig.model_validate(values | changes)
 
 
-def reinforcement(algorithm: str = "ppo", guidance: str = "selective") -> Reinforcement:
+def reinforcement(algorithm: str = "ppo", guidance: str = "selective", **more: Any) -> Reinforcement:
     """A recipe that is guided by the teacher, if at all."""
     reference = "none" if guidance == "none" else "teacher"
     return Reinforcement.model_validate(
-        {"start": "student", "algorithm": algorithm, "guidance": guidance, "reference": reference}
+        {"start": "student", "algorithm": algorithm, "guidance": guidance, "reference": reference} | more
     )
 
 

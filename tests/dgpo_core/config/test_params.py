@@ -40,7 +40,10 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
         ("distill: {epochs: 0}", "distill.epochs: Input should be greater than 0 (found 0)"),
         ("distill: {min_em: 1.5}", "distill.min_em: Input should be less than or equal to 1 (found 1.5)"),
         ("world: {passages: 5}", "world.passages: Input should be greater than or equal to 100 (found 5)"),
-        ("reinforce: {kl_estimator: k4}", "reinforce.kl_estimator: Input should be 'k1', 'k2', 'k3'"),
+        (
+            "reinforce: {kl_estimator: k3}",
+            "reinforce.kl_estimator: is now divergence, in the rows of recipes",
+        ),
         ("questions: {train: []}", "questions.train: List should have at least 1 item"),
         # a key that is near
         ("reinforce: {betta: 0.1}", "reinforce.betta: unknown key (found 0.1), did you mean reinforce.beta?"),
@@ -144,11 +147,43 @@ def test_bad_parameters(tmp_path: Path, content: str, message: str) -> None:
             "distill: {x: {start: student, objective: kd}}, reinforce: {x: {start: student, guidance: none}}",
             "recipes: ['x'] stand under both distill and reinforce",
         ),
+        (
+            "distill: {x: {start: student, objective: k1}}",
+            "recipes.distill.x: objective k1 estimates KL[student || teacher] by what the student has",
+        ),
+        ("reinforce: {x: {start: student, guidance: none, weight: 1.0}}", "x: weight is for placement loss"),
+        ("reinforce: {x: {start: student, guidance: none, placement: loss}}", "x: placement loss needs"),
+        (
+            "reinforce: {x: {start: student, guidance: uniform, reference: initial, divergence: forward_kl}}",
+            "x: divergence forward_kl is for placement loss; a reward takes ('k1',",
+        ),
+        (
+            "reinforce: {x: {start: student, guidance: none, settings: {bata: 0.1}}}",
+            "recipes.reinforce.x.settings.bata: unknown key",
+        ),
+        (
+            "distill: {x: {start: student, objective: kd, settings: {taid: {start: 2}}}}",
+            "recipes.distill.x.settings.taid.start: Input should be less than or equal to 1",
+        ),
+        (
+            "reinforce: {x: {start: student, guidance: none, settings: {overlap: true}}}",
+            "recipes.reinforce.x.settings: overlap trains on episodes of older weights: set importance_cap",
+        ),
     ],
 )
 def test_bad_recipes(tmp_path: Path, recipes: str, message: str) -> None:
     with pytest.raises(UserError, match=f": .*{re.escape(message)}"):
         loaded(tmp_path, {"recipes": yaml.safe_load(f"{{{recipes}}}")})
+
+
+def test_settings_of_a_recipe_are_its_own(tmp_path: Path) -> None:
+    own = {"beta": 0.5, "sampling": {"temperature": 0.7}}
+    content = rl(x={"guidance": "none", "settings": own}, y={"guidance": "none"})
+    params = loaded(tmp_path, {**content, "reinforce": {"steps": 7, "beta": 0.2}})
+    mine, others = params.for_recipe("x").reinforce, params.for_recipe("y").reinforce
+    assert (mine.beta, mine.steps, mine.sampling.temperature) == (0.5, 7, 0.7)
+    assert others == params.reinforce and others.beta == 0.2
+    assert params.for_recipe("x").distill == params.distill
 
 
 def test_grpo_needs_two_groups(tmp_path: Path) -> None:
@@ -286,7 +321,7 @@ def test_defaults_are_the_papers() -> None:
     assert (reinforce.actor_learning_rate, reinforce.actor_learning_rate_warmup) == (1e-6, 0.285)
     assert (reinforce.critic_learning_rate, reinforce.critic_learning_rate_warmup) == (1e-5, 0.015)
     assert (reinforce.weight_decay, reinforce.max_grad_norm) == (0.01, 1.0)
-    assert (reinforce.beta, reinforce.kl_estimator, reinforce.gae_scope) == (0.001, "k1", "model_tokens")
+    assert (reinforce.beta, reinforce.gae_scope) == (0.001, "model_tokens")
     assert (reinforce.gamma, reinforce.lam) == (1.0, 1.0)
     assert (reinforce.clip, reinforce.value_clip, reinforce.value_loss_weight) == (0.2, 0.5, 0.5)
     assert (reinforce.entropy_weight, reinforce.sampling.temperature) == (0.001, 1.0)

@@ -29,7 +29,7 @@ from dgpo_core.objectives.logprobs import (
 N, H, V = 11, 6, 17
 DIVERGENCES = [forward_kl, reverse_kl, generalized_jsd(0.3), skew_kl(0.1), skew_reverse_kl(0.1), taid(0.4)]
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
-Pair = tuple[torch.Tensor, torch.Tensor]
+Pair = tuple[torch.Tensor, ...]
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -10,21 +10,21 @@ from torch.distributions import Categorical, kl_divergence
 from verl.trainer.ppo.core_algos import kl_penalty
 
 from dgpo_core.objectives.divergences import forward_kl, reverse_kl
-from dgpo_core.objectives.rewards import KlEstimator, gate, kl_estimate, token_rewards
+from dgpo_core.objectives.rewards import Guidance, gate, kl_estimate, token_rewards
 
 POLICY = torch.tensor([0.5, 0.2, 0.2, 0.1], dtype=torch.float64)
 REFERENCE = torch.tensor([0.1, 0.3, 0.4, 0.2], dtype=torch.float64)
-SAMPLED: list[KlEstimator] = ["k1", "k2", "k3", "abs"]
+SAMPLED = ["k1", "k2", "k3", "abs"]
 LOGPROB = st.floats(-60, 0)
 
 
-def expectation(estimator: KlEstimator, policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
+def expectation(estimator: str, policy: torch.Tensor, reference: torch.Tensor) -> torch.Tensor:
     """Of the estimate, over every outcome of the policy."""
     return (policy * kl_estimate(policy.log(), reference.log(), estimator)).sum()
 
 
 @pytest.mark.parametrize("estimator", ["k1", "k3"])
-def test_unbiased_estimators(estimator: KlEstimator) -> None:
+def test_unbiased_estimators(estimator: str) -> None:
     expected = kl_divergence(Categorical(POLICY), Categorical(REFERENCE))
     torch.testing.assert_close(expectation(estimator, POLICY, REFERENCE), expected)
 
@@ -49,7 +49,7 @@ def test_bias_of_abs() -> None:
 
 @pytest.mark.parametrize("estimator", SAMPLED)
 @given(pairs=st.lists(st.tuples(LOGPROB, LOGPROB), min_size=1, max_size=20))
-def test_verl_estimates_the_same(estimator: KlEstimator, pairs: list[tuple[float, float]]) -> None:
+def test_verl_estimates_the_same(estimator: str, pairs: list[tuple[float, float]]) -> None:
     """k3's clamps included. verl has no full KL: it raises NotImplementedError."""
     policy, reference = torch.tensor(pairs, dtype=torch.float64).T
     torch.testing.assert_close(
@@ -68,12 +68,12 @@ def test_k3_is_clamped_and_never_negative() -> None:
 
 
 @pytest.mark.parametrize("estimator", SAMPLED)
-def test_estimators_are_differentiable(estimator: KlEstimator) -> None:
+def test_estimators_are_differentiable(estimator: str) -> None:
     policy = POLICY.log().requires_grad_()
     assert torch.autograd.gradcheck(lambda p: kl_estimate(p, REFERENCE.log(), estimator), (policy,))
 
 
-def expected_gradient(estimator: KlEstimator, logits: torch.Tensor) -> torch.Tensor:
+def expected_gradient(estimator: str, logits: torch.Tensor) -> torch.Tensor:
     """Of the estimate as a loss, on-policy: outcomes are weighted, and their weights get no gradient."""
     logprobs = logits.log_softmax(-1)
     loss = (logprobs.detach().exp() * kl_estimate(logprobs, REFERENCE.log(), estimator)).sum()
@@ -94,29 +94,34 @@ def test_what_an_estimate_as_a_loss_pulls_towards() -> None:
 
 def test_full_kl_is_no_estimate() -> None:
     with pytest.raises(ValueError, match="whole distributions"):
-        kl_estimate(POLICY, REFERENCE, "full")
+        kl_estimate(POLICY, REFERENCE, "reverse_kl")
 
 
 def test_gate() -> None:
-    correct = torch.tensor([True, False, False])
-    assert gate(correct, "selective").tolist() == [0, 1, 1]
-    assert gate(correct, "uniform").tolist() == [1, 1, 1]
-    assert gate(correct, "none").tolist() == [0, 0, 0]
+    correct, answered = torch.tensor([True, False, False, True]), torch.tensor([True, True, False, False])
+    expected: dict[Guidance, list[int]] = {
+        "selective": [0, 1, 1, 0],
+        "teachable": [0, 1, 0, 0],
+        "uniform": [1] * 4,
+        "none": [0] * 4,
+    }
+    for guidance, values in expected.items():
+        assert gate(correct, guidance, answered).tolist() == values
 
 
 def test_token_rewards_by_hand() -> None:
     correct = torch.tensor([True, False, True, False])
     kl = torch.tensor([[1.0, 2.0, 3.0], [4.0, -5.0, 9.0], [6.0, 9.0, 9.0], [7.0, 8.0, 9.0]])
     mask = torch.tensor([[1.0, 1, 1], [1, 1, 0], [1, 0, 0], [1, 1, 1]])
-    found = token_rewards(correct, kl, mask, gate(correct, "selective"), 0.1)
+    found = token_rewards(correct, kl, mask, gate(correct, "selective", ~correct), 0.1)
     torch.testing.assert_close(
         found, torch.tensor([[0.0, 0, 1], [-0.4, 0.5, 0], [1, 0, 0], [-0.7, -0.8, -0.9]])
     )
-    uniform = token_rewards(correct, kl, mask, gate(correct, "uniform"), 0.1)
+    uniform = token_rewards(correct, kl, mask, gate(correct, "uniform", ~correct), 0.1)
     torch.testing.assert_close(
         uniform, torch.tensor([[-0.1, -0.2, 0.7], [-0.4, 0.5, 0], [0.4, 0, 0], [-0.7, -0.8, -0.9]])
     )
-    none = token_rewards(correct, kl, mask, gate(correct, "none"), 0.1)
+    none = token_rewards(correct, kl, mask, gate(correct, "none", ~correct), 0.1)
     assert none.tolist() == [[0, 0, 1], [0, 0, 0], [1, 0, 0], [0, 0, 0]]
 
 
@@ -144,7 +149,7 @@ def test_what_an_estimate_as_a_reward_pulls_towards() -> None:
 
 
 @pytest.mark.parametrize("estimator", ["k2", "k3"])
-def test_other_rewards_hardly_pull_to_a_near_reference(estimator: KlEstimator) -> None:
+def test_other_rewards_hardly_pull_to_a_near_reference(estimator: str) -> None:
     """Their gradient is of second order in the distance, the KL's of first: a tenth as far, a tenth of it."""
     torch.manual_seed(0)
     logits, direction = torch.randn(2, 50, dtype=torch.float64)

@@ -32,6 +32,7 @@ from tests.dgpo_core.making import (
 
 Models = tuple[PreTrainedModel, PreTrainedModel]  # student, teacher
 CONFIG = DistillConfig(epochs=3, batch_size=3, learning_rate=1e-2, ce_weight=0.7, kl_weight=0.4)
+ON_POLICY = DistillConfig.model_validate({"on_policy": {"steps": 4, "batch_size": 3, "dev_every": 2}})
 EPISODES = [random_episode(seed) for seed in range(8)]
 SEQUENCES = [model_sequence(episode) for episode in EPISODES]
 
@@ -132,6 +133,50 @@ def test_losses_and_gradients(models: Models, objective: str, tokens: int) -> No
     assert all(parameter.grad is None for parameter in teacher.parameters())
 
 
+def test_k1_is_the_log_ratio_of_sampled_tokens(models: Models) -> None:
+    student, teacher = models
+    source = StudentEpisodes(lambda *_: EPISODES, 3, ON_POLICY, seed=0)
+    row = distiller(models, "k1", 60, ON_POLICY, source)._averages(SEQUENCES)
+    found, gaps = gradients(student), []
+    for sequence in SEQUENCES:
+        ids, places = torch.tensor([sequence.ids]), torch.tensor(sequence.positions)
+        own = student(ids).logits[0].log_softmax(-1)[places - 1, ids[0, places]]
+        with torch.no_grad():
+            theirs = teacher(ids).logits[0].log_softmax(-1)[places - 1, ids[0, places]]
+        gaps.append(own - theirs)
+    loss = torch.cat(gaps).mean()
+    loss.backward()
+    assert row["loss"] == row["divergence"] == pytest.approx(loss.item(), rel=1e-4)
+    torch.testing.assert_close(found, gradients(student), rtol=2e-3, atol=1e-6)
+
+
+def test_best_epoch_is_kept_and_patience_ends_training(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    config = CONFIG.model_copy(update={"patience": 1})
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def trained(folder: str, kill_at: int | None = None) -> list[Metrics]:
+        models = pair(tokenizer)
+
+        def evaluate() -> float:
+            seen.append(weights_of(models[0]))
+            return [0.3, 0.2, 0.9][len(seen) - 1]
+
+        def report(_: int, rows: list[Metrics]) -> None:
+            if len(rows) == kill_at:
+                raise KeyboardInterrupt
+
+        rows = distiller(models, config=config).train(Checkpoint(tmp_path / folder), evaluate, report)
+        assert all(torch.equal(seen[0][name], value) for name, value in models[0].state_dict().items())
+        return rows
+
+    rows = trained("whole")
+    assert [row["dev_em"] for row in rows if "dev_em" in row] == [0.3, 0.2] and len(rows) == 6
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        trained("killed", kill_at=4)
+    assert trained("killed") == rows
+
+
 def test_validation_loss_steers_the_mixture(models: Models, tmp_path: Path) -> None:
     """DistiLLM's mixture hears of the untrained student's loss first, then once an epoch."""
     heard: list[float] = []
@@ -150,7 +195,6 @@ def test_validation_loss_steers_the_mixture(models: Models, tmp_path: Path) -> N
     assert len(heard) == 4 and heard[-1] == pytest.approx(made.loss(EPISODES[:1]))
 
 
-ON_POLICY = DistillConfig.model_validate({"on_policy": {"steps": 4, "batch_size": 3, "dev_every": 2}})
 SAMPLED = set("em response_tokens searches hit invalid_actions well_formed no_answer entropy".split())
 
 

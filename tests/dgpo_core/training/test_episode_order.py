@@ -1,7 +1,7 @@
 """Neither the order of a batch's episodes nor their cut into micro-batches changes a step."""
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -11,10 +11,18 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.config.training import ReinforceConfig
-from dgpo_core.training.reinforce import Critic, Experience, ExperienceMaker, PPOExperience, Updater
+from dgpo_core.training.reinforce import (
+    Critic,
+    Experience,
+    ExperienceMaker,
+    GuidanceLoss,
+    PPOExperience,
+    Updater,
+)
 from tests.dgpo_core.making import engines, exact, random_episode, reinforcement, student_teacher_critic
 
 Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]
+Scope = Literal["model_tokens", "all"]
 COUNT = 8
 
 
@@ -47,9 +55,9 @@ class Step:
 
 
 def step(
-    parts: Parts, episodes: list[Episode], algorithm: str, scope: Literal["model_tokens", "all"], tokens: int
+    parts: Parts, episodes: list[Episode], algorithm: str, scope: Scope, row: dict[str, Any], tokens: int
 ) -> Step:
-    recipe = reinforcement(algorithm)
+    recipe = reinforcement(algorithm, **row)
     config = ReinforceConfig(
         beta=0.1, gae_scope=scope, audit_episodes=COUNT, entropy_weight=0.05, importance_cap=1.5
     )
@@ -57,7 +65,8 @@ def step(
     actor, reference, valued = engines(parts, compute)
     critic = valued if algorithm == "ppo" else None
     experience = ExperienceMaker(actor, reference, critic, recipe, config, compute).make(episodes)
-    updater, everyone = Updater(actor, critic, config, compute), list(range(COUNT))
+    updater = Updater(actor, critic, config, compute, GuidanceLoss.of(recipe, reference))
+    everyone = list(range(COUNT))
     losses = list(updater._actor_gradient(experience, everyone).values())
     if critic is not None and isinstance(experience, PPOExperience):
         losses.append(updater._critic_gradient(critic, experience, everyone))
@@ -70,30 +79,33 @@ def step(
 
 def by_episode(experience: Experience, order: list[int]) -> list[list[torch.Tensor]]:
     """Every quantity of every episode, by its number; `order` has the numbers as they were given."""
-    names = ("old_logprobs", "advantages", "values", "returns", "kl", "rewards", "sampled_logprobs")
+    names = ("old_logprobs", "advantages", "values", "returns", "rewards", "sampled_logprobs")
     found: dict[int, list[torch.Tensor]] = {number: [] for number in order}
     for name in names:
         if values := getattr(experience, name, None):  # GRPO has no values and returns
             for number, own in zip(order, values, strict=True):
                 found[number].append(own)
-    for number, reference in zip(order, getattr(experience, "reference_logprobs", []), strict=False):
-        found[number] += [] if reference is None else [reference]
-    closed = [number for number, is_open in zip(order, experience.gate, strict=True) if not is_open]
-    for number, kl in zip(closed, experience.kl_outside, strict=True):
-        found[number].append(kl)
+    for place, kl in [*experience.kl.items(), *experience.kl_outside.items()]:
+        found[order[place]].append(kl)
     return [found[number] for number in range(COUNT)]
 
 
 @pytest.mark.parametrize(
-    ("algorithm", "scope"), [("ppo", "model_tokens"), ("ppo", "all"), ("grpo", "model_tokens")]
+    ("algorithm", "scope", "row"),
+    [
+        ("ppo", "model_tokens", {}),
+        ("ppo", "all", {}),
+        ("grpo", "model_tokens", {}),
+        ("ppo", "model_tokens", {"placement": "loss", "divergence": "reverse_kl", "weight": 0.5}),
+    ],
 )
 @settings(max_examples=8)
 @given(order=st.permutations(range(COUNT)), tokens=st.sampled_from([1, 60, 10_000]))
 def test_a_step_does_not_depend_on_the_order_of_its_episodes(
-    parts: Parts, algorithm: str, scope: Literal["model_tokens", "all"], order: list[int], tokens: int
+    parts: Parts, algorithm: str, scope: Scope, row: dict[str, Any], order: list[int], tokens: int
 ) -> None:
-    straight = step(parts, EPISODES, algorithm, scope, 10_000)
-    permuted = step(parts, [EPISODES[number] for number in order], algorithm, scope, tokens)
+    straight = step(parts, EPISODES, algorithm, scope, row, 10_000)
+    permuted = step(parts, [EPISODES[number] for number in order], algorithm, scope, row, tokens)
     torch.testing.assert_close(
         by_episode(permuted.experience, order),
         by_episode(straight.experience, list(range(COUNT))),

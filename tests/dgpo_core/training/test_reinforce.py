@@ -14,10 +14,12 @@ from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.config.agent import Sampling
 from dgpo_core.config.training import ReinforceConfig
 from dgpo_core.training.batches import TokenSequence, collate, model_sequence, response_sequence
+from dgpo_core.training.engines import FrozenModel
 from dgpo_core.training.reinforce import (
     Critic,
     ExperienceMaker,
     GRPOExperience,
+    GuidanceLoss,
     PPOExperience,
     Updater,
     mini_batches,
@@ -36,6 +38,8 @@ from tests.dgpo_core.making import (
 
 EPISODES = [random_episode(seed, correct=seed % 3 == 0) for seed in range(7)]
 CHOSEN = [4, 0, 3, 5]  # a mini-batch
+REWARD: dict[str, Any] = {"placement": "reward"}
+LOSS: dict[str, Any] = {"placement": "loss", "divergence": "reverse_kl", "weight": 0.3}
 Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]
 
 
@@ -71,13 +75,14 @@ def make(
     algorithm: str = "ppo",
     guidance: str = "selective",
     episodes: list[Episode] = EPISODES,
+    row: dict[str, Any] = REWARD,
     **settings: Any,
 ) -> Any:
     config = ReinforceConfig.model_validate({"beta": 0.1} | settings)
     actor, teacher, critic = engines(parts, exact())
     reference = None if guidance == "none" else teacher
     valued = critic if algorithm == "ppo" else None
-    recipe = reinforcement(algorithm, guidance)
+    recipe = reinforcement(algorithm, guidance, **row)
     return ExperienceMaker(actor, reference, valued, recipe, config, exact()).make(episodes)
 
 
@@ -97,7 +102,9 @@ def test_rewards_are_eq_4(parts: Parts, guidance: str, temperature: float) -> No
         expected = -0.1 * kl
         expected[-1] += float(episode.correct)
         close(experience.old_logprobs[i], old)
-        close(experience.kl[i], kl)
+        assert (i in experience.kl) == pulled[i]
+        if pulled[i]:
+            close(experience.kl[i], kl)
         close(experience.rewards[i], expected)
 
 
@@ -121,19 +128,25 @@ def test_reference_runs_only_on_gated_episodes(parts: Parts, guidance: str, runs
     )
     experience = make(parts, guidance=guidance, audit_episodes=0)
     assert sum(seen) == experience.gate.sum() == runs
-    assert [kl.any() for kl in experience.kl] == experience.gate.bool().tolist()
+    assert list(experience.kl) == experience.gate.nonzero()[:, 0].tolist()
 
 
 @torch.no_grad()
-def test_full_kl(parts: Parts) -> None:
+def test_kl_over_the_whole_vocabulary(parts: Parts) -> None:
     student, teacher, _ = parts
-    experience = make(parts, kl_estimator="full")
-    for kl, episode in zip(experience.kl, EPISODES, strict=True):
-        if not episode.correct:
-            first, second = (table(model, episode.token_ids) for model in (student, teacher))
-            places = [position - 1 for position in model_sequence(episode).positions]
-            close(kl, (first.exp() * (first - second)).sum(-1)[places])
-            assert (kl >= 0).all()
+    experience = make(parts, row={"divergence": "reverse_kl"})
+    for i, kl in experience.kl.items():
+        first, second = (table(model, EPISODES[i].token_ids) for model in (student, teacher))
+        places = [position - 1 for position in model_sequence(EPISODES[i]).positions]
+        close(kl, (first.exp() * (first - second)).sum(-1)[places])
+        assert (kl >= 0).all()
+
+
+def test_a_kl_of_the_loss_is_no_reward(parts: Parts) -> None:
+    experience = make(parts, row=LOSS)
+    assert experience.gate.sum() == 4 and experience.kl == {}
+    assert [float(rewards.sum()) for rewards in experience.rewards] == [float(e.correct) for e in EPISODES]
+    assert list(experience.kl_outside) == [i for i, e in enumerate(EPISODES) if e.correct]
 
 
 def test_release_runs_gae_over_the_environments_tokens_too(parts: Parts) -> None:
@@ -157,8 +170,8 @@ def test_training_metrics(parts: Parts) -> None:
     metrics = training_metrics(EPISODES, experience)
     assert metrics["em"] == pytest.approx(3 / 7)
     assert metrics["reward"] == pytest.approx(sum(float(r.sum()) for r in experience.rewards) / 7)
-    inside = torch.cat([kl for kl, e in zip(experience.kl, EPISODES, strict=True) if not e.correct])
-    assert metrics["kl_inside"] == pytest.approx(float(inside.mean()))
+    inside = torch.cat(list(experience.kl.values()))
+    assert len(experience.kl) == 4 and metrics["kl_inside"] == pytest.approx(float(inside.mean()))
     assert metrics["response_tokens"] == pytest.approx(sum(e.model_tokens for e in EPISODES) / 7)
     returns, values = torch.cat(experience.returns), torch.cat(experience.values)
     expected = 1 - float((returns - values).var() / returns.var())
@@ -170,33 +183,28 @@ def test_audit_measures_some_closed_episodes_and_changes_nothing(parts: Parts) -
     student, teacher, _ = parts
     audited, plain = (make(parts, audit_episodes=n) for n in (2, 0))
     correct = [episode for episode in EPISODES if episode.correct][:2]
-    for kl, episode in zip(audited.kl_outside, correct, strict=True):
+    for kl, episode in zip(audited.kl_outside.values(), correct, strict=True):
         close(kl, logprobs_of(student, episode) - logprobs_of(teacher, episode))
-    assert plain.kl_outside == [] and "kl_outside" not in training_metrics(EPISODES, plain)
+    assert plain.kl_outside == {} and "kl_outside" not in training_metrics(EPISODES, plain)
     outside = training_metrics(EPISODES, audited)["kl_outside"]
-    assert outside == pytest.approx(float(torch.cat(audited.kl_outside).mean()))
-    for name in ("advantages", "returns", "kl", "rewards"):
+    assert outside == pytest.approx(float(torch.cat(list(audited.kl_outside.values())).mean()))
+    for name in ("advantages", "returns", "rewards"):
         close(torch.cat(getattr(audited, name)), torch.cat(getattr(plain, name)))
 
 
 @torch.no_grad()
 def test_grpo_compares_episodes_of_one_question(parts: Parts) -> None:
+    """By EM, and by the sum of the KL of those whose gate is open (eq. 4)."""
     student, teacher, _ = parts
     names = ["a", "a", "b", "a", "b", "b", "c"]
     episodes = [replace(e, question_id=name) for e, name in zip(EPISODES, names, strict=True)]
     experience = make(parts, "grpo", episodes=episodes)
-    rewards = torch.tensor([float(e.correct) for e in episodes])
+    sums = [float((logprobs_of(student, e) - logprobs_of(teacher, e)).sum()) for e in episodes]
+    rewards = torch.tensor([1.0 if e.correct else -0.1 * kl for e, kl in zip(episodes, sums, strict=True)])
     for i, episode in enumerate(episodes):
         group = rewards[[name == names[i] for name in names]]
         expected = 0.0 if len(group) == 1 else (rewards[i] - group.mean()) / (group.std() + 1e-6)
         close(experience.advantages[i], torch.full((episode.model_tokens,), float(expected)))
-        reference = experience.reference_logprobs[i]
-        if episode.correct:
-            assert reference is None and not experience.kl[i].any()
-        else:
-            close(reference, logprobs_of(teacher, episode))
-            gap = logprobs_of(teacher, episode) - logprobs_of(student, episode)
-            close(experience.kl[i], gap.exp() - gap - 1)
     assert isinstance(experience, GRPOExperience)
     assert "explained_variance" not in training_metrics(episodes, experience)
     two = [replace(EPISODES[i], question_id="q", dataset=name) for i, name in ((0, "x"), (1, "x"), (2, "y"))]
@@ -205,8 +213,8 @@ def test_grpo_compares_episodes_of_one_question(parts: Parts) -> None:
 
 def test_grpo_without_guidance_needs_no_reference(parts: Parts) -> None:
     experience = make(parts, "grpo", "none")
-    assert experience.reference_logprobs == [None] * len(EPISODES) and experience.kl_outside == []
-    assert not any(kl.any() for kl in experience.kl) and not experience.gate.any()
+    assert experience.kl == experience.kl_outside == {} and not experience.gate.any()
+    assert [float(reward) for reward in experience.rewards] == [float(e.correct) for e in EPISODES]
 
 
 @torch.no_grad()
@@ -252,8 +260,8 @@ def experience_of(scope: str = "model_tokens") -> PPOExperience:
         sampled_logprobs=None,
         correct=torch.tensor([episode.correct for episode in EPISODES]),
         gate=torch.ones(len(EPISODES)),
-        kl=draw(sequences),
-        kl_outside=[],
+        kl={},
+        kl_outside={},
         rewards=draw(valued),
         advantages=draw(sequences),
         value_sequences=valued,
@@ -328,32 +336,68 @@ def test_update_steps_once_a_mini_batch(parts: Parts) -> None:
     assert all(p.grad is None for p in [*student.parameters(), *critic.parameters()])
 
 
+def guided(
+    parts: Parts, divergence: str, weight: float, temperature: float = 1.0, tokens: int = 10_000
+) -> Updater:
+    """An updater with the KL in its loss."""
+    updater = updater_of(parts, tokens, entropy_weight=0.0, sampling=Sampling(temperature=temperature))
+    row: dict[str, Any] = {"placement": "loss", "divergence": divergence, "weight": weight}
+    updater.guidance = GuidanceLoss.of(reinforcement(**row), FrozenModel(parts[1], exact()))
+    return updater
+
+
+@pytest.mark.parametrize("divergence", ["reverse_kl", "forward_kl", "k1", "k2", "k3", "abs"])
 @pytest.mark.parametrize("tokens", [1, 10_000])
-def test_grpo_has_k3_of_gated_episodes_in_its_loss(parts: Parts, tokens: int) -> None:
-    student, ppo = parts[0], experience_of()
-    updater = updater_of(parts, tokens, beta=0.3, entropy_weight=0.0)
-    generator = torch.Generator().manual_seed(2)
-    references = [
-        torch.randn(len(old), generator=generator) - 6.5 if i % 2 else None
-        for i, old in enumerate(ppo.old_logprobs)
-    ]
-    shared = {name: getattr(ppo, name) for name in GRPOExperience.__dataclass_fields__ if hasattr(ppo, name)}
-
-    def gradient(reference_logprobs: list[torch.Tensor | None]) -> list[torch.Tensor]:
-        experience = GRPOExperience(**shared, reference_logprobs=reference_logprobs)
-        updater._actor_gradient(experience, CHOSEN)
-        return gradients(student)
-
-    plain, guided = gradient([None] * len(references)), gradient(references)
-    total, count = torch.tensor(0.0), 0
+def test_kl_of_gated_episodes_is_a_term_of_the_loss(parts: Parts, divergence: str, tokens: int) -> None:
+    """The mean over all tokens of the mini-batch; over the vocabulary at temperature 1, else as sampled."""
+    (student, teacher, _), temperature = parts, 0.7
+    experience = replace(experience_of(), gate=torch.tensor([1.0, 0, 0, 1, 0, 0, 1]))
+    updater_of(parts, entropy_weight=0.0, sampling=Sampling(temperature=temperature))._actor_gradient(
+        experience, CHOSEN
+    )
+    plain = gradients(student)
+    metrics = guided(parts, divergence, 0.3, temperature, tokens)._actor_gradient(experience, CHOSEN)
+    found = [a - b for a, b in zip(gradients(student), plain, strict=True)]
+    terms, gaps, count = [], [], 0
     for i in CHOSEN:
-        count += len(ppo.sequences[i].positions)
-        if (reference := references[i]) is not None:
-            gap = reference - logprobs_of(student, ppo.sequences[i])
-            total = total + (gap.exp() - gap - 1).sum()
-    (0.3 * total / count).backward()
-    difference = [a - b for a, b in zip(guided, plain, strict=True)]
-    close(difference, gradients(student), 1e-3, 1e-5)
+        sequence = experience.sequences[i]
+        count += len(sequence.positions)
+        if not experience.gate[i]:
+            continue
+        places = [position - 1 for position in sequence.positions]
+        own = logprobs_of(student, sequence, temperature)
+        with torch.no_grad():
+            theirs = logprobs_of(teacher, sequence, temperature)
+            wide = table(teacher, sequence.ids)[places]
+        mine, gap = table(student, sequence.ids)[places], own - theirs
+        gaps.append(experience.old_logprobs[i] - theirs)
+        terms.append(
+            {
+                "reverse_kl": (mine.exp() * (mine - wide)).sum(-1),
+                "forward_kl": (wide.exp() * (wide - mine)).sum(-1),
+                "k1": gap,
+                "k2": gap.square() / 2,
+                "k3": (-gap).exp() + gap - 1,
+                "abs": gap.abs(),
+            }[divergence]
+        )
+    mean = torch.cat(terms).sum() / count
+    (0.3 * mean).backward()
+    close(found, gradients(student), 1e-3, 1e-5)
+    assert metrics["guidance_loss"] == pytest.approx(float(mean), rel=1e-3)
+    assert metrics["kl_inside"] == pytest.approx(float(torch.cat(gaps).mean()), rel=1e-3)
+
+
+def test_reference_reads_guided_episodes_alone(parts: Parts) -> None:
+    seen: list[int] = []
+    parts[1].base_model.register_forward_hook(
+        lambda module, args, kwargs, output: seen.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    updater = guided(parts, "reverse_kl", 0.3)
+    for gate, read in ((torch.tensor([1.0, 0, 0, 1, 0, 0, 1]), [2]), (torch.zeros(7), [])):
+        seen.clear()
+        metrics = updater._actor_gradient(replace(experience_of(), gate=gate), CHOSEN)
+        assert seen == read and ("kl_inside" in metrics) == bool(read)
 
 
 @given(count=st.integers(1, 200), size=st.integers(1, 70))

@@ -17,7 +17,7 @@ from dgpo_core.config.training import ReinforceConfig
 from dgpo_core.errors import InfrastructureError, NotFinite
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.episode_sources import Metrics, Rollout
-from dgpo_core.training.reinforce import Reinforcer
+from dgpo_core.training.reinforce import Answered, Reinforcer
 from tests.dgpo_core.making import exact, padded, random_episode, reinforcement, tiny_model, weights_of
 
 CONFIG = ReinforceConfig(
@@ -76,21 +76,27 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Train:
         student: PreTrainedModel | None = None,
         kill_at: int | None = None,
         tokens: int = 10_000,
+        row: dict[str, Any] | None = None,
+        evaluate: Callable[[PreTrainedModel], float] = lambda _: 0.25,
+        answered: Answered = frozenset(),
         **settings: Any,
     ) -> Run:
         student = student or tiny_model(tokenizer, 1)
         before = weights_of(student)
         reference = None if guidance == "none" else teacher or tiny_model(tokenizer, 2)
         config = CONFIG.model_copy(update=settings)
-        recipe = reinforcement(algorithm, guidance)
-        trainer = Reinforcer(student, reference, recipe, config, exact(tokens), 3, known=len(tokenizer))
+        recipe = reinforcement(algorithm, guidance, **row or {})
+        trainer = Reinforcer(
+            student, reference, recipe, config, exact(tokens), 3, len(tokenizer), answered=answered
+        )
 
         def report(steps: int, rows: list[Metrics]) -> None:
             assert steps == config.steps
             if len(rows) == kill_at:
                 raise KeyboardInterrupt
 
-        rows = trainer.train(20, episodes, Checkpoint(tmp_path / folder), lambda: 0.25, report)
+        checkpoint = Checkpoint(tmp_path / folder)
+        rows = trainer.train(20, episodes, checkpoint, lambda: evaluate(student), report)
         return Run(before, weights_of(student), rows)
 
     return run
@@ -130,6 +136,48 @@ def test_resumed_run_is_bit_identical(train: Train, algorithm: str) -> None:
     first = whole.rows[0]
     assert ("value_loss" in first) == ("explained_variance" in first) == (algorithm == "ppo")
     assert any(row["actor_grad_norm"] > 0 for row in whole.rows)
+
+
+def test_best_validated_model_is_kept_and_training_ends_without_patience(train: Train) -> None:
+    """Of equal ones the first; killed after it and continued, the same."""
+    seen: list[dict[str, torch.Tensor]] = []
+
+    def evaluate(student: PreTrainedModel) -> float:
+        seen.append(weights_of(student))
+        return [0.1, 0.5, 0.5, 0.2, 0.9][len(seen) - 1]
+
+    settings: dict[str, Any] = {"dev_every": 1, "checkpoint_every": 1, "patience": 2}
+    whole = train(evaluate=evaluate, **settings)
+    assert [row["dev_em"] for row in whole.rows] == [0.1, 0.5, 0.5, 0.2]
+    assert equal(seen[1], whole.after) and not equal(seen[-1], whole.after)
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        train(folder="killed", evaluate=evaluate, kill_at=3, **settings)
+    seen.pop()  # it was validated, and killed before its checkpoint
+    again = train(folder="killed", evaluate=evaluate, **settings)
+    assert again.rows == whole.rows and equal(again.after, whole.after)
+    over = train(folder="killed", evaluate=evaluate, **settings)
+    assert over.rows == whole.rows and equal(over.after, whole.after), "a training that was over goes on"
+
+
+def test_critic_learns_alone_at_first(train: Train) -> None:
+    """So the first step's actor is the student; the critic's steps are those of a training without it."""
+    run = train(critic_only_steps=2, steps=3, guidance="none")
+    plain = train(folder="plain", steps=3, guidance="none")
+    assert ["policy_loss" in row for row in run.rows] == [False, False, True]
+    assert [row["value_loss"] > 0 for row in run.rows] == [True] * 3
+    assert run.rows[0]["value_loss"] == plain.rows[0]["value_loss"]
+    alone = train(folder="alone", critic_only_steps=2, steps=2, guidance="none")
+    assert not alone.changed and run.changed
+    grpo = train("grpo", folder="grpo", critic_only_steps=2, steps=2, guidance="none")
+    assert "policy_loss" in grpo.rows[0], "GRPO has no critic to wait for"
+
+
+def test_gate_is_open_where_the_teacher_was_right(train: Train) -> None:
+    episodes = [replace(random_episode(i, correct=False), question_id=f"q{i}") for i in range(4)]
+    answered = frozenset({("onehop", "q1"), ("twohop", "q2")})
+    run = train("ppo", "teachable", episodes=lambda *_: episodes, steps=1, answered=answered)
+    assert run.rows[0]["gate_open"] == 0.25
 
 
 OneStep = Callable[[list[Episode]], Run]
@@ -204,24 +252,31 @@ def test_a_rate_that_is_too_high_ends_the_training_and_is_named(train: Train, pa
         train(guidance="none", **settings)
 
 
-@pytest.mark.parametrize("kl", ["k1", "full"])
+@pytest.mark.parametrize(
+    "kl",
+    [
+        {"divergence": "k1"},
+        {"divergence": "reverse_kl"},
+        {"divergence": "reverse_kl", "placement": "loss", "weight": 0.5},
+    ],
+)
 @pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
 def test_rows_without_a_token_count_for_nothing(
-    train: Train, tokenizer: PreTrainedTokenizerFast, algorithm: str, kl: str
+    train: Train, tokenizer: PreTrainedTokenizerFast, algorithm: str, kl: dict[str, Any]
 ) -> None:
     """Log-probabilities, entropy and both sides of the KL are as without more rows in either head."""
 
-    def row(folder: str, *more: int) -> Metrics:
+    def first_row(folder: str, *more: int) -> Metrics:
         student, teacher = (
             padded(tiny_model(tokenizer, seed), rows) for seed, rows in zip((1, 2), more, strict=True)
         )
         models = {"teacher": teacher, "student": student}
-        settings: dict[str, Any] = {"steps": 1, "kl_estimator": kl, "batch_size": 12}
+        settings: dict[str, Any] = {"steps": 1, "row": kl, "batch_size": 12}
         return train(algorithm, "uniform", folder=folder, **models, **settings).rows[0]
 
-    plain = row("plain", 0, 0)
-    assert row("student", 64, 0) == pytest.approx(plain, rel=1e-3, abs=1e-6)
-    assert row("teacher", 0, 64) == pytest.approx(plain, rel=1e-3, abs=1e-6)
+    plain = first_row("plain", 0, 0)
+    assert first_row("student", 64, 0) == pytest.approx(plain, rel=1e-3, abs=1e-6)
+    assert first_row("teacher", 0, 64) == pytest.approx(plain, rel=1e-3, abs=1e-6)
 
 
 def test_a_step_without_a_reward_says_so(one_step: OneStep) -> None:

@@ -83,7 +83,7 @@ def reinforced(
     """Four steps; of PPO with the KL of wrong episodes over the full vocabulary."""
     settings = ReinforceConfig(
         steps=4, batch_size=8, mini_batch_size=4, group_size=4, actor_learning_rate=1e-3,
-        critic_learning_rate=1e-3, entropy_weight=0.01, kl_estimator="full", checkpoint_every=2,
+        critic_learning_rate=1e-3, entropy_weight=0.01, checkpoint_every=2,
         overlap=overlap, importance_cap=2.0 if overlap else None,
     )  # fmt: skip
     student = tiny_model(tokenizer, 1)
