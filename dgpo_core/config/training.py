@@ -241,6 +241,10 @@ class EvaluateConfig(Section):
     seed: NonNegativeInt = Field(0, description="of sampling; greedy episodes do not depend on it")
     chunk: PositiveInt = Field(512, description="episodes between two checkpoints")
     questions: PositiveInt | None = Field(None, description="first so many of each set; null: all")
+    split_questions: PositiveInt = Field(
+        200,
+        description="training questions, and as many validation questions, that trained models are asked",
+    )
     trace_episodes: NonNegativeInt = Field(
         40, description="episodes of a model that MLflow gets as traces; 0: none, in training either"
     )

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from dgpo_core.agent.episode import Ending, Outcome
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.diagnosis import Failure
-from dgpo_core.evaluation.statistics import Estimate, mean_of_means, paired_difference
+from dgpo_core.evaluation.statistics import Estimate, mean_of_means, paired_difference, unpaired_difference
 
 MEASUREMENTS = (
     "source_em_nq",
@@ -54,6 +54,8 @@ _QUESTION_COLUMNS = (
     "hit", "searches", "well_formed", "invalid_actions", "cut_turns", "ending", "model_tokens",
 )  # fmt: skip
 _ARCAP_COLUMNS = ("measurement", "question_id", "value", "failed")
+SPLITS = ("train", "dev")
+_SPLIT_COLUMNS = ("split", "em", "failed")
 CHECKS = ("without_evidence", "repeats_question", "several_answers")  # for search-specific hacking
 _DIAGNOSIS_COLUMNS = ("dataset", "question_id", "outcome", "first_failure", *CHECKS)
 
@@ -61,8 +63,9 @@ _DIAGNOSIS_COLUMNS = ("dataset", "question_id", "outcome", "first_failure", *CHE
 Key = tuple[str, str]  # (data set, question id)
 EVERY: Mapping[str, int] = MappingProxyType({})  # question of every set
 Table = dict[str, Any]
-# first minus second: what RL adds, what distillation adds, what is left to the teacher
-PAIRS = (("dgpo", "kd"), ("kd", "student"), ("teacher", "dgpo"))
+# first minus second: what RL adds (to KD, and to KD with as many episodes), what distillation adds, what is
+# left to the teacher
+PAIRS = (("dgpo", "kd"), ("dgpo", "kd_long"), ("kd", "student"), ("teacher", "dgpo"))
 BEHAVIOUR = ("f1", "sub_em", "hit", "searches", "well_formed", "unanswered", "invalid", "cut", "model_tokens")
 AVERAGE = "average"
 COMPARED = ("em", "f1")  # of two models, beside ARCap
@@ -292,6 +295,23 @@ def comparisons(scores: Mapping[str, Scores]) -> dict[str, Table]:
     """
     em = {model: own.values["em"] for model, own in scores.items()}
     return {name: _paired(em[first], em[second]) for name, first, second in _pairs(em)}
+
+
+def read_gaps(evaluation: Path, models: Sequence[str]) -> dict[str, Table]:
+    """Return {model: {train, dev, gap: {mean, ci95, n}}}: greedy EM on training and validation questions.
+
+    Only of models that were asked them (`splits.parquet`) and did not fail at all of one kind. Raises
+    UserError for a malformed file.
+    """
+    found = {}
+    for model in models:
+        path = evaluation / model / "splits.parquet"
+        rows = [row for row in read_rows(path, _SPLIT_COLUMNS) if not row["failed"]] if path.exists() else []
+        em = {name: np.array([r["em"] for r in rows if r["split"] == name], float) for name in SPLITS}
+        if all(values.size for values in em.values()):
+            gap = unpaired_difference(*em.values())
+            found[model] = {name: _pooled(values) for name, values in em.items()} | {"gap": _entry(gap)}
+    return found
 
 
 def arcap(measured: Mapping[str, Mapping[str, Measurement]]) -> dict[str, Table]:

@@ -77,6 +77,20 @@ def paired_difference(first: ArrayLike, second: ArrayLike, resampling: Resamplin
     return mean_with_interval(a - b, signed=True, resampling=resampling)
 
 
+def unpaired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
+    """Subtract the averages over different questions; `n` counts all of them.
+
+    The interval is nan where both have the same value for every question. Raises ValueError for no values.
+    """
+    samples = [np.asarray(values, dtype=np.float64) for values in (first, second)]
+    if any(sample.size == 0 for sample in samples):
+        raise ValueError("an average needs at least one value")
+    mean, n = float(samples[0].mean() - samples[1].mean()), sum(sample.size for sample in samples)
+    if any(sample.size < 2 for sample in samples) or all(np.ptp(sample) == 0 for sample in samples):
+        return Estimate(mean, float("nan"), float("nan"), n)
+    return Estimate(mean, *_interval(samples, _difference), n)
+
+
 def rate_difference(first: ArrayLike, second: ArrayLike, resampling: Resampling = DEFAULT) -> Estimate:
     """Subtract two rates over the same questions, each over those that apply to it (not nan).
 
@@ -115,6 +129,10 @@ def _all_alike(value: float, n: int, confidence: float, signed: bool) -> Estimat
 
 def _mean_of_means(*samples: NDArray[np.float64], axis: int) -> Any:
     return np.mean([sample.mean(axis=axis) for sample in samples], axis=0)
+
+
+def _difference(first: NDArray[np.float64], second: NDArray[np.float64], axis: int) -> Any:
+    return first.mean(axis=axis) - second.mean(axis=axis)
 
 
 def _rates(*parts: NDArray[np.float64], axis: int) -> Any:

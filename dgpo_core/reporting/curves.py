@@ -57,6 +57,7 @@ PANELS = (
     Panel("Actor: gradient norm", "before clipping", ("actor_grad_norm",)),
     Panel("Critic: gradient norm", "before clipping", ("critic_grad_norm",)),
 )
+BUDGET = ("episodes", "processor_seconds")  # what steps cost: shown in the figures of the budget
 SEED_POINTS = 200  # a line; there are recipes x seeds x panels of them in a reproduction's page
 SEED_PANELS = (
     ("em", "Exact match", "sampled episodes"),
@@ -99,7 +100,13 @@ def read_curves(folder: Path) -> list[Curve]:
 
 
 def _read(path: Path) -> Curve:
+    """Read a curve, and beside its columns the processor seconds of its steps, where they were kept."""
     stage, _, recipe = path.stem.partition("-")
+    timed = path.parent / "processor_time" / path.name
+    return Curve(stage, recipe, _columns(path) | (_columns(timed) if timed.is_file() else {}))
+
+
+def _columns(path: Path) -> dict[str, Points]:
     with path.open(encoding="utf-8", newline="") as file:
         reader = csv.DictReader(file)
         names = list(reader.fieldnames or ())
@@ -116,7 +123,7 @@ def _read(path: Path) -> Curve:
             for name, points in columns.items():
                 if (value := _number(row[name], where)) is not None:
                     points.append((step, value))
-    return Curve(stage, recipe, {name: points for name, points in columns.items() if points})
+    return {name: points for name, points in columns.items() if points}
 
 
 def _number(text: str, where: str) -> float | None:
@@ -132,7 +139,7 @@ def _number(text: str, where: str) -> float | None:
 
 def figures(curve: Curve) -> list[dict[str, Any]]:
     """Return {title, unit, traces} of each panel: known columns in PANELS' order, then the others."""
-    known = {column for panel in PANELS for column in panel.columns}
+    known = {*BUDGET, *(column for panel in PANELS for column in panel.columns)}
     others = [Panel(name, "", (name,)) for name in curve.columns if name not in known]
     found = []
     for panel in [*PANELS, *others]:

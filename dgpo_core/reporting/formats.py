@@ -30,6 +30,7 @@ MODEL_LABELS = {
     "no_teacher": "DGPO without teacher",
     "ppo_kd": "PPO → KD",
     "grpo": "GRPO",
+    "kd_long": "KD, longer",
 }
 PAPER_DATASETS = {
     "nq": "NQ",

@@ -21,7 +21,8 @@ from dgpo_core.evaluation.results import (
     read_metrics,
     read_scores,
 )
-from dgpo_core.reporting import paper
+from dgpo_core.reporting import budget, paper
+from dgpo_core.reporting.budget import Budgets
 from dgpo_core.reporting.curves import Curve, figures, read_curves
 from dgpo_core.reporting.episodes import compact_json, reader_data
 from dgpo_core.reporting.formats import (
@@ -82,6 +83,8 @@ class Report:
     arcap_comparisons: dict[str, Any]
     diagnosis: dict[str, Any]
     curves: list[Curve]
+    budgets: Budgets
+    gaps: dict[str, Any]  # of trained models: EM on training and on validation questions
     questions: list[dict[str, Any]]  # of the episode reader
     metrics: dict[str, dict[str, Any]]
     params: dict[str, Any]
@@ -233,11 +236,12 @@ def render(report: Report) -> str:
     return template("page.html.j2").render(
         title=title,
         evidence=evidence,
-        verdicts=[
-            (comparison(pair, entry), comparison_numbers(entry))
-            for pair, entry in list(report.comparisons.items())[1:]
-        ],
+        verdicts=_verdicts(report),
         bars=_bars(report),
+        costs=_costs(report),
+        learnt=budget.learnt_text(report.budgets, report.models),
+        gap=budget.gap_text(report.gaps),
+        budget_figures=budget.figures(report.budgets, report.models),
         failures=failures(report.results, AVERAGE),
         own_scale=any(name != mirrored for name, mirrored in report.mirrors.items()),
         pair=report.pair,
@@ -261,6 +265,16 @@ def render(report: Report) -> str:
     )
 
 
+def _verdicts(report: Report) -> list[tuple[str, str]]:
+    """Return what stands beside the headline: the control of DGPO, and the other pairs of models."""
+    control = [budget.control(report.budgets, report.comparisons)] if budget.METHOD in report.models else []
+    return control + [
+        (comparison(pair, entry), comparison_numbers(entry))
+        for pair, entry in list(report.comparisons.items())[1:]
+        if pair != budget.CONTROLLED
+    ]
+
+
 def _bars(report: Report) -> list[Row]:
     """Return the average EM of each model as a bar with its interval, in percent of a common scale."""
     averages = {model: report.results[model][AVERAGE] for model in report.models}
@@ -278,6 +292,22 @@ def _bars(report: Report) -> list[Row]:
             }
         )
     return bars
+
+
+def _costs(report: Report) -> list[Row]:
+    """Return a row a trained model: its EM, what it has cost, and EM on training and validation questions."""
+    rows = []
+    for model in (name for name in report.models if name not in GIVEN):
+        average, own = report.results[model][AVERAGE], report.gaps.get(model, {})
+        known = [own.get(name, UNMEASURED) for name in (*results.SPLITS, "gap")]
+        cells = [
+            cell(average["em"], average["ci95"], None, 3),
+            *budget.cost_cells(report.budgets, model),
+            *(cell(entry["mean"], entry["ci95"], None, 3) for entry in known[:-1]),
+            _difference(known[-1], 3) | {"best": False, "note": ""},
+        ]
+        rows.append(model_head(model, report.models) | {"cells": cells})
+    return rows
 
 
 def _exact_match(report: Report) -> Row:
@@ -343,7 +373,8 @@ def _stages(report: Report) -> list[Row]:
 
 
 def _browser_data(report: Report) -> Row:
-    charts = {
+    charts: Row = budget.figures(report.budgets, report.models)
+    charts |= {
         f"curve-{index}-{number}": {"traces": figure["traces"], "model": curve.recipe}
         for index, curve in enumerate(report.curves)
         for number, figure in enumerate(figures(curve))
@@ -398,6 +429,7 @@ def write_report(
     datasets = list(mirrors)
     scores = read_scores(evaluation, models, datasets, first)
     keys = scores[models[0]].keys
+    curves = read_curves(plots)
     measured, diagnoses = read_arcap(evaluation, models), read_diagnoses(evaluation, models, keys)
     report = Report(
         models=list(models),
@@ -408,7 +440,9 @@ def write_report(
         arcap=results.arcap(measured),
         arcap_comparisons=results.arcap_comparisons(measured),
         diagnosis=results.diagnosis(diagnoses, datasets),
-        curves=[curve for curve in read_curves(plots) if curve.recipe in models],
+        curves=[curve for curve in curves if curve.recipe in models],
+        budgets=Budgets.of(curves, params),
+        gaps=results.read_gaps(evaluation, models),
         questions=reader_data(evaluation, models, keys, diagnoses),
         metrics=read_metrics(metrics),
         params=dict(params),

@@ -128,7 +128,8 @@ class Distiller:
         if not episodes:  # not one with a token of the student
             return {"episodes": 0.0}
         # (2), (3) The teacher's distributions, and the gradient of the loss.
-        row = self._averages([self._sequence(episode) for episode in episodes])
+        row = {"episodes": float(len(episodes))}
+        row |= self._averages([self._sequence(episode) for episode in episodes])
         # (4) Update.
         row["learning_rate"] = self.engine.learning_rate
         row["grad_norm"] = self.engine.step()

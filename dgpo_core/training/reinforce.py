@@ -168,7 +168,8 @@ class Reinforcer:
     ) -> Metrics:
         """Do (2) to (7) with a step's episodes and return the step's metrics."""
         learned = usable(episodes)
-        row: Metrics = {"gate_excluded": 1 - len(learned) / len(episodes)}
+        row: Metrics = {"episodes": float(len(episodes))}
+        row["gate_excluded"] = 1 - len(learned) / len(episodes)
         if not learned:  # not one token of the student, where prompts leave it no room
             return row
         check_ids(learned, self.vocabulary)

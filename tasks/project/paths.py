@@ -13,6 +13,7 @@ MODELS = Path("models")  # a folder for each: the embedded student and teacher, 
 EVALUATION = Path("evaluation")
 METRICS = Path("metrics")
 PLOTS = Path("plots")
+PROCESSOR_TIME = PLOTS / "processor_time"  # apart from the curves, which are the same again
 REPORTS = Path("reports")
 
 

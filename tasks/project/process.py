@@ -144,6 +144,12 @@ def began(pid: int) -> str | None:
     return None if state == "Z" else f"{boot} {fields[18]}"  # in clock ticks after it
 
 
+def processor_seconds() -> float:
+    """Return the processor time of this process's threads and of its children that have ended."""
+    usages = map(resource.getrusage, (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(usage.ru_utime + usage.ru_stime for usage in usages)
+
+
 def peak_memory() -> int:
     """Return the peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

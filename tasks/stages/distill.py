@@ -29,6 +29,7 @@ from tasks.project.paths import (
     INDEX,
     MODELS,
     PLOTS,
+    PROCESSOR_TIME,
     QUESTIONS,
     TEACHER_EPISODES,
 )
@@ -37,6 +38,7 @@ from tasks.stages.launch import in_processes
 from tasks.stages.outputs import write_curves, write_metrics
 from tasks.stages.rollouts import (
     DevEvaluator,
+    ProcessorTime,
     load_student,
     reporter,
     split_tasks,
@@ -52,11 +54,12 @@ def distill(name: str) -> None:
     params = load_params()
     recipe = params.distillation(name)
     params = params.for_recipe(name)
-    start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"distill-{name}.csv"
+    start, out = model_source(params, recipe.start), MODELS / name
+    curves, times = (folder / f"distill-{name}.csv" for folder in (PLOTS, PROCESSOR_TIME))
     config = training_settings(params, "distill", recipe)
     inputs = [TEACHER_EPISODES, CORRECT_EPISODES, DISTRIBUTIONS, INDEX, QUESTIONS]
     inputs += [*local(start), *local(params.models.teacher)]
-    with stage(f"distill@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
+    with stage(f"distill@{name}", config=config, inputs=inputs, outputs=[out, curves, times]) as run:
         torch.manual_seed(params.seed)
         tokenizer = load_tokenizer(start)
         student = load_student(params, start)
@@ -74,7 +77,8 @@ def distill(name: str) -> None:
             cache,
             known_ids(tokenizer),
         )
-        rows = distiller.train(Checkpoint(run.state), dev, reporter(run, ("loss", "em")))
+        time = ProcessorTime(run)
+        rows = distiller.train(Checkpoint(run.state), dev, reporter(run, ("loss", "em"), time))
         summary = validation(run, rows, params.distill.patience, source.steps)
         em = summary["dev_em"]
         begins_rl = any(row.start == name for row in params.recipes.reinforce.values())
@@ -87,6 +91,7 @@ def distill(name: str) -> None:
             return
         save_model(merged(student), tokenizer, run.output(out))
         write_curves(run.output(curves), rows)
+        time.write(run.output(times), len(rows))
         shown = ("loss", "divergence", "em", "searches")
         write_metrics(run, summary | {key: rows[-1][key] for key in shown if key in rows[-1]})
         run.register_model(name, out)

@@ -1,4 +1,7 @@
-"""Stage `evaluate`: run a model on every test set, measure its ARCap, and say why its answers are wrong."""
+"""Stage `evaluate`: run a model on every test set, measure its ARCap, and say why its answers are wrong.
+
+What was trained is also asked training and validation questions: has it learnt by heart?
+"""
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -6,14 +9,16 @@ import pyarrow.parquet as pq
 from dgpo_core.agent.answers import contains_answer, token_f1
 from dgpo_core.agent.episode import Episode, Outcome, write_episodes
 from dgpo_core.agent.loop import AgentLoop, Task, collect, em_of
+from dgpo_core.config.agent import GREEDY, Sampling
 from dgpo_core.config.params import Params, load_params
+from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.evaluation import arcap, diagnosis
 from dgpo_core.models import load_tokenizer
 from tasks.project.paths import EVALUATION, INDEX, QUESTIONS, questions_file
 from tasks.stages.inputs import local, model_source, retriever
 from tasks.stages.outputs import write_metrics
-from tasks.stages.rollouts import agent_loop, tasks_for
+from tasks.stages.rollouts import agent_loop, split_tasks, tasks_for
 from tasks.stages.stage import Run, stage, stage_main
 from tasks.tracking.traces import trace_episodes
 
@@ -35,6 +40,8 @@ def evaluate(model: str) -> None:
         pq.write_table(question_table(episodes), folder / "questions.parquet", compression="zstd")
         write_episodes(folder / "episodes.parquet", episodes, {"index": index.digest})
         pq.write_table(arcap.as_table(rows), folder / "arcap.parquet", compression="zstd")
+        if model not in (STUDENT, TEACHER):
+            pq.write_table(evaluator.splits(), folder / "splits.parquet", compression="zstd")
         diagnoses = diagnosis.diagnose(episodes, evaluator.asked(), tokenizer.decode)
         pq.write_table(diagnoses, folder / "diagnosis.parquet", compression="zstd")
         write_metrics(run, summarize(params, episodes))
@@ -64,6 +71,19 @@ class Evaluator:
         ]
         return self._collect(tasks, "test")
 
+    def splits(self) -> pa.Table:
+        """Return greedy EM on training and on validation questions, a row a question."""
+        params, rows = self._params, []
+        each = max(1, params.evaluate.split_questions // len(params.questions.train))
+        for split in ("train", "dev"):
+            tasks = split_tasks(params, split, params.evaluate.seed, each)
+            rows += [
+                {"split": split, "dataset": e.dataset, "question_id": e.question_id}
+                | {"em": e.correct, "failed": e.outcome is Outcome.FAILED}
+                for e in self._collect(tasks, split, GREEDY)
+            ]
+        return pa.Table.from_pylist(rows)
+
     def arcap(self, episodes: list[Episode]) -> list[arcap.ArcapValue]:
         """Measure everything for which a test set plays the part."""
         rows: list[arcap.ArcapValue] = []
@@ -85,12 +105,12 @@ class Evaluator:
             rows += arcap.thinking(role, own)
         return rows
 
-    def _collect(self, tasks: list[Task], name: str) -> list[Episode]:
+    def _collect(self, tasks: list[Task], name: str, sampling: Sampling | None = None) -> list[Episode]:
         config = self._params.evaluate
         return collect(
             self._loop,
             tasks,
-            config.sampling,
+            sampling or config.sampling,
             config.chunk,
             self._run.state / name,
             lambda done, total, em: self._run.progress(done, total, part=name, em=em),

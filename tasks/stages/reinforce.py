@@ -12,12 +12,13 @@ from dgpo_core.models import load_model, load_tokenizer, merged, save_model
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.reinforce import Answered, Reinforcer
 from dgpo_core.vocabulary import check_same_vocabulary
-from tasks.project.paths import CORRECT_EPISODES, INDEX, MODELS, PLOTS, QUESTIONS
+from tasks.project.paths import CORRECT_EPISODES, INDEX, MODELS, PLOTS, PROCESSOR_TIME, QUESTIONS
 from tasks.stages.inputs import local, model_source, retriever
 from tasks.stages.launch import in_processes
 from tasks.stages.outputs import write_curves, write_metrics
 from tasks.stages.rollouts import (
     DevEvaluator,
+    ProcessorTime,
     load_student,
     reporter,
     split_tasks,
@@ -34,10 +35,11 @@ def reinforce(name: str) -> None:
     params = load_params()
     recipe = params.reinforcement(name)
     params = params.for_recipe(name)
-    start, out, curves = model_source(params, recipe.start), MODELS / name, PLOTS / f"reinforce-{name}.csv"
+    start, out = model_source(params, recipe.start), MODELS / name
+    curves, times = (folder / f"reinforce-{name}.csv" for folder in (PLOTS, PROCESSOR_TIME))
     config = training_settings(params, "reinforce", recipe)
     inputs = [CORRECT_EPISODES, INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
-    with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves]) as run:
+    with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves, times]) as run:
         if recipe.placement == "reward" and recipe.divergence != "k1":
             run.note(
                 f"recipes.reinforce.{name}.divergence: {recipe.divergence} as a reward does not pull towards "
@@ -65,12 +67,14 @@ def reinforce(name: str) -> None:
             sampler,
             _answered(recipe),
         )
-        report = reporter(run, ("em", "kl_inside", "searches"))
+        time = ProcessorTime(run)
+        report = reporter(run, ("em", "kl_inside", "searches"), time)
         rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)
         if not run.leads:
             return
         save_model(merged(student), tokenizer, run.output(out))
         write_curves(run.output(curves), rows)
+        time.write(run.output(times), len(rows))
         shown = ("em", "searches", "kl_inside", "kl_outside", "entropy")
         summary = validation(run, rows, params.reinforce.patience, params.reinforce.steps)
         summary |= {key: rows[-1][key] for key in shown if key in rows[-1]}

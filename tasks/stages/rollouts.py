@@ -1,6 +1,8 @@
 """What a stage rolls out with: an agent loop around a model, tasks for it, its validation, its progress."""
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,12 +20,15 @@ from dgpo_core.config.params import PARAMS, Params
 from dgpo_core.config.recipes import STUDENT, TEACHER, Distillation, Reinforcement
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.errors import UserError
+from dgpo_core.files import write_json
 from dgpo_core.models import add_adapters, load_model
 from dgpo_core.retrieval.ranking import Retriever
 from dgpo_core.training import parallel
 from dgpo_core.training.episode_sources import Rollout, require_answered
 from dgpo_core.training.weight_sync import EngineSync, SharedLoop, SyncedLoop
 from tasks.project.paths import questions_file
+from tasks.project.process import processor_seconds
+from tasks.stages.outputs import write_csv
 from tasks.stages.stage import Run
 
 
@@ -144,8 +149,39 @@ def validation(run: Run, rows: list[dict[str, float]], patience: int | None, ste
     return {"dev_em": em, "kept_step": step}
 
 
-def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, float]]], None]:
+class ProcessorTime:
+    """Measures the processor seconds that a training has taken up to each step, over kills and resumes.
+
+    All processes that train together count. They are kept in the stage's state, beside the checkpoint: a step
+    that is done again after a kill counts once, and starting again does not count.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._kept, self._leads = run.state / "processor_time.json", run.leads
+        self._seconds: list[float] = json.loads(self._kept.read_text()) if self._kept.is_file() else []
+        self._last = processor_seconds()
+
+    def stepped(self, step: int) -> None:
+        """Take the time at the end of step number `step` (from 1)."""
+        now = processor_seconds()
+        own = parallel.all_sum({"seconds": now - self._last})["seconds"]
+        before = self._seconds[: step - 1]
+        self._seconds, self._last = [*before, own + (before[-1] if before else 0.0)], now
+        if self._leads:
+            write_json(self._kept, self._seconds)
+
+    def write(self, path: Path, steps: int) -> None:
+        """Write the cumulative seconds of the first `steps` steps."""
+        rows = ([step, f"{own:.3f}"] for step, own in enumerate(self._seconds[:steps], 1))
+        write_csv(path, [["step", "processor_seconds"], *rows])
+
+
+def reporter(
+    run: Run, shown: tuple[str, ...], time: ProcessorTime
+) -> Callable[[int, list[dict[str, float]]], None]:
     """Return a function that takes a trainer's rows to the progress bar (the `shown`) and to MLflow.
+
+    It is called after each step, whose `time` it takes.
 
     The first step without a reward is noted: it is easily taken for one that taught something.
     """
@@ -153,6 +189,7 @@ def reporter(run: Run, shown: tuple[str, ...]) -> Callable[[int, list[dict[str, 
 
     def report(steps: int, rows: list[dict[str, float]]) -> None:
         step, row = len(rows), rows[-1]
+        time.stepped(step)
         values: dict[str, Any] = {key: row[key] for key in shown if key in row}
         if looks := [row["dev_em"] for row in rows if "dev_em" in row]:
             values["dev_em"] = looks[-1]

@@ -31,7 +31,7 @@ MINIATURE: dict[str, dict[str, Any]] = {
         "checkpoint_every": 1,
     },
     "protocol": {"max_turns": 2, "max_new_tokens": 60},
-    "evaluate": {"questions": 4, "chunk": 64},
+    "evaluate": {"questions": 4, "chunk": 64, "split_questions": 8},
     "promote": {"log_weights": False},
 }
 

@@ -1,6 +1,6 @@
 """What several seeds measured: a seed's run kept as a small folder, read, checked and pooled.
 
-    <folder>/<seed>/record.json, evaluation/<model>/{questions,arcap}.parquet, plots/*.csv
+    <folder>/<seed>/record.json, evaluation/<model>/{questions,arcap}.parquet, plots/**/*.csv
 
 Seeds that ran on other machines or days so come into one report: `dgpo pool <folder>`. How the answers of
 several seeds become one number with its interval is the package's docstring.
@@ -64,9 +64,9 @@ def keep(run: Path, folder: Path, record: SeedRecord) -> Path:
                     shutil.copyfile(run / "evaluation" / model / name, part / "evaluation" / model / name)
         except OSError as error:
             raise UserError(f"seed {record.seed}: {error.filename}: {error.strerror}") from error
-        (part / "plots").mkdir()
-        for curve in sorted((run / "plots").glob("*.csv")):
-            shutil.copyfile(curve, part / "plots" / curve.name)
+        for curve in sorted((run / "plots").rglob("*.csv")):  # those of processor time, too
+            (part / curve.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(curve, part / curve.relative_to(run))
         write_text(part / RECORD, as_json(record.model_copy(update=given_models(run)).model_dump()))
     return out
 

@@ -25,10 +25,10 @@ const HIDDEN = new Set();  // models whose traces are switched off; dispatch "mo
     const own = (trace) => modelColour(trace.model || chart.model);
     const traces = chart.traces.filter((trace) => !HIDDEN.has(trace.model)).map((trace) => ({
       type: "scatter", name: trace.name, x: trace.x, y: trace.y,
-      mode: trace.role === "points" ? "lines+markers" : "lines",
+      mode: trace.role === "points" || trace.role === "looks" ? "lines+markers" : "lines",
       line: trace.role === "points" ? { color: colour("--m1"), width: 1.5, dash: "dot" }
         : { color: trace.role === "raw" ? faint(own(trace), 0.3) : own(trace), width: trace.role === "raw" ? 1 : 2 },
-      marker: { color: colour("--m1"), size: 7 },
+      marker: { color: trace.role === "looks" ? own(trace) : colour("--m1"), size: 7 },
       hoverinfo: trace.role === "raw" ? "skip" : "x+y+name",
       showlegend: trace.role !== "raw",
     }));

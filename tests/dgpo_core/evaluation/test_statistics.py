@@ -14,6 +14,7 @@ from dgpo_core.evaluation.statistics import (
     mean_with_interval,
     paired_difference,
     rate_difference,
+    unpaired_difference,
 )
 
 
@@ -146,3 +147,16 @@ def test_more_samples_and_another_seed_move_the_interval_little() -> None:
     usual, other = mean_with_interval(values), mean_with_interval(values, resampling=Resampling(20_000, 5))
     assert (usual.low, usual.high) == pytest.approx((other.low, other.high), abs=0.01)
     assert usual != other
+
+
+def test_unpaired_difference_agrees_with_welch() -> None:
+    """Of many questions, as many of each kind or not."""
+    rng = np.random.default_rng(4)
+    first, second = (rng.random(900) < 0.6).astype(float), (rng.random(1500) < 0.5).astype(float)
+    found = unpaired_difference(first, second)
+    welch = stats.ttest_ind(first, second, equal_var=False).confidence_interval()
+    assert found.mean == first.mean() - second.mean() and found.n == 2400
+    assert (found.low, found.high) == pytest.approx((welch.low, welch.high), abs=0.003)
+    assert math.isnan(unpaired_difference([1.0, 1.0], [0.0, 0.0]).low)
+    with pytest.raises(ValueError, match="at least one"):
+        unpaired_difference([], [1.0])

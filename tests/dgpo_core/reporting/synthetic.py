@@ -50,10 +50,12 @@ class Run:
             pq.write_table(pa.Table.from_pylist(self.arcap[model]), folder / "arcap.parquet")
             diagnoses = pa.Table.from_pylist(self.diagnoses[model], schema=SCHEMA)
             pq.write_table(diagnoses, folder / "diagnosis.parquet")
+            if model in ("kd", "dgpo"):
+                pq.write_table(pa.Table.from_pylist(_splits(model)), folder / "splits.parquet")
             write_episodes(folder / "episodes.parquet", [_episode(row) for row in rows])
         for name, content in _plots().items():
             path = self.folder / "plots" / name
-            path.parent.mkdir(exist_ok=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(content)
         for name, values in _metrics().items():
             path = self.folder / "metrics" / f"{name}.json"
@@ -77,7 +79,8 @@ class Run:
 
 def make_run(folder: Path, questions: int = 12) -> Run:
     """`questions` a data set; in each, the first of kd's and the second of dgpo's questions failed."""
-    run = Run(folder, params={"seed": 1, "reinforce": {"dgpo": {"beta": 0.001, "guidance": "selective"}}})
+    recipes = {"distill": {"kd": {"start": "student"}}, "reinforce": {"dgpo": {"start": "kd"}}}
+    run = Run(folder, params={"seed": 1, "reinforce": {"beta": 0.001}, "recipes": recipes})
     for model in MODELS:
         rng = random.Random(model)
         run.rows[model] = [
@@ -95,6 +98,17 @@ def make_run(folder: Path, questions: int = 12) -> Run:
             for number in range(questions)
         ]
     return run
+
+
+def _splits(model: str) -> list[Row]:
+    """KD knows 18 of 20 training questions and 10 of 20 others, DGPO 12 and 11; one has failed."""
+    known = {"kd": {"train": 18, "dev": 10}, "dgpo": {"train": 12, "dev": 11}}[model]
+    return [
+        {"split": split, "dataset": "onehop", "question_id": f"{split}-{number}"}
+        | {"em": number < count, "failed": number == 20}
+        for split, count in known.items()
+        for number in range(21)
+    ]
 
 
 def _row(rng: random.Random, model: str, dataset: str, number: int) -> Row:
@@ -174,23 +188,29 @@ def _episode(row: Row) -> Episode:
 
 def _plots() -> dict[str, str]:
     rng = random.Random(0)
-    distill = ["step,loss,ce,divergence,grad_norm,dev_em"]
+    distill = ["step,episodes,loss,ce,divergence,grad_norm,dev_em"]
     for step in range(1, 301):
         loss = 3 * math.exp(-step / 80) + 0.1 * rng.random()
         dev = 0.5 * (1 - math.exp(-step / 100)) if step % 50 == 0 else ""
-        distill.append(f"{step},{loss:.4f},{loss * 0.6:.4f},{loss * 0.4:.4f},{1 + rng.random():.4f},{dev}")
+        distill.append(f"{step},16,{loss:.4f},{loss * 0.6:.4f},{loss * 0.4:.4f},{1 + rng.random():.4f},{dev}")
     columns = (
         "em", "reward", "kl_inside", "response_tokens", "invalid_actions", "searches", "entropy",
         "clip_fraction", "explained_variance", "actor_grad_norm", "critic_grad_norm",
     )  # fmt: skip
-    reinforce = [",".join(["step", *columns, "dev_em"])]
+    reinforce = [",".join(["step", "episodes", *columns, "dev_em"])]
     for step in range(1, 81):
         values = [f"{0.2 + step / 300 + 0.05 * rng.random():.4f}" for _ in columns]
-        reinforce.append(",".join([str(step), *values, "0.4" if step % 20 == 0 else ""]))
+        reinforce.append(",".join([str(step), "128", *values, "0.4" if step % 20 == 0 else ""]))
     return {
         "distill-kd.csv": "\n".join(distill) + "\n",
         "reinforce-dgpo.csv": "\n".join(reinforce) + "\n",
+        "processor_time/distill-kd.csv": _seconds(300, 0.5),
+        "processor_time/reinforce-dgpo.csv": _seconds(80, 6.0),
     }
+
+
+def _seconds(steps: int, each: float) -> str:
+    return "step,processor_seconds\n" + "".join(f"{step},{step * each}\n" for step in range(1, steps + 1))
 
 
 def _metrics() -> dict[str, Row]:

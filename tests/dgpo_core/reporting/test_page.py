@@ -125,11 +125,20 @@ def test_metrics_stand_in_the_order_of_the_stages(reported: Reported) -> None:
 def test_every_chart_has_its_data_and_the_radar_no_counts(page: Page) -> None:
     places = {own["id"] for _, own in page.tags if "chart" in (own.get("class") or "").split()}
     assert places == {*page.data["charts"], *page.data["radars"]}
-    assert len(page.data["charts"]) == 5 + 11
+    assert len(page.data["charts"]) == 5 + 11 + 2
     for radar in page.data["radars"].values():
         assert not any("searches" in axis for axis in radar["axes"])
         assert all(len(line["values"]) == len(radar["axes"]) for line in radar["lines"])
     assert len(page.data["radars"]["radar-own"]["axes"]) == 7
+
+
+def test_the_first_screen_says_at_what_budget_and_who_learnt_by_heart(page: Page) -> None:
+    """300 steps of 16 episodes and half a second, then 80 of 128 and 6 seconds: 15,040, 2.5 + 8 minutes."""
+    screen = page.text.partition("Exact match, average over the data sets")
+    assert "DGPO has cost 15,040 episodes and 10.5 processor minutes." in screen[0]
+    beside = screen[2].partition("Diagnosis")[0]
+    assert "No control" in beside and "With kd_long in compare" in beside
+    assert "learnt by heart: KD by 0.400" in beside and "4,800 in KD" in beside and "2.5 in KD" in beside
 
 
 def test_first_failures_are_drawn_and_listed(page: Page, reported: Reported) -> None:
