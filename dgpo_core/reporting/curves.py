@@ -57,6 +57,7 @@ PANELS = (
     Panel("Actor: gradient norm", "before clipping", ("actor_grad_norm",)),
     Panel("Critic: gradient norm", "before clipping", ("critic_grad_norm",)),
 )
+PROCESSOR_TIME = "processor_time"  # folder beside the curves
 BUDGET = ("episodes", "processor_seconds")  # what steps cost: shown in the figures of the budget
 SEED_POINTS = 200  # a line; there are recipes x seeds x panels of them in a reproduction's page
 SEED_PANELS = (
@@ -102,7 +103,7 @@ def read_curves(folder: Path) -> list[Curve]:
 def _read(path: Path) -> Curve:
     """Read a curve, and beside its columns the processor seconds of its steps, where they were kept."""
     stage, _, recipe = path.stem.partition("-")
-    timed = path.parent / "processor_time" / path.name
+    timed = path.parent / PROCESSOR_TIME / path.name
     return Curve(stage, recipe, _columns(path) | (_columns(timed) if timed.is_file() else {}))
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import compress, groupby
-from math import inf
+from math import inf, sqrt
 from typing import Any, ClassVar
 
 from markupsafe import Markup
@@ -27,11 +27,13 @@ from dgpo_core.reporting.formats import (
     template,
 )
 from dgpo_core.reporting.reproduction.claims import CLAIMS, INVALID_RISE, LENGTH_DRIFT, NEAR_ZERO, PROFILED
+from dgpo_core.reporting.reproduction.power import SEEDS, charts
 from dgpo_core.reporting.reproduction.verdicts import (
     MEASUREMENT_LABELS,
     REPRODUCED,
     VERDICTS,
     numbers_text,
+    seeds_interval_text,
     signed,
 )
 from dgpo_core.text import markdown_cell
@@ -46,6 +48,13 @@ FIGURES = ("ppo", "grpo", "dgpo", "dgpo_grpo", "no_cold_start", "gkd", "kd_gkd")
 BEFORE_COLLAPSE = (  # sections B.3 and 5.6
     "The paper reports PPO at step 200 and DGPO without cold start just before their collapse; "
     "ours are the models that the runs evaluated."
+)
+POWER_NOTE = (
+    "The difference of seed s on question q is modelled as effect + a(s) + b(q) + e(s, q), so the mean over "
+    "S seeds and Q questions has the variance V = var(a)/S + var(b)/Q + var(e)/(S Q). The power is that of "
+    "the two-sided 5 % t test with S − 1 degrees of freedom, noncentral by effect/√V (crossed random "
+    "factors: Westfall, Kenny and Judd, 2014). The last columns: how many questions give the measured effect "
+    "the power 0.8; never: the seeds differ too much. The effect is uncertain, and so are these numbers."
 )
 Row = dict[str, Any]
 
@@ -112,6 +121,11 @@ class Figure:
         return " · ".join(map(self._form, self.entry["seeds"].values())) if self.entry else ""
 
     @property
+    def over_seeds(self) -> str:
+        """Return the t interval over the seeds, of what is compared."""
+        return seeds_interval_text(self.entry) if self.entry and self.is_signed else ""
+
+    @property
     def paper(self) -> str:
         known = self.entry and self.entry["paper"] is not None
         return self.published or (self._form(self.entry["paper"]) if self.entry and known else "")
@@ -126,7 +140,8 @@ class Figure:
         low, high = self.entry["ci95"]
         interval = "" if low is None else f" [{exact._form(low)}, {exact._form(high)}]"
         seeds = ", ".join(map(exact._form, self.entry["seeds"].values()))
-        return f"**{exact.value}**{interval}; seeds {seeds}{f'; paper {exact.paper}' if exact.paper else ''}"
+        notes = filter(None, [f"seeds {seeds}", self.over_seeds, exact.paper and f"paper {exact.paper}"])
+        return f"**{exact.value}**{interval}; {'; '.join(notes)}"
 
     def _form(self, value: float | None) -> str:
         return DASH if value is None else signed(value) if self.is_signed else f"{value:.{self.places}f}"
@@ -257,6 +272,27 @@ def ablations_table(tables: Row) -> Table:
     return Table(columns, rows)
 
 
+def power_table(tables: Row) -> Table:
+    """Make the table of DGPO against every other recipe, and of what would show each difference."""
+    rows: list[list[Cell]] = []
+    for row in tables["power"]:
+        needed = (row["needed"][str(seeds)] for seeds in SEEDS)
+        spreads = (sqrt(row["variances"][name]) for name in ("a", "b", "e"))
+        rows.append(
+            [
+                _head(row["recipe"], tables["exact_match"]),
+                Figure(row["difference"], is_signed=True),
+                *(Words(f"{spread:.3f}") for spread in spreads),
+                Words(f"{row['power']:.2f}"),
+                *(Words("never" if count is None else f"{count:,}") for count in needed),
+            ]
+        )
+    spread = [Column("Seeds", ("sd of a",)), Column("Questions", ("sd of b",)), Column("Both", ("sd of e",))]
+    questions = [Column(f"{seeds} seeds", ("questions",)) for seeds in SEEDS]
+    columns = [Column("DGPO minus"), Column("Average EM"), *spread, Column("Power", ("as run",)), *questions]
+    return Table(columns, rows)
+
+
 def stability_table(tables: Row) -> Table:
     """Make the table of how every training ended."""
     rows: list[list[Cell]] = []
@@ -322,6 +358,7 @@ TABLES = {
     "model_pairs": ("Other models (table 3)", model_pairs_table),
     "arcap": ("ARCap (table 5)", arcap_table),
     "ablations": ("Ablations (table 6, figure 6)", ablations_table),
+    "power": ("What would show a difference", power_table),
     "stability": ("Training (figures 4 and 6)", stability_table),
 }
 
@@ -344,8 +381,9 @@ def markdown(tables: Row, verdicts: Sequence[Row]) -> str:
         _claims_table(verdicts).markdown(),
     ]
     for name, (heading, make_table) in TABLES.items():
-        sections += [f"### {heading}\n", make_table(tables).markdown()]
-        sections += [f"{BEFORE_COLLAPSE}\n"] if name == "exact_match" else []
+        if (table := make_table(tables)).rows:
+            note = {"exact_match": BEFORE_COLLAPSE, "power": POWER_NOTE}.get(name)
+            sections += [f"### {heading}\n", table.markdown(), *([f"{note}\n"] if note else [])]
     return "\n".join(sections)
 
 
@@ -374,13 +412,14 @@ def _claims_table(verdicts: Sequence[Row]) -> Table:
 
 def page(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]]) -> str:
     """Write the page of one pair of models."""
-    drawn = seed_panels(curves)
+    drawn, power = seed_panels(curves), charts(tables["power"])
     recipes = list(dict.fromkeys(trace["model"] for panel in drawn for trace in panel["traces"]))
     counts = Counter(row["verdict"] for row in verdicts)
     data = {
         "models": [_model(name, tables["exact_match"]) for name in tables["exact_match"]],
         "figures": [name for name in recipes if name in FIGURES],
-        "charts": {f"curve-{index}": {"traces": panel["traces"]} for index, panel in enumerate(drawn)},
+        "charts": power
+        | {f"curve-{index}": {"traces": panel["traces"]} for index, panel in enumerate(drawn)},
         "radars": {},
     }
     by_name = {row["claim"]: row for row in verdicts}
@@ -409,6 +448,8 @@ def page(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]]) -
         length_drift=LENGTH_DRIFT,
         near_zero=NEAR_ZERO,
         before_collapse=BEFORE_COLLAPSE,
+        power_note=POWER_NOTE,
+        power_figures={name: model_label(chart["recipe"]) for name, chart in power.items()},
         data=Markup(compact_json(data)),
         css=asset("page.css") + asset("reproduction.css"),
         scripts=[Markup(get_plotlyjs()), *map(asset, SCRIPTS)],

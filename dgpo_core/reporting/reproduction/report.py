@@ -10,6 +10,7 @@ from dgpo_core.evaluation.results import AVERAGE, rounded
 from dgpo_core.reporting import paper
 from dgpo_core.reporting.formats import GIVEN, as_json, write_texts
 from dgpo_core.reporting.reproduction.claims import CLAIMS, PROFILED, Training
+from dgpo_core.reporting.reproduction.power import power_rows
 from dgpo_core.reporting.reproduction.render import markdown, page
 from dgpo_core.reporting.reproduction.seeds import (
     RECORD,
@@ -39,6 +40,7 @@ def tables(results: SeedResults, trained: Mapping[str, list[Training]], pair: st
         "model_pairs": _model_pairs(exact_match, pair),
         "arcap": {model: _cells(results, model, measurements, pair) for model in results.models},  # table 5
         "ablations": _ablations(results, exact_match, pair),
+        "power": power_rows(results),
         "stability": _stability(results, trained),
     }
 

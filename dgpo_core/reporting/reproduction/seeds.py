@@ -21,10 +21,11 @@ from safetensors import SafetensorError, safe_open
 
 from dgpo_core.config.base import Section
 from dgpo_core.errors import UserError
+from dgpo_core.evaluation.power import t_interval
 from dgpo_core.evaluation.results import AVERAGE, MEASUREMENTS, Key, read_arcap, read_scores, rounded
 from dgpo_core.evaluation.statistics import CONFIDENCE, Estimate, mean_of_means
 from dgpo_core.files import PART, replacement, write_text
-from dgpo_core.reporting.curves import Curve, read_curves
+from dgpo_core.reporting.curves import PROCESSOR_TIME, Curve, read_curves
 from dgpo_core.reporting.formats import GIVEN, as_json
 
 RECORD = "record.json"
@@ -64,8 +65,8 @@ def keep(run: Path, folder: Path, record: SeedRecord) -> Path:
                     shutil.copyfile(run / "evaluation" / model / name, part / "evaluation" / model / name)
         except OSError as error:
             raise UserError(f"seed {record.seed}: {error.filename}: {error.strerror}") from error
-        for curve in sorted((run / "plots").rglob("*.csv")):  # those of processor time, too
-            (part / curve.relative_to(run)).parent.mkdir(parents=True, exist_ok=True)
+        (part / "plots" / PROCESSOR_TIME).mkdir(parents=True)
+        for curve in sorted((run / "plots").rglob("*.csv")):
             shutil.copyfile(curve, part / curve.relative_to(run))
         write_text(part / RECORD, as_json(record.model_copy(update=given_models(run)).model_dump()))
     return out
@@ -276,8 +277,10 @@ def combined(terms: Sequence[tuple[float, Samples]]) -> Samples:
     return Samples(keys, np.asarray(values, dtype=np.float64))
 
 
-def entry(pooled: PooledEstimate, seeds: Sequence[int], paper: float | None) -> dict[str, object]:
-    """Return one cell of a table, ready for JSON."""
+def entry(
+    pooled: PooledEstimate, seeds: Sequence[int], paper: float | None, confidence: float = CONFIDENCE
+) -> dict[str, object]:
+    """Return one cell of a table, ready for JSON; `confidence` is the level of the interval over seeds."""
     estimate = pooled.estimate
     return {
         "mean": rounded(estimate.mean),
@@ -286,5 +289,6 @@ def entry(pooled: PooledEstimate, seeds: Sequence[int], paper: float | None) -> 
         "failed": pooled.failed,
         "seeds": {str(seed): rounded(mean) for seed, mean in zip(seeds, pooled.seeds, strict=True)},
         "seed_sd": rounded(pooled.spread),
+        "seeds_ci95": rounded(list(t_interval(pooled.seeds, confidence))),
         "paper": rounded(paper),
     }

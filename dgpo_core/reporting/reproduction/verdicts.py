@@ -121,7 +121,8 @@ class Judge:
         if missing:
             return CriterionResult(label, None, f"not run: {', '.join(dict.fromkeys(missing))}")
         pooled = pool(combined(weighted), confidence, signed=len(weighted) > 1)
-        numbers = entry(pooled, self.results.seeds, self._paper(test)) | {"confidence": round(confidence, 6)}
+        numbers = entry(pooled, self.results.seeds, self._paper(test), confidence)
+        numbers |= {"confidence": round(confidence, 6)}
         holds, remark = _within(test, pooled)
         return CriterionResult(label, holds, _joined(remark, numbers_text(numbers)), remark, numbers)
 
@@ -213,9 +214,19 @@ def numbers_text(numbers: Row) -> str:
     low, high = numbers["ci95"]
     seeds = ", ".join(f"seed {seed} {signed(mean)}" for seed, mean in numbers["seeds"].items())
     level = f"{100 * numbers['confidence']:.3g} %"
-    interval = "" if low is None else f" ({level} interval {signed(low)} to {signed(high)})"
+    over_seeds = seeds_interval_text(numbers)
+    interval = ""
+    if low is not None:
+        own = f"; {over_seeds}" if over_seeds else ""
+        interval = f" ({level} interval {signed(low)} to {signed(high)}{own})"
     published = "" if numbers["paper"] is None else f"; paper {signed(numbers['paper'])}"
     return f"{signed(numbers['mean'])}{interval}, {numbers['n']:,} questions; {seeds}{published}"
+
+
+def seeds_interval_text(numbers: Row) -> str:
+    """Write the t interval over the seeds; empty with a single one."""
+    low, high = numbers["seeds_ci95"]
+    return "" if low is None else f"over seeds {signed(low)} to {signed(high)}"
 
 
 def training_text(training: Training) -> str:

@@ -22,7 +22,7 @@ const HIDDEN = new Set();  // models whose traces are switched off; dispatch "mo
   }
 
   function curve(chart) {
-    const own = (trace) => modelColour(trace.model || chart.model);
+    const own = (trace) => "colour" in trace ? colour(`--m${trace.colour}`) : modelColour(trace.model || chart.model);
     const traces = chart.traces.filter((trace) => !HIDDEN.has(trace.model)).map((trace) => ({
       type: "scatter", name: trace.name, x: trace.x, y: trace.y,
       mode: trace.role === "points" || trace.role === "looks" ? "lines+markers" : "lines",
@@ -37,7 +37,7 @@ const HIDDEN = new Set();  // models whose traces are switched off; dispatch "mo
     const negative = traces.some((trace) => trace.y.some((value) => value < 0));
     return [traces, layout({
       margin: { l: 38, r: 8, t: 10, b: 26 }, hovermode: "x unified",
-      xaxis: { ...axis, showgrid: false },
+      xaxis: { ...axis, showgrid: false, ...(chart.log && { type: "log" }) },
       // models are compared on one scale; what is never negative, such as a share that stays 0, gets no negative axis
       yaxis: { ...axis, rangemode: chart.traces[0].model ? "tozero" : negative ? "normal" : "nonnegative" },
       showlegend: names.size > 1 && !chart.traces[0].model, legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.results import MEASUREMENTS
@@ -126,7 +127,8 @@ def test_page_needs_no_network_and_draws_every_panel(written: tuple[Runs, Path])
     assert not re.findall(r"<(?:link|img|iframe)\b|<script[^>]+src=", html.partition("<script>")[0])
     places = re.findall(r'class="chart" id="([^"]+)"', html)
     assert places == list(data["charts"])
-    assert len(places) == 3  # em, dev_em, kl_inside: not the divergence on the teacher's episodes
+    # power, em, dev_em, kl_inside: not the divergence on the teacher's episodes
+    assert places == ["power-kd", "curve-0", "curve-1", "curve-2"]
     roles = [trace["role"] for trace in data["charts"]["curve-0"]["traces"]]
     assert roles == ["raw", "raw", "trend"]
     assert data["figures"] == ["dgpo"]
@@ -231,3 +233,29 @@ def test_impossible_records_are_refused(
 
 def test_all_measurements_have_a_place(written: tuple[Runs, Path]) -> None:
     assert set(load(written[1], "tables.json")["arcap"]["kd"]) == set(MEASUREMENTS)
+
+
+def test_power_is_told_of_dgpo_against_every_trained_recipe(written: tuple[Runs, Path]) -> None:
+    runs, out = written
+    rows = load(out, "tables.json")["power"]
+    assert [row["recipe"] for row in rows] == ["kd", "ppo"]
+    for row in rows:
+        other = row["recipe"]
+        ours, theirs = (
+            np.array([[r["em"] for r in runs.rows[s, model]] for s in runs.seeds]).mean(axis=1)
+            for model in ("dgpo", other)
+        )
+        low, high = stats.ttest_1samp(ours - theirs, 0.0).confidence_interval()
+        assert row["difference"]["seeds_ci95"] == pytest.approx([low, high], abs=1e-5)
+    html, data = page_of(out)
+    assert "Westfall" in html and "over seeds" in html
+    assert data["charts"]["power-kd"]["traces"][0]["name"] == "3 seeds"
+    assert "power-ppo" not in data["charts"]
+
+
+def test_one_seed_has_no_interval_over_seeds_and_no_power(tmp_path: Path) -> None:
+    out = made(tmp_path / "runs", seeds=(4,)).write(tmp_path / "out")
+    found = load(out, "tables.json")
+    assert found["power"] == [] and found["exact_match"]["kd"]["average"]["seeds_ci95"] == [None, None]
+    assert 'id="power"' not in page_of(out)[0]
+    assert "over seeds" not in (out / "results.md").read_text()
