@@ -77,6 +77,7 @@ def _record(tree: Path) -> SeedRecord:
         mirrors=dict(params.questions.test),
         pair=params.pair,
         first=dict(params.report.first),
+        starts={name: row.start for name, row in params.recipes.all.items()},
     )
 
 

@@ -7,10 +7,11 @@ and distributions, is counted in none.
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
+from statistics import fmean
 from typing import Any
 
 from dgpo_core.reporting.curves import Curve, Points
-from dgpo_core.reporting.formats import DASH, Row, cell, comparison, comparison_numbers, model_label
+from dgpo_core.reporting.formats import DASH, MINUS, Row, cell, comparison, comparison_numbers, model_label
 
 EPISODES, MINUTES = "episodes", "minutes"
 UNITS = {EPISODES: "episodes", MINUTES: "processor minutes"}
@@ -62,8 +63,14 @@ class Budgets:
         return [(at[step], em) for step, em in looks if step in at]
 
 
-def figures(budgets: Budgets, models: Sequence[str]) -> dict[str, Row]:
-    """Return {measure: {title, traces}}: validation EM over the budget, a line a recipe."""
+def mean_looks(runs: Sequence[Budgets], recipe: str, measure: str) -> Points:
+    """Average the looks of several seeds' runs one by one, as far as all of them go."""
+    looks = zip(*(budgets.looks(recipe, measure) for budgets in runs), strict=False)
+    return [(fmean(x for x, _ in each), fmean(em for _, em in each)) for each in looks]
+
+
+def figures(runs: Sequence[Budgets], models: Iterable[str]) -> dict[str, Row]:
+    """Return {id: {title, traces}}: validation EM over the budget, a line a recipe, the mean of the runs."""
     found = {}
     for measure, unit in UNITS.items():
         traces = [
@@ -75,7 +82,7 @@ def figures(budgets: Budgets, models: Sequence[str]) -> dict[str, Row]:
                 "y": [round(em, 4) for _, em in looks],
             }
             for model in models
-            if (looks := budgets.looks(model, measure))
+            if (looks := mean_looks(runs, model, measure))
         ]
         if traces:
             found[f"budget-{measure}"] = {"title": f"Validation EM over {unit}", "traces": traces}
@@ -137,4 +144,4 @@ def gap_text(gaps: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _interval(entry: Mapping[str, Any]) -> str:
     low, high = entry["ci95"]
-    return "" if low is None else f" ({low:+.3f} to {high:+.3f})"
+    return "" if low is None else f" ({low:+.3f} to {high:+.3f})".replace("-", MINUS)

@@ -241,7 +241,7 @@ def render(report: Report) -> str:
         costs=_costs(report),
         learnt=budget.learnt_text(report.budgets, report.models),
         gap=budget.gap_text(report.gaps),
-        budget_figures=budget.figures(report.budgets, report.models),
+        budget_figures=budget.figures([report.budgets], report.models),
         failures=failures(report.results, AVERAGE),
         own_scale=any(name != mirrored for name, mirrored in report.mirrors.items()),
         pair=report.pair,
@@ -373,7 +373,7 @@ def _stages(report: Report) -> list[Row]:
 
 
 def _browser_data(report: Report) -> Row:
-    charts: Row = budget.figures(report.budgets, report.models)
+    charts: Row = budget.figures([report.budgets], report.models)
     charts |= {
         f"curve-{index}-{number}": {"traces": figure["traces"], "model": curve.recipe}
         for index, curve in enumerate(report.curves)

@@ -14,6 +14,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from dgpo_core.evaluation.results import AVERAGE
+from dgpo_core.reporting.budget import Budgets, figures
 from dgpo_core.reporting.curves import Curve, seed_panels
 from dgpo_core.reporting.episodes import compact_json
 from dgpo_core.reporting.formats import (
@@ -410,15 +411,19 @@ def _claims_table(verdicts: Sequence[Row]) -> Table:
 # --- pages: one file each, no network, the same bytes for the same tables -----------------------------------
 
 
-def page(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]]) -> str:
-    """Write the page of one pair of models."""
+def page(
+    tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]], runs: Sequence[Budgets]
+) -> str:
+    """Write the page of one pair of models; `runs` are the budgets of each seed."""
     drawn, power = seed_panels(curves), charts(tables["power"])
+    budget_figures = figures(runs, curves)
     recipes = list(dict.fromkeys(trace["model"] for panel in drawn for trace in panel["traces"]))
     counts = Counter(row["verdict"] for row in verdicts)
     data = {
         "models": [_model(name, tables["exact_match"]) for name in tables["exact_match"]],
         "figures": [name for name in recipes if name in FIGURES],
         "charts": power
+        | budget_figures
         | {f"curve-{index}": {"traces": panel["traces"]} for index, panel in enumerate(drawn)},
         "radars": {},
     }
@@ -449,6 +454,7 @@ def page(tables: Row, verdicts: Sequence[Row], curves: dict[str, list[Curve]]) -
         near_zero=NEAR_ZERO,
         before_collapse=BEFORE_COLLAPSE,
         power_note=POWER_NOTE,
+        budget_figures=budget_figures,
         power_figures={name: model_label(chart["recipe"]) for name, chart in power.items()},
         data=Markup(compact_json(data)),
         css=asset("page.css") + asset("reproduction.css"),

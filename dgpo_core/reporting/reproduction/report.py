@@ -8,6 +8,7 @@ from typing import Any
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.results import AVERAGE, rounded
 from dgpo_core.reporting import paper
+from dgpo_core.reporting.budget import Budgets
 from dgpo_core.reporting.formats import GIVEN, as_json, write_texts
 from dgpo_core.reporting.reproduction.claims import CLAIMS, PROFILED, Training
 from dgpo_core.reporting.reproduction.power import power_rows
@@ -118,13 +119,17 @@ def pool_seeds(records: Iterable[Path], out: Path) -> dict[str, list[int]]:
         "parameters": first.parameters,
         "commits": {str(seed): read[path].commit for seed, path in sorted(roots.items())},
     }
+    runs = [
+        Budgets({recipe: own[place] for recipe, own in results.curves.items()}, first.starts)
+        for place in range(len(results.seeds))
+    ]
     judge = Judge(results, trained, {model: (first.pair, model) for model in models})
     verdicts = [judge.verdict(claim, first.pair) for claim in CLAIMS]
     texts = {
         "tables.json": as_json(found),
         "verdicts.json": as_json(verdicts),
         "results.md": markdown(found, verdicts),
-        "index.html": page(found, verdicts, results.curves),
+        "index.html": page(found, verdicts, results.curves, runs),
     }
     write_texts(out, texts)
     return {model: seeds for model, seeds in lacking.items() if seeds}

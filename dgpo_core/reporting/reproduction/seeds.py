@@ -44,11 +44,12 @@ class SeedRecord(Section):
     first: dict[str, int]  # questions that count, where not all of a set do
     parameters: dict[str, int] = Field({}, description="of the given models")
     families: dict[str, str] = Field({}, description="of the given models: transformers' model_type")
+    starts: dict[str, str] = Field({}, description="recipe -> student, or the recipe that it starts from")
 
     @property
     def comparable(self) -> dict[str, object]:
         """Return what seeds of one report must have in common."""
-        return self.model_dump(exclude={"seed", "commit", "parameters", "families", "models"})
+        return self.model_dump(exclude={"seed", "commit", "parameters", "families", "models", "starts"})
 
 
 def keep(run: Path, folder: Path, record: SeedRecord) -> Path:

@@ -1,5 +1,7 @@
 """Budgets of trainings, added along the recipes that they start from."""
 
+from dataclasses import replace
+
 import pytest
 
 from dgpo_core.reporting.budget import EPISODES, MINUTES, Budgets, control, figures, gap_text
@@ -37,7 +39,7 @@ def test_a_recipe_has_the_budget_of_its_start_spent_too() -> None:
     assert budgets.total("dgpo", MINUTES) == 1.5 + 3.0
     assert budgets.looks("dgpo", EPISODES) == [(37 + 128, 0.5), (37 + 256, 0.6)]
     assert budgets.looks("dgpo", MINUTES) == [(2.5, 0.5), (4.5, 0.6)]
-    [episodes, minutes] = figures(budgets, ["kd", "dgpo"]).values()
+    [episodes, minutes] = figures([budgets], ["kd", "dgpo"]).values()
     assert [trace["x"] for trace in episodes["traces"]] == [[37], [165, 293]]
     assert [trace["x"] for trace in minutes["traces"]] == [[1.5], [2.5, 4.5]]
 
@@ -48,7 +50,15 @@ def test_what_a_start_has_cost_is_not_guessed() -> None:
     for budgets in (Budgets.of([old, DGPO], PARAMS), Budgets.of([DGPO], PARAMS), Budgets.of([KD, DGPO], {})):
         assert budgets.total("dgpo", EPISODES) is None
         assert not budgets.looks("dgpo", MINUTES)
-    assert figures(Budgets.of([old], PARAMS), ["kd", "further"]) == {}
+    assert figures([Budgets.of([old], PARAMS)], ["kd", "further"]) == {}
+
+
+def test_seeds_are_averaged_look_by_look_as_far_as_all_of_them_go() -> None:
+    longer = replace(DGPO, columns={"episodes": [(1, 100.0), (2, 100.0)], "dev_em": [(1, 0.7), (2, 0.9)]})
+    shorter = replace(DGPO, columns={"episodes": [(1, 200.0)], "dev_em": [(1, 0.3)]})
+    runs = [Budgets.of([KD, own], PARAMS) for own in (longer, shorter)]
+    [episodes, _] = figures(runs, ["kd", "dgpo"]).values()
+    assert [(trace["x"], trace["y"]) for trace in episodes["traces"]] == [([37], [0.4]), ([187], [0.5])]
 
 
 def test_the_control_is_named_with_its_cost() -> None:

@@ -30,7 +30,10 @@ def made(folder: Path, models: list[str] = MODELS, seeds: tuple[int, ...] = (0, 
     for seed in seeds:
         dev = [0.3 if step % 10 == 9 else None for step in range(30)]
         runs.curves[seed, "reinforce-dgpo"] = curve({"em": EM, "dev_em": dev, "kl_inside": EM})
-        runs.curves[seed, "distill-kd"] = curve({"loss": EM, "divergence": EM})
+        sixteen: list[float | None] = [16.0] * 30
+        runs.curves[seed, "distill-kd"] = curve(
+            {"episodes": sixteen, "loss": EM, "divergence": EM, "dev_em": dev}
+        )
     return runs
 
 
@@ -54,7 +57,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Runs, Path]:
     """Runs and the folder of their reproduction; read only."""
     folder = tmp_path_factory.mktemp("written")
     runs = made(folder, [*MODELS, "ppo"])
-    return runs, runs.write(folder / "out")
+    return runs, runs.write(folder / "out", starts={"kd": "student", "dgpo": "kd"})
 
 
 def test_tables_hold_the_means_by_hand(written: tuple[Runs, Path]) -> None:
@@ -127,8 +130,10 @@ def test_page_needs_no_network_and_draws_every_panel(written: tuple[Runs, Path])
     assert not re.findall(r"<(?:link|img|iframe)\b|<script[^>]+src=", html.partition("<script>")[0])
     places = re.findall(r'class="chart" id="([^"]+)"', html)
     assert places == list(data["charts"])
-    # power, em, dev_em, kl_inside: not the divergence on the teacher's episodes
-    assert places == ["power-kd", "curve-0", "curve-1", "curve-2"]
+    # em, dev_em, kl_inside: not the divergence on the teacher's episodes
+    assert places == ["power-kd", "budget-episodes", "curve-0", "curve-1", "curve-2"]
+    [kd] = data["charts"]["budget-episodes"]["traces"]  # DGPO's episodes are not known
+    assert (kd["x"], kd["y"]) == ([160, 320, 480], [0.3, 0.3, 0.3])
     roles = [trace["role"] for trace in data["charts"]["curve-0"]["traces"]]
     assert roles == ["raw", "raw", "trend"]
     assert data["figures"] == ["dgpo"]
