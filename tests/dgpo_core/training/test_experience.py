@@ -154,7 +154,7 @@ SCRIPT = ["<search>q</search>", "well", "<search>q</search>", "<search>r</search
 
 def searching() -> Episode:
     """Five turns of two tokens: searches 1 and 3 find the same, turn 2 is invalid, the last is unanswered."""
-    owners: list[int] = [Owner.PROMPT] + [Owner.MODEL, Owner.MODEL, Owner.ENVIRONMENT] * 5
+    owners = [int(owner) for owner in (Owner.PROMPT, *[Owner.MODEL, Owner.MODEL, Owner.ENVIRONMENT] * 5)]
     searches = [Search("q", passages, [1.0]) for passages in (["a"], ["a"], ["b"])]
     base = random_episode(0, correct=True)
     ids, owners = list(range(1, len(owners))), owners[:-1]
