@@ -1,4 +1,4 @@
-"""Stage `reinforce`: train a recipe's student by PPO or GRPO, guided as its gate says (eqs. 2-4)."""
+"""Stage `reinforce`: train a recipe's student by PPO, GRPO or REINFORCE, as its gate says (eqs. 2-4)."""
 
 import copy
 
@@ -67,6 +67,7 @@ def reinforce(name: str) -> None:
             known_ids(tokenizer),
             sampler,
             _answered(recipe),
+            tokenizer.decode,
         )
         time = ProcessorTime(run)
         report = reporter(run, ("em", "kl_inside", "searches"), time)

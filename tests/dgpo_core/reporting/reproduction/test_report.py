@@ -128,7 +128,7 @@ def test_page_needs_no_network_and_draws_every_panel(written: tuple[Runs, Path])
     html, data = page_of(written[1])
     assert "default-src 'none'" in html
     assert not re.findall(r"<(?:link|img|iframe)\b|<script[^>]+src=", html.partition("<script>")[0])
-    places = re.findall(r'class="chart" id="([^"]+)"', html)
+    places = re.findall(r'class="chart[^"]*" id="([^"]+)"', html)
     assert places == list(data["charts"])
     # em, dev_em, kl_inside: not the divergence on the teacher's episodes
     assert places == ["power-kd", "budget-episodes", "curve-0", "curve-1", "curve-2"]
