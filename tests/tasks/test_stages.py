@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -14,10 +15,12 @@ import pytest
 import yaml
 
 from dgpo_core.agent.episode import read_episodes
+from dgpo_core.datasets.records import read_questions
 from dgpo_core.errors import UserError
 from tasks.commands.compare import compare
 from tasks.project import paths
 from tasks.project.graph import read_dag
+from tasks.project.paths import questions_file
 from tasks.stages.data import generate
 from tasks.stages.distill import distill
 from tasks.stages.distributions import distributions
@@ -142,7 +145,22 @@ def test_models_load_with_plain_transformers(finished: Path) -> None:
 
 
 def test_curves_have_a_row_a_step(finished: Path) -> None:
-    assert [row["step"] for row in curves("reinforce-dgpo", finished)] == [1, 2, 3, 4]
+    rows = curves("reinforce-dgpo", finished)
+    assert [(row["step"], row["episodes"]) for row in rows] == [(step, 16) for step in (1, 2, 3, 4)]
+    timed = curves("processor_time/reinforce-dgpo", finished)
+    assert [row["step"] for row in timed] == [1, 2, 3, 4]
+    seconds = [0.0, *(row["processor_seconds"] for row in timed)]
+    assert all(before < after for before, after in pairwise(seconds))
+
+
+def test_what_was_trained_is_asked_training_and_validation_questions(finished: Path) -> None:
+    assert not (finished / "evaluation/student/splits.parquet").exists()
+    rows = pq.read_table(finished / "evaluation/kd/splits.parquet").to_pylist()
+    for split in ("train", "dev"):
+        for name in ("onehop", "twohop"):
+            asked = [r["question_id"] for r in rows if (r["split"], r["dataset"]) == (split, name)]
+            questions = read_questions(questions_file(name, split, finished / paths.QUESTIONS))
+            assert asked == [question.id for question in questions[:4]]
 
 
 @pytest.mark.parametrize(("stage", "count"), [("evaluate@teacher", 28), ("reinforce@dgpo", 16)])
@@ -216,6 +234,8 @@ def test_killed_training_continues_to_the_same_model(
     assert (workplace / weights).read_bytes() == (finished / weights).read_bytes()
     plot = paths.PLOTS / f"{module}-{recipe}.csv"
     assert (workplace / plot).read_text() == (finished / plot).read_text()
+    times = curves(f"processor_time/{module}-{recipe}")
+    assert [row["step"] for row in times] == [row["step"] for row in curves(f"{module}-{recipe}")]
 
 
 @pytest.mark.thorough
