@@ -241,6 +241,9 @@ class EvaluateConfig(Section):
     seed: NonNegativeInt = Field(0, description="of sampling; greedy episodes do not depend on it")
     chunk: PositiveInt = Field(512, description="episodes between two checkpoints")
     questions: PositiveInt | None = Field(None, description="first so many of each set; null: all")
+    counterfactual_questions: NonNegativeInt = Field(
+        100, description="first so many of each set are asked again with other passages; 0: none"
+    )
     trace_episodes: NonNegativeInt = Field(
         40, description="episodes of a model that MLflow gets as traces; 0: none, in training either"
     )
