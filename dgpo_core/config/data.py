@@ -104,6 +104,15 @@ class WorldConfig(Section):
     )
     rare_share: float = Field(0.25, ge=0, lt=1, description="share of entities with a single passage")
     distractors: NonNegativeInt = Field(1, description="sentences a passage that answer no question")
+    facts_per_passage: PositiveInt | None = Field(
+        None, description="of an article with several passages; null: half of its facts"
+    )
+    asides: NonNegativeInt = Field(
+        0, description="further passages of an article with several, which answer no question"
+    )
+    indirect: float = Field(
+        0.0, ge=0, lt=1, description="share of facts that a passage states by naming who has the same value"
+    )
     asked: list[Literal["name", "word", "year"]] = Field(
         ["name", "word", "year"],
         min_length=1,
@@ -177,6 +186,17 @@ class BaseModelsConfig(Section):
     seed: NonNegativeInt = 0
     world: WorldConfig = Field(
         WorldConfig(), description="of the training worlds, but for seed and questions"
+    )
+    expert_world: WorldConfig | None = Field(
+        None,
+        description="of the expert's episodes: where searching is as in the evaluated world; null: `world`",
+    )
+    expert_rewrites: bool = Field(
+        False,
+        description="the expert words a search anew that has found nothing; else it repeats it, and fails",
+    )
+    phrasings: Literal["ordinary", "all"] = Field(
+        "ordinary", description="of the reading drill's questions; all: those of `phrasing` and `hard` too"
     )
     worlds: PositiveInt = Field(24, description="training worlds; none is the evaluated one")
     first_world_seed: PositiveInt = 1000

@@ -6,8 +6,9 @@ embedded tokenizer can give each syllable a token of its own.
 The tables say what the encyclopedia can state. In the templates `{s}` is the subject and `{o}` the object.
 """
 
+import hashlib
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -256,6 +257,8 @@ DISTRACTORS: dict[str, tuple[tuple[str, str], ...]] = {
 TYPES = tuple(DISTRACTORS)
 PRONOUNS = {"person": "This person"}  # every other type: "It"
 
+INDIRECT = "{s} had the same {noun} as {o}."  # a statement of a fact by naming who has the same value
+
 COMPARISONS: dict[str, tuple[str, ...]] = {
     # relation noun -> questions about the earlier of {a} and {b}
     "release year": ("Which film came out first, {a} or {b}",),
@@ -327,9 +330,16 @@ class World:
     seed: int
     entities: list[Entity] = field(default_factory=list)
     facts: dict[tuple[int, str], Fact] = field(default_factory=dict)
+    references: dict[tuple[int, str], Fact] = field(
+        default_factory=dict
+    )  # indirect fact -> whose value it has
 
     def fact(self, subject: Entity, noun: str) -> Fact:
         return self.facts[subject.key, noun]
+
+    def reference(self, fact: Fact) -> Fact | None:
+        """Return the fact of another entity that has this one's value; None for one that is stated itself."""
+        return self.references.get((fact.subject.key, fact.relation.noun))
 
     def facts_of(self, subject: Entity) -> list[Fact]:
         return [self.facts[subject.key, rel.noun] for rel in relations_of(subject.type)]
@@ -345,12 +355,25 @@ class World:
         return by_type
 
 
+def passages_per_entity(config: WorldConfig) -> float:
+    """Return how many passages an article has on average: that of a rare entity has one."""
+    stating = sum(share * passage_count(config, kind) for kind, share in TYPE_SHARES.items())
+    return config.rare_share + (1 - config.rare_share) * (stating + config.asides)
+
+
+def passage_count(config: WorldConfig, entity_type: str) -> int:
+    """Return how many passages with facts the article of a popular entity has."""
+    if config.facts_per_passage is None:
+        return 2
+    return -(-len(relations_of(entity_type)) // config.facts_per_passage)
+
+
 def generate_world(config: WorldConfig, seed: int) -> World:
     """Generate a world of about `config.passages` passages; configuration and seed decide it."""
     rng = random.Random(f"world-{seed}")
     world = World(config, seed)
     names = NameMaker(rng)
-    total = round(config.passages / (2.0 - config.rare_share))  # a popular entity has two, a rare one has one
+    total = round(config.passages / passages_per_entity(config))
     first_names = [names.word(2) for _ in range(max(8, total // 12))]
     last_names = [names.word(3) for _ in range(max(8, total // 5))]
     reusable: list[str] = []  # names that another entity of another type already has
@@ -367,6 +390,7 @@ def generate_world(config: WorldConfig, seed: int) -> World:
             world.entities.append(Entity(len(world.entities), entity_type, name, name, popular))
     _disambiguate_titles(world)
     _draw_facts(world, rng, names)
+    _draw_references(world)
     return world
 
 
@@ -402,6 +426,35 @@ def _draw_facts(world: World, rng: random.Random, names: NameMaker) -> None:
         for relation in relations_of(entity.type):
             value, target = _value(entity, relation, by_type, rng, names)
             world.facts[entity.key, relation.noun] = Fact(entity, relation, value, target)
+
+
+TRAIN_SHARE, DEV_SHARE = 0.38, 0.17  # of the facts; the others are tested
+
+
+def fact_split(world: World, fact: Fact) -> str:
+    """Return `train`, `dev` or `test`, by a hash of the fact: stable whatever else is generated."""
+    key = f"{world.seed}-{fact.subject.key}-{fact.relation.noun}"
+    draw = hashlib.sha256(key.encode()).digest()[0] / 256
+    return "train" if draw < TRAIN_SHARE else "dev" if draw < TRAIN_SHARE + DEV_SHARE else "test"
+
+
+def _draw_references(world: World) -> None:
+    """Make a share of the popular entities' facts indirect: each names one of its split with the same value.
+
+    That one is stated itself, so that a reader is sent on at most once.
+    """
+    rng = random.Random(f"references-{world.seed}")
+    indirect, alike = [], defaultdict(list)
+    for fact in world.facts.values():
+        if not fact.subject.popular:
+            continue
+        if rng.random() < world.config.indirect:
+            indirect.append(fact)
+        else:
+            alike[fact.relation.noun, fact.value, fact_split(world, fact)].append(fact)
+    for fact in indirect:
+        if others := alike[fact.relation.noun, fact.value, fact_split(world, fact)]:
+            world.references[fact.subject.key, fact.relation.noun] = rng.choice(others)
 
 
 def _value(

@@ -9,6 +9,7 @@ ends, and the episode is thrown away.
 """
 
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -23,13 +24,15 @@ from dgpo_core.config.data import WorldConfig
 from dgpo_core.config.retrieval import EncoderConfig
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.retrieval.index import index_passages
-from dgpo_core.world.facts import Fact, generate_world
+from dgpo_core.world.facts import Fact, World, generate_world
 from dgpo_core.world.questions import (
     Article,
     Draft,
+    Phrasings,
     QuestionWriter,
     ask_about,
     passages_by_fact,
+    steps_of,
     write_articles,
 )
 
@@ -56,11 +59,19 @@ def statement(fact: Fact) -> str:
     return f"{fact.relation.noun_phrase(fact.subject.mention)} is"
 
 
+def told(world: World, fact: Fact) -> str:
+    """Return what a passage tells of a fact: its value, or who has the same."""
+    reference = world.reference(fact)
+    return fact.value if reference is None else f"that of {reference.subject.mention}"
+
+
 class ReadingDrill:
     """Endless examples from many generated worlds; `example(seed)` depends on nothing but its argument."""
 
-    def __init__(self, config: WorldConfig, world_seeds: range, tokenizer: Any) -> None:
-        self._tokenizer = tokenizer
+    def __init__(
+        self, config: WorldConfig, world_seeds: range, tokenizer: Any, phrasings: Phrasings = "ordinary"
+    ) -> None:
+        self._tokenizer, self._phrasings = tokenizer, phrasings
         self._encode = lru_cache(maxsize=None)(self._ids)  # cues and values come back in many examples
         self._worlds = [_passages_with_facts(config, seed) for seed in world_seeds]
         self._group = lru_cache(maxsize=1)(self._draw)
@@ -83,7 +94,7 @@ class ReadingDrill:
 
     def example(self, seed: str, passages: int = PASSAGES) -> Example:
         rng = random.Random(seed)
-        articles, by_name = rng.choice(self._worlds)
+        world, articles, by_name = rng.choice(self._worlds)
         chosen = _choose_passages(articles, by_name, passages, rng)
         text = "".join(document(i, p.title, p.text) for i, (p, _) in enumerate(chosen, 1))
         ids = list(self._ids(text))
@@ -92,8 +103,10 @@ class ReadingDrill:
         rng.shuffle(facts)
         for fact in facts[:MAX_FACTS]:
             asks = rng.random() < 0.5
-            cue = f" {ask_about(fact, fact.subject.mention, rng)}?" if asks else f" {statement(fact)}"
-            cue_ids, value, end = map(self._encode, (cue, f" {fact.value}", ".\n"))
+            cue = f" {statement(fact)}"
+            if asks:
+                cue = f" {ask_about(fact, fact.subject.mention, rng, self._phrasings)}?"
+            cue_ids, value, end = map(self._encode, (cue, f" {told(world, fact)}", ".\n"))
             ids += cue_ids + value + end
             weights += [CUE_WEIGHT] * len(cue_ids) + [FIRST_WEIGHT] + [VALUE_WEIGHT] * (len(value) - 1)
             weights += [END_WEIGHT] * len(end)
@@ -105,15 +118,16 @@ PassageFacts = tuple[Passage, list[Fact]]
 
 def _passages_with_facts(
     config: WorldConfig, seed: int
-) -> tuple[list[Article], dict[str, list[PassageFacts]]]:
-    """Write the articles of a world; return them, and their passages by each word of the names."""
-    articles = write_articles(generate_world(config, seed))
+) -> tuple[World, list[Article], dict[str, list[PassageFacts]]]:
+    """Write the articles of a world; return both, and the passages by each word of the names."""
+    world = generate_world(config, seed)
+    articles = write_articles(world)
     by_name: dict[str, list[PassageFacts]] = {}
     for article in articles:
         for pair in zip(article.passages, article.facts, strict=True):
             for word in article.entity.name.split(" "):
                 by_name.setdefault(word, []).append(pair)
-    return articles, by_name
+    return world, articles, by_name
 
 
 def _choose_passages(
@@ -138,7 +152,13 @@ def _choose_passages(
 
 
 def expert_examples(
-    config: WorldConfig, world_seed: int, count: int, tokenizer: Any, protocol: ProtocolConfig, top_k: int
+    config: WorldConfig,
+    world_seed: int,
+    count: int,
+    tokenizer: Any,
+    protocol: ProtocolConfig,
+    top_k: int,
+    rewrites: bool = False,
 ) -> list[Example]:
     """Run expert episodes in one world and return the correct ones; what the expert wrote has weight 1."""
     world = generate_world(config, world_seed)
@@ -151,7 +171,7 @@ def expert_examples(
         Task(Question(str(i), draft.text, draft.answers), "expert", seed=(i,))
         for i, draft in enumerate(drafts)
     ]
-    engine = ExpertEngine(drafts, texts, tokenizer)
+    engine = ExpertEngine(world, drafts, texts, tokenizer, rewrites)
     index = index_passages(passages, EncoderConfig(kind="bm25"))
     episodes = AgentLoop(engine, tokenizer, index, protocol, top_k).run(tasks, Sampling())
     return [
@@ -173,13 +193,25 @@ def _drafts(writer: QuestionWriter, rng: random.Random, count: int) -> Iterator[
 
 
 class ExpertEngine:
-    """An engine that writes the expert's turns; a request's seed is (number of the draft, turn)."""
+    """An engine that writes the expert's turns; a request's seed is (number of the draft, turn).
+
+    It searches for a fact by the relation's name and, where that has not found it, if it `rewrites`, in the
+    words in which texts state it; else again in the same.
+    """
 
     lane = None
 
-    def __init__(self, drafts: list[Draft], texts: dict[tuple[int, str], str], tokenizer: Any) -> None:
-        self._drafts, self._texts, self._tokenizer = drafts, texts, tokenizer
-        self._begun: set[int] = set()  # drafts whose first turn is written
+    def __init__(
+        self,
+        world: World,
+        drafts: list[Draft],
+        texts: dict[tuple[int, str], str],
+        tokenizer: Any,
+        rewrites: bool,
+    ) -> None:
+        self._world, self._drafts, self._texts, self._tokenizer = world, drafts, texts, tokenizer
+        self._rewrites = rewrites
+        self._tried: Counter[tuple[int, int]] = Counter()  # searches for the nth step of a draft
 
     def session(self, stop: tuple[str, ...]) -> FunctionSession:
         return FunctionSession(self._turn)
@@ -188,16 +220,16 @@ class ExpertEngine:
         number, _ = request.seed
         draft = self._drafts[number]
         context = self._tokenizer.decode(request.token_ids)
-        known = 0
-        while known < len(draft.facts) and self._text(draft.facts[known]) in context:
+        steps, known = steps_of(self._world, draft.facts), 0
+        while known < len(steps) and self._text(steps[known]) in context:
             known += 1
+        tried = self._tried[number, known]
         said = ""
-        if known and number in self._begun:
-            read = draft.facts[known - 1]
-            said = f" {statement(read)} {read.value}."
-        self._begun.add(number)
-        if known < len(draft.facts):
-            text = self._search(draft.facts[known], said)
+        if known:
+            said = f" {statement(steps[known - 1])} {told(self._world, steps[known - 1])}."
+        self._tried[number, known] += 1
+        if known < len(steps):
+            text = self._search(steps[known], said, tried)
         else:
             text = f"<think>{said}{_conclusion(draft)} </think>\n<answer> {draft.answers[0]} </answer>"
         ids = self._tokenizer.encode(text, add_special_tokens=False)
@@ -206,9 +238,13 @@ class ExpertEngine:
     def _text(self, fact: Fact) -> str:
         return self._texts[fact.subject.key, fact.relation.noun]
 
-    def _search(self, fact: Fact, said: str) -> str:
+    def _search(self, fact: Fact, said: str, tried: int) -> str:
         wanted = fact.relation.noun_phrase(fact.subject.mention)
         query = wanted.removeprefix("the ")
+        if tried and self._rewrites:
+            words = fact.relation.statements[(tried - 1) % len(fact.relation.statements)]
+            query = " ".join(words.format(s=fact.subject.mention, o="").strip(".").split())
+            said = " I do not see it."
         return f"<think>{said} I need {wanted}. </think>\n<search> {query} </search>"
 
 

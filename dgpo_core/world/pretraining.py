@@ -303,7 +303,7 @@ class BaseModelBuilder:
             torch.manual_seed(self._config.seed)
             model = build_model(plan.shape, self._tokenizer)
             model.set_attn_implementation("eager")  # for short texts on a CPU its backward is twice as fast
-            drill = ReadingDrill(self._world, self._worlds, self._tokenizer)
+            drill = ReadingDrill(self._world, self._worlds, self._tokenizer, self._config.phrasings)
             for number, phase in enumerate(plan.phases):
                 # the draws of a phase are those of the nth phase of its kind
                 seed = self._config.seed + [p.kind for p in plan.phases[:number]].count(phase.kind)
@@ -332,7 +332,13 @@ class BaseModelBuilder:
             example
             for seed in self._worlds
             for example in expert_examples(
-                self._world, seed, each, self._tokenizer, self._protocol, self._top_k
+                self._config.expert_world or self._world,
+                seed,
+                each,
+                self._tokenizer,
+                self._protocol,
+                self._top_k,
+                self._config.expert_rewrites,
             )
         ]
 

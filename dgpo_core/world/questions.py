@@ -13,26 +13,28 @@
 Every fact belongs to one split, train, dev or test, and a question uses facts of its own split only.
 """
 
-import hashlib
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import UserError
 from dgpo_core.world.facts import (
     COMPARISONS,
     DISTRACTORS,
+    INDIRECT,
     PRONOUNS,
     Entity,
     Fact,
     World,
+    fact_split,
+    passage_count,
     random_value,
 )
 
-TRAIN_SHARE, DEV_SHARE = 0.38, 0.17  # of the facts; the others are tested
+Phrasings = Literal["ordinary", "all"]
 
 
 @dataclass(frozen=True)
@@ -51,8 +53,9 @@ def write_articles(world: World) -> list[Article]:
     for entity in world.entities:
         facts = world.facts_of(entity)
         rng.shuffle(facts)
-        middle = (len(facts) + 1) // 2
-        groups = [facts[:middle], facts[middle:]] if entity.popular else [facts]
+        size = -(-len(facts) // passage_count(world.config, entity.type)) if entity.popular else len(facts)
+        groups = [facts[i : i + size] for i in range(0, len(facts), size)]
+        groups += [[] for _ in range(world.config.asides if entity.popular else 0)]
         passages = []
         for group in groups:
             passages.append(Passage(str(next_id), entity.title, _text(world, entity, group, rng)))
@@ -73,7 +76,7 @@ def passages_by_fact(articles: list[Article]) -> dict[tuple[int, str], Passage]:
 
 def _text(world: World, entity: Entity, facts: list[Fact], rng: random.Random) -> str:
     """Write sentences in random order; the first names the subject, later ones may use a pronoun."""
-    sentences = [(rng.choice(fact.relation.statements), fact.value) for fact in facts]
+    sentences = [_statement(world, fact, rng) for fact in facts]
     for _ in range(world.config.distractors):
         template, object_type = rng.choice(DISTRACTORS[entity.type])
         sentences.append((template, random_value(world, object_type, rng)))
@@ -86,6 +89,19 @@ def _text(world: World, entity: Entity, facts: list[Fact], rng: random.Random) -
         text = template.format(s=subject, o=value)
         written.append(text[0].upper() + text[1:])
     return " ".join(written)
+
+
+def _statement(world: World, fact: Fact, rng: random.Random) -> tuple[str, str]:
+    """Return the template of a sentence that states a fact, and its object."""
+    template = rng.choice(fact.relation.statements)
+    if reference := world.reference(fact):
+        return INDIRECT.replace("{noun}", fact.relation.noun), reference.subject.mention
+    return template, fact.value
+
+
+def steps_of(world: World, facts: Sequence[Fact]) -> list[Fact]:
+    """Return the facts that must be read to know `facts`: what an indirect one refers to comes after it."""
+    return [step for fact in facts for step in (fact, world.reference(fact)) if step is not None]
 
 
 @dataclass(frozen=True)
@@ -151,18 +167,11 @@ class QuestionWriter:
         return Draft(text, (earlier.name,), (first, second), "comparison")
 
 
-def fact_split(world: World, fact: Fact) -> str:
-    """Return `train`, `dev` or `test`, by a hash of the fact: stable whatever else is generated."""
-    key = f"{world.seed}-{fact.subject.key}-{fact.relation.noun}"
-    draw = hashlib.sha256(key.encode()).digest()[0] / 256
-    return "train" if draw < TRAIN_SHARE else "dev" if draw < TRAIN_SHARE + DEV_SHARE else "test"
-
-
 def write_questions(world: World, articles: list[Article]) -> dict[tuple[str, str], list[Question]]:
     """Write all questions, by (set, split)."""
     rng = random.Random(f"questions-{world.seed}")
     sizes = world.config.questions
-    finish = _QuestionFinisher(articles)
+    finish = _QuestionFinisher(world, articles)
     writers = {split: QuestionWriter(world, split, rng) for split in ("train", "dev", "test")}
     test = writers["test"]
 
@@ -194,7 +203,8 @@ def write_questions(world: World, articles: list[Article]) -> dict[tuple[str, st
 class _QuestionFinisher:
     """Turns drafts into questions: no text twice, ids, golden passages and long answers."""
 
-    def __init__(self, articles: list[Article]) -> None:
+    def __init__(self, world: World, articles: list[Article]) -> None:
+        self._world = world
         self._passage = passages_by_fact(articles)
         self._seen: set[str] = set()
 
@@ -214,11 +224,12 @@ class _QuestionFinisher:
         )
 
     def _question(self, question_id: str, draft: Draft) -> Question:
-        passages = [self._passage[f.subject.key, f.relation.noun] for f in draft.facts]
+        steps = steps_of(self._world, draft.facts)
+        passages = [self._passage[f.subject.key, f.relation.noun] for f in steps]
         unique = list({passage.id: passage for passage in passages}.values())
         metadata: dict[str, Any] = {
             "kind": draft.kind,
-            "hops": len(draft.facts),
+            "hops": len(steps),
             "golden_passages": [{"id": p.id, "title": p.title, "text": p.text} for p in unique],
             "long_answers": [unique[-1].text],
         }
@@ -231,6 +242,8 @@ def _attempts(draft: Callable[[], Draft | None], limit: int) -> Iterator[Draft]:
             yield attempt
 
 
-def ask_about(fact: Fact, subject: str, rng: random.Random) -> str:
-    """Ask for one fact in one of its ordinary phrasings."""
-    return rng.choice(fact.relation.questions).format(s=subject)
+def ask_about(fact: Fact, subject: str, rng: random.Random, phrasings: Phrasings = "ordinary") -> str:
+    """Ask for one fact in one of its phrasings."""
+    relation = fact.relation
+    asked = relation.questions + (relation.other_questions if phrasings == "all" else ())
+    return rng.choice(asked).format(s=subject)

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dgpo_core.config.data import BaseModelsConfig
 from dgpo_core.config.params import PARAMS, Params, load_params, read_yaml
 from dgpo_core.errors import UserError
 from dgpo_core.files import put
@@ -102,7 +103,7 @@ def is_committed(name: str, config: dict[str, Any]) -> bool:
     code = {path: entry.deps.get(path) for path in _sources()}
     if any(dvc_md5(Path(path)) != md5 for path, md5 in code.items()):
         return False
-    world = ("seed", "world", "worlds", "first_world_seed", "expert_episodes")
+    world = BaseModelsConfig.model_fields.keys() - {"models"}
     try:
         base = {key: entry.params[f"base_models.{key}"] for key in world}
         base["models"] = {name: entry.params[f"base_models.models.{name}"]}

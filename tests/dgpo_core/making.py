@@ -13,7 +13,7 @@ from dgpo_core.config.recipes import Distillation, Reinforcement
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.models import build_model
-from dgpo_core.training.batches import TokenModel
+from dgpo_core.training.batches import TokenModel, TokenSequence, model_sequence
 from dgpo_core.training.engines import FrozenModel, TorchEngine
 from dgpo_core.training.optimizer import Optimization, constant
 from dgpo_core.training.reinforce import Critic
@@ -127,6 +127,21 @@ def question(
     text: str = "Where was Ada born", answers: tuple[str, ...] = ("Paris",), name: str = "q0"
 ) -> Question:
     return Question(name, text, answers)
+
+
+def table(model: PreTrainedModel, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
+    """Log-probabilities [tokens, vocabulary] by the model's own forward."""
+    logprobs: torch.Tensor = (model(torch.tensor([ids])).logits[0] / temperature).log_softmax(-1)
+    return logprobs
+
+
+def logprobs_of(
+    model: PreTrainedModel, sequence: TokenSequence | Episode, temperature: float = 1.0
+) -> torch.Tensor:
+    """Of the tokens that count, or that the model wrote."""
+    sequence = model_sequence(sequence) if isinstance(sequence, Episode) else sequence
+    own = table(model, sequence.ids, temperature)
+    return torch.stack([own[position - 1, sequence.ids[position]] for position in sequence.positions])
 
 
 def weights_of(model: PreTrainedModel) -> dict[str, torch.Tensor]:

@@ -1,4 +1,4 @@
-"""The steps of reinforcement learning, against single episodes computed alone (float32)."""
+"""The update of actor and critic, against single episodes computed alone (float32)."""
 
 import math
 from dataclasses import replace
@@ -10,36 +10,28 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.config.agent import Sampling
 from dgpo_core.config.training import ReinforceConfig
 from dgpo_core.training.batches import TokenSequence, collate, model_sequence, response_sequence
 from dgpo_core.training.engines import FrozenModel
-from dgpo_core.training.reinforce import (
-    Critic,
-    ExperienceMaker,
-    GRPOExperience,
-    GuidanceLoss,
-    PPOExperience,
-    Updater,
-    mini_batches,
-    training_metrics,
-)
+from dgpo_core.training.experience import PPOExperience
+from dgpo_core.training.reinforce import Critic
+from dgpo_core.training.update import GuidanceLoss, Updater, mini_batches
 from tests.dgpo_core.making import (
     engines,
     exact,
     gradients,
+    logprobs_of,
     random_episode,
     reinforcement,
     student_teacher_critic,
+    table,
     tiny_model,
     weights_of,
 )
 
 EPISODES = [random_episode(seed, correct=seed % 3 == 0) for seed in range(7)]
 CHOSEN = [4, 0, 3, 5]  # a mini-batch
-REWARD: dict[str, Any] = {"placement": "reward"}
-LOSS: dict[str, Any] = {"placement": "loss", "divergence": "reverse_kl", "weight": 0.3}
 Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]
 
 
@@ -47,196 +39,9 @@ def close(first: Any, second: Any, rtol: float = 1e-4, atol: float = 1e-4) -> No
     torch.testing.assert_close(first, second, rtol=rtol, atol=atol)
 
 
-def table(model: PreTrainedModel, ids: list[int], temperature: float = 1.0) -> torch.Tensor:
-    """Log-probabilities [tokens, vocabulary] by the model's own forward."""
-    logprobs: torch.Tensor = (model(torch.tensor([ids])).logits[0] / temperature).log_softmax(-1)
-    return logprobs
-
-
-def logprobs_of(
-    model: PreTrainedModel, sequence: TokenSequence | Episode, temperature: float = 1.0
-) -> torch.Tensor:
-    """Of the tokens that count, or that the model wrote."""
-    sequence = model_sequence(sequence) if isinstance(sequence, Episode) else sequence
-    own = table(model, sequence.ids, temperature)
-    return torch.stack([own[position - 1, sequence.ids[position]] for position in sequence.positions])
-
-
-# Steps (2) to (6): experience
-
-
 @pytest.fixture
 def parts(tokenizer: PreTrainedTokenizerFast) -> Parts:
     return student_teacher_critic(tokenizer)
-
-
-def make(
-    parts: Parts,
-    algorithm: str = "ppo",
-    guidance: str = "selective",
-    episodes: list[Episode] = EPISODES,
-    row: dict[str, Any] = REWARD,
-    **settings: Any,
-) -> Any:
-    config = ReinforceConfig.model_validate({"beta": 0.1} | settings)
-    actor, teacher, critic = engines(parts, exact())
-    reference = None if guidance == "none" else teacher
-    valued = critic if algorithm == "ppo" else None
-    recipe = reinforcement(algorithm, guidance, **row)
-    return ExperienceMaker(actor, reference, valued, recipe, config, exact()).make(episodes)
-
-
-@torch.no_grad()
-@pytest.mark.parametrize(
-    ("guidance", "temperature"), [("selective", 1.0), ("selective", 0.7), ("uniform", 1.0)]
-)
-def test_rewards_are_eq_4(parts: Parts, guidance: str, temperature: float) -> None:
-    """Standard PPO (uniform) takes the KL from correct episodes too."""
-    student, teacher, _ = parts
-    experience = make(parts, guidance=guidance, sampling=Sampling(temperature=temperature))
-    pulled = [guidance == "uniform" or not episode.correct for episode in EPISODES]
-    assert experience.gate.tolist() == pulled
-    for i, episode in enumerate(EPISODES):
-        old = logprobs_of(student, episode, temperature)
-        kl = (old - logprobs_of(teacher, episode, temperature)) * pulled[i]
-        expected = -0.1 * kl
-        expected[-1] += float(episode.correct)
-        close(experience.old_logprobs[i], old)
-        assert (i in experience.kl) == pulled[i]
-        if pulled[i]:
-            close(experience.kl[i], kl)
-        close(experience.rewards[i], expected)
-
-
-def test_advantages_are_whitened_reward_to_go_minus_value(parts: Parts) -> None:
-    experience = make(parts)
-    raw = [
-        rewards.flip(0).cumsum(0).flip(0) - values
-        for rewards, values in zip(experience.rewards, experience.values, strict=True)
-    ]
-    flat = torch.cat(raw)
-    close(torch.cat(experience.advantages), (flat - flat.mean()) / flat.std())
-    close(torch.cat(experience.returns), flat + torch.cat(experience.values))
-    assert [len(a) for a in experience.advantages] == [episode.model_tokens for episode in EPISODES]
-
-
-@pytest.mark.parametrize(("guidance", "runs"), [("selective", 4), ("uniform", 7), ("none", 0)])
-def test_reference_runs_only_on_gated_episodes(parts: Parts, guidance: str, runs: int) -> None:
-    seen: list[int] = []
-    parts[1].base_model.register_forward_hook(
-        lambda module, args, kwargs, output: seen.append(len(kwargs["input_ids"])), with_kwargs=True
-    )
-    experience = make(parts, guidance=guidance, audit_episodes=0)
-    assert sum(seen) == experience.gate.sum() == runs
-    assert list(experience.kl) == experience.gate.nonzero()[:, 0].tolist()
-
-
-@torch.no_grad()
-def test_kl_over_the_whole_vocabulary(parts: Parts) -> None:
-    student, teacher, _ = parts
-    experience = make(parts, row={"divergence": "reverse_kl"})
-    for i, kl in experience.kl.items():
-        first, second = (table(model, EPISODES[i].token_ids) for model in (student, teacher))
-        places = [position - 1 for position in model_sequence(EPISODES[i]).positions]
-        close(kl, (first.exp() * (first - second)).sum(-1)[places])
-        assert (kl >= 0).all()
-
-
-def test_a_kl_of_the_loss_is_no_reward(parts: Parts) -> None:
-    experience = make(parts, row=LOSS)
-    assert experience.gate.sum() == 4 and experience.kl == {}
-    assert [float(rewards.sum()) for rewards in experience.rewards] == [float(e.correct) for e in EPISODES]
-    assert list(experience.kl_outside) == [i for i, e in enumerate(EPISODES) if e.correct]
-
-
-def test_release_runs_gae_over_the_environments_tokens_too(parts: Parts) -> None:
-    own, whole = make(parts), make(parts, gae_scope="all")
-    raw, written = [], []
-    for i, episode in enumerate(EPISODES):
-        mine = torch.tensor([owner == Owner.MODEL for owner in episode.owners if owner != Owner.PROMPT])
-        assert len(whole.values[i]) == len(whole.returns[i]) == len(whole.rewards[i]) == len(mine)
-        assert len(whole.advantages[i]) == len(whole.old_logprobs[i]) == episode.model_tokens
-        close(whole.rewards[i][mine], own.rewards[i])
-        assert not whole.rewards[i][~mine].any(), "the environment's tokens are rewarded"
-        close(whole.values[i][mine], own.values[i])
-        raw.append(whole.rewards[i].flip(0).cumsum(0).flip(0) - whole.values[i])
-        written.append(mine)
-    flat = torch.cat(raw)
-    close(torch.cat(whole.advantages), ((flat - flat.mean()) / flat.std())[torch.cat(written)])
-
-
-def test_training_metrics(parts: Parts) -> None:
-    experience = make(parts)
-    metrics = training_metrics(EPISODES, experience)
-    assert metrics["em"] == pytest.approx(3 / 7)
-    assert metrics["reward"] == pytest.approx(sum(float(r.sum()) for r in experience.rewards) / 7)
-    inside = torch.cat(list(experience.kl.values()))
-    assert len(experience.kl) == 4 and metrics["kl_inside"] == pytest.approx(float(inside.mean()))
-    assert metrics["response_tokens"] == pytest.approx(sum(e.model_tokens for e in EPISODES) / 7)
-    returns, values = torch.cat(experience.returns), torch.cat(experience.values)
-    expected = 1 - float((returns - values).var() / returns.var())
-    assert metrics["explained_variance"] == pytest.approx(expected, abs=1e-5)
-
-
-@torch.no_grad()
-def test_audit_measures_some_closed_episodes_and_changes_nothing(parts: Parts) -> None:
-    student, teacher, _ = parts
-    audited, plain = (make(parts, audit_episodes=n) for n in (2, 0))
-    correct = [episode for episode in EPISODES if episode.correct][:2]
-    for kl, episode in zip(audited.kl_outside.values(), correct, strict=True):
-        close(kl, logprobs_of(student, episode) - logprobs_of(teacher, episode))
-    assert plain.kl_outside == {} and "kl_outside" not in training_metrics(EPISODES, plain)
-    outside = training_metrics(EPISODES, audited)["kl_outside"]
-    assert outside == pytest.approx(float(torch.cat(list(audited.kl_outside.values())).mean()))
-    for name in ("advantages", "returns", "rewards"):
-        close(torch.cat(getattr(audited, name)), torch.cat(getattr(plain, name)))
-
-
-@torch.no_grad()
-def test_grpo_compares_episodes_of_one_question(parts: Parts) -> None:
-    """By EM, and by the sum of the KL of those whose gate is open (eq. 4)."""
-    student, teacher, _ = parts
-    names = ["a", "a", "b", "a", "b", "b", "c"]
-    episodes = [replace(e, question_id=name) for e, name in zip(EPISODES, names, strict=True)]
-    experience = make(parts, "grpo", episodes=episodes)
-    sums = [float((logprobs_of(student, e) - logprobs_of(teacher, e)).sum()) for e in episodes]
-    rewards = torch.tensor([1.0 if e.correct else -0.1 * kl for e, kl in zip(episodes, sums, strict=True)])
-    for i, episode in enumerate(episodes):
-        group = rewards[[name == names[i] for name in names]]
-        expected = 0.0 if len(group) == 1 else (rewards[i] - group.mean()) / (group.std() + 1e-6)
-        close(experience.advantages[i], torch.full((episode.model_tokens,), float(expected)))
-    assert isinstance(experience, GRPOExperience)
-    assert "explained_variance" not in training_metrics(episodes, experience)
-    two = [replace(EPISODES[i], question_id="q", dataset=name) for i, name in ((0, "x"), (1, "x"), (2, "y"))]
-    assert not make(parts, "grpo", episodes=two).advantages[2].any(), "two data sets' questions are compared"
-
-
-def test_grpo_without_guidance_needs_no_reference(parts: Parts) -> None:
-    experience = make(parts, "grpo", "none")
-    assert experience.kl == experience.kl_outside == {} and not experience.gate.any()
-    assert [float(reward) for reward in experience.rewards] == [float(e.correct) for e in EPISODES]
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
-def test_gap_between_trainer_and_engine(parts: Parts, algorithm: str) -> None:
-    experience = make(parts, algorithm)
-    own = torch.cat([logprobs_of(parts[0], episode) for episode in EPISODES])
-    engine = torch.tensor(
-        [p for e in EPISODES for p, o in zip(e.logprobs, e.owners, strict=True) if o == Owner.MODEL]
-    )
-    close(torch.cat(experience.sampled_logprobs), engine)
-    gap = {"mean": (own - engine).abs().mean(), "max": (own - engine).abs().max()}
-    metrics = training_metrics(EPISODES, experience)
-    assert metrics["engine_gap_mean"] == pytest.approx(float(gap["mean"]), rel=1e-4)
-    assert metrics["engine_gap_max"] == pytest.approx(float(gap["max"]), rel=1e-4)
-    assert metrics["engine_ratio"] == pytest.approx(float((own - engine).exp().mean()), rel=1e-4)
-    alike = make(parts, algorithm, old_logprobs="rollout")
-    assert alike.sampled_logprobs is None
-    assert not any(key.startswith("engine") for key in training_metrics(EPISODES, alike))
-
-
-# Step (7): update
 
 
 def updater_of(parts: Parts, tokens: int = 10_000, **settings: Any) -> Updater:
