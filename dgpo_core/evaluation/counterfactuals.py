@@ -46,7 +46,8 @@ def gold_dealer(top_k: int) -> Dealer:
         ]
 
         def deal(number: int) -> list[Passage]:
-            return [gold[(number * top_k + i) % len(gold)] for i in range(min(top_k, len(gold)))]
+            count = min(top_k, len(gold))
+            return [gold[(number * count + i) % len(gold)] for i in range(count)]
 
         return deal if gold else None
 
