@@ -113,6 +113,12 @@ class Episode:
         """Return what the model wrote in each turn; text of the environment is never in it."""
         return [decode(self.token_ids[turn.start : turn.end]) for turn in self.turns]
 
+    @property
+    def nothing_new(self) -> list[bool]:
+        """Return of each search whether it brought no passage that an earlier one had not."""
+        found = [set(search.passage_ids) for search in self.searches]
+        return [own <= set().union(*found[:i]) for i, own in enumerate(found)]
+
 
 def model_runs(owners: "Sequence[int] | np.ndarray") -> tuple[np.ndarray, np.ndarray]:
     """Return where each run of the model's tokens begins, and where it has ended: int64, one entry a run.

@@ -157,6 +157,8 @@ class Params(Section):
             own = self.for_recipe(name).reinforce
             if recipe.algorithm == "grpo" and own.batch_size < 2 * own.group_size:
                 raise ValueError(f"reinforce.batch_size: {name} needs at least two groups of group_size")
+            if recipe.algorithm == "grpo" and own.repeat_penalty:
+                raise ValueError(f"reinforce.repeat_penalty: {name} is GRPO, which rewards no single turns")
             self._check_reinforcement(own)
         for name in self.recipes.distill:
             self.for_recipe(name)

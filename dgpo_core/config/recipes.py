@@ -16,6 +16,9 @@ VARIANTS = TABLE.with_name("variants.yaml")
 STUDENT, TEACHER = "student", "teacher"  # the given models
 
 
+Keep = Literal["all", "correct", "searched", "evidence"]
+
+
 class Distillation(Section):
     """Training on a teacher's distributions."""
 
@@ -26,7 +29,10 @@ class Distillation(Section):
     episodes: Literal["teacher", "student", "mixed"] = Field(
         "teacher", description="whose; mixed: DistiLLM's adaptive choice"
     )
-    correct_only: bool = Field(True, description="of the teacher's episodes; the student's are all used")
+    keep: Keep = Field(
+        "correct",
+        description="of the teacher's episodes; searched: correct after a search, evidence: with a hit",
+    )
     settings: dict[str, Any] = Field({}, description="keys of `distill` that differ for this recipe")
 
     @model_validator(mode="after")
@@ -51,7 +57,7 @@ class Reinforcement(Section):
     """Reinforcement learning, in which a gate decides which episodes are pulled towards a reference."""
 
     start: str = Field(description="student, or the recipe whose model is trained further")
-    algorithm: Literal["ppo", "grpo"] = "ppo"
+    algorithm: Literal["ppo", "grpo", "reinforce"] = "ppo"
     guidance: Literal["selective", "teachable", "uniform", "none"] = Field(
         description="selective: wrong episodes (eq. 4); teachable: where the teacher was right"
     )
@@ -68,6 +74,10 @@ class Reinforcement(Section):
     weight: PositiveFloat | None = Field(
         None, description="of the KL as a term of the loss; that in the reward is reinforce.beta"
     )
+    turns: Literal["equal", "sod"] = Field(
+        "equal",
+        description="of an episode, in a KL of the loss; sod: less, the further it is from the reference",
+    )
     settings: dict[str, Any] = Field({}, description="keys of `reinforce` that differ for this recipe")
 
     @model_validator(mode="after")
@@ -80,6 +90,8 @@ class Reinforcement(Section):
             raise ValueError("placement loss needs a weight of the KL, and a guidance")
         if self.placement == "reward" and self.weight is not None:
             raise ValueError("weight is for placement loss; the reward's is reinforce.beta")
+        if self.placement == "reward" and self.turns != "equal":
+            raise ValueError(f"turns {self.turns} is for placement loss")
         if self.placement == "reward" and self.divergence not in REWARDS:
             raise ValueError(f"divergence {self.divergence} is for placement loss; a reward takes {REWARDS}")
         return self

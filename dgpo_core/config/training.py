@@ -163,7 +163,7 @@ class DistillConfig(Section):
 
 
 class ReinforceConfig(Section):
-    """PPO or GRPO with distillation guidance (eqs. 2-4)."""
+    """PPO, GRPO or REINFORCE with distillation guidance (eqs. 2-4)."""
 
     FREE = frozenset({"checkpoint_every"})
 
@@ -181,6 +181,12 @@ class ReinforceConfig(Section):
     weight_decay: NonNegativeFloat = 0.01
     max_grad_norm: PositiveFloat = 1.0
     beta: NonNegativeFloat = Field(0.001, description="weight of the KL in the reward (eq. 4)")
+    repeat_penalty: NonNegativeFloat = Field(
+        0.0, description="PPO, REINFORCE: off the reward of a search that brought nothing new"
+    )
+    preserve_weight: NonNegativeFloat = Field(
+        0.0, description="of the loss on falling likelihoods of turns whose advantage is not negative (LLDS)"
+    )
     group_size: int = Field(5, ge=2, description="GRPO: episodes of one question")
     critic_only_steps: NonNegativeInt = Field(
         0, description="PPO: first steps in which the critic alone learns (verl: critic_warmup)"

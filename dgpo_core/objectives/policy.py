@@ -1,4 +1,4 @@
-"""PPO and GRPO on model tokens: advantages, clipped surrogate, value loss (eq. 2; paper, section 4.3).
+"""Policy optimisation on model tokens: advantages, clipped surrogate, value loss (eq. 2; section 4.3).
 
 `mask` is 1 on real tokens, of which the longest episode has as many as the tensors are wide. Losses are
 returned per token, so that the caller sums them with one denominator however the batch is cut.
@@ -20,7 +20,8 @@ def gae(
 ) -> tuple[EpisodeTokens, EpisodeTokens]:
     """Return generalised advantage estimates and returns (Schulman et al., 2016).
 
-    An episode ends with its last masked token, after which the value is 0.
+    An episode ends with its last masked token, after which the value is 0. Of values that are all 0, with
+    `lam` 1, the estimates are the discounted rewards to come.
     """
     advantages = torch.zeros_like(rewards)
     following = torch.zeros_like(rewards[:, 0])

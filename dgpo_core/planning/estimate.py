@@ -273,7 +273,7 @@ class Planner:
     def _distill(self, name: str, recipe: Distillation) -> Estimate:
         config, student = self.params.for_recipe(name).distill, self._training()
         looks, chunk = config.epochs, float(config.dev_questions)
-        episodes = config.epochs * (self.work.teach * (self.work.correct if recipe.correct_only else 1.0))
+        episodes = config.epochs * (self.work.teach * (1.0 if recipe.keep == "all" else self.work.correct))
         generated = 0.5 * episodes if recipe.episodes == "mixed" else 0.0
         if recipe.episodes == "student":
             episodes = generated = float(config.on_policy.steps * config.on_policy.batch_size)

@@ -11,7 +11,7 @@ NAMES = {  # in the order of the measurements: name, meaning
     "em_empty_retriever": ("EM, empty retriever", "searches return no passage"),
     "em_random_passages": ("EM, random passages", "searches return random passages of the corpus"),
     "em_gold_passages": ("EM, gold passages", "searches return the question's gold passages"),
-    "em_of_search": ("EM that comes of search", "true minus empty retriever, question by question"),
+    "em_of_search": ("EM, due to search", "true minus empty retriever, question by question"),
     "searches_nothing_new": ("Searches: nothing new", "after the first: only passages seen before"),
     "searches_no_evidence": ("Searches: no evidence", "brought no evidence that was still missing"),
     "thinking_degenerate": ("Degenerate thinking", "turns of the next four kinds"),

@@ -59,6 +59,13 @@ class TokenBatch:
     counts: list[int]
     teacher: TopK | None = None
 
+    @property
+    def turns(self) -> Int[Tensor, " N"]:
+        """Number the turns over the batch: tokens of one sequence that follow each other."""
+        begins = torch.ones_like(self.rows, dtype=torch.bool)
+        begins[1:] = (self.rows.diff() != 0) | (self.columns.diff() != 1)
+        return begins.cumsum(0) - 1
+
     def split(self, values: Tensor) -> list[Tensor]:
         """Split values [N, ...] into one tensor a sequence."""
         return list(values.split(self.counts))

@@ -11,12 +11,19 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from dgpo_core.agent.episode import Episode, Owner
+from dgpo_core.agent.actions import ActionKind, parse_action
+from dgpo_core.agent.episode import Decode, Episode, Owner, Turn
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.objectives.divergences import reverse_kl
 from dgpo_core.objectives.logprobs import PerToken, distillation_losses, engine_gap
-from dgpo_core.objectives.policy import explained_variance, gae, group_advantages, whiten
+from dgpo_core.objectives.policy import (
+    EpisodeTokens,
+    explained_variance,
+    gae,
+    group_advantages,
+    whiten,
+)
 from dgpo_core.objectives.rewards import gate, kl_estimate, token_rewards
 from dgpo_core.training.batches import (
     HeadFunction,
@@ -77,11 +84,12 @@ class ExperienceMaker:
 
     actor: TrainingEngine  # of a TokenModel
     reference: FrozenModel | None
-    critic: TrainingEngine | None  # of a Critic; GRPO has none
+    critic: TrainingEngine | None  # of a Critic; only PPO has one
     recipe: Reinforcement
     config: ReinforceConfig
     compute: ComputeConfig
     answered: Answered = frozenset()
+    decode: Decode | None = None
 
     @torch.no_grad()
     def make(self, episodes: list[Episode]) -> Experience:
@@ -115,8 +123,10 @@ class ExperienceMaker:
             kl,
             kl_outside,
         )
-        if self.critic is None:
+        if self.recipe.algorithm == "grpo":
             return self._grpo(episodes, gated)
+        if self.critic is None:
+            return self._reinforce(episodes, gated)
         return self._ppo(episodes, gated, self.critic)
 
     def _ppo(self, episodes: list[Episode], gated: GatedEpisodes, critic: TrainingEngine) -> PPOExperience:
@@ -127,31 +137,37 @@ class ExperienceMaker:
             torch.tensor([episode.owners[position] == Owner.MODEL for position in sequence.positions])
             for episode, sequence in zip(episodes, value_sequences, strict=True)
         ]
-        lengths = [len(tokens) for tokens in written]
-        mask: Float[Tensor, "episodes tokens"]
-        mask = pad_sequence([torch.ones(length) for length in lengths], batch_first=True)
 
-        # (5) Rewards (eqs. 3 and 4): EM on the last token, -beta KL on every token where the gate is open.
-        kl = [torch.zeros(len(tokens)) for tokens in written]
-        for i, own in gated.kl.items():
-            kl[i].masked_scatter_(written[i], own)
-        padded_kl: Float[Tensor, "episodes tokens"] = pad_sequence(kl, batch_first=True)
-        rewards: Float[Tensor, "episodes tokens"]
-        rewards = token_rewards(gated.correct, padded_kl, mask, gated.gate, self.config.beta)
+        # (5) Rewards.
+        rewards, mask = self._token_rewards(episodes, gated, value_sequences, written)
 
         # (6) Advantages: GAE over the critic's values, whitened over the step's tokens.
         values = self._each(value_sequences, critic)
-        padded_values: Float[Tensor, "episodes tokens"] = pad_sequence(values, batch_first=True)
+        padded_values: EpisodeTokens = pad_sequence(values, batch_first=True)
         advantages, returns = gae(rewards, padded_values, mask, self.config.gamma, self.config.lam)
         advantages = whiten(advantages, mask)
 
         return PPOExperience(
             **vars(gated),
-            rewards=[row[:n] for row, n in zip(rewards, lengths, strict=True)],
-            advantages=[a[:n][own] for a, n, own in zip(advantages, lengths, written, strict=True)],
+            rewards=_rows(rewards, written),
+            advantages=[row[own] for row, own in zip(_rows(advantages, written), written, strict=True)],
             value_sequences=value_sequences,
             values=values,
-            returns=[row[:n] for row, n in zip(returns, lengths, strict=True)],
+            returns=_rows(returns, written),
+        )
+
+    def _reinforce(self, episodes: list[Episode], gated: GatedEpisodes) -> Experience:
+        """Do (5) and (6) of REINFORCE."""
+        # (5) Rewards.
+        written = [torch.ones(len(old), dtype=torch.bool) for old in gated.old_logprobs]
+        rewards, mask = self._token_rewards(episodes, gated, gated.sequences, written)
+
+        # (6) Advantages: the rewards to come minus their mean, whitened over the step's tokens.
+        to_come, _ = gae(rewards, torch.zeros_like(rewards), mask, self.config.gamma, lam=1.0)
+        advantages = whiten(to_come, mask)
+
+        return Experience(
+            **vars(gated), rewards=_rows(rewards, written), advantages=_rows(advantages, written)
         )
 
     def _grpo(self, episodes: list[Episode], gated: GatedEpisodes) -> Experience:
@@ -173,6 +189,40 @@ class ExperienceMaker:
                 for old, advantage in zip(gated.old_logprobs, advantages, strict=True)
             ],
         )
+
+    def _token_rewards(
+        self,
+        episodes: list[Episode],
+        gated: GatedEpisodes,
+        sequences: list[TokenSequence],
+        written: list[Bool[Tensor, " tokens"]],
+    ) -> tuple[EpisodeTokens, EpisodeTokens]:
+        """Return rewards of the tokens of `sequences`, of which the model wrote some, and a mask of padding.
+
+        EM on the last token (eq. 3), -beta KL on every token where the gate is open (eq. 4), and a penalty on
+        the last token of each turn whose search brought nothing new.
+        """
+        mask: EpisodeTokens = pad_sequence([torch.ones(len(own)) for own in written], batch_first=True)
+        kl = [torch.zeros(len(own)) for own in written]
+        for i, own in gated.kl.items():
+            kl[i].masked_scatter_(written[i], own)
+        padded_kl: EpisodeTokens = pad_sequence(kl, batch_first=True)
+        rewards = token_rewards(gated.correct, padded_kl, mask, gated.gate, self.config.beta)
+        if self.config.repeat_penalty:
+            for row, (episode, sequence) in enumerate(zip(episodes, sequences, strict=True)):
+                for turn in self._repeating(episode):
+                    rewards[row, sequence.positions.index(turn.end - 1)] -= self.config.repeat_penalty
+        return rewards, mask
+
+    def _repeating(self, episode: Episode) -> list[Turn]:
+        """Return the turns whose searches brought nothing new."""
+        assert self.decode is not None
+        searched = [
+            turn
+            for turn, text in zip(episode.turns, episode.turn_texts(self.decode), strict=True)
+            if turn.reply_end > turn.end and parse_action(text).kind is ActionKind.SEARCH
+        ]
+        return [turn for turn, repeats in zip(searched, episode.nothing_new, strict=True) if repeats]
 
     def _kl(
         self, sequences: list[TokenSequence], old: ByEpisode, chosen: list[int], estimator: str
@@ -215,6 +265,11 @@ class ExperienceMaker:
 
     def _each(self, sequences: list[TokenSequence], function: Callable[[TokenBatch], Tensor]) -> list[Tensor]:
         return each_sequence(self.actor, sequences, self.compute.micro_batch_tokens, function)
+
+
+def _rows(values: EpisodeTokens, tokens: ByEpisode) -> ByEpisode:
+    """Return each episode's values without the padding; `tokens` has as many as there are."""
+    return [row[: len(own)] for row, own in zip(values, tokens, strict=True)]
 
 
 def _sampled_logprobs(episodes: list[Episode], sequences: list[TokenSequence]) -> ByEpisode:

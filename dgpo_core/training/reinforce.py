@@ -1,4 +1,4 @@
-"""DGPO and its relatives: PPO or GRPO in which a gate decides what is pulled towards a reference (eqs. 2-4).
+"""DGPO and its relatives: PPO, GRPO or REINFORCE in which a gate opens to a reference's pull (eqs. 2-4).
 
 `Reinforcer.train` repeats one step (docs/method.md, "Equations"):
 
@@ -8,7 +8,8 @@
 (4) KL of the student to the reference (the teacher, or the model that training started from), which reads
     the episodes whose gate is open, and no others but for an audit;
 (5) rewards: exact match and, where the recipe places it there, the KL (eqs. 3 and 4);
-(6) advantages: over a critic's values (PPO), or over other episodes of the same question (GRPO);
+(6) advantages: over a critic's values (PPO), the mean of the step's tokens (REINFORCE), or other episodes of
+    the same question (GRPO);
 (7) update: the clipped surrogate (eq. 2), the entropy and, where the recipe places it there, the KL, of which
     (4) is then a part of this pass; under PPO also the critic.
 
@@ -28,7 +29,7 @@ from jaxtyping import Float
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dgpo_core.agent.episode import Episode
+from dgpo_core.agent.episode import Decode, Episode
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.threads import single_threaded
@@ -50,7 +51,7 @@ from dgpo_core.training.update import GuidanceLoss, Updater
 
 # Training stops when one of these is no number; causes first, as the first one says what to lower.
 WATCHED = ["kl_inside", "kl_outside", "reward", "value_loss", "critic_grad_norm", "policy_loss", "entropy"]
-WATCHED += ["guidance_loss", "approx_kl", "actor_grad_norm"]
+WATCHED += ["guidance_loss", "preserve_loss", "approx_kl", "actor_grad_norm"]
 
 
 @dataclass
@@ -60,7 +61,7 @@ class Reinforcer:
     `sampler` is the model that rolls out: a copy of the student under `overlap`, by default the student.
     Distributions are over the ids that the tokenizer knows, the first `known`, as far as both models have
     rows for them; None: all of these rows. `answered` are the questions that the teacher answers correctly,
-    for the gate `teachable`.
+    for the gate `teachable`; `decode` is the tokenizer's, for `repeat_penalty`.
     """
 
     student: PreTrainedModel
@@ -72,6 +73,7 @@ class Reinforcer:
     known: int | None = None
     sampler: PreTrainedModel | None = None
     answered: Answered = frozenset()
+    decode: Decode | None = None
 
     def __post_init__(self) -> None:
         self.vocabulary = shared_ids(self.known, self.student, self.reference)
@@ -109,7 +111,9 @@ class Reinforcer:
             rows, stepped.pending = state["rows"], state.get("pending")
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-        maker = ExperienceMaker(actor, reference, critic, self.recipe, config, self.compute, self.answered)
+        maker = ExperienceMaker(
+            actor, reference, critic, self.recipe, config, self.compute, self.answered, self.decode
+        )
         guidance = GuidanceLoss.of(self.recipe, reference)
         updater = Updater(actor, critic, config, self.compute, guidance)
         actor.publish()

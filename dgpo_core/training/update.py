@@ -13,6 +13,7 @@ from dgpo_core.objectives.divergences import Divergence, forward_kl, reverse_kl
 from dgpo_core.objectives.logprobs import PerToken, guided_logprobs
 from dgpo_core.objectives.policy import clipped_surrogate, importance_weights, value_loss
 from dgpo_core.objectives.rewards import kl_estimate
+from dgpo_core.objectives.turns import fallen_likelihood, sod_weights
 from dgpo_core.training.batches import TokenBatch, collate, policy_function
 from dgpo_core.training.engines import FrozenModel, TrainingEngine, summed
 from dgpo_core.training.episode_sources import Metrics
@@ -28,13 +29,14 @@ class GuidanceLoss:
     reference: FrozenModel
     divergence: str
     weight: float
+    turns: str = "equal"
 
     @classmethod
     def of(cls, recipe: Reinforcement, reference: FrozenModel | None) -> "GuidanceLoss | None":
         """Return the term of a recipe, if it places the KL in the loss."""
         if recipe.weight is None or reference is None:
             return None
-        return cls(reference, recipe.divergence, recipe.weight)
+        return cls(reference, recipe.divergence, recipe.weight, recipe.turns)
 
     def forward(
         self,
@@ -68,7 +70,7 @@ class Updater:
     """Updates actor and critic once by every mini-batch of a step's episodes: step (7)."""
 
     actor: TrainingEngine  # of a TokenModel
-    critic: TrainingEngine | None  # of a Critic; GRPO has none
+    critic: TrainingEngine | None  # of a Critic; only PPO has one
     config: ReinforceConfig
     compute: ComputeConfig
     guidance: GuidanceLoss | None = None
@@ -111,12 +113,19 @@ class Updater:
             loss = losses.sum() / tokens - config.entropy_weight * entropy.sum() / tokens
             sums = [losses.sum(), entropy.sum(), clipped.sum(), (old - logprobs).sum()]
             if guidance is not None:
+                if guidance.turns == "sod":
+                    kl = kl * sod_weights(old, reference, batch.turns, batch.rows)
                 loss = loss + guidance.weight * kl.sum() / tokens
                 sums += [kl.sum(), ((old - reference) * guided).sum() * tokens / max(1, inside)]
+            if config.preserve_weight:
+                fallen = fallen_likelihood(logprobs, old, advantages, batch.turns)
+                loss = loss + config.preserve_weight * fallen.sum() / tokens
+                sums += [fallen.sum()]
             return loss, dict(zip(names, (value.item() / tokens for value in sums), strict=True))
 
         names = ["policy_loss", "entropy", "clip_fraction", "approx_kl"]
         names += ["guidance_loss", "kl_inside"] if guidance is not None else []
+        names += ["preserve_loss"] if config.preserve_weight else []
         metrics = summed(actor, sequences, self.compute.micro_batch_tokens, names, objective)
         if not inside:
             metrics.pop("kl_inside", None)

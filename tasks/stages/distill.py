@@ -21,6 +21,7 @@ from dgpo_core.training.episode_sources import (
     TeacherEpisodes,
     without_failed,
 )
+from dgpo_core.training.keep import keeps
 from dgpo_core.training.teacher_cache import TeacherCache
 from dgpo_core.vocabulary import check_same_vocabulary
 from tasks.project.paths import (
@@ -120,9 +121,9 @@ def episode_source(params: Params, recipe: Distillation, runner: EpisodeRunner) 
 
 def teacher_episodes(recipe: Distillation) -> list[Episode]:
     """Read the teacher's episodes that the recipe learns from. Raise UserError when there is none."""
-    path = CORRECT_EPISODES if recipe.correct_only else TEACHER_EPISODES
-    episodes = without_failed(read_episodes(path))
-    require_episodes(len(episodes), f"episodes in {path}")
+    path = TEACHER_EPISODES if recipe.keep == "all" else CORRECT_EPISODES
+    episodes = [episode for episode in without_failed(read_episodes(path)) if keeps(recipe.keep, episode)]
+    require_episodes(len(episodes), f"episodes in {path} that keep: {recipe.keep} leaves")
     return episodes
 
 

@@ -5,18 +5,23 @@ from pathlib import Path
 
 from dgpo_core.agent.episode import Ending, Episode, Outcome, read_episodes, read_metadata, write_episodes
 from dgpo_core.config.params import load_params
+from dgpo_core.config.recipes import Keep
+from dgpo_core.training.keep import keeps
 from tasks.project.paths import CORRECT_EPISODES, TEACHER_EPISODES
 from tasks.stages.inputs import require_episodes
 from tasks.stages.outputs import write_csv, write_metrics
 from tasks.stages.stage import stage, stage_main
 
 AUDIT = Path("data/correct/audit.csv")
+STRICTER: tuple[Keep, ...] = ("searched", "evidence")  # than correct
 
 
 def reason(episode: Episode) -> str:
-    """Return `kept`, or the first thing that keeps an episode from training."""
+    """Return which rules of `keep` a correct episode meets, or the first thing that is wrong with it."""
     if episode.outcome is Outcome.CORRECT:
-        return "kept"
+        if episode.hit:
+            return "kept, evidence found"
+        return "kept, evidence not found" if episode.searches else "kept, no search"
     if episode.outcome is Outcome.FAILED:
         return "infrastructure failed"
     if episode.ending is Ending.LENGTH:
@@ -43,8 +48,10 @@ def filter_episodes() -> None:
         table = [[dataset, why, count] for (dataset, why), count in sorted(counts.items())]
         write_csv(run.output(AUDIT), [["data set", "reason", "episodes"], *table])
         summary: dict[str, float] = {"raw": len(episodes), "kept": len(kept)}
+        for rule in STRICTER:
+            summary[f"kept_{rule}"] = sum(keeps(rule, episode) for episode in kept)
         for (_, why), count in counts.items():
-            if why != "kept":
+            if not why.startswith("kept"):
                 key = why.replace(",", "").replace(" ", "_")
                 summary[key] = summary.get(key, 0) + count
         write_metrics(run, summary)

@@ -1,4 +1,4 @@
-"""Stage `reinforce`: train a recipe's student by PPO or GRPO, guided as its gate says (eqs. 2-4)."""
+"""Stage `reinforce`: train a recipe's student by PPO, GRPO or REINFORCE, as its gate says (eqs. 2-4)."""
 
 import copy
 
@@ -65,6 +65,7 @@ def reinforce(name: str) -> None:
             known_ids(tokenizer),
             sampler,
             _answered(recipe),
+            tokenizer.decode,
         )
         report = reporter(run, ("em", "kl_inside", "searches"))
         rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)

@@ -15,7 +15,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from dgpo_core.config.params import PARAMS, Params, load_params, paper_recipes, resolve_profile
-from dgpo_core.config.recipes import Distillation
+from dgpo_core.config.recipes import Distillation, Keep
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
 from tasks.project.dvc import LOCK, Lock, LockedStage, dvc_md5, read_lock, upstream
@@ -304,13 +304,19 @@ def _model(source: str, inputs: Mapping[str, str]) -> dict[str, str | None]:
     return {"source": source, "sha256": None, "md5": None, "revision": revision}
 
 
+RULES: dict[Keep, str] = {
+    "all": "all episodes",
+    "correct": "correct episodes only",
+    "searched": "correct episodes with a search",
+    "evidence": "correct episodes with evidence",
+}
+
+
 def _filter(recipe: str, params: Params, locked: Mapping[str, str]) -> dict[str, Any]:
     """Say which teacher episodes the distillations of the chain trained on, and the share that was kept."""
     rows = [params.recipes.all[name] for name in _chain(recipe, params)]
     on_teacher = [row for row in rows if isinstance(row, Distillation) and row.episodes != "student"]
-    rule = "no teacher episodes"
-    if on_teacher:
-        rule = "correct episodes only" if all(row.correct_only for row in on_teacher) else "all episodes"
+    rule = " and ".join(sorted({RULES[row.keep] for row in on_teacher})) or "no teacher episodes"
     path = METRICS / "filter.json"
     md5 = locked.get(path.as_posix())
     if not on_teacher or md5 is None or md5 != dvc_md5(path):

@@ -264,7 +264,7 @@ def test_a_rate_that_is_too_high_ends_the_stage_and_leaves_no_model(
 
 
 @pytest.mark.thorough
-@pytest.mark.parametrize("recipe", ["seqkd", "taid", "distillm", "kd_gkd", "kd_gkd_k1"])
+@pytest.mark.parametrize("recipe", ["seqkd", "taid", "distillm", "kd_gkd", "kd_gkd_k1", "kd_evidence"])
 def test_distillations_of_the_papers_table(finished: Path, workplace: Path, recipe: str) -> None:
     copy_inputs(finished, workplace, recipes=[recipe])
     distill(recipe)
@@ -310,6 +310,18 @@ def test_kl_as_a_term_of_the_loss(finished: Path, workplace: Path, recipe: str) 
     assert metrics["dev_em"] == pytest.approx(max(ems), abs=1e-6)
     assert metrics["kept_step"] == ems.index(max(ems)) + 1
     assert len(rows) == 4 or ems[-1] <= max(ems[:-1])
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("recipe", ["reinforce_loss", "sod_loss", "dgpo_repeat", "grpo_preserve"])
+def test_reinforcement_beyond_the_paper(finished: Path, workplace: Path, recipe: str) -> None:
+    copy_inputs(finished, workplace, recipes=[recipe])
+    reinforce(recipe)
+    rows = curves(f"reinforce-{recipe}")
+    assert len(rows) == 4 and any(row["actor_grad_norm"] > 0 for row in rows)
+    assert ("value_loss" in rows[0]) == (recipe in ("sod_loss", "dgpo_repeat"))
+    assert ("guidance_loss" in rows[0]) == recipe.endswith("_loss")
+    assert ("preserve_loss" in rows[0]) == (recipe == "grpo_preserve")
 
 
 @pytest.mark.thorough

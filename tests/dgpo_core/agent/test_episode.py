@@ -87,6 +87,14 @@ def test_turns_hold_every_token_of_the_model_and_the_reply_to_it(seeds: list[int
     assert len(starts) == sum(each.generations for each in episodes)
 
 
+def test_searches_that_bring_nothing_new() -> None:
+    """Known passages in any order, or none at all."""
+    found = [["a", "b"], ["b", "c"], ["c", "a"], [], ["d"], ["d"]]
+    searches = [Search("q", passages, [1.0] * len(passages)) for passages in found]
+    episode = replace(random_episode(1), searches=searches)
+    assert episode.nothing_new == [False, False, True, True, False, True]
+
+
 def test_an_episode_without_a_generation_has_no_turns() -> None:
     prompt = replace(random_episode(0), token_ids=[1, 2], owners=[Owner.PROMPT, Owner.ENVIRONMENT])
     assert prompt.turns == []

@@ -154,6 +154,15 @@ def test_bad_parameters(tmp_path: Path, content: str, message: str) -> None:
         ("reinforce: {x: {start: student, guidance: none, weight: 1.0}}", "x: weight is for placement loss"),
         ("reinforce: {x: {start: student, guidance: none, placement: loss}}", "x: placement loss needs"),
         (
+            "reinforce: {x: {start: student, guidance: none, turns: sod}}",
+            "x: turns sod is for placement loss",
+        ),
+        (
+            "reinforce: {x: {start: student, guidance: none, algorithm: grpo, "
+            "settings: {repeat_penalty: 1}}}",
+            "reinforce.repeat_penalty: x is GRPO, which rewards no single turns",
+        ),
+        (
             "reinforce: {x: {start: student, guidance: uniform, reference: initial, divergence: forward_kl}}",
             "x: divergence forward_kl is for placement loss; a reward takes ('k1',",
         ),

@@ -1,7 +1,8 @@
-"""PPO's and GRPO's parts against plain Python, closed forms, numpy, verl, TRL and torchrl."""
+"""The parts of PPO, GRPO and REINFORCE against plain Python, closed forms, numpy, verl, TRL and torchrl."""
 
 import math
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,6 +89,19 @@ def test_padding_and_order_change_nothing() -> None:
     whitened = whiten(advantages, MASK)
     torch.testing.assert_close(whiten(wider + 9, mask)[:, :7], whitened)
     torch.testing.assert_close(whiten(advantages[order], MASK[order]), whitened[order])
+
+
+@given(st.lists(st.integers(1, 8), min_size=2, max_size=5), FACTORS, st.integers(0, 2**32 - 1))
+def test_verls_reinforce_plus_plus(lengths: list[int], gamma: float, seed: int) -> None:
+    generator, width = torch.Generator().manual_seed(seed), max(lengths)
+    mask = torch.tensor([[float(t < n) for t in range(width)] for n in lengths])
+    rewards = torch.randn(len(lengths), width, generator=generator) * mask
+    theirs, returns = core_algos.compute_reinforce_plus_plus_outcome_advantage(
+        rewards, mask, SimpleNamespace(gamma=gamma)
+    )
+    to_come, _ = gae(rewards, torch.zeros_like(rewards), mask, gamma, 1.0)
+    torch.testing.assert_close(to_come, returns, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(whiten(to_come, mask), theirs, rtol=1e-4, atol=1e-4)
 
 
 GROUPS = st.lists(st.tuples(st.sampled_from("abcd"), st.sampled_from([0.0, 1.0, -0.3])), max_size=20)

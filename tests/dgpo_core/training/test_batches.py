@@ -46,6 +46,14 @@ def test_sequences_count_the_right_owners() -> None:
             assert sequence.positions == [t for t, o in enumerate(episode.owners) if Owner(o) in counted]
 
 
+def test_turns_are_numbered_over_the_batch() -> None:
+    episodes = [random_episode(seed) for seed in range(7)]
+    batch = collate([model_sequence(episode) for episode in episodes], CPU)
+    lengths = [turn.end - turn.start for episode in episodes for turn in episode.turns]
+    expected = [number for number, length in enumerate(lengths) for _ in range(length)]
+    assert batch.turns.tolist() == expected and len(lengths) > 7
+
+
 def test_collate() -> None:
     sequences = [model_sequence(random_episode(seed)) for seed in range(7)]
     batch = collate(sequences, CPU)

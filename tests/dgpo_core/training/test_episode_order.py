@@ -40,6 +40,9 @@ def sampled(number: int) -> Episode:
 EPISODES = [sampled(number) for number in range(COUNT)]
 
 
+SOD: dict[str, Any] = {"placement": "loss", "divergence": "reverse_kl", "weight": 0.5, "turns": "sod"}
+
+
 @dataclass(frozen=True)
 class Step:
     """What one step computes of its episodes, up to the gradients of its only mini-batch."""
@@ -54,8 +57,9 @@ def step(
 ) -> Step:
     recipe = reinforcement(algorithm, **row)
     config = ReinforceConfig(
-        beta=0.1, gae_scope=scope, audit_episodes=COUNT, entropy_weight=0.05, importance_cap=1.5
-    )
+        beta=0.1, gae_scope=scope, audit_episodes=COUNT, entropy_weight=0.05, importance_cap=1.5,
+        preserve_weight=0.3 if algorithm == "reinforce" else 0.0,
+    )  # fmt: skip
     compute = exact(tokens)
     actor, reference, valued = engines(parts, compute)
     critic = valued if algorithm == "ppo" else None
@@ -92,6 +96,7 @@ def by_episode(experience: Experience, order: list[int]) -> list[list[torch.Tens
         ("ppo", "all", {}),
         ("grpo", "model_tokens", {}),
         ("ppo", "model_tokens", {"placement": "loss", "divergence": "reverse_kl", "weight": 0.5}),
+        ("reinforce", "model_tokens", SOD),
     ],
 )
 @settings(max_examples=8)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.agent.episode import Episode, Owner
+from dgpo_core.agent.episode import Decode, Episode, Owner, Search
 from dgpo_core.config.agent import Sampling
 from dgpo_core.config.training import ReinforceConfig
 from dgpo_core.training.batches import model_sequence
@@ -44,6 +44,7 @@ def make(
     guidance: str = "selective",
     episodes: list[Episode] = EPISODES,
     row: dict[str, Any] = REWARD,
+    decode: Decode | None = None,
     **settings: Any,
 ) -> Any:
     config = ReinforceConfig.model_validate({"beta": 0.1} | settings)
@@ -51,7 +52,8 @@ def make(
     reference = None if guidance == "none" else teacher
     valued = critic if algorithm == "ppo" else None
     recipe = reinforcement(algorithm, guidance, **row)
-    return ExperienceMaker(actor, reference, valued, recipe, config, exact()).make(episodes)
+    maker = ExperienceMaker(actor, reference, valued, recipe, config, exact(), decode=decode)
+    return maker.make(episodes)
 
 
 @torch.no_grad()
@@ -131,6 +133,55 @@ def test_release_runs_gae_over_the_environments_tokens_too(parts: Parts) -> None
         written.append(mine)
     flat = torch.cat(raw)
     close(torch.cat(whole.advantages), ((flat - flat.mean()) / flat.std())[torch.cat(written)])
+
+
+@pytest.mark.parametrize("gamma", [1.0, 0.9])
+def test_reinforce_has_the_rewards_to_come_minus_the_mean_of_the_step(parts: Parts, gamma: float) -> None:
+    experience = make(parts, "reinforce", gamma=gamma)
+    assert not isinstance(experience, PPOExperience)
+    to_come = [
+        sum(gamma**k * float(r) for k, r in enumerate(rewards[place:]))
+        for rewards in experience.rewards
+        for place in range(len(rewards))
+    ]
+    flat = torch.tensor(to_come)
+    close(torch.cat(experience.advantages), (flat - flat.mean()) / flat.std())
+    close(experience.rewards, make(parts, gamma=gamma).rewards)  # with the KL as PPO has it
+
+
+SCRIPT = ["<search>q</search>", "well", "<search>q</search>", "<search>r</search>", "<search>q</search>"]
+
+
+def searching() -> Episode:
+    """Five turns of two tokens: searches 1 and 3 find the same, turn 2 is invalid, the last is unanswered."""
+    owners = [int(owner) for owner in (Owner.PROMPT, *[Owner.MODEL, Owner.MODEL, Owner.ENVIRONMENT] * 5)]
+    searches = [Search("q", passages, [1.0]) for passages in (["a"], ["a"], ["b"])]
+    base = random_episode(0, correct=True)
+    ids, owners = list(range(1, len(owners))), owners[:-1]
+    return replace(base, token_ids=ids, owners=owners, logprobs=[-1.0] * len(ids), searches=searches)
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "scope"), [("ppo", "model_tokens"), ("ppo", "all"), ("reinforce", "all")]
+)
+def test_a_search_that_brings_nothing_new_is_punished_where_it_ends(
+    parts: Parts, algorithm: str, scope: str
+) -> None:
+    """In the third of five turns: on its second token, whichever tokens have a reward."""
+    episode = searching()
+    how: dict[str, Any] = {"guidance": "none", "gae_scope": scope, "repeat_penalty": 0.25}
+    starts = {turn.start: number for number, turn in enumerate(episode.turns)}
+    plain, found = (
+        make(
+            parts, algorithm, episodes=[episode, random_episode(3)],
+            decode=lambda ids: SCRIPT[starts[ids[0] - 1]] if ids[0] - 1 in starts else "", **how | own,
+        )
+        for own in ({"repeat_penalty": 0.0}, {})
+    )  # fmt: skip
+    taken = plain.rewards[0] - found.rewards[0]
+    place = 7 if (algorithm, scope) == ("ppo", "all") else 5
+    assert taken.nonzero()[:, 0].tolist() == [place] and float(taken[place]) == 0.25
+    close(found.rewards[1], plain.rewards[1])
 
 
 def test_training_metrics(parts: Parts) -> None:

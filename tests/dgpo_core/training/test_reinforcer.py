@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from dgpo_core.agent.episode import Episode, Outcome
+from dgpo_core.agent.episode import Episode, Outcome, Search
 from dgpo_core.config.training import ReinforceConfig
 from dgpo_core.errors import InfrastructureError, NotFinite
 from dgpo_core.training.checkpoint import Checkpoint
@@ -88,8 +88,9 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Train:
         config = CONFIG.model_copy(update=settings)
         recipe = reinforcement(algorithm, guidance, **row or {})
         trainer = Reinforcer(
-            student, reference, recipe, config, exact(tokens), 3, len(tokenizer), answered=answered
-        )
+            student, reference, recipe, config, exact(tokens), 3, len(tokenizer), answered=answered,
+            decode=lambda ids: "<search>q</search>",
+        )  # fmt: skip
 
         def report(steps: int, rows: list[Metrics]) -> None:
             assert steps == config.steps
@@ -103,7 +104,7 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Train:
     return run
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "reinforce"])
 def test_threads_change_no_bit(train: Train, algorithm: str) -> None:
     before = torch.get_num_threads()
     runs = []
@@ -118,7 +119,7 @@ def test_threads_change_no_bit(train: Train, algorithm: str) -> None:
         assert run.rows == runs[0].rows and equal(run.after, runs[0].after)
 
 
-@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo", "reinforce"])
 def test_resumed_run_is_bit_identical(train: Train, algorithm: str) -> None:
     whole = train(algorithm)
     with pytest.raises(KeyboardInterrupt):
@@ -132,11 +133,41 @@ def test_resumed_run_is_bit_identical(train: Train, algorithm: str) -> None:
     assert [row["step"] for row in whole.rows] == [1, 2, 3, 4, 5]
     assert [row.get("dev_em") for row in whole.rows] == [None, 0.25, None, 0.25, 0.25]
     for row in whole.rows:
-        assert row["gate_excluded"] == pytest.approx(1 / (6 if algorithm == "ppo" else 5))
+        assert row["gate_excluded"] == pytest.approx(1 / (5 if algorithm == "grpo" else 6))
         assert row["gate_open"] + row["gate_closed"] + row["gate_excluded"] == pytest.approx(1)
     first = whole.rows[0]
     assert ("value_loss" in first) == ("explained_variance" in first) == (algorithm == "ppo")
     assert any(row["actor_grad_norm"] > 0 for row in whole.rows)
+
+
+SOD: dict[str, Any] = {"placement": "loss", "divergence": "reverse_kl", "weight": 0.5, "turns": "sod"}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "row", "settings", "column"),
+    [
+        ("ppo", SOD, {}, "guidance_loss"),
+        ("grpo", {}, {"preserve_weight": 0.5}, "preserve_loss"),
+        ("reinforce", {}, {"repeat_penalty": 0.5}, "reward"),
+    ],
+)
+def test_variants_change_the_training_and_resume_exactly(
+    train: Train, algorithm: str, row: dict[str, Any], settings: dict[str, Any], column: str
+) -> None:
+    def episodes(chosen: list[int], step: int) -> list[Episode]:
+        found = [[Search("q", ["p"], [1.0]) for _ in e.turns[:-1]] for e in rollout(chosen, step)]
+        return [replace(e, searches=own) for e, own in zip(rollout(chosen, step), found, strict=True)]
+
+    how: dict[str, Any] = {"episodes": episodes, "tokens": 60, **settings}
+    whole = train(algorithm, row=row, **how)
+    with pytest.raises(KeyboardInterrupt):
+        train(algorithm, folder="killed", kill_at=4, row=row, **how)
+    resumed = train(algorithm, folder="killed", row=row, **how)
+    assert resumed.rows == whole.rows and equal(resumed.after, whole.after)
+    plain_row = {key: value for key, value in row.items() if key != "turns"}
+    plain = train(algorithm, folder="plain", row=plain_row, **how | dict.fromkeys(settings, 0.0))
+    assert not equal(plain.after, whole.after)
+    assert [r[column] for r in whole.rows] != [r.get(column) for r in plain.rows]
 
 
 def test_best_validated_model_is_kept_and_training_ends_without_patience(train: Train) -> None:

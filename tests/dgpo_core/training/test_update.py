@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -191,6 +192,60 @@ def test_kl_of_gated_episodes_is_a_term_of_the_loss(parts: Parts, divergence: st
     close(found, gradients(student), 1e-3, 1e-5)
     assert metrics["guidance_loss"] == pytest.approx(float(mean), rel=1e-3)
     assert metrics["kl_inside"] == pytest.approx(float(torch.cat(gaps).mean()), rel=1e-3)
+
+
+def turn_lengths(sequence: TokenSequence) -> list[int]:
+    """Of the runs of positions."""
+    begins = [i for i, p in enumerate(sequence.positions) if i == 0 or p != sequence.positions[i - 1] + 1]
+    return [b - a for a, b in pairwise([*begins, len(sequence.positions)])]
+
+
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_sod_weighs_the_kl_of_each_turn(parts: Parts, tokens: int) -> None:
+    (student, teacher, _), experience = parts, experience_of()
+    updater = guided(parts, "reverse_kl", 0.3, tokens=tokens)
+    updater.guidance = replace(updater.guidance, turns="sod")  # type: ignore[type-var]
+    updater._actor_gradient(
+        replace(experience, advantages=[torch.zeros_like(a) for a in experience.advantages]), CHOSEN
+    )
+    found, terms = gradients(student), []
+    for i in CHOSEN:
+        sequence, old = experience.sequences[i], experience.old_logprobs[i]
+        places = [position - 1 for position in sequence.positions]
+        with torch.no_grad():
+            wide, gaps = table(teacher, sequence.ids)[places], old - logprobs_of(teacher, sequence)
+        mine = table(student, sequence.ids)[places]
+        means = [float(part.abs().mean()) for part in gaps.split(turn_lengths(sequence))]
+        kl = (mine.exp() * (mine - wide)).sum(-1)
+        for part, mean in zip(kl.split(turn_lengths(sequence)), means, strict=True):
+            terms.append(min(means[0] / mean, 1.2) * part)
+    (0.3 * torch.cat(terms).mean()).backward()
+    close(found, gradients(student), 1e-3, 1e-5)
+
+
+@pytest.mark.parametrize("tokens", [1, 10_000])
+def test_falling_likelihood_is_a_term_of_the_loss(parts: Parts, tokens: int) -> None:
+    """Of the tokens with a good advantage, in turns where their likelihood has fallen."""
+    student, experience = parts[0], experience_of()
+    updater_of(parts, entropy_weight=0.0)._actor_gradient(experience, CHOSEN)
+    plain = gradients(student)
+    updater = updater_of(parts, tokens, entropy_weight=0.0, preserve_weight=0.5)
+    metrics = updater._actor_gradient(experience, CHOSEN)
+    found = [a - b for a, b in zip(gradients(student), plain, strict=True)]
+    terms, count = [], 0
+    for i in CHOSEN:
+        sequence, advantages = experience.sequences[i], experience.advantages[i]
+        count += len(sequence.positions)
+        falls = experience.old_logprobs[i] - logprobs_of(student, sequence)
+        lengths = turn_lengths(sequence)
+        for fall, advantage in zip(falls.split(lengths), advantages.split(lengths), strict=True):
+            good = [own for own, a in zip(fall, advantage, strict=True) if a >= 0]
+            if good and sum(map(float, good)) > 0:
+                terms += [own for own in good if own > 0]
+    assert 0 < len(terms) < count
+    (0.5 * torch.stack(terms).sum() / count).backward()
+    close(found, gradients(student), 1e-3, 1e-5)
+    assert metrics["preserve_loss"] == pytest.approx(float(torch.stack(terms).sum()) / count, rel=1e-3)
 
 
 def test_reference_reads_guided_episodes_alone(parts: Parts) -> None:
