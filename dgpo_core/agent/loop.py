@@ -34,6 +34,7 @@ from dgpo_core.threads import side_by_side
 STOP = (prompts.SEARCH_END, prompts.ANSWER_END)
 PAUSE = 0.05  # seconds after which others may join episodes that all wait for a search
 SHORTEST_LANE = 8  # episodes: fewer together take as long as these
+Deal = Callable[[int], list[Passage]]  # the number of earlier searches -> passages, whatever is asked
 
 
 class Watcher(Protocol):
@@ -54,7 +55,7 @@ class Task:
 
     `opening` is text of the environment between the prompt and the first generation (ARCap's given context);
     with `single_turn` that generation is the only one. `seed` with the turn's number seeds the sampling.
-    `protocol` has limits of its own for this episode.
+    `protocol` has limits of its own for this episode. `deal` takes the retriever's place.
     """
 
     question: Question
@@ -65,6 +66,7 @@ class Task:
     single_turn: bool = False
     protocol: ProtocolConfig | None = None
     watcher: Watcher | None = None
+    deal: Deal | None = None
 
 
 @dataclass(eq=False)
@@ -222,7 +224,16 @@ class AgentLoop:
             if not episode.is_last:
                 episode.append(self._encode(prompts.INVALID_ACTION), Owner.ENVIRONMENT)
 
-    def search(self, queries: list[str]) -> list[list[Hit]]:
+    def search(self, episodes: list[_State]) -> list[list[Hit]]:
+        """Return what each episode's search finds. Raises InfrastructureError."""
+        asking = [episode.query or "" for episode in episodes if episode.task.deal is None]
+        found = iter(self._retrieve(asking) if asking else [])
+        return [
+            next(found) if (deal := episode.task.deal) is None else _dealt(deal(len(episode.searches)))
+            for episode in episodes
+        ]
+
+    def _retrieve(self, queries: list[str]) -> list[list[Hit]]:
         """Search; failures of the infrastructure are tried again. Raises InfrastructureError."""
         retrying = Retrying(
             retry=retry_if_exception_type(InfrastructureError),
@@ -393,8 +404,7 @@ class RunningEpisodes:
 
     def _begin_search(self) -> None:
         if self._asking and self._search is None:
-            queries = [episode.query or "" for episode in self._asking]
-            self._search = self._asking, self._searcher.submit(self._loop.search, queries)
+            self._search = self._asking, self._searcher.submit(self._loop.search, self._asking)
             self._asking = []
 
     def _take_hits(self) -> None:
@@ -434,6 +444,11 @@ class RunningEpisodes:
 def _holds_answer(passage: Passage, answers: tuple[str, ...]) -> bool:
     """Cache `contains_answer`: the episodes of a question find the same passages."""
     return contains_answer(passage.contents, answers)
+
+
+def _dealt(passages: list[Passage]) -> list[Hit]:
+    """Return passages that nobody ranked, with reciprocal ranks as scores."""
+    return [Hit(passage, 1 / rank) for rank, passage in enumerate(passages, 1)]
 
 
 def _open_tag(opening: str) -> str:

@@ -251,6 +251,9 @@ class EvaluateConfig(Section):
         200,
         description="training questions, and as many validation questions, that trained models are asked",
     )
+    counterfactual_questions: NonNegativeInt = Field(
+        100, description="first so many of each set are asked again with other passages; 0: none"
+    )
     trace_episodes: NonNegativeInt = Field(
         40, description="episodes of a model that MLflow gets as traces; 0: none, in training either"
     )

@@ -1,4 +1,4 @@
-"""What the evaluation of models left behind: read and checked, as tables of a run, and compared in pairs.
+"""What the evaluation of models left behind: read and checked, and as tables of a run.
 
 Tables are plain dictionaries, ready for JSON.
 """
@@ -68,9 +68,8 @@ Table = dict[str, Any]
 PAIRS = (("dgpo", "kd"), ("dgpo", "kd_long"), ("kd", "student"), ("teacher", "dgpo"))
 BEHAVIOUR = ("f1", "sub_em", "hit", "searches", "well_formed", "unanswered", "invalid", "cut", "model_tokens")
 AVERAGE = "average"
-COMPARED = ("em", "f1")  # of two models, beside ARCap
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)
-_Pair = tuple[NDArray[np.float64], NDArray[np.float64]]  # two models' values of the same questions
+Pair = tuple[NDArray[np.float64], NDArray[np.float64]]  # two models' values of the same questions
 
 
 @dataclass(frozen=True)
@@ -282,7 +281,7 @@ def _model_results(scores: Scores, datasets: Sequence[str]) -> Table:
 def behaviour(scores: Mapping[str, Scores], datasets: Sequence[str]) -> dict[str, Table]:
     """Return {model: {quantity of BEHAVIOUR: {mean, ci95, n}}}, averaged over the data sets."""
     return {
-        model: {name: _entry(_over(own, name, datasets)) for name in BEHAVIOUR}
+        model: {name: entry(_over(own, name, datasets)) for name in BEHAVIOUR}
         for model, own in scores.items()
     }
 
@@ -291,10 +290,10 @@ def comparisons(scores: Mapping[str, Scores]) -> dict[str, Table]:
     """Return {"dgpo-kd": {mean, ci95, n}, ...}: paired EM differences on the pooled questions.
 
     The pairs of PAIRS whose models both exist, or neighbours where no such pair does; only questions that
-    failed for neither. Any other pair: `compare`.
+    failed for neither. Any other pair: `comparison.compare`.
     """
     em = {model: own.values["em"] for model, own in scores.items()}
-    return {name: _paired(em[first], em[second]) for name, first, second in _pairs(em)}
+    return {name: _paired(em[first], em[second]) for name, first, second in pairs_of(em)}
 
 
 def read_gaps(evaluation: Path, models: Sequence[str]) -> dict[str, Table]:
@@ -310,7 +309,7 @@ def read_gaps(evaluation: Path, models: Sequence[str]) -> dict[str, Table]:
         em = {name: np.array([r["em"] for r in rows if r["split"] == name], float) for name in SPLITS}
         if all(values.size for values in em.values()):
             gap = unpaired_difference(*em.values())
-            found[model] = {name: _pooled(values) for name, values in em.items()} | {"gap": _entry(gap)}
+            found[model] = {name: _pooled(values) for name, values in em.items()} | {"gap": entry(gap)}
     return found
 
 
@@ -336,7 +335,7 @@ def arcap_comparisons(measured: Mapping[str, Mapping[str, Measurement]]) -> dict
             for name, values in measured[first].items()
             if name in measured[second]
         }
-        for pair, first, second in _pairs(measured)
+        for pair, first, second in pairs_of(measured)
     }
 
 
@@ -360,7 +359,7 @@ def _model_diagnosis(rows: list[Row], datasets: Sequence[str]) -> Table:
         for failure in Failure
     }
     return {
-        "first_failures": {name: _entry(_stratified(strata)) for name, strata in shares.items()},
+        "first_failures": {name: entry(_stratified(strata)) for name, strata in shares.items()},
         "by_dataset": {
             name: {str(failure): own.count(failure) for failure in Failure} for name, own in found.items()
         },
@@ -374,7 +373,7 @@ def _model_diagnosis(rows: list[Row], datasets: Sequence[str]) -> Table:
     }
 
 
-def _pairs(models: Iterable[str]) -> list[tuple[str, str, str]]:
+def pairs_of(models: Iterable[str]) -> list[tuple[str, str, str]]:
     """Return (name, first, second) of the PAIRS that there are, else of each model and the one before it."""
     there = list(models)
     pairs = [(first, second) for first, second in PAIRS if first in there and second in there]
@@ -383,12 +382,12 @@ def _pairs(models: Iterable[str]) -> list[tuple[str, str, str]]:
 
 
 def _paired(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Table:
-    first, second = _answered((ours, theirs))
-    return _entry(paired_difference(first, second) if first.size else NOTHING)
+    first, second = answered((ours, theirs))
+    return entry(paired_difference(first, second) if first.size else NOTHING)
 
 
 def _pooled(values: NDArray[np.float64]) -> Table:
-    return _entry(_stratified([values]))
+    return entry(_stratified([values]))
 
 
 def _over(scores: Scores, quantity: str, datasets: Sequence[str]) -> Estimate:
@@ -406,81 +405,13 @@ def _mean(scores: Scores, quantity: str, datasets: Sequence[str]) -> float:
     return float(np.mean([values.mean() if values.size else math.nan for values in strata]))
 
 
-def _entry(estimate: Estimate) -> Table:
+def entry(estimate: Estimate) -> Table:
+    """Return an estimate as a table's entry."""
     interval = rounded([estimate.low, estimate.high])
     return {"mean": rounded(estimate.mean), "ci95": interval, "n": estimate.n}
 
 
-def compare(
-    evaluation: Path,
-    first: str,
-    second: str,
-    datasets: Sequence[str],
-    asked: Mapping[str, int] = EVERY,
-) -> dict[str, Any]:
-    """Compare two models question by question.
-
-    Returns {models, em and f1: {datasets: {name: row}, average: row, pooled: row}, arcap: {name: row}}. A row
-    is {first, second, difference, ci95, n, excludes_zero}: means over the `n` questions that failed for
-    neither, first - second with its paired 95 % interval, and whether that leaves 0 out. `average` is the
-    mean over the data sets, as in results.json; `pooled` is over all questions, as in comparisons.json. Of
-    the data sets in `asked` only so many questions count; of ARCap's measurements those of both models.
-
-    Raises UserError for a model that was not evaluated, and for models that were asked different questions.
-    """
-    for model in (first, second):
-        _require_evaluated(evaluation, model)
-    scores = read_scores(evaluation, [first, second], datasets, asked)
-    measured = read_arcap(evaluation, [first, second])
-    return {
-        "models": [first, second],
-        **{name: _compared_quantity(scores[first], scores[second], name, datasets) for name in COMPARED},
-        "arcap": {
-            name: _compared([(own.values, measured[second][name].values)])
-            for name, own in measured[first].items()
-            if name in measured[second]
-        },
-    }
-
-
-def _require_evaluated(evaluation: Path, model: str) -> None:
-    found = sorted(path.parent.name for path in evaluation.glob("*/questions.parquet"))
-    if model not in found:
-        there = f"evaluated are {', '.join(found)}" if found else "no model is"
-        raise UserError(f"{evaluation / model}: {model!r} is not evaluated; {there}")
-
-
-def _compared_quantity(ours: Scores, theirs: Scores, name: str, datasets: Sequence[str]) -> Row:
-    of = np.array([dataset for dataset, _ in ours.keys])
-    first, second = ours.values[name], theirs.values[name]
-    strata = {dataset: (first[of == dataset], second[of == dataset]) for dataset in datasets}
-    return {
-        "datasets": {dataset: _compared([pair]) for dataset, pair in strata.items()},
-        "average": _compared(list(strata.values())),
-        "pooled": _compared([(first, second)]),
-    }
-
-
-def _compared(strata: Sequence[_Pair]) -> Row:
-    """Compare the averages over strata; without an answered question in one of them there is none."""
-    pairs = [_answered(pair) for pair in strata]
-    ours, theirs, difference = math.nan, math.nan, NOTHING
-    if all(first.size for first, _ in pairs):
-        ours, theirs = (float(np.mean([v.mean() for v in own])) for own in zip(*pairs, strict=True))
-        difference = mean_of_means([first - second for first, second in pairs], signed=True)
-    values = {
-        "first": ours,
-        "second": theirs,
-        "difference": difference.mean,
-        "ci95": [difference.low, difference.high],
-        "n": difference.n,
-        "excludes_zero": difference.low > 0 or difference.high < 0,
-    }
-    result: Row = rounded(values)
-    return result
-
-
-def _answered(pair: _Pair) -> _Pair:
+def answered(pair: Pair) -> Pair:
     """Return the values of the questions that failed for neither."""
     first, second = pair
     both = ~(np.isnan(first) | np.isnan(second))

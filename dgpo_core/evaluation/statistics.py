@@ -94,22 +94,67 @@ def unpaired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
 def rate_difference(first: ArrayLike, second: ArrayLike, resampling: Resampling = DEFAULT) -> Estimate:
     """Subtract two rates over the same questions, each over those that apply to it (not nan).
 
-    Whole questions are resampled, so that what both rates share is shared in every sample. The interval is
-    nan where a rate has no question; `n` counts the questions that apply to one of them at least.
-
-    Raises ValueError when the two differ in length or nothing applies to one of them.
+    As `share_difference`, of flags: a question applies once to a rate, or not at all.
     """
     a, b = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
-    if a.shape != b.shape:
-        raise ValueError(f"a paired test needs the same questions: {a.shape} against {b.shape}")
-    applies_a, applies_b = ~np.isnan(a), ~np.isnan(b)
-    if not (applies_a.any() and applies_b.any()):
+    counted = [Occurrences(np.nan_to_num(flags), 1.0 - np.isnan(flags)) for flags in (a, b)]
+    return share_difference(counted[0], counted[1], resampling)
+
+
+@dataclass(frozen=True)
+class Occurrences:
+    """Counts something in questions, one entry of both arrays each: `events` among `occasions`."""
+
+    events: NDArray[np.float64]
+    occasions: NDArray[np.float64]
+
+    @property
+    def questions(self) -> int:
+        """Return the number of questions with an occasion."""
+        return int((self.occasions > 0).sum())
+
+
+def share(counted: Occurrences, signed: bool = False, resampling: Resampling = DEFAULT) -> Estimate:
+    """Divide all events by all occasions, of questions that are resampled whole.
+
+    `n` counts those with an occasion; the interval is nan where they are few. `signed` as in
+    `mean_with_interval`. Raises ValueError without any occasion.
+    """
+    applies = counted.occasions > 0
+    events, occasions = counted.events[applies], counted.occasions[applies]
+    if not applies.any():
+        raise ValueError("a share needs at least one occasion")
+    if (occasions == 1).all():
+        return mean_with_interval(events, signed, resampling)
+    value, n = float(events.sum() / occasions.sum()), counted.questions
+    if value in (0, 1):
+        return _all_alike(value, n, CONFIDENCE, signed)
+    if n < MIN_APPLYING:
+        return Estimate(value, float("nan"), float("nan"), n)
+    zeros = np.zeros(n)
+    low, high = _interval([events, occasions, zeros, zeros], _rates, resampling=resampling, paired=True)
+    return Estimate(value, low, high, n)
+
+
+def share_difference(first: Occurrences, second: Occurrences, resampling: Resampling = DEFAULT) -> Estimate:
+    """Subtract two shares over the same questions.
+
+    Whole questions are resampled, so that what both shares have in common they have in every sample. The
+    interval is nan where one of them has few questions; `n` counts those with an occasion of one at least.
+
+    Raises ValueError when the two differ in length or one of them has no occasion.
+    """
+    if first.occasions.shape != second.occasions.shape:
+        lengths = f"{first.occasions.shape} against {second.occasions.shape}"
+        raise ValueError(f"a paired test needs the same questions: {lengths}")
+    fewest = min(first.questions, second.questions)
+    if not fewest:
         raise ValueError("a rate needs at least one question")
-    either = applies_a | applies_b
-    parts = [np.nan_to_num(a), applies_a, np.nan_to_num(b), applies_b]
-    samples = [part[either].astype(np.float64) for part in parts]
+    either = (first.occasions > 0) | (second.occasions > 0)
+    parts = [first.events, first.occasions, second.events, second.occasions]
+    samples = [part[either] for part in parts]
     mean, n = float(_rates(*samples, axis=-1)), int(either.sum())
-    if n < 2 or min(applies_a.sum(), applies_b.sum()) < MIN_APPLYING:
+    if n < 2 or fewest < MIN_APPLYING:
         return Estimate(mean, float("nan"), float("nan"), n)
     low, high = _interval(samples, _rates, resampling=resampling, paired=True)
     return Estimate(mean, low, high, n)

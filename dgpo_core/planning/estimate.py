@@ -214,11 +214,14 @@ class Planner:
         return busy + (assumed.scheduling if self._vllm else assumed.launch * shape.layers)
 
     def _evaluate(self, model: str) -> Estimate:
-        """Estimate the test sets, and for ARCap two episodes of one turn a question of NQ and MuSiQue."""
+        """Estimate the test sets, for ARCap two episodes of one turn a question of NQ and MuSiQue, and of the
+        questions asked again one of one turn (closed book) and three whole ones (other passages)."""
         shape, lengths, config = self.shape_of(model), self.work.lengths, self.params.evaluate
         asked = {name: min(count, config.questions or count) for name, count in self.work.test.items()}
         given = [self.params.questions.playing(role) for role in ("nq", "musique")]
-        every, extra = sum(asked.values()), 2 * sum(asked[name] for name in given if name)
+        again = sum(min(count, config.counterfactual_questions) for count in asked.values())
+        every = sum(asked.values()) + 3 * again
+        extra = 2 * sum(asked[name] for name in given if name) + again
         single = replace(lengths, model=lengths.model / lengths.turns, turns=1.0)
         sets = self._generate(shape, every, chunk=config.chunk)
         arcap = self._generate(shape, extra, single, chunk=config.chunk)

@@ -151,6 +151,24 @@ def cell(
     }
 
 
+def signed_cell(entry: Mapping[str, Any], places: int) -> Row:
+    """Return a paired difference's cell with signs; `best` marks an interval without 0."""
+    mean, (low, high) = entry["mean"], entry["ci95"]
+    known = low is not None and high is not None
+    return {
+        "value": DASH if mean is None else _signed(mean, places),
+        "interval": f"{_signed(low, places)} to {_signed(high, places)}" if known else "",
+        "paper": "",
+        "best": known and (low > 0 or high < 0),
+        "note": f"{entry['n']:,} paired questions",
+    }
+
+
+def _signed(value: float, places: int) -> str:
+    rounded = round(value, places) + 0.0  # + 0.0: no "-0.0"
+    return f"{rounded:{'+' if rounded else ''}.{places}f}".replace("-", MINUS)
+
+
 def digits(quantity: str) -> int:
     """Return the decimal places of a quantity: fewer for counts than for shares."""
     return 1 if quantity == "model_tokens" else 2 if "searches" in quantity else 3

@@ -21,6 +21,7 @@ from dgpo_core.evaluation.results import (
     read_metrics,
     read_scores,
 )
+from dgpo_core.evaluation.search_use_tables import read_search_use, search_use, search_use_comparisons
 from dgpo_core.reporting import budget, paper
 from dgpo_core.reporting.budget import Budgets
 from dgpo_core.reporting.curves import Curve, figures, read_curves
@@ -42,10 +43,12 @@ from dgpo_core.reporting.formats import (
     headline,
     model_head,
     model_label,
+    signed_cell,
     template,
     write_texts,
 )
 from dgpo_core.reporting.paper import DEFAULT_PAIR, paper_exact_match
+from dgpo_core.reporting.search_use import search_use_differences, search_use_table
 
 ARCAP_GROUPS = (  # in the order of MEASUREMENTS
     ("Source referencing", ("source_em_nq", "source_em_nq_thinking"), "nq"),
@@ -81,6 +84,8 @@ class Report:
     comparisons: dict[str, Any]
     arcap: dict[str, Any]
     arcap_comparisons: dict[str, Any]
+    search_use: dict[str, Any]
+    search_use_comparisons: dict[str, Any]
     diagnosis: dict[str, Any]
     curves: list[Curve]
     budgets: Budgets
@@ -112,28 +117,10 @@ def arcap_differences(report: Report) -> list[Row]:
     return [
         {
             "label": f" {MINUS} ".join(model_label(name) for name in pair.split("-")),
-            "cells": [_difference(entries.get(name, UNMEASURED), digits(name)) for name in MEASUREMENTS],
+            "cells": [signed_cell(entries.get(name, UNMEASURED), digits(name)) for name in MEASUREMENTS],
         }
         for pair, entries in report.arcap_comparisons.items()
     ]
-
-
-def _difference(entry: Mapping[str, Any], places: int) -> Row:
-    """Return a cell with signs; `best` marks an interval without 0."""
-    mean, (low, high) = entry["mean"], entry["ci95"]
-    known = low is not None and high is not None
-    return {
-        "value": DASH if mean is None else _signed(mean, places),
-        "interval": f"{_signed(low, places)} to {_signed(high, places)}" if known else "",
-        "paper": "",
-        "best": known and (low > 0 or high < 0),
-        "note": f"{entry['n']:,} paired questions",
-    }
-
-
-def _signed(value: float, places: int) -> str:
-    rounded = round(value, places) + 0.0  # + 0.0: no "-0.0"
-    return f"{rounded:{'+' if rounded else ''}.{places}f}".replace("-", MINUS)
 
 
 def diagnosis(report: Report) -> Row:
@@ -250,6 +237,8 @@ def render(report: Report) -> str:
         arcap=arcap_table(report),
         arcap_differences=arcap_differences(report),
         arcap_pair=paper.ARCAP_PAIR,
+        search_use=search_use_table(report.search_use),
+        search_use_differences=search_use_differences(report.search_use_comparisons),
         diagnosis=diagnosis(report),
         stages=_stages(report),
         sampled=len(report.questions),
@@ -304,7 +293,7 @@ def _costs(report: Report) -> list[Row]:
             cell(average["em"], average["ci95"], None, 3),
             *budget.cost_cells(report.budgets, model),
             *(cell(entry["mean"], entry["ci95"], None, 3) for entry in known[:-1]),
-            _difference(known[-1], 3) | {"best": False, "note": ""},
+            signed_cell(known[-1], 3) | {"best": False, "note": ""},
         ]
         rows.append(model_head(model, report.models) | {"cells": cells})
     return rows
@@ -414,7 +403,7 @@ def write_report(
     pair: str = DEFAULT_PAIR,
     first: Mapping[str, int] = EVERY,
 ) -> None:
-    """Write results, comparisons, arcap, arcap_comparisons and diagnosis (JSON) and index.html into `out`.
+    """Write results, arcap and search_use, with their comparisons, diagnosis and index.html into `out`.
 
     `models` and `mirrors` ({data set: the paper's that it stands for}) give the order of rows and columns;
     `pair` names the paper's models whose figures stand beside ours; of the data sets in `first` only so many
@@ -431,6 +420,7 @@ def write_report(
     keys = scores[models[0]].keys
     curves = read_curves(plots)
     measured, diagnoses = read_arcap(evaluation, models), read_diagnoses(evaluation, models, keys)
+    counted = read_search_use(evaluation, models, keys)
     report = Report(
         models=list(models),
         mirrors=dict(mirrors),
@@ -439,6 +429,8 @@ def write_report(
         comparisons=results.comparisons(scores),
         arcap=results.arcap(measured),
         arcap_comparisons=results.arcap_comparisons(measured),
+        search_use=search_use(counted),
+        search_use_comparisons=search_use_comparisons(counted),
         diagnosis=results.diagnosis(diagnoses, datasets),
         curves=[curve for curve in curves if curve.recipe in models],
         budgets=Budgets.of(curves, params),
@@ -453,6 +445,8 @@ def write_report(
         "comparisons.json": as_json(report.comparisons),
         "arcap.json": as_json(report.arcap),
         "arcap_comparisons.json": as_json(report.arcap_comparisons),
+        "search_use.json": as_json(report.search_use),
+        "search_use_comparisons.json": as_json(report.search_use_comparisons),
         "diagnosis.json": as_json(report.diagnosis),
         "index.html": render(report),
     }

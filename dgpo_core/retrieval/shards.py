@@ -118,6 +118,12 @@ def read_shard(path: Path) -> Iterator[tuple[Passage, Vector]]:
                 yield Passage(*row[:3]), row[3]
 
 
+def read_passages(path: Path) -> list[Passage]:
+    """Read the passages of a shard without their vectors."""
+    table = pq.read_table(path, columns=["id", "title", "text"])
+    return [Passage(*row.values()) for row in table.to_pylist()]
+
+
 def _vectors(column: pa.Array) -> list[Vector]:
     if pa.types.is_struct(column.type):
         return [SparseVector(vector["indices"], vector["values"]) for vector in column.to_pylist()]

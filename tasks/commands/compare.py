@@ -9,19 +9,21 @@ from rich.markup import escape
 from rich.table import Table
 
 from dgpo_core.config.params import load_params
-from dgpo_core.evaluation.results import compare as compare_models
+from dgpo_core.evaluation.comparison import compare as compare_models
 from dgpo_core.reporting.formats import DASH, digits
+from dgpo_core.reporting.search_use import NAMES
 from tasks.project.paths import EVALUATION
 
 Row = dict[str, Any]
 NOTE = (
     "Means over the questions that failed for neither model. *: the 95 % interval of the difference leaves "
-    "0 out. average: mean over the data sets; pooled: all questions alike."
+    "0 out. average: mean over the data sets; pooled: all questions alike. What the measurements are: "
+    "docs/method.md."
 )
 
 
 def compare(first: str, second: str, as_json: bool = False) -> None:
-    """Print EM, F1 and ARCap's measurements of two models with their paired differences. Raises UserError."""
+    """Print EM, F1, ARCap and the use of search of two models with paired differences. Raises UserError."""
     params = load_params()
     found = compare_models(EVALUATION, first, second, list(params.questions.test), params.report.first)
     if as_json:
@@ -44,6 +46,9 @@ def _table(found: Row, first: str, second: str) -> Table:
         table.add_section()
     for name, row in found["arcap"].items():
         table.add_row(name, *_cells(row, digits(name)))
+    table.add_section()
+    for name, row in found["search_use"].items():
+        table.add_row(NAMES[name][0], *_cells(row, 3))
     return table
 
 

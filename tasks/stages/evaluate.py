@@ -1,20 +1,25 @@
-"""Stage `evaluate`: run a model on every test set, measure its ARCap, and say why its answers are wrong.
+"""Stage `evaluate`: run a model on every test set, measure its ARCap and its use of search, and say why its
+answers are wrong.
 
 What was trained is also asked training and validation questions: has it learnt by heart?
 """
+
+from collections import Counter
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dgpo_core.agent.answers import contains_answer, token_f1
 from dgpo_core.agent.episode import Episode, Outcome, write_episodes
-from dgpo_core.agent.loop import AgentLoop, Task, collect, em_of
+from dgpo_core.agent.loop import AgentLoop, Task, collect, em_of, stable_seed
 from dgpo_core.config.agent import GREEDY, Sampling
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import STUDENT, TEACHER
-from dgpo_core.datasets.records import Question, read_questions
-from dgpo_core.evaluation import arcap, diagnosis
+from dgpo_core.datasets.records import Passage, Question, read_questions
+from dgpo_core.evaluation import arcap, diagnosis, search_use
+from dgpo_core.evaluation.counterfactuals import counterfactual_em
 from dgpo_core.models import load_tokenizer
+from dgpo_core.retrieval.shards import read_manifest, read_passages
 from tasks.project.paths import EVALUATION, INDEX, QUESTIONS, questions_file
 from tasks.stages.inputs import local, model_source, retriever
 from tasks.stages.outputs import write_metrics
@@ -35,11 +40,14 @@ def evaluate(model: str) -> None:
         evaluator = Evaluator(params, agent_loop(params, source, tokenizer, index), run)
         episodes = evaluator.test_sets()
         rows = evaluator.arcap(episodes)
+        counts = search_use.use_of_search(episodes, evaluator.asked(), tokenizer.decode)
+        counts += evaluator.counterfactuals(episodes)
         folder = run.output(out)
         folder.mkdir(parents=True, exist_ok=True)
         pq.write_table(question_table(episodes), folder / "questions.parquet", compression="zstd")
         write_episodes(folder / "episodes.parquet", episodes, {"index": index.digest})
         pq.write_table(arcap.as_table(rows), folder / "arcap.parquet", compression="zstd")
+        pq.write_table(search_use.as_table(counts), folder / "search_use.parquet", compression="zstd")
         if model not in (STUDENT, TEACHER):
             pq.write_table(evaluator.splits(), folder / "splits.parquet", compression="zstd")
         diagnoses = diagnosis.diagnose(episodes, evaluator.asked(), tokenizer.decode)
@@ -62,14 +70,17 @@ class Evaluator:
         """Return every test question by data set and id."""
         return {(name, q.id): q for name in self._params.questions.test for q in self.questions(name)}
 
-    def test_sets(self) -> list[Episode]:
-        """Run an episode for every test question."""
-        tasks = [
+    def tasks(self) -> list[Task]:
+        """Return a task for every test question."""
+        return [
             task
             for name in self._params.questions.test
             for task in tasks_for(name, self.questions(name), self._params.evaluate.seed)
         ]
-        return self._collect(tasks, "test")
+
+    def test_sets(self) -> list[Episode]:
+        """Run an episode for every test question."""
+        return self._collect(self.tasks(), "test")
 
     def splits(self) -> pa.Table:
         """Return greedy EM on training and on validation questions, a row a question."""
@@ -80,7 +91,7 @@ class Evaluator:
             rows += [
                 {"split": split, "dataset": e.dataset, "question_id": e.question_id}
                 | {"em": e.correct, "failed": e.outcome is Outcome.FAILED}
-                for e in self._collect(tasks, split, GREEDY)
+                for e in self._collect(tasks, split, sampling=GREEDY)
             ]
         return pa.Table.from_pylist(rows)
 
@@ -105,16 +116,40 @@ class Evaluator:
             rows += arcap.thinking(role, own)
         return rows
 
-    def _collect(self, tasks: list[Task], name: str, sampling: Sampling | None = None) -> list[Episode]:
+    def counterfactuals(self, episodes: list[Episode]) -> list[search_use.Count]:
+        """Ask the first questions of each test set again, with other passages than the retriever's."""
+        config, places = self._params.evaluate, Counter[str]()
+        asked = []
+        for task, episode in zip(self.tasks(), episodes, strict=True):
+            places[task.dataset] += 1
+            if places[task.dataset] <= config.counterfactual_questions:
+                asked.append((task, episode))
+
+        def run(tasks: list[Task], name: str) -> list[Episode]:
+            # which questions these are depends on the episodes, and a failed one may be another next time
+            ids = [(task.dataset, task.question.id) for task in tasks]
+            return self._collect(tasks, name, f"{name}-{stable_seed(*ids):08x}")
+
+        return counterfactual_em(asked, corpus_sample(), self._params.retrieval.top_k, config.seed, run)
+
+    def _collect(
+        self, tasks: list[Task], name: str, state: str = "", sampling: Sampling | None = None
+    ) -> list[Episode]:
         config = self._params.evaluate
         return collect(
             self._loop,
             tasks,
             sampling or config.sampling,
             config.chunk,
-            self._run.state / name,
+            self._run.state / (state or name),
             lambda done, total, em: self._run.progress(done, total, part=name, em=em),
         )
+
+
+def corpus_sample() -> list[Passage]:
+    """Return the passages of the index's first shard; none where a service has the index."""
+    shards = read_manifest(INDEX).shards
+    return read_passages(INDEX / shards[0]) if shards else []
 
 
 def summarize(params: Params, episodes: list[Episode]) -> dict[str, float]:

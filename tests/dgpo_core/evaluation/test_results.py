@@ -9,8 +9,9 @@ import pytest
 from scipy import stats
 
 from dgpo_core.errors import UserError
+from dgpo_core.evaluation.comparison import compare
 from dgpo_core.evaluation.diagnosis import Failure
-from dgpo_core.evaluation.results import MEASUREMENTS, compare, comparisons, read_scores
+from dgpo_core.evaluation.results import MEASUREMENTS, comparisons, read_scores
 from dgpo_core.evaluation.statistics import RESAMPLES, SEED, mean_of_means, paired_difference
 from tests.dgpo_core.reporting.synthetic import MIRRORS, MODELS, Run
 

@@ -9,11 +9,14 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from dgpo_core.evaluation.statistics import (
+    Occurrences,
     Resampling,
     mean_of_means,
     mean_with_interval,
     paired_difference,
     rate_difference,
+    share,
+    share_difference,
     unpaired_difference,
 )
 
@@ -140,6 +143,46 @@ def test_rate_difference_of_few_or_no_questions() -> None:
     assert math.isnan(rate_difference(few, np.zeros(50)).low)
     never = rate_difference(np.zeros(50), np.zeros(50))
     assert (never.mean, never.low, never.high) == (0, 0, 0)
+
+
+def occurrences(seed: int, chance: float, questions: int = 300) -> Occurrences:
+    rng = np.random.default_rng(seed)
+    occasions = rng.integers(0, 4, questions)
+    return Occurrences(rng.binomial(occasions, chance).astype(float), occasions.astype(float))
+
+
+def test_shares_resample_questions_with_all_their_occasions() -> None:
+    """Against a bootstrap written out; taking every occasion for a question of its own would be too sure."""
+    first, second = occurrences(1, 0.4), occurrences(2, 0.3)
+    draws = np.random.default_rng(1).integers(0, 300, (20_000, 300))
+    samples = [each.events[draws].sum(1) / each.occasions[draws].sum(1) for each in (first, second)]
+    found = share(first)
+    assert (found.mean, found.n) == (first.events.sum() / first.occasions.sum(), (first.occasions > 0).sum())
+    assert (found.low, found.high) == pytest.approx(np.percentile(samples[0], [2.5, 97.5]), abs=0.01)
+    found = share_difference(first, second)
+    assert (found.low, found.high) == pytest.approx(
+        np.percentile(samples[0] - samples[1], [2.5, 97.5]), abs=0.01
+    )
+    alike = share_difference(first, first)
+    assert (alike.mean, alike.low, alike.high) == (0, 0, 0)
+
+
+def test_share_of_one_occasion_a_question_is_a_mean() -> None:
+    values = (np.random.default_rng(3).random(100) < 0.4).astype(float)
+    asked = np.where(np.arange(150) < 100, 1.0, 0.0)
+    assert share(Occurrences(np.pad(values, (0, 50)), asked)) == mean_with_interval(values)
+
+
+def test_shares_of_few_or_no_occasions() -> None:
+    nothing, few = Occurrences(np.zeros(20), np.zeros(20)), Occurrences(np.ones(5), np.full(5, 2.0))
+    with pytest.raises(ValueError, match="at least one"):
+        share(nothing)
+    with pytest.raises(ValueError, match="at least one"):
+        share_difference(nothing, nothing)
+    assert (share(few).mean, math.isnan(share(few).low)) == (0.5, True)
+    never = share(Occurrences(np.zeros(20), np.full(20, 2.0)))
+    exact = stats.binomtest(0, 20).proportion_ci(method="exact")
+    assert (never.low, never.high) == pytest.approx((exact.low, exact.high))
 
 
 def test_more_samples_and_another_seed_move_the_interval_little() -> None:

@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Search, write_episodes
+from dgpo_core.evaluation import search_use
 from dgpo_core.evaluation.diagnosis import SCHEMA, Failure
 from dgpo_core.evaluation.results import EVERY, MEASUREMENTS
 from dgpo_core.reporting.page import write_report
@@ -34,11 +35,12 @@ Row = dict[str, Any]
 
 @dataclass
 class Run:
-    """Folders of a run; change `rows`, `arcap` or `diagnoses` before `save` to make a special case."""
+    """Folders of a run; change `rows`, `arcap`, `counts` or `diagnoses` before `save` for a special case."""
 
     folder: Path
     rows: dict[str, list[Row]] = field(default_factory=dict)  # of questions.parquet
     arcap: dict[str, list[Row]] = field(default_factory=dict)
+    counts: dict[str, list[Row]] = field(default_factory=dict)  # of search_use.parquet
     diagnoses: dict[str, list[Row]] = field(default_factory=dict)
     params: Row = field(default_factory=dict)
 
@@ -48,6 +50,7 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             pq.write_table(pa.Table.from_pylist(rows), folder / "questions.parquet")
             pq.write_table(pa.Table.from_pylist(self.arcap[model]), folder / "arcap.parquet")
+            pq.write_table(pa.Table.from_pylist(self.counts[model]), folder / "search_use.parquet")
             diagnoses = pa.Table.from_pylist(self.diagnoses[model], schema=SCHEMA)
             pq.write_table(diagnoses, folder / "diagnosis.parquet")
             if model in ("kd", "dgpo"):
@@ -97,6 +100,9 @@ def make_run(folder: Path, questions: int = 12) -> Run:
             for name in MEASUREMENTS
             for number in range(questions)
         ]
+        run.counts[model] = [
+            _count(rng, name, row) for name in search_use.MEASUREMENTS for row in run.rows[model]
+        ]
     return run
 
 
@@ -109,6 +115,19 @@ def _splits(model: str) -> list[Row]:
         for split, count in known.items()
         for number in range(21)
     ]
+
+
+def _count(rng: random.Random, name: str, row: Row) -> Row:
+    occasions = 1 if name.startswith("em_") else rng.randint(0, 3)
+    least = -1 if name == search_use.OF_SEARCH else 0
+    return {
+        "measurement": name,
+        "dataset": row["dataset"],
+        "question_id": row["question_id"],
+        "events": rng.randint(least, occasions),
+        "occasions": occasions,
+        "failed": row["outcome"] == "failed",
+    }
 
 
 def _row(rng: random.Random, model: str, dataset: str, number: int) -> Row:

@@ -12,11 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from dgpo_core.errors import UserError
+from dgpo_core.evaluation import search_use
 from dgpo_core.reporting.episodes import compact_json
-from dgpo_core.reporting.formats import comparison, comparison_numbers
+from dgpo_core.reporting.formats import comparison, comparison_numbers, signed_cell
 from dgpo_core.reporting.page import CHECK_COLUMNS, FAILURE_COLUMNS
 from dgpo_core.reporting.paper import paper_arcap, paper_exact_match
-from tests.dgpo_core.reporting.synthetic import HOSTILE, MIRRORS, Run, make_run
+from dgpo_core.reporting.search_use import NAMES
+from tests.dgpo_core.reporting.synthetic import HOSTILE, MIRRORS, MODELS, Run, make_run
 
 Reported = tuple[Run, Path]
 
@@ -94,7 +96,9 @@ def test_same_inputs_give_the_same_bytes_whatever_the_order_of_rows(tmp_path: Pa
     outs = []
     for name in ("one", "two"):
         run = make_run(tmp_path / name, questions=5)
-        tables = [*run.rows.values(), *run.arcap.values(), *run.diagnoses.values()]
+        tables = [
+            *run.rows.values(), *run.arcap.values(), *run.counts.values(), *run.diagnoses.values()
+        ]  # fmt: skip
         for rows in tables if name == "two" else []:
             random.Random(3).shuffle(rows)
         run.save()
@@ -102,7 +106,7 @@ def test_same_inputs_give_the_same_bytes_whatever_the_order_of_rows(tmp_path: Pa
     names = sorted(path.name for path in outs[0].iterdir())
     assert names == [
         "arcap.json", "arcap_comparisons.json", "comparisons.json", "diagnosis.json", "index.html",
-        "results.json",
+        "results.json", "search_use.json", "search_use_comparisons.json",
     ]  # fmt: skip
     for name in names:
         assert (outs[0] / name).read_bytes() == (outs[1] / name).read_bytes()
@@ -169,6 +173,25 @@ def test_paired_differences_of_arcap_are_listed_with_signs(page: Page, reported:
             text = f"{entry['mean']:+.{2 if 'searches' in name else 3}f}"
             text = text[1:] if float(text) == 0 else text  # nothing has no sign
             assert text.replace("-", "\N{MINUS SIGN}") in page.text
+
+
+def test_the_use_of_search_has_a_row_a_measurement(page: Page, reported: Reported) -> None:
+    found = json.loads((reported[1] / "search_use.json").read_text())
+    paired = json.loads((reported[1] / "search_use_comparisons.json").read_text())
+    assert tuple(NAMES) == search_use.MEASUREMENTS
+    for key, (name, meaning) in NAMES.items():
+        assert name in page.text and meaning in page.text
+        for own in found.values():
+            assert f"{own[key]['mean']:.3f}" in page.text
+        for own in paired.values():
+            assert signed_cell(own[key], 3)["value"] in page.text
+
+
+def test_models_without_counts_leave_the_section_out(run: Run) -> None:
+    for model in MODELS:
+        (run.folder / "evaluation" / model / "search_use.parquet").unlink()
+    html = (run.report(run.folder / "reports") / "index.html").read_text(encoding="utf-8")
+    assert "Use of search" not in html and "Paired differences" in html
 
 
 def test_own_scale_is_only_claimed_for_data_sets_that_mirror(run: Run) -> None:

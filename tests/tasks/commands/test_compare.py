@@ -35,6 +35,8 @@ def test_the_table_has_both_models_and_marks_clear_differences(evaluated: Path) 
         "84",
     ]
     assert lines[("thinking_searches_nq",)][-3:-1] == ["", "11"]
+    early = found["search_use"]["answered_too_early"]
+    assert lines[("Answered too early",)][2:4] == [f"{early[name]:.3f}" for name in ("first", "second")]
     assert len([name for (name,) in lines if name.startswith(("EM ", "F1 "))]) == 2 * (7 + 2)
 
 

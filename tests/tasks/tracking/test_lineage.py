@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dgpo_core.config.params import resolve_profile
+from dgpo_core.config.recipes import Reinforcement
 from tasks.tracking.lineage import (
     changed_settings,
     labels,
@@ -77,7 +78,8 @@ def test_edited_settings_are_told_from_the_profiles(repository: Path) -> None:
     Path("params.yaml").write_text(yaml.safe_dump(written))
     params = settings()
     assert params
-    expected = {"reinforce": {"beta": 0.5}, "recipes": {"reinforce": {"mine": mine}}}
+    row = Reinforcement.model_validate(mine).model_dump()
+    expected = {"reinforce": {"beta": 0.5}, "recipes": {"reinforce": {"mine": row}}}
     assert changed_settings(params) == expected
     shutil.rmtree("profiles")
     assert changed_settings(params) == {}
