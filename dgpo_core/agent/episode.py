@@ -113,11 +113,11 @@ class Episode:
         """Return what the model wrote in each turn; text of the environment is never in it."""
         return [decode(self.token_ids[turn.start : turn.end]) for turn in self.turns]
 
-    @property
-    def nothing_new(self) -> list[bool]:
-        """Return of each search whether it brought no passage that an earlier one had not."""
-        found = [set(search.passage_ids) for search in self.searches]
-        return [own <= set().union(*found[:i]) for i, own in enumerate(found)]
+
+def nothing_new(searches: "Sequence[Search]") -> list[bool]:
+    """Return of each search whether it brought no passage that an earlier one had not."""
+    found = [set(search.passage_ids) for search in searches]
+    return [own <= set().union(*found[:i]) for i, own in enumerate(found)]
 
 
 def model_runs(owners: "Sequence[int] | np.ndarray") -> tuple[np.ndarray, np.ndarray]:

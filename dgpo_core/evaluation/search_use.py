@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from dgpo_core.agent.actions import ActionKind, parse_action
-from dgpo_core.agent.episode import Decode, Ending, Episode, Outcome, Search
+from dgpo_core.agent.episode import Decode, Ending, Episode, Outcome, Search, nothing_new
 from dgpo_core.datasets.records import Question
 from dgpo_core.evaluation.diagnosis import needed, new_evidence
 from dgpo_core.text import lower_unpunctuated, normalize
@@ -84,14 +84,10 @@ def searching(question: Question, searches: list[Search]) -> Counts:
 
     Evidence is the diagnosis': all gold passages, where these are known, else a passage with a golden answer.
     """
-    seen: set[str] = set()
-    nothing_new = []
-    for search in searches:
-        nothing_new.append(seen.issuperset(search.passage_ids))
-        seen.update(search.passage_ids)
+    again = nothing_new(searches)[1:]
     gains = new_evidence(question, searches)
     return {
-        "searches_nothing_new": (sum(nothing_new[1:]), len(searches[1:])),
+        "searches_nothing_new": (sum(again), len(again)),
         "searches_no_evidence": (sum(not gain for gain in gains), len(searches)),
     }
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from dgpo_core.agent.actions import ActionKind, parse_action
-from dgpo_core.agent.episode import Decode, Episode, Owner, Turn
+from dgpo_core.agent.episode import Decode, Episode, Owner, Turn, nothing_new
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.objectives.divergences import reverse_kl
@@ -222,7 +222,9 @@ class ExperienceMaker:
             for turn, text in zip(episode.turns, episode.turn_texts(self.decode), strict=True)
             if turn.reply_end > turn.end and parse_action(text).kind is ActionKind.SEARCH
         ]
-        return [turn for turn, repeats in zip(searched, episode.nothing_new, strict=True) if repeats]
+        return [
+            turn for turn, repeats in zip(searched, nothing_new(episode.searches), strict=True) if repeats
+        ]
 
     def _kl(
         self, sequences: list[TokenSequence], old: ByEpisode, chosen: list[int], estimator: str

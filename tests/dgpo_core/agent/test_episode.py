@@ -17,6 +17,7 @@ from dgpo_core.agent.episode import (
     Search,
     Turn,
     model_runs,
+    nothing_new,
     read_episodes,
     read_metadata,
     write_episodes,
@@ -91,8 +92,7 @@ def test_searches_that_bring_nothing_new() -> None:
     """Known passages in any order, or none at all."""
     found = [["a", "b"], ["b", "c"], ["c", "a"], [], ["d"], ["d"]]
     searches = [Search("q", passages, [1.0] * len(passages)) for passages in found]
-    episode = replace(random_episode(1), searches=searches)
-    assert episode.nothing_new == [False, False, True, True, False, True]
+    assert nothing_new(searches) == [False, False, True, True, False, True]
 
 
 def test_an_episode_without_a_generation_has_no_turns() -> None:
