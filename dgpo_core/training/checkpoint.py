@@ -41,6 +41,17 @@ def training_step(step: int, lower: Callable[[str], str]) -> Iterator[None]:
         raise NotFinite(error.quantity, error.value, cure, step) from error
 
 
+def trainable(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
+    """Yield the parameters that training changes, with their names."""
+    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
+
+
+def put_weights(module: torch.nn.Module, weights: Weights) -> None:
+    """Copy values into the parameters of these names, all that are trainable."""
+    for name, parameter in trainable(module):
+        parameter.data.copy_(weights[name])
+
+
 class BestModel:
     """Keeps the weights of the best validation, the first of equal ones, where there is a `patience`.
 

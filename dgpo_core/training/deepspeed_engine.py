@@ -25,8 +25,7 @@ from transformers import PreTrainedModel
 
 from dgpo_core.config.training import DEFAULT_ZERO_STAGE, ComputeConfig
 from dgpo_core.training.batches import TokenSequence, backbone_of, collate, head_of
-from dgpo_core.training.checkpoint import Weights
-from dgpo_core.training.engines import put_weights, trainable
+from dgpo_core.training.checkpoint import Weights, put_weights, trainable
 from dgpo_core.training.optimizer import Optimization, adamw
 from dgpo_core.training.parallel import leads, processes, rank
 

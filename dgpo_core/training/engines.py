@@ -25,7 +25,7 @@ from dgpo_core.training.batches import (
     head_of,
     micro_batches,
 )
-from dgpo_core.training.checkpoint import Weights
+from dgpo_core.training.checkpoint import Weights, put_weights, trainable
 from dgpo_core.training.optimizer import Optimization, Stepper, adamw
 from dgpo_core.training.parallel import add_gradients, all_sum, autocast, gather, padded_share
 
@@ -235,17 +235,6 @@ class TorchEngine:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         put_weights(self.module, state["weights"])
         self._stepper.load_state_dict(state["stepper"])
-
-
-def trainable(module: torch.nn.Module) -> Iterator[tuple[str, torch.nn.Parameter]]:
-    """Yield the parameters that training changes, with their names."""
-    return ((name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad)
-
-
-def put_weights(module: torch.nn.Module, weights: Weights) -> None:
-    """Copy values into the parameters of these names, all that are trainable."""
-    for name, parameter in trainable(module):
-        parameter.data.copy_(weights[name])
 
 
 class FrozenModel:
