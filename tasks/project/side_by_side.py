@@ -54,13 +54,16 @@ class Order:
         self.running: dict[Future[Result], str] = {}
 
     def next(self) -> str | None:
-        """Take the ready stage that most others wait for; stages with nothing to do are passed over."""
+        """Take the ready stage that most others wait for, of equal ones the one that was ready first.
+
+        Stages with nothing to do are passed over.
+        """
         while True:
             self._ready += self._order.get_ready()
             if not self._ready:
                 return None
-            self._ready.sort(key=self._waiting_for.__getitem__)
-            name = self._ready.pop()
+            self._ready.sort(key=self._waiting_for.__getitem__, reverse=True)
+            name = self._ready.pop(0)
             if is_stale(self._stages[name], self.touched):
                 return name
             _say(f"Stage '{name}' {UNCHANGED}")

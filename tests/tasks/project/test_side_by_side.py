@@ -120,7 +120,8 @@ def test_whom_most_wait_for_goes_first_and_others_get_what_it_leaves() -> None:
         Stage(name="evaluate", upstream=("index",)),
         Stage(name="teach", upstream=("index",)),
         Stage(name="distill", upstream=("teach",)),
-        Stage(name="report", upstream=("distill", "evaluate")),
+        Stage(name="another", upstream=("distill",)),
+        Stage(name="report", upstream=("another", "evaluate")),
     ]
     order = Order({stage.name: stage for stage in stages})
 
@@ -133,6 +134,9 @@ def test_whom_most_wait_for_goes_first_and_others_get_what_it_leaves() -> None:
     order.running[index := start("index")] = "index"
     assert order.next() is None
     order.end(index)
-    order.running[start("teach")] = "teach"
-    assert order.is_behind("evaluate") and not order.is_behind("teach")
-    start("evaluate")
+    for name in ("teach", "distill"):
+        order.running[future := start(name)] = name
+        assert order.is_behind("evaluate") and not order.is_behind(name)
+        order.end(future)
+    start("evaluate")  # as many wait for it as for `another`, and it has been ready for longer
+    start("another")
