@@ -226,7 +226,7 @@ def one_step(train: Train) -> OneStep:
 def test_failed_episodes_are_not_learned_from(one_step: OneStep) -> None:
     good = [random_episode(i) for i in range(4)]
     first, second = one_step(good), one_step([*good, FAILED])
-    gate = {"gate_excluded": 0.2, "gate_open": 0.0, "gate_closed": 0.8}
+    gate = {"episodes": 5, "gate_excluded": 0.2, "gate_open": 0.0, "gate_closed": 0.8}
     assert first.rows == [{**first.rows[0], "gate_excluded": 0.0, "gate_open": 0.0, "gate_closed": 1.0}]
     assert second.rows == [pytest.approx({**first.rows[0], **gate})]
     assert first.changed and equal(first.after, second.after)
@@ -236,7 +236,7 @@ def test_step_without_usable_episodes_changes_nothing(one_step: OneStep) -> None
     silent = random_episode(1, correct=False)
     silent = replace(silent, token_ids=[1, 2], owners=[0, 0], logprobs=[0.0, 0.0])
     run = one_step([FAILED, silent])
-    assert run.rows == [{"step": 1, "gate_excluded": 1.0, "dev_em": 0.25}]
+    assert run.rows == [{"step": 1, "episodes": 2, "gate_excluded": 1.0, "dev_em": 0.25}]
     assert not run.changed
 
 
