@@ -17,6 +17,8 @@ from tests.conftest import ROOT, alive, commit_all
 from tests.flows.conftest import task_runs
 from tests.flows.restarts import restarted
 
+pytestmark = pytest.mark.thorough
+
 # Each stage notes when it starts and ends: order and overlap are facts in a file, not guesses from durations.
 STAGE = """
 import sys, time
@@ -115,7 +117,6 @@ def test_independent_stages_side_by_side(api: str, repository: Path) -> None:
     assert {line.split()[0] for line in log()[2:4]} == {"start"}
 
 
-@pytest.mark.thorough
 def test_failure_stops_only_what_needs_it(api: str, repository: Path) -> None:
     Path("right.fail").touch()
     found = run_flow()
@@ -146,7 +147,6 @@ main(run)
 """
 
 
-@pytest.mark.thorough
 def test_infrastructure_failures_are_retried_and_the_state_is_kept(api: str, repository: Path) -> None:
     Path("flaky.py").write_text(FLAKY.replace("FAILURES", "1"))
     Path("dvc.yaml").write_text("stages:\n  flaky: {cmd: python flaky.py, outs: [flaky.txt]}\n")
@@ -157,7 +157,6 @@ def test_infrastructure_failures_are_retried_and_the_state_is_kept(api: str, rep
     assert "| EM | dgpo |" in artifact() and "| nq | 0.500 |" in artifact()
 
 
-@pytest.mark.thorough
 def test_retries_end(api: str, repository: Path) -> None:
     Path("flaky.py").write_text(FLAKY.replace("FAILURES", "9"))
     Path("dvc.yaml").write_text(
@@ -167,7 +166,6 @@ def test_retries_end(api: str, repository: Path) -> None:
     assert "flaky: infrastructure: the retriever does not answer" in artifact()
 
 
-@pytest.mark.thorough
 def test_timeout_ends_the_stage(api: str, repository: Path) -> None:
     Path("dvc.yaml").write_text(
         "stages:\n  slow: {cmd: python stage.py slow never, outs: [slow.txt], "
@@ -197,7 +195,6 @@ def test_a_stage_that_wants_more_gpus_than_there_are_says_what_to_do(api: str, r
             client.delete_global_concurrency_limit_by_name(GPU_LIMIT)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_killed_flow_leaves_no_stage(api: str, repository: Path, number: signal.Signals) -> None:
     """A stage of the project's kind ends even with SIGKILL to the flow; others end with its cancellation."""
@@ -244,7 +241,6 @@ def test_five_restarts_and_no_more(api: str, repository: Path, restarts: int, ou
     assert outcome == "Completed" or "was started 6 times" in str(state.message)
 
 
-@pytest.mark.thorough
 def test_port_that_is_taken(workplace: Path) -> None:
     from flows.server import local_server
 

@@ -34,6 +34,8 @@ from tasks.tracking.runs import connect
 from tests.conftest import make_workplace
 from tests.tasks.miniature import ROOT, change_params, curves, make_project, run_of
 
+pytestmark = pytest.mark.thorough
+
 MODELS = ["student", "teacher", "kd", "dgpo"]
 
 
@@ -190,7 +192,6 @@ def test_gate_is_in_mlflow_step_by_step(
     assert history(finished, "dgpo", "kl_inside")
 
 
-@pytest.mark.thorough
 def test_kl_outside_the_gate_is_in_mlflow(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace, recipes=["no_cold_start"])
     change_params(models={"student": "models/teacher"})  # which answers: the miniature's student cannot
@@ -219,7 +220,6 @@ def test_questions_tables_agree_with_episodes(finished: Path) -> None:
     assert [(r["question_id"], r["em"]) for r in table] == [(e.question_id, e.correct) for e in episodes]
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize(("module", "recipe"), [("distill", "kd"), ("reinforce", "dgpo")])
 def test_killed_training_continues_to_the_same_model(
     finished: Path, workplace: Path, module: str, recipe: str
@@ -238,7 +238,6 @@ def test_killed_training_continues_to_the_same_model(
     assert [row["step"] for row in times] == [row["step"] for row in curves(f"{module}-{recipe}")]
 
 
-@pytest.mark.thorough
 def test_killed_rollouts_continue_to_the_same_episodes(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace)
     shutil.rmtree(workplace / "data/teacher")
@@ -283,7 +282,6 @@ def test_a_rate_that_is_too_high_ends_the_stage_and_leaves_no_model(
     assert all(version.run_id != run_of(f"{stage}@{recipe}") for version in versions)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("recipe", ["seqkd", "taid", "distillm", "kd_gkd", "kd_gkd_k1", "kd_evidence"])
 def test_distillations_of_the_papers_table(finished: Path, workplace: Path, recipe: str) -> None:
     copy_inputs(finished, workplace, recipes=[recipe])
@@ -300,7 +298,6 @@ def test_distillations_of_the_papers_table(finished: Path, workplace: Path, reci
         assert (column in rows[0]) == (recipe in ("kd_gkd", "kd_gkd_k1"))
 
 
-@pytest.mark.thorough
 def test_live_teacher_gives_the_same_losses_as_the_kept_one(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace)
     certificate = json.loads((workplace / "data/distributions/certificate.json").read_text())
@@ -315,7 +312,6 @@ def test_live_teacher_gives_the_same_losses_as_the_kept_one(finished: Path, work
     assert live[-1]["loss"] == pytest.approx(cached[-1]["loss"], rel=0.05)
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("recipe", ["dgpo_loss", "teachable_loss", "grpo_loss"])
 def test_kl_as_a_term_of_the_loss(finished: Path, workplace: Path, recipe: str) -> None:
     """Of a training that ends at the first validation without a rise, and keeps the best model."""
@@ -332,7 +328,6 @@ def test_kl_as_a_term_of_the_loss(finished: Path, workplace: Path, recipe: str) 
     assert len(rows) == 4 or ems[-1] <= max(ems[:-1])
 
 
-@pytest.mark.thorough
 @pytest.mark.parametrize("recipe", ["reinforce_loss", "sod_loss", "dgpo_repeat", "grpo_preserve"])
 def test_reinforcement_beyond_the_paper(finished: Path, workplace: Path, recipe: str) -> None:
     copy_inputs(finished, workplace, recipes=[recipe])
@@ -344,7 +339,6 @@ def test_reinforcement_beyond_the_paper(finished: Path, workplace: Path, recipe:
     assert ("preserve_loss" in rows[0]) == (recipe == "grpo_preserve")
 
 
-@pytest.mark.thorough
 def test_grpo_stage(finished: Path, workplace: Path) -> None:
     copy_inputs(finished, workplace, recipes=["dgpo_grpo"])
     reinforce("dgpo_grpo")
@@ -354,7 +348,6 @@ def test_grpo_stage(finished: Path, workplace: Path) -> None:
     assert sum(shares) == pytest.approx(4, abs=1e-4)
 
 
-@pytest.mark.thorough
 def test_a_new_recipe_is_lines_in_params_yaml(
     finished: Path, workplace: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
