@@ -32,7 +32,8 @@ from tests.dgpo_core.making import distillation, exact, random_episode, reinforc
 
 EPISODES = [random_episode(seed) for seed in range(14)]
 IDS = torch.tensor([[5, 6, 7, 8]])
-KD, DGPO = distillation(), reinforcement()
+KD = distillation()
+DGPO = reinforcement(placement="loss", divergence="reverse_kl", weight=0.5)
 
 
 def compute(**changes: Any) -> ComputeConfig:
@@ -80,7 +81,7 @@ def reinforced(
     recipe: Reinforcement = DGPO,
     overlap: bool = False,
 ) -> dict[str, Any]:
-    """Four steps; of PPO with the KL of wrong episodes over the full vocabulary."""
+    """Four steps; of PPO with the KL of wrong episodes over the whole vocabulary as a term of the loss."""
     settings = ReinforceConfig(
         steps=4, batch_size=8, mini_batch_size=4, group_size=4, actor_learning_rate=1e-3,
         critic_learning_rate=1e-3, entropy_weight=0.01, checkpoint_every=2,
