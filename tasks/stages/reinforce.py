@@ -39,7 +39,9 @@ def reinforce(name: str) -> None:
     start, out = model_source(params, recipe.start), MODELS / name
     curves, times = (folder / f"reinforce-{name}.csv" for folder in (PLOTS, PROCESSOR_TIME))
     config = training_settings(params, "reinforce", recipe)
-    inputs = [CORRECT_EPISODES, INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
+    inputs = [INDEX, QUESTIONS, *local(start), *local(params.models.teacher)]
+    if recipe.guidance == "teachable":
+        inputs.append(CORRECT_EPISODES)
     with stage(f"reinforce@{name}", config=config, inputs=inputs, outputs=[out, curves, times]) as run:
         if recipe.placement == "reward" and recipe.divergence != "k1":
             run.note(
