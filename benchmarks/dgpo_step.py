@@ -29,12 +29,10 @@ from dgpo_core.config.agent import RolloutConfig, Sampling
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
 from dgpo_core.planning.shapes import Architecture, table
-from dgpo_core.training.batches import TokenModel
+from dgpo_core.training.batches import Critic, TokenModel
 from dgpo_core.training.engines import FrozenModel, training_engine
-from dgpo_core.training.experience import ExperienceMaker
 from dgpo_core.training.optimizer import Optimization, constant
-from dgpo_core.training.reinforce import Critic
-from dgpo_core.training.update import Updater
+from dgpo_core.training.reinforce import ExperienceMaker, Updater
 
 PROMPT, TURN, INFORMATION = (150, 220), (25, 160), (350, 500)  # tokens: least and most of a part
 SEARCHES = (1, 2, 2, 3, 4)  # drawn from, each as often

@@ -17,9 +17,7 @@ from dgpo_core.config.params import load_params
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.models import load_model, load_tokenizer
 from dgpo_core.objectives.policy import group_advantages
-from dgpo_core.training.experience import ExperienceMaker
-from dgpo_core.training.reinforce import Reinforcer
-from dgpo_core.training.update import Updater
+from dgpo_core.training.reinforce import ExperienceMaker, Reinforcer, Updater
 
 RECIPE = Reinforcement(start="kd", algorithm="grpo", guidance="none", reference="none")
 

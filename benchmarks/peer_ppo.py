@@ -33,9 +33,8 @@ from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ReinforceConfig
 from dgpo_core.models import load_model, load_tokenizer
 from dgpo_core.objectives.policy import whiten
-from dgpo_core.training.experience import ExperienceMaker, PPOExperience
-from dgpo_core.training.reinforce import Critic, Reinforcer
-from dgpo_core.training.update import Updater
+from dgpo_core.training.batches import Critic
+from dgpo_core.training.reinforce import ExperienceMaker, PPOExperience, Reinforcer, Updater
 
 RECIPE = Reinforcement(start="kd", algorithm="ppo", guidance="uniform", reference="teacher")
 

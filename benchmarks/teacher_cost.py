@@ -26,8 +26,7 @@ from dgpo_core.planning.estimate import Planner
 from dgpo_core.planning.shapes import Architecture, table
 from dgpo_core.planning.workload import Machine, Workload, assumed, device_of, expected_counts
 from dgpo_core.threads import single_threaded
-from dgpo_core.training.experience import ExperienceMaker
-from dgpo_core.training.update import Updater
+from dgpo_core.training.reinforce import ExperienceMaker, Updater
 
 SHARES = (0.0, 0.25, 0.5, 0.65, 0.75, 1.0)
 ROLLOUTS, ALONE = "rollouts", "no teacher"

@@ -1,6 +1,6 @@
 """The plan's estimates beside measurements, on the CPU: `python -m benchmarks.training_step`.
 
-First small models, each in a process of its own: one policy update (`training/update.py`) with torch's
+First small models, each in a process of its own: one policy update (`training/reinforce.py`) with torch's
 FLOP counter, and what the process's memory grew by. Then the published shapes: parameters and FLOPs of a
 forward and backward pass without any weights (fake tensors), and bytes that autograd keeps in two layers (of
 real tensors: with fake ones attention takes another path). Small models also with checkpointing and adapters.
@@ -26,10 +26,9 @@ from dgpo_core.models import add_adapters
 from dgpo_core.planning.shapes import Architecture, Training, table
 from dgpo_core.training.batches import TokenModel, TokenSequence, collate, counted_hidden
 from dgpo_core.training.engines import training_engine
-from dgpo_core.training.experience import Experience
 from dgpo_core.training.optimizer import Optimization, constant
 from dgpo_core.training.parallel import autocast
-from dgpo_core.training.update import Updater
+from dgpo_core.training.reinforce import Experience, Updater
 
 SMALL = {
     "qwen2, 4 layers": {

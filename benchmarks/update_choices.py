@@ -39,9 +39,7 @@ from dgpo_core.training.batches import (
     policy_function,
 )
 from dgpo_core.training.engines import summed, training_engine
-from dgpo_core.training.experience import ExperienceMaker, PPOExperience
-from dgpo_core.training.reinforce import Reinforcer
-from dgpo_core.training.update import Updater, _flat
+from dgpo_core.training.reinforce import ExperienceMaker, PPOExperience, Reinforcer, Updater, _flat
 
 RECIPE = Reinforcement(start="kd", algorithm="ppo", guidance="selective", reference="teacher")
 SEPARATE, SHARED = "ours: the critic has its own backbone", "the critic has the actor's"

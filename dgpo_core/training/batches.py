@@ -8,6 +8,7 @@ its backward. So everything is computed inside a module's forward, and the outpu
 own, although its weight may be the input embedding's.
 """
 
+import copy
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
@@ -194,3 +195,20 @@ class _Head(torch.nn.Module):
         # a slice of all rows would be the same tensor, but copy its gradient
         whole = self._vocabulary is None or self._vocabulary >= len(self.weight)
         return function(hidden, self.weight if whole else self.weight[: self._vocabulary])
+
+
+class Critic(torch.nn.Module):
+    """Gives the value of the state before each counted token: the student's backbone with a fresh head."""
+
+    def __init__(self, student: PreTrainedModel) -> None:
+        super().__init__()
+        self.backbone = copy.deepcopy(backbone_of(student))
+        self.head = torch.nn.Linear(student.config.get_text_config().hidden_size, 1)
+        torch.nn.init.zeros_(self.head.weight)
+        torch.nn.init.zeros_(self.head.bias)
+        self.head.to(student.device)
+
+    def forward(self, batch: TokenBatch) -> Float[Tensor, " N"]:
+        """Return the values, float32."""
+        values: Tensor = self.head(counted_hidden(self.backbone, batch))
+        return values.float()[:, 0]

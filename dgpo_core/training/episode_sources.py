@@ -9,6 +9,7 @@ import random
 from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import Any, Literal
 
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
@@ -37,6 +38,16 @@ def question_order(count: int, batch_size: int, step: int, seed: int) -> list[in
     places = [divmod(position, count) for position in range(step * batch_size, (step + 1) * batch_size)]
     orders = {epoch: shuffled(count, f"questions-{seed}-{epoch}") for epoch in {epoch for epoch, _ in places}}
     return [orders[epoch][offset] for epoch, offset in places]
+
+
+def mini_batches(order: list[int], size: int) -> list[list[int]]:
+    """Cut into as few parts of at most `size` as possible, of equal lengths to one.
+
+    Where episodes failed, no single left-over episode makes an update of its own.
+    """
+    count = -(-len(order) // size)
+    bounds = [len(order) * k // count for k in range(count + 1)]
+    return [order[a:b] for a, b in pairwise(bounds)]
 
 
 class EpisodeSource(ABC):

@@ -10,8 +10,7 @@ from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.models import load_model, load_tokenizer, merged, save_model
 from dgpo_core.training.checkpoint import Checkpoint
-from dgpo_core.training.experience import Answered
-from dgpo_core.training.reinforce import Reinforcer
+from dgpo_core.training.reinforce import Answered, Reinforcer
 from dgpo_core.vocabulary import check_same_vocabulary
 from tasks.project.paths import CORRECT_EPISODES, INDEX, MODELS, PLOTS, PROCESSOR_TIME, QUESTIONS
 from tasks.stages.inputs import local, model_source, retriever

@@ -13,10 +13,9 @@ from dgpo_core.config.recipes import Distillation, Reinforcement
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.models import build_model
-from dgpo_core.training.batches import TokenModel, TokenSequence, model_sequence
+from dgpo_core.training.batches import Critic, TokenModel, TokenSequence, model_sequence
 from dgpo_core.training.engines import FrozenModel, TorchEngine
 from dgpo_core.training.optimizer import Optimization, constant
-from dgpo_core.training.reinforce import Critic
 
 SHAPE = ModelShape(hidden_size=32, layers=2, heads=2, intermediate_size=48)
 SMALL_WORLD = WorldConfig(passages=400, questions=QuestionCounts(train=40, dev=10, test=20, hard=8))

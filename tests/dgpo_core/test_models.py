@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokeni
 
 from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.models import broken_weight, load_model, load_tokenizer, save_model
-from dgpo_core.training.reinforce import Critic
+from dgpo_core.training.batches import Critic
 from tests.dgpo_core.making import tiny_model
 
 

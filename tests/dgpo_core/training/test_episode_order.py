@@ -11,9 +11,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.config.training import ReinforceConfig
-from dgpo_core.training.experience import Experience, ExperienceMaker, PPOExperience
-from dgpo_core.training.reinforce import Critic
-from dgpo_core.training.update import GuidanceLoss, Updater
+from dgpo_core.training.batches import Critic
+from dgpo_core.training.guidance import GuidanceLoss
+from dgpo_core.training.reinforce import Experience, ExperienceMaker, PPOExperience, Updater
 from tests.dgpo_core.making import engines, exact, random_episode, reinforcement, student_teacher_critic
 
 Parts = tuple[PreTrainedModel, PreTrainedModel, Critic]

@@ -19,12 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.agent.episode import Episode, Owner
 from dgpo_core.config.training import DistillConfig, DistributionsConfig, ReinforceConfig
+from dgpo_core.training.batches import Critic
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
-from dgpo_core.training.experience import Experience, ExperienceMaker, PPOExperience
-from dgpo_core.training.reinforce import Critic
+from dgpo_core.training.guidance import GuidanceLoss
+from dgpo_core.training.reinforce import Experience, ExperienceMaker, PPOExperience, Updater
 from dgpo_core.training.teacher_cache import TeacherCache, build_cache
-from dgpo_core.training.update import GuidanceLoss, Updater
 from tests.dgpo_core.making import (
     distillation,
     engines,

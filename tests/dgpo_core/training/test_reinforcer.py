@@ -17,8 +17,7 @@ from dgpo_core.config.training import ReinforceConfig
 from dgpo_core.errors import InfrastructureError, NotFinite
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.episode_sources import Metrics, Rollout
-from dgpo_core.training.experience import Answered
-from dgpo_core.training.reinforce import Reinforcer
+from dgpo_core.training.reinforce import Answered, Reinforcer
 from tests.dgpo_core.making import exact, padded, random_episode, reinforcement, tiny_model, weights_of
 
 CONFIG = ReinforceConfig(
