@@ -20,10 +20,13 @@ from dgpo_core.serving.events import (
     EpisodeRecord,
     EpisodeStep,
     Event,
+    RetrievedPassage,
     SearchResult,
     SourcePassage,
+    retrieved,
 )
 from dgpo_core.serving.streaming import EventStream, TagSplitter
+from dgpo_core.serving.unknown_words import unknown_words
 from dgpo_core.text import normalize, stands_in
 
 
@@ -41,6 +44,7 @@ class Agent:
         top_k: int,
     ) -> None:
         self.name, self.index = name, retriever.digest
+        self._retriever, self._top_k = retriever, top_k
         self._engine = TransformersEngine(model, tokenizer, rollout)
         self._loop = AgentLoop(self._engine, tokenizer, retriever, protocol, top_k)
         self._tokenizer, self._protocol = tokenizer, protocol
@@ -66,8 +70,9 @@ class Agent:
     ) -> "Asked":
         """Return a request as a task that calls `emit` and `cancelled` as `ask` does. Raises UserError."""
         protocol = self._limited(request)
+        text = self._with_history(request)
         stream = EventStream(self._tokenizer.decode, self._engine.stop_criteria.eos, emit, cancelled)
-        question = Question("asked", request.question, ())
+        question = Question("asked", text, ())
         task = Task(question, "asked", seed=(request.seed,), protocol=protocol, watcher=stream)
         return Asked(request, task, stream)
 
@@ -94,15 +99,35 @@ class Agent:
         new_tokens = min(protocol.max_new_tokens, request.max_new_tokens or protocol.max_new_tokens)
         return protocol.model_copy(update={"max_turns": searches, "max_new_tokens": new_tokens})
 
+    def _with_history(self, request: AgentRequest) -> str:
+        """Return the question after the latest lines of its history whose prompt fills half the context."""
+        for start in range(len(request.history)):
+            text = "\n".join((*request.history[start:], request.question))
+            prompt = encode_prompt(text, self._protocol.instruction, self._tokenizer)
+            if len(prompt) <= self._protocol.max_context // 2:
+                return text
+        return request.question
+
+    def search(self, query: str, count: int | None = None) -> list[RetrievedPassage]:
+        """Return the passages that the index finds, best first; without `count` as many as the model gets.
+
+        Raises UserError for a query that cannot be searched for, and InfrastructureError.
+        """
+        AgentRequest(query).check()
+        (hits,) = self._retriever.search([query], count or self._top_k)
+        return [retrieved(hit) for hit in hits]
+
     def record(self, asked: "Asked", episode: Episode) -> EpisodeRecord:
         """Return what became of a request."""
         request, searches = asked.request, asked.stream.searches
-        answer = episode.prediction if episode.failure is None else None  # a failed episode has no answer
+        failed = episode.failure is not None
+        answer = None if failed else episode.prediction
         return EpisodeRecord(
             question=request.question,
             model=self.name,
             answer=answer or None,
             sources=sources(answer, searches),
+            unknown_words=[] if failed else self._unknown(request.question, searches),
             ending=episode.ending,
             failure=episode.failure,
             steps=list(_steps(episode, self._tokenizer.decode, self._engine.stop_criteria.eos)),
@@ -115,6 +140,10 @@ class Agent:
             model_tokens=episode.model_tokens,
             other_tokens=len(episode.token_ids) - episode.model_tokens,
         )
+
+    def _unknown(self, question: str, searches: list[SearchResult]) -> list[str]:
+        found = [f"{passage.title} {passage.text}" for search in searches for passage in search.passages]
+        return unknown_words(question, found, self._retriever, self._top_k)
 
 
 @dataclass(frozen=True)

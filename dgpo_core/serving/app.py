@@ -5,82 +5,38 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import AsyncIterator, Collection
+from collections.abc import AsyncIterator, Sequence
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-from starlette.datastructures import Headers
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.serving.access import IGNORED
 from dgpo_core.serving.events import EpisodeCancelled, EpisodeEnd, Event
+from dgpo_core.serving.metrics import Metrics
 from dgpo_core.serving.openai_format import ChatRequest, Completion, error
 from dgpo_core.serving.queue import NotReady, QueueFull, RequestQueue
 
 PAGE = Path(__file__).parent / "templates" / "ask.html"
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-IGNORED = "X-Ignored-Parameters"  # header of an answer: what of the request it did not depend on
 LONGEST_HEADER = 1000
+RETRY = {"Retry-After": "5"}
 log = logging.getLogger("uvicorn.error")
 
 
-class HostFilter:
-    """Refuses requests that name another host than these, in OpenAI's form of an error.
+def make_app(queue: RequestQueue, examples: Sequence[str] = (), history: bool = False) -> FastAPI:
+    """Return the service of the agent behind `queue`; access.py restricts who may ask.
 
-    A web page elsewhere could otherwise reach a service of this machine by a name that resolves to it.
-    """
-
-    def __init__(self, app: ASGIApp, hosts: Collection[str]) -> None:
-        self._app, self._hosts = app, {host.lower() for host in hosts}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        named = Headers(scope=scope).get("host", "") if scope["type"] == "http" else None
-        if named is None or _host(named) in self._hosts:
-            await self._app(scope, receive, send)
-            return
-        message = (
-            f"this service answers to {', '.join(sorted(self._hosts))}, not to {_host(named)!a:.80}; "
-            "`dgpo serve --allow-host NAME` allows a name (--host 0.0.0.0 opens the port to every machine)"
-        )
-        refusal = JSONResponse(error(message, "invalid_request_error", "host_not_allowed"), 400)
-        await refusal(scope, receive, send)
-
-
-def _host(header: str) -> str | None:
-    """Return the name in a header `Host`, without its port."""
-    try:
-        return urlsplit(f"//{header}").hostname
-    except ValueError:
-        return header
-
-
-def make_app(
-    queue: RequestQueue, host: str, hosts: Collection[str] = (), origins: Collection[str] = ()
-) -> FastAPI:
-    """Return the service of the agent behind `queue`.
-
-    On a loopback `host`, or with `hosts`, requests must name this machine or one of `hosts`. `origins` are
-    those of web pages (scheme://host:port) whose scripts may ask.
+    `examples` are questions that the page proposes. With `history` a question comes with the conversation
+    before it.
     """
     app = FastAPI(title="DGPO search agent", docs_url=None, redoc_url=None)
-    if origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=origins,
-            allow_methods=["GET", "POST"],
-            allow_headers=["*"],
-            expose_headers=[IGNORED],
-            allow_private_network=True,
-        )
-    if host in LOOPBACK or hosts:
-        app.add_middleware(HostFilter, hosts=(*LOOPBACK, *hosts))
+    metrics = Metrics(queue)
     page = PAGE.read_text(encoding="utf-8")
     headers = {"Content-Security-Policy": _content_security_policy(page), "X-Content-Type-Options": "nosniff"}
 
@@ -92,9 +48,17 @@ def make_app(
     async def health() -> Response:
         """Return 200 when questions are answered, 503 while model and index are loaded."""
         if queue.agent is None:
-            return JSONResponse({"status": "loading"}, HTTPStatus.SERVICE_UNAVAILABLE)
+            return JSONResponse({"status": "loading"}, HTTPStatus.SERVICE_UNAVAILABLE, RETRY)
         known = {"model": queue.agent.name, "index": queue.agent.index, "waiting": queue.waiting}
         return JSONResponse({"status": "ready", **known})
+
+    @app.get("/metrics")
+    async def prometheus() -> Response:
+        return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+    @app.get("/examples")
+    async def proposed() -> list[str]:
+        return list(examples)
 
     @app.get("/v1/models")
     async def models() -> Response:
@@ -112,18 +76,21 @@ def make_app(
         """Run one episode for one question; `openai_format` says what a request may hold."""
         if queue.agent is not None and body.model != queue.agent.name:
             return _no_model(body.model, queue.agent.name)
-        headers = _ignored(body.ignored)
+        headers = _ignored(body.ignored(history))
         try:
-            events = queue.submit(body.agent_request()).events(request.is_disconnected)
+            asked = queue.submit(body.agent_request(history))
+            events = metrics.observe(asked.events(request.is_disconnected))
             event = await anext(events)  # until here an error has a status of its own
+            completion = Completion(body.model)
             if body.stream:
                 wants_usage = bool(body.stream_options and body.stream_options.include_usage)
-                stream = _stream(body.model, event, events, wants_usage)
+                stream = _stream(completion, event, events, wants_usage)
                 headers |= _UNBUFFERED
                 return StreamingResponse(stream, media_type="text/event-stream", headers=headers)
             while not isinstance(event, EpisodeEnd):
+                completion.reason(event)
                 event = await anext(events)
-            return JSONResponse(Completion(body.model).whole(event.episode), headers=headers)
+            return JSONResponse(completion.whole(event.episode), headers=headers)
         except Exception as caught:
             return error_response(caught)
 
@@ -149,10 +116,9 @@ def _ignored(names: list[str]) -> dict[str, str]:
 
 
 async def _stream(
-    model: str, first: Event, events: AsyncIterator[Event], wants_usage: bool
+    completion: Completion, first: Event, events: AsyncIterator[Event], wants_usage: bool
 ) -> AsyncIterator[str]:
     """Yield server-sent events; what goes wrong now can only be said in one of them."""
-    completion = Completion(model)
     yield _sse(completion.opening())
     event: Event | None = first
     try:
@@ -174,7 +140,7 @@ def _sse(data: dict[str, Any]) -> str:
 def error_response(caught: Exception) -> JSONResponse:
     """Return the response to an exception; where another try may help, it says when."""
     status, body = error_reply(caught)
-    return JSONResponse(body, status, {"Retry-After": "5"} if status in (429, 503) else None)
+    return JSONResponse(body, status, RETRY if status in (429, 503) else None)
 
 
 def error_reply(caught: Exception) -> tuple[HTTPStatus, dict[str, Any]]:

@@ -6,13 +6,16 @@ Nothing here needs a model, so that a mistake in a question is found before one 
 import math
 import unicodedata
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict
 
 from dgpo_core.agent.episode import Ending
 from dgpo_core.errors import UserError
 from dgpo_core.text import trimmed
+
+if TYPE_CHECKING:
+    from dgpo_core.retrieval.ranking import Hit
 
 
 class EpisodeCancelled(Exception):
@@ -23,7 +26,8 @@ class EpisodeCancelled(Exception):
 class AgentRequest:
     """A question and how to answer it; None leaves a limit as the protocol has it.
 
-    `temperature` 0 is greedy. `max_new_tokens` is of a turn; neither limit can be raised.
+    `temperature` 0 is greedy. `max_new_tokens` is of a turn; neither limit can be raised. `history` has the
+    lines of a conversation before the question, of which the model reads the latest, as far as they fit.
     """
 
     question: str
@@ -31,12 +35,13 @@ class AgentRequest:
     seed: int = 0
     max_searches: int | None = None
     max_new_tokens: int | None = None
+    history: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise UserError for what no model could answer."""
         if not trimmed(self.question):
             raise UserError("the question is empty")
-        if any(unicodedata.category(character) == "Cs" for character in self.question):
+        if any(unicodedata.category(c) == "Cs" for text in (self.question, *self.history) for c in text):
             raise UserError("the question is not valid Unicode: it has half a surrogate pair")
         if not 0 <= self.temperature < math.inf:
             raise UserError(f"temperature: a number from 0 upwards, not {self.temperature}")
@@ -57,6 +62,12 @@ class RetrievedPassage(_Frozen):
     title: str
     text: str
     score: float
+
+
+def retrieved(hit: "Hit") -> RetrievedPassage:
+    """Return a hit of the index in full."""
+    passage = hit.passage
+    return RetrievedPassage(id=passage.id, title=passage.title, text=passage.text, score=hit.score)
 
 
 class QueuePosition(_Frozen):
@@ -110,6 +121,7 @@ class EpisodeStep(_Frozen):
 class EpisodeRecord(_Frozen):
     """A finished episode. `answer` is None when the model gave none; `failure` says what broke down.
 
+    `unknown_words` are words of the question that no passage has which was found, not even by these words.
     There is no golden answer, so nothing here says whether the answer is right.
     """
 
@@ -117,6 +129,7 @@ class EpisodeRecord(_Frozen):
     model: str
     answer: str | None
     sources: list[SourcePassage]
+    unknown_words: list[str]
     ending: Ending
     failure: str | None
     steps: list[EpisodeStep]

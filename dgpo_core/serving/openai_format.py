@@ -6,12 +6,13 @@ that the agent does not support is refused.
 
 import time
 import uuid
+from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
 from dgpo_core.agent.episode import Ending
-from dgpo_core.serving.events import AgentRequest, EpisodeEnd, EpisodeRecord, Event
+from dgpo_core.serving.events import AgentRequest, Delta, EpisodeEnd, EpisodeRecord, Event
 
 SEEDS = 2**64  # OpenAI's seeds have a sign, ours have none
 
@@ -27,12 +28,16 @@ class StreamOptions(BaseModel):
     include_usage: bool | None = False
 
 
-def _question(messages: list[Message]) -> str:
-    """Return the text of the user's last message. Raise ValueError where there is none, or none but text."""
-    asked = [(number, message) for number, message in enumerate(messages, 1) if message.role == "user"]
-    if not asked:
+def _last_of_user(messages: list[Message]) -> int:
+    """Return the place of the user's last message, from 0. Raise ValueError where there is none."""
+    places = [place for place, message in enumerate(messages) if message.role == "user"]
+    if not places:
         raise ValueError("this agent answers a question: one message must have the role user")
-    number, message = asked[-1]
+    return places[-1]
+
+
+def _text(message: Message, number: int) -> str:
+    """Return a message's text. Raise ValueError where it has other content."""
     if isinstance(message.content, str):
         return message.content
     if not isinstance(message.content, list):
@@ -48,7 +53,8 @@ def _question(messages: list[Message]) -> str:
 
 
 def _answerable(messages: list[Message]) -> list[Message]:
-    _question(messages)
+    place = _last_of_user(messages)
+    _text(messages[place], place + 1)
     return messages
 
 
@@ -65,7 +71,7 @@ def _neutral(*values: object) -> BeforeValidator:
 
 
 class ChatRequest(BaseModel):
-    """A question with the conversation around it, of which the user's last message alone is read.
+    """A question, the user's last message, with the conversation around it, which is read only if wanted.
 
     `temperature` 0, greedy, is the default; `max_tokens` is of each turn of the model. Other parameters than
     these (`metadata`, `reasoning_effort`, a client's `chat_id`, ...) do not change the answer: see `ignored`.
@@ -102,35 +108,51 @@ class ChatRequest(BaseModel):
     min_p: Annotated[None, _neutral(0)] = None
     repetition_penalty: Annotated[None, _neutral(1)] = None
 
-    @property
-    def ignored(self) -> list[str]:
+    def ignored(self, history: bool = False) -> list[str]:
         """Return what was sent and not used: other messages, and unknown parameters that are not null."""
-        others = ["messages"] if len(self.messages) > 1 else []
+        read = 1 + (len(self._earlier()) if history else 0)
+        others = ["messages"] if len(self.messages) > read else []
         return others + [name for name, value in (self.model_extra or {}).items() if value is not None]
 
-    def agent_request(self) -> AgentRequest:
-        """Return what the agent is asked."""
+    def agent_request(self, history: bool = False) -> AgentRequest:
+        """Return what the agent is asked; with `history` the conversation before the question, too."""
         limits = [limit for limit in (self.max_tokens, self.max_completion_tokens) if limit is not None]
+        place = _last_of_user(self.messages)
         return AgentRequest(
-            _question(self.messages),
+            _text(self.messages[place], place + 1),
             temperature=self.temperature or 0.0,
             seed=(self.seed or 0) % SEEDS,
             max_new_tokens=min(limits, default=None),
+            history=tuple(self._earlier()) if history else (),
         )
+
+    def _earlier(self) -> list[str]:
+        """Return a line for each message of user and assistant before the question that is text."""
+        lines = []
+        for number, message in enumerate(self.messages[: _last_of_user(self.messages)], 1):
+            if message.role in ("user", "assistant"):
+                with suppress(ValueError):  # a picture, or a call of a tool
+                    lines.append(f"{message.role}: {' '.join(_text(message, number).split())}")
+        return lines
 
 
 class Completion:
     """Builds the response to one request, whole or in chunks; beside OpenAI's fields, `episode` and `event`.
 
-    What a client puts together from `delta.content` is what it would get without `stream`: the answer.
+    What a client puts together from `delta.content` is what it would get without `stream`: the answer. So it
+    is with `reasoning_content`, where clients of reasoning models look (DeepSeek's field): what the model
+    thinks and searches for, each turn in paragraphs of its own.
     """
 
     def __init__(self, model: str) -> None:
+        self._reasoning = ""
+        self._paragraph: tuple[str, int] | None = None  # kind and turn
         self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
 
     def whole(self, record: EpisodeRecord) -> dict[str, Any]:
-        """Return the response in one piece."""
+        """Return the response in one piece, with the reasoning of the events before."""
         message = {"role": "assistant", "content": record.answer, "refusal": None}
+        message |= {"reasoning_content": self._reasoning or None}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": _finish(record)}
         body = {**self._head, "object": "chat.completion", "choices": [choice], "usage": usage(record)}
         return {**body, "episode": record.model_dump(mode="json")}
@@ -143,10 +165,25 @@ class Completion:
         """Return the chunk of an event; the last event has two: the answer, and why it ended."""
         event_field = {"event": event.model_dump(mode="json")}
         if not isinstance(event, EpisodeEnd):
-            return [self._chunk({}) | event_field]
+            reasoning = self.reason(event)
+            return [self._chunk({"reasoning_content": reasoning} if reasoning else {}) | event_field]
         answer = event.episode.answer
         content = [self._chunk({"content": answer})] if answer is not None else []
         return [*content, self._chunk({}, _finish(event.episode)) | event_field]
+
+    def reason(self, event: Event) -> str:
+        """Return what an event adds to the reasoning."""
+        if not isinstance(event, Delta) or event.kind not in ("think", "search"):
+            return ""
+        text = event.text
+        if self._paragraph != (event.kind, event.turn):
+            if not text.strip():
+                return ""
+            self._paragraph = (event.kind, event.turn)
+            gap = "\n\n" if self._reasoning else ""
+            text = f"{gap}{'Search: ' if event.kind == 'search' else ''}{text.lstrip()}"
+        self._reasoning += text
+        return text
 
     def usage(self, record: EpisodeRecord) -> dict[str, Any]:
         """Return the chunk that comes last, where a client asks for it."""

@@ -35,6 +35,7 @@ class RequestQueue:
 
     def __init__(self, limit: int, together: int = 1) -> None:
         self.agent: Agent | None = None
+        self._loading: asyncio.Future[Agent] | None = None
         self._limit, self._together = limit, together
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agent")
         self._requests: list[QueuedRequest] = []
@@ -45,12 +46,26 @@ class RequestQueue:
 
     async def open(self, load: Callable[[], "Agent"]) -> None:
         """Load the agent. Raises what `load` raises."""
-        self.agent = await asyncio.get_running_loop().run_in_executor(self._thread, load)
+        self._loading = asyncio.get_running_loop().run_in_executor(self._thread, load)
+        self.agent = await self._loading
+
+    async def loaded(self) -> "Agent":
+        """Return the agent, when it is loaded. Raises what loading it raises, and NotReady before `open`."""
+        if self._loading is not None:
+            await asyncio.shield(self._loading)  # `open` gets it first
+        if self.agent is None:
+            raise NotReady
+        return self.agent
 
     @property
     def waiting(self) -> int:
         """Return the number of requests that have not begun."""
         return max(0, len(self._requests) - self._together)
+
+    @property
+    def running(self) -> int:
+        """Return the number of requests that are being answered."""
+        return min(len(self._requests), self._together)
 
     def submit(self, request: AgentRequest) -> "QueuedRequest":
         """Put a request at the end. Raises NotReady, and QueueFull when `limit` are waiting."""

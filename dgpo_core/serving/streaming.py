@@ -14,9 +14,9 @@ from dgpo_core.serving.events import (
     EpisodeCancelled,
     Event,
     Notice,
-    RetrievedPassage,
     SearchResult,
     TextKind,
+    retrieved,
 )
 
 INCOMPLETE = "\N{REPLACEMENT CHARACTER}"  # how a character decodes of which bytes are still to come
@@ -66,12 +66,7 @@ class EventStream:
 
     def search(self, query: str, hits: list[Hit]) -> None:
         """Keep a search, and tell of it."""
-        passages = [
-            RetrievedPassage(
-                id=hit.passage.id, title=hit.passage.title, text=hit.passage.text, score=hit.score
-            )
-            for hit in hits
-        ]
+        passages = [retrieved(hit) for hit in hits]
         self.searches.append(SearchResult(turn=self._turn, query=query, passages=passages))
         self._emit(self.searches[-1])
 

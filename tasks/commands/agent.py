@@ -1,18 +1,21 @@
 """The agent that `dgpo ask` and `dgpo serve` open: a model by any of its names, with the index."""
 
 import sys
+from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dgpo_core.config.params import Params
 from dgpo_core.config.recipes import STUDENT, TEACHER
+from dgpo_core.datasets.records import read_questions
 from dgpo_core.errors import UserError
-from tasks.project.paths import INDEX, MODELS
+from tasks.project.paths import INDEX, MODELS, questions_file
 from tasks.stages.inputs import model_source
 
 if TYPE_CHECKING:
     from dgpo_core.serving.agent import Agent
 
+EXAMPLES = 3
 CHAMPION = "models:/search-agent@champion"
 REGISTRY = "models:/"
 
@@ -46,6 +49,14 @@ def require_index() -> None:
     """Raise UserError, before anything is loaded, when there is no index."""
     if not INDEX.is_dir():
         raise UserError(f"{INDEX}: there is no index yet; run `make demo`, or `dvc repro index`")
+
+
+def example_questions(params: Params) -> list[str]:
+    """Return some validation questions, of each training set in turn; none where there are no files."""
+    files = (questions_file(name, "dev") for name in params.questions.train)
+    sets = [read_questions(file)[:EXAMPLES] for file in files if file.is_file()]
+    mixed = chain.from_iterable(zip_longest(*sets))
+    return [question.question for question in mixed if question][:EXAMPLES]
 
 
 def open_agent(params: Params, source: str, reference: str | None) -> "Agent":

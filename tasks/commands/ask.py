@@ -1,5 +1,6 @@
 """`dgpo ask`: one question to the agent, in the terminal, while its episode unfolds."""
 
+import shlex
 import sys
 import unicodedata
 from contextlib import nullcontext
@@ -10,10 +11,11 @@ from rich.console import Console
 from rich.text import Text
 
 from dgpo_core.agent.episode import Ending
-from dgpo_core.config.params import load_params
-from dgpo_core.errors import InfrastructureError
+from dgpo_core.config.params import Params, load_params
+from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.serving.events import AgentRequest, Delta, EpisodeRecord, Event, Notice, SearchResult
-from tasks.commands.agent import open_agent, require_index, resolve_model
+from dgpo_core.serving.unknown_words import unknown_note
+from tasks.commands.agent import example_questions, open_agent, require_index, resolve_model
 
 STYLES = {
     "think": "magenta",
@@ -52,8 +54,22 @@ def ask(model: str | None, request: AgentRequest, as_json: bool, colour: bool) -
         print(record.model_dump_json(indent=2))
     else:
         screen.close(record)
+        if record.unknown_words and (proposed := _proposed(params)):
+            print("It answers questions such as", *proposed, sep="\n")
     if record.failure is not None:
         _fail(record.failure)
+
+
+def print_examples() -> None:
+    """Print questions that can be asked. Raise UserError where none are known."""
+    require_index()
+    if not (proposed := _proposed(load_params())):
+        raise UserError('what do you want to know? dgpo ask "..."')
+    print("What do you want to know? For example:", *proposed, sep="\n")
+
+
+def _proposed(params: Params) -> list[str]:
+    return [f"    dgpo ask {shlex.quote(printable(question))}" for question in example_questions(params)]
 
 
 class Screen:
@@ -84,6 +100,7 @@ class Screen:
         self._write("\n", "text")
         if record.answer is None:
             self._write(f"No answer: {NO_ANSWER.get(record.ending, 'it gave none')}.\n", "notice")
+            self._note(record)
             return
         self._write(f"{printable(record.answer)}\n", "answer")
         if record.sources:
@@ -92,6 +109,12 @@ class Screen:
             self._write(f"[{source.number}] {printable(source.title)}\n", "text")
         if not record.sources:
             self._write("No retrieved passage contains this answer.\n", "notice")
+        self._note(record)
+
+    def _note(self, record: EpisodeRecord) -> None:
+        """Say what the index does not know of the question."""
+        if note := unknown_note(record.unknown_words):
+            self._write(f"But {printable(note)}.\n", "notice")
 
     def _lines(self, event: SearchResult) -> list[str]:
         """Return a line for each passage, cut to the width of a terminal."""

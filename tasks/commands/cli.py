@@ -17,7 +17,7 @@ from typer.core import TyperCommand, TyperOption
 from dgpo_core.errors import UserError
 from tasks.project.process import run_program
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 # The groups of `dgpo --help`, in the order in which somebody new needs them.
 EXPERIMENTS, AGENT, MODELS, FORECASTS, SERVERS, SHARING = (
     "Train and compare",
@@ -238,9 +238,15 @@ Model = Annotated[
 ]
 
 
+AllowHost = Annotated[
+    list[str] | None,
+    typer.Option(help="another name by which clients call this machine, such as host.docker.internal"),
+]
+
+
 @app.command(rich_help_panel=AGENT)
 def ask(
-    question: Annotated[str, typer.Argument()],
+    question: Annotated[str | None, typer.Argument(help="without it, some that can be asked")] = None,
     model: Model = None,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy")] = 0.0,
     seed: Annotated[int, typer.Option(min=0, help="of sampling, without effect on greedy")] = 0,
@@ -253,7 +259,11 @@ def ask(
     """Ask the agent a question, and watch it search."""
     from dgpo_core.serving.events import AgentRequest
     from tasks.commands.ask import ask as print_episode
+    from tasks.commands.ask import print_examples
 
+    if question is None:
+        print_examples()
+        return
     print_episode(model, AgentRequest(question, temperature, seed, max_searches), as_json, colour)
 
 
@@ -265,19 +275,42 @@ def serve(
     ] = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8080,
     waiting: Annotated[int, typer.Option(min=0, help="questions that may wait for those being answered")] = 8,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(help="another name by which clients call this machine, such as host.docker.internal"),
-    ] = None,
+    allow_host: AllowHost = None,
     allow_origin: Annotated[
         list[str] | None,
         typer.Option(help="where a web page comes from whose scripts may ask, such as http://localhost:3000"),
     ] = None,
+    history: Annotated[
+        bool, typer.Option("--history", help="put the conversation before a question, too")
+    ] = False,
 ) -> None:
-    """Serve the agent over HTTP: a page, and OpenAI's chat completions."""
+    """Serve the agent over HTTP: a page, and OpenAI's chat completions.
+
+    With DGPO_API_KEY in the environment, requests must have that key.
+    """
     from tasks.commands.serve import serve as run_service
 
-    run_service(model, host, port, waiting, allow_host or [], allow_origin or [])
+    run_service(model, host, port, waiting, allow_host or [], allow_origin or [], history)
+
+
+@app.command(rich_help_panel=AGENT)
+def mcp(
+    model: Model = None,
+    host: Annotated[
+        str, typer.Option(help="0.0.0.0: every machine that reaches this one may call")
+    ] = "127.0.0.1",
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="listen there; without it on standard input")
+    ] = None,
+    allow_host: AllowHost = None,
+) -> None:
+    """Serve the agent's tools `ask` and `search` to programs that speak the Model Context Protocol.
+
+    With a port and DGPO_API_KEY in the environment, requests must have that key.
+    """
+    from tasks.commands.mcp import mcp as run_service
+
+    run_service(model, host, port, allow_host or [])
 
 
 @app.command(rich_help_panel=AGENT)

@@ -1,5 +1,6 @@
 """`dgpo serve`: the agent as an HTTP service until Ctrl-C or SIGTERM."""
 
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -9,11 +10,13 @@ import uvicorn
 
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.serving.access import restrict
 from dgpo_core.serving.app import make_app
 from dgpo_core.serving.queue import RequestQueue
-from tasks.commands.agent import open_agent, require_index, resolve_model
+from tasks.commands.agent import example_questions, open_agent, require_index, resolve_model
 from tasks.project.servers import listen, run
 
+KEY = "DGPO_API_KEY"  # variable of the environment: options can be seen by everyone on a machine
 GRACE = 5  # seconds for the last words to clients
 HOST = re.compile(r"[\w.-]+|[0-9a-fA-F:]+:[0-9a-fA-F:]*")  # a name or an address, without a port
 ORIGIN = re.compile(r"\*|[a-z][a-z0-9+.-]*://[^/\s]+")
@@ -26,22 +29,26 @@ def serve(
     waiting: int,
     hosts: Sequence[str] = (),
     origins: Sequence[str] = (),
+    history: bool = False,
 ) -> None:
     """Listen at once and load meanwhile (/health says 503). Raise UserError for what keeps it from starting.
 
-    `hosts` and `origins` are further ones that are allowed. Ends the process with 1 when the retriever cannot
-    be reached.
+    `hosts` and `origins` are further ones that are allowed; `history` puts conversations before questions.
+    Ends the process with 1 when the retriever cannot be reached.
     """
-    _require("--allow-host", hosts, HOST, "a name without scheme and port, such as host.docker.internal")
+    require_hosts(hosts)
     example = "scheme, host and port without a path, such as http://localhost:3000"
     _require("--allow-origin", origins, ORIGIN, example)
+    key = api_key()
     params = load_params()
     require_index()
     listening = listen(host, port)
     source = resolve_model(params, model)
     queue = RequestQueue(waiting, params.rollout.slots)
+    app = make_app(queue, example_questions(params), history)
+    restrict(app, host, hosts, origins, key)
     config = uvicorn.Config(
-        make_app(queue, host, hosts, origins),
+        app,
         log_level="warning",
         timeout_graceful_shutdown=GRACE,
         lifespan="off",
@@ -56,6 +63,19 @@ def serve(
         raise SystemExit(1) from None
     finally:
         queue.shutdown()
+
+
+def api_key() -> str | None:
+    """Return the key that requests must know, if there is one. Raise UserError for one no header can have."""
+    key = os.environ.get(KEY, "")
+    if not (key.isascii() and key.isprintable()) or " " in key:
+        raise UserError(f"{KEY}: only visible ASCII characters")
+    return key or None
+
+
+def require_hosts(hosts: Sequence[str]) -> None:
+    """Raise UserError for a name of --allow-host that is none."""
+    _require("--allow-host", hosts, HOST, "a name without scheme and port, such as host.docker.internal")
 
 
 def _require(option: str, values: Sequence[str], form: re.Pattern[str], example: str) -> None:

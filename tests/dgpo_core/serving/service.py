@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import httpx
 import uvicorn
 
+from dgpo_core.serving.access import restrict
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.app import make_app
 from dgpo_core.serving.queue import RequestQueue
@@ -21,13 +22,16 @@ def serving(
     hosts: tuple[str, ...] = (),
     origins: tuple[str, ...] = (),
     together: int = 1,
+    key: str | None = None,
+    examples: tuple[str, ...] = (),
+    history: bool = False,
 ) -> Iterator[httpx.Client]:
     """A client of a running service; None: one that is loading for ever."""
     queue = RequestQueue(waiting, together)
     queue.agent = agent
-    config = uvicorn.Config(
-        make_app(queue, "127.0.0.1", hosts, origins), log_level="critical", lifespan="off", ws="none"
-    )
+    app = make_app(queue, examples, history)
+    restrict(app, "127.0.0.1", hosts, origins, key)
+    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"

@@ -80,7 +80,7 @@ def test_any_other_value_is_refused_or_ignored(name: str, value: Any) -> None:
         fault["msg"].encode()  # can be sent, whatever the value has of half characters
         return
     neutral = value is None or value in NEUTRAL[name]
-    assert neutral or made.ignored == [name]
+    assert neutral or made.ignored() == [name]
 
 
 @given(st.lists(st.sampled_from(["system", "developer", "assistant", "tool", "user"]), max_size=6), JSON)
@@ -90,7 +90,7 @@ def test_the_last_message_of_the_user_is_the_question(roles: list[str], content:
     for after in ([], [{"role": "assistant", "content": content, "tool_calls": [{"id": "1"}]}]):
         made = request(messages=[*before, QUESTION, *after])
         assert made.agent_request() == AgentRequest("Who")
-        assert made.ignored == (["messages"] if before or after else [])
+        assert made.ignored() == (["messages"] if before or after else [])
 
 
 @given(JSON)

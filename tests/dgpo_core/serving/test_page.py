@@ -11,7 +11,7 @@ from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.retrieval.index import index_passages
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.app import PAGE
-from dgpo_core.serving.events import AgentRequest
+from dgpo_core.serving.events import AgentRequest, EpisodeRecord
 from dgpo_core.world.questions import Article
 from tests.browser import CHROMIUM, Page, browse
 from tests.dgpo_core.serving.conftest import Gate, MakeAgent
@@ -39,8 +39,17 @@ def agent(make_agent: MakeAgent, retriever: Gate) -> Agent:
 
 
 @pytest.fixture(scope="module")
-def browser(agent: Agent, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
-    with serving(agent) as client, browse(tmp_path_factory.mktemp("chromium")) as page:
+def sourced(agent: Agent, questions: list[Question]) -> EpisodeRecord:
+    """Of the first question whose answer stands in a passage that was found."""
+    asked = (AgentRequest(question.question) for question in questions)
+    records = (agent.ask(request, lambda event: None, lambda: False) for request in asked)
+    return next(record for record in records if record.sources)
+
+
+@pytest.fixture(scope="module")
+def browser(agent: Agent, sourced: EpisodeRecord, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Page]:
+    proposed = serving(agent, examples=(sourced.question,))
+    with proposed as client, browse(tmp_path_factory.mktemp("chromium")) as page:
         page.open(str(client.base_url))
         page.wait_for("document.querySelector('#state').textContent === 'teacher is ready'")
         yield page
@@ -82,6 +91,33 @@ def test_the_episode_is_shown_as_it_was(browser: Page, agent: Agent, questions: 
     assert texts(browser, "details summary") == titles
     assert browser.evaluate("document.querySelectorAll('details[open]').length") == 0
     assert browser.errors == []
+
+
+def test_an_example_is_asked_by_a_click_and_the_answer_leads_to_its_passage(
+    browser: Page, sourced: EpisodeRecord
+) -> None:
+    assert sourced.answer
+    browser.evaluate("document.querySelector('#examples button').click()")
+    finish(browser)
+    assert text(browser, "#asked") == sourced.question and browser.evaluate("location.search").startswith(
+        "?q="
+    )
+    assert browser.evaluate("document.querySelector('#examples').hidden") is True
+    assert {mark.lower() for mark in texts(browser, "#steps mark")} == {sourced.answer.lower()}
+    assert browser.evaluate("document.querySelectorAll('details[open]').length") == 0
+    browser.evaluate("document.querySelector('#result a').click()")
+    assert texts(browser, "details[open] summary") == [sourced.sources[0].title]
+    assert browser.evaluate("document.activeElement.textContent") == sourced.sources[0].title
+
+
+def test_earlier_questions_stay_and_unknown_words_are_said(browser: Page, sourced: EpisodeRecord) -> None:
+    before = text(browser, "#asked"), text(browser, "#result .final")
+    ask(browser, "Where was Marie Curie born?")
+    finish(browser)
+    assert texts(browser, ".past > summary")[0] == " ".join(before)
+    assert text(browser, "#result .unknown") == "But no passage that was found has Marie, Curie."
+    assert texts(browser, "#examples button") == [sourced.question], "what it does know"
+    assert browser.evaluate("document.querySelector('#examples').hidden") is False
 
 
 def test_hostile_text_stays_text(browser: Page, questions: list[Question]) -> None:

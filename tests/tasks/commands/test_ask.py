@@ -2,6 +2,7 @@
 
 import io
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ from dgpo_core.serving.events import (
     SearchResult,
     SourcePassage,
 )
-from tasks.commands.ask import Screen, ask, printable
+from tasks.commands.ask import Screen, ask, print_examples, printable
 from tests.conftest import ROOT
 from tests.tasks.miniature import make_project
 
@@ -94,7 +95,13 @@ def test_a_retriever_that_is_down_is_said_in_one_line(
 def record(answer: str | None, **more: object) -> EpisodeRecord:
     """Of an episode that ran out of turns, unless `more` says otherwise."""
     texts = {"question": "q", "model": "m", "response": "", "ending": Ending.BUDGET, "failure": None}
-    lists: dict[str, object] = {"sources": [], "steps": [], "searches": [], "well_formed": False}
+    lists: dict[str, object] = {
+        "sources": [],
+        "unknown_words": [],
+        "steps": [],
+        "searches": [],
+        "well_formed": False,
+    }
     numbers = dict.fromkeys(("invalid_actions", "temperature", "seed", "model_tokens", "other_tokens"), 0)
     return EpisodeRecord.model_validate({**texts, **lists, **numbers, "answer": answer, **more})
 
@@ -123,6 +130,30 @@ def test_it_says_when_there_is_no_answer_or_no_source() -> None:
     text = shown(notice, end=record(None))
     assert text == "notice      My previous action is invalid.\n\nNo answer: it has no turn left.\n"
     assert shown(end=record("Rome")).endswith("Rome\nNo retrieved passage contains this answer.\n")
+
+
+def test_it_says_which_words_no_passage_has() -> None:
+    unknown = {"unknown_words": ["Marie", "Cu\x1brie"]}
+    said = "\nBut no passage that was found has Marie, Cu\N{REPLACEMENT CHARACTER}rie.\n"
+    assert shown(end=record("Rome", **unknown)).endswith(f"contains this answer.{said}")
+    assert shown(end=record(None, **unknown)).endswith(f"it has no turn left.{said}")
+
+
+def test_without_a_question_it_proposes_some(
+    indexed_project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(indexed_project)
+    dev = [read_questions(file) for file in Path("data/questions").glob("*/dev.jsonl")]
+    known = {shlex.quote(question.question) for each in dev for question in each}
+    print_examples()
+    first, *proposed = capsys.readouterr().out.splitlines()
+    assert first.endswith("For example:") and len(proposed) == 3
+    assert {line.removeprefix("    dgpo ask ") for line in proposed} <= known
+    make_project(tmp_path)
+    (tmp_path / "data/index").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="what do you want to know"):
+        print_examples()
 
 
 def test_control_sequences_of_models_and_documents_do_not_reach_the_terminal() -> None:

@@ -14,13 +14,14 @@ from tasks.commands import cli
 from tests.conftest import ROOT
 
 
-def dgpo(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def dgpo(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tasks.commands.cli", *arguments]
     env = {"PYTHONPATH": str(ROOT), "PATH": "/usr/bin:/bin", "HOME": str(folder), "COLUMNS": "100"}
+    env |= variables
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=120)
 
 
-@pytest.mark.parametrize("module", ["cli", "doctor", "ask", "serve"])
+@pytest.mark.parametrize("module", ["cli", "doctor", "ask", "serve", "mcp"])
 def test_help_and_first_words_are_instant_because_nothing_heavy_is_imported(module: str) -> None:
     heavy = ("torch", "transformers", "mlflow", "prefect", "dvc")
     code = f"import sys, tasks.commands.{module}; print([m for m in {heavy} if m in sys.modules])"
@@ -128,9 +129,20 @@ def test_what_is_wrong_with_a_question_is_said_before_anything_is_loaded(tmp_pat
         "error: --allow-origin http://localhost:3000/: scheme, host and port without a path, such as "
         "http://localhost:3000\n"
     )
+    odd = {"DGPO_API_KEY": "two words"}
+    assert dgpo(tmp_path, "serve", **odd).stderr == "error: DGPO_API_KEY: only visible ASCII characters\n"
     assert (
         "--allow-host http://x: a name without" in dgpo(tmp_path, "serve", "--allow-host", "http://x").stderr
     )
+
+
+def test_shells_complete_commands(tmp_path: Path) -> None:
+    words = {"_DGPO_COMPLETE": "complete_bash", "COMP_WORDS": "dgpo re", "COMP_CWORD": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.argv[0] = 'dgpo'; from tasks.commands.cli import main; main()"],
+        cwd=tmp_path, env={"PYTHONPATH": str(ROOT), **words}, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "retriever" in done.stdout.split(), done.stderr
 
 
 def test_a_closed_output_is_no_fault(tmp_path: Path) -> None:
