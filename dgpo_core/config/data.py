@@ -46,13 +46,30 @@ class PublishedConfig(Section):
     limits: Limits = Limits()
 
 
+class FilesConfig(Section):
+    """Your own documents (docs/data.md)."""
+
+    corpus: list[str] = Field(
+        [], description="documents: files, folders and globs; those of a folder are read in all depths"
+    )
+    passage_words: int = Field(100, ge=10, description="of a passage, at most; fewer where a section ends")
+
+
 class DataConfig(Section):
     """The source of corpus and questions."""
 
-    source: Literal["published", "world"] = Field(
-        "published", description="the published data sets, or the embedded world (section world)"
+    source: Literal["published", "world", "files"] = Field(
+        "published",
+        description="the published data sets, the embedded world (section world), or your own files",
     )
     published: PublishedConfig = PublishedConfig()
+    files: FilesConfig = FilesConfig()
+
+    @model_validator(mode="after")
+    def _has_documents(self) -> Self:
+        if self.source == "files" and not self.files.corpus:
+            raise ValueError("files.corpus: name your documents: files, folders or globs")
+        return self
 
 
 PAPER_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")

@@ -91,7 +91,7 @@ RENAMED = {
     "reinforce.critic_warmup": "reinforce.critic_learning_rate_warmup",
     "reinforce.kl_estimator": "divergence, in the rows of recipes.reinforce",
 }
-DATA_HINT = "the embedded world's sets need data.source: world"
+DATA_HINT = "the embedded world's sets need data.source: world, your own need data.source: files"
 NO_RECIPES = Recipes()
 Row = TypeVar("Row", Distillation, Reinforcement)
 
