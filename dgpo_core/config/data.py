@@ -85,28 +85,33 @@ class QuestionFilesConfig(Section):
         return self
 
 
-class DataLimits(Section):
-    """What the data report (stage `audit`) may find; beyond it the pipeline stops before a model runs."""
+class FilesConfig(Section):
+    """Your own documents and questions (docs/data.md)."""
 
-    min_answerable: float = Field(
-        0.05, ge=0, le=1, description="share of a split's questions of which a passage has an answer"
+    corpus: list[str] = Field(
+        [], description="documents: files, folders and globs; those of a folder are read in all depths"
     )
-    max_in_train: float = Field(
-        0.5, ge=0, le=1, description="share of a split's questions that training asks too"
-    )
-    max_long_questions: float = Field(
-        0.1, ge=0, le=1, description="share of questions that leave no room for a turn in max_context"
+    passage_words: int = Field(100, ge=10, description="of a passage, at most; fewer where a section ends")
+    questions: dict[str, QuestionFilesConfig] = Field(
+        {}, description="sets of any name, which `questions` says how to use"
     )
 
 
 class DataConfig(Section):
     """The source of corpus and questions."""
 
-    source: Literal["published", "world"] = Field(
-        "published", description="the published data sets, or the embedded world (section world)"
+    source: Literal["published", "world", "files"] = Field(
+        "published",
+        description="the published data sets, the embedded world (section world), or your own files",
     )
     published: PublishedConfig = PublishedConfig()
-    limits: DataLimits = DataLimits()
+    files: FilesConfig = FilesConfig()
+
+    @model_validator(mode="after")
+    def _has_documents(self) -> Self:
+        if self.source == "files" and not self.files.corpus:
+            raise ValueError("files.corpus: name your documents: files, folders or globs")
+        return self
 
 
 PAPER_SETS = ("nq", "triviaqa", "popqa", "hotpotqa", "2wikimultihopqa", "musique", "bamboogle")

@@ -1,12 +1,12 @@
 """Your own question sets: their files, and splits made from a seed where a set comes as one list."""
 
-import glob
 import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dgpo_core.config.data import QuestionFilesConfig, QuestionSetsConfig
+from dgpo_core.datasets.documents import find_documents
 from dgpo_core.datasets.question_files import QuestionForm, read_question_files
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
@@ -29,25 +29,11 @@ def find_question_files(
         config = sets[name]
         for part in ("all", "train", "dev", "test"):
             if patterns := getattr(config, part):
-                found[name, part] = _matching(patterns, f"{SETTING}.{name}.{part}")
+                found[name, part] = find_documents(patterns, f"{SETTING}.{name}.{part}")
         for part, names in (("train", wanted.train), ("test", wanted.test)):
             if name in names and not {(name, "all"), (name, part)} & found.keys():
                 raise UserError(f"{SETTING}.{name}: questions.{part} names it, but it has no files of {part}")
     return found
-
-
-def _matching(patterns: Sequence[str], setting: str) -> list[Path]:
-    files: list[Path] = []
-    for pattern in patterns:
-        matching = (
-            [Path(pattern)]
-            if Path(pattern).is_file()
-            else sorted(map(Path, glob.glob(pattern, recursive=True)))
-        )
-        files += (own := [path for path in matching if path.is_file()])
-        if not own:
-            raise UserError(f"{setting}: {pattern}: no such file")
-    return list(dict.fromkeys(files))
 
 
 def load_question_sets(

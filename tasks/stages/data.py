@@ -1,10 +1,12 @@
-"""Stage `data`: write corpus and questions, of the embedded world or of the published data sets."""
+"""Stage `data`: write corpus and questions, of the embedded world, the published data sets or own files."""
 
 from collections.abc import Mapping
 
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.datasets.audit import AnswerSearch, audit
+from dgpo_core.datasets.documents import find_documents, read_documents
 from dgpo_core.datasets.published import SETTING, fetch, fetch_questions, load_questions, write_corpus
+from dgpo_core.datasets.question_sets import find_question_files, load_question_sets
 from dgpo_core.datasets.records import Question, write_jsonl
 from dgpo_core.world.facts import generate_world
 from dgpo_core.world.questions import write_articles, write_questions
@@ -17,7 +19,8 @@ Splits = dict[tuple[str, str], list[Question]]  # (set, split)
 
 def generate() -> None:
     params = load_params()
-    {"world": write_world, "published": write_published}[params.data.source](params)
+    sources = {"world": write_world, "published": write_published, "files": write_files}
+    sources[params.data.source](params)
 
 
 def write_world(params: Params) -> None:
@@ -55,6 +58,28 @@ def write_published(params: Params) -> None:
         for remark in found.remarks:
             print(remark, flush=True)
         summarize(run, {"passages": passages, **counts, **found.counts}, questions, sources)
+
+
+def write_files(params: Params) -> None:
+    config = params.data.files
+    documents = find_documents(config.corpus)
+    files = find_question_files(config.questions, params.questions)
+    settings = {"data": config.model_dump(), "questions": params.questions.model_dump()}
+    inputs = [*documents, *dict.fromkeys(path for paths in files.values() for path in paths)]
+    with stage("data", config=settings, inputs=inputs, outputs=[CORPUS, QUESTIONS]) as run:
+        questions, told = load_question_sets(config.questions, params.questions, files)
+        answers = AnswerSearch(questions)
+        reading = read_documents(documents, config.passage_words)
+        for passage in reading.passages:
+            answers.read(passage)
+        write_jsonl(run.output(CORPUS), reading.passages)
+        write_splits(run, questions)
+        found = audit(questions, answers)
+        told += [f"{file}: not read: {why}" for file, why in reading.unread.items()]
+        for remark in (*told, *found.remarks):
+            print(remark, flush=True)
+        counts = {"passages": len(reading.passages), "files": len(documents), "unread": len(reading.unread)}
+        summarize(run, {**counts, **found.counts}, questions, sources={})
 
 
 def write_splits(run: Run, questions: Splits) -> None:

@@ -88,6 +88,8 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
             "questions: {test: {onehop: nq}}",
             "['onehop'] are not published; the embedded world's sets need data.source: world",
         ),
+        ("data: {source: files}", "data: files.corpus: name your documents"),
+        ("data: {files: {passage_words: 5}}", "data.files.passage_words: Input should be greater"),
         ("questions: {train: [nq, musique]}", "questions.train: only ['nq', 'hotpotqa'] are"),
         ("data: {published: {limits: {test: 0}}}", "data.published.limits.test: Input should be"),
         (
