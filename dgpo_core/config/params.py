@@ -55,24 +55,6 @@ class WorkersConfig(Section):
     )
 
 
-class AuditConfig(Section):
-    """What the data report may find; beyond it the pipeline stops before a model runs (docs/data.md)."""
-
-    min_answerable: float = Field(
-        0.05, ge=0, le=1, description="share of a split's questions of which some passage has an answer"
-    )
-    max_in_train: float = Field(
-        0.5, ge=0, le=1, description="share of validation or test questions that training asks too"
-    )
-    max_long_questions: float = Field(
-        0.1,
-        ge=0,
-        le=1,
-        description="share of questions after which protocol.max_context has room for no turn",
-    )
-    searched: PositiveInt = Field(200, description="questions of each split that are searched for, at most")
-
-
 class PromoteConfig(Section):
     """When a model takes the champion's place (docs/promotion.md), by paired bootstrap intervals of 95 %."""
 
@@ -134,7 +116,6 @@ class Params(Section):
     protocol: ProtocolConfig = ProtocolConfig()
     rollout: RolloutConfig = RolloutConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
-    audit: AuditConfig = AuditConfig()
     teach: TeachConfig = TeachConfig()
     distributions: DistributionsConfig = DistributionsConfig()
     distill: DistillConfig = DistillConfig()
@@ -161,11 +142,11 @@ class Params(Section):
             if strange := set(self.questions.train) - set(TRAINING_SETS):
                 raise ValueError(f"questions.train: only {list(TRAINING_SETS)} are published; {DATA_HINT}")
         if self.data.source == "files":
-            own = self.data.files.questions
+            sets = self.data.files.questions
             for key, names in (("train", self.questions.train), ("test", [*self.questions.test])):
-                if strange := set(names) - own.keys():
+                if strange := set(names) - sets.keys():
                     raise ValueError(
-                        f"questions.{key}: {sorted(strange)} are not in data.files.questions {sorted(own)}"
+                        f"questions.{key}: {sorted(strange)} are not in data.files.questions {sorted(sets)}"
                     )
         if strange := self.report.first.keys() - self.questions.test.keys():
             raise ValueError(f"report.first: {sorted(strange)} are no test sets of questions.test")

@@ -27,13 +27,18 @@ def find_question_files(
     found: dict[tuple[str, str], list[Path]] = {}
     for name in dict.fromkeys((*wanted.train, *wanted.test)):
         config = sets[name]
-        for part in ("all", "train", "dev", "test"):
+        for part in ("all", *_parts(name, wanted)):
             if patterns := getattr(config, part):
                 found[name, part] = find_documents(patterns, f"{SETTING}.{name}.{part}")
         for part, names in (("train", wanted.train), ("test", wanted.test)):
             if name in names and not {(name, "all"), (name, part)} & found.keys():
                 raise UserError(f"{SETTING}.{name}: questions.{part} names it, but it has no files of {part}")
     return found
+
+
+def _parts(name: str, wanted: QuestionSetsConfig) -> list[str]:
+    """Return the splits of a set that are used."""
+    return [*(("train", "dev") if name in wanted.train else ()), *(("test",) if name in wanted.test else ())]
 
 
 def load_question_sets(
@@ -61,9 +66,7 @@ def load_question_sets(
             own |= split_questions(
                 name, own["train"], {"dev": config.split.dev}, config.split.seed, config.disjoint
             )
-        if name not in wanted.train:
-            own = {"test": own["test"]}
-        splits |= {(name, part): own[part] for part in ("train", "dev", "test") if part in own}
+        splits |= {(name, part): own[part] for part in _parts(name, wanted)}
     return splits, told
 
 

@@ -401,7 +401,7 @@ def write_report(
     metrics: Path,
     out: Path,
     models: list[str],
-    mirrors: dict[str, str | None],
+    mirrors: Mapping[str, str | None],
     params: dict[str, Any],
     pair: str = DEFAULT_PAIR,
     first: Mapping[str, int] = EVERY,

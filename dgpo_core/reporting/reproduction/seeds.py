@@ -144,7 +144,7 @@ class SeedResults:
 
     seeds: list[int]
     models: list[str]
-    mirrors: dict[str, str | None]  # data set -> the paper's
+    mirrors: Mapping[str, str | None]  # data set -> the paper's
     samples: dict[str, dict[str, Samples]]  # model -> AVERAGE (EM of all data sets), measurements of ARCap
     curves: dict[str, list[Curve]]  # recipe -> one a seed
 

@@ -105,7 +105,7 @@ def test_any_list_in_a_cell_comes_back(
 
 
 def test_parquet_as_search_r1_writes_it(tmp_path: Path) -> None:
-    row = {"id": "train_0", "question": "Who?", "golden_answers": ["Ada"], "data_source": "nq"}
+    row: dict[str, Any] = {"id": "train_0", "question": "Who?", "golden_answers": ["Ada"]}
     row |= {"prompt": [{"role": "user", "content": "Answer ... Who?"}], "extra_info": {"index": 0}}
     row |= {"reward_model": {"style": "rule", "ground_truth": {"target": ["Ada", "Ada L."]}}}
     without = {key: value for key, value in row.items() if key != "golden_answers"} | {"id": "train_1"}
