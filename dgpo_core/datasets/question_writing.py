@@ -23,9 +23,10 @@ from dgpo_core.errors import UserError
 from dgpo_core.text import normalize, stands_in, trimmed
 
 SHORTEST = 20  # words of a passage that is worth a question
+SHORTEST_TITLE = 5  # characters of a title that is looked for in other passages
+LONGEST_TITLE = 3  # words, likewise
 COPY = 8  # words in a row that make a question a copy of its passage
 SHARE = 0.8  # of a short question's words, likewise
-NAMES = 3  # words of the longest title that is looked for in other passages
 # for the estimate
 CHARACTERS, KEPT, WRITTEN = (
     4.0,
@@ -96,12 +97,14 @@ def two_hops(corpus: Sequence[Passage], seed: int) -> Iterator[Candidate]:
     """Yield pairs in a drawn order, at most one of each first passage: it names the other one's title."""
     titled: dict[str, Passage] = {}
     for passage in corpus:
-        name = _name(passage.title)
-        if len(name) >= SHORTEST // 4 and not name.isdigit() and len(passage.text.split()) >= SHORTEST:
-            titled.setdefault(name, passage)
+        title = _name(passage.title)
+        if len(title) >= SHORTEST_TITLE and not title.isdigit() and len(passage.text.split()) >= SHORTEST:
+            titled.setdefault(title, passage)
     for passage in _shuffled(corpus, f"twohop-{seed}"):
         words, own = normalize(passage.text).split(), _name(passage.title)
-        runs = (" ".join(words[i : i + n]) for n in range(NAMES, 0, -1) for i in range(len(words) - n + 1))
+        runs = (
+            " ".join(words[i : i + n]) for n in range(LONGEST_TITLE, 0, -1) for i in range(len(words) - n + 1)
+        )
         if name := next((run for run in runs if run in titled and run not in own and own not in run), None):
             yield Candidate((passage, titled[name]))
 
