@@ -138,8 +138,9 @@ def test_what_is_wrong_with_a_question_is_said_before_anything_is_loaded(tmp_pat
 
 def test_shells_complete_commands(tmp_path: Path) -> None:
     words = {"_DGPO_COMPLETE": "complete_bash", "COMP_WORDS": "dgpo re", "COMP_CWORD": "1"}
+    program = "import sys; sys.argv[0] = 'dgpo'; from tasks.commands.cli import main; main()"
     done = subprocess.run(
-        [sys.executable, "-c", "import sys; sys.argv[0] = 'dgpo'; from tasks.commands.cli import main; main()"],
+        [sys.executable, "-c", program],
         cwd=tmp_path, env={"PYTHONPATH": str(ROOT), **words}, capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert "retriever" in done.stdout.split(), done.stderr
