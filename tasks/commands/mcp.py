@@ -1,6 +1,9 @@
 """`dgpo mcp`: the agent's tools for programs that speak the Model Context Protocol, over stdio or HTTP."""
 
 import asyncio
+import atexit
+import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Sequence
@@ -47,9 +50,7 @@ def mcp(model: str | None, host: str, port: int | None, hosts: Sequence[str] = (
     server = make_server(queue)
     try:
         if port is None:
-            _in_daemon_thread(
-                lambda: asyncio.run(_stdio(server, queue, lambda: open_agent(params, source, model)))
-            )
+            _on_standard_input(server, queue, lambda: open_agent(params, source, model))
             return
         listening = listen(host, port)
         app = server.streamable_http_app(host="0.0.0.0")  # `restrict` looks at hosts
@@ -64,7 +65,27 @@ def mcp(model: str | None, host: str, port: int | None, hosts: Sequence[str] = (
         queue.shutdown()
 
 
-async def _stdio(server: "MCPServer", queue: RequestQueue, load: Callable[[], "Agent"]) -> None:
+def _on_standard_input(server: "MCPServer", queue: RequestQueue, load: Callable[[], "Agent"]) -> None:
+    """Serve until the input ends, in a thread: a signal ends the process although the input is being read."""
+    done: Future[None] = Future()
+
+    def body() -> None:
+        try:
+            done.set_result(asyncio.run(_serve(server, queue, load)))
+        except BaseException as error:
+            done.set_exception(error)
+
+    threading.Thread(target=body, daemon=True).start()
+    try:
+        done.result()
+    except (KeyboardInterrupt, SystemExit) as ended:
+        # Python would wait for ever at its end: that thread holds the lock of the input
+        queue.shutdown()
+        atexit._run_exitfuncs()
+        os._exit(int(ended.code or 0) if isinstance(ended, SystemExit) else 128 + signal.SIGINT)
+
+
+async def _serve(server: "MCPServer", queue: RequestQueue, load: Callable[[], "Agent"]) -> None:
     """Serve until the input ends. What goes wrong with loading is said there, and by every call."""
     loading = asyncio.create_task(queue.open(load))
     loading.add_done_callback(_say)
@@ -75,17 +96,3 @@ def _say(loading: "asyncio.Task[None]") -> None:
     if not loading.cancelled() and (error := loading.exception()) is not None:
         kind = "the retriever is not there: " if isinstance(error, InfrastructureError) else ""
         print(f"error: {kind}{one_line(error)}", file=sys.stderr, flush=True)
-
-
-def _in_daemon_thread(work: Callable[[], None]) -> None:
-    """Do `work` in a thread, so that a signal ends the process although the input is being read."""
-    done: Future[None] = Future()
-
-    def body() -> None:
-        try:
-            done.set_result(work())
-        except BaseException as error:
-            done.set_exception(error)
-
-    threading.Thread(target=body, daemon=True).start()
-    done.result()

@@ -1,6 +1,9 @@
 """`dgpo mcp` as a process on its input and output, and what keeps it from starting."""
 
+import json
 import os
+import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -10,6 +13,7 @@ from dgpo_core.datasets.records import read_questions
 from dgpo_core.errors import UserError
 from tasks.commands import mcp as command
 from tests.conftest import ROOT
+from tests.tasks.commands.test_serve import dgpo
 
 
 @pytest.fixture
@@ -35,6 +39,28 @@ async def test_a_client_of_the_official_sdk_over_stdio(indexed_project: Path) ->
         assert found.structured_content["passages"]
         asked = await client.call_tool("ask", {"question": question})
         assert asked.structured_content["searches"] and not asked.is_error
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_although_its_input_stays_open(
+    indexed_project: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    pytest.importorskip("mcp", reason="the extra `mcp` is not installed")
+    params = {
+        "protocolVersion": "2025-06-18",
+        "capabilities": {},
+        "clientInfo": {"name": "t", "version": "1"},
+    }
+    hello = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": params}
+    with dgpo("mcp --model teacher", indexed_project, tmp_path, subprocess.PIPE) as process:
+        assert process.stdin and process.stdout
+        process.stdin.write(json.dumps(hello) + "\n")
+        process.stdin.flush()
+        assert json.loads(process.stdout.readline())["result"]["serverInfo"]["name"] == "dgpo"
+        process.send_signal(number)
+        assert process.wait(100) == 128 + number
+    assert list(tmp_path.glob("dgpo-qdrant-*")) == [], "the index's temporary folder"
 
 
 def test_without_the_package_it_says_how_to_install_it(

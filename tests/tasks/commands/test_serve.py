@@ -20,14 +20,18 @@ from tests.tasks.miniature import make_project
 
 
 @contextmanager
-def dgpo(words: str, folder: Path, scratch: Path) -> Iterator[subprocess.Popen[str]]:
-    """A command that runs in `folder`, with temporary files in `scratch`, until the context ends."""
+def dgpo(
+    words: str, folder: Path, scratch: Path, given: int = subprocess.DEVNULL
+) -> Iterator[subprocess.Popen[str]]:
+    """A command that runs in `folder` until the context ends; temporary files go to `scratch`."""
     command = [sys.executable, "-m", "tasks.commands.cli", *words.split()]
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(scratch)}
+    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    env = {**os.environ, "PYTHONPATH": paths, "TMPDIR": str(scratch)}
     process = subprocess.Popen(
         command,
         cwd=folder,
         env=env,
+        stdin=given,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
