@@ -141,6 +141,13 @@ class Params(Section):
                 raise ValueError(f"questions.test: {sorted(strange)} are not published; {DATA_HINT}")
             if strange := set(self.questions.train) - set(TRAINING_SETS):
                 raise ValueError(f"questions.train: only {list(TRAINING_SETS)} are published; {DATA_HINT}")
+        if self.data.source == "files":
+            sets = self.data.files.questions
+            for key, names in (("train", self.questions.train), ("test", [*self.questions.test])):
+                if strange := set(names) - sets.keys():
+                    raise ValueError(
+                        f"questions.{key}: {sorted(strange)} are not in data.files.questions {sorted(sets)}"
+                    )
         if strange := self.report.first.keys() - self.questions.test.keys():
             raise ValueError(f"report.first: {sorted(strange)} are no test sets of questions.test")
         if strange := self.promote.margins.keys() - self.questions.test.keys():
