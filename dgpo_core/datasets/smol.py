@@ -43,6 +43,7 @@ COMPARISONS = {"train": 400, "test": 150}  # each person is compared at most a f
 
 # "English theologian (1328–1384)", "American singer (born 1985)"; "c. 1328" and reigns are left out
 _LIFE = re.compile(r"\((?:born (?P<only>\d{3,4})|(?P<born>\d{3,4})[–-](?P<died>\d{3,4}))\)$")
+_SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"])")
 _PARENTHESIS = re.compile(r"\s*\([^()]*\)$")  # of a title: "David (Michelangelo)"
 _KINDS = {
     "author": "novel|novella|poem|epic|play|tragedy|comedy|book|story|treatise|essay|elegies|work of history",
@@ -71,10 +72,15 @@ class Lead:
         return _PARENTHESIS.sub("", self.passage.title)
 
     def gold(self, evidence: str = "") -> dict[str, Any]:
-        """Return the passage as a question's metadata names it; `evidence` is the sentence that counts."""
+        """Return the passage as a question's metadata names it; `evidence` is what of it counts."""
         passage = self.passage
         found = {"id": passage.id, "title": passage.title, "text": passage.text}
         return found | ({"evidence": evidence} if evidence else {})
+
+    @property
+    def described(self) -> str:
+        """Return title and description, as they stand side by side where a passage is shown."""
+        return f"{self.passage.title}: {_sentence(self.description)}"
 
 
 def read_leads(wheel: Path) -> list[Lead]:
@@ -245,7 +251,7 @@ def _comparison(a: Person, b: Person, rng: random.Random) -> tuple[str, tuple[st
     verb = "died" if asks_death else "was born"
     question = f"Who {verb} first, {first.lead.name} or {second.lead.name}?"
     answer = min(a, b, key=years).lead.name
-    gold = [person.lead.gold(_sentence(person.lead.description)) for person in (first, second)]
+    gold = [person.lead.gold(person.lead.described) for person in (first, second)]
     return question, (answer,), {"golden_passages": gold}
 
 
@@ -258,7 +264,7 @@ def two_hops(leads: Sequence[Lead], persons: Sequence[Person]) -> Splits:
             continue
         maker, person, evidence = made
         split = splits["twohop", "test" if person.is_tested else "train"]
-        gold = [lead.gold(evidence), person.lead.gold(_sentence(person.lead.description))]
+        gold = [lead.gold(evidence), person.lead.gold(person.lead.described)]
         asked = {f"In which year was the {maker} of {lead.passage.title} born?": person.born}
         if person.died:
             asked[f"In which year did the {maker} of {lead.passage.title} die?"] = person.died
@@ -270,14 +276,13 @@ def two_hops(leads: Sequence[Lead], persons: Sequence[Person]) -> Splits:
 
 def _made_by(lead: Lead, makers: dict[str, Person]) -> tuple[str, Person, str] | None:
     """Return who made the work that a lead is about: (author, ...), the person, the sentence that says so."""
-    first = re.split(r"(?<=[.!?])\s+(?=[A-Z\"])", lead.passage.text[len(_sentence(lead.description)) :].strip())[0]
-    for sentence in (lead.description, first):
+    extract = lead.passage.text[len(_sentence(lead.description)) :].strip()
+    for sentence in (lead.description, _SENTENCE_END.split(extract)[0]):
         said = re.search(rf"{_KIND}[^.;]*?\bby (?P<who>.+)", sentence)
         names = re.findall(r"(?=\b((?:[\w.'’-]+ ){0,3}[\w.'’-]+))", said["who"][:120]) if said else []
         for name in (" ".join(words[:size]) for words in map(str.split, names[:7]) for size in (4, 3, 2, 1)):
             if said and (person := makers.get(name.strip(".,"))):
-                told = _sentence(sentence) if sentence is lead.description else sentence
-                return _MAKERS[said[1]], person, told
+                return _MAKERS[said[1]], person, lead.described if sentence is lead.description else sentence
     return None
 
 
