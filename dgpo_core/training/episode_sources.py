@@ -156,7 +156,9 @@ class CorpusTexts(EpisodeSource):
         held_out = min(config.corpus.validation, len(sequences) // 10)
         self.held_out, self._read = sequences[:held_out], sequences[held_out:]
         if not self._read:
-            raise UserError(f"distill.corpus.tokens: the corpus has {len(ids)} tokens, not one sequence of {size}")
+            raise UserError(
+                f"distill.corpus.tokens: the corpus has {len(ids)} tokens, not one sequence of {size}"
+            )
         self._order = batch_order(len(self._read), config.batch_size, config.epochs, seed)
         self.steps, self.validate_every = len(self._order), config.corpus.dev_every
 

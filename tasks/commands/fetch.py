@@ -148,7 +148,7 @@ def licences() -> str:
     rows = [f"| `{p.requirement}` | {p.holds} | {p.licence} |" for p in PACKAGES]
     head = ["| package | what is used of it | licence, as far as it says |", "|---|---|---|"]
     note = [
-        "Fetched for research by `dgpo fetch smol`. Models that are trained on it inherit these terms: say so",
-        "where you pass them on.",
+        "Fetched by `dgpo fetch smol`, for research. Whoever passes on a model that is trained on it should say",
+        "on what.",
     ]
     return "\n".join(["# Licences", "", *head, *rows, "", *note, ""])
