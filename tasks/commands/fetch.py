@@ -147,8 +147,5 @@ def licences() -> str:
     """Return the table of what each part holds and under which licence it is."""
     rows = [f"| `{p.requirement}` | {p.holds} | {p.licence} |" for p in PACKAGES]
     head = ["| package | what is used of it | licence, as far as it says |", "|---|---|---|"]
-    note = [
-        "Fetched by `dgpo fetch smol`, for research. Whoever passes on a model that is trained on it should say",
-        "on what.",
-    ]
-    return "\n".join(["# Licences", "", *head, *rows, "", *note, ""])
+    note = "Fetched by `dgpo fetch smol`, for research; say what a model was trained on when you pass it on."
+    return "\n".join(["# Licences", "", *head, *rows, "", note, ""])
