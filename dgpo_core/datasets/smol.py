@@ -43,6 +43,7 @@ COMPARISONS = {"train": 400, "test": 150}  # each person is compared at most a f
 
 # "English theologian (1328–1384)", "American singer (born 1985)"; "c. 1328" and reigns are left out
 _LIFE = re.compile(r"\((?:born (?P<only>\d{3,4})|(?P<born>\d{3,4})–(?P<died>\d{3,4}))\)$")
+_QUOTED = re.compile(r'"((?:[^"]|"")*)"')  # a field of CSV
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"])")
 _PARENTHESIS = re.compile(r"\s*\([^()]*\)$")  # of a title: "David (Michelangelo)"
 _KINDS = {
@@ -129,10 +130,12 @@ def parse_dpr(file: BinaryIO | Any) -> Iterator[tuple[str, list[str]]]:
 
 
 def _unquoted(text: str) -> str:
-    """Return `text` on one line, without quotes that were doubled by writing it as CSV more than once."""
-    text = _line(re.sub('"{2,}', '"', text))
-    inner = text[1:-1]
-    return inner if text[:1] == text[-1:] == '"' and '"' not in inner else text
+    """Return `text` on one line, without what writing it as CSV more than once has left of quotes."""
+    text = _line(text)
+    while '""' in text or _QUOTED.fullmatch(text):
+        whole = _QUOTED.fullmatch(text)
+        text = (whole[1] if whole else text).replace('""', '"')
+    return text
 
 
 def answerable(leads: Sequence[Lead], splits: Splits) -> Splits:
