@@ -15,7 +15,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dgpo_core.datasets.records import write_jsonl
-from dgpo_core.datasets.smol import (
+from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.files import remove, replacement, write_text
+from dgpo_core.smol import (
     Lead,
     Splits,
     answerable,
@@ -25,8 +27,6 @@ from dgpo_core.datasets.smol import (
     read_leads,
     two_hops,
 )
-from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.files import remove, replacement, write_text
 from dgpo_core.temporary import temporary_folder
 
 FOLDER = Path("data/smol")

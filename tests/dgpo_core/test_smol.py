@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from dgpo_core.datasets.records import Passage, Question
-from dgpo_core.datasets.smol import (
+from dgpo_core.errors import UserError
+from dgpo_core.smol import (
     DPR_FILES,
     JAR,
     LEADS,
@@ -22,7 +23,6 @@ from dgpo_core.datasets.smol import (
     read_leads,
     two_hops,
 )
-from dgpo_core.errors import UserError
 
 ROWS = [
     # title, extract, description, topic
