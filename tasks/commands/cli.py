@@ -29,7 +29,7 @@ EXPERIMENTS, AGENT, DATA, MODELS, FORECASTS, SERVERS, SHARING = (
     "Share outputs",
 )
 # Commands that need no checkout, or say themselves what is missing.
-ANYWHERE = ("use", "show", "pool", "sizes", "plan", "doctor", "secrets")
+ANYWHERE = ("use", "corpus", "show", "pool", "sizes", "plan", "doctor", "secrets")
 
 
 class Repeatable(TyperCommand):
@@ -295,6 +295,22 @@ def retriever(
     from tasks.commands.retriever import retriever as run_service
 
     run_service(location, host, port)
+
+
+@app.command(rich_help_panel=DATA)
+def corpus(
+    documents: Annotated[list[str], typer.Argument(help="files, folders and globs")],
+    out: Annotated[Path | None, typer.Option(help="write the passages there, in wiki-18's format")] = None,
+    words: Annotated[int, typer.Option(min=10, help="of a passage, at most")] = 100,
+) -> None:
+    """Show what documents hold: files, passages, words, and what cannot be read.
+
+    Markdown, text, HTML, PDF, Word, and passages in CSV, JSON lines and Parquet. `data.source: files` takes
+    the same documents as the pipeline's corpus.
+    """
+    from tasks.commands.corpus import corpus as show_corpus
+
+    show_corpus(documents, out, words)
 
 
 @app.command(rich_help_panel=DATA)
