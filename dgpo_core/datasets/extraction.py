@@ -1,7 +1,7 @@
 """The text of one document with its headings and pages, whatever kind of file it is.
 
 HTML and Word become Markdown (markdownify, mammoth), whose headings markdown-it-py finds; PDF has pages
-(pypdf) and no headings. All but markdown-it-py are the extra `documents`; docs/data.md says why these libraries.
+(pypdf) and no headings. All but markdown-it-py are the extra `documents`; docs/data.md says why these.
 """
 
 import codecs
