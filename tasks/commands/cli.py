@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
 from dgpo_core.errors import UserError
+from tasks.commands.repeatable import Repeatable
 from tasks.project.process import run_program
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -30,23 +30,6 @@ EXPERIMENTS, AGENT, DATA, MODELS, FORECASTS, SERVERS, SHARING = (
 )
 # Commands that need no checkout, or say themselves what is missing.
 ANYWHERE = ("use", "corpus", "show", "pool", "sizes", "plan", "doctor", "secrets")
-
-
-class Repeatable(TyperCommand):
-    """A command whose repeatable options take several values at once: `--seed 0 1 2`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        options = (option for option in self.params if isinstance(option, TyperOption))
-        repeatable = {name for option in options if option.multiple for name in option.opts}
-        expanded: list[str] = []
-        name = ""
-        for arg in args:
-            if arg.startswith("-"):
-                name = arg if arg in repeatable else ""
-            elif name and expanded[-1] != name:
-                expanded.append(name)
-            expanded.append(arg)
-        return super().parse_args(ctx, expanded)
 
 
 def _print_version(wanted: bool) -> None:
