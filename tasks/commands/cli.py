@@ -436,7 +436,7 @@ def lineage(
 
 @app.command(rich_help_panel=FORECASTS)
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """Check versions, GPUs, hub, disk, ports and repository, and say what to do (exit code 1: errors)."""
+    """Check versions, GPUs, models, disk, ports and repository, and say what to do (exit code 1: errors)."""
     from tasks.commands.doctor import doctor as examine
 
     raise typer.Exit(examine(as_json))
