@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
 from dgpo_core.errors import UserError
+from tasks.commands.repeatable import Repeatable
 from tasks.project.process import run_program
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -29,24 +29,7 @@ EXPERIMENTS, AGENT, DATA, MODELS, FORECASTS, SERVERS, SHARING = (
     "Share outputs",
 )
 # Commands that need no checkout, or say themselves what is missing.
-ANYWHERE = ("use", "show", "pool", "sizes", "plan", "doctor", "secrets")
-
-
-class Repeatable(TyperCommand):
-    """A command whose repeatable options take several values at once: `--seed 0 1 2`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        options = (option for option in self.params if isinstance(option, TyperOption))
-        repeatable = {name for option in options if option.multiple for name in option.opts}
-        expanded: list[str] = []
-        name = ""
-        for arg in args:
-            if arg.startswith("-"):
-                name = arg if arg in repeatable else ""
-            elif name and expanded[-1] != name:
-                expanded.append(name)
-            expanded.append(arg)
-        return super().parse_args(ctx, expanded)
+ANYWHERE = ("use", "corpus", "show", "pool", "sizes", "plan", "doctor", "secrets")
 
 
 def _print_version(wanted: bool) -> None:
@@ -295,6 +278,22 @@ def retriever(
     from tasks.commands.retriever import retriever as run_service
 
     run_service(location, host, port)
+
+
+@app.command(rich_help_panel=DATA)
+def corpus(
+    documents: Annotated[list[str], typer.Argument(help="files, folders and globs")],
+    out: Annotated[Path | None, typer.Option(help="write the passages there, in wiki-18's format")] = None,
+    words: Annotated[int, typer.Option(min=10, help="of a passage, at most")] = 100,
+) -> None:
+    """Show what documents hold: files, passages, words, and what cannot be read.
+
+    Markdown, text, HTML, PDF, Word, and passages in CSV, JSON lines and Parquet. `data.source: files` takes
+    the same documents as the pipeline's corpus.
+    """
+    from tasks.commands.corpus import corpus as show_corpus
+
+    show_corpus(documents, out, words)
 
 
 @app.command(rich_help_panel=DATA)
