@@ -37,4 +37,4 @@ def convert(file: Path, folder: Path) -> None:
     model.load_state_dict(read.state_dict())
     model.tie_weights()
     model.generation_config = read.generation_config
-    save_model(model.to(torch.bfloat16), tokenizer, folder)
+    save_model(model.bfloat16(), tokenizer, folder)

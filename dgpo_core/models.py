@@ -129,7 +129,8 @@ def cut_depth(model: PreTrainedModel, count: int) -> PreTrainedModel:
             weights[name] = value
         elif int(layer[1]) in places:
             weights[_LAYER.sub(f".layers.{places[int(layer[1])]}.", name)] = value
-    cut = type(model)(config).to(model.dtype).to(model.device)
+    cut: PreTrainedModel = type(model)(config)
+    torch.nn.Module.to(cut, dtype=model.dtype, device=model.device)
     cut.load_state_dict(weights)
     cut.tie_weights()
     cut.generation_config = model.generation_config

@@ -44,7 +44,8 @@ def small_llama(vocabulary: int) -> LlamaForCausalLM:
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_((parameter + 0.1 * torch.randn_like(parameter)).bfloat16())
-    return model.eval()
+    model.eval()
+    return model
 
 
 def write_gguf(file: Path) -> LlamaForCausalLM:

@@ -283,7 +283,7 @@ def test_profile_takes_rows_by_name() -> None:
 
 def test_profile_has_rows_of_its_own(tmp_path: Path) -> None:
     row = {"start": "student", "objective": "kd", "episodes": "corpus", "layers": 8}
-    content = {"recipes": {"distill": {"healed": row}}, "rollout": {"engine": "transformers"}}
+    content: dict[str, Any] = {"recipes": {"distill": {"healed": row}}, "rollout": {"engine": "transformers"}}
     (tmp_path / "mine.yaml").write_text(as_text(content))
     resolved = resolve_profile(tmp_path / "mine.yaml")
     assert resolved["recipes"]["distill"]["healed"]["layers"] == 8 and resolved["compare"][-1] == "healed"

