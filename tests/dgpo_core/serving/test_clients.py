@@ -142,10 +142,12 @@ def test_the_conversation_comes_before_the_question_where_that_is_wanted(
 ) -> None:
     agent = make_agent(Answering())
     read: list[str] = []
-    monkeypatch.setattr(
-        "dgpo_core.serving.agent.Question",
-        lambda key, text, golden: read.append(text) or Question(key, text, golden),
-    )
+
+    def question(key: str, text: str, golden: tuple[str, ...]) -> Question:
+        read.append(text)
+        return Question(key, text, golden)
+
+    monkeypatch.setattr("dgpo_core.serving.agent.Question", question)
     long = "Ula " * 3000
     messages = [
         {"role": "system", "content": "Be brief."},
