@@ -249,12 +249,36 @@ def ask(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the episode as one JSON object")] = False,
     colour: Annotated[bool, typer.Option("--colour/--no-colour", help="on a terminal")] = True,
+    engine: Annotated[
+        Literal["transformers", "llama-cpp"],
+        typer.Option(help="llama-cpp: of a folder that `dgpo export --to gguf` has written"),
+    ] = "transformers",
 ) -> None:
     """Ask the agent a question, and watch it search."""
     from dgpo_core.serving.events import AgentRequest
     from tasks.commands.ask import ask as print_episode
 
-    print_episode(model, AgentRequest(question, temperature, seed, max_searches), as_json, colour)
+    print_episode(model, AgentRequest(question, temperature, seed, max_searches), as_json, colour, engine)
+
+
+@app.command(rich_help_panel=AGENT)
+def export(
+    model: Annotated[
+        str, typer.Argument(help="a recipe, student, teacher, a folder, or models:/search-agent@champion")
+    ],
+    to: Annotated[
+        Literal["gguf", "hf", "adapter"],
+        typer.Option(help="for llama.cpp and Ollama; for transformers and vLLM; LoRA matrices for PEFT"),
+    ],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    precision: Annotated[
+        Literal["f32", "f16", "q8_0"], typer.Option(help="of the weights in a GGUF file")
+    ] = "f16",
+) -> None:
+    """Write a model as a folder for other programs, with a model card."""
+    from tasks.commands.export import export as write
+
+    write(model, to, out, precision)
 
 
 @app.command(rich_help_panel=AGENT)
