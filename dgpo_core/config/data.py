@@ -46,13 +46,55 @@ class PublishedConfig(Section):
     limits: Limits = Limits()
 
 
+class SplitShares(Section):
+    """How a list of questions is split; what is left is trained on."""
+
+    dev: float = Field(0.1, gt=0, lt=1, description="share of validation questions")
+    test: float = Field(0.2, gt=0, lt=1, description="share of test questions")
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _leaves_some(self) -> Self:
+        if self.dev + self.test >= 1:
+            raise ValueError("dev and test are shares: together below 1, the rest is trained on")
+        return self
+
+
+class QuestionFilesConfig(Section):
+    """A set of your own: files of questions by split, or in one list (docs/data.md has the forms)."""
+
+    train: list[str] = Field([], description="files, folders and globs, as in the others")
+    dev: list[str] = Field([], description="empty: held out of `train`, as many as split.dev says")
+    test: list[str] = Field([], description="needed where questions.test names the set")
+    all: list[str] = Field([], description="instead of the three: questions that are split here")
+    split: SplitShares = SplitShares()
+    disjoint: Literal["question", "answer"] = Field(
+        "question", description="splits never share a question; `answer`: nor a golden answer"
+    )
+    columns: dict[Literal["id", "question", "answers"], str | PositiveInt] = Field(
+        {}, description="names that are not the usual ones; numbers, from 1, where a table has no head"
+    )
+    duplicate_ids: Literal["refuse", "rename"] = "refuse"
+
+    @model_validator(mode="after")
+    def _either(self) -> Self:
+        if self.all and (self.train or self.dev or self.test):
+            raise ValueError("all: is split here, so it cannot stand beside train, dev or test")
+        if not (self.all or self.train or self.test):
+            raise ValueError("name its files: train, dev and test, or all")
+        return self
+
+
 class FilesConfig(Section):
-    """Your own documents (docs/data.md)."""
+    """Your own documents and questions (docs/data.md)."""
 
     corpus: list[str] = Field(
         [], description="documents: files, folders and globs; those of a folder are read in all depths"
     )
     passage_words: int = Field(100, ge=10, description="of a passage, at most; fewer where a section ends")
+    questions: dict[str, QuestionFilesConfig] = Field(
+        {}, description="sets of any name, which `questions` says how to use"
+    )
 
 
 class DataConfig(Section):
@@ -81,15 +123,15 @@ class QuestionSetsConfig(Section):
     """The question sets that are trained and tested on."""
 
     train: list[str] = Field(["nq", "hotpotqa"], min_length=1)
-    test: dict[str, str] = Field(
+    test: dict[str, str | None] = Field(
         {name: name for name in PAPER_SETS},
         min_length=1,
-        description="set -> the paper's data set whose part it plays",
+        description="set -> the paper's data set whose part it plays; null: none's",
     )
 
     @model_validator(mode="after")
     def _known(self) -> Self:
-        if unknown := set(self.test.values()) - set(PAPER_SETS):
+        if unknown := set(filter(None, self.test.values())) - set(PAPER_SETS):
             raise ValueError(f"{sorted(unknown)} are none of the paper's data sets {list(PAPER_SETS)}")
         if len(set(self.train)) < len(self.train):
             raise ValueError("train: a set stands there twice")

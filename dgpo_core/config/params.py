@@ -27,6 +27,7 @@ from dgpo_core.config.data import (
     QuestionSetsConfig,
     WorldConfig,
 )
+from dgpo_core.config.endpoint import Endpoint, endpoint_of
 from dgpo_core.config.recipes import STUDENT, TABLE, TEACHER, VARIANTS, Distillation, Recipes, Reinforcement
 from dgpo_core.config.retrieval import RetrievalConfig
 from dgpo_core.config.training import (
@@ -96,10 +97,25 @@ Row = TypeVar("Row", Distillation, Reinforcement)
 
 
 class ModelSources(Section):
-    """Folders or hub names of the two models that a run starts from."""
+    """The two models that a run starts from."""
 
-    student: str = "Qwen/Qwen2.5-0.5B-Instruct"
-    teacher: str = "omron-sinicx/SearchR1-ppo-qwen2.5-3b-instruct"
+    student: str = Field("Qwen/Qwen2.5-0.5B-Instruct", description="a folder, or a name of the hub")
+    teacher: str = Field(
+        "omron-sinicx/SearchR1-ppo-qwen2.5-3b-instruct",
+        description="the same, or openai:<model>@<base URL>: a model behind an endpoint (docs/data.md)",
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> Self:
+        if endpoint_of(self.student):
+            raise ValueError("student: the student is trained: name a folder, or a model of the hub")
+        endpoint_of(self.teacher)
+        return self
+
+    @property
+    def endpoint(self) -> Endpoint | None:
+        """Return where the teacher answers, if it is not a model that can be loaded here."""
+        return endpoint_of(self.teacher)
 
 
 class Params(Section):
@@ -141,6 +157,13 @@ class Params(Section):
                 raise ValueError(f"questions.test: {sorted(strange)} are not published; {DATA_HINT}")
             if strange := set(self.questions.train) - set(TRAINING_SETS):
                 raise ValueError(f"questions.train: only {list(TRAINING_SETS)} are published; {DATA_HINT}")
+        if self.data.source == "files":
+            sets = self.data.files.questions
+            for key, names in (("train", self.questions.train), ("test", [*self.questions.test])):
+                if strange := set(names) - sets.keys():
+                    raise ValueError(
+                        f"questions.{key}: {sorted(strange)} are not in data.files.questions {sorted(sets)}"
+                    )
         if strange := self.report.first.keys() - self.questions.test.keys():
             raise ValueError(f"report.first: {sorted(strange)} are no test sets of questions.test")
         if strange := self.promote.margins.keys() - self.questions.test.keys():
@@ -179,6 +202,36 @@ class Params(Section):
         if first <= self.world.seed < first + self.base_models.worlds:
             raise ValueError(f"world.seed: the base models were trained on worlds {first} and following")
         return self
+
+    @model_validator(mode="after")
+    def _text_alone(self) -> Self:
+        """Refuse what a teacher that gives text alone cannot do."""
+        if self.models.endpoint is None:
+            return self
+        if wrong := self.recipes.with_distributions:
+            raise ValueError(
+                f"recipes: {', '.join(wrong)} need the teacher's distributions, and {self.models.teacher} "
+                "gives text alone: use rows with objective: ce, or with reference: initial or none (seqkd, "
+                "sft_ppo, ppo), or a teacher that can be loaded"
+            )
+        if TEACHER in self.compare:
+            raise ValueError(
+                "compare: teacher is an endpoint, whose texts cannot be continued from given ones, as "
+                "ARCap does: leave it out"
+            )
+        return self
+
+    @property
+    def episode_tokenizer(self) -> str:
+        """Return the model in whose tokens the teacher's episodes are: the student, where text is written."""
+        written = self.models.endpoint is not None or self.teach.policy == "expert"
+        return self.models.student if written else self.models.teacher
+
+    @property
+    def need_one_vocabulary(self) -> bool:
+        """Return whether student and teacher must have one: a recipe trains on the teacher's tokens."""
+        imitated = bool(self.recipes.distill) and self.episode_tokenizer == self.models.teacher
+        return imitated or bool(self.recipes.with_distributions)
 
     def _check_reinforcement(self, config: ReinforceConfig) -> None:
         """Raise ValueError for settings of RL that do not go with those of other sections."""
@@ -253,16 +306,17 @@ def resolve_profile(
     """Lay a profile's differences over the defaults: the whole content of params.yaml.
 
     `recipes` names rows of the paper's table (`all`: every one) or of `own`, in place of the profile's.
-    Unless the profile says who is evaluated, it is the two given models and all recipes. A profile may name
-    another one of its folder in `extends`, whose differences lie below its own.
+    Unless the profile says who is evaluated, it is the two given models (no endpoint) and all recipes. A
+    profile may name another one of its folder in `extends`, whose differences lie below its own.
     """
     overrides = _extended(path)
     named = recipes or overrides.pop("recipes", [])
     overrides["recipes"] = paper_recipes(named, own).model_dump()
-    params = validated({"profile": path.stem, **overrides}, path)
+    params = validated({"profile": path.stem, "compare": [STUDENT], **overrides}, path)
     resolved = params.model_dump(mode="json")
     if "compare" not in overrides:
-        resolved["compare"] = [STUDENT, TEACHER, *params.recipes.all]
+        given = [STUDENT] if params.models.endpoint else [STUDENT, TEACHER]
+        resolved["compare"] = [*given, *params.recipes.all]
     return resolved
 
 

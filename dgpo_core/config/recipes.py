@@ -35,6 +35,11 @@ class Distillation(Section):
     )
     settings: dict[str, Any] = Field({}, description="keys of `distill` that differ for this recipe")
 
+    @property
+    def needs_distributions(self) -> bool:
+        """Return whether it learns from the teacher's distributions, not from the text of its episodes."""
+        return self.objective != "ce"
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.objective in ("kd", "ce") and self.episodes != "teacher":
@@ -80,6 +85,11 @@ class Reinforcement(Section):
     )
     settings: dict[str, Any] = Field({}, description="keys of `reinforce` that differ for this recipe")
 
+    @property
+    def needs_distributions(self) -> bool:
+        """Return whether the teacher's distributions pull it."""
+        return self.reference == "teacher"
+
     @model_validator(mode="after")
     def _possible(self) -> Self:
         if self.guidance != "none" and self.reference == "none":
@@ -112,9 +122,9 @@ class Recipes(Section):
         return {**self.distill, **self.reinforce}
 
     @property
-    def need_one_vocabulary(self) -> bool:
-        """Return whether student and teacher must have one: a recipe trains on the teacher's tokens."""
-        return bool(self.distill) or any(row.reference == "teacher" for row in self.reinforce.values())
+    def with_distributions(self) -> list[str]:
+        """Return the names of the rows that need the teacher's distributions."""
+        return [name for name, row in self.all.items() if row.needs_distributions]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

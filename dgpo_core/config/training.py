@@ -6,6 +6,7 @@ from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, Pos
 
 from dgpo_core.config.agent import GREEDY, Sampling
 from dgpo_core.config.base import Section
+from dgpo_core.config.endpoint import EndpointConfig
 
 
 class LoraConfig(Section):
@@ -72,10 +73,21 @@ class ComputeConfig(Section):
 class TeachConfig(Section):
     """Teacher episodes on the training questions."""
 
+    FREE = frozenset({"endpoint"})
+
+    policy: Literal["teacher", "expert"] = Field(
+        "teacher",
+        description="who writes them; expert: a script that reads the gold passages (docs/data.md)",
+    )
     questions: PositiveInt | None = Field(None, description="first so many of each set; null: all")
     sampling: Sampling = GREEDY
     seed: NonNegativeInt = Field(0, description="of sampling; greedy episodes do not depend on it")
     chunk: PositiveInt = Field(256, description="episodes between two checkpoints")
+    api: Literal["chat", "completions"] = Field(
+        "chat",
+        description="of a teacher behind an endpoint; completions: the text in the student's chat template",
+    )
+    endpoint: EndpointConfig = EndpointConfig()
 
 
 class DistributionsConfig(Section):

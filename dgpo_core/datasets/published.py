@@ -167,17 +167,22 @@ def read_musique(path: Path) -> Iterator[Gold]:
     return read_jsonl(path, _musique)
 
 
-def _musique(row: dict[str, Any]) -> Gold:
+def musique_gold(row: dict[str, Any]) -> dict[str, Any]:
+    """Return the metadata of a row's supporting paragraphs. Raise ValueError naming the key at fault."""
     passages = [
         {"title": _typed(paragraph, "title", str), "text": _typed(paragraph, "paragraph_text", str)}
         for paragraph in _objects(row, "paragraphs")
         if _typed(paragraph, "is_supporting", bool)
     ]
+    return {"golden_passages": passages} if passages else {}
+
+
+def _musique(row: dict[str, Any]) -> Gold:
     aliases = row.get("answer_aliases", [])
     if not isinstance(aliases, list) or not all(isinstance(alias, str) for alias in aliases):
         raise ValueError('key "answer_aliases" must be a list of strings')
     answers = (_typed(row, "answer", str), *aliases)
-    return Gold(_typed(row, "question", str), answers, {"golden_passages": passages} if passages else {})
+    return Gold(_typed(row, "question", str), answers, musique_gold(row))
 
 
 def read_nq(path: Path) -> Iterator[Gold]:

@@ -5,7 +5,7 @@ that plays MuSiQue's.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import pyarrow as pa
 
@@ -91,5 +91,7 @@ def _row(measurement: str, episode: Episode, value: float) -> ArcapValue:
 
 
 def as_table(rows: list[ArcapValue]) -> pa.Table:
-    """Return the columns measurement, question_id, value and failed."""
-    return pa.Table.from_pylist([vars(row) for row in rows])
+    """Return the columns measurement, question_id, value and failed; no rows where nothing was measured."""
+    types = [pa.string(), pa.string(), pa.float64(), pa.bool_()]
+    names = [column.name for column in fields(ArcapValue)]
+    return pa.Table.from_pylist([vars(row) for row in rows], pa.schema(zip(names, types, strict=True)))

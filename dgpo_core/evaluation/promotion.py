@@ -352,8 +352,10 @@ def _flags(evaluation: Evaluation, check: str) -> Values:
 
 def _failures(evaluation: Evaluation) -> dict[str, tuple[float, int]]:
     """Return (share that failed, number) of the episodes of the test sets, and of ARCap's values."""
-    arcap = np.concatenate([measured.failed for measured in evaluation.arcap.values()])
-    parts = {"episodes of the test sets": evaluation.scores.failed, "values of ARCap": arcap}
+    parts = {"episodes of the test sets": evaluation.scores.failed}
+    if evaluation.arcap:  # no set may play a part that ARCap measures
+        failed = [measured.failed for measured in evaluation.arcap.values()]
+        parts["values of ARCap"] = np.concatenate(failed)
     return {name: (float(failed.mean()), failed.size) for name, failed in parts.items()}
 
 

@@ -179,7 +179,7 @@ def read_arcap(evaluation: Path, models: Sequence[str]) -> dict[str, dict[str, M
 
 
 def _measurements(path: Path) -> dict[str, Measurement]:
-    rows = sorted(read_rows(path, _ARCAP_COLUMNS), key=lambda row: str(row["question_id"]))
+    rows = sorted(read_rows(path, _ARCAP_COLUMNS, may_be_empty=True), key=lambda row: str(row["question_id"]))
     if unknown := {str(row["measurement"]) for row in rows} - set(MEASUREMENTS):
         raise UserError(f"{path}: unknown measurements: {', '.join(sorted(unknown))}")
     found: dict[str, Measurement] = {}
@@ -220,7 +220,9 @@ def _diagnoses(path: Path, keys: Sequence[Key]) -> dict[Key, Row]:
     return {key: rows[key] for key in keys}
 
 
-def read_rows(path: Path, columns: Sequence[str], filters: Any = None) -> list[Row]:
+def read_rows(
+    path: Path, columns: Sequence[str], filters: Any = None, may_be_empty: bool = False
+) -> list[Row]:
     """Read `columns` of a Parquet file. Raises UserError when file, column or rows are missing."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
@@ -230,7 +232,7 @@ def read_rows(path: Path, columns: Sequence[str], filters: Any = None) -> list[R
         rows: list[Row] = pq.read_table(path, columns=list(columns), filters=filters).to_pylist()
     except pa.ArrowException as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from error
-    if not rows:
+    if not rows and not may_be_empty:
         raise UserError(f"{path}: no rows")
     return rows
 

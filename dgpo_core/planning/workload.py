@@ -104,12 +104,14 @@ class Workload:
 
 def expected_counts(params: Params) -> tuple[dict[str, int], dict[str, int], int]:
     """Return training and test questions of each set and passages, before any stage has run: the published
-    ones, or the embedded world's. Raises UserError for a set that is neither."""
+    ones, or the embedded world's, which serve as a guess of own ones too. Raises UserError for a set that is
+    neither."""
     train, test, world = params.questions.train, params.questions.test, params.world.questions
-    known = [name in TEST_QUESTIONS for name in (*train, *test)]
+    published = params.data.source != "files"
+    known = [published and name in TEST_QUESTIONS for name in (*train, *test)]
     if all(known):
-        published = {name: TRAIN_QUESTIONS.get(name, 0) for name in train}
-        return published, {name: TEST_QUESTIONS[name] for name in test}, PASSAGES
+        trained = {name: TRAIN_QUESTIONS.get(name, 0) for name in train}
+        return trained, {name: TEST_QUESTIONS[name] for name in test}, PASSAGES
     if any(known):
         raise UserError("questions: the sets are partly published ones and partly the embedded world's")
     tested = {name: world.hard if name == "hard" else world.test for name in test}

@@ -90,6 +90,16 @@ def failures(results: Mapping[str, Mapping[str, Any]], average: str) -> str:
     return f"Failed episodes (retriever or engine), left out of every average: {counts}."
 
 
+def part_played(mirrored: str | None) -> str:
+    """Say which of the paper's data sets one plays, for the head of its column; nothing where none."""
+    return f"as {PAPER_DATASETS.get(mirrored, mirrored)}" if mirrored else ""
+
+
+def own_scale(mirrors: Mapping[str, str | None]) -> bool:
+    """Tell whether a data set stands beside figures of the paper that were measured on another one."""
+    return any(mirrored and name != mirrored for name, mirrored in mirrors.items())
+
+
 def as_json(table: Any) -> str:
     """Write a table as indented JSON; nan is refused with ValueError."""
     return json.dumps(table, indent=2, ensure_ascii=False, allow_nan=False) + "\n"

@@ -30,7 +30,6 @@ from dgpo_core.reporting.formats import (
     DASH,
     GIVEN,
     MINUS,
-    PAPER_DATASETS,
     STAGES,
     Row,
     as_json,
@@ -43,6 +42,8 @@ from dgpo_core.reporting.formats import (
     headline,
     model_head,
     model_label,
+    own_scale,
+    part_played,
     signed_cell,
     template,
     write_texts,
@@ -78,7 +79,7 @@ class Report:
     """The tables of a run, as the JSON files hold them, and what the page shows beside them."""
 
     models: list[str]
-    mirrors: dict[str, str]  # data set -> the paper's
+    mirrors: dict[str, str | None]  # data set -> the paper's
     results: dict[str, Any]
     behaviour: dict[str, Any]
     comparisons: dict[str, Any]
@@ -230,11 +231,12 @@ def render(report: Report) -> str:
         gap=budget.gap_text(report.gaps),
         budget_figures=budget.figures([report.budgets], report.models),
         failures=failures(report.results, AVERAGE),
-        own_scale=any(name != mirrored for name, mirrored in report.mirrors.items()),
+        own_scale=own_scale(report.mirrors),
+        paper_sets=all(name == mirrored for name, mirrored in report.mirrors.items()),
         pair=report.pair,
         exact_match=_exact_match(report),
         behaviour=_behaviour(report),
-        arcap=arcap_table(report),
+        arcap=arcap_table(report) if any(report.arcap.values()) else None,
         arcap_differences=arcap_differences(report),
         arcap_pair=paper.ARCAP_PAIR,
         search_use=search_use_table(report.search_use),
@@ -301,12 +303,13 @@ def _costs(report: Report) -> list[Row]:
 
 def _exact_match(report: Report) -> Row:
     figures_of = paper.paper_exact_match(report.pair)
-    columns = [*report.mirrors.items(), (AVERAGE, "avg")]
+    # the paper's average is one over its own sets
+    columns = [*report.mirrors.items(), (AVERAGE, "avg" if all(report.mirrors.values()) else None)]
     rows = [
         model_head(model, report.models)
         | {
             "cells": [
-                cell(entry["em"], entry["ci95"], figures_of.get(model, {}).get(mirrored), 3)
+                cell(entry["em"], entry["ci95"], figures_of.get(model, {}).get(mirrored or ""), 3)
                 for name, mirrored in columns
                 for entry in [report.results[model][name]]
             ]
@@ -323,7 +326,7 @@ def _exact_match(report: Report) -> Row:
     heads = [
         {
             "name": name,
-            "mirrors": PAPER_DATASETS.get(mirrored, mirrored),
+            "plays": "over the sets" if name == AVERAGE else part_played(mirrored),
             "questions": first[name]["n"] + first[name]["failed"],
         }
         for name, mirrored in columns
@@ -398,16 +401,16 @@ def write_report(
     metrics: Path,
     out: Path,
     models: list[str],
-    mirrors: dict[str, str],
+    mirrors: Mapping[str, str | None],
     params: dict[str, Any],
     pair: str = DEFAULT_PAIR,
     first: Mapping[str, int] = EVERY,
 ) -> None:
     """Write results, arcap and search_use, with their comparisons, diagnosis and index.html into `out`.
 
-    `models` and `mirrors` ({data set: the paper's that it stands for}) give the order of rows and columns;
-    `pair` names the paper's models whose figures stand beside ours; of the data sets in `first` only so many
-    questions count. The same inputs give the same bytes.
+    `models` and `mirrors` ({data set: the paper's that it stands for, if any}) give the order of rows and
+    columns; `pair` names the paper's models whose figures stand beside ours; of the data sets in `first` only
+    so many questions count. The same inputs give the same bytes.
     Raises UserError naming the file when an input is missing or malformed; then nothing is written.
     """
     if not models or not mirrors:

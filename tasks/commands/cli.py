@@ -19,9 +19,10 @@ from tasks.project.process import run_program
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
 # The groups of `dgpo --help`, in the order in which somebody new needs them.
-EXPERIMENTS, AGENT, MODELS, FORECASTS, SERVERS, SHARING = (
+EXPERIMENTS, AGENT, DATA, MODELS, FORECASTS, SERVERS, SHARING = (
     "Train and compare",
     "Use the agent",
+    "Data of your own",
     "Registered models",
     "Before a long run",
     "Dashboards, workers and nightly runs",
@@ -318,6 +319,38 @@ def retriever(
     from tasks.commands.retriever import retriever as run_service
 
     run_service(location, host, port)
+
+
+@app.command(rich_help_panel=DATA)
+def questions(
+    endpoint: Annotated[str, typer.Argument(help="openai:<model>@<base URL>, a local server's too")],
+    out: Annotated[Path, typer.Option(help="JSON lines; attempts stand beside it")] = Path("questions.jsonl"),
+    corpus: Annotated[Path, typer.Option(help="passages to ask about")] = Path("data/corpus.jsonl"),
+    one_hop: Annotated[int, typer.Option(min=0, help="questions of one passage")] = 100,
+    two_hop: Annotated[int, typer.Option(min=0, help="of two, of which one names the other")] = 0,
+    closed_book: Annotated[
+        bool, typer.Option(help="refuse what the same model answers without the passages")
+    ] = True,
+    seed: Annotated[int, typer.Option(min=0, help="of the order of passages")] = 0,
+    concurrency: Annotated[int, typer.Option(min=1, help="requests under way")] = 8,
+    key_variable: Annotated[str, typer.Option(help="environment variable with the key")] = "OPENAI_API_KEY",
+    price_in: Annotated[float, typer.Option(min=0, help="of a million tokens that are read")] = 0.0,
+    price_out: Annotated[float, typer.Option(min=0, help="of a million tokens that are written")] = 0.0,
+    yes: Annotated[bool, typer.Option("--yes", help="do not ask whether the cost is right")] = False,
+) -> None:
+    """Write questions from the corpus with a model behind an endpoint, and check each of them.
+
+    The answer must stand in its passage, be found there by the same model, and not be known without it. A run
+    that was ended goes on where it was.
+    """
+    from dgpo_core.config.endpoint import EndpointConfig
+    from tasks.commands.questions import Order
+    from tasks.commands.questions import questions as write_questions
+
+    wanted = {kind: count for kind, count in (("onehop", one_hop), ("twohop", two_hop)) if count}
+    settings = EndpointConfig(key_variable=key_variable, concurrency=concurrency)
+    order = Order(wanted, seed, closed_book, price_in, price_out)
+    write_questions(endpoint, corpus, out, order, settings, yes)
 
 
 collections = typer.Typer(no_args_is_help=True, help="The index's collections on a Qdrant server.")

@@ -277,7 +277,7 @@ def vocabulary(params: Params) -> list[Finding]:
     except UserError as why:
         advice = "choose models of one family (models.student, models.teacher), or recipes without a teacher"
         return [error("tokenizers", str(why), advice)]
-    needed = "agree, as far as both are here" if params.recipes.need_one_vocabulary else "need not agree"
+    needed = "agree, as far as both are here" if params.need_one_vocabulary else "need not agree"
     return [ok("tokenizers", f"the student's and the teacher's {needed}")]
 
 

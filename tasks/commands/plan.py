@@ -52,7 +52,9 @@ def workload(params: Params) -> Workload:
     """Return what this experiment's stages have measured in this working tree, else what is expected."""
     lock = read_lock()
     train, test, passages = expected_counts(params)
-    words, sources = PASSAGE_WORDS, {"questions and passages": "expected"}
+    guessed = "a guess, until `dvc repro index` has counted them"
+    expected = guessed if params.data.source == "files" else "expected"
+    words, sources = PASSAGE_WORDS, {"questions and passages": expected}
     if _ran(lock, "data", params, "data", "world", "questions"):
         train |= {name: lines for name in train if (lines := _lines(name, "train"))}
         test |= {name: lines for name in test if (lines := _lines(name, "test"))}
@@ -92,7 +94,7 @@ def _ran(lock: Lock, stage: str, params: Params, *keys: str) -> bool:
 def paper_em(params: Params, recipe: str, sets: list[str]) -> float:
     """Return the paper's mean EM over `sets`, or over all where a set plays none of the paper's parts."""
     row = paper_exact_match(params.pair)[recipe]
-    columns = [params.questions.test.get(name, "avg") for name in sets]
+    columns = [params.questions.test.get(name) or "avg" for name in sets]
     return sum(row[column] for column in columns) / len(columns)
 
 

@@ -20,7 +20,7 @@ def preflight(root: Path = Path()) -> None:
         return  # the stage that needs it will say so
     params = load_params(root / PARAMS)
     files = [_vocabulary(root, source) for source in (params.models.student, params.models.teacher)]
-    if params.recipes.need_one_vocabulary and None not in files:
+    if params.need_one_vocabulary and None not in files:
         check_same_vocabulary(*(Tokenizer.from_file(str(file)) for file in files))
 
 

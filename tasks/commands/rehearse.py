@@ -95,10 +95,10 @@ def prepare(folder: Path, resolved: dict[str, Any]) -> list[str]:
     train, test = params["questions"]["train"], params["questions"]["test"]
     if params["data"]["source"] == "published":
         rehearsal.write_published(folder / "published", train, test)
-    else:  # the teacher knows nothing of the embedded world
+    else:  # the teacher knows nothing of the embedded world, nor of what stands in your files
         write_jsonl(folder / CORPUS, rehearsal.passages())
         rehearsal.write_question_sets(folder / QUESTIONS, [*train, *test])
-        notes.append("data: a handful of passages and questions stand in for the embedded world")
+        notes.append("data: a handful of passages and questions stand in for yours, or the embedded world's")
     return notes
 
 
@@ -108,7 +108,7 @@ def programs(folder: Path) -> list[tuple[str, str]]:
     from dvc.repo.reproduce import plan_repro
 
     prepared = ["base-model", "given"]
-    if load_params(folder / "params.yaml").data.source == "world":
+    if load_params(folder / "params.yaml").data.source != "published":
         prepared.append("data")
     with Repo(str(folder), uninitialized=True) as repo:
         stages = [(stage.name, stage.cmd) for stage in plan_repro(repo.index.graph)]

@@ -6,6 +6,7 @@ from dgpo_core.config.params import Params, load_params
 from dgpo_core.datasets.audit import AnswerSearch, audit
 from dgpo_core.datasets.documents import find_documents, read_documents
 from dgpo_core.datasets.published import SETTING, fetch, fetch_questions, load_questions, write_corpus
+from dgpo_core.datasets.question_sets import find_question_files, load_question_sets
 from dgpo_core.datasets.records import Question, write_jsonl
 from dgpo_core.world.facts import generate_world
 from dgpo_core.world.questions import write_articles, write_questions
@@ -62,9 +63,11 @@ def write_published(params: Params) -> None:
 def write_files(params: Params) -> None:
     config = params.data.files
     documents = find_documents(config.corpus)
+    files = find_question_files(config.questions, params.questions)
     settings = {"data": config.model_dump(), "questions": params.questions.model_dump()}
-    with stage("data", config=settings, inputs=documents, outputs=[CORPUS, QUESTIONS]) as run:
-        questions: Splits = {}  # of data.files.questions
+    inputs = [*documents, *dict.fromkeys(path for paths in files.values() for path in paths)]
+    with stage("data", config=settings, inputs=inputs, outputs=[CORPUS, QUESTIONS]) as run:
+        questions, told = load_question_sets(config.questions, params.questions, files)
         answers = AnswerSearch(questions)
         reading = read_documents(documents, config.passage_words)
         for passage in reading.passages:
@@ -72,7 +75,8 @@ def write_files(params: Params) -> None:
         write_jsonl(run.output(CORPUS), reading.passages)
         write_splits(run, questions)
         found = audit(questions, answers)
-        for remark in (*(f"{file}: not read: {why}" for file, why in reading.unread.items()), *found.remarks):
+        told += [f"{file}: not read: {why}" for file, why in reading.unread.items()]
+        for remark in (*told, *found.remarks):
             print(remark, flush=True)
         counts = {"passages": len(reading.passages), "files": len(documents), "unread": len(reading.unread)}
         summarize(run, {**counts, **found.counts}, questions, sources={})

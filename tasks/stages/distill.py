@@ -102,8 +102,9 @@ def _teacher(
     params: Params, recipe: Distillation, tokenizer: Any
 ) -> tuple[PreTrainedModel | None, TeacherCache | None]:
     """Return what gives the recipe the teacher's distributions: the model, stored ones, or both."""
-    check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))  # `ce` imitates its token ids
-    if recipe.objective == "ce":
+    if params.need_one_vocabulary:  # `ce` too imitates the token ids of a teacher that is loaded
+        check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))
+    if not recipe.needs_distributions:
         return None, None
     cached = params.distill.teacher == "cache" and recipe.episodes != "student"
     cache = TeacherCache(DISTRIBUTIONS, tokenizer) if cached else None

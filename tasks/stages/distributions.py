@@ -1,9 +1,14 @@
-"""Stage `distributions`: keep the teacher's distributions on its episodes, for all epochs and recipes."""
+"""Stage `distributions`: keep the teacher's distributions on its episodes, for all epochs and recipes.
+
+Nothing is kept where the teacher runs in training, or cannot give the student any: it is an endpoint, or has
+other tokens while no recipe asks for its distributions.
+"""
 
 import json
 
 from dgpo_core.agent.episode import read_episodes
-from dgpo_core.config.params import load_params
+from dgpo_core.config.params import Params, load_params
+from dgpo_core.errors import UserError
 from dgpo_core.models import load_model, load_tokenizer
 from dgpo_core.training.episode_sources import without_failed
 from dgpo_core.training.teacher_cache import CERTIFICATE, build_cache
@@ -22,13 +27,13 @@ def distributions() -> None:
     }
     inputs = [TEACHER_EPISODES, *local(params.models.teacher), *local(params.models.student)]
     with stage("distributions", config=config, inputs=inputs, outputs=[DISTRIBUTIONS]) as run:
-        if params.distill.teacher == "live":
+        source = _without_distributions(params)
+        if source:
             (folder := run.output(DISTRIBUTIONS)).mkdir()
-            (folder / CERTIFICATE).write_text(json.dumps({"teacher": "live"}) + "\n")
+            (folder / CERTIFICATE).write_text(json.dumps({"teacher": source}) + "\n")
             write_metrics(run, {"episodes": 0})
             return
         tokenizer = load_tokenizer(params.models.teacher)
-        check_same_vocabulary(load_tokenizer(params.models.student), tokenizer)
         episodes = without_failed(read_episodes(TEACHER_EPISODES))
         require_episodes(len(episodes), f"episodes in {TEACHER_EPISODES}")
         kept = run.state / "distributions"  # a killed run keeps its finished files
@@ -46,6 +51,21 @@ def distributions() -> None:
         kept.rename(run.output(DISTRIBUTIONS))
         summary = {key: value for key, value in vars(certificate).items() if key != "tokenizer"}
         write_metrics(run, summary)
+
+
+def _without_distributions(params: Params) -> str | None:
+    """Return what kind of teacher has no distributions kept, else None. Raises UserError for other tokens."""
+    if params.distill.teacher == "live":
+        return "live"
+    if params.models.endpoint is not None:
+        return "endpoint"
+    try:
+        check_same_vocabulary(*map(load_tokenizer, (params.models.student, params.models.teacher)))
+    except UserError:
+        if params.need_one_vocabulary:
+            raise
+        return "other vocabulary"
+    return None
 
 
 if __name__ == "__main__":

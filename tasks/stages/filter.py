@@ -13,6 +13,10 @@ from tasks.stages.outputs import write_csv, write_metrics
 from tasks.stages.stage import stage, stage_main
 
 AUDIT = Path("data/correct/audit.csv")
+NO_TEACHER = (
+    "where no teacher knows the protocol, take a scripted expert (teach.policy: expert), or a larger model "
+    "behind an endpoint (models.teacher: openai:<model>@<base URL>); docs/data.md, No teacher yet"
+)
 STRICTER: tuple[Keep, ...] = ("searched", "evidence")  # than correct
 
 
@@ -42,7 +46,7 @@ def filter_episodes() -> None:
     with stage("filter", config={}, inputs=[TEACHER_EPISODES], outputs=[CORRECT_EPISODES, AUDIT]) as run:
         episodes = read_episodes(TEACHER_EPISODES)
         kept = [episode for episode in episodes if episode.correct]
-        require_episodes(len(kept), f"correct teacher episodes in {TEACHER_EPISODES}")
+        require_episodes(len(kept), f"correct teacher episodes in {TEACHER_EPISODES}", NO_TEACHER)
         write_episodes(run.output(CORRECT_EPISODES), kept, read_metadata(TEACHER_EPISODES))
         counts = audit(episodes)
         table = [[dataset, why, count] for (dataset, why), count in sorted(counts.items())]

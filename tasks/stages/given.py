@@ -17,12 +17,13 @@ from tasks.stages.stage import stage_main
 
 
 def link(model: str) -> None:
-    """Link to the model's folder, or write a file with its name where it is on the hub."""
+    """Link to the model's folder, or write a file with its name where it is on the hub or elsewhere."""
     if model not in (STUDENT, TEACHER):
         raise UserError(f"{model}: the given models are {STUDENT} and {TEACHER}")
-    source, given = Path(model_source(load_params(), model)), GIVEN / model
+    name, given = model_source(load_params(), model), GIVEN / model
+    source = Path(name)
     if not source.is_dir():
-        write_text(given, f"{source}\n")
+        write_text(given, f"{name}\n")
         return
     target = source if source.is_absolute() else Path(os.path.relpath(source, GIVEN))
     if not (given.is_symlink() and given.readlink() == target):

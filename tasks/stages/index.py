@@ -74,7 +74,10 @@ def recall(params: Params, folder: Path) -> dict[str, float]:
         accept(opened.searcher)
     for name in params.questions.train:
         dev = read_questions(questions_file(name, "dev"))
-        with_gold = [question for question in dev if question.metadata.get("golden_passages")]
+        # passages of another corpus, as published gold contexts are, have no id
+        with_gold = [
+            q for q in dev if any(each.get("id") for each in q.metadata.get("golden_passages", [])[:1])
+        ]
         results = opened.search([question.question for question in with_gold], params.retrieval.top_k)
         found = [
             question.metadata["golden_passages"][0]["id"] in {hit.passage.id for hit in hits}

@@ -30,10 +30,10 @@ def local(source: str) -> list[Path]:
     return [Path(source)] if Path(source).is_dir() else []
 
 
-def require_episodes(count: int, what: str) -> None:
-    """Raise UserError when a stage has nothing to learn from."""
+def require_episodes(count: int, what: str, advice: str = "") -> None:
+    """Raise UserError when a stage has nothing to learn from; `advice` is what to do about it."""
     if count == 0:
-        raise UserError(f"there are no {what}: nothing to train on")
+        raise UserError(f"there are no {what}: nothing to train on" + (f"; {advice}" if advice else ""))
 
 
 def retriever(

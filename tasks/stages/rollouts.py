@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from dgpo_core.agent.endpoint_engine import EndpointEngine
 from dgpo_core.agent.engine import Engine, SeparateEngine
 from dgpo_core.agent.episode import Episode
+from dgpo_core.agent.expert import ExpertEngine, has_gold_passages
 from dgpo_core.agent.loop import AgentLoop, EpisodeRunner, Task, em_of, stable_seed
 from dgpo_core.agent.prompts import encode_prompt, known_ids
 from dgpo_core.agent.transformers_engine import TransformersEngine
@@ -19,6 +22,7 @@ from dgpo_core.config.agent import GREEDY, Sampling
 from dgpo_core.config.params import PARAMS, Params
 from dgpo_core.config.recipes import STUDENT, TEACHER, Distillation, Reinforcement
 from dgpo_core.datasets.records import Question, read_questions
+from dgpo_core.endpoint import EndpointClient
 from dgpo_core.errors import UserError
 from dgpo_core.files import write_json
 from dgpo_core.models import add_adapters, load_model
@@ -47,6 +51,36 @@ def agent_loop(params: Params, source: str, tokenizer: Any, index: Retriever) ->
     if engine is None:
         engine = TransformersEngine(load_model(source, params.compute.device), tokenizer, params.rollout)
     return AgentLoop(engine, tokenizer, index, params.protocol, params.retrieval.top_k)
+
+
+def teaching_loop(
+    params: Params, tokenizer: Any, index: Retriever, tasks: list[Task], note: Callable[[str], None]
+) -> tuple[AgentLoop, list[Task]]:
+    """Return the loop of whoever writes the teacher's episodes, and those of `tasks` that it can do.
+
+    `note` is told how many it cannot. Raises UserError where the expert can do none.
+    """
+    if params.teach.policy == "teacher" and params.models.endpoint is None:
+        return agent_loop(params, params.models.teacher, tokenizer, index), tasks
+    if params.teach.policy == "expert":
+        possible = [task for task in tasks if has_gold_passages(task.question)]
+        if left_out := len(tasks) - len(possible):
+            note(f"{left_out} of {len(tasks)} questions have no gold passages: the expert leaves them out")
+        if not possible:
+            raise UserError(
+                "teach.policy: expert reads the questions' gold passages, and no training question has any "
+                "(metadata.golden_passages, title and text; docs/data.md)"
+            )
+        tasks = possible
+    # the engines below find a task's question by its number
+    tasks = [replace(task, seed=(number, *task.seed)) for number, task in enumerate(tasks)]
+    questions = [task.question for task in tasks]
+    engine: Engine = ExpertEngine(questions, tokenizer)
+    if params.teach.policy == "teacher" and params.models.endpoint:
+        client = EndpointClient(params.models.endpoint, params.teach.endpoint)
+        instruction = params.protocol.instruction
+        engine = EndpointEngine(client, params.teach.api, questions, instruction, tokenizer)
+    return AgentLoop(engine, tokenizer, index, params.protocol, params.retrieval.top_k), tasks
 
 
 def training_loop(

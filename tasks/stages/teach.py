@@ -1,4 +1,4 @@
-"""Stage `teach`: run the teacher on the training questions, and keep all of its episodes."""
+"""Stage `teach`: run the teacher, or a scripted expert, on the training questions, and keep all episodes."""
 
 from pathlib import Path
 
@@ -10,22 +10,24 @@ from dgpo_core.vocabulary import check_same_vocabulary
 from tasks.project.paths import INDEX, MODELS, QUESTIONS, TEACHER_EPISODES
 from tasks.stages.inputs import local, retriever
 from tasks.stages.outputs import write_metrics
-from tasks.stages.rollouts import agent_loop, split_tasks
+from tasks.stages.rollouts import split_tasks, teaching_loop
 from tasks.stages.stage import stage, stage_main
 
 
 def teach() -> None:
     params = load_params()
     config = params.sections("teach", "protocol", "rollout", "retrieval", "models", "questions")
-    inputs = [INDEX, QUESTIONS, *local(params.models.teacher)]
+    source = params.episode_tokenizer
+    inputs = [INDEX, QUESTIONS, *local(source)]
     with stage("teach", config=config, inputs=inputs, outputs=[TEACHER_EPISODES]) as run:
-        tokenizer = load_tokenizer(params.models.teacher)
-        if params.recipes.need_one_vocabulary and MODELS not in Path(params.models.student).parents:
+        tokenizer = load_tokenizer(source)
+        imitates = params.need_one_vocabulary and params.models.endpoint is None
+        if imitates and MODELS not in Path(params.models.student).parents:
             # before the long work; a model of ours, which may not have been built yet, has our tokenizer
-            check_same_vocabulary(load_tokenizer(params.models.student), tokenizer)
+            check_same_vocabulary(*map(load_tokenizer, (params.models.student, params.models.teacher)))
         index = retriever(params)
-        loop = agent_loop(params, params.models.teacher, tokenizer, index)
         tasks = split_tasks(params, "train", params.teach.seed, params.teach.questions)
+        loop, tasks = teaching_loop(params, tokenizer, index, tasks, run.note)
         episodes = collect(
             loop,
             tasks,

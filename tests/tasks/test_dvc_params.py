@@ -32,6 +32,12 @@ def test_dvc_watches_what_decides_the_result(stage: str) -> None:
             assert found == (set() if stage == "distributions" else deciding)
 
 
+def test_dvc_watches_what_decides_the_teachers_episodes() -> None:
+    deciding = {f"teach.{key}" for key in PARAMS.sections("teach")["teach"]}
+    assert {key for key in watched("teach") if key.startswith("teach")} == deciding
+    assert "teach.endpoint" not in deciding and "teach.policy" in deciding
+
+
 def test_dvc_watches_all_that_an_index_is_made_of() -> None:
     served = {"location", "qdrant"}
     wanted = {f"retrieval.{key}" for key in PARAMS.retrieval.model_dump() if key not in served}
@@ -46,6 +52,8 @@ def test_dvc_watches_all_that_an_index_is_made_of() -> None:
         ({"retrieval": {"location": "http://other:6333", "qdrant": {"shards": 2}}}, True),
         ({"compute": {"micro_batch_tokens": 512, "processes": 2}}, True),
         ({"reinforce": {"checkpoint_every": 1}}, True),
+        ({"teach": {"endpoint": {"timeout": 5.0, "key_variable": "OTHER"}}}, True),
+        ({"teach": {"policy": "expert"}}, False),
         ({"rollout": {"precision": "bfloat16"}, "compute": {"precision": "bfloat16"}}, False),
         ({"retrieval": {"top_k": 5}}, False),
         ({"compute": {"lora": {"rank": 4}}}, False),
@@ -55,7 +63,7 @@ def test_dvc_watches_all_that_an_index_is_made_of() -> None:
 def test_unfinished_work_goes_on_unless_its_result_would_change(
     change: dict[str, Any], goes_on: bool
 ) -> None:
-    names = ("rollout", "retrieval", "compute", "reinforce", "seed")
+    names = ("rollout", "retrieval", "compute", "reinforce", "seed", "teach")
     changed = Params.model_validate(overlay(PARAMS.model_dump(), change))
     assert changed != PARAMS
     assert (changed.sections(*names) == PARAMS.sections(*names)) is goes_on

@@ -21,10 +21,11 @@ from dgpo_core.reporting.formats import (
     COLOURS,
     DASH,
     GIVEN,
-    PAPER_DATASETS,
     asset,
     colour_of,
     model_label,
+    own_scale,
+    part_played,
     template,
 )
 from dgpo_core.reporting.reproduction.claims import CLAIMS, INVALID_RISE, LENGTH_DRIFT, NEAR_ZERO, PROFILED
@@ -215,9 +216,9 @@ def exact_match_table(tables: Row) -> Table:
     """Make table 2; the best trained recipe of each data set is marked."""
     own, columns, best = tables["exact_match"], [Column("Recipe")], {}
     for name in (*tables["mirrors"], AVERAGE):
-        role = tables["mirrors"].get(name, "")
-        plays = "over the sets" if name == AVERAGE else f"as {PAPER_DATASETS.get(role, role)}"
-        columns.append(Column(name, (plays, f"{next(iter(own.values()))[name]['n']:,} questions")))
+        plays = "over the sets" if name == AVERAGE else part_played(tables["mirrors"][name])
+        asked = f"{next(iter(own.values()))[name]['n']:,} questions"
+        columns.append(Column(name, (plays, asked) if plays else (asked,)))
         means = [entries[name]["mean"] for model, entries in own.items() if model not in GIVEN]
         best[name] = max((mean for mean in means if mean is not None), default=inf)
     rows: list[list[Cell]] = []
@@ -437,7 +438,7 @@ def page(
             for title, claims in groupby(CLAIMS, lambda claim: claim.group)
         ],
         pair=tables["pair"],
-        own_scale=any(name != role for name, role in tables["mirrors"].items()),
+        own_scale=own_scale(tables["mirrors"]),
         bars_rows=_bars({model: own[AVERAGE] for model, own in tables["exact_match"].items()}),
         **{name: make_table(tables) for name, (_, make_table) in TABLES.items()},
         arcap_cards=[

@@ -30,7 +30,7 @@ Table = dict[str, Any]
 
 def tables(results: SeedResults, trained: Mapping[str, list[Training]], pair: str) -> Table:
     """Return the tables of tables.json. A cell has the mean, its interval, every seed and the paper."""
-    sets = {**results.mirrors, AVERAGE: AVERAGE}
+    sets = {**results.mirrors, AVERAGE: AVERAGE if all(results.mirrors.values()) else None}
     measurements = {name: name for name in MEASUREMENT_LABELS}
     exact_match = {model: _cells(results, model, sets, pair) for model in results.models}
     return {
@@ -46,10 +46,10 @@ def tables(results: SeedResults, trained: Mapping[str, list[Training]], pair: st
     }
 
 
-def _cells(results: SeedResults, model: str, quantities: Mapping[str, str], pair: str) -> Table:
-    """Return a model's cells; `quantities` are ours, each with the paper's name of it."""
+def _cells(results: SeedResults, model: str, quantities: Mapping[str, str | None], pair: str) -> Table:
+    """Return a model's cells; `quantities` are ours, each with the paper's name of it, if any."""
     return {
-        name: entry(pool(samples), results.seeds, paper.paper_figure(pair, model, role))
+        name: entry(pool(samples), results.seeds, paper.paper_figure(pair, model, role) if role else None)
         for name, role in quantities.items()
         if (samples := results.of(model, name)) is not None
     }

@@ -39,7 +39,7 @@ class SeedRecord(Section):
     seed: int
     commit: str
     models: list[str]
-    mirrors: dict[str, str]  # data set -> the paper's
+    mirrors: dict[str, str | None]  # data set -> the paper's
     pair: str
     first: dict[str, int]  # questions that count, where not all of a set do
     parameters: dict[str, int] = Field({}, description="of the given models")
@@ -144,7 +144,7 @@ class SeedResults:
 
     seeds: list[int]
     models: list[str]
-    mirrors: dict[str, str]  # data set -> the paper's
+    mirrors: Mapping[str, str | None]  # data set -> the paper's
     samples: dict[str, dict[str, Samples]]  # model -> AVERAGE (EM of all data sets), measurements of ARCap
     curves: dict[str, list[Curve]]  # recipe -> one a seed
 

@@ -83,6 +83,15 @@ def rl(**rows: dict[str, Any]) -> dict[str, Any]:
         ("distill: {taid: {start: 0.0}}", "distill.taid.start: Input should be greater than 0"),
         ("reinforce: {beta: .inf}", "reinforce.beta: Input should be a finite number"),
         ("report: {first: {hard: 124}}", "report.first: ['hard'] are no test sets of questions.test"),
+        ("models: {student: 'openai:m@http://h/v1'}", "models: student: the student is trained"),
+        ("models: {teacher: 'https://h/v1'}", "models: 'https://h/v1' is no endpoint: write openai:<model>@"),
+        ("models: {teacher: 'openai:m@http://h/v1'}", "compare: teacher is an endpoint"),
+        (
+            "models: {teacher: 'openai:m@http://h/v1'}, compare: [student], recipes: {distill: {a: {start: "
+            "student, objective: kd}, b: {start: student, objective: ce}}, reinforce: {c: {start: b, "
+            "guidance: selective, reference: teacher}}}",
+            "recipes: a, c need the teacher's distributions, and openai:m@http://h/v1 gives text alone",
+        ),
         ("compare: [student, dgpo]", "compare: there is no 'dgpo', only ['student', 'teacher']"),
         (
             "questions: {test: {onehop: nq}}",

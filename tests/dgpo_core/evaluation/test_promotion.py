@@ -12,6 +12,7 @@ import pytest
 from scipy import stats
 
 from dgpo_core.config.params import PromoteConfig
+from dgpo_core.evaluation import arcap
 from dgpo_core.evaluation.promotion import Candidate, Decision, decide, headline, judged, markdown
 from tests.dgpo_core.evaluation.making import CONFIG, DATASETS, Model, candidate, in_memory
 
@@ -78,6 +79,16 @@ def decision(
         challenger = candidate(folder, "challenger", challenger, **how)
     rival = candidate(folder, "champion", champion) if champion else None
     return decide(challenger, rival, candidate(folder, "student", STUDENT), datasets, config)
+
+
+def test_without_a_set_that_arcap_knows_exact_match_decides(folder: Path) -> None:
+    models = {"ours": Model.of(0.75), "theirs": CHAMPION, "student": STUDENT}
+    ours, theirs, student = [candidate(folder, f"apart-{name}", model) for name, model in models.items()]
+    for name in models:
+        pq.write_table(arcap.as_table([]), folder / f"apart-{name}" / "arcap.parquet")
+    found = decide(ours, theirs, student, DATASETS, CONFIG)
+    assert found.verdict == "promote"
+    assert not any("ARCap" in condition.name for condition in found.conditions)
 
 
 def refused(found: Decision) -> str:

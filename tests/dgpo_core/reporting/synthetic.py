@@ -72,7 +72,7 @@ class Run:
     def report_with(
         self,
         out: Path,
-        mirrors: dict[str, str] = MIRRORS,
+        mirrors: Mapping[str, str | None] = MIRRORS,
         pair: str = DEFAULT_PAIR,
         first: Mapping[str, int] = EVERY,
     ) -> None:

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from dgpo_core.errors import UserError
-from dgpo_core.evaluation import search_use
+from dgpo_core.evaluation import arcap, search_use
 from dgpo_core.reporting.episodes import compact_json
 from dgpo_core.reporting.formats import comparison, comparison_numbers, signed_cell
 from dgpo_core.reporting.page import CHECK_COLUMNS, FAILURE_COLUMNS
@@ -200,6 +200,26 @@ def test_own_scale_is_only_claimed_for_data_sets_that_mirror(run: Run) -> None:
     run.save()
     run.report_with(run.folder / "reports", mirrors={"onehop": "onehop"})
     assert "The scales differ" not in (run.folder / "reports" / "index.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("datasets", [["rare"], ["onehop", "rare"]])
+def test_sets_that_play_no_part_have_no_figure_of_the_paper_beside_them(
+    run: Run, datasets: list[str]
+) -> None:
+    """One set or several, none of which ARCap or the paper's tables know: the rest of the page is as ever."""
+    for rows in [*run.rows.values(), *run.diagnoses.values()]:
+        rows[:] = [row for row in rows if row["dataset"] in datasets]
+    run.save()
+    for model in MODELS:
+        pq.write_table(arcap.as_table([]), run.folder / "evaluation" / model / "arcap.parquet")
+    run.report_with(run.folder / "reports", mirrors=dict.fromkeys(datasets))
+    page = (run.folder / "reports" / "index.html").read_text(encoding="utf-8")
+    assert "The scales differ" not in page and "The data sets are the paper's" not in page
+    assert "play no part of the paper's" in page and "Not measured: no test set" in page
+    assert 'class="paper"' not in page and "as None" not in page
+    results = json.loads((run.folder / "reports" / "results.json").read_text())
+    assert list(results["dgpo"]) == [*datasets, "average"]
+    assert json.loads((run.folder / "reports" / "arcap.json").read_text()) == {model: {} for model in MODELS}
 
 
 @pytest.mark.parametrize(

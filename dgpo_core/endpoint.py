@@ -1,0 +1,118 @@
+"""A client of OpenAI-compatible endpoints: chat and text completions, with patience.
+
+httpx is enough: two requests of JSON. OpenAI's own package would add its types and retries, which are below.
+"""
+
+import os
+from dataclasses import dataclass
+from typing import Any, Self
+
+import httpx
+from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
+
+from dgpo_core.config.endpoint import Endpoint, EndpointConfig
+from dgpo_core.errors import InfrastructureError, UserError, may_pass
+
+Message = dict[str, str]  # role and content
+REFUSED = (401, 403, 404)  # key, permission, model or path: the same for every request
+LONGEST_WAIT = 60.0  # seconds between two attempts
+
+
+class _MayPass(InfrastructureError):
+    """A failure after which the same request may be answered."""
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a model wrote. `finish` is `stop` or `length`; tokens are counted as the server counts them."""
+
+    text: str
+    finish: str
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+class EndpointClient:
+    """Asks one model; may be used by several threads at once.
+
+    What fails raises InfrastructureError after the configured attempts, and UserError where every request
+    would fail: a wrong key, no such model.
+    """
+
+    def __init__(self, endpoint: Endpoint, config: EndpointConfig) -> None:
+        self._endpoint, self._config = endpoint, config
+        key = os.environ.get(config.key_variable)
+        self._http = httpx.Client(
+            base_url=endpoint.url,
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            timeout=config.timeout,
+            limits=httpx.Limits(max_connections=config.concurrency),
+        )
+
+    @property
+    def concurrency(self) -> int:
+        """Return how many requests may be under way."""
+        return self._config.concurrency
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._http.close()
+
+    def chat(self, messages: list[Message], **fields: Any) -> Reply:
+        """Return the assistant's next message; `fields` are max_tokens, temperature, stop, ..."""
+        choice, usage = self._choice("/chat/completions", {"messages": messages, **fields})
+        return self._reply(choice.get("message", {}).get("content"), choice, usage)
+
+    def complete(self, prompt: str, **fields: Any) -> Reply:
+        """Return what continues `prompt`."""
+        choice, usage = self._choice("/completions", {"prompt": prompt, **fields})
+        return self._reply(choice.get("text"), choice, usage)
+
+    def models(self) -> list[str]:
+        """Return the names of the server's models."""
+        answer = self._sent("GET", "/models", None)
+        return [str(each["id"]) for each in answer["data"]]
+
+    def _choice(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+        answer = self._sent("POST", path, {"model": self._endpoint.model, **body})
+        try:
+            choice: dict[str, Any] = answer["choices"][0]
+        except (KeyError, IndexError, TypeError) as error:
+            raise InfrastructureError(f"{self._endpoint.url}{path}: no choices in its answer") from error
+        return choice, answer.get("usage") or {}
+
+    def _reply(self, text: object, choice: dict[str, Any], usage: dict[str, Any]) -> Reply:
+        finish = choice.get("finish_reason") or "stop"
+        if finish not in ("stop", "length"):  # content_filter: the model was not asked
+            raise InfrastructureError(f"{self._endpoint.url}: the answer ended by {finish}")
+        counts = (int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens"))
+        return Reply(text if isinstance(text, str) else "", finish, *counts)
+
+    def _sent(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        retrying = Retrying(
+            retry=retry_if_exception_type(_MayPass),
+            stop=stop_after_attempt(self._config.attempts),
+            wait=wait_exponential(multiplier=0.5, max=LONGEST_WAIT),
+            reraise=True,
+        )
+        return retrying(self._once, method, path, body)
+
+    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+        place = f"{self._endpoint.url}{path}"
+        try:
+            answer = self._http.request(method, path, json=body)
+        except httpx.TransportError as error:
+            raise _MayPass(f"{place} does not answer: {error or type(error).__name__}") from error
+        told = f"{place} answers {answer.status_code}: {answer.text[:300]}"
+        if may_pass(answer.status_code):
+            raise _MayPass(told)
+        if answer.status_code in REFUSED:
+            key = self._config.key_variable
+            raise UserError(f"{told} (model {self._endpoint.model}, key in ${key})")
+        try:
+            answer.raise_for_status()
+            return answer.json()
+        except (httpx.HTTPStatusError, ValueError) as error:
+            raise InfrastructureError(told) from error
