@@ -554,7 +554,7 @@ def down() -> None:
     _become("infra.services", "down")
 
 
-@app.command(rich_help_panel=SERVERS)
+@app.command(cls=Repeatable, rich_help_panel=SERVERS)
 def deploy(
     gpus: Annotated[int, typer.Option(help="GPUs that stages may use at once, in all", min=0)] = 1,
     pool_type: Annotated[
@@ -563,6 +563,13 @@ def deploy(
     ] = "process",
     nightly: Annotated[
         bool | None, typer.Option(help="switch the nightly run on or off; without it: as it is, at first off")
+    ] = None,
+    alert: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="notification blocks that are told of runs, such as slack-webhook/team; else as before",
+            envvar="DGPO_ALERTS",
+        ),
     ] = None,
     template: Annotated[
         bool, typer.Option("--template", help="only print the job template of a pool of that type and GPUs")
