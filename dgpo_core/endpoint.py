@@ -88,7 +88,9 @@ class EndpointClient:
         if finish not in ("stop", "length"):  # content_filter: the model was not asked
             raise InfrastructureError(f"{self._endpoint.url}: the answer ended by {finish}")
         counts = (int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens"))
-        return Reply(text if isinstance(text, str) else "", finish, *counts)
+        told = text if isinstance(text, str) else ""
+        # JSON can escape halves of surrogate pairs, which no file holds
+        return Reply(told.encode("utf-8", "replace").decode(), finish, *counts)
 
     def _sent(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         retrying = Retrying(

@@ -48,15 +48,15 @@ def sentences(text: str) -> list[str]:
 
 
 def has_gold_passages(question: Question) -> bool:
-    """Return whether the expert can answer a question: its gold passages are known, title and text."""
+    """Return whether the expert can answer a question: the texts of its gold passages are known."""
     passages = question.metadata.get("golden_passages") or []
-    return bool(passages) and all(each.get("title") and each.get("text") for each in passages)
+    return bool(passages) and all(sentences(_plain(each.get("text") or "")) for each in passages)
 
 
 def steps_of(question: Question) -> list[Step]:
     """Return what there is to read: the last passage tells the answer, those before it the next title."""
     passages = question.metadata["golden_passages"]
-    titles = [_plain(each["title"]) for each in passages]
+    titles = [_plain(each.get("title") or "") for each in passages]
     steps = []
     for number, (title, passage) in enumerate(zip(titles, passages, strict=True)):
         following = titles[number + 1 : number + 2]
@@ -136,12 +136,12 @@ def _wordings(question: Question, step: Step, number: int, context: str) -> list
     """Return queries for a step, the second for where the first finds nothing.
 
     The question is searched for in its own words, what it leads to by its title. A title that would give the
-    answer away is no query, unless it has been read.
+    answer away is no query, unless it has been read; neither is one that is not known.
     """
     asked = _plain(question.question).strip().rstrip("?").strip()
     title = step.title
     read = stands_in(normalize(title), normalize(context))
-    if contains_answer(title, question.golden_answers) and not read:
+    if not title or (contains_answer(title, question.golden_answers) and not read):
         return [asked] if number == 0 else []
     return [title, f"{title} {asked}"] if number else [asked, title]
 

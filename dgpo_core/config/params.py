@@ -222,15 +222,19 @@ class Params(Section):
         return self
 
     @property
+    def taught_by_text(self) -> bool:
+        """Return whether the teacher's episodes are written as text: by an endpoint, or the expert."""
+        return self.models.endpoint is not None or self.teach.policy == "expert"
+
+    @property
     def episode_tokenizer(self) -> str:
         """Return the model in whose tokens the teacher's episodes are: the student, where text is written."""
-        written = self.models.endpoint is not None or self.teach.policy == "expert"
-        return self.models.student if written else self.models.teacher
+        return self.models.student if self.taught_by_text else self.models.teacher
 
     @property
     def need_one_vocabulary(self) -> bool:
         """Return whether student and teacher must have one: a recipe trains on the teacher's tokens."""
-        imitated = bool(self.recipes.distill) and self.episode_tokenizer == self.models.teacher
+        imitated = bool(self.recipes.distill) and not self.taught_by_text
         return imitated or bool(self.recipes.with_distributions)
 
     def _check_reinforcement(self, config: ReinforceConfig) -> None:

@@ -7,9 +7,42 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dgpo_core.config.base import Section
 
+Language = Literal[
+    "arabic",
+    "azerbaijani",
+    "basque",
+    "bengali",
+    "catalan",
+    "chinese",
+    "danish",
+    "dutch",
+    "english",
+    "finnish",
+    "french",
+    "german",
+    "greek",
+    "hebrew",
+    "hinglish",
+    "hungarian",
+    "indonesian",
+    "italian",
+    "japanese",
+    "kazakh",
+    "nepali",
+    "norwegian",
+    "portuguese",
+    "romanian",
+    "russian",
+    "slovene",
+    "spanish",
+    "swedish",
+    "tajik",
+    "turkish",
+]  # Qdrant's; of those without a stemmer it knows the words that BM25 leaves out
+
 
 class EncoderConfig(Section):
-    """`bm25`: sparse vectors, scored by Qdrant with its IDF modifier; the other fields are ignored.
+    """`bm25`: sparse vectors, scored by Qdrant with its IDF modifier; of the other fields, `language` counts.
 
     `dense`: a transformers encoder with mean pooling; the defaults are E5's.
     `sentence-transformers`: a model of that library, which knows its own pooling, prompts and normalisation;
@@ -17,6 +50,9 @@ class EncoderConfig(Section):
     """
 
     kind: Literal["bm25", "dense", "sentence-transformers"] = "dense"
+    language: Language = Field(
+        "english", description="whose word forms BM25 takes for one word (also of retrieval.hybrid)"
+    )
     model: str = Field("intfloat/e5-base-v2", description="hub name or folder of the dense encoder")
     revision: str | None = Field(None, description="pinned revision on the hub")
     query_prefix: str = "query: "
@@ -30,6 +66,10 @@ class EncoderConfig(Section):
         if isinstance(values, dict) and values.get("kind") == "sentence-transformers":
             return {"query_prefix": "", "passage_prefix": "", **values}
         return values
+
+    def recorded(self) -> dict[str, str | int | None]:
+        """Return what an index records of its encoder: English goes without saying, as it once did."""
+        return self.model_dump(exclude={"language"} if self.language == "english" else None)
 
 
 class QdrantConfig(Section):

@@ -94,24 +94,33 @@ def one_hop(corpus: Sequence[Passage], seed: int) -> Iterator[Candidate]:
 
 
 def two_hops(corpus: Sequence[Passage], seed: int) -> Iterator[Candidate]:
-    """Yield pairs in a drawn order, at most one of each first passage: it names the other one's title."""
+    """Yield pairs in a drawn order, at most one of each first passage: it names the other one's title.
+
+    The title must stand within a sentence as it is written: in English that leaves names, not "country".
+    """
     titled: dict[str, Passage] = {}
     for passage in corpus:
-        title = _name(passage.title)
+        title = normalize(_name(passage.title))
         if len(title) >= SHORTEST_TITLE and not title.isdigit() and len(passage.text.split()) >= SHORTEST:
             titled.setdefault(title, passage)
     for passage in _shuffled(corpus, f"twohop-{seed}"):
-        words, own = normalize(passage.text).split(), _name(passage.title)
+        words, own = normalize(passage.text).split(), normalize(_name(passage.title))
         runs = (
             " ".join(words[i : i + n]) for n in range(LONGEST_TITLE, 0, -1) for i in range(len(words) - n + 1)
         )
-        if name := next((run for run in runs if run in titled and run not in own and own not in run), None):
-            yield Candidate((passage, titled[name]))
+        others = (run for run in runs if run in titled and run not in own and own not in run)
+        if found := next((titled[run] for run in others if _is_named(titled[run], passage.text)), None):
+            yield Candidate((passage, found))
+
+
+def _is_named(passage: Passage, text: str) -> bool:
+    """Return whether `text` has the title of `passage` within a sentence, as it is written."""
+    return bool(re.search(rf"(?<=[^.!?]\s){re.escape(_name(passage.title))}\b", text))
 
 
 def _name(title: str) -> str:
     """Return a title as texts name it: "Mercury (planet)" is Mercury."""
-    return normalize(re.sub(r"\s*\([^()]*\)$", "", title))
+    return re.sub(r"\s*\([^()]*\)$", "", title)
 
 
 def _shuffled(corpus: Sequence[Passage], seed: str) -> list[Passage]:
@@ -180,7 +189,9 @@ def fault(candidate: Candidate, question: str, answer: str) -> str:
         return "answer not in its passage"
     if stands_in(wanted, asked):
         return "answer in the question"
-    if before and (stands_in(wanted, before[0]) or stands_in(_name(candidate.passages[-1].title), asked)):
+    if before and (
+        stands_in(wanted, before[0]) or stands_in(normalize(_name(candidate.passages[-1].title)), asked)
+    ):
         return "one passage is enough"
     words = asked.split()
     run = min(COPY, math.ceil(SHARE * len(words)))

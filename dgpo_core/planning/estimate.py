@@ -88,13 +88,17 @@ class Planner:
     def stages(self) -> list[Estimate]:
         """Estimate all stages of `dvc repro`, in an order in which they can run."""
         params, asked = self.params, self.work.teach
-        made = self._generate(self.teacher, asked, chunk=params.teach.chunk)
+        teach = Estimate("teach", disk=2 * self._episode_bytes(asked))  # of text: nothing is computed here
+        if not params.taught_by_text:
+            made = self._generate(self.teacher, asked, chunk=params.teach.chunk)
+            teach = self._generating("teach", TEACHER, made, asked)
+        distributions = params.distill.teacher == "cache" and params.models.endpoint is None
         return [
             Estimate("data", disk=2 * self.work.passages * PASSAGE_BYTES),
             self._index(),
-            self._generating("teach", TEACHER, made, asked),
+            teach,
             Estimate("filter", disk=2 * self.work.correct * self._episode_bytes(asked)),
-            *([self._distributions()] if params.distill.teacher == "cache" else []),
+            *([self._distributions()] if distributions else []),
             *(self._distill(name, recipe) for name, recipe in params.recipes.distill.items()),
             *(self._reinforce(name, recipe) for name, recipe in params.recipes.reinforce.items()),
             *(self._evaluate(model) for model in params.compare),

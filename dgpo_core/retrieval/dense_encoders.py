@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
+from unicodedata import normalize
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +23,7 @@ BUFFER = 64  # batches whose texts are sorted by length together
 
 
 class DenseEncoder(ABC):
-    """Adds prefixes, and checks the vectors that `_encode` makes of one buffer of texts at a time."""
+    """Adds prefixes to composed letters, and checks the vectors that `_encode` makes of a buffer of texts."""
 
     size: int
 
@@ -49,7 +50,7 @@ class DenseEncoder(ABC):
         vectors = np.empty((len(texts), self.size), np.float32)
         step = BUFFER * self._config.batch_size
         for start in range(0, len(texts), step):
-            buffer = [prefix + text for text in texts[start : start + step]]
+            buffer = [prefix + normalize("NFC", text) for text in texts[start : start + step]]
             vectors[start : start + step] = self._encode(buffer, query, on_encoded)
         if not np.isfinite(vectors).all():
             raise UserError(

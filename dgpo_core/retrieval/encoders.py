@@ -40,7 +40,7 @@ class Encoder(Protocol):
 
 
 class Bm25Encoder:
-    """Qdrant's own BM25: term weights here (stemmed English words), IDF in the index.
+    """Qdrant's own BM25: term weights here (of the language's stemmed words), IDF in the index.
 
     Texts go in in one Unicode spelling, so that a word finds itself however it was written; scripts without
     spaces go in by pairs of characters (`spaced`).
@@ -48,8 +48,8 @@ class Bm25Encoder:
 
     size: int | None = None
 
-    def __init__(self, average_words: float) -> None:
-        self._bm25 = qdrant_edge.Bm25(qdrant_edge.Bm25Config(avg_len=average_words, language="english"))
+    def __init__(self, average_words: float, language: str = "english") -> None:
+        self._bm25 = qdrant_edge.Bm25(qdrant_edge.Bm25Config(avg_len=average_words, language=language))
 
     def encode_passages(self, texts: list[str]) -> list[Vector]:
         return [_sorted_terms(self._bm25.embed_document(_words(text))) for text in texts]

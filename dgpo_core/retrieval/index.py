@@ -153,7 +153,8 @@ def open_index(
             f"retrieval.location {config.location!r} make it again (dvc repro --force index)"
         )
     encoder = make_encoder(manifest.encoder_config, manifest.average_words)
-    lexical = Bm25Encoder(manifest.average_words) if config.hybrid else None
+    language = manifest.encoder_config.language
+    lexical = Bm25Encoder(manifest.average_words, language) if config.hybrid else None
     content = stored_content(folder, manifest, lexical)
     shared = location.kind == "server"
     qdrant = config.qdrant if shared else config.qdrant.model_copy(update={"upload_parallel": 1})
@@ -240,9 +241,9 @@ def require_recall(recall: Recall, config: RetrievalConfig) -> None:
     if recall.share is None:
         raise UserError(
             f"retrieval.encoder: {recall.without_hits} of {recall.queries} validation questions find nothing:"
-            " the corpus has none of their words. BM25 knows the forms of English words and of no other "
-            "language: a dense encoder of that language may find more (kind: dense); recall_queries: 0 does "
-            "not ask"
+            f" the corpus has none of their words. BM25 knows the forms of {config.encoder.language} words: "
+            "set retrieval.encoder.language to that of the corpus, or take a dense encoder of that language "
+            "(kind: dense); recall_queries: 0 does not ask"
         )
     if not recall.share >= config.min_recall:
         stronger = {"binary": ", or retrieval.qdrant.quantization: int8", "int8": ", or none", "none": ""}

@@ -55,7 +55,7 @@ def make_encoder(
 ) -> Encoder:
     """Make the encoder of `config`; `average_words` is the corpus's mean passage length, for BM25 alone."""
     if config.kind == "bm25":
-        return Bm25Encoder(average_words)
+        return Bm25Encoder(average_words, config.language)
     from dgpo_core.retrieval.dense_encoders import MeanPoolingEncoder, SentenceTransformersEncoder  # slow
 
     kind = MeanPoolingEncoder if config.kind == "dense" else SentenceTransformersEncoder
@@ -323,7 +323,7 @@ def build_shards(
         encode_shards(jobs, lambda _: encoder, ["cpu"], on_encoded)
     else:
         encode_shards(jobs, make, list(devices) or visible_devices(), on_encoded)
-    settings = config.encoder.model_dump()
+    settings = config.encoder.recorded()
     identity: list[object] = [corpus_digest, settings, config.shard_size]
     if imported is not None:
         identity.append(imported.digest)

@@ -28,6 +28,10 @@ def resolve_model(params: Params, reference: str | None) -> str:
         return _default_model(params)
     if reference.startswith(REGISTRY):
         return _registered_model(reference)
+    if reference == TEACHER and params.models.endpoint is not None:
+        raise UserError(
+            f"--model teacher: {params.models.teacher} is an endpoint, no model to be loaded here"
+        )
     if reference in (STUDENT, TEACHER):
         return model_source(params, reference)
     if reference in params.recipes.all:

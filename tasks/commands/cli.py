@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, NoReturn
 
 import typer
-from typer.core import TyperCommand, TyperOption
 
 from dgpo_core.errors import UserError
+from tasks.commands.collection_commands import collections
+from tasks.commands.repeatable import Repeatable
 from tasks.project.process import run_program
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -29,24 +30,7 @@ EXPERIMENTS, AGENT, DATA, MODELS, FORECASTS, SERVERS, SHARING = (
     "Share outputs",
 )
 # Commands that need no checkout, or say themselves what is missing.
-ANYWHERE = ("use", "show", "pool", "sizes", "plan", "doctor", "secrets")
-
-
-class Repeatable(TyperCommand):
-    """A command whose repeatable options take several values at once: `--seed 0 1 2`."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        options = (option for option in self.params if isinstance(option, TyperOption))
-        repeatable = {name for option in options if option.multiple for name in option.opts}
-        expanded: list[str] = []
-        name = ""
-        for arg in args:
-            if arg.startswith("-"):
-                name = arg if arg in repeatable else ""
-            elif name and expanded[-1] != name:
-                expanded.append(name)
-            expanded.append(arg)
-        return super().parse_args(ctx, expanded)
+ANYWHERE = ("use", "corpus", "show", "pool", "sizes", "plan", "doctor", "secrets")
 
 
 def _print_version(wanted: bool) -> None:
@@ -322,6 +306,22 @@ def retriever(
 
 
 @app.command(rich_help_panel=DATA)
+def corpus(
+    documents: Annotated[list[str], typer.Argument(help="files, folders and globs")],
+    out: Annotated[Path | None, typer.Option(help="write the passages there, in wiki-18's format")] = None,
+    words: Annotated[int, typer.Option(min=10, help="of a passage, at most")] = 100,
+) -> None:
+    """Show what documents hold: files, passages, words, and what cannot be read.
+
+    Markdown, text, HTML, PDF, Word, and passages in CSV, JSON lines and Parquet. `data.source: files` takes
+    the same documents as the pipeline's corpus.
+    """
+    from tasks.commands.corpus import corpus as show_corpus
+
+    show_corpus(documents, out, words)
+
+
+@app.command(rich_help_panel=DATA)
 def questions(
     endpoint: Annotated[str, typer.Argument(help="openai:<model>@<base URL>, a local server's too")],
     out: Annotated[Path, typer.Option(help="JSON lines; attempts stand beside it")] = Path("questions.jsonl"),
@@ -353,50 +353,7 @@ def questions(
     write_questions(endpoint, corpus, out, order, settings, yes)
 
 
-collections = typer.Typer(no_args_is_help=True, help="The index's collections on a Qdrant server.")
 app.add_typer(collections, name="collections", rich_help_panel=AGENT)
-
-
-@collections.command("list")
-def list_collections() -> None:
-    """Print the pipeline's collections, and which of them readers use."""
-    from tasks.commands.collections import show
-
-    show()
-
-
-@collections.command()
-def build() -> None:
-    """Make the collection of data/index with the settings of params.yaml, and let readers use it."""
-    from tasks.commands.collections import build as make
-
-    make()
-
-
-@collections.command()
-def remove(name: str) -> None:
-    """Remove a collection that no reader uses."""
-    from tasks.commands.collections import remove as delete
-
-    delete(name)
-
-
-@collections.command()
-def snapshot() -> None:
-    """Make a snapshot of the collection that readers of data/index use."""
-    from tasks.commands.collections import snapshot as keep
-
-    keep()
-
-
-@collections.command()
-def restore(
-    source: Annotated[str, typer.Argument(help="file:///... on the server, or a URL that it can fetch")],
-) -> None:
-    """Make the collection of a snapshot instead of the vectors of data/index; checked like any other."""
-    from tasks.commands.collections import restore as bring_back
-
-    bring_back(source)
 
 
 @app.command(rich_help_panel=MODELS)
@@ -460,7 +417,7 @@ def lineage(
 
 @app.command(rich_help_panel=FORECASTS)
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] = False) -> None:
-    """Check versions, GPUs, hub, disk, ports and repository, and say what to do (exit code 1: errors)."""
+    """Check versions, GPUs, models, disk, ports and repository, and say what to do (exit code 1: errors)."""
     from tasks.commands.doctor import doctor as examine
 
     raise typer.Exit(examine(as_json))

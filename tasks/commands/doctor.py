@@ -23,14 +23,17 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from packaging.requirements import Requirement
 from rich.console import Console
 from rich.markup import escape
+from tokenizers import Tokenizer
 
 from dgpo_core.config.agent import RolloutConfig
-from dgpo_core.config.params import PARAMS, Params, load_params
+from dgpo_core.config.params import PARAMS, Params, load_params, paper_recipes
+from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.config.retrieval import parse_location
 from dgpo_core.datasets.published import SETTING, gold_addresses, hub_file, split_addresses
-from dgpo_core.errors import UserError, without_credentials
+from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from dgpo_core.planning.workload import GIB, Device, Machine
-from tasks.commands.preflight import cached_file, preflight
+from dgpo_core.vocabulary import check_same_vocabulary
+from tasks.commands.preflight import VOCABULARY, cached_file, model_file, preflight
 from tasks.project import git
 from tasks.project.dvc import Problem, problems, read_config
 from tasks.tracking.store import (
@@ -76,7 +79,7 @@ def examine() -> Iterator[Finding]:
         yield error("settings", str(why), advice)
         return
     yield ok("settings", f"{PARAMS}, profile {params.profile}")
-    for check in (machine, hub, vocabulary, servers, store, repository):
+    for check in (machine, hub, pair, servers, store, repository):
         yield from check(params)
 
 
@@ -197,7 +200,9 @@ def _fit(params: Params, rows: list[list[str]]) -> list[Finding]:
 
 def hub(params: Params) -> list[Finding]:
     """Check every model and file of a data set that `params` name: here, in the hub's cache, or to be had."""
-    models = {"models.student": params.models.student, "models.teacher": params.models.teacher}
+    models = {"models.student": params.models.student}
+    if params.models.endpoint is None:
+        models["models.teacher"] = params.models.teacher
     if params.retrieval.has_encoder:
         models["retrieval.encoder.model"] = params.retrieval.encoder.model
     files = {"retrieval.vectors": params.retrieval.vectors} if params.retrieval.vectors else {}
@@ -270,15 +275,119 @@ def _refusal(
     return None
 
 
-def vocabulary(params: Params) -> list[Finding]:
-    """Check that student and teacher have the same tokens, where a recipe needs it and both are here."""
+def pair(params: Params) -> list[Finding]:
+    """Say what the configured student and teacher can and cannot do together, as far as both are here."""
+    endpoint = [] if params.models.endpoint is None else [_endpoint(params)]
+    return [*endpoint, _tokenizers(params), *_templates(params), *_contexts(params), _recipes(params)]
+
+
+def _endpoint(params: Params) -> Finding:
+    """Check that the teacher's server answers, takes the key and has the model."""
+    from dgpo_core.endpoint import EndpointClient
+
+    endpoint, subject = params.models.endpoint, "models.teacher"
+    assert endpoint is not None
+    config = params.teach.endpoint.model_copy(update={"timeout": TIMEOUT, "attempts": 1})
+    try:
+        with EndpointClient(endpoint, config) as client:
+            known = client.models()
+    except InfrastructureError as why:
+        return warning(subject, str(why), "start it before the stage teach")
+    except UserError as why:
+        return error(subject, str(why), f"set the environment variable {config.key_variable}, or correct it")
+    if endpoint.model not in known:
+        return warning(subject, f"{endpoint.url} lists no {endpoint.model}", f"it has {', '.join(known[:5])}")
+    return ok(subject, f"{endpoint.url} has {endpoint.model}: an endpoint, which gives text alone")
+
+
+def _tokenizers(params: Params) -> Finding:
+    subject = "tokenizers"
+    if params.models.endpoint is not None:
+        return ok(subject, "an endpoint's text is read in the student's tokens")
     try:
         preflight()
     except UserError as why:
-        advice = "choose models of one family (models.student, models.teacher), or recipes without a teacher"
-        return [error("tokenizers", str(why), advice)]
-    needed = "agree, as far as both are here" if params.need_one_vocabulary else "need not agree"
-    return [ok("tokenizers", f"the student's and the teacher's {needed}")]
+        advice = (
+            "choose models of one family (models.student, models.teacher), or recipes without a teacher; or "
+            "serve the teacher and name it as an endpoint, for seqkd (docs/data.md)"
+        )
+        return error(subject, str(why), advice)
+    same = _same_vocabulary(params)
+    if same is None:
+        return ok(subject, "not both are here: the stage teach compares them")
+    agree = "agree" if same else "differ, which these recipes do not mind"
+    return ok(subject, f"the student's and the teacher's {agree}")
+
+
+def _same_vocabulary(params: Params) -> bool | None:
+    """Return whether student and teacher have the same tokens; None where that is not known here."""
+    models = (params.models.student, params.models.teacher)
+    files = [file for source in models if (file := model_file(source, VOCABULARY))]
+    if len(files) < len(models):
+        return None
+    try:
+        check_same_vocabulary(*(Tokenizer.from_file(str(file)) for file in files))
+    except UserError:
+        return False
+    return True
+
+
+def _templates(params: Params) -> list[Finding]:
+    """Compare the chat templates: the teacher's episodes begin with its own, the student's with the other."""
+    subject, models = "chat templates", {"student": params.models.student}
+    if not params.taught_by_text:
+        models["teacher"] = params.models.teacher
+    if any(model_file(source, VOCABULARY) is None for source in models.values()):
+        return []
+    found = {name: _template(source) for name, source in models.items()}
+    if len(set(found.values())) == 1:
+        has = "a template" if found["student"] else "none: the question stands alone"
+        return [ok(subject, f"{' and '.join(found)}: {has}")]
+    advice = "give both the same chat_template, or the student will read other prompts than it learns from"
+    return [warning(subject, "the student's and the teacher's differ", advice)]
+
+
+def _template(source: str) -> str | None:
+    """Return a model's chat template, which has a file of its own or stands in its tokenizer's."""
+    if file := model_file(source, "chat_template.jinja"):
+        return file.read_text(encoding="utf-8")
+    file = model_file(source, "tokenizer_config.json")
+    found = json.loads(file.read_text(encoding="utf-8")).get("chat_template") if file else None
+    return found if found is None else str(found)
+
+
+def _contexts(params: Params) -> list[Finding]:
+    """Compare the context of each model with the longest episode."""
+    longest, findings = params.protocol.max_context, []
+    for name in (STUDENT, TEACHER):
+        file = model_file(getattr(params.models, name), "config.json")
+        room = json.loads(file.read_text(encoding="utf-8")).get("max_position_embeddings") if file else None
+        if isinstance(room, int) and room < longest:
+            text = f"{room} tokens, and protocol.max_context is {longest}"
+            findings.append(error(f"context of the {name}", text, f"lower protocol.max_context to {room}"))
+    return findings or [ok("context", f"episodes have up to {longest} tokens, no known model has fewer")]
+
+
+def _recipes(params: Params) -> Finding:
+    """Say which rows, of params.yaml and of the tables, this pair can train."""
+    table = paper_recipes(["all", "variants"], params.recipes)
+    rows, barred = {**table.all, **params.recipes.all}, set[str]()
+    why = "the teacher gives distributions"
+    if params.models.endpoint is not None:
+        barred, why = set(table.with_distributions), "the teacher gives no distributions"
+    elif _same_vocabulary(params) is False:
+        imitating = [] if params.taught_by_text else table.distill
+        barred, why = {*imitating, *table.with_distributions}, "the teacher's tokens are not the student's"
+    while behind := {name for name, row in rows.items() if row.start in barred} - barred:
+        barred |= behind
+    subject, own = "recipes", params.recipes.all
+    if wrong := [name for name in own if name in barred]:
+        advice = (
+            f"take them out (`dgpo use` with {', '.join(name for name in table.all if name not in barred)})"
+        )
+        return error(subject, f"not possible: {', '.join(wrong)}; {why}", advice)
+    without = f"; not possible: {', '.join(name for name in rows if name in barred)}" if barred else ""
+    return ok(subject, f"{', '.join(own) or 'none'}: possible; {why}{without}")
 
 
 def servers(params: Params) -> list[Finding]:

@@ -37,8 +37,10 @@ EPISODES = ("models", "protocol", "questions")  # parameters that an episode's l
 def plan_for(params: Params, machine: Machine) -> Plan:
     """Plan with what earlier runs in this working tree have measured, else with the paper's figures. An
     encoder of unknown shape is planned as a usual one, with a note of that."""
-    student, teacher = architecture_of(params.models.student), architecture_of(params.models.teacher)
-    encoder, work = None, workload(params)
+    student, work = architecture_of(params.models.student), workload(params)
+    encoder, teacher = None, student  # an endpoint's shape is not known, and nothing here depends on it
+    if params.models.endpoint is None:
+        teacher = architecture_of(params.models.teacher)
     if params.retrieval.has_encoder:
         try:
             encoder = architecture_of(params.retrieval.encoder.model)

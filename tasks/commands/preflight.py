@@ -19,16 +19,17 @@ def preflight(root: Path = Path()) -> None:
     if not (root / PARAMS).is_file():
         return  # the stage that needs it will say so
     params = load_params(root / PARAMS)
-    files = [_vocabulary(root, source) for source in (params.models.student, params.models.teacher)]
+    models = (params.models.student, params.models.teacher)
+    files = [model_file(source, VOCABULARY, root) for source in models]
     if params.need_one_vocabulary and None not in files:
         check_same_vocabulary(*(Tokenizer.from_file(str(file)) for file in files))
 
 
-def _vocabulary(root: Path, source: str) -> Path | None:
-    """Return the tokenizer's file of a model in a folder, or of one in the hub's cache."""
+def model_file(source: str, name: str, root: Path = Path()) -> Path | None:
+    """Return a file of a model in a folder, or of one in the hub's cache; None where it has none here."""
     if not (root / source).is_dir():
-        return cached_file(source, VOCABULARY)
-    file = root / source / VOCABULARY
+        return cached_file(source, name)
+    file = root / source / name
     return file if file.is_file() else None
 
 

@@ -18,6 +18,7 @@ from typing import Any, Literal
 
 from rich.console import Console
 
+from dgpo_core.config.endpoint import endpoint_of
 from dgpo_core.config.params import load_params, resolve_profile
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.datasets.records import write_jsonl
@@ -76,6 +77,9 @@ def prepare(folder: Path, resolved: dict[str, Any]) -> list[str]:
 
     sources = resolved["models"]
     params, notes = rehearsal.scaled_down(resolved, torch.cuda.is_available())
+    if endpoint_of(sources["teacher"]):
+        notes.append(f"the teacher behind {sources['teacher']}: a model of the student's shape stands in")
+        sources = sources | {"teacher": sources["student"]}
     write_text(folder / "params.yaml", as_text(params))
     shutil.copyfile(ROOT / "dvc.yaml", folder / "dvc.yaml")
     texts = [passage.contents for passage in rehearsal.passages()]

@@ -15,6 +15,7 @@ METRICS = Path("metrics")
 PLOTS = Path("plots")
 PROCESSOR_TIME = PLOTS / "processor_time"  # apart from the curves, which are the same again
 REPORTS = Path("reports")
+EXTRACTED = Path(".state/documents")  # texts of documents by content: a cache, never needed
 
 
 def questions_file(name: str, split: str, folder: Path = QUESTIONS) -> Path:

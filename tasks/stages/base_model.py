@@ -16,7 +16,7 @@ from pydantic import ValidationError
 from dgpo_core.config.data import BaseModelsConfig
 from dgpo_core.config.params import PARAMS, Params, load_params, read_yaml
 from dgpo_core.errors import UserError
-from dgpo_core.files import put
+from dgpo_core.files import put, write_text
 from dgpo_core.temporary import temporary_folder
 from dgpo_core.world.pretraining import BaseModelBuilder
 from tasks.project.dvc import LOCK, cache_folder, dvc_md5, parse_lock
@@ -32,7 +32,9 @@ def bring_up_to_date(name: str) -> None:
     """Leave, take over or build `models/<name>`, as DVC runs it. Raises UserError for an unknown name."""
     params, folder = load_params(), MODELS / name
     config = settings(params, name)
-    if not in_use(params, name) and folder.is_dir():
+    if not in_use(params, name):
+        if not folder.is_dir():  # DVC wants something there
+            write_text(folder / "README.md", f"Not built: `models` in {PARAMS} name others.\n")
         print(f"{folder}: no model of this run (models in {PARAMS}); left as it is")
         return
     if is_committed(name, config):

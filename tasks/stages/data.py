@@ -10,7 +10,7 @@ from dgpo_core.datasets.question_sets import find_question_files, load_question_
 from dgpo_core.datasets.records import Question, write_jsonl
 from dgpo_core.world.facts import generate_world
 from dgpo_core.world.questions import write_articles, write_questions
-from tasks.project.paths import CORPUS, QUESTIONS, questions_file
+from tasks.project.paths import CORPUS, EXTRACTED, QUESTIONS, questions_file
 from tasks.stages.outputs import write_metrics
 from tasks.stages.stage import Run, stage, stage_main
 
@@ -69,17 +69,21 @@ def write_files(params: Params) -> None:
     with stage("data", config=settings, inputs=inputs, outputs=[CORPUS, QUESTIONS]) as run:
         questions, told = load_question_sets(config.questions, params.questions, files)
         answers = AnswerSearch(questions)
-        reading = read_documents(documents, config.passage_words)
+        reading = read_documents(
+            documents,
+            config.passage_words,
+            EXTRACTED,
+            lambda done, total: run.progress(done, total, unit="files"),
+        )
         for passage in reading.passages:
             answers.read(passage)
         write_jsonl(run.output(CORPUS), reading.passages)
         write_splits(run, questions)
         found = audit(questions, answers)
-        told += [f"{file}: not read: {why}" for file, why in reading.unread.items()]
-        for remark in (*told, *found.remarks):
+        for remark in (*told, *reading.remarks, *found.remarks):
             print(remark, flush=True)
-        counts = {"passages": len(reading.passages), "files": len(documents), "unread": len(reading.unread)}
-        summarize(run, {**counts, **found.counts}, questions, sources={})
+        unread = {f"not read {place}": why for place, why in reading.unread.items()}
+        summarize(run, {**reading.counts, **found.counts}, questions, unread)
 
 
 def write_splits(run: Run, questions: Splits) -> None:
@@ -90,7 +94,7 @@ def write_splits(run: Run, questions: Splits) -> None:
 
 
 def summarize(run: Run, counts: Mapping[str, float], questions: Splits, sources: dict[str, str]) -> None:
-    """Write the stage's metrics: `counts`, the questions of each split, and where everything comes from."""
+    """Write the stage's metrics: `counts`, the questions of each split, and what is known of the sources."""
     summary: dict[str, object] = {**counts}
     summary |= {f"{name}_{split}": len(items) for (name, split), items in questions.items()}
     write_metrics(run, summary | sources)

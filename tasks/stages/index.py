@@ -47,7 +47,7 @@ def _served(url: str, folder: Path, params: Params) -> Manifest:
     client = ServiceClient(url, served.digest)
     client.require(validation_questions(params), params.retrieval.top_k)
     client.close()
-    encoder = params.retrieval.encoder.model_dump()
+    encoder = params.retrieval.encoder.recorded()
     manifest = Manifest("", served.digest, served.passages, 0.0, None, encoder, [])
     write_manifest(folder, manifest)
     return manifest

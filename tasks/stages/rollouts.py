@@ -60,7 +60,7 @@ def teaching_loop(
 
     `note` is told how many it cannot. Raises UserError where the expert can do none.
     """
-    if params.teach.policy == "teacher" and params.models.endpoint is None:
+    if not params.taught_by_text:
         return agent_loop(params, params.models.teacher, tokenizer, index), tasks
     if params.teach.policy == "expert":
         possible = [task for task in tasks if has_gold_passages(task.question)]

@@ -14,6 +14,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from dgpo_core.config.endpoint import endpoint_of
 from dgpo_core.config.params import PARAMS, Params, load_params, paper_recipes, resolve_profile
 from dgpo_core.config.recipes import Distillation, Keep
 from dgpo_core.config.yaml_text import as_text
@@ -299,7 +300,9 @@ def _model(source: str, inputs: Mapping[str, str]) -> dict[str, str | None]:
         return {"source": source, "sha256": sha256, "md5": md5, "revision": None}
     from huggingface_hub import try_to_load_from_cache
 
-    cached = try_to_load_from_cache(source, "config.json")  # .../snapshots/<commit>/config.json
+    on_hub = endpoint_of(source) is None  # of a model behind an endpoint its name is all that is known
+    # .../snapshots/<commit>/config.json
+    cached = try_to_load_from_cache(source, "config.json") if on_hub else None
     revision = Path(cached).parent.name if isinstance(cached, str) else None
     return {"source": source, "sha256": None, "md5": None, "revision": revision}
 

@@ -145,12 +145,12 @@ def test_sampling_has_a_seed_of_its_own(tokenizer: PreTrainedTokenizerFast) -> N
 
 
 def test_answers_that_are_none(tokenizer: PreTrainedTokenizerFast) -> None:
-    """An answer longer than the turn may be is cut; one of nothing is a turn without an action."""
+    """An answer longer than the turn may be is cut; half a character is one that is not known."""
     say: Say = lambda body: "<think> Ada " * 60  # noqa: E731
     with endpoint(say) as server:
         (run,) = episodes(server.source, [question()], tokenizer, Answering())
     assert run.outcome is Outcome.WRONG and run.cut_turns == 3
-    with endpoint(lambda body: "") as server:
+    with endpoint(lambda body: "\ud83d") as server:
         (run,) = episodes(server.source, [question()], tokenizer, Answering())
     assert run.outcome is Outcome.WRONG and run.invalid_actions == 3
 

@@ -138,6 +138,12 @@ def test_the_embedded_world_with_its_own_tokens(
 
 def test_questions_without_gold_passages_are_not_for_it() -> None:
     assert not has_gold_passages(Question("q", "Who?", ("x",)))
-    assert not has_gold_passages(
-        Question("q", "Who?", ("x",), {"golden_passages": [{"title": "", "text": "x"}]})
-    )
+    for text in ("", " ", "<answer></answer>"):
+        assert not has_gold_passages(Question("q", "Who?", ("x",), {"golden_passages": [{"text": text}]}))
+
+
+def test_a_passage_without_a_title_has_one_wording(bytes_tokenizer: Any) -> None:
+    question = Question("q", "Who?", ("x",), {"golden_passages": [{"text": "It was x."}]})
+    assert has_gold_passages(question)
+    run = episode(question, bytes_tokenizer, Answering(OTHERS))
+    assert [search.query for search in run.searches] == ["Who"] and run.prediction == "unknown"

@@ -2,11 +2,12 @@
 
 import sys
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import pyarrow as pa
 import pytest
+import qdrant_edge
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -112,6 +113,46 @@ def test_bm25_weights() -> None:
     norm = 1.2 * (1 - 0.75 + 0.75 * 3 / 4)
     assert weights.pop(query.indices[0]) == pytest.approx(2 * 2.2 / (2 + norm), rel=1e-5)
     assert list(weights.values()) == pytest.approx([2.2 / (1 + norm)], rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("language", "asked", "written"),
+    [("german", "Haus", "Häuser"), ("french", "cheval", "chevaux"), ("english", "house", "houses")],
+)
+def test_bm25_knows_the_words_of_its_language(language: Any, asked: str, written: str) -> None:
+    encoder = make_encoder(EncoderConfig(kind="bm25", language=language), 4.0)
+    (query,), (passage,) = encoder.encode_queries([asked]), encoder.encode_passages([written])
+    assert isinstance(query, SparseVector) and isinstance(passage, SparseVector)
+    assert query.indices == passage.indices
+    other = make_encoder(EncoderConfig(kind="bm25", language="turkish"), 4.0)
+    assert other.encode_queries([asked]) != other.encode_queries([written])
+
+
+def test_languages_are_those_of_qdrant() -> None:
+    ours = set(get_args(EncoderConfig.model_fields["language"].annotation))
+    assert ours == {name.lower() for name in dir(qdrant_edge.Language) if name[0] != "_"}
+    for language in ours:
+        Bm25Encoder(4.0, language)
+
+
+def test_english_is_recorded_as_it_was_before_languages() -> None:
+    """So an index that exists, and the embedded world's, keeps its digest."""
+    assert "language" not in EncoderConfig(kind="bm25").recorded()
+    recorded = EncoderConfig(kind="bm25", language="german").recorded()
+    assert EncoderConfig.model_validate(recorded).language == "german"
+
+
+def test_dense_encoders_read_composed_letters(bert: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, read = MeanPoolingEncoder(EncoderConfig(model=str(bert))), list[str]()
+
+    def encoded(texts: list[str], query: bool, on_encoded: Any) -> np.ndarray:
+        read.extend(texts)
+        return np.zeros((len(texts), encoder.size), np.float32)
+
+    monkeypatch.setattr(encoder, "_encode", encoded)
+    encoder.encode_queries(["Jose\u0301"])
+    encoder.encode_passages(["Jose\u0301"])
+    assert read == ["query: Jos\u00e9", "passage: Jos\u00e9"]
 
 
 @pytest.mark.parametrize("text", ["Jose\u0301 Ibáñez", "José\u200b Ib\u00adáñez", "\u200fJosé Ibáñez"])

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sqlite3
 import subprocess
 import sys
@@ -22,8 +23,9 @@ from dgpo_core.retrieval.service import RetrieverService, make_app
 from tasks.commands import doctor
 from tasks.commands.doctor import Finding, ok
 from tasks.tracking.runs import connect
+from tests.endpoint import endpoint
 from tests.tasks.commands.test_preflight import other_vocabulary
-from tests.tasks.miniature import ROOT, make_project
+from tests.tasks.miniature import ROOT, change_params, make_project
 from tests.tasks.tracking.test_store import server
 from tests.tasks.web import answering
 from tests.web import served
@@ -210,17 +212,56 @@ def test_a_hub_that_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "OfflineModeIsEnabled" in on_hub(profile("paper-qwen-3b"))["models.student"].message
 
 
-def test_tokenizers_of_two_families_are_found_before_a_run(workplace: Path) -> None:
+def test_what_a_pair_can_do(workplace: Path) -> None:
     make_project(workplace)
-    (same,) = doctor.vocabulary(load_params())
-    assert same.level == "ok"
+    found = by_subject(doctor.pair(load_params()))
+    assert {finding.level for finding in found.values()} == {"ok"}
+    assert "agree" in found["tokenizers"].message
+    assert found["recipes"].message == "kd, dgpo: possible; the teacher gives distributions"
     other_vocabulary(workplace)
-    (differ,) = doctor.vocabulary(load_params())
-    assert (
-        "error" in said(differ)
-        and "different tokenizers" in said(differ)
-        and "models.student" in said(differ)
-    )
+    found = by_subject(doctor.pair(load_params()))
+    differ = said(found["tokenizers"])
+    assert "error" in differ and "different tokenizers" in differ and "models.student" in differ
+    assert "error not possible: kd, dgpo" in said(found["recipes"])
+    assert "sft_ppo" not in found["recipes"].advice and "ppo" in found["recipes"].advice  # it needs seqkd
+    (workplace / "params.yaml").write_text(as_text(resolve_profile(ROOT / "profiles/tiny.yaml", ["seqkd"])))
+    change_params(teach={"policy": "expert"})
+    found = by_subject(doctor.pair(load_params()))
+    assert {finding.level for finding in found.values()} == {"ok"}
+    assert "differ, which these recipes do not mind" in found["tokenizers"].message
+    assert "not possible: " in found["recipes"].message and "kd_gkd" in found["recipes"].message
+
+
+def test_contexts_and_chat_templates_of_a_pair(workplace: Path) -> None:
+    make_project(workplace)
+    own = workplace / "own"
+    shutil.copytree(ROOT / "models/student", own)
+    settings = json.loads((own / "config.json").read_text())
+    (own / "config.json").write_text(json.dumps(settings | {"max_position_embeddings": 512}))
+    (own / "chat_template.jinja").write_text("{{ messages[0].content }}!")
+    change_params(models={"student": "own"})
+    found = by_subject(doctor.pair(load_params()))
+    assert said(found["context of the student"]).startswith("error 512 tokens, and protocol.max_context is")
+    assert found["chat templates"].level == "warning"
+    change_params(models={"teacher": "own"}, protocol={"max_context": 512})
+    found = by_subject(doctor.pair(load_params()))
+    assert found["chat templates"].message == "student and teacher: a template"
+    assert found["context"].level == "ok"
+
+
+def test_a_teacher_behind_an_endpoint(workplace: Path) -> None:
+    make_project(workplace, ["sft_ppo"])
+    with endpoint(lambda body: "") as server:
+        change_params(models={"teacher": server.source}, compare=["student"])
+        found = by_subject(doctor.pair(load_params()))
+        assert {finding.level for finding in found.values()} == {"ok"}
+        assert "gives text alone" in found["models.teacher"].message
+        assert "seqkd, sft_ppo: possible; the teacher gives no distributions" in found["recipes"].message
+        assert "dgpo" in found["recipes"].message.partition("not possible")[2]
+        change_params(models={"teacher": server.source.replace("some/model", "other")})
+        assert "it has some/model" in said(by_subject(doctor.pair(load_params()))["models.teacher"])
+    assert by_subject(doctor.pair(load_params()))["models.teacher"].level == "warning"  # it may start later
+    assert "models.teacher" not in on_hub(load_params())
 
 
 @pytest.fixture

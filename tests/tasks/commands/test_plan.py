@@ -155,3 +155,18 @@ def test_what_was_measured_counts_for_the_stages_that_had_these_settings(ran: Pa
     other = workload(ran.model_copy(update={"protocol": protocol}))
     assert other.passages == 2021
     assert "assumed" in other.lengths.source and other.correct != 0.709 and other.gated != 0.5
+
+
+def test_a_teacher_that_writes_text_computes_nothing_here() -> None:
+    """Behind an endpoint, of which no shape is known; or the scripted expert."""
+    params = resolve_profile(ROOT / "profiles/paper-qwen-3b.yaml", ["seqkd"])
+    machine = Machine(8, device_of("h200"))
+    here = plan_for(Params.model_validate(params), machine)
+    endpoint = params | {
+        "models": params["models"] | {"teacher": "openai:m@http://h/v1"},
+        "compare": ["seqkd"],
+    }
+    for other in (endpoint, params | {"teach": params["teach"] | {"policy": "expert"}}):
+        plan = plan_for(Params.model_validate(other), machine)
+        (teach,) = (stage for stage in plan.stages if stage.stage == "teach")
+        assert teach.tokens == teach.gpus == 0 and teach.disk > 0 and plan.hours < here.hours

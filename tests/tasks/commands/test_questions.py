@@ -174,6 +174,8 @@ def test_pairs_are_those_of_which_one_names_the_other() -> None:
         Passage("c", "Solar", f"Solar is a word, and an orbiter of Mercury is none. {FILL}"),
         Passage("d", "Hall", f"The hall has a model of the Solar Orbiter beside Mercury. {FILL}"),
         Passage("e", "1984", f"A year. {FILL}"),
+        Passage("g", "Harbour", f"Ships are there. {FILL}"),
+        Passage("h", "Visitors", f"Visitors come. {FILL}"),
         Passage("f", "Years", f"The year 1984 came after 1983. {FILL}"),
     ]
     pairs = {tuple(each.id for each in pair.passages) for pair in two_hops(corpus, 0)}

@@ -120,6 +120,27 @@ def test_a_model_of_ones_own_touches_nothing_in_git(dvc_repository: Path) -> Non
     assert git("status", "--porcelain", "models") == ""
 
 
+def test_what_no_run_uses_is_neither_built_nor_touched(
+    workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever else changes; a folder that is missing is none to be built. What is used is."""
+    make_project(workplace)
+    change_params(models={"student": "own"}, protocol={"instruction": "paper"})
+    built: list[str] = []
+    monkeypatch.setattr("tasks.stages.base_model.build", built.append)
+    before = {path: path.read_bytes() for path in Path("models/student/").iterdir()}
+    bring_up_to_date("student")
+    assert {path: path.read_bytes() for path in Path("models/student/").iterdir()} == before
+    Path("models/student").unlink()
+    bring_up_to_date("student")
+    assert [path.name for path in Path("models/student").iterdir()] == ["README.md"] and not built
+    change_params(models={"student": "models/student"})
+    monkeypatch.setattr("tasks.stages.base_model.cache_folder", lambda: None)
+    monkeypatch.setattr("tasks.stages.base_model.is_committed", lambda name, config: False)
+    bring_up_to_date("student")
+    assert built == ["student"]
+
+
 def test_a_model_of_the_hub_is_named(workplace: Path) -> None:
     make_project(workplace)
     change_params(models={"student": "someone/model"})
