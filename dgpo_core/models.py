@@ -166,7 +166,7 @@ def _save_adapter(model: PreTrainedModel, folder: Path) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
 
-    config = model.peft_config["default"]
+    config: Any = model.peft_config["default"]
     config.target_modules = sorted(config.target_modules)  # a set has another order in each process
     config.save_pretrained(folder)
     state = get_peft_model_state_dict(model)

@@ -49,7 +49,7 @@ def write_gguf(model: PreTrainedModel, tokenizer: Any, path: Path, precision: Pr
     names = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
     for key, weight in _tensors(model):
         kind = gguf.GGMLQuantizationType[precision.upper() if weight.ndim > 1 else "F32"]
-        place = key if key == ROPE else names.get_name(key, try_suffixes=(".weight", ".bias"))
+        place = names.get_name(key, try_suffixes=(".weight", ".bias")) or key
         try:
             writer.add_tensor(place, gguf.quantize(weight.numpy(), kind), raw_dtype=kind)
         except gguf.QuantError as error:
@@ -113,9 +113,10 @@ def _rope_factors(model: PreTrainedModel) -> Tensor:
     rope = model.config.rope_parameters
     if rope["rope_type"] != "llama3":
         raise UserError(f"rope_type {rope['rope_type']} cannot be written as GGUF, only default and llama3")
-    scaled = model.base_model.rotary_emb.inv_freq.float().cpu()
-    exponents = torch.arange(len(scaled)) / len(scaled)
-    return rope["rope_theta"] ** -exponents / scaled
+    rotation: Any = model.base_model.rotary_emb
+    scaled: Tensor = rotation.inv_freq.float().cpu()
+    unscaled = torch.tensor(rope["rope_theta"]) ** -(torch.arange(len(scaled)) / len(scaled))
+    return unscaled / scaled
 
 
 # --- tokenizer
@@ -158,6 +159,8 @@ def pre_tokenizer(described: dict[str, Any]) -> str:
             return PRE_TOKENIZERS[regex]
         if part["type"] == "Digits" and part["individual_digits"]:
             return "smollm"
+    if len(parts) == 1 and parts[0]["type"] == "ByteLevel" and parts[0]["use_regex"]:
+        return "gpt-2"
     raise UserError(
         "llama.cpp has no name for this tokenizer's way of splitting texts (pre_tokenizer of "
         "tokenizer.json): export the model with --to hf"

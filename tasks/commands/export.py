@@ -1,7 +1,6 @@
 """`dgpo export`: a trained model as a folder that other programs take, with a model card."""
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,7 +23,7 @@ from tasks.tracking.registry import store
 Form = Literal["gguf", "hf", "adapter"]
 TOKENIZER = "tokenizer, for programs that give token ids"
 COMMON = {PARAMS.name: "all settings of the training"}
-FILES: Mapping[Form, Mapping[str, str]] = {
+FILES: dict[Form, dict[str, str]] = {
     "gguf": {
         GGUF_FILE: "weights and tokenizer, for llama.cpp, Ollama, LM Studio",
         "Modelfile": "for Ollama",

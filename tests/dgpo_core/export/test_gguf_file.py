@@ -63,7 +63,8 @@ def random_llama(tokenizer: PreTrainedTokenizerFast, more: int) -> PreTrainedMod
         dtype="float32",
     )  # fmt: skip
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
-    return model.eval()
+    model.eval()
+    return model
 
 
 def exported(model: PreTrainedModel, tokenizer: Any, folder: Path, precision: Precision = "f32") -> Path:
@@ -190,6 +191,16 @@ class TestLlamaCpp:
     def test_no_model(self, words: Any, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=r"model\.gguf: no such file; `dgpo export"):
             LlamaCppEngine(tmp_path, words, 64)
+
+
+def test_names_of_splitting() -> None:
+    """As the tokenizers of SmolLM2 and GPT-2 describe it."""
+    bytes_alone = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    digits = {"type": "Digits", "individual_digits": True}
+    assert pre_tokenizer({"type": "Sequence", "pretokenizers": [digits, bytes_alone]}) == "smollm"
+    assert pre_tokenizer(bytes_alone) == "gpt-2"
+    with pytest.raises(UserError, match="splitting"):
+        pre_tokenizer({"type": "Sequence", "pretokenizers": [{"type": "Punctuation"}, bytes_alone]})
 
 
 def test_what_llama_cpp_does_not_know_is_refused(model: PreTrainedModel, tmp_path: Path, words: Any) -> None:
