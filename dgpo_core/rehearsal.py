@@ -71,6 +71,7 @@ SMALL: dict[str, dict[str, Any]] = {
         "dev_questions": 2,
         "checkpoint_every": 1,
     },
+    "audit": {"max_in_train": 1.0},  # its few questions are much alike
     "evaluate": {"questions": 2, "chunk": 16, "trace_episodes": 1},
     "report": {"first": {}},
     "promote": {"log_weights": False},

@@ -14,7 +14,7 @@ from typing import cast
 from uuid import UUID
 
 from prefect import get_client
-from prefect.artifacts import create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
@@ -22,6 +22,7 @@ import tasks
 from flows.workspace import LOCK_MESSAGES
 from tasks.project.graph import Stage
 from tasks.project.groups import run_group
+from tasks.project.paths import AUDIT_SUMMARY
 from tasks.stages.stage import FAILURE, STATE
 from tasks.tracking.store import tracking_uri
 
@@ -117,6 +118,17 @@ def _progress(stage: str) -> Iterator[Callable[[str], None]]:
     if artifact is not None:
         with contextlib.suppress(Exception):
             update_progress_artifact(artifact, 100.0, description=f"[{stage}] ended")
+
+
+SUMMARIES = {"audit": AUDIT_SUMMARY}  # what stages write for a dashboard, as Markdown
+
+
+def publish_summary(stage: str, tree: Path) -> None:
+    """Show a stage's summary on the dashboard, if it writes one."""
+    if stage in SUMMARIES:
+        with contextlib.suppress(Exception):  # a dashboard that does not answer stops no stage
+            text = (tree / SUMMARIES[stage]).read_text(encoding="utf-8")
+            create_markdown_artifact(text, key=stage, description=f"What the stage {stage} found")
 
 
 def _explain(stage: str, code: int, log: str, failure: Path) -> StageFailed:

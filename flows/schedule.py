@@ -20,7 +20,7 @@ from prefect.tasks import exponential_backoff
 
 from dgpo_core.errors import InfrastructureError
 from flows.alerts import tell_of_collapse
-from flows.execution import StageFailed, execute
+from flows.execution import StageFailed, execute, publish_summary
 from flows.remote import is_elsewhere, run_elsewhere
 from flows.workspace import Workspace
 from tasks.project import graph
@@ -76,6 +76,8 @@ def run_stage(stage: Stage, schedule: Schedule, stale: bool) -> State[None]:
         return how(
             message=f"{stage.name}: ended with its run; a stage that keeps progress goes on from there"
         )
+    if name != UNCHANGED:
+        publish_summary(stage.name, schedule.tree)
     return Completed(name=name, message=f"{stage.name}: {name.lower()}")
 
 

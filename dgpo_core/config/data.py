@@ -144,6 +144,24 @@ class QuestionSetsConfig(Section):
         return next((name for name, part in self.test.items() if part == role), None)
 
 
+class AuditConfig(Section):
+    """What the data report may find; beyond it the pipeline stops before a model runs (docs/data.md)."""
+
+    min_answerable: float = Field(
+        0.05, ge=0, le=1, description="share of a split's questions of which some passage has an answer"
+    )
+    max_in_train: float = Field(
+        0.5, ge=0, le=1, description="share of validation or test questions that training asks too"
+    )
+    max_long_questions: float = Field(
+        0.1,
+        ge=0,
+        le=1,
+        description="share of questions after which protocol.max_context has no room for a whole turn",
+    )
+    searched: PositiveInt = Field(200, description="questions of each split that are searched for, at most")
+
+
 class QuestionCounts(Section):
     """Questions per set and split."""
 

@@ -22,6 +22,7 @@ from dgpo_core.config.base import Section
 from dgpo_core.config.data import (
     PAPER_SETS,
     TRAINING_SETS,
+    AuditConfig,
     BaseModelsConfig,
     DataConfig,
     QuestionSetsConfig,
@@ -132,6 +133,7 @@ class Params(Section):
     protocol: ProtocolConfig = ProtocolConfig()
     rollout: RolloutConfig = RolloutConfig()
     retrieval: RetrievalConfig = RetrievalConfig()
+    audit: AuditConfig = AuditConfig()
     teach: TeachConfig = TeachConfig()
     distributions: DistributionsConfig = DistributionsConfig()
     distill: DistillConfig = DistillConfig()

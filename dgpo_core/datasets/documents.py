@@ -26,7 +26,7 @@ TABLES = {".jsonl": "JSON", ".json": "JSON", ".csv": "CSV", ".tsv": "CSV", ".par
 IDS, TEXTS = ("id", "_id", "docid"), ("contents", "text", "passage", "content")  # the first that a row has
 ROW_WORDS = 2  # a row of more times passage_words than this is cut as a document is
 LONG_WORD = 15  # characters of a text count as a word at least, be it without spaces
-BLOCK = 50_000  # characters that are cut into passages at a time: longer paragraphs take the square of them
+BLOCK = 500  # times a passage's words: characters that are cut at a time, as time grows with their square
 SHOWN = 5  # places where nothing could be read, for each reason
 _UNSPACED = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 
@@ -228,6 +228,9 @@ class Cutter:
             return [trimmed(text)]
         if self._splitters is None:  # where nothing is cut, the library is not needed
             splitter = library("semantic_text_splitter").TextSplitter
-            self._splitters = (splitter(BLOCK), splitter.from_callback(count_words, self._words))
+            self._splitters = (
+                splitter(BLOCK * self._words),
+                splitter.from_callback(count_words, self._words),
+            )
         blocks, passages = self._splitters
         return [part for block in blocks.chunks(text) for part in passages.chunks(block)]

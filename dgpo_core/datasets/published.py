@@ -31,7 +31,7 @@ from huggingface_hub.errors import (
 )
 
 from dgpo_core.config.data import PublishedConfig, QuestionSetsConfig
-from dgpo_core.datasets.records import Passage, Question, read_corpus, read_jsonl, read_questions
+from dgpo_core.datasets.records import Question, read_corpus, read_jsonl, read_questions
 from dgpo_core.errors import InfrastructureError, UserError, first_line
 from dgpo_core.files import replacement
 from dgpo_core.hub import HTTP_ERROR
@@ -384,12 +384,11 @@ def write_corpus(
     source: DataFile,
     target: Path,
     progress: Callable[[int, int], None],
-    read: Callable[[Passage], None] = lambda _: None,
 ) -> int:
     """Check every line of `source`, write it to `target`, which appears complete, and count the passages.
 
-    Memory does not grow with wiki-18's size. `progress` gets (passages so far, expected), `read` gets each
-    passage. Raises UserError with file and line, and for a count that is not the paper's.
+    Memory does not grow with wiki-18's size. `progress` gets (passages so far, expected). Raises UserError
+    with file and line, and for a count that is not the paper's.
     """
     limit = config.limits.passages
     count = 0
@@ -397,7 +396,6 @@ def write_corpus(
         with part.open("w", encoding="utf-8") as file:
             for count, passage in enumerate(itertools.islice(read_corpus(source.path), limit), 1):
                 file.write(json.dumps(passage.to_json(), ensure_ascii=False) + "\n")
-                read(passage)
                 if count % REPORT_EVERY == 0:
                     progress(count, limit or PASSAGES)
         if not count:

@@ -6,14 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from dgpo_core.config.data import QuestionFilesConfig, QuestionSetsConfig
+from dgpo_core.datasets.audit import answer_entities
 from dgpo_core.datasets.documents import find_documents
 from dgpo_core.datasets.question_files import QuestionForm, read_question_files
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
-from dgpo_core.text import letters, normalize
+from dgpo_core.text import letters
 
 SETTING = "data.files.questions"  # where params.yaml names the sets
-NO_ENTITIES = ("yes", "no", "")  # answers that many questions share, whatever they ask about
 Splits = dict[tuple[str, str], list[Question]]  # (set, train, dev or test) -> questions
 
 
@@ -118,11 +118,6 @@ def _groups(questions: Sequence[Question], disjoint: str) -> list[list[int]]:
     for place in range(len(questions)):
         groups[root(place)].append(place)
     return list(groups.values())
-
-
-def answer_entities(question: Question) -> set[str]:
-    """Return the normalised golden answers that name something: not yes, no or nothing."""
-    return {normalize(answer) for answer in question.golden_answers} - set(NO_ENTITIES)
 
 
 def _rank(seed: int, name: str, questions: Sequence[Question], group: Sequence[int]) -> bytes:

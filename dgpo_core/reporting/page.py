@@ -204,7 +204,7 @@ def _radar(report: Report, means: Mapping[str, Mapping[str, float | None]]) -> R
 
 SCRIPTS = ("theme.js", "charts.js", "reader.js")
 # as in dvc.yaml, which the stage does not read: DVC would not see that the report depends on it
-PIPELINE = ("data", "index", "teach", "filter", "distributions", "distill", "reinforce", "evaluate")
+PIPELINE = ("data", "index", "audit", "teach", "filter", "distributions", "distill", "reinforce", "evaluate")
 BEHAVIOUR_COLUMNS = (
     ("f1", "F1", "word overlap with the golden answer"),
     ("sub_em", "Sub-EM", "a golden answer is contained in the prediction"),

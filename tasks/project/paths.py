@@ -5,6 +5,9 @@ from pathlib import Path
 CORPUS = Path("data/corpus.jsonl")
 QUESTIONS = Path("data/questions")
 INDEX = Path("data/index")
+AUDIT_PAGE = Path("data/audit/index.html")
+AUDIT_SUMMARY = Path("data/audit/summary.md")
+AUDIT_PASSED = Path("data/audit/passed")  # always the same: what runs a model waits for it
 TEACHER_EPISODES = Path("data/teacher/episodes.parquet")
 DISTRIBUTIONS = Path("data/distributions")
 CORRECT_EPISODES = Path("data/correct/episodes.parquet")

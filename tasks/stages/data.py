@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from dgpo_core.config.params import Params, load_params
-from dgpo_core.datasets.audit import AnswerSearch, audit
 from dgpo_core.datasets.documents import find_documents, read_documents
 from dgpo_core.datasets.published import SETTING, fetch, fetch_questions, load_questions, write_corpus
 from dgpo_core.datasets.question_sets import find_question_files, load_question_sets
@@ -44,20 +43,15 @@ def write_published(params: Params) -> None:
     inputs = [file.path for file in files.values()]
     with stage("data", config=settings, inputs=inputs, outputs=[CORPUS, QUESTIONS]) as run:
         questions, counts = load_questions(config, question_files)  # it takes seconds, the corpus minutes
-        answers = AnswerSearch(questions)
         passages = write_corpus(
             config,
             corpus,
             run.output(CORPUS),
             lambda done, total: run.progress(done, total, unit="passages"),
-            answers.read,
         )
         write_splits(run, questions)
         sources = {f"source {name}": file.origin for name, file in files.items()}
-        found = audit(questions, answers)
-        for remark in found.remarks:
-            print(remark, flush=True)
-        summarize(run, {"passages": passages, **counts, **found.counts}, questions, sources)
+        summarize(run, {"passages": passages, **counts}, questions, sources)
 
 
 def write_files(params: Params) -> None:
@@ -68,22 +62,18 @@ def write_files(params: Params) -> None:
     inputs = [*documents, *dict.fromkeys(path for paths in files.values() for path in paths)]
     with stage("data", config=settings, inputs=inputs, outputs=[CORPUS, QUESTIONS]) as run:
         questions, told = load_question_sets(config.questions, params.questions, files)
-        answers = AnswerSearch(questions)
         reading = read_documents(
             documents,
             config.passage_words,
             EXTRACTED,
             lambda done, total: run.progress(done, total, unit="files"),
         )
-        for passage in reading.passages:
-            answers.read(passage)
         write_jsonl(run.output(CORPUS), reading.passages)
         write_splits(run, questions)
-        found = audit(questions, answers)
-        for remark in (*told, *reading.remarks, *found.remarks):
+        for remark in (*told, *reading.remarks):
             print(remark, flush=True)
         unread = {f"not read {place}": why for place, why in reading.unread.items()}
-        summarize(run, {**reading.counts, **found.counts}, questions, unread)
+        summarize(run, reading.counts, questions, unread)
 
 
 def write_splits(run: Run, questions: Splits) -> None:

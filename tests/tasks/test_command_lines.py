@@ -1,4 +1,4 @@
-"""The ten stage programs on the command line: what `--help` says, and that a mistake runs nothing."""
+"""The eleven stage programs on the command line: what `--help` says, and that a mistake runs nothing."""
 
 import runpy
 import signal
@@ -10,7 +10,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-ALONE = ["data", "index", "teach", "filter", "distributions", "report"]
+ALONE = ["data", "index", "audit", "teach", "filter", "distributions", "report"]
 WITH_ARGUMENT = {"base_model": "model", "distill": "recipe", "reinforce": "recipe", "evaluate": "model"}
 
 

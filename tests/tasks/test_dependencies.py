@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
+from tasks.stages.audit import audit
 from tasks.stages.base_model import build
 from tasks.stages.data import generate
 from tasks.stages.distill import distill
@@ -67,6 +68,7 @@ STAGES: dict[str, Callable[[], None]] = {
     "base-model@small": partial(build, "small"),
     "data": generate,
     "index": index,
+    "audit": audit,
     "teach": teach,
     "filter": filter_episodes,
     "distributions": distributions,

@@ -10,7 +10,9 @@ import yaml
 from dgpo_core.config.params import overlay, resolve_profile
 from dgpo_core.datasets.records import read_questions
 from dgpo_core.errors import UserError
+from tasks.stages.audit import audit
 from tasks.stages.data import generate
+from tasks.stages.index import index
 from tests.conftest import ROOT
 from tests.tasks.miniature import change_params
 
@@ -56,3 +58,31 @@ def test_a_set_that_no_file_is_named_for_is_refused(workplace: Path) -> None:
     change_params(questions={"train": ["towns", "cities"]})
     with pytest.raises(UserError, match=r"questions\.train: \['cities'\] are not in data\.files\.questions"):
         generate()
+
+
+def test_the_data_report_says_what_a_set_is_worth_and_stops_what_is_broken(workplace: Path) -> None:
+    """Of 20 questions the corpus answers all; then the questions are about another one's towns."""
+    use_own_files(workplace)
+    (workplace / "models").mkdir()
+    (workplace / "models/student").symlink_to(ROOT / "models/student")
+    generate()
+    index()
+    audit()
+    metrics = json.loads(Path("metrics/audit.json").read_text())
+    assert metrics["passages"] == TOWNS and metrics["towns_test_questions"] == 4
+    assert metrics["towns_train_answerable"] == metrics["towns_test_in_top_k"] == 1.0
+    assert metrics["towns_test_in_train"] == 0 and "towns_test_in_gold" not in metrics
+    assert Path("data/audit/passed").is_file()
+    assert "| towns | test | 4 | 1.000 |" in Path("data/audit/summary.md").read_text()
+    text = Path("questions.csv").read_text(encoding="utf-8-sig").replace("Person", "Nobody")
+    Path("questions.csv").write_text(text)
+    generate()
+    with pytest.raises(
+        UserError, match=r"towns/train: a passage has an answer to 0\.0% of 14 questions"
+    ) as error:
+        audit()
+    page = str(error.value).rpartition("all figures: ")[2]
+    assert "The data stop the pipeline: 3 figures" in Path(page).read_text()
+    change_params(audit={"min_answerable": 0.0})
+    audit()
+    assert json.loads(Path("metrics/audit.json").read_text())["towns_test_answerable"] == 0.0
