@@ -3,8 +3,10 @@
 LoRA: low-rank adapters are trained in place of the weights, and become part of them in the end.
 """
 
+import copy
 import math
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from dgpo_core.hub import HTTP_ERROR, load_error
 
 MAX_POSITIONS = 4096
 ADAPTER = "adapter"  # folder in that of a model which was trained with LoRA
+_LAYER = re.compile(r"\.layers\.(\d+)\.")  # in the names of weights
 
 transformers_logging.disable_progress_bar()  # the stages have a progress display of their own
 
@@ -103,6 +106,42 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
             raise NotFinite(f"weight {name}", math.nan, "the model is not saved: lower the learning rate")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+
+
+def kept_layers(layers: int, count: int) -> list[int]:
+    """Return which of a model's layers a cut of `count` keeps: first and last, and evenly between.
+
+    So are the students of "shrink and fine-tune" made (Shleifer and Rush, 2020, arXiv 2010.13002), where
+    layers are copied with the largest distances. Raise UserError for a number that is none of 2 to `layers`.
+    """
+    if not 2 <= count <= layers:
+        raise UserError(f"layers: {count}: the model has {layers} layers, and 2 or more must be kept")
+    return [round(i * (layers - 1) / (count - 1)) for i in range(count)]
+
+
+def cut_depth(model: PreTrainedModel, count: int) -> PreTrainedModel:
+    """Return a model of `count` of the layers of `model` (`kept_layers`), with all its other weights."""
+    config = copy.deepcopy(model.config)
+    kept = kept_layers(config.num_hidden_layers, count)
+    config.num_hidden_layers = count
+    if getattr(config, "layer_types", None):
+        config.layer_types = [config.layer_types[layer] for layer in kept]
+    places = {layer: place for place, layer in enumerate(kept)}
+    weights = {}
+    for name, value in model.state_dict().items():
+        layer = _LAYER.search(name)
+        if layer is None:
+            weights[name] = value
+        elif int(layer[1]) in places:
+            weights[_LAYER.sub(f".layers.{places[int(layer[1])]}.", name)] = value
+    cut: PreTrainedModel = type(model)(config)
+    torch.nn.Module.to(cut, dtype=model.dtype, device=model.device)
+    cut.load_state_dict(weights)
+    cut.tie_weights()
+    cut.generation_config = model.generation_config
+    cut.eval()
+    _learn_all_embeddings(cut)
+    return cut
 
 
 def broken_weight(module: torch.nn.Module) -> str | None:

@@ -54,7 +54,10 @@ def has_gold_passages(question: Question) -> bool:
 
 
 def steps_of(question: Question) -> list[Step]:
-    """Return what there is to read: the last passage tells the answer, those before it the next title."""
+    """Return what there is to read: the last passage tells the answer, those before it the next title.
+
+    A passage whose evidence the question names ("evidence") is read for that.
+    """
     passages = question.metadata["golden_passages"]
     titles = [_plain(each.get("title") or "") for each in passages]
     steps = []
@@ -62,7 +65,8 @@ def steps_of(question: Question) -> list[Step]:
         following = titles[number + 1 : number + 2]
         wanted = [*following, *(_PARENTHESIS.sub("", each) for each in following)] or question.golden_answers
         told = sentences(_plain(passage["text"]))
-        steps.append(Step(title, _evidence(told, wanted, titles, question)))
+        told_so = _plain(passage.get("evidence") or "")
+        steps.append(Step(title, told_so or _evidence(told, wanted, titles, question)))
     return steps
 
 

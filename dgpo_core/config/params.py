@@ -185,8 +185,13 @@ class Params(Section):
             if recipe.algorithm == "grpo" and own.repeat_penalty:
                 raise ValueError(f"reinforce.repeat_penalty: {name} is GRPO, which rewards no single turns")
             self._check_reinforcement(own)
-        for name in self.recipes.distill:
+        for name, row in self.recipes.distill.items():
             self.for_recipe(name)
+            if row.layers and self.rollout.engine != "transformers":
+                raise ValueError(
+                    f"recipes.distill.{name}.layers: vLLM loads the whole of {row.start}: "
+                    "set rollout.engine: transformers"
+                )
         compute = self.compute
         if self.rollout.engine == "vllm" and (compute.processes > 1 or compute.hostfile):
             raise ValueError(
@@ -311,13 +316,17 @@ def resolve_profile(
 ) -> dict[str, Any]:
     """Lay a profile's differences over the defaults: the whole content of params.yaml.
 
-    `recipes` names rows of the paper's table (`all`: every one) or of `own`, in place of the profile's.
-    Unless the profile says who is evaluated, it is the two given models (no endpoint) and all recipes. A
-    profile may name another one of its folder in `extends`, whose differences lie below its own.
+    `recipes` names rows of the paper's table (`all`: every one) or of `own`, in place of the profile's,
+    which are such names too, or rows of its own as params.yaml has them. Unless the profile says who is
+    evaluated, it is the two given models (no endpoint) and all recipes. A profile may name another one of its
+    folder in `extends`, whose differences lie below its own.
     """
     overrides = _extended(path)
-    named = recipes or overrides.pop("recipes", [])
-    overrides["recipes"] = paper_recipes(named, own).model_dump()
+    wanted = overrides.pop("recipes", [])
+    if isinstance(wanted, dict):
+        rows = validated({"profile": path.stem, "recipes": wanted}, path).recipes
+        own, wanted = own.with_others(rows), list(rows.all)
+    overrides["recipes"] = paper_recipes(recipes or wanted, own).model_dump()
     params = validated({"profile": path.stem, "compare": [STUDENT], **overrides}, path)
     resolved = params.model_dump(mode="json")
     if "compare" not in overrides:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import Field, PositiveFloat, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
 from dgpo_core.config.base import Section
 
@@ -26,8 +26,12 @@ class Distillation(Section):
     objective: Literal["kd", "ce", "taid", "skew_kl", "skew_reverse_kl", "reverse_kl", "jsd", "k1"] = Field(
         description="kd: cross-entropy and forward KL (eq. 1); ce: cross-entropy alone; k1: estimated KL"
     )
-    episodes: Literal["teacher", "student", "mixed"] = Field(
-        "teacher", description="whose; mixed: DistiLLM's adaptive choice"
+    episodes: Literal["teacher", "student", "mixed", "corpus"] = Field(
+        "teacher",
+        description="whose; mixed: DistiLLM's adaptive choice; corpus: no episodes, but the corpus's text",
+    )
+    layers: PositiveInt | None = Field(
+        None, description="of `start`'s that are kept: first, last and evenly between; null: all"
     )
     keep: Keep = Field(
         "correct",
@@ -42,7 +46,7 @@ class Distillation(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
-        if self.objective in ("kd", "ce") and self.episodes != "teacher":
+        if self.objective in ("kd", "ce") and self.episodes not in ("teacher", "corpus"):
             raise ValueError(
                 f"objective {self.objective} imitates the text of episodes, so they must be the teacher's: "
                 "set episodes: teacher, or another objective"

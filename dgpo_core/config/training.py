@@ -110,6 +110,14 @@ class OnPolicyConfig(Section):
     dev_every: PositiveInt = Field(50, description="steps between two looks at the validation questions")
 
 
+class CorpusTextConfig(Section):
+    """Distillation on the corpus's text, which heals a model that has lost layers."""
+
+    tokens: int = Field(256, ge=2, description="of a sequence: passages laid end to end, and cut")
+    validation: PositiveInt = Field(64, description="sequences held out for the validation loss")
+    dev_every: PositiveInt = Field(50, description="steps between two validations, and checkpoints")
+
+
 class TaidConfig(Section):
     """TAID's interpolation t between student and teacher (docs/method.md, "Divergences")."""
 
@@ -139,11 +147,11 @@ class DistillConfig(Section):
 
     FREE = frozenset({"min_em"})
 
-    epochs: PositiveInt = Field(5, description="over the teacher episodes")
+    epochs: PositiveInt = Field(5, description="over the teacher episodes, or the corpus")
     teacher: Literal["live", "cache"] = Field(
         "live", description="runs in training, or has run before (stage distributions)"
     )
-    batch_size: PositiveInt = Field(64, description="episodes")
+    batch_size: PositiveInt = Field(64, description="episodes, or sequences of the corpus")
     learning_rate: PositiveFloat = 1e-4
     warmup_steps: NonNegativeInt = 0
     weight_decay: NonNegativeFloat = 0.01
@@ -154,6 +162,7 @@ class DistillConfig(Section):
     jsd_beta: float = Field(0.5, gt=0, lt=1, description="of the generalised JSD (GKD)")
     sampling: Sampling = Field(Sampling(), description="of the student's own episodes")
     on_policy: OnPolicyConfig = OnPolicyConfig()
+    corpus: CorpusTextConfig = CorpusTextConfig()
     taid: TaidConfig = TaidConfig()
     distillm: DistillmConfig = DistillmConfig()
     dev_questions: PositiveInt = Field(200, description="validation questions after each epoch")

@@ -106,7 +106,7 @@ class Distiller:
             validates = (step + 1) % source.validate_every == 0 or step + 1 == source.steps
             with training_step(step + 1, lambda _: self._rate):
                 # (1) Episodes: a student that writes some needs its newest weights.
-                if self.recipe.episodes != "teacher":
+                if self.recipe.episodes in ("student", "mixed"):
                     self.engine.publish()
                 row = self._learn(source.batch(step), step)
                 if validates:

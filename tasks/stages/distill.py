@@ -7,14 +7,16 @@ from transformers import PreTrainedModel
 
 from dgpo_core.agent.episode import Episode, read_episodes
 from dgpo_core.agent.loop import EpisodeRunner
-from dgpo_core.agent.prompts import known_ids
+from dgpo_core.agent.prompts import encode_text, known_ids
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Distillation
+from dgpo_core.datasets.records import read_corpus
 from dgpo_core.errors import UserError
 from dgpo_core.models import load_model, load_tokenizer, save_model
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import (
+    CorpusTexts,
     EpisodeSource,
     MixedEpisodes,
     StudentEpisodes,
@@ -25,6 +27,7 @@ from dgpo_core.training.keep import keeps
 from dgpo_core.training.teacher_cache import TeacherCache
 from dgpo_core.vocabulary import check_same_vocabulary
 from tasks.project.paths import (
+    CORPUS,
     CORRECT_EPISODES,
     DISTRIBUTIONS,
     INDEX,
@@ -60,13 +63,15 @@ def distill(name: str) -> None:
     config = training_settings(params, "distill", recipe)
     inputs = [TEACHER_EPISODES, CORRECT_EPISODES, DISTRIBUTIONS, INDEX, QUESTIONS]
     inputs += [*local(start), *local(params.models.teacher)]
+    if recipe.episodes == "corpus":
+        inputs.append(CORPUS)
     with stage(f"distill@{name}", config=config, inputs=inputs, outputs=[out, curves, times]) as run:
         torch.manual_seed(params.seed)
         tokenizer = load_tokenizer(start)
-        student = load_student(params, start)
+        student = load_student(params, start, recipe.layers)
         teacher, cache = _teacher(params, recipe, tokenizer)
         loop = training_loop(params, student, start, tokenizer, retriever(params))
-        source = episode_source(params, recipe, loop)
+        source = episode_source(params, recipe, loop, tokenizer)
         dev = DevEvaluator(params, loop, params.distill.dev_questions)
         distiller = Distiller(
             student,
@@ -106,15 +111,21 @@ def _teacher(
         check_same_vocabulary(tokenizer, load_tokenizer(params.models.teacher))
     if not recipe.needs_distributions:
         return None, None
-    cached = params.distill.teacher == "cache" and recipe.episodes != "student"
+    cached = params.distill.teacher == "cache" and recipe.episodes in ("teacher", "mixed")
     cache = TeacherCache(DISTRIBUTIONS, tokenizer) if cached else None
     if recipe.episodes == "teacher" and cache:
         return None, cache
     return load_model(params.models.teacher, params.compute.device), cache
 
 
-def episode_source(params: Params, recipe: Distillation, runner: EpisodeRunner) -> EpisodeSource:
-    """Return the source of the teacher's episodes, the student's own, or both, as the recipe says."""
+def episode_source(
+    params: Params, recipe: Distillation, runner: EpisodeRunner, tokenizer: Any
+) -> EpisodeSource:
+    """Return the source of the teacher's episodes, the student's own, both, or the corpus's text."""
+    if recipe.episodes == "corpus":
+        texts = (f"{passage.title}\n{passage.text}" for passage in read_corpus(CORPUS))
+        ids = [[*encode_text(text, tokenizer), tokenizer.eos_token_id] for text in texts]
+        return CorpusTexts(ids, params.distill, params.seed)
     tasks = split_tasks(params, "train", params.seed)
     rollout = training_rollout(runner, tasks, params.distill.sampling, params.seed)
     if recipe.episodes == "student":

@@ -25,7 +25,7 @@ from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.endpoint import EndpointClient
 from dgpo_core.errors import UserError
 from dgpo_core.files import write_json
-from dgpo_core.models import add_adapters, load_model
+from dgpo_core.models import add_adapters, cut_depth, load_model
 from dgpo_core.retrieval.ranking import Retriever
 from dgpo_core.training import parallel
 from dgpo_core.training.episode_sources import Rollout, require_answered
@@ -116,11 +116,13 @@ def separate_engine(params: Params, source: str, tokenizer: Any) -> SeparateEngi
     return None
 
 
-def load_student(params: Params, start: str) -> PreTrainedModel:
-    """Load the model that a stage trains, with the adapters and the checkpointing that `compute` asks for."""
+def load_student(params: Params, start: str, layers: int | None = None) -> PreTrainedModel:
+    """Load the model that a stage trains, or so many of its `layers`, as `compute` asks for."""
     compute = params.compute
     narrow = compute.lora is not None and compute.precision == "bfloat16"  # what is not trained loses nothing
     student = load_model(start, compute.device, torch.bfloat16 if narrow else torch.float32)
+    if layers is not None:
+        student = cut_depth(student, layers)
     if compute.lora is not None:
         add_adapters(student, compute.lora, params.seed)
     if compute.gradient_checkpointing:

@@ -2,13 +2,23 @@
 
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
+from dgpo_core.config.data import ModelShape
 from dgpo_core.errors import NotFinite, UserError
-from dgpo_core.models import broken_weight, load_model, load_tokenizer, save_model
+from dgpo_core.models import (
+    broken_weight,
+    build_model,
+    cut_depth,
+    kept_layers,
+    load_model,
+    load_tokenizer,
+    save_model,
+)
 from dgpo_core.training.batches import Critic
 from tests.dgpo_core.making import tiny_model
 
@@ -136,3 +146,36 @@ def test_one_broken_entry_is_found(value: float, dtype: torch.dtype) -> None:
     with torch.no_grad():
         dict(module.named_parameters())["1.weight"][1, 3] = value
     assert broken_weight(module) == "1.weight"
+
+
+def test_which_layers_a_cut_keeps() -> None:
+    assert kept_layers(12, 3) == [0, 6, 11]  # as the published students have them
+    assert kept_layers(12, 12) == list(range(12))
+    assert kept_layers(30, 10) == [0, 3, 6, 10, 13, 16, 19, 23, 26, 29]
+    for count in (1, 13):
+        with pytest.raises(UserError, match=f"layers: {count}: the model has 12 layers"):
+            kept_layers(12, count)
+
+
+def test_a_cut_model_is_the_model_whose_other_layers_do_nothing(
+    tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    shape = ModelShape(hidden_size=32, layers=5, heads=2, intermediate_size=48)
+    torch.manual_seed(3)
+    model = build_model(shape, tokenizer).eval()
+    cut = cut_depth(model, 3)
+    for layer in (1, 3):  # a block whose outputs are zero adds nothing to the stream
+        block = model.get_submodule(f"model.layers.{layer}")
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            torch.nn.init.zeros_(block.get_submodule(name).weight)
+    ids = torch.tensor([[3, 1, 4, 1, 5, 9]])
+    with torch.no_grad():
+        assert torch.allclose(cut(ids).logits, model(ids).logits, atol=1e-6)
+    assert cut.get_output_embeddings().weight is cut.get_input_embeddings().weight
+    save_model(cut, tokenizer, tmp_path / "cut")
+    loaded = load_model(str(tmp_path / "cut"))
+    assert loaded.config.num_hidden_layers == 3 and same_weights(loaded, cut)
+    generate: Any = loaded.generate
+    written = generate(ids, max_new_tokens=4, do_sample=False, use_cache=True)
+    again = generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
+    assert torch.equal(written, again), "each layer has a place of its own in the cache"

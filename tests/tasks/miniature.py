@@ -34,6 +34,19 @@ MINIATURE: dict[str, dict[str, Any]] = {
     "evaluate": {"questions": 4, "chunk": 64, "split_questions": 8},
     "promote": {"log_weights": False},
 }
+# a row that cuts the student and teaches it the corpus again
+HEALED = {
+    "start": "student",
+    "objective": "kd",
+    "episodes": "corpus",
+    "layers": 3,
+    "settings": {
+        "epochs": 1,
+        "batch_size": 8,
+        "dev_questions": 2,
+        "corpus": {"validation": 8, "dev_every": 5},
+    },
+}
 
 
 def make_project(folder: Path, recipes: list[str] | None = None, **sections: dict[str, Any]) -> None:

@@ -26,7 +26,7 @@ from tasks.stages.reinforce import reinforce
 from tasks.stages.report import report
 from tasks.stages.teach import teach
 from tests.conftest import ROOT, make_workplace
-from tests.tasks.miniature import make_project
+from tests.tasks.miniature import HEALED, make_project
 
 pytestmark = pytest.mark.thorough
 
@@ -74,6 +74,7 @@ STAGES: dict[str, Callable[[], None]] = {
     "distributions": distributions,
     "distill@kd": partial(distill, "kd"),
     "distill@gkd": partial(distill, "gkd"),
+    "distill@healed": partial(distill, "healed"),
     "reinforce@dgpo": partial(reinforce, "dgpo"),
     "evaluate@teacher": partial(evaluate, "teacher"),
     "evaluate@dgpo": partial(evaluate, "dgpo"),
@@ -129,7 +130,7 @@ def declared(name: str) -> tuple[list[str], list[str]]:
     kind, _, item = name.partition("@")
     entry = yaml.safe_load((ROOT / "dvc.yaml").read_text())["stages"][kind]
     entry = entry.get("do", entry)
-    start = {"kd": "student", "gkd": "student", "dgpo": "kd"}.get(item, "")
+    start = {"kd": "student", "gkd": "student", "healed": "student", "dgpo": "kd"}.get(item, "")
     outs = [
         next(iter(out)) if isinstance(out, dict) else out
         for group in ("outs", "metrics", "plots")
@@ -178,6 +179,7 @@ def traced(
             (folder / "models/given" / name).symlink_to(f"../own/{name}")
         params = yaml.safe_load(Path("params.yaml").read_text())
         params["compare"] = ["teacher", "dgpo"]
+        params["recipes"]["distill"]["healed"] = HEALED
         params["models"] = {name: f"models/given/{name}" for name in ("student", "teacher")}
         Path("params.yaml").write_text(yaml.safe_dump(params))
         for name, program in STAGES.items():

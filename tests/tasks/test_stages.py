@@ -17,6 +17,7 @@ import yaml
 from dgpo_core.agent.episode import read_episodes
 from dgpo_core.datasets.records import read_questions
 from dgpo_core.errors import UserError
+from dgpo_core.models import load_model
 from tasks.commands.compare import compare
 from tasks.project import paths
 from tasks.project.graph import read_dag
@@ -32,7 +33,7 @@ from tasks.stages.report import report
 from tasks.stages.teach import teach
 from tasks.tracking.runs import connect
 from tests.conftest import make_workplace
-from tests.tasks.miniature import ROOT, change_params, curves, make_project, run_of
+from tests.tasks.miniature import HEALED, ROOT, change_params, curves, make_project, run_of
 
 pytestmark = pytest.mark.thorough
 
@@ -87,6 +88,16 @@ def test_teacher_answers_and_only_correct_episodes_are_kept(finished: Path) -> N
     head, *audit = csv.reader((finished / AUDIT).open(newline=""))
     assert head == ["data set", "reason", "episodes"]
     assert sum(int(count) for _, _, count in audit) == len(raw)
+
+
+def test_a_cut_student_learns_the_corpus(finished: Path, workplace: Path) -> None:
+    copy_inputs(finished, workplace)
+    change_params(recipes={"distill": {"healed": HEALED}})
+    distill("healed")
+    rows = curves("distill-healed")
+    losses = [row["validation_loss"] for row in rows if "validation_loss" in row]
+    assert len(losses) > 1 and losses[-1] < losses[0]
+    assert load_model("models/healed").config.num_hidden_layers == HEALED["layers"]
 
 
 def test_results_name_every_model_and_set(finished: Path) -> None:

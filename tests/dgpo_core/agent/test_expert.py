@@ -75,6 +75,17 @@ def test_one_passage(bytes_tokenizer: Any) -> None:
     assert text.startswith("<|im_start|>") and question.question in text  # the prompt is the model's own
 
 
+def test_evidence_that_the_question_names_is_what_it_states(bytes_tokenizer: Any) -> None:
+    question = asking("Who wrote the novel Middlemarch?", ("J. R. Eliot",), NOVEL)
+    question.metadata["golden_passages"][0]["evidence"] = (
+        "Middlemarch: It is long."  # title and text, as shown
+    )
+    run = episode(question, bytes_tokenizer)
+    assert run.response.endswith("<think> Middlemarch: It is long. </think>\n<answer> J. R. Eliot </answer>")
+    question.metadata["golden_passages"][0]["evidence"] = "Middlemarch: It is short."
+    assert episode(question, bytes_tokenizer).prediction == "unknown"
+
+
 def test_two_passages_one_after_the_other(bytes_tokenizer: Any) -> None:
     """The second is looked for by the title that the first has told, and never before."""
     question = asking("Where was the writer of the novel Middlemarch born?", ("Nuneaton",), NOVEL, AUTHOR)

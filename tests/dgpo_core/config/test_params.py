@@ -281,6 +281,23 @@ def test_profile_takes_rows_by_name() -> None:
     assert resolved["compare"] == ["student", "teacher", "taid"]
 
 
+def test_profile_has_rows_of_its_own(tmp_path: Path) -> None:
+    row = {"start": "student", "objective": "kd", "episodes": "corpus", "layers": 8}
+    content: dict[str, Any] = {"recipes": {"distill": {"healed": row}}, "rollout": {"engine": "transformers"}}
+    (tmp_path / "mine.yaml").write_text(as_text(content))
+    resolved = resolve_profile(tmp_path / "mine.yaml")
+    assert resolved["recipes"]["distill"]["healed"]["layers"] == 8 and resolved["compare"][-1] == "healed"
+    assert list(resolve_profile(tmp_path / "mine.yaml", ["kd"])["recipes"]["distill"]) == ["kd"]
+    content["rollout"]["engine"] = "vllm"
+    (tmp_path / "mine.yaml").write_text(as_text(content))
+    with pytest.raises(UserError, match=r"recipes\.distill\.healed\.layers: vLLM loads the whole"):
+        resolve_profile(tmp_path / "mine.yaml")
+    content["recipes"]["distill"]["healed"]["layers"] = 0
+    (tmp_path / "mine.yaml").write_text(as_text(content))
+    with pytest.raises(UserError, match=r"mine\.yaml: recipes\.distill\.healed\.layers: .* greater than 0"):
+        resolve_profile(tmp_path / "mine.yaml")
+
+
 def test_values_cannot_be_changed(tmp_path: Path) -> None:
     params = loaded(tmp_path, {})
     with pytest.raises(ValueError, match="frozen"):
@@ -300,9 +317,11 @@ def test_every_profile_resolves(path: Path) -> None:
     resolved = resolve_profile(path)
     assert resolved["profile"] == path.stem
     assert Params.model_validate(resolved).model_dump(mode="json") == resolved
-    assert set(resolved["compare"]) == {"student", "teacher", "kd", "dgpo"}
-    # published models see passages as the release shows them, those of the embedded world as they were built
-    expected = "plain" if resolved["data"]["source"] == "world" else "release"
+    rows = {"smol": {"kd", "dgpo", "uniform_kl", "no_teacher"}, "smol-models": {"smol_teacher"}}
+    given = set() if path.stem == "smol-models" else {"student", "teacher"}
+    assert set(resolved["compare"]) == given | rows.get(path.stem, {"kd", "dgpo"})
+    # published models see passages as the release shows them; ours, as they were built
+    expected = "release" if resolved["data"]["source"] == "published" else "plain"
     assert resolved["protocol"]["documents"] == expected
 
 

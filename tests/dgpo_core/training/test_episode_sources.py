@@ -3,13 +3,16 @@
 import random
 from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 
 from dgpo_core.agent.episode import Episode, Outcome
 from dgpo_core.config.training import DistillConfig, DistillmConfig, OnPolicyConfig
-from dgpo_core.errors import InfrastructureError
+from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.training.batches import model_sequence
 from dgpo_core.training.episode_sources import (
+    CorpusTexts,
     MixedEpisodes,
     OffPolicySchedule,
     StudentEpisodes,
@@ -51,6 +54,27 @@ def test_questions_come_in_shuffled_epochs() -> None:
     assert question_order(7, 5, 3, seed=1) == drawn[15:20]
     assert question_order(7, 5, 3, seed=2) != drawn[15:20]
     assert Counter(question_order(3, 9, 0, seed=1)) == {0: 3, 1: 3, 2: 3}
+
+
+def test_the_corpus_is_laid_end_to_end_and_cut() -> None:
+    texts = [[100 * n + place for place in range(7 + n % 5)] for n in range(30)]
+    settings = {"epochs": 2, "batch_size": 4, "corpus": {"tokens": 8, "validation": 3, "dev_every": 5}}
+    config = DistillConfig.model_validate(settings)
+    source = CorpusTexts(texts, config, seed=0)
+    epochs = [[e for step in steps for e in source.batch(step)] for steps in (range(8), range(8, 16))]
+    assert source.steps == 16 and source.validate_every == 5 and len(source.held_out) == 3
+    read = [*source.held_out, *epochs[0]]
+    assert sorted(e.question_id for e in epochs[0]) == sorted(e.question_id for e in epochs[1])
+    order = sorted(read, key=lambda episode: int(episode.question_id))
+    ids = [token for episode in order for token in episode.token_ids]
+    assert len(ids) == sum(map(len, texts)) // 8 * 8
+    starts = [place for place, token in enumerate(ids) if token % 100 == 0]
+    for start, end in pairwise(starts):
+        assert ids[start:end] == texts[ids[start] // 100], "every text is whole, and in one piece"
+    assert all(model_sequence(episode).positions == list(range(1, 8)) for episode in read)
+    assert CorpusTexts(texts, config, seed=1).batch(0) != source.batch(0)
+    with pytest.raises(UserError, match=r"distill\.corpus\.tokens: the corpus has 7 tokens"):
+        CorpusTexts(texts[:1], config, seed=0)
 
 
 def test_teacher_episodes_are_cut_into_epochs() -> None:
