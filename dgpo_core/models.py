@@ -28,6 +28,7 @@ from dgpo_core.files import replacement
 from dgpo_core.hub import HTTP_ERROR, load_error
 
 MAX_POSITIONS = 4096
+ADAPTER = "adapter"  # folder in that of a model which was trained with LoRA
 _LAYER = re.compile(r"\.layers\.(\d+)\.")  # in the names of weights
 
 transformers_logging.disable_progress_bar()  # the stages have a progress display of their own
@@ -92,13 +93,17 @@ def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.floa
 def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
     """Save weights and tokenizer, so that nothing of another model can be left in `folder`.
 
-    Raises NotFinite for weights that are no numbers; then `folder` stays as it is.
+    Adapters become part of the weights; they stand by themselves in the folder's ADAPTER. Raises NotFinite
+    for weights that are no numbers; then `folder` stays as it is.
     """
-    if name := broken_weight(model):
-        raise NotFinite(f"weight {name}", math.nan, "the model is not saved: lower the learning rate")
     if not torch.cuda.is_available():  # where DeepSpeed is installed transformers asks it, and it would warn
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     with replacement(folder) as part:
+        if hasattr(model, "peft_config"):
+            _save_adapter(model, part / ADAPTER)
+        model = merged(model)
+        if name := broken_weight(model):
+            raise NotFinite(f"weight {name}", math.nan, "the model is not saved: lower the learning rate")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
 
@@ -180,13 +185,32 @@ def add_adapters(model: PreTrainedModel, config: LoraConfig, seed: int) -> None:
             "compute.lora needs the package peft: install the extra gpu (`pip install -e '.[gpu]'`), "
             "or set it to null"
         ) from None
-    wanted = peft.LoraConfig(r=config.rank, lora_alpha=config.alpha, target_modules="all-linear")
+    wanted = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,
+        target_modules="all-linear",
+        base_model_name_or_path=model.name_or_path,
+        task_type="CAUSAL_LM",
+    )
     torch.manual_seed(seed)  # the adapters' first matrix is random, the second one zero
     peft.inject_adapter_in_model(wanted, model)
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
     model.eval()
+
+
+def _save_adapter(model: PreTrainedModel, folder: Path) -> None:
+    """Save the adapters in PEFT's format: what it loads onto the model that training started from."""
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    config: Any = model.peft_config["default"]
+    config.target_modules = sorted(config.target_modules)  # a set has another order in each process
+    config.save_pretrained(folder)
+    state = get_peft_model_state_dict(model)
+    named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    save_file(named, folder / "adapter_model.safetensors", {"format": "pt"})
 
 
 def merged(model: PreTrainedModel) -> PreTrainedModel:

@@ -1,9 +1,9 @@
 """Make a Prefect server ready for the pipeline's runs: `dgpo deploy`.
 
-Creates work pools, the limit on GPUs, the deployments of prefect.yaml, and automations that start crashed
-runs again. It can be run as often as one likes, from any checkout: what is there is brought to what this
-version wants. Others may use the server too: what is not ours stays as it is, and is named where it has one
-of our names.
+Creates work pools, the limit on GPUs, the deployments of prefect.yaml, automations that start crashed runs
+again, and alerts. It can be run as often as one likes, from any checkout: what is there is brought to what
+this version wants. Others may use the server too: what is not ours stays as it is, and is named where it has
+one of our names.
 """
 
 import json
@@ -11,7 +11,7 @@ import os
 import pydoc
 import subprocess
 import sys
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -30,14 +30,14 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from dgpo_core.config.params import read_yaml
 from dgpo_core.errors import UserError
+from flows.alerts import alerts, notification_blocks
 from flows.execution import GPU_LIMIT
 from flows.server import API_URL, answers_of, running_server
-from flows.work_pools import Kind, job_template
+from flows.work_pools import TAG, Kind, job_template
 from tasks.commands.cli import run_as
 from tasks.project.graph import POOLS
 
 PREFECT_YAML = Path(__file__).resolve().parents[1] / "prefect.yaml"
-TAG = "dgpo"  # of what is ours on a server; pools have no tags: their description begins with it
 DESCRIPTION = f"{TAG}: runs of the pipeline's deployments"
 NIGHTLY = "pipeline/nightly"
 NIGHTLY_WORDS = {
@@ -57,10 +57,9 @@ def automations(deployments: Mapping[str, UUID]) -> list[Automation]:
 
     Deployments are told by id: other people's flows, tags and deployments may be called as ours are.
     """
-    restarted = [id_ for name, id_ in deployments.items() if name.split("/")[0] in RESTARTED]
     silent = _trigger("heartbeat", ("heartbeat", *ENDED), deployments.values(), SILENCE)
     # Not at once: a worker tells of a crash twice, and the second time must not hit the new attempt.
-    crashed = _trigger("Crashed", STARTED, restarted, PATIENCE)
+    crashed = _trigger("Crashed", STARTED, _restarted(deployments), PATIENCE)
     to_crashed = ChangeFlowRunState(state=StateType.CRASHED, message="no heartbeat: its worker is gone")
     again = ChangeFlowRunState(
         state=StateType.SCHEDULED, name="AwaitingRetry", message="started again after a crash"
@@ -83,6 +82,11 @@ def automations(deployments: Mapping[str, UUID]) -> list[Automation]:
     ]
 
 
+def _restarted(deployments: Mapping[str, UUID]) -> list[UUID]:
+    """Return those whose runs people start."""
+    return [id_ for name, id_ in deployments.items() if name.split("/")[0] in RESTARTED]
+
+
 def _trigger(
     after: str, unless: Iterable[str], deployments: Iterable[UUID], within: timedelta
 ) -> EventTrigger:
@@ -103,12 +107,14 @@ def _trigger(
     )
 
 
-def deploy(gpus: int = 1, kind: Kind = Kind.PROCESS, nightly: bool | None = None) -> None:
+def deploy(
+    gpus: int = 1, kind: Kind = Kind.PROCESS, nightly: bool | None = None, told: Sequence[str] = ()
+) -> None:
     """Create or update everything; a run of the GPU pool gets all `gpus`, where the pool can give any.
 
-    `nightly` switches the nightly run on or off; None leaves it as it is, and off where it is new. Raises
-    UserError when `prefect deploy` refuses, and, before anything is changed, when something of somebody
-    else's has one of our names.
+    `nightly` switches the nightly run on or off; None leaves it as it is, and off where it is new. Alerts go
+    to the blocks `told`, or where they go already. Raises UserError when `prefect deploy` refuses, and,
+    before anything is changed, for a block that is not there or what is not ours but has one of our names.
     """
     entries = {_full_name(entry): entry for entry in read_yaml(PREFECT_YAML)["deployments"]}
     with get_client(sync_client=True) as client:
@@ -119,6 +125,7 @@ def deploy(gpus: int = 1, kind: Kind = Kind.PROCESS, nightly: bool | None = None
                     f"the deployment {name} of this server is not ours (it runs {found.entrypoint}, has no "
                     f"tag {TAG}): rename that one, or use a Prefect server of your own (dgpo up)"
                 )
+        blocks = notification_blocks(client, told)
         used = {found.work_pool_name for found in before.values() if found}
         pools = [_pool(client, f"{name}-pool", kind, gpus if name == "gpu" else 0, used) for name in POOLS]
         for pool in pools:
@@ -131,14 +138,16 @@ def deploy(gpus: int = 1, kind: Kind = Kind.PROCESS, nightly: bool | None = None
         raise UserError(f"prefect deploy: {' '.join((done.stderr or done.stdout).split())}")
     with get_client(sync_client=True) as client:
         after = {name: client.read_deployment_by_name(name) for name in entries}
-        for automation in automations({name: found.id for name, found in after.items()}):
+        ids = {name: found.id for name, found in after.items()}
+        telling = alerts(client, blocks, _restarted(ids))
+        for automation in [*automations(ids), *telling]:
             _replace(client, automation)
         if nightly is None:
             nightly = _is_scheduled(before[NIGHTLY])
         for schedule in after[NIGHTLY].schedules:
             client.update_deployment_schedule(after[NIGHTLY].id, schedule.id, active=nightly)
     print(f"work pools: {', '.join(pool.name for pool in pools)}; limit {GPU_LIMIT}: {gpus}")
-    print(f"deployments of {PREFECT_YAML.name}, 2 automations")
+    print(f"deployments of {PREFECT_YAML.name}, 2 automations, {len(telling)} alerts")
     print(f"nightly run ({NIGHTLY}): {NIGHTLY_WORDS[nightly]}")
 
 
@@ -214,7 +223,12 @@ def _replace(client: SyncPrefectClient, automation: Automation) -> None:
 
 
 def command(
-    gpus: int, pool_type: str, nightly: bool | None, template: bool, prefect_port: int | None
+    gpus: int,
+    pool_type: str,
+    nightly: bool | None,
+    alert: list[str] | None,
+    template: bool,
+    prefect_port: int | None,
 ) -> None:
     """Make the Prefect server ready: `dgpo deploy`."""
     kind = Kind(pool_type)
@@ -224,7 +238,7 @@ def command(
     url = running_server(prefect_port)
     os.environ[API_URL] = url  # for `prefect deploy`
     with temporary_settings({PREFECT_API_URL: url}), answers_of(url):
-        deploy(gpus, kind, nightly)
+        deploy(gpus, kind, nightly, alert or [])
 
 
 if __name__ == "__main__":

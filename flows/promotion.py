@@ -12,6 +12,7 @@ from pydantic import Field
 
 from dgpo_core.config.params import PARAMS, load_params
 from dgpo_core.errors import UserError
+from flows.alerts import PROMOTION, tell
 from flows.execution import environment
 from tasks.project.dvc import read_lock
 from tasks.project.groups import run_group
@@ -59,6 +60,7 @@ def offer(tree: Path) -> str:
     code, table = _decide(tree, version.number, "--yes")
     if code != PROMOTED:
         return f"{version.name} was not promoted: {table.splitlines()[-1] if table else code}"
+    tell(PROMOTION, f"{version.name} is the champion")
     return f"{version.name} is the champion"
 
 

@@ -58,6 +58,7 @@ def server_command(port: int) -> tuple[list[str], dict[str, str]]:
     command = [sys.executable, "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
     return command, {
         "PREFECT_HOME": str(Path(os.environ.get("PREFECT_HOME", ".prefect")).resolve()),
+        "PREFECT_UI_URL": f"http://127.0.0.1:{port}",  # for links in notifications
         # otherwise the page looks for the API on port 4200
         "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -13,6 +13,7 @@ from typing import Any
 from dgpo_core.errors import UserError
 
 FOLDER = Path(__file__).resolve().parents[1] / "infra" / "work-pools"
+TAG = "dgpo"  # of what is ours on a server; pools have no tags: their description begins with it
 
 
 class Kind(StrEnum):

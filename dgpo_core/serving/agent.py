@@ -4,14 +4,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from transformers import PreTrainedModel
-
 from dgpo_core.agent import prompts
 from dgpo_core.agent.episode import Decode, Episode
+from dgpo_core.agent.llama_cpp_engine import LlamaCppEngine
 from dgpo_core.agent.loop import AgentLoop, RunningEpisodes, Task
 from dgpo_core.agent.prompts import encode_prompt, encode_start
 from dgpo_core.agent.transformers_engine import TransformersEngine
-from dgpo_core.config.agent import ProtocolConfig, RolloutConfig, Sampling
+from dgpo_core.config.agent import ProtocolConfig, Sampling
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval.ranking import Retriever
@@ -36,16 +35,15 @@ class Agent:
     def __init__(
         self,
         name: str,
-        model: PreTrainedModel,
+        engine: TransformersEngine | LlamaCppEngine,
         tokenizer: Any,
         retriever: Retriever,
         protocol: ProtocolConfig,
-        rollout: RolloutConfig,
         top_k: int,
     ) -> None:
         self.name, self.index = name, retriever.digest
         self._retriever, self._top_k = retriever, top_k
-        self._engine = TransformersEngine(model, tokenizer, rollout)
+        self._engine = engine
         self._loop = AgentLoop(self._engine, tokenizer, retriever, protocol, top_k)
         self._tokenizer, self._protocol = tokenizer, protocol
 

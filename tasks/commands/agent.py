@@ -3,7 +3,7 @@
 import sys
 from itertools import chain, zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from dgpo_core.config.params import Params
 from dgpo_core.config.recipes import STUDENT, TEACHER
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 EXAMPLES = 3
 CHAMPION = "models:/search-agent@champion"
 REGISTRY = "models:/"
+EngineName = Literal["transformers", "llama-cpp"]
 
 
 def resolve_model(params: Params, reference: str | None) -> str:
@@ -63,20 +64,28 @@ def example_questions(params: Params) -> list[str]:
     return [question.question for question in mixed if question][:EXAMPLES]
 
 
-def open_agent(params: Params, source: str, reference: str | None) -> "Agent":
+def open_agent(
+    params: Params, source: str, reference: str | None, engine: EngineName = "transformers"
+) -> "Agent":
     """Load the model in `source`, which somebody gave as `reference`, and the index.
 
     Raises UserError, and InfrastructureError when the retriever is down.
     """
     # torch and transformers take seconds to import: what can be wrong before them has been found by now
+    from dgpo_core.agent.llama_cpp_engine import LlamaCppEngine
+    from dgpo_core.agent.transformers_engine import TransformersEngine
     from dgpo_core.models import load_model, load_tokenizer
     from dgpo_core.serving.agent import Agent
     from tasks.stages.inputs import retriever
 
     tokenizer = load_tokenizer(source)
-    model = load_model(source, params.compute.device)
+    generator: TransformersEngine | LlamaCppEngine
+    if engine == "llama-cpp":
+        generator = LlamaCppEngine(Path(source), tokenizer, params.protocol.max_context)
+    else:
+        generator = TransformersEngine(load_model(source, params.compute.device), tokenizer, params.rollout)
     name, index = model_name(reference, source), retriever(params)
-    return Agent(name, model, tokenizer, index, params.protocol, params.rollout, params.retrieval.top_k)
+    return Agent(name, generator, tokenizer, index, params.protocol, params.retrieval.top_k)
 
 
 def model_name(reference: str | None, source: str) -> str:

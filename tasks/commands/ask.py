@@ -15,7 +15,7 @@ from dgpo_core.config.params import Params, load_params
 from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.serving.events import AgentRequest, Delta, EpisodeRecord, Event, Notice, SearchResult
 from dgpo_core.serving.unknown_words import unknown_note
-from tasks.commands.agent import example_questions, open_agent, require_index, resolve_model
+from tasks.commands.agent import EngineName, example_questions, open_agent, require_index, resolve_model
 
 STYLES = {
     "think": "magenta",
@@ -33,7 +33,13 @@ NO_ANSWER = {
 }
 
 
-def ask(model: str | None, request: AgentRequest, as_json: bool, colour: bool) -> None:
+def ask(
+    model: str | None,
+    request: AgentRequest,
+    as_json: bool,
+    colour: bool,
+    engine: EngineName = "transformers",
+) -> None:
     """Print the episode as it unfolds, then answer and sources; or, `as_json`, its record alone.
 
     Raises UserError; ends the process with 1 when the retriever fails.
@@ -46,7 +52,7 @@ def ask(model: str | None, request: AgentRequest, as_json: bool, colour: bool) -
     screen = Screen(Console(color_system="auto" if colour else None, highlight=False))
     try:
         with notes.status(f"loading {source} and the index") if notes.is_terminal else nullcontext():
-            agent = open_agent(params, source, model)
+            agent = open_agent(params, source, model, engine)
         record = agent.ask(request, (lambda event: None) if as_json else screen.show, lambda: False)
     except InfrastructureError as error:
         _fail(error)

@@ -14,6 +14,8 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 
 from dgpo_core.errors import UserError
+from tasks.commands.collection_commands import collections
+from tasks.commands.options import AllowHost, MlflowPort, Model, PrefectPort, PrefectServer
 from tasks.commands.repeatable import Repeatable
 from tasks.commands.version import print_version
 from tasks.project.process import run_program
@@ -87,15 +89,6 @@ def run_as(command: str, function: Callable[..., None]) -> NoReturn:
         parser.main(sys.argv[1:], prog_name=f"dgpo {command}")
 
     run_program(run)
-
-
-PrefectServer = Annotated[
-    int | None,
-    typer.Option(
-        help="of Prefect's server on 127.0.0.1; without it PREFECT_API_URL, `dgpo up`'s server, or 4200",
-        envvar="PREFECT_PORT",
-    ),
-]
 
 
 @app.command(rich_help_panel=EXPERIMENTS)
@@ -206,21 +199,6 @@ def sizes(
     print(f"{', '.join(write_sizes(folder, out))}; report: {out / 'sizes.html'}")
 
 
-Model = Annotated[
-    str | None,
-    typer.Option(
-        help="a recipe, student, teacher, a folder, or models:/name@alias; without it the registered "
-        "champion, else the newest trained recipe"
-    ),
-]
-
-
-AllowHost = Annotated[
-    list[str] | None,
-    typer.Option(help="another name by which clients call this machine, such as host.docker.internal"),
-]
-
-
 @app.command(rich_help_panel=AGENT)
 def ask(
     question: Annotated[str | None, typer.Argument(help="without it, some that can be asked")] = None,
@@ -232,6 +210,10 @@ def ask(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print the episode as one JSON object")] = False,
     colour: Annotated[bool, typer.Option("--colour/--no-colour", help="on a terminal")] = True,
+    engine: Annotated[
+        Literal["transformers", "llama-cpp"],
+        typer.Option(help="llama-cpp: of a folder that `dgpo export --to gguf` has written"),
+    ] = "transformers",
 ) -> None:
     """Ask the agent a question, and watch it search."""
     from dgpo_core.serving.events import AgentRequest
@@ -241,7 +223,27 @@ def ask(
     if question is None:
         print_examples()
         return
-    print_episode(model, AgentRequest(question, temperature, seed, max_searches), as_json, colour)
+    print_episode(model, AgentRequest(question, temperature, seed, max_searches), as_json, colour, engine)
+
+
+@app.command(rich_help_panel=AGENT)
+def export(
+    model: Annotated[
+        str, typer.Argument(help="a recipe, student, teacher, a folder, or models:/search-agent@champion")
+    ],
+    to: Annotated[
+        Literal["gguf", "hf", "adapter"],
+        typer.Option(help="for llama.cpp and Ollama; for transformers and vLLM; LoRA matrices for PEFT"),
+    ],
+    out: Annotated[Path, typer.Option(help="the folder to write")],
+    precision: Annotated[
+        Literal["f32", "f16", "q8_0"], typer.Option(help="of the weights in a GGUF file")
+    ] = "f16",
+) -> None:
+    """Write a model as a folder for other programs, with a model card."""
+    from tasks.commands.export import export as write
+
+    write(model, to, out, precision)
 
 
 @app.command(rich_help_panel=AGENT)
@@ -365,50 +367,7 @@ def questions(
     write_questions(endpoint, corpus, out, order, settings, yes)
 
 
-collections = typer.Typer(no_args_is_help=True, help="The index's collections on a Qdrant server.")
 app.add_typer(collections, name="collections", rich_help_panel=AGENT)
-
-
-@collections.command("list")
-def list_collections() -> None:
-    """Print the pipeline's collections, and which of them readers use."""
-    from tasks.commands.collections import show
-
-    show()
-
-
-@collections.command()
-def build() -> None:
-    """Make the collection of data/index with the settings of params.yaml, and let readers use it."""
-    from tasks.commands.collections import build as make
-
-    make()
-
-
-@collections.command()
-def remove(name: str) -> None:
-    """Remove a collection that no reader uses."""
-    from tasks.commands.collections import remove as delete
-
-    delete(name)
-
-
-@collections.command()
-def snapshot() -> None:
-    """Make a snapshot of the collection that readers of data/index use."""
-    from tasks.commands.collections import snapshot as keep
-
-    keep()
-
-
-@collections.command()
-def restore(
-    source: Annotated[str, typer.Argument(help="file:///... on the server, or a URL that it can fetch")],
-) -> None:
-    """Make the collection of a snapshot instead of the vectors of data/index; checked like any other."""
-    from tasks.commands.collections import restore as bring_back
-
-    bring_back(source)
 
 
 @app.command(rich_help_panel=MODELS)
@@ -534,10 +493,6 @@ def rehearse(
     raise typer.Exit(run_all(profile, keep, as_json))
 
 
-PrefectPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="PREFECT_PORT")]
-MlflowPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="MLFLOW_PORT")]
-
-
 @app.command(rich_help_panel=SERVERS)
 def ui(prefect_port: PrefectPort = 4200, mlflow_port: MlflowPort = 5000) -> None:
     """Show Prefect's and MLflow's dashboards until Ctrl-C; a server that ran before stays."""
@@ -566,7 +521,7 @@ def down() -> None:
     _become("infra.services", "down")
 
 
-@app.command(rich_help_panel=SERVERS)
+@app.command(cls=Repeatable, rich_help_panel=SERVERS)
 def deploy(
     gpus: Annotated[int, typer.Option(help="GPUs that stages may use at once, in all", min=0)] = 1,
     pool_type: Annotated[
@@ -575,6 +530,13 @@ def deploy(
     ] = "process",
     nightly: Annotated[
         bool | None, typer.Option(help="switch the nightly run on or off; without it: as it is, at first off")
+    ] = None,
+    alert: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="notification blocks that are told of runs, such as slack-webhook/team; else as before",
+            envvar="DGPO_ALERTS",
+        ),
     ] = None,
     template: Annotated[
         bool, typer.Option("--template", help="only print the job template of a pool of that type and GPUs")

@@ -12,7 +12,7 @@ from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.datasets.records import read_corpus
 from dgpo_core.errors import UserError
-from dgpo_core.models import load_model, load_tokenizer, merged, save_model
+from dgpo_core.models import load_model, load_tokenizer, save_model
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import (
@@ -95,7 +95,7 @@ def distill(name: str) -> None:
             )
         if not run.leads:
             return
-        save_model(merged(student), tokenizer, run.output(out))
+        save_model(student, tokenizer, run.output(out))
         write_curves(run.output(curves), rows)
         time.write(run.output(times), len(rows))
         shown = ("loss", "divergence", "em", "searches")

@@ -8,7 +8,7 @@ from dgpo_core.agent.episode import read_episodes
 from dgpo_core.agent.prompts import known_ids
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Reinforcement
-from dgpo_core.models import load_model, load_tokenizer, merged, save_model
+from dgpo_core.models import load_model, load_tokenizer, save_model
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.reinforce import Answered, Reinforcer
 from dgpo_core.vocabulary import check_same_vocabulary
@@ -75,7 +75,7 @@ def reinforce(name: str) -> None:
         rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)
         if not run.leads:
             return
-        save_model(merged(student), tokenizer, run.output(out))
+        save_model(student, tokenizer, run.output(out))
         write_curves(run.output(curves), rows)
         time.write(run.output(times), len(rows))
         shown = ("em", "searches", "kl_inside", "kl_outside", "entropy")

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 from benchmarks.serving import Load, load, report
+from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.models import load_model, load_tokenizer
 from dgpo_core.serving.agent import Agent
 from tests.dgpo_core.agent.scripted import Answering
@@ -14,7 +15,8 @@ TEACHER = str(Path(__file__).resolve().parents[2] / "models" / "teacher")
 
 def test_several_clients_get_the_answers_of_one() -> None:
     tokenizer = load_tokenizer(TEACHER)
-    agent = Agent("teacher", load_model(TEACHER), tokenizer, Answering(), PROTOCOL, FLOAT32, 3)
+    engine = TransformersEngine(load_model(TEACHER), tokenizer, FLOAT32)
+    agent = Agent("teacher", engine, tokenizer, Answering(), PROTOCOL, 3)
     questions = [f"Where was {name} born?" for name in ("Ada", "Bel", "Ula")]
     with serving(agent, together=2) as client:
         alone, together = (load(client, "teacher", questions, clients) for clients in (1, 3))

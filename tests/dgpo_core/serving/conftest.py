@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedModel
 
+from dgpo_core.agent.transformers_engine import TransformersEngine
 from dgpo_core.config.agent import ProtocolConfig, RolloutConfig
 from dgpo_core.datasets.records import Question
 from dgpo_core.models import load_model, load_tokenizer
@@ -56,9 +57,9 @@ def questions(world: World, articles: list[Article]) -> list[Question]:
 
 @pytest.fixture(scope="session")
 def make_agent(teacher: PreTrainedModel) -> MakeAgent:
-    return lambda retriever: Agent(
-        "teacher", teacher, load_tokenizer(TEACHER), retriever, PROTOCOL, FLOAT32, 3
-    )
+    tokenizer = load_tokenizer(TEACHER)
+    engine = TransformersEngine(teacher, tokenizer, FLOAT32)
+    return lambda retriever: Agent("teacher", engine, tokenizer, retriever, PROTOCOL, 3)
 
 
 @pytest.fixture(scope="session")

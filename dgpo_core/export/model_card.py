@@ -1,0 +1,125 @@
+"""What stands beside exported weights: a model card, and Ollama's Modelfile."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from dgpo_core.agent import prompts
+from dgpo_core.agent.loop import STOP
+from dgpo_core.config.params import Params
+from dgpo_core.config.recipes import STUDENT, TEACHER
+from dgpo_core.reporting.formats import model_label
+
+LIBRARIES = {"gguf": "gguf", "hf": "transformers", "adapter": "peft"}
+PLACE = "{{ .Prompt }}"  # where Ollama puts what the user has typed
+EXAMPLE = ("Title", "text of the passage")
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model as its card tells of it; `params` are those of its training.
+
+    `recipe` is empty for a model that no recipe has made; `results` is a table, empty without an evaluation.
+    """
+
+    name: str
+    recipe: str
+    params: Params
+    commit: str = ""
+    results: str = ""
+
+
+def model_card(
+    model: ExportedModel, form: str, files: Mapping[str, str], tokenizer: Any, precision: str = ""
+) -> str:
+    """Return README.md of a folder with `files` (name -> what it is), exported in a `form` of LIBRARIES."""
+    params = model.params
+    protocol = params.protocol
+    ask = f'dgpo ask --model FOLDER{" --engine llama-cpp" if form == "gguf" else ""} "..."'
+    return _render(
+        "README.md",
+        library=LIBRARIES[form],
+        name=model.name,
+        what=_what(model, form),
+        files=files,
+        ask=ask,
+        prompt=prompts.prompt_text("QUESTION", protocol.instruction, tokenizer),
+        information=prompts.information([EXAMPLE], protocol.documents).strip("\n"),
+        invalid=prompts.INVALID_ACTION.strip("\n"),
+        protocol=protocol,
+        top_k=params.retrieval.top_k,
+        search=f"{params.retrieval.encoder.kind}, top {params.retrieval.top_k}",
+        data=_data(params),
+        recipe="\n".join(_recipe(model)),
+        results=model.results,
+        precision=precision,
+        licences=list(_licences(params)),
+    )
+
+
+def modelfile(params: Params, tokenizer: Any) -> str:
+    """Return the Modelfile of `model.gguf`: the prompt around a question, stop strings and limits."""
+    # a question mark is the user's to write: the template cannot see whether there is one
+    prompt = prompts.prompt_text(PLACE, params.protocol.instruction, tokenizer).replace(f"{PLACE}?", PLACE)
+    return _render("Modelfile", prompt=prompt, stops=STOP, protocol=params.protocol)
+
+
+def _render(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent / "templates"),
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        keep_trailing_newline=True,
+    )
+    return environment.get_template(template).render(values)
+
+
+def _what(model: ExportedModel, form: str) -> str:
+    kind = "The LoRA adapter of a small search agent" if form == "adapter" else "A small search agent"
+    if not model.recipe:
+        return f"{kind}."
+    return f"{kind} ({model_label(model.recipe)})."
+
+
+def _data(params: Params) -> str:
+    """Say where corpus and questions come from."""
+    sets = ", ".join(params.questions.train)
+    tests = ", ".join(params.questions.test)
+    source = {
+        "world": f"a generated encyclopedia of {params.world.passages} passages (seed {params.world.seed})",
+        "published": f"{params.data.published.corpus}, {params.data.published.questions}",
+        "files": "documents and questions of its makers' own",
+    }[params.data.source]
+    return f"Corpus and questions: {source}. Trained on {sets}; tested on {tests}."
+
+
+def _recipe(model: ExportedModel) -> Iterator[str]:
+    """Give lines: what the model was made of, the newest training first."""
+    params, name = model.params, model.recipe
+    while name in params.recipes.all:
+        row = params.recipes.all[name]
+        settings = ", ".join(f"{key} {value}" for key, value in row.model_dump(exclude_defaults=True).items())
+        yield f"- `{name}`: {settings}"
+        name = row.start
+    yield f"- student: `{params.models.student}`, teacher: `{params.models.teacher}`"
+    commit = f", commit {model.commit}" if model.commit else ""
+    yield f"- profile `{params.profile}`, seed {params.seed}{commit}; all settings are in `params.yaml`"
+
+
+def _licences(params: Params) -> Iterator[str]:
+    yield "The software and this folder's texts: Apache-2.0."
+    given = {params.models.student: STUDENT, params.models.teacher: TEACHER}
+    for source, role in given.items():
+        path = Path(source)
+        if path.parent.name == "models" and path.name in params.base_models.models:
+            yield f"The {role}, `{source}`: Apache-2.0, built by this project."
+        else:
+            yield f"The {role}, `{source}`: under its own licence, which may bind what is trained by it."
+    yield {
+        "world": "The data: Apache-2.0, generated by this project.",
+        "published": "The data: see the licences of the data sets.",
+        "files": "The data: its makers'.",
+    }[params.data.source]

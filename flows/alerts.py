@@ -1,0 +1,133 @@
+"""Alerts: what people are told of our runs, by notification blocks of the Prefect server.
+
+An automation for each kind sends it (`dgpo deploy --alert`). A run tells of a collapse and of a promotion by
+events of its own; the other kinds are states that Prefect knows.
+"""
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from uuid import UUID
+
+from prefect.automations import Automation
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.events import EventTrigger, Posture, emit_event
+from prefect.events.actions import SendNotification
+from prefect.exceptions import ObjectNotFound
+from prefect.runtime import flow_run
+
+from dgpo_core.errors import UserError
+from flows.work_pools import TAG
+
+COLLAPSE, PROMOTION = "dgpo.collapse", "dgpo.promotion"
+ONCE = timedelta(seconds=20)  # a worker tells of a crash twice
+PREFIX = "dgpo: tell people: "
+RUN_PAGE = "{{ flow_run|ui_url or '' }}"  # empty where the server does not know its address (PREFECT_UI_URL)
+
+
+@dataclass(frozen=True)
+class Alert:
+    """A kind of alert: the event of a flow run, and what is said of it (Jinja, as Prefect fills it in)."""
+
+    name: str
+    event: str
+    said: str
+
+
+STATE = "{{ flow_run.state.message or 'no message' }}"
+PAYLOAD = "{{ event.payload.message }}"
+ALERTS = (
+    Alert("failed", "prefect.flow-run.Failed", STATE),
+    Alert("crashed", "prefect.flow-run.Crashed", f"{STATE}; it starts again by itself"),
+    Alert("collapsed", COLLAPSE, PAYLOAD),
+    Alert("waiting for approval", "prefect.flow-run.Paused", "Its model meets every condition"),
+    Alert("promoted", PROMOTION, PAYLOAD),
+)
+
+
+def notification_blocks(client: SyncPrefectClient, names: Sequence[str]) -> list[UUID]:
+    """Return the ids of blocks, `<type>/<name>` each. Raises UserError for one that the server lacks."""
+    found = []
+    for name in names:
+        kind, _, own = name.partition("/")
+        try:
+            found.append(client.read_block_document_by_name(own, kind).id)
+        except ObjectNotFound:
+            raise UserError(
+                f"--alert {name}: this server has no such block; make one on its page Blocks, and name it by "
+                "type and name, such as slack-webhook/team"
+            ) from None
+    return found
+
+
+def alerts(
+    client: SyncPrefectClient, blocks: Sequence[UUID], deployments: Iterable[UUID]
+) -> list[Automation]:
+    """Return the automations that tell the blocks of runs of these deployments.
+
+    Without blocks those that an alert has stay its own, and an alert that there is not is not made.
+    """
+    related = sorted(f"prefect.deployment.{id_}" for id_ in deployments)
+    found = []
+    for alert in ALERTS:
+        name = PREFIX + alert.name
+        if told := blocks or _told(client, name):
+            found.append(_automation(name, alert, told, related))
+    return found
+
+
+def _automation(name: str, alert: Alert, blocks: Sequence[UUID], deployments: list[str]) -> Automation:
+    related: dict[str, str | list[str]] = {
+        "prefect.resource.id": deployments,
+        "prefect.resource.role": "deployment",
+    }
+    trigger = EventTrigger(
+        expect={alert.event},
+        match={"prefect.resource.id": "prefect.flow-run.*"},
+        match_related=related,
+        for_each={"prefect.resource.id"},
+        posture=Posture.Reactive,
+        threshold=1,
+        within=ONCE,
+    )
+    subject = f"{{{{ flow.name }}}} {{{{ flow_run.name }}}}: {alert.name}"
+    body = f"{alert.said}\n{RUN_PAGE}"
+    return Automation(
+        name=name,
+        description="`dgpo deploy --alert` says whom",
+        tags=[TAG],
+        trigger=trigger,
+        actions=[SendNotification(block_document_id=id_, subject=subject, body=body) for id_ in blocks],
+    )
+
+
+def _told(client: SyncPrefectClient, name: str) -> list[UUID]:
+    """Return the blocks that the server's alert of this name tells."""
+    found = client.read_automations_by_name(name)
+    actions = found[0].actions if found else []
+    return [action.block_document_id for action in actions if isinstance(action, SendNotification)]
+
+
+def tell(event: str, message: str) -> None:
+    """Emit an event about this flow run; alerts send it on."""
+    emit_event(
+        event, {"prefect.resource.id": f"prefect.flow-run.{flow_run.id}"}, payload={"message": message}
+    )
+
+
+def tell_of_collapse(stage: str, curves: Path) -> None:
+    """Tell when the training curves that a stage has just written are those of a collapse.
+
+    The criteria are the report's (dgpo_core/reporting/reproduction/claims.py).
+    """
+    from dgpo_core.reporting.curves import read_curves
+    from dgpo_core.reporting.reproduction.claims import assess
+
+    with contextlib.suppress(UserError):  # a stage without curves, or other ones
+        for curve in read_curves(curves):
+            found = assess(curve) if f"{curve.stage}@{curve.recipe}" == stage else None
+            if found and found.state == "collapsed":
+                told = f"EM fell from {found.best:.3f} to {found.last:.3f}, lost at step {found.step}"
+                tell(COLLAPSE, f"{stage}: {told} of {found.steps}; {found.drift}")
