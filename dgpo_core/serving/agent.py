@@ -140,8 +140,9 @@ class Agent:
         )
 
     def _unknown(self, question: str, searches: list[SearchResult]) -> list[str]:
+        """Return the question's unknown words; none of an episode that did not search."""
         found = [f"{passage.title} {passage.text}" for search in searches for passage in search.passages]
-        return unknown_words(question, found, self._retriever, self._top_k)
+        return unknown_words(question, found, self._retriever, self._top_k) if searches else []
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,7 @@ class RequestQueue:
         self._loading: asyncio.Future[Agent] | None = None
         self._limit, self._together = limit, together
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="agent")
+        self._records = ThreadPoolExecutor(max_workers=together, thread_name_prefix="record")
         self._requests: list[QueuedRequest] = []
         self._closed = False
         self._lock = threading.Lock()
@@ -93,6 +94,7 @@ class RequestQueue:
         """Close, wait for the thread, and let the agent go."""
         self.close()
         self._thread.shutdown(wait=True)
+        self._records.shutdown(wait=True)
         self.agent = None
 
     def _remove(self, queued: "QueuedRequest") -> None:
@@ -110,7 +112,8 @@ class RequestQueue:
                     while self._begin(agent, running, under_way):
                         for task, result in running.advance():
                             queued, asked = under_way.pop(id(task))
-                            queued.finish(_outcome(agent, asked, result))
+                            # apart from the episodes: its record may have to search for unknown words
+                            self._records.submit(_end, queued, agent, asked, result)
                     return
             except Exception as error:  # of all that were under way: a bug, or a model that gives no numbers
                 for queued, _ in under_way.values():
@@ -139,6 +142,14 @@ class RequestQueue:
             under_way[id(asked.task)] = queued, asked
             running.add([asked.task], asked.sampling)
         return True
+
+
+def _end(queued: "QueuedRequest", agent: "Agent", asked: "Asked", result: "Episode | Exception") -> None:
+    """Hand over what ends a request's events."""
+    try:
+        queued.finish(_outcome(agent, asked, result))
+    except Exception as error:
+        queued.finish(error)
 
 
 def _outcome(agent: "Agent", asked: "Asked", result: "Episode | Exception") -> Event | Exception:

@@ -60,7 +60,8 @@ def ask(
         print(record.model_dump_json(indent=2))
     else:
         screen.close(record)
-        if record.unknown_words and (proposed := _proposed(params)):
+        doubtful = record.failure is None and (record.answer is None or record.unknown_words)
+        if doubtful and (proposed := _proposed(params)):
             print("It answers questions such as", *proposed, sep="\n")
     if record.failure is not None:
         _fail(record.failure)

@@ -1,15 +1,26 @@
 """In order, as many together as may be; who leaves or is too late costs nobody anything."""
 
 import asyncio
+import threading
 from collections.abc import Iterator
 
 import pytest
 
+from dgpo_core.agent.episode import Episode
 from dgpo_core.datasets.records import Question
 from dgpo_core.errors import UserError
 from dgpo_core.retrieval.index import Index
-from dgpo_core.serving.events import AgentRequest, EpisodeCancelled, EpisodeEnd, Event, QueuePosition
+from dgpo_core.serving.agent import Agent, Asked
+from dgpo_core.serving.events import (
+    AgentRequest,
+    EpisodeCancelled,
+    EpisodeEnd,
+    EpisodeRecord,
+    Event,
+    QueuePosition,
+)
 from dgpo_core.serving.queue import NotReady, QueuedRequest, QueueFull, RequestQueue
+from tests.dgpo_core.agent.scripted import Answering
 from tests.dgpo_core.serving.conftest import Gate, MakeAgent
 
 pytestmark = pytest.mark.anyio
@@ -162,4 +173,28 @@ async def test_a_slow_search_holds_nobody_else_up(make_agent: MakeAgent, questio
         assert isinstance((await told(slow))[-1], EpisodeEnd)
     finally:
         gate.opened.set()
+        together.shutdown()
+
+
+async def test_a_slow_record_holds_nobody_else_up(
+    make_agent: MakeAgent, questions: list[Question], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A record may have to search for words that no passage had."""
+    agent, released = make_agent(Answering()), threading.Event()
+    slow, quick = (AgentRequest(question.question) for question in questions[:2])
+
+    def record(asked: Asked, episode: Episode) -> EpisodeRecord:
+        assert asked.request != slow or released.wait(30)
+        return Agent.record(agent, asked, episode)
+
+    monkeypatch.setattr(agent, "record", record)
+    together = RequestQueue(limit=0, together=2)
+    await together.open(lambda: agent)
+    try:
+        waits, goes = together.submit(slow), together.submit(quick)
+        assert isinstance((await told(goes))[-1], EpisodeEnd)
+        released.set()
+        assert isinstance((await told(waits))[-1], EpisodeEnd)
+    finally:
+        released.set()
         together.shutdown()
