@@ -324,9 +324,12 @@ def resolve_profile(
     overrides = _extended(path)
     wanted = overrides.pop("recipes", [])
     if isinstance(wanted, dict):
-        rows = validated({"profile": path.stem, "recipes": wanted}, path).recipes
-        own, wanted = own.with_others(rows), list(rows.all)
-    overrides["recipes"] = paper_recipes(recipes or wanted, own).model_dump()
+        of_profile = validated({"profile": path.stem, "recipes": wanted}, path).recipes
+        own, wanted = own.with_others(of_profile), list(of_profile.all)
+    rows = paper_recipes(recipes or wanted, own)
+    overrides["recipes"] = rows.model_dump()
+    if recipes and set(overrides.get("compare", ())) - {STUDENT, TEACHER, *rows.all}:
+        del overrides["compare"]  # of the profile's own rows, which these take the place of
     params = validated({"profile": path.stem, "compare": [STUDENT], **overrides}, path)
     resolved = params.model_dump(mode="json")
     if "compare" not in overrides:

