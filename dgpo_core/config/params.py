@@ -339,13 +339,19 @@ def resolve_profile(
 
 
 def _extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Lay a profile over those that it extends. Raises UserError for profiles that extend each other."""
+    """Lay a profile over those that it extends; its test sets take the place of theirs as a whole.
+
+    Raises UserError for profiles that extend each other.
+    """
     if path in seen:
         raise UserError(f"{path}: extends itself: {' -> '.join(p.stem for p in (*seen, path))}")
     own = read_yaml(path)
     if not (below := own.pop("extends", None)):
         return own
-    return overlay(_extended(path.with_name(f"{below}.yaml"), (*seen, path)), own)
+    lower = _extended(path.with_name(f"{below}.yaml"), (*seen, path))
+    if (own.get("questions") or {}).get("test"):
+        lower.get("questions", {}).pop("test", None)
+    return overlay(lower, own)
 
 
 def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -336,6 +336,10 @@ def test_profile_lies_over_the_one_that_it_extends(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b\n")
     with pytest.raises(UserError, match=r"extends itself: b -> a -> b"):
         resolve_profile(tmp_path / "b.yaml")
+    (tmp_path / "d.yaml").write_text("data: {source: world}\nquestions: {test: {x: nq, y: popqa}}\n")
+    (tmp_path / "e.yaml").write_text("extends: d\nquestions: {test: {mine: null}}\n")
+    assert resolve_profile(tmp_path / "d.yaml")["questions"]["test"] == {"x": "nq", "y": "popqa"}
+    assert resolve_profile(tmp_path / "e.yaml")["questions"]["test"] == {"mine": None}
     (tmp_path / "c.yaml").write_text("extends: none\n")
     with pytest.raises(UserError, match=r"none\.yaml: no such file"):
         resolve_profile(tmp_path / "c.yaml")
