@@ -22,7 +22,7 @@ from dgpo_core.errors import UserError
 from flows.work_pools import TAG
 
 COLLAPSE, PROMOTION = "dgpo.collapse", "dgpo.promotion"
-ONCE = timedelta(seconds=20)  # a worker tells of a crash twice
+ONCE = timedelta(minutes=2)  # a worker tells of a crash twice
 PREFIX = "dgpo: tell people: "
 RUN_PAGE = "{{ flow_run|ui_url or '' }}"  # empty where the server does not know its address (PREFECT_UI_URL)
 
@@ -69,7 +69,7 @@ def alerts(
 
     Without blocks those that an alert has stay its own, and an alert that there is not is not made.
     """
-    related = sorted(f"prefect.deployment.{id_}" for id_ in deployments)
+    related = runs_of(deployments)
     found = []
     for alert in ALERTS:
         name = PREFIX + alert.name
@@ -78,11 +78,15 @@ def alerts(
     return found
 
 
-def _automation(name: str, alert: Alert, blocks: Sequence[UUID], deployments: list[str]) -> Automation:
-    related: dict[str, str | list[str]] = {
-        "prefect.resource.id": deployments,
-        "prefect.resource.role": "deployment",
-    }
+def runs_of(deployments: Iterable[UUID]) -> dict[str, str | list[str]]:
+    """Return what an event's related resources must be for it to be of a run of these deployments."""
+    ids = sorted(f"prefect.deployment.{id_}" for id_ in deployments)
+    return {"prefect.resource.id": ids, "prefect.resource.role": "deployment"}
+
+
+def _automation(
+    name: str, alert: Alert, blocks: Sequence[UUID], related: dict[str, str | list[str]]
+) -> Automation:
     trigger = EventTrigger(
         expect={alert.event},
         match={"prefect.resource.id": "prefect.flow-run.*"},

@@ -30,7 +30,7 @@ from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from dgpo_core.config.params import read_yaml
 from dgpo_core.errors import UserError
-from flows.alerts import alerts, notification_blocks
+from flows.alerts import alerts, notification_blocks, runs_of
 from flows.execution import GPU_LIMIT
 from flows.server import API_URL, answers_of, running_server
 from flows.work_pools import TAG, Kind, job_template
@@ -91,15 +91,11 @@ def _trigger(
     after: str, unless: Iterable[str], deployments: Iterable[UUID], within: timedelta
 ) -> EventTrigger:
     """Fire where a run of these deployments had the event `after`, and none of `unless` followed in time."""
-    related: dict[str, str | list[str]] = {
-        "prefect.resource.id": sorted(f"prefect.deployment.{id_}" for id_ in deployments),
-        "prefect.resource.role": "deployment",
-    }
     return EventTrigger(
         after={f"prefect.flow-run.{after}"},
         expect={f"prefect.flow-run.{event}" for event in unless},
         match={"prefect.resource.id": "prefect.flow-run.*"},
-        match_related=related,
+        match_related=runs_of(deployments),
         for_each={"prefect.resource.id"},
         posture=Posture.Proactive,
         threshold=1,

@@ -15,9 +15,15 @@ import typer
 
 from dgpo_core.errors import UserError
 from tasks.commands.collection_commands import collections
-from tasks.commands.options import AllowHost, MlflowPort, Model, PrefectPort, PrefectServer
-from tasks.commands.repeatable import Repeatable
-from tasks.commands.version import print_version
+from tasks.commands.options import (
+    AllowHost,
+    MlflowPort,
+    Model,
+    PrefectPort,
+    PrefectServer,
+    Repeatable,
+    print_version,
+)
 from tasks.project.process import run_program
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)

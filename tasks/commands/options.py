@@ -1,8 +1,9 @@
-"""Options that several commands have, each with one meaning."""
+"""Options that several commands have, each with one meaning, and how options are read."""
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperOption
 
 PrefectServer = Annotated[
     int | None,
@@ -28,3 +29,29 @@ AllowHost = Annotated[
 PrefectPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="PREFECT_PORT")]
 
 MlflowPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="MLFLOW_PORT")]
+
+
+class Repeatable(TyperCommand):
+    """A command whose repeatable options take several values at once: `--seed 0 1 2`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        options = (option for option in self.params if isinstance(option, TyperOption))
+        repeatable = {name for option in options if option.multiple for name in option.opts}
+        expanded: list[str] = []
+        name = ""
+        for arg in args:
+            if arg.startswith("-"):
+                name = arg if arg in repeatable else ""
+            elif name and expanded[-1] != name:
+                expanded.append(name)
+            expanded.append(arg)
+        return super().parse_args(ctx, expanded)
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and end, if it is `wanted`."""
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"dgpo {version('dgpo')}")
+        raise typer.Exit
