@@ -1,8 +1,10 @@
 """`dgpo retriever` as a process: loading, concurrent searches, its end; and what keeps it from starting."""
 
+import json
 import signal
 import socket
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPConnection
 from pathlib import Path
 
 import httpx
@@ -40,12 +42,13 @@ def test_it_loads_answers_many_at_once_and_finishes_what_it_has_begun(
 
         with ThreadPoolExecutor(16) as pool:
             assert set(pool.map(ask, asked)) == {(200, digest)}
-            last = pool.submit(httpx.post, f"{url}/retrieve", json={"queries": asked * 200}, timeout=60)
-            while not last.running():
-                pass
-            httpx.get(f"{url}/health", timeout=60)  # it has been received
-            process.send_signal(signal.SIGTERM)
-            assert len(last.result().json()["result"]) == 40 * 200
+        last = HTTPConnection("127.0.0.1", port, timeout=60)
+        body = json.dumps({"queries": asked * 200})
+        last.request("POST", "/retrieve", body, {"content-type": "application/json"})  # returns when all is sent
+        httpx.get(f"{url}/health", timeout=60)  # so it has been received
+        process.send_signal(signal.SIGTERM)
+        assert len(json.loads(last.getresponse().read())["result"]) == 40 * 200
+        last.close()
         out, err = process.communicate(timeout=60)
     assert process.returncode == 128 + signal.SIGTERM
     assert out.splitlines()[-1] == f"the retriever answers at {url} (Ctrl-C ends it)"
