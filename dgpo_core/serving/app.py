@@ -17,14 +17,16 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.serving.access import IGNORED
+from dgpo_core.serving.access import IGNORED, openai_refusal
 from dgpo_core.serving.events import EpisodeCancelled, EpisodeEnd, Event
+from dgpo_core.serving.limits import BodyFilter
 from dgpo_core.serving.metrics import Metrics
 from dgpo_core.serving.openai_format import ChatRequest, Completion, error
 from dgpo_core.serving.queue import NotReady, QueueFull, RequestQueue
 
 PAGE = Path(__file__).parent / "templates" / "ask.html"
 LONGEST_HEADER = 1000
+MAX_BODY = 2**20  # bytes of a request: a conversation, of which the model reads the end
 RETRY = {"Retry-After": "5"}
 log = logging.getLogger("uvicorn.error")
 
@@ -95,6 +97,7 @@ def make_app(queue: RequestQueue, examples: Sequence[str] = (), history: bool = 
             return error_response(caught)
 
     _add_error_handlers(app)
+    app.add_middleware(BodyFilter, largest=MAX_BODY, refusal=openai_refusal)
     return app
 
 

@@ -26,6 +26,17 @@ AllowHost = Annotated[
     typer.Option(help="another name by which clients call this machine, such as host.docker.internal"),
 ]
 
+Host = Annotated[str, typer.Option(help="0.0.0.0: every machine that reaches this one may ask")]
+
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option(help="where a web page comes from whose scripts may ask, such as http://localhost:3000"),
+]
+
+Rate = Annotated[
+    int | None, typer.Option(min=1, help="requests a minute of one address; without it as many as come")
+]
+
 PrefectPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="PREFECT_PORT")]
 
 MlflowPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="MLFLOW_PORT")]
