@@ -84,7 +84,8 @@ def distill(name: str) -> None:
             known_ids(tokenizer),
         )
         time = ProcessorTime(run)
-        rows = distiller.train(Checkpoint(run.state), dev, reporter(run, ("loss", "em"), time))
+        checkpoint = Checkpoint(run.state, params.compute.keep_last, run.note)
+        rows = distiller.train(checkpoint, dev, reporter(run, ("loss", "em"), time))
         summary = validation(run, rows, params.distill.patience, source.steps)
         em = summary["dev_em"]
         begins_rl = any(row.start == name for row in params.recipes.reinforce.values())
