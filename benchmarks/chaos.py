@@ -22,15 +22,19 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from dgpo_core.files import remove, write_json
+from flows.server import API_URL, server_command
 from tasks.project.files import content_hash
+from tasks.project.process import exit_on_signals
 from tests.tasks.miniature import ROOT, change_params, make_project
+
+Variables = dict[str, str]  # of the environment
 
 GRACE = 10.0  # seconds in which a stage must end on SIGTERM
 HUNG = 900.0  # seconds
@@ -47,11 +51,26 @@ from tasks.stages.inputs import retriever, validation_questions
 
 def load():
     params = load_params()
-    params.retrieval.location = "embedded:collection"
+    retrieval = params.retrieval.model_copy(update={"location": "embedded:collection"})
+    params = params.model_copy(update={"retrieval": retrieval})
     found = retriever(params).search(validation_questions(params), params.retrieval.top_k)
     write_json(Path("hits.json"), [[repr(hit) for hit in hits] for hits in found])
 
 run_program(load)
+"""
+# two stages under DVC and Prefect
+GRAPH = """
+stages:
+  filter:
+    cmd: exec python -m tasks.stages.filter
+    deps: [data/teacher]
+    outs: [data/correct]
+    metrics: [metrics/filter.json]
+  distributions:
+    cmd: exec python -m tasks.stages.distributions
+    deps: [data/teacher, data/correct]
+    outs: [data/distributions]
+    metrics: [metrics/distributions.json]
 """
 SMALLER: dict[str, dict[str, Any]] = {
     "retrieval": {"shard_size": 60},
@@ -105,6 +124,7 @@ WORKS = {
     "reinforce": _stage("reinforce@dgpo", "models/dgpo", "plots/reinforce-dgpo.csv"),
     "evaluate": _stage("evaluate@dgpo", "evaluation/dgpo"),
     "report": _stage("report", "reports"),
+    "flow": Work(("-m", "flows.pipeline"), ("data/correct", "data/distributions")),
     "export": Work(("-m", "tasks.commands.cli", "export", "dgpo", "--to", "hf", "--out", "out"), ("out",)),
 }
 
@@ -175,14 +195,15 @@ class Chaos:
         if not kept.is_file():
             remove(folder)
             folder.mkdir(parents=True)
-            make_project(folder, **SMALLER)
+            make_project(folder, None, **SMALLER)
             change_params(folder, compare=["dgpo"])
-            for name, work in WORKS.items():
-                self.references[name] = self._undisturbed(work, folder)
-                print(f"undisturbed: {name}: {self.references[name].processor_seconds:.1f} s", flush=True)
-            write_json(kept, {name: asdict(reference) for name, reference in self.references.items()})
-        loaded = json.loads(kept.read_text())
-        self.references = {name: Reference(**entry) for name, entry in loaded.items()}
+            write_json(kept, {})
+        known = {name: Reference(**entry) for name, entry in json.loads(kept.read_text()).items()}
+        for name in [name for name in WORKS if name not in known]:
+            known[name] = self._undisturbed(name, folder)
+            write_json(kept, {each: asdict(reference) for each, reference in known.items()})
+            print(f"undisturbed: {name}: {known[name].processor_seconds:.1f} s", flush=True)
+        self.references = known
 
     def cases(self) -> list[Case]:
         """Return the cases that were run."""
@@ -225,14 +246,18 @@ class Chaos:
                 shutil.copytree(folder, self.out / f"case-{number}", symlinks=True, dirs_exist_ok=True)
         return case
 
-    def _undisturbed(self, work: Work, folder: Path) -> Reference:
-        process, seconds, peak = self._start(work, folder), 0.0, 0
-        while process.popen.poll() is None:
-            now = process.measures()
-            seconds, peak = max(seconds, now[0]), max(peak, now[1])
-            time.sleep(0.02)
+    def _undisturbed(self, name: str, folder: Path) -> Reference:
+        work, seconds, peak = WORKS[name], 0.0, 0
+        if name == "flow":
+            make_repository(folder)
+        with self._server(name) as (_, variables):
+            process = self._start(work, folder, **variables)
+            while process.popen.poll() is None:
+                now = process.measures()
+                seconds, peak = max(seconds, now[0]), max(peak, now[1])
+                time.sleep(0.02)
         if process.popen.returncode:
-            raise SystemExit(f"error: undisturbed it ended with {process.popen.returncode}: {work.arguments}")
+            raise SystemExit(f"error: undisturbed {name} ended with {process.popen.returncode}")
         files = [file for name in work.outputs for file in _files(folder / name)]
         sizes = [file.stat().st_size for file in files]
         hashes = {name: content_hash(folder / name) for name in work.outputs if (folder / name).exists()}
@@ -244,6 +269,39 @@ class Chaos:
         shutil.copytree(self.out / "reference", folder, symlinks=True, dirs_exist_ok=True)
         for name in (".state", "runs", "collection", *WORKS[work].outputs):
             remove(folder / name)
+        if work == "flow":
+            make_repository(folder)
+
+    @contextmanager
+    def _server(
+        self, work: str, fault: str = ""
+    ) -> "Iterator[tuple[subprocess.Popen[bytes] | None, Variables]]":
+        """Give the server that a program has beside it, if it has one, and the environment that names it."""
+        if work == "flow":
+            port = free_port()
+            command, variables = server_command(port)
+            variables |= {"PREFECT_HOME": str(self.out / "prefect"), API_URL: f"http://127.0.0.1:{port}/api"}
+            health = f"{variables[API_URL]}/health"
+        elif fault == "MLflow's server":
+            port, place = free_port(), self.out
+            command = [sys.executable, "-m", "mlflow", "server", "--port", str(port), "--workers", "1"]
+            command += ["--backend-store-uri", self._environment["MLFLOW_TRACKING_URI"]]
+            command += ["--artifacts-destination", str(place / "mlruns")]
+            variables = {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+            health = f"{variables['MLFLOW_TRACKING_URI']}/health"
+        else:
+            yield None, {}
+            return
+        with (self.out / "servers.log").open("ab") as log:
+            environment = self._environment | variables
+            server = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            wait_for(health, server)
+            yield server, variables
+        finally:
+            end(server)
 
     def _disturb(self, case: Case, folder: Path, rng: random.Random) -> bool:
         """Run the program once under the case's fault; return whether it ended by itself, with 0."""
@@ -251,14 +309,11 @@ class Chaos:
         instant = rng.uniform(0.0, 1.05) * reference.processor_seconds
         match case.fault:
             case "SIGTERM" | "SIGKILL":
-                process = self._start(work, folder)
-                if process.wait_until(instant):
-                    number = signal.Signals[case.fault]
-                    process.popen.send_signal(number)
-                    began = time.monotonic()
+                with self._server(case.work) as (_, variables):
+                    process = self._start(work, folder, **variables)
+                    if process.wait_until(instant):
+                        self._signal(process, case)
                     process.popen.wait(HUNG)
-                    if number is signal.SIGTERM:
-                        case.slowest_end = max(case.slowest_end, time.monotonic() - began)
             case "file size":
                 limit = int(reference.largest ** rng.uniform(0.5, 1.0))
                 process = self._start(work, folder, limit=(resource.RLIMIT_FSIZE, limit))
@@ -274,21 +329,30 @@ class Chaos:
                 ballast.unlink()
             case "clock":
                 process = self._set_back(case, folder, instant, rng)
-            case "MLflow's server":
-                with mlflow_server(self.out / "server") as (server, uri):
-                    process = self._start(work, folder, MLFLOW_TRACKING_URI=uri)
-                    if process.wait_until(instant):
-                        server.kill()
+            case "MLflow's server" | "Prefect's server":
+                with self._server(case.work, case.fault) as (server, variables):
+                    process = self._start(work, folder, **variables)
+                    if server and process.wait_until(instant):
+                        end(server)
                         case.kills += 1
-                    process.popen.wait(HUNG)
-                if process.popen.returncode:
-                    case.wrong = f"it ended with {process.popen.returncode} without MLflow's server"
+                    code = process.popen.wait(HUNG)
+                if code and case.work != "flow":
+                    case.wrong = f"it ended with {code} without {case.fault}"
             case _:
                 raise ValueError(case.fault)
         code = process.popen.wait(HUNG)
         case.codes.append(code)
-        case.kills += int(code != 0)
+        case.kills += int(code != 0 and not case.fault.endswith("server"))
         return code == 0
+
+    @staticmethod
+    def _signal(process: Process, case: Case) -> None:
+        """Send the case's signal, and measure how long the program takes to end."""
+        process.popen.send_signal(signal.Signals[case.fault])
+        began = time.monotonic()
+        process.popen.wait(HUNG)
+        if case.fault == "SIGTERM":
+            case.slowest_end = max(case.slowest_end, time.monotonic() - began)
 
     def _set_back(self, case: Case, folder: Path, instant: float, rng: random.Random) -> Process:
         """Set the clock of a program back by hours; in every other case kill it some time later."""
@@ -312,8 +376,9 @@ class Chaos:
     def _finish(self, case: Case, folder: Path) -> None:
         """Let the program finish, and say what is wrong with what it has written."""
         if not case.codes or case.codes[-1] != 0:
-            process = self._start(WORKS[case.work], folder)
-            if code := process.popen.wait(HUNG):
+            with self._server(case.work) as (_, variables):
+                code = self._start(WORKS[case.work], folder, **variables).popen.wait(HUNG)
+            if code:
                 case.wrong = case.wrong or f"started again it ended with {code}"
         case.wrong = case.wrong or self._compare(case.work, folder, complete=True)
         if left := sorted(str(path.relative_to(folder)) for path in folder.rglob("*.part")):
@@ -349,12 +414,23 @@ class Chaos:
             )
 
 
-FAULTS = ["SIGTERM", "SIGKILL", "file size", "full disk", "memory", "clock", "MLflow's server"]
+FAULTS = [
+    "SIGTERM",
+    "SIGKILL",
+    "file size",
+    "full disk",
+    "memory",
+    "clock",
+    "MLflow's server",
+    "Prefect's server",
+]
 TRACKED = ("teach", "distill", "reinforce", "evaluate")
 
 
 def possible(work: str, fault: str) -> bool:
     """Return whether a fault can be made here, and says something about the program."""
+    if work == "flow" or fault == "Prefect's server":
+        return work == "flow" and fault in ("SIGTERM", "SIGKILL", "Prefect's server")
     match fault:
         case "clock":
             return FAKETIME.is_file()
@@ -369,6 +445,10 @@ def environment(out: Path) -> dict[str, str]:
     """Return the environment of the programs: these sources, one thread, a store of the harness's own."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "MLFLOW_"))}
     return kept | {
+        "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "DVC_NO_ANALYTICS": "1",
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "MLFLOW_TRACKING_URI": f"sqlite:///{out / 'mlflow.db'}",
@@ -412,24 +492,26 @@ def fill(ballast: Path, free: int) -> None:
         os.posix_fallocate(file.fileno(), 0, max(1, room - free))
 
 
-@contextmanager
-def mlflow_server(folder: Path) -> "Iterator[tuple[subprocess.Popen[bytes], str]]":
-    """Give a server of MLflow of its own, and its address."""
-    folder.mkdir(exist_ok=True)
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        port = probe.getsockname()[1]
-    command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{folder / 'mlflow.db'}"]
-    command += ["--artifacts-destination", str(folder / "artifacts")]
-    with (folder / "server.log").open("ab") as log:
-        server = subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
-    uri = f"http://127.0.0.1:{port}"
-    try:
-        wait_for(f"{uri}/health", server)
-        yield server, uri
-    finally:
+def make_repository(folder: Path) -> None:
+    """Make a git and DVC repository of two stages, neither of which has run."""
+    for name in (".git", ".dvc", "dvc.lock"):
+        remove(folder / name)
+    (folder / "dvc.yaml").write_text(GRAPH)
+    for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
+        subprocess.run(command, cwd=folder, check=True)
+
+
+def free_port() -> int:
+    """Return a port of 127.0.0.1 on which nothing listens."""
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        return int(listening.getsockname()[1])
+
+
+def end(server: "subprocess.Popen[bytes]") -> None:
+    """Kill a server and what it has started."""
+    with suppress(ProcessLookupError):
         os.killpg(server.pid, signal.SIGKILL)
-        server.wait()
+    server.wait()
 
 
 def wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
@@ -495,6 +577,7 @@ def main() -> None:
     if not may_mount() and unshares():
         os.environ[MOUNTS] = "1"
         os.execvp("unshare", ["unshare", "--mount", sys.executable, "-m", "benchmarks.chaos", *sys.argv[1:]])
+    exit_on_signals()
     os.nice(5)
     chaos = Chaos(given.out, given.seed, given.stage, given.fault)
     chaos.start()

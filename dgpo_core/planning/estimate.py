@@ -335,8 +335,8 @@ class Planner:
         critic: bool = False,
         overlap: bool = False,
     ) -> Estimate:
-        """On disk: the model in float32, and its checkpoints (what is trained and AdamW's moments): those that
-        are kept, and the one being written."""
+        """On disk: the model in float32, and its checkpoints (what is trained and AdamW's moments): those
+        that are kept, and the one being written."""
         processes, engine, weights = self._processes, self.params.rollout.engine, self.student.parameters
         models = [self._training(), *([self._training(critic=True)] if critic else [])]
         memory = max((parts | phase for phase in phases), key=lambda phase: sum(phase.values()))

@@ -58,7 +58,7 @@ def test_a_state_comes_back_to_the_bit(tmp_path: Path) -> None:
     optimizer.step()
     half = torch.randn(8).bfloat16()
     episode = random_episode(0)
-    state = {
+    state: dict[str, Any] = {
         "rows": [{"em": 0.1 + 0.2, "loss": math.pi}, {}],
         "best": {"em": -math.inf, "weights": None},
         "optimizer": optimizer.state_dict(),
