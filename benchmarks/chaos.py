@@ -35,6 +35,7 @@ from tasks.project.process import exit_on_signals
 from tests.tasks.miniature import ROOT, change_params, make_project
 
 Variables = dict[str, str]  # of the environment
+Limit = tuple[int, int]  # what is limited (resource.RLIMIT_...), bytes
 
 GRACE = 10.0  # seconds in which a stage must end on SIGTERM
 HUNG = 900.0  # seconds
@@ -251,7 +252,7 @@ class Chaos:
         if name == "flow":
             make_repository(folder)
         with self._server(name) as (_, variables):
-            process = self._start(work, folder, **variables)
+            process = self._start(work, folder, variables)
             while process.popen.poll() is None:
                 now = process.measures()
                 seconds, peak = max(seconds, now[0]), max(peak, now[1])
@@ -310,7 +311,7 @@ class Chaos:
         match case.fault:
             case "SIGTERM" | "SIGKILL":
                 with self._server(case.work) as (_, variables):
-                    process = self._start(work, folder, **variables)
+                    process = self._start(work, folder, variables)
                     if process.wait_until(instant):
                         self._signal(process, case)
                     process.popen.wait(HUNG)
@@ -331,7 +332,7 @@ class Chaos:
                 process = self._set_back(case, folder, instant, rng)
             case "MLflow's server" | "Prefect's server":
                 with self._server(case.work, case.fault) as (server, variables):
-                    process = self._start(work, folder, **variables)
+                    process = self._start(work, folder, variables)
                     if server and process.wait_until(instant):
                         end(server)
                         case.kills += 1
@@ -358,14 +359,9 @@ class Chaos:
         """Set the clock of a program back by hours; in every other case kill it some time later."""
         clock = folder / "clock"
         clock.write_text("+0")
-        process = self._start(
-            WORKS[case.work],
-            folder,
-            LD_PRELOAD=str(FAKETIME),
-            FAKETIME_TIMESTAMP_FILE=str(clock),
-            FAKETIME_NO_CACHE="1",
-            DONT_FAKE_MONOTONIC="1",
-        )
+        variables = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock)}
+        variables |= {"FAKETIME_NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1"}
+        process = self._start(WORKS[case.work], folder, variables)
         if process.wait_until(instant):
             clock.write_text(f"-{rng.randint(1, 48)}h")
             later = rng.uniform(instant, self.references[case.work].processor_seconds)
@@ -377,7 +373,7 @@ class Chaos:
         """Let the program finish, and say what is wrong with what it has written."""
         if not case.codes or case.codes[-1] != 0:
             with self._server(case.work) as (_, variables):
-                code = self._start(WORKS[case.work], folder, **variables).popen.wait(HUNG)
+                code = self._start(WORKS[case.work], folder, variables).popen.wait(HUNG)
             if code:
                 case.wrong = case.wrong or f"started again it ended with {code}"
         case.wrong = case.wrong or self._compare(case.work, folder, complete=True)
@@ -399,14 +395,14 @@ class Chaos:
         return ", ".join(wrong)
 
     def _start(
-        self, work: Work, folder: Path, limit: tuple[int, int] | None = None, **variables: str
+        self, work: Work, folder: Path, variables: Variables | None = None, limit: Limit | None = None
     ) -> Process:
         with (self.out / "output.log").open("ab") as log:
             return Process(
                 subprocess.Popen(
                     [sys.executable, *work.arguments],
                     cwd=folder,
-                    env=self._environment | variables,
+                    env=self._environment | (variables or {}),
                     stdout=log,
                     stderr=log,
                     preexec_fn=partial(resource.setrlimit, limit[0], (limit[1], limit[1])) if limit else None,
@@ -578,7 +574,6 @@ def main() -> None:
         os.environ[MOUNTS] = "1"
         os.execvp("unshare", ["unshare", "--mount", sys.executable, "-m", "benchmarks.chaos", *sys.argv[1:]])
     exit_on_signals()
-    os.nice(5)
     chaos = Chaos(given.out, given.seed, given.stage, given.fault)
     chaos.start()
 
