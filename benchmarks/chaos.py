@@ -191,7 +191,7 @@ class Chaos:
         self._environment = environment(self.out)
 
     def start(self) -> None:
-        """Run everything once, undisturbed, unless that was done."""
+        """Run once, undisturbed, what is to be disturbed and all before it, unless that was done."""
         kept, folder = self.out / "references.json", self.out / "reference"
         if not kept.is_file():
             remove(folder)
@@ -200,7 +200,8 @@ class Chaos:
             change_params(folder, compare=["dgpo"])
             write_json(kept, {})
         known = {name: Reference(**entry) for name, entry in json.loads(kept.read_text()).items()}
-        for name in [name for name in WORKS if name not in known]:
+        last = max(list(WORKS).index(work) for work, _ in self._pairs)
+        for name in [name for name in list(WORKS)[: last + 1] if name not in known]:
             known[name] = self._undisturbed(name, folder)
             write_json(kept, {each: asdict(reference) for each, reference in known.items()})
             print(f"undisturbed: {name}: {known[name].processor_seconds:.1f} s", flush=True)
@@ -223,12 +224,16 @@ class Chaos:
             number, total = number + 1, total + case.kills
             report(case, total)
 
-    def play(self, number: int) -> Case:
-        """Run the case of this number."""
+    def drawn(self, number: int) -> tuple[str, str]:
+        """Return program and fault of a case: all pairs come in turn, in an order that is drawn."""
         cycle, place = divmod(number, len(self._pairs))
         pairs = self._pairs[:]
         random.Random(f"chaos-{self.seed}-{cycle}").shuffle(pairs)
-        case, rng = Case(number, *pairs[place]), random.Random(f"chaos-{self.seed}-{number}")
+        return pairs[place]
+
+    def play(self, number: int) -> Case:
+        """Run the case of this number."""
+        case, rng = Case(number, *self.drawn(number)), random.Random(f"chaos-{self.seed}-{number}")
         on_disk = case.fault == "full disk"
         folder = self._disk if on_disk else self.out / f"case-{number}"
         with small_disk(self._disk) if on_disk else whole_disk():
