@@ -47,7 +47,11 @@ def test_a_run_is_told_by_commit_time_machine_and_changes(
     for command in (["init", "-q"], ["add", "code.py"], [*as_somebody, "commit", "-qm", "first"]):
         subprocess.run(["git", *command], check=True)
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=True).stdout
-    chain = {"given@student": ([], "models/given"), "data": ([], "data"), "other": ([], "other")}
+    chain: dict[str, tuple[list[str], str]] = {
+        "given@student": ([], "models/given"),
+        "data": ([], "data"),
+        "other": ([], "other"),
+    }
     lock(
         chain
         | {f"evaluate@{name}": (["data", "models/given"], f"evaluation/{name}") for name in ("kd", "dgpo")}
