@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,7 @@ from dgpo_core.files import PART
 from dgpo_core.models import load_tokenizer
 from dgpo_core.retrieval.shards import MANIFEST, read_manifest
 from dgpo_core.training.checkpoint import Checkpoint
+from dgpo_core.training.state_files import CHECKSUMS, TENSORS, VALUES
 from dgpo_core.training.teacher_cache import CERTIFICATE, TeacherCache
 from dgpo_core.world.pretraining import build_tokenizer
 from tests.conftest import ROOT
@@ -239,17 +241,26 @@ def test_certificates_of_distributions(folder: Path, content: bytes) -> None:
 
 
 @cases()
-@given(data=st.data())
-def test_checkpoints(folder: Path, data: st.DataObject) -> None:
-    """Damage is named; nothing in the file is run."""
-    checkpoint = Checkpoint(folder)
-    whole = folder / "whole.pt"
+@given(data=st.data(), signed=st.booleans())
+def test_checkpoints(folder: Path, data: st.DataObject, signed: bool) -> None:
+    """What is damaged is said, also where its checksums are right; nothing in a file is run."""
+    state, whole = folder / "checkpoints" / "000001", folder / "whole-checkpoint"
+    checkpoint = Checkpoint(folder, note=lambda _: None)
     if not whole.exists():
-        checkpoint.save({"step": 3, "weights": {"a": torch.arange(4.0)}, "rng": [1, (2, None)]})
-        shutil.copyfile(checkpoint.path, whole)
-    checkpoint.path.write_bytes(data.draw(damaged(whole.read_bytes())))
-    read_or_refused(checkpoint.load, checkpoint.path)
-    assert not list(folder.glob(f"*{PART}"))
+        checkpoint.save({"step": 3, "weights": {"a": torch.arange(4.0)}, "episodes": [random_episode(0)]})
+        shutil.copytree(state, whole)
+    shutil.rmtree(state)
+    shutil.copytree(whole, state)
+    file = state / data.draw(st.sampled_from([TENSORS, VALUES, CHECKSUMS]))
+    content = damaged(file.read_bytes())
+    if file.name == VALUES:
+        content |= changed(json.loads(file.read_bytes())).map(as_json)
+    file.write_bytes(data.draw(content))
+    if signed:
+        sums = [f"{sha256((state / name).read_bytes()).hexdigest()}  {name}" for name in (TENSORS, VALUES)]
+        (state / CHECKSUMS).write_text("\n".join(sums) + "\n")
+    read_or_refused(checkpoint.load, checkpoint.folder)
+    assert not list(folder.rglob(f"*{PART}"))
 
 
 @pytest.fixture(scope="module")
