@@ -50,6 +50,7 @@ from tasks.stages.rollouts import (
     training_rollout,
     training_settings,
     validation,
+    watch,
 )
 from tasks.stages.stage import stage, stage_main
 
@@ -73,6 +74,7 @@ def distill(name: str) -> None:
         loop = training_loop(params, student, start, tokenizer, retriever(params))
         source = episode_source(params, recipe, loop, tokenizer)
         dev = DevEvaluator(params, loop, params.distill.dev_questions)
+        watched = watch(run, params)
         distiller = Distiller(
             student,
             teacher,
@@ -82,10 +84,11 @@ def distill(name: str) -> None:
             source,
             cache,
             known_ids(tokenizer),
+            watched,
         )
         time = ProcessorTime(run)
-        rows = distiller.train(Checkpoint(run.state), dev, reporter(run, ("loss", "em"), time))
-        summary = validation(run, rows, params.distill.patience, source.steps)
+        rows = distiller.train(Checkpoint(run.state), dev, reporter(run, ("loss", "em"), time, watched))
+        summary = validation(run, rows, params.distill.patience, source.steps, watched)
         em = summary["dev_em"]
         begins_rl = any(row.start == name for row in params.recipes.reinforce.values())
         if begins_rl and em < params.distill.min_em:
@@ -127,7 +130,8 @@ def episode_source(
         ids = [[*encode_text(text, tokenizer), tokenizer.eos_token_id] for text in texts]
         return CorpusTexts(ids, params.distill, params.seed)
     tasks = split_tasks(params, "train", params.seed)
-    rollout = training_rollout(runner, tasks, params.distill.sampling, params.seed)
+    sampling, max_failed = params.distill.sampling, params.watch.max_failed_share
+    rollout = training_rollout(runner, tasks, sampling, params.seed, max_failed)
     if recipe.episodes == "student":
         return StudentEpisodes(rollout, len(tasks), params.distill, params.seed)
     episodes = teacher_episodes(recipe)

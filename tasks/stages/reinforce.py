@@ -26,6 +26,7 @@ from tasks.stages.rollouts import (
     training_rollout,
     training_settings,
     validation,
+    watch,
 )
 from tasks.stages.stage import stage, stage_main
 from tasks.tracking.traces import traced
@@ -53,7 +54,9 @@ def reinforce(name: str) -> None:
         reference = _reference(params, recipe, start, tokenizer)
         loop = training_loop(params, sampler, start, tokenizer, retriever(params))
         tasks = split_tasks(params, "train", params.seed)
-        rollout = training_rollout(loop, tasks, params.reinforce.sampling, params.seed)
+        sampling, max_failed = params.reinforce.sampling, params.watch.max_failed_share
+        rollout = training_rollout(loop, tasks, sampling, params.seed, max_failed)
+        watched = watch(run, params)
         every, limit = params.reinforce.dev_every, params.evaluate.trace_episodes
         if run.leads:
             rollout = traced(run, rollout, tokenizer.decode, every, limit)
@@ -69,9 +72,10 @@ def reinforce(name: str) -> None:
             sampler,
             _answered(recipe),
             tokenizer.decode,
+            watched,
         )
         time = ProcessorTime(run)
-        report = reporter(run, ("em", "kl_inside", "searches"), time)
+        report = reporter(run, ("em", "kl_inside", "searches"), time, watched)
         rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)
         if not run.leads:
             return
@@ -79,9 +83,10 @@ def reinforce(name: str) -> None:
         write_curves(run.output(curves), rows)
         time.write(run.output(times), len(rows))
         shown = ("em", "searches", "kl_inside", "kl_outside", "entropy")
-        summary = validation(run, rows, params.reinforce.patience, params.reinforce.steps)
+        summary = validation(run, rows, params.reinforce.patience, params.reinforce.steps, watched)
         summary |= {key: rows[-1][key] for key in shown if key in rows[-1]}
-        summary["gate_excluded"] = sum(row["gate_excluded"] for row in rows) / len(rows)
+        excluded = [row["gate_excluded"] for row in rows if "gate_excluded" in row]
+        summary["gate_excluded"] = sum(excluded) / max(1, len(excluded))
         write_metrics(run, summary)
         run.register_model(name, out)
 

@@ -54,6 +54,7 @@ from tasks.tracking.runs import (
 )
 
 STATE, RUNS = Path(".state"), Path("runs")
+COLLAPSE = "collapse"  # how a note begins that people are told of (flows/alerts.py)
 # in the stage's state
 FINGERPRINT, FAILURE, TRACKING_RUN, OUTPUTS = "fingerprint.json", "failure.json", "mlflow_run", "outputs"
 SAME_FAULT = 10.0  # seconds in which one of several processes tells a fault that all of them have
