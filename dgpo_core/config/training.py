@@ -108,6 +108,12 @@ class OnPolicyConfig(Section):
     learning_rate: PositiveFloat = 1e-6
     warmup_steps: NonNegativeInt = 0
     dev_every: PositiveInt = Field(50, description="steps between two looks at the validation questions")
+    intervention: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability that the teacher writes a turn, at the first step; it falls evenly to 0",
+    )
 
 
 class CorpusTextConfig(Section):

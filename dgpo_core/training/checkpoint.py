@@ -68,6 +68,10 @@ class BestModel:
     def over(self) -> bool:
         return self._patience is not None and self._behind >= self._patience
 
+    def chosen(self, rolled_back: bool) -> Weights | None:
+        """Return the weights to end with; None: those of the last step."""
+        return self.weights if rolled_back or self._patience is not None else None
+
     def validated(self, em: float, weights: Callable[[], Weights]) -> None:
         """Compare a validation with the best so far; `weights` returns copies of the model's."""
         if not self._keeps:

@@ -122,8 +122,7 @@ class Distiller:
             report(source.steps, rows)
             if validates and BAD not in row:
                 checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
-        kept = self.config.patience is not None or self.watch.rolls_back(rows)
-        self.engine.finish(best.weights if kept else None)
+        self.engine.finish(best.chosen(self.watch.rolls_back(rows)))
         return rows
 
     def _step(self, rows: list[Metrics]) -> Metrics:

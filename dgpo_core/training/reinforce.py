@@ -20,6 +20,7 @@ wrote have an advantage, a KL and a gradient; the prompt's and the environment's
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -59,6 +60,7 @@ from dgpo_core.training.batches import (
     model_sequence,
     policy_function,
     response_sequence,
+    sampled_logprobs,
     shared_ids,
 )
 from dgpo_core.training.checkpoint import BestModel, Checkpoint, require_finite, training_step
@@ -129,23 +131,18 @@ class Reinforcer:
 
         With `patience`, or rolled back, the student is in the end the best of those that were validated.
         Resume from the checkpoint exactly. `report` is called with the number of steps and the rows so far.
-        A step that gives no numbers is dropped; raise NotFinite after too many of them, and UserError for a
-        collapse that stops training: the checkpoint is then of a step that gave some.
+        Raise NotFinite after too many steps without numbers, UserError for a collapse that stops training.
         """
         config = self.config
         torch.manual_seed(self.seed)
         actor, reference, critic = self._engines()
         best = BestModel(config.patience, self.watch.may_roll_back)
         parts: dict[str, Any] = {"actor": actor, "best": best}
-        if critic is not None:
-            parts["critic"] = critic
+        parts |= {} if critic is None else {"critic": critic}
         rows: list[Metrics] = []
-        stepped = StepEpisodes(
-            lambda step: rollout(self._questions(questions, step), step),
-            self.student,
-            self.sampler or self.student,
-            config.steps,
-        )
+        asked = partial(self._questions, questions)
+        sampler = self.sampler or self.student
+        stepped = StepEpisodes(lambda n: rollout(asked(n), n), self.student, sampler, config.steps)
         if state := checkpoint.load():
             rows, stepped.pending = state["rows"], state.get("pending")
             for name, part in parts.items():
@@ -153,8 +150,7 @@ class Reinforcer:
         maker = ExperienceMaker(
             actor, reference, critic, self.recipe, config, self.compute, self.answered, self.decode
         )
-        guidance = GuidanceLoss.of(self.recipe, reference)
-        updater = Updater(actor, critic, config, self.compute, guidance)
+        updater = Updater(actor, critic, config, self.compute, GuidanceLoss.of(self.recipe, reference))
         actor.publish()
         for step in range(len(rows), config.steps):
             if best.over or self.watch.rolls_back(rows):
@@ -171,17 +167,13 @@ class Reinforcer:
             if (step + 1) % config.checkpoint_every == 0 and BAD not in row:
                 states = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint.save({"rows": rows, "pending": stepped.pending, **states})
-        kept = config.patience is not None or self.watch.rolls_back(rows)
-        actor.finish(best.weights if kept else None)
+        actor.finish(best.chosen(self.watch.rolls_back(rows)))
         return rows
 
     def _step(
         self, stepped: StepEpisodes, maker: "ExperienceMaker", updater: "Updater", rows: list[Metrics]
     ) -> Metrics:
-        """Do the step after `rows` and return its metrics; from a number that is none on, drop it.
-
-        Mini-batches before that have changed the weights as they should.
-        """
+        """Do the step after `rows` and return its metrics; from a mini-batch without numbers on, drop it."""
         step, episodes = len(rows), list[Episode]()
         try:
             # (1) Roll out: the student as it is now answers the step's questions; or it has, a step ago.
@@ -189,9 +181,9 @@ class Reinforcer:
             with stepped.ahead(step + 1):
                 return self._learn(episodes, maker, updater, step)
         except NotFinite as error:
-            if updater.spent:
+            if any(engine.spent for engine in (updater.actor, updater.critic) if engine is not None):
                 raise
-            return self.watch.drop(rows, episodes, error)
+            return self.watch.drop(rows, episodes, error) | {"gate_excluded": 1.0}
 
     def _learn(
         self, episodes: list[Episode], maker: "ExperienceMaker", updater: "Updater", step: int
@@ -304,7 +296,7 @@ class ExperienceMaker:
         sequences = [model_sequence(episode) for episode in episodes]
 
         # (2) Log-probabilities of what the model wrote, under the weights that wrote it (pi_old of eq. 2).
-        sampled = _sampled_logprobs(episodes, sequences)
+        sampled = sampled_logprobs(episodes, sequences)
         by_trainer = self.config.old_logprobs == "trainer"
         old = self._each(sequences, self._policy_logprobs) if by_trainer else sampled
 
@@ -481,14 +473,6 @@ def _rows(values: EpisodeTokens, tokens: ByEpisode) -> ByEpisode:
     return [row[: len(own)] for row, own in zip(values, tokens, strict=True)]
 
 
-def _sampled_logprobs(episodes: list[Episode], sequences: list[TokenSequence]) -> ByEpisode:
-    """Return the log-probabilities with which the engine sampled what the model wrote."""
-    return [
-        torch.tensor([episode.logprobs[position] for position in sequence.positions])
-        for episode, sequence in zip(episodes, sequences, strict=True)
-    ]
-
-
 def training_metrics(episodes: list[Episode], experience: Experience) -> Metrics:
     """Return what shows collapse: the episodes' own metrics, reward, KL inside and outside the gate, ..."""
     metrics = episode_metrics(episodes)
@@ -539,11 +523,6 @@ class Updater:
         if critic_only and self.critic is not None:
             return valued
         return update(self.actor, self._actor_gradient(experience, chosen), "actor_grad_norm") | valued
-
-    @property
-    def spent(self) -> bool:
-        """Return whether an update has gone wrong that an engine cannot do without."""
-        return self.actor.spent or (self.critic is not None and self.critic.spent)
 
     def _actor_gradient(self, experience: Experience, chosen: list[int]) -> Metrics:
         """Add up the gradient of the policy's loss (eq. 2), an average over the mini-batch's model tokens."""

@@ -108,7 +108,7 @@ def test_a_step_without_numbers_is_as_if_it_had_not_been(
     rows = train(fault(2), algorithm=algorithm, steps=3)
     assert [BAD in row for row in rows] == [False, True, False]
     written = 0.0 if fault is silent else 5.0 if algorithm == "grpo" else 6.0
-    assert rows[1] == {"step": 2, "episodes": written, BAD: 1.0, "dev_em": 0.25}
+    assert rows[1] == {"step": 2, "episodes": written, "gate_excluded": 1.0, BAD: 1.0, "dev_em": 0.25}
     after = train.looks
     assert equal(after[1], after[2]) and not equal(after[2], after[3])
     without = Training(train.tokenizer, train.folder / "without")
