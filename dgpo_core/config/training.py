@@ -24,7 +24,7 @@ class ComputeConfig(Section):
 
     FREE = frozenset(
         {"micro_batch_tokens", "processes", "hostfile", "zero_stage", "offload", "split_teacher"}
-        | {"gradient_checkpointing"}
+        | {"gradient_checkpointing", "keep_last"}
     )
 
     device: str = "cuda"
@@ -48,6 +48,7 @@ class ComputeConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="activations are computed again in the backward pass: less memory, a third slower"
     )
+    keep_last: PositiveInt = Field(2, description="checkpoints of a training; a damaged one is passed over")
     lora: LoraConfig | None = Field(
         None, description="train low-rank adapters {rank, alpha} instead of all weights"
     )

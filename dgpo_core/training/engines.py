@@ -38,6 +38,8 @@ Figures = dict[str, float]
 class TrainingEngine(Protocol):
     """A module under training. Every method is called by all processes, in the same order."""
 
+    updates: int  # that this process has begun
+
     @property
     def device(self) -> torch.device: ...
 
@@ -197,7 +199,7 @@ class TorchEngine:
     spent = False
 
     def __init__(self, module: torch.nn.Module, how: Optimization, compute: ComputeConfig) -> None:
-        self.module, self._compute = module, compute
+        self.module, self._compute, self.updates = module, compute, 0
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.device = self._trained[0].device
         self._stepper = Stepper(
@@ -241,6 +243,7 @@ class TorchEngine:
 
     def step(self) -> float:
         add_gradients(self.module)
+        self.updates += 1
         return self._stepper.step()
 
     def discard(self) -> None:

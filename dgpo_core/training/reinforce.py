@@ -137,8 +137,8 @@ class Reinforcer:
         torch.manual_seed(self.seed)
         actor, reference, critic = self._engines()
         best = BestModel(config.patience, self.watch.may_roll_back)
-        parts: dict[str, Any] = {"actor": actor, "best": best}
-        parts |= {} if critic is None else {"critic": critic}
+        engines = {"actor": actor} if critic is None else {"actor": actor, "critic": critic}
+        parts: dict[str, Any] = {**engines, "best": best}
         rows: list[Metrics] = []
         asked = partial(self._questions, questions)
         sampler = self.sampler or self.student
@@ -156,7 +156,9 @@ class Reinforcer:
             if best.over or self.watch.rolls_back(rows):
                 break
             with training_step(step + 1, self._rate_behind):
-                row = self._step(stepped, maker, updater, rows)
+                pending = stepped.pending
+                with checkpoint.saved_when_stopped(engines, {"best": best}, rows=rows, pending=pending):
+                    row = self._step(stepped, maker, updater, rows)
                 actor.publish()
                 if (step + 1) % config.dev_every == 0 or step + 1 == config.steps:
                     stepped.refresh()

@@ -93,11 +93,11 @@ def distill(name: str) -> None:
             watch(run, params),
         )
         report = reporter(run, ("loss", "em"), time := ProcessorTime(run), distiller.watch)
-        rows = distiller.train(Checkpoint(run.state), dev, report)
+        checkpoint = Checkpoint(run.state, params.compute.keep_last, run.note)
+        rows = distiller.train(checkpoint, dev, report)
         summary = validation(run, rows, params.distill.patience, source.steps, distiller.watch)
-        em = summary["dev_em"]
         begins_rl = any(row.start == name for row in params.recipes.reinforce.values())
-        if begins_rl and em < params.distill.min_em:
+        if begins_rl and (em := summary["dev_em"]) < params.distill.min_em:
             raise UserError(
                 f"distill@{name}: validation EM {em:.3f} is below distill.min_em {params.distill.min_em}: "
                 "the student is too weak for RL; train longer or lower the threshold"

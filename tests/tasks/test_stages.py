@@ -238,7 +238,7 @@ def test_killed_training_continues_to_the_same_model(
     copy_inputs(finished, workplace)
     if module == "distill":
         shutil.rmtree(workplace / paths.MODELS / "kd")
-    kill_at(f".state/{module}@{recipe}/checkpoint.pt", module, recipe)
+    kill_at(f".state/{module}@{recipe}/checkpoints/000001", module, recipe)
     assert not (workplace / paths.MODELS / recipe).exists(), "no half-written output"
     subprocess.run(program(module, recipe), check=True)
     weights = paths.MODELS / recipe / "model.safetensors"
