@@ -22,7 +22,7 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -170,6 +170,14 @@ class Process:
         peak = next((line.split()[1] for line in status.splitlines() if line.startswith("VmPeak")), "0")
         return (int(stat[11]) + int(stat[12])) / os.sysconf("SC_CLK_TCK"), int(peak) * 1024
 
+    def wait(self) -> int:
+        """Wait until it ends; return its exit code. Kill it, and raise TimeoutExpired, where it hangs."""
+        try:
+            return self.popen.wait(HUNG)
+        except subprocess.TimeoutExpired:
+            self.popen.kill()
+            raise
+
     def wait_until(self, seconds: float) -> bool:
         """Wait until it has used so much processor time; return False where it ended before."""
         while self.popen.poll() is None:
@@ -236,7 +244,7 @@ class Chaos:
         case, rng = Case(number, *self.drawn(number)), random.Random(f"chaos-{self.seed}-{number}")
         on_disk = case.fault == "full disk"
         folder = self._disk if on_disk else self.out / f"case-{number}"
-        with small_disk(self._disk) if on_disk else whole_disk():
+        with small_disk(self._disk) if on_disk else nullcontext():
             self._prepare(case.work, folder)
             try:
                 for _ in range(rng.randint(1, 4)):
@@ -246,10 +254,10 @@ class Chaos:
                 self._finish(case, folder)
             except subprocess.TimeoutExpired:
                 case.wrong = "it hung"
-            if not case.wrong:
-                remove_content(folder)
-            elif on_disk:
+            if case.wrong and on_disk:
                 shutil.copytree(folder, self.out / f"case-{number}", symlinks=True, dirs_exist_ok=True)
+            if not case.wrong and not on_disk:
+                remove(folder)
         return case
 
     def _undisturbed(self, name: str, folder: Path) -> Reference:
@@ -271,7 +279,8 @@ class Chaos:
 
     def _prepare(self, work: str, folder: Path) -> None:
         """Copy the undisturbed project, without what the program writes."""
-        remove_content(folder)
+        if not folder.is_mount():
+            remove(folder)  # of a case that was killed with the harness
         shutil.copytree(self.out / "reference", folder, symlinks=True, dirs_exist_ok=True)
         for name in (".state", "runs", "collection", *WORKS[work].outputs):
             remove(folder / name)
@@ -319,7 +328,7 @@ class Chaos:
                     process = self._start(work, folder, variables)
                     if process.wait_until(instant):
                         self._signal(process, case)
-                    process.popen.wait(HUNG)
+                    process.wait()
             case "file size":
                 limit = int(reference.largest ** rng.uniform(0.5, 1.0))
                 process = self._start(work, folder, limit=(resource.RLIMIT_FSIZE, limit))
@@ -331,7 +340,7 @@ class Chaos:
                 free = int(rng.uniform(0.0, 1.5) * reference.written)
                 fill(ballast, free)
                 process = self._start(work, folder)
-                process.popen.wait(HUNG)
+                process.wait()
                 ballast.unlink()
             case "clock":
                 process = self._set_back(case, folder, instant, rng)
@@ -341,12 +350,12 @@ class Chaos:
                     if server and process.wait_until(instant):
                         end(server)
                         case.kills += 1
-                    code = process.popen.wait(HUNG)
+                    code = process.wait()
                 if code and case.work != "flow":
                     case.wrong = f"it ended with {code} without {case.fault}"
             case _:
                 raise ValueError(case.fault)
-        code = process.popen.wait(HUNG)
+        code = process.wait()
         case.codes.append(code)
         case.kills += int(code != 0 and not case.fault.endswith("server"))
         return code == 0
@@ -356,7 +365,7 @@ class Chaos:
         """Send the case's signal, and measure how long the program takes to end."""
         process.popen.send_signal(signal.Signals[case.fault])
         began = time.monotonic()
-        process.popen.wait(HUNG)
+        process.wait()
         if case.fault == "SIGTERM":
             case.slowest_end = max(case.slowest_end, time.monotonic() - began)
 
@@ -378,7 +387,7 @@ class Chaos:
         """Let the program finish, and say what is wrong with what it has written."""
         if not case.codes or case.codes[-1] != 0:
             with self._server(case.work) as (_, variables):
-                code = self._start(WORKS[case.work], folder, variables).popen.wait(HUNG)
+                code = self._start(WORKS[case.work], folder, variables).wait()
             if code:
                 case.wrong = case.wrong or f"started again it ended with {code}"
         case.wrong = case.wrong or self._compare(case.work, folder, complete=True)
@@ -402,7 +411,10 @@ class Chaos:
     def _start(
         self, work: Work, folder: Path, variables: Variables | None = None, limit: Limit | None = None
     ) -> Process:
-        with (self.out / "output.log").open("ab") as log:
+        # a limit on files is for the program's, not for this one's log
+        quiet = limit is not None and limit[0] == resource.RLIMIT_FSIZE
+        output = Path(os.devnull) if quiet else self.out / "output.log"
+        with output.open("ab") as log:
             return Process(
                 subprocess.Popen(
                     [sys.executable, *work.arguments],
@@ -470,12 +482,6 @@ def unshares() -> bool:
 
 
 @contextmanager
-def whole_disk() -> Iterator[None]:
-    """Do nothing: the case is where the others are."""
-    yield
-
-
-@contextmanager
 def small_disk(place: Path) -> Iterator[None]:
     """Mount a file system of 512 MiB in memory at `place`."""
     place.mkdir(parents=True, exist_ok=True)
@@ -525,15 +531,6 @@ def wait_for(url: str, server: "subprocess.Popen[bytes]") -> None:
         except OSError:
             time.sleep(0.2)
     raise RuntimeError(f"no answer from {url}")
-
-
-def remove_content(folder: Path) -> None:
-    """Empty a folder, which may be a file system's root; remove it where it is not."""
-    if folder.is_mount():
-        for path in folder.iterdir():
-            remove(path)
-    else:
-        remove(folder)
 
 
 def _files(path: Path) -> list[Path]:
