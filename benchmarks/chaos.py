@@ -78,7 +78,7 @@ SMALLER: dict[str, dict[str, Any]] = {
     "teach": {"chunk": 8},
     "distributions": {"chunk": 4},
     "distill": {"dev_questions": 4},
-    "evaluate": {"chunk": 6},
+    "evaluate": {"chunk": 6, "questions": 2, "split_questions": 4, "counterfactual_questions": 1},
     "base_models": {
         "world": {"passages": 150},
         "worlds": 1,
