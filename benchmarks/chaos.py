@@ -124,7 +124,7 @@ WORKS = {
     "distill": _stage("distill@kd", "models/kd", "plots/distill-kd.csv"),
     "reinforce": _stage("reinforce@dgpo", "models/dgpo", "plots/reinforce-dgpo.csv"),
     "evaluate": _stage("evaluate@dgpo", "evaluation/dgpo"),
-    "report": _stage("report", "reports"),
+    "report": Work(("-m", "tasks.stages.report"), ("reports",)),
     "flow": Work(("-m", "flows.pipeline"), ("data/correct", "data/distributions")),
     "export": Work(("-m", "tasks.commands.cli", "export", "dgpo", "--to", "hf", "--out", "out"), ("out",)),
 }
@@ -274,7 +274,7 @@ class Chaos:
             raise SystemExit(f"error: undisturbed {name} ended with {process.popen.returncode}")
         files = [file for name in work.outputs for file in _files(folder / name)]
         sizes = [file.stat().st_size for file in files]
-        hashes = {name: content_hash(folder / name) for name in work.outputs if (folder / name).exists()}
+        hashes = {name: content_hash(folder / name) for name in work.outputs}
         return Reference(seconds, peak, sum(sizes), max(sizes), hashes)
 
     def _prepare(self, work: str, folder: Path) -> None:
