@@ -67,11 +67,10 @@ stages:
     deps: [data/teacher]
     outs: [data/correct]
     metrics: [metrics/filter.json]
-  distributions:
-    cmd: exec python -m tasks.stages.distributions
-    deps: [data/teacher, data/correct]
-    outs: [data/distributions]
-    metrics: [metrics/distributions.json]
+  report:
+    cmd: exec python -m tasks.stages.report
+    deps: [data/correct, evaluation]
+    outs: [reports]
 """
 SMALLER: dict[str, dict[str, Any]] = {
     "retrieval": {"shard_size": 60},
@@ -125,8 +124,8 @@ WORKS = {
     "reinforce": _stage("reinforce@dgpo", "models/dgpo", "plots/reinforce-dgpo.csv"),
     "evaluate": _stage("evaluate@dgpo", "evaluation/dgpo"),
     "report": Work(("-m", "tasks.stages.report"), ("reports",)),
-    "flow": Work(("-m", "flows.pipeline"), ("data/correct", "data/distributions")),
     "export": Work(("-m", "tasks.commands.cli", "export", "dgpo", "--to", "hf", "--out", "out"), ("out",)),
+    "flow": Work(("-m", "flows.pipeline"), ("data/correct", "reports")),
 }
 
 
