@@ -195,6 +195,7 @@ class Chaos:
         self.references: dict[str, Reference] = {}
         self._pairs = [(work, fault) for work in works for fault in faults if possible(work, fault)]
         self._disk = self.out / "disk"
+        self.running: Process | None = None
         self._environment = environment(self.out)
 
     def start(self) -> None:
@@ -412,16 +413,16 @@ class Chaos:
         quiet = limit is not None and limit[0] == resource.RLIMIT_FSIZE
         output = Path(os.devnull) if quiet else self.out / "output.log"
         with output.open("ab") as log:
-            return Process(
-                subprocess.Popen(
-                    [sys.executable, *work.arguments],
-                    cwd=folder,
-                    env=self._environment | (variables or {}),
-                    stdout=log,
-                    stderr=log,
-                    preexec_fn=partial(resource.setrlimit, limit[0], (limit[1], limit[1])) if limit else None,
-                )
+            popen = subprocess.Popen(
+                [sys.executable, *work.arguments],
+                cwd=folder,
+                env=self._environment | (variables or {}),
+                stdout=log,
+                stderr=log,
+                preexec_fn=partial(resource.setrlimit, limit[0], (limit[1], limit[1])) if limit else None,
             )
+        self.running = Process(popen)
+        return self.running
 
 
 FAULTS = [
@@ -574,12 +575,16 @@ def main() -> None:
         os.execvp("unshare", ["unshare", "--mount", sys.executable, "-m", "benchmarks.chaos", *sys.argv[1:]])
     exit_on_signals()
     chaos = Chaos(given.out, given.seed, given.stage, given.fault)
-    chaos.start()
 
     def report(case: Case, total: int) -> None:
         print(f"{total} kills; {told(case)}", flush=True)
 
-    chaos.run(given.kills, report)
+    try:
+        chaos.start()
+        chaos.run(given.kills, report)
+    finally:  # not every program ends with its parent
+        if chaos.running and chaos.running.popen.poll() is None:
+            chaos.running.popen.kill()
     cases = chaos.cases()
     print(table(cases))
     wrong = [case for case in cases if case.wrong]
