@@ -344,7 +344,7 @@ class Chaos:
                 ballast.unlink()
             case "clock":
                 process = self._set_back(case, folder, instant, rng)
-            case "MLflow's server" | "Prefect's server":
+            case _:  # a server beside it
                 with self._server(case.work, case.fault) as (server, variables):
                     process = self._start(work, folder, variables)
                     if server and process.wait_until(instant):
@@ -353,8 +353,6 @@ class Chaos:
                     code = process.wait()
                 if code and case.work != "flow":
                     case.wrong = f"it ended with {code} without {case.fault}"
-            case _:
-                raise ValueError(case.fault)
         code = process.wait()
         case.codes.append(code)
         case.kills += int(code != 0 and not case.fault.endswith("server"))
@@ -459,7 +457,6 @@ def environment(out: Path) -> dict[str, str]:
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "GIT_CONFIG_GLOBAL": os.devnull,
         "DVC_NO_ANALYTICS": "1",
-        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "OMP_NUM_THREADS": "1",
         "MLFLOW_TRACKING_URI": f"sqlite:///{out / 'mlflow.db'}",
