@@ -36,7 +36,7 @@ from dgpo_core.errors import InfrastructureError, NotFinite, ResourceError, User
 from dgpo_core.files import remove, write_json, write_text
 from tasks.project.files import Outputs, content_hash
 from tasks.project.git import head
-from tasks.project.process import follows, is_worker, one_line, peak_memory, run_program
+from tasks.project.process import follows, is_worker, machine, one_line, peak_memory, run_program
 from tasks.project.progress import Reporter
 from tasks.project.resources import resource_error
 from tasks.project.servers import adopt
@@ -388,6 +388,7 @@ def _write_run(run: Run, status: str, message: str, started: datetime, seconds: 
         "peak_memory_bytes": peak_memory(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "machine": machine(),
         "git": head(),
         "mlflow_run": run.tracker.run_id,
         "summary": run.final,
