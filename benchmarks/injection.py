@@ -7,7 +7,6 @@ are, as before they were made plain text (`dgpo_core/agent/prompts.py`).
 
 import argparse
 import statistics
-from dataclasses import dataclass
 from itertools import chain
 
 from dgpo_core.agent import prompts
@@ -34,16 +33,11 @@ INSTRUCTIONS = {
 }
 
 
-@dataclass
 class Poisoned:
     """A retriever whose first hit is the attacker's."""
 
-    inner: Retriever
-    text: str
-
-    @property
-    def digest(self) -> str:
-        return self.inner.digest
+    def __init__(self, inner: Retriever, text: str) -> None:
+        self.inner, self.text, self.digest = inner, text, inner.digest
 
     def search(self, queries: list[str], top_k: int) -> list[list[Hit]]:
         """Put the passage, under the title of the first hit, before the others."""

@@ -18,7 +18,9 @@ from tasks.commands.collection_commands import collections
 from tasks.commands.options import (
     AllowHost,
     AllowOrigin,
+    History,
     Host,
+    KeepAnswers,
     MlflowPort,
     Model,
     PrefectPort,
@@ -263,9 +265,8 @@ def serve(
     waiting: Annotated[int, typer.Option(min=0, help="questions that may wait for those being answered")] = 8,
     allow_host: AllowHost = None,
     allow_origin: AllowOrigin = None,
-    history: Annotated[
-        bool, typer.Option("--history", help="put the conversation before a question, too")
-    ] = False,
+    history: History = False,
+    trace: KeepAnswers = False,
     rate: Rate = None,
 ) -> None:
     """Serve the agent over HTTP: a page, and OpenAI's chat completions.
@@ -274,16 +275,14 @@ def serve(
     """
     from tasks.commands.serve import serve as run_service
 
-    run_service(model, host, port, waiting, allow_host or [], allow_origin or [], history, rate)
+    run_service(model, host, port, waiting, allow_host or [], allow_origin or [], history, trace, rate)
 
 
 @app.command(rich_help_panel=AGENT)
 def mcp(
     model: Model = None,
     host: Host = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="listen there; without it on standard input")
-    ] = None,
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="without it on standard input")] = None,
     allow_host: AllowHost = None,
     rate: Rate = None,
 ) -> None:

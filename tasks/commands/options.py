@@ -37,6 +37,12 @@ Rate = Annotated[
     int | None, typer.Option(min=1, help="requests a minute of one address; without it as many as come")
 ]
 
+History = Annotated[bool, typer.Option("--history", help="put the conversation before a question, too")]
+
+KeepAnswers = Annotated[
+    bool, typer.Option("--trace", help="keep questions, answers and thumbs as traces in MLflow")
+]
+
 PrefectPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="PREFECT_PORT")]
 
 MlflowPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="MLFLOW_PORT")]

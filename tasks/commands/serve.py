@@ -16,6 +16,7 @@ from dgpo_core.serving.limits import server_config
 from dgpo_core.serving.queue import RequestQueue
 from tasks.commands.agent import example_questions, open_agent, require_index, resolve_model
 from tasks.project.servers import listen, run
+from tasks.tracking.answers import AnswerRecorder
 
 KEY = "DGPO_API_KEY"  # variable of the environment: options can be seen by everyone on a machine
 GRACE = 5  # seconds for the last words to clients
@@ -31,12 +32,13 @@ def serve(
     hosts: Sequence[str] = (),
     origins: Sequence[str] = (),
     history: bool = False,
+    trace: bool = False,
     rate: int | None = None,
 ) -> None:
     """Listen at once and load meanwhile (/health says 503). Raise UserError for what keeps it from starting.
 
     `hosts` and `origins` are further ones that are allowed; `history` puts conversations before questions;
-    `rate` is the requests a minute of one address.
+    `trace` keeps answers in MLflow; `rate` is the requests a minute of one address.
     Ends the process with 1 when the retriever cannot be reached.
     """
     require_hosts(hosts)
@@ -48,7 +50,8 @@ def serve(
     listening = listen(host, port)
     source = resolve_model(params, model)
     queue = RequestQueue(waiting, params.rollout.slots)
-    app = make_app(queue, example_questions(params), history)
+    recorder = AnswerRecorder() if trace else None
+    app = make_app(queue, example_questions(params), history, recorder)
     restrict(app, host, hosts, origins, key, rate)
     config = server_config(app, GRACE)
     print(f"loading {source} and the index", flush=True)
@@ -60,6 +63,8 @@ def serve(
         raise SystemExit(1) from None
     finally:
         queue.shutdown()
+        if recorder:
+            recorder.close()
 
 
 def api_key(host: str, variable: str = KEY) -> str | None:

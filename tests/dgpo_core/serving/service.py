@@ -14,6 +14,7 @@ from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.app import make_app
 from dgpo_core.serving.limits import server_config
 from dgpo_core.serving.queue import RequestQueue
+from dgpo_core.serving.recording import Recorder
 
 
 @contextmanager
@@ -26,12 +27,13 @@ def serving(
     key: str | None = None,
     examples: tuple[str, ...] = (),
     history: bool = False,
+    recorder: Recorder | None = None,
     rate: int | None = None,
 ) -> Iterator[httpx.Client]:
     """A client of a running service; None: one that is loading for ever."""
     queue = RequestQueue(waiting, together)
     queue.agent = agent
-    app = make_app(queue, examples, history)
+    app = make_app(queue, examples, history, recorder)
     restrict(app, "127.0.0.1", hosts, origins, key, rate)
     config = server_config(app, 5)
     server = uvicorn.Server(config)
