@@ -54,6 +54,7 @@ from tasks.tracking.runs import (
 )
 
 STATE, RUNS = Path(".state"), Path("runs")
+COLLAPSE = "collapse"  # how a note begins that people are told of (flows/alerts.py)
 ATTEMPTS = "attempts.json"  # among the stage's runs
 # in the stage's state
 FINGERPRINT, FAILURE, TRACKING_RUN, OUTPUTS = "fingerprint.json", "failure.json", "mlflow_run", "outputs"
