@@ -19,6 +19,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
 import tasks
+from flows.alerts import teller_of_collapse
 from flows.workspace import LOCK_MESSAGES
 from tasks.project.graph import Stage
 from tasks.project.groups import run_group
@@ -52,11 +53,13 @@ def execute(stage: Stage, tree: Path, log: Callable[[str], None], *, force: bool
     command = [sys.executable, "-m", "tasks.commands.pipeline", "--single-item"]
     command += [flag for flag, wanted in (("--force", force), ("--pull", pull)) if wanted]
     seconds = stage.timeout_minutes and stage.timeout_minutes * 60
+    tell = teller_of_collapse()
     with _slots(stage), _progress(stage.name) as show:
 
         def on_line(line: str) -> None:
             log(line)
             show(line)
+            tell(line)
 
         try:
             code, tail = run_group([*command, stage.name], tree, environment(), on_line, seconds)

@@ -19,16 +19,14 @@ from prefect.states import Cancelled, Completed, Crashed
 from prefect.tasks import exponential_backoff
 
 from dgpo_core.errors import InfrastructureError
-from flows.alerts import tell_of_collapse
 from flows.execution import StageFailed, execute, publish_summary
 from flows.remote import is_elsewhere, run_elsewhere
 from flows.workspace import Workspace
 from tasks.project import graph
 from tasks.project.graph import Stage
 from tasks.project.groups import Ended
-from tasks.project.paths import PLOTS
 
-UNCHANGED, COMPLETED = "Unchanged", "Completed"
+UNCHANGED = "Unchanged"
 
 
 @dataclass(frozen=True)
@@ -115,8 +113,6 @@ def run_all(schedule: Schedule) -> list[StageResult]:
         finished.wait()  # the future is told of its final state a moment later
         name = next(name for name in running if futures[name] is finished)
         results[name] = _result(name, finished, time.monotonic() - started[name])
-        if results[name].state == COMPLETED:
-            tell_of_collapse(name, schedule.tree / PLOTS)
         order.done(name)
     return list(results.values())
 
