@@ -73,7 +73,7 @@ def test_a_worse_model_becomes_champion_through_no_command(own_store: Path) -> N
     make_trained(own_store, dgpo=WORSE)
     register_trained(challenger=True)
     described = connect().get_model_version(NAME, "2").description or ""
-    assert re.fullmatch(r"DGPO from KD, tiny, seed 0: EM 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", described)
+    assert re.fullmatch(r"dgpo from kd, tiny, seed 0: EM 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", described)
     assert promote("1", dry_run=False, yes=True) == PROMOTED
     for number in (None, "2"):
         for dry_run in (True, False):
