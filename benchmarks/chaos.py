@@ -335,7 +335,7 @@ class Chaos:
                 limit = int(reference.largest ** rng.uniform(0.5, 1.0))
                 process = self._start(work, folder, limit=(resource.RLIMIT_FSIZE, limit))
             case "memory":
-                limit = int(reference.address_space * rng.uniform(0.5, 1.0))
+                limit = int(reference.address_space * rng.uniform(0.1, 0.9))
                 process = self._start(work, folder, limit=(resource.RLIMIT_AS, limit))
             case "full disk":
                 ballast = folder / "ballast"
