@@ -20,7 +20,7 @@ from uuid import UUID
 from prefect import get_client
 from prefect.automations import Automation
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import StateType, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events import EventTrigger, Posture
@@ -33,6 +33,7 @@ from dgpo_core.errors import UserError
 from flows.alerts import alerts, notification_blocks, runs_of
 from flows.execution import GPU_LIMIT
 from flows.server import API_URL, answers_of, running_server
+from flows.settings import choices, with_choices
 from flows.work_pools import TAG, Kind, job_template
 from tasks.commands.cli import run_as
 from tasks.project.graph import POOLS
@@ -135,6 +136,10 @@ def deploy(
     with get_client(sync_client=True) as client:
         after = {name: client.read_deployment_by_name(name) for name in entries}
         ids = {name: found.id for name, found in after.items()}
+        there = choices(Path())
+        for found in after.values():
+            form = with_choices(found.parameter_openapi_schema or {}, there)
+            client.update_deployment(found.id, DeploymentUpdate(parameter_openapi_schema=form))
         telling = alerts(client, blocks, _restarted(ids))
         for automation in [*automations(ids), *telling]:
             _replace(client, automation)

@@ -44,7 +44,9 @@ def test_it_loads_answers_many_at_once_and_finishes_what_it_has_begun(
             assert set(pool.map(ask, asked)) == {(200, digest)}
         last = HTTPConnection("127.0.0.1", port, timeout=60)
         body = json.dumps({"queries": asked * 200})
-        last.request("POST", "/retrieve", body, {"content-type": "application/json"})  # returns when all is sent
+        last.request(
+            "POST", "/retrieve", body, {"content-type": "application/json"}
+        )  # returns when all is sent
         httpx.get(f"{url}/health", timeout=60)  # so it has been received
         process.send_signal(signal.SIGTERM)
         assert len(json.loads(last.getresponse().read())["result"]) == 40 * 200
