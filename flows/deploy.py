@@ -41,6 +41,7 @@ from tasks.project.graph import POOLS
 PREFECT_YAML = Path(__file__).resolve().parents[1] / "prefect.yaml"
 DESCRIPTION = f"{TAG}: runs of the pipeline's deployments"
 NIGHTLY = "pipeline/nightly"
+EARLIER = ("stage/cpu", "stage/gpu")  # names that deployments of ours had in version 0.1
 NIGHTLY_WORDS = {
     True: "on; `dgpo deploy --no-nightly` switches it off",
     False: "off; `dgpo deploy --nightly` switches it on",
@@ -123,7 +124,8 @@ def deploy(
                     f"tag {TAG}): rename that one, or use a Prefect server of your own (dgpo up)"
                 )
         blocks = notification_blocks(client, told)
-        used = {found.work_pool_name for found in before.values() if found}
+        left = [found for name in EARLIER if (found := _deployment(client, name)) and TAG in found.tags]
+        used = {found.work_pool_name for found in (*before.values(), *left) if found}
         pools = [_pool(client, f"{name}-pool", kind, gpus if name == "gpu" else 0, used) for name in POOLS]
         for pool in pools:
             _write_pool(client, pool)
@@ -136,6 +138,8 @@ def deploy(
     with get_client(sync_client=True) as client:
         after = {name: client.read_deployment_by_name(name) for name in entries}
         ids = {name: found.id for name, found in after.items()}
+        for found in left:
+            client.delete_deployment(found.id)
         there = choices(Path())
         for found in after.values():
             form = with_choices(found.parameter_openapi_schema or {}, there)

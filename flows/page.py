@@ -125,7 +125,7 @@ class RunPage:
     def close(self, said: str, below: str = "") -> str:
         """Put `said` in the place of what is left, and `below` under the table; return the text."""
         self._closed.set()
-        self._thread.join(INTERVAL)
+        self._thread.join()
         for row in self._rows.values():
             row.state = ENDED if row.state in (WAITING, RUNNING) else row.state
         text = self._text(said, below)
@@ -145,6 +145,8 @@ class RunPage:
         lefts = {name: row.left() for name, row in self._rows.items()}
         done = sum(row.state not in (WAITING, RUNNING) for row in self._rows.values())
         said = f"{done} of {len(lefts)} stages done"
+        if done == len(lefts):
+            return said
         ends: dict[str, float] = {}
         for name, row in self._rows.items():  # each after those that it needs
             ends[name] = max((ends.get(other, 0.0) for other in row.stage.upstream), default=0.0)

@@ -1,8 +1,8 @@
 """A stage on another pool's worker, which has a clone of its own.
 
 The pipeline publishes its branch (git) and the outputs that the stage needs (DVC's remote) and starts the
-deployment `stage/<pool>`. That worker checks the branch out, runs the stage with `dvc repro --pull` and
-pushes its outputs and DVC's run cache, with which `dvc repro` in the pipeline's worktree restores them.
+deployment `stage/internal-<pool>`. That worker checks the branch out, runs the stage with `dvc repro --pull`
+and pushes its outputs and DVC's run cache, with which `dvc repro` in the pipeline's worktree restores them.
 """
 
 import contextlib
@@ -118,7 +118,7 @@ def run_elsewhere(stage: Stage, workspace: Workspace, *, force: bool, pipeline_r
         "pipeline_run": pipeline_run,
     }
     child = _unfinished(tags) or cast(
-        FlowRun, run_deployment(f"stage/{stage.pool}", parameters=parameters, timeout=0, tags=tags)
+        FlowRun, run_deployment(f"stage/internal-{stage.pool}", parameters=parameters, timeout=0, tags=tags)
     )
     _waited_for.add(child.id)
     get_run_logger().info("%s runs on the pool %s as %r", stage.name, stage.pool, child.name)

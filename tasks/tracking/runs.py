@@ -140,8 +140,9 @@ class Pipeline:
     def __init__(self, name: str, tags: Mapping[str, str] | None = None, root: Path = Path()) -> None:
         self.run_id: str | None = None
         self._root = root
-        self._labels = labels(root)
+        self._labels: dict[str, str] = {}
         try:
+            self._labels = labels(root)
             self._client = connect()
             close_left_over(self._client)
             params = settings(root)

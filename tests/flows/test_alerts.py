@@ -1,6 +1,9 @@
 """What people are told of runs: a real Prefect server, whose notifications a webhook of the test receives."""
 
 import json
+import shutil
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,8 +13,16 @@ from typing import Any
 
 import pytest
 
+from tasks.tracking.registry import CHAMPION, store
+from tests.conftest import commit_all
+from tests.dgpo_core.evaluation.making import write_evaluation
 from tests.flows.conftest import drain_prefect, prefect_server
 from tests.flows.test_deploy import program
+from tests.flows.test_deployments import end, flow_run, set_state, state_of, task_states, wait
+from tests.flows.test_deployments import start as start_run
+from tests.tasks.conftest import empty_store, own_store  # noqa: F401  fixtures
+from tests.tasks.miniature import change_params, make_project
+from tests.tasks.trained import PROMOTE, STUDENT
 
 pytestmark = pytest.mark.thorough
 
@@ -36,7 +47,7 @@ class Receiver(ThreadingHTTPServer):
 
     def wait(self, subject: str) -> str:
         """Return what was told under a subject."""
-        for _ in range(600):
+        for _ in range(3000):
             for own, body in self.received:
                 if own == subject:
                     return body
@@ -159,3 +170,144 @@ def test_deployed_again_without_a_block_they_go_where_they_went(client: Any) -> 
     assert (
         done.returncode == 2 and "--alert slack-webhook/nobody: this server has no such block" in done.stderr
     )
+
+
+# Stages of the project's kind whose results are set; of the betas one waits to be ended, and one collapses.
+WORK = """
+import os, sys, time
+from pathlib import Path
+from dgpo_core.config.params import load_params
+from dgpo_core.errors import UserError
+from tasks.stages.stage import main, stage
+from tests.dgpo_core.evaluation.making import write_evaluation
+from tests.tasks.trained import BETTER
+
+beta = load_params().reinforce.beta
+MODEL, CURVES, EVALUATION = Path("models/dgpo"), Path("plots/reinforce-dgpo.csv"), Path("evaluation/dgpo")
+
+def reinforce():
+    with stage("reinforce@dgpo", config={"beta": beta}, outputs=[MODEL, CURVES]) as run:
+        while beta == 0.1:
+            Path(os.environ["STARTED"]).touch()
+            time.sleep(0.05)
+        run.output(MODEL).mkdir(parents=True)
+        (run.output(MODEL) / "model.safetensors").write_text(f"trained with {beta}")
+        em = [0.1 + 0.01 * step for step in range(40)] + [0.02 if beta == 0.9 else 0.5] * 20
+        rows = [f"{step},{value},{0.1 if step < 40 else 2.0}" for step, value in enumerate(em)]
+        run.output(CURVES).write_text("\\n".join(["step,em,invalid_actions", *rows]))
+        run.register_model("dgpo", MODEL)
+
+def evaluate():
+    if beta == 0.9:
+        raise UserError("it says nothing")
+    write_evaluation(EVALUATION, BETTER)
+
+main({"reinforce": reinforce, "evaluate": evaluate}[sys.argv[1]])
+"""
+STAGES = """
+stages:
+  reinforce:
+    foreach: [dgpo]
+    do:
+      cmd: exec python work.py reinforce
+      params: [reinforce.beta, seed]
+      outs: [models/dgpo, plots/reinforce-dgpo.csv]
+  evaluate:
+    foreach: [student, dgpo]
+    do:
+      cmd: exec python work.py evaluate
+      deps: ["models/${item}"]
+      params: [evaluate, protocol, retrieval, questions]
+      outs: ["evaluation/${item}"]
+"""
+
+
+@pytest.fixture
+def project(client: Any, own_store: Path, empty_dvc_repository: Path) -> Path:  # noqa: F811
+    """A checkout with these stages, in which the student is evaluated and nothing is trained."""
+    from dvc.repo import Repo
+
+    shutil.copytree(empty_dvc_repository, own_store, dirs_exist_ok=True)
+    make_project(own_store)
+    change_params(questions={"test": {}})
+    change_params(questions={"test": {"onehop": "nq", "hard": "bamboogle"}}, promote=PROMOTE)
+    Path("work.py").write_text(WORK)
+    Path("dvc.yaml").write_text(STAGES)
+    Path(".gitignore").write_text(
+        "/.runs/\n/.state/\n/.prefect/\n/runs/\n/evaluation/\n/plots/\n/models/dgpo\n"
+    )
+    write_evaluation(Path("evaluation/student"), STUDENT)
+    with Repo() as repo:
+        repo.commit("evaluate@student", force=True)
+    commit_all()
+    return own_store
+
+
+@pytest.fixture
+def worker(project: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("STARTED", str(project.parent / "started"))
+    monkeypatch.setenv("PREFECT_WORKER_QUERY_SECONDS", "1")
+    command = [sys.executable, "-m", "flows.worker", "--runs", "3"]
+    with (project.parent / "worker.log").open("w") as log:
+        process = subprocess.Popen(command, start_new_session=True, stdout=log, stderr=log)
+        yield
+        end(process)
+
+
+def page_of(client: Any, run: Any) -> str:
+    """Read the artifact on the run's page."""
+    from prefect.client.schemas.filters import ArtifactFilter, ArtifactFilterFlowRunId
+
+    ours = ArtifactFilter(flow_run_id=ArtifactFilterFlowRunId(any_=[run.id]))
+    return next(
+        str(each.data) for each in client.read_artifacts(artifact_filter=ours) if each.key == "pipeline"
+    )
+
+
+def mlflow_status(name: str) -> str:
+    """Read how MLflow says that the pipeline of a flow run has ended."""
+    from tasks.tracking.runs import connect
+
+    store = connect()
+    experiments = [experiment.experiment_id for experiment in store.search_experiments()]
+    (run,) = store.search_runs(experiments, f"tags.`prefect.flow_run` = '{name}' and tags.kind = 'pipeline'")
+    return str(run.info.status)
+
+
+def test_runs_from_the_form_to_the_end_and_what_is_told_of_them(
+    client: Any, receiver: Receiver, project: Path, worker: None
+) -> None:
+    """One is cancelled, one collapses and fails, and one is approved and promoted: all by the real flow."""
+    from prefect.flow_runs import resume_flow_run
+    from prefect.states import Cancelling
+
+    unwanted = start_run("unwanted", beta=0.1)
+    unlucky = start_run("unlucky", beta=0.9)
+    lucky = start_run("lucky", beta=0.5, promote=True)
+    wait((project.parent / "started").exists, "the training that is to be cancelled")
+    set_state(unwanted, Cancelling())
+
+    said = receiver.wait("pipeline unlucky: collapsed")
+    assert said.startswith("reinforce@dgpo: EM fell from 0.4") and "invalid actions 0.1" in said
+    assert receiver.wait("pipeline unlucky: failed").startswith("evaluate@dgpo: user: it says nothing\n")
+    assert receiver.wait("pipeline lucky: waiting for approval").startswith("Its model meets every")
+    with store() as registry:
+        assert registry.alias(CHAMPION) is None
+    resume_flow_run(lucky.id, run_input={"approve": True, "comment": "looks right"})
+    said = receiver.wait("pipeline lucky: promoted").splitlines()[0]
+    wait(lambda: state_of(lucky) == "Completed", "the end of the run")
+
+    with store() as registry:
+        champion = registry.alias(CHAMPION)
+    assert champion and said == f"{champion.name} is the champion" == flow_run(lucky).state.message
+    assert set(flow_run(lucky).tags) == {"dgpo", "reinforce.beta=0.5"}
+    assert "`reinforce.beta=0.5`" in page_of(client, lucky) and "core hours" in page_of(client, lucky)
+    assert state_of(unlucky) == "Failed" and "| evaluate@dgpo | Failed |" in page_of(client, unlucky)
+    assert state_of(unwanted) == "Cancelled" and task_states(unwanted)["reinforce@dgpo"] == "Cancelled"
+    told = [
+        subject
+        for subject, _ in receiver.received
+        if subject.split(":")[0].split()[1] in ("unwanted", "lucky")
+    ]
+    assert told == ["pipeline lucky: waiting for approval", "pipeline lucky: promoted"]
+    assert mlflow_status("unwanted") == "KILLED" and mlflow_status("unlucky") == "FAILED"
