@@ -2,6 +2,7 @@
 VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 PYTEST_ARGS ?=
+CHAOS_ARGS ?= --kills 200
 TEST_PROCESSES ?= 2
 
 PY := $(VENV)/bin/python
@@ -21,7 +22,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench test test-thorough test-all test-vllm test-deepspeed check format ci base-models clean
+.PHONY: help install demo bench chaos test test-thorough test-all test-vllm test-deepspeed check format ci base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -102,6 +103,13 @@ format: $(VENV)/.installed-dev  ## format the sources
 
 bench: $(VENV)/.installed-dev .venv-trl  ## time what is compared with others (after the demo); docs/benchmarks.md
 	$(PY) -m benchmarks
+
+# sets the clock of one process back; it is compiled here, and without a compiler that fault is left out
+.venv-faketime: $(VENV)/.installed-dev
+	-$(PY) -m pip install -q --no-deps --target $@ libfaketime==3.0.1
+
+chaos: $(VENV)/.installed-dev .venv-faketime  ## kill all stages at random instants and compare bytes; docs/reliability.md
+	$(PY) -m benchmarks.chaos $(CHAOS_ARGS)
 
 ci:  ## run what the hosted checks run: check, and all tests but the slow ones (.ci/run)
 	@.ci/run

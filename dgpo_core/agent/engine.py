@@ -4,8 +4,10 @@ Requests join a `Session` at any time and leave it when they are finished, so th
 `StopCriteria` decides when a generation has ended, in the same way for every engine.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import random
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Protocol
 
@@ -147,6 +149,62 @@ def generate(
     finally:
         session.close()
     return [found[id(request)] for request in requests]
+
+
+class GuidedEngine:
+    """Lets a teacher write some turns of a student's episodes (Guided-OPD, Li et al., 2026).
+
+    Each turn is the teacher's with the probability `intervention`, 0 but within `intervening`; which ones
+    are depends on the requests' seeds alone.
+    """
+
+    def __init__(self, student: Engine, teacher: Engine) -> None:
+        self._student, self._teacher = student, teacher
+        self.intervention = 0.0
+
+    @property
+    def lane(self) -> int | None:
+        return self._student.lane
+
+    @contextmanager
+    def intervening(self, probability: float) -> Iterator[None]:
+        self.intervention = probability
+        try:
+            yield
+        finally:
+            self.intervention = 0.0
+
+    def session(self, stop: tuple[str, ...]) -> "GuidedSession":
+        return GuidedSession(self._student.session(stop), self._teacher.session(stop), self.intervention)
+
+
+class GuidedSession:
+    """Requests of which the student or, with the probability `intervention`, the teacher does each.
+
+    What is cached of an episode is the student's: the teacher reads its turns' beginnings anew.
+    """
+
+    def __init__(self, student: Session, teacher: Session, intervention: float) -> None:
+        self._student, self._teacher, self._intervention = student, teacher, intervention
+        self._asked: dict[int, Request] = {}  # by the identity of what the teacher was given in its place
+        self.paced = student.paced and teacher.paced
+
+    def add(self, requests: list[Request], sampling: Sampling) -> None:
+        for request in requests:
+            if random.Random(f"intervention-{request.seed}").random() >= self._intervention:
+                self._student.add([request], sampling)
+                continue
+            own = replace(request, cache=None)
+            self._asked[id(own)] = request
+            self._teacher.add([own], sampling)
+
+    def advance(self) -> list[Finished]:
+        taught = [(self._asked.pop(id(own)), result) for own, result in self._teacher.advance()]
+        return taught + self._student.advance()
+
+    def close(self) -> None:
+        self._teacher.close()
+        self._student.close()
 
 
 class SeparateEngine(Engine, Protocol):

@@ -51,6 +51,8 @@ class Distillation(Section):
                 f"objective {self.objective} imitates the text of episodes, so they must be the teacher's: "
                 "set episodes: teacher, or another objective"
             )
+        if self.objective == "k1" and (self.settings.get("on_policy") or {}).get("intervention"):
+            raise ValueError("objective k1 estimates by what the student has sampled: no intervention")
         if self.objective == "k1" and self.episodes != "student":
             raise ValueError(
                 "objective k1 estimates KL[student || teacher] by what the student has sampled: "

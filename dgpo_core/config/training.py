@@ -24,7 +24,7 @@ class ComputeConfig(Section):
 
     FREE = frozenset(
         {"micro_batch_tokens", "processes", "hostfile", "zero_stage", "offload", "split_teacher"}
-        | {"gradient_checkpointing"}
+        | {"gradient_checkpointing", "keep_last"}
     )
 
     device: str = "cuda"
@@ -48,6 +48,7 @@ class ComputeConfig(Section):
     gradient_checkpointing: bool = Field(
         False, description="activations are computed again in the backward pass: less memory, a third slower"
     )
+    keep_last: PositiveInt = Field(2, description="checkpoints of a training; a damaged one is passed over")
     lora: LoraConfig | None = Field(
         None, description="train low-rank adapters {rank, alpha} instead of all weights"
     )
@@ -108,6 +109,12 @@ class OnPolicyConfig(Section):
     learning_rate: PositiveFloat = 1e-6
     warmup_steps: NonNegativeInt = 0
     dev_every: PositiveInt = Field(50, description="steps between two looks at the validation questions")
+    intervention: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="probability that the teacher writes a turn, at the first step; it falls evenly to 0",
+    )
 
 
 class CorpusTextConfig(Section):

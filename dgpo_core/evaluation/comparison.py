@@ -8,7 +8,17 @@ from typing import Any
 import numpy as np
 
 from dgpo_core.errors import UserError
-from dgpo_core.evaluation.results import EVERY, NOTHING, Pair, Row, Scores, answered, read_arcap, read_scores
+from dgpo_core.evaluation.results import (
+    EVERY,
+    NOTHING,
+    Pair,
+    Row,
+    Scores,
+    answered,
+    by_dataset,
+    read_arcap,
+    read_scores,
+)
 from dgpo_core.evaluation.search_use_tables import compared_counts, comparison_row, read_search_use
 from dgpo_core.evaluation.statistics import mean_of_means
 
@@ -24,12 +34,11 @@ def compare(
 ) -> dict[str, Any]:
     """Compare two models question by question.
 
-    Returns {models, em and f1: {datasets: {name: row}, average: row, pooled: row}, arcap and search_use:
-    {name: row}}. A row is {first, second, difference, ci95, n, excludes_zero}: means over the `n` questions
-    that failed for neither, first - second with its paired 95 % interval, and whether that leaves 0 out.
-    `average` is the mean over the data sets, as in results.json; `pooled` is over all questions, as in
-    comparisons.json. Of the data sets in `asked` only so many questions count; of ARCap's measurements and
-    the use of search those of both models.
+    Returns {models, em and f1: {datasets: {name: row}, average: row}, arcap and search_use: {name: row}}. A
+    row is {first, second, difference, ci95, n, excludes_zero}: means over the `n` questions that failed for
+    neither, first - second with its paired 95 % interval, and whether that leaves 0 out. `average` is the
+    mean over the data sets, as in the report. Of the data sets in `asked` only so many questions count; of
+    ARCap's measurements and the use of search those of both models.
 
     Raises UserError for a model that was not evaluated, and for models that were asked different questions.
     """
@@ -40,7 +49,7 @@ def compare(
     counted = read_search_use(evaluation, [first, second], scores[first].keys)
     return {
         "models": [first, second],
-        **{name: _compared_quantity(scores[first], scores[second], name, datasets) for name in COMPARED},
+        **{name: _compared_quantity(scores[first], scores[second], name) for name in COMPARED},
         "arcap": {
             name: _compared([(own.values, measured[second][name].values)])
             for name, own in measured[first].items()
@@ -57,14 +66,11 @@ def _require_evaluated(evaluation: Path, model: str) -> None:
         raise UserError(f"{evaluation / model}: {model!r} is not evaluated; {there}")
 
 
-def _compared_quantity(ours: Scores, theirs: Scores, name: str, datasets: Sequence[str]) -> Row:
-    of = np.array([dataset for dataset, _ in ours.keys])
-    first, second = ours.values[name], theirs.values[name]
-    strata = {dataset: (first[of == dataset], second[of == dataset]) for dataset in datasets}
+def _compared_quantity(ours: Scores, theirs: Scores, name: str) -> Row:
+    strata = by_dataset(ours, theirs, name)
     return {
         "datasets": {dataset: _compared([pair]) for dataset, pair in strata.items()},
         "average": _compared(list(strata.values())),
-        "pooled": _compared([(first, second)]),
     }
 
 

@@ -21,7 +21,13 @@ from numpy.typing import NDArray
 from dgpo_core.agent.episode import Ending, Outcome
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.diagnosis import Failure
-from dgpo_core.evaluation.statistics import Estimate, mean_of_means, paired_difference, unpaired_difference
+from dgpo_core.evaluation.statistics import (
+    Estimate,
+    mean_of_means,
+    paired_difference,
+    rate_difference,
+    unpaired_difference,
+)
 
 MEASUREMENTS = (
     "source_em_nq",
@@ -289,13 +295,45 @@ def behaviour(scores: Mapping[str, Scores], datasets: Sequence[str]) -> dict[str
 
 
 def comparisons(scores: Mapping[str, Scores]) -> dict[str, Table]:
-    """Return {"dgpo-kd": {mean, ci95, n}, ...}: paired EM differences on the pooled questions.
+    """Return {"dgpo-kd": {mean, ci95, n, datasets: {data set: {mean, ci95, n}}}, ...}: paired EM differences.
 
-    The pairs of PAIRS whose models both exist, or neighbours where no such pair does; only questions that
-    failed for neither. Any other pair: `comparison.compare`.
+    Their mean is that over the data sets, as the average EM is. The pairs of PAIRS whose models both exist,
+    or neighbours where no such pair does; only questions that failed for neither. Any other pair:
+    `comparison.compare`.
     """
-    em = {model: own.values["em"] for model, own in scores.items()}
-    return {name: _paired(em[first], em[second]) for name, first, second in pairs_of(em)}
+    return {name: _em_difference(scores[a], scores[b]) for name, a, b in pairs_of(scores)}
+
+
+def _em_difference(ours: Scores, theirs: Scores) -> Table:
+    strata = {name: answered(pair) for name, pair in by_dataset(ours, theirs, "em").items()}
+    sets = {name: entry(_difference([pair])) for name, pair in strata.items()}
+    return entry(_difference(list(strata.values()))) | {"datasets": sets}
+
+
+def by_dataset(ours: Scores, theirs: Scores, quantity: str) -> dict[str, Pair]:
+    """Return each data set's values of two models that were asked the same questions."""
+    of = np.array([dataset for dataset, _ in ours.keys])
+    first, second = ours.values[quantity], theirs.values[quantity]
+    return {name: (first[of == name], second[of == name]) for name in dict.fromkeys(of.tolist())}
+
+
+def leaders(scores: Mapping[str, Scores], datasets: Sequence[str]) -> dict[str, str]:
+    """Return {data set: model} where EM tells one of several models from all others, "average" included.
+
+    Its EM is above 0, and no paired interval of its difference from another model includes 0.
+    """
+    found = {}
+    for dataset in [*datasets, AVERAGE]:
+        strata = list(datasets) if dataset == AVERAGE else [dataset]
+        means = {model: _mean(own, "em", strata) for model, own in scores.items()}
+        best = max(means, key=lambda model: np.nan_to_num(means[model]), default=None)
+        if best is None or len(means) < 2 or not means[best] > 0:
+            continue
+        pairs = (by_dataset(scores[best], own, "em") for model, own in scores.items() if model != best)
+        ahead = (_difference([answered(pair[name]) for name in strata]) for pair in pairs)
+        if all(difference.low > 0 for difference in ahead):
+            found[dataset] = best
+    return found
 
 
 def read_gaps(evaluation: Path, models: Sequence[str]) -> dict[str, Table]:
@@ -375,6 +413,29 @@ def _model_diagnosis(rows: list[Row], datasets: Sequence[str]) -> Table:
     }
 
 
+def hacking_comparisons(diagnoses: Mapping[str, Mapping[Key, Row]]) -> dict[str, dict[str, Table]]:
+    """Return {"dgpo-kd": {check: {mean, ci95, n}}, ...}: differences of the checks' shares.
+
+    Of the same questions those that did not fail, each share over those that its check applies to; checks
+    that apply to none of a model's are left out. Pairs as in `comparisons`.
+    """
+    flags = {
+        model: {
+            check: np.array([np.nan if row[check] is None else row[check] for row in own.values()], float)
+            for check in CHECKS
+        }
+        for model, own in diagnoses.items()
+    }
+    return {
+        pair: {
+            check: entry(rate_difference(flags[first][check], flags[second][check]))
+            for check in CHECKS
+            if not (np.isnan(flags[first][check]).all() or np.isnan(flags[second][check]).all())
+        }
+        for pair, first, second in pairs_of(diagnoses)
+    }
+
+
 def pairs_of(models: Iterable[str]) -> list[tuple[str, str, str]]:
     """Return (name, first, second) of the PAIRS that there are, else of each model and the one before it."""
     there = list(models)
@@ -386,6 +447,13 @@ def pairs_of(models: Iterable[str]) -> list[tuple[str, str, str]]:
 def _paired(ours: NDArray[np.float64], theirs: NDArray[np.float64]) -> Table:
     first, second = answered((ours, theirs))
     return entry(paired_difference(first, second) if first.size else NOTHING)
+
+
+def _difference(strata: Sequence[Pair]) -> Estimate:
+    """Average the strata's paired differences; NOTHING where a stratum has no answered question."""
+    if not all(first.size for first, _ in strata):
+        return NOTHING
+    return mean_of_means([first - second for first, second in strata], signed=True)
 
 
 def _pooled(values: NDArray[np.float64]) -> Table:

@@ -335,13 +335,14 @@ class Planner:
         critic: bool = False,
         overlap: bool = False,
     ) -> Estimate:
-        """On disk: the model in float32, and its checkpoint (what is trained and AdamW's moments), of which
-        two exist while one is replaced."""
+        """On disk: the model in float32, and its checkpoints (what is trained and AdamW's moments): those
+        that are kept, and the one being written."""
         processes, engine, weights = self._processes, self.params.rollout.engine, self.student.parameters
         models = [self._training(), *([self._training(critic=True)] if critic else [])]
         memory = max((parts | phase for phase in phases), key=lambda phase: sum(phase.values()))
         gpus = processes if self.machine.gpus else 0
-        disk = 2 * 4.0 * weights + 2 * 12.0 * sum(model.parameters for model in models)
+        checkpoints = 1 + self.params.compute.keep_last
+        disk = 2 * 4.0 * weights + checkpoints * 12.0 * sum(model.parameters for model in models)
         host = PROCESS * processes + sum(model.offloaded() for model in models)
         engines = processes if engine == "transformers" else max(1, self.engine_gpus(STUDENT))
         training, rolling = self._seconds(flops, processes), made.seconds / engines + made.searching

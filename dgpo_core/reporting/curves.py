@@ -17,40 +17,44 @@ SMOOTHING = 20  # a trend is the mean over 1/SMOOTHING of the curve, drawn where
 
 @dataclass(frozen=True)
 class Panel:
-    """One small plot: its title, the unit of its y axis, and the columns drawn in it."""
+    """One small plot: its title, the unit of its y axis, and the columns drawn in it.
+
+    The `first` ones are shown at once, the others on demand.
+    """
 
     title: str
     unit: str
     columns: tuple[str, ...]
+    first: bool = False
 
 
 # not comparable with a distillation's divergence, which is at temperature 1
-KL_UNIT = "nats, to the reference, at the sampling temperature"
+KL_UNIT = "nats per token, to the reference, at the sampling temperature"
 PANELS = (
-    Panel("Exact match", "share of episodes", ("em", "dev_em")),
-    Panel("Reward", "mean of an episode", ("reward",)),
+    Panel("Exact match", "share of episodes", ("em", "dev_em"), first=True),
+    Panel("Reward", "mean per episode", ("reward",), first=True),
+    Panel("Loss", "nats per token", ("loss",), first=True),
+    Panel("KL divergence, gated", KL_UNIT, ("kl_inside",), first=True),
+    Panel("Response length", "model tokens per episode", ("response_tokens",), first=True),
+    Panel("Entropy of the policy", "nats per token", ("entropy",), first=True),
     Panel("Step without a reward", "1 where no episode is correct", ("unrewarded",)),
-    Panel("Loss", "nats a token", ("loss",)),
-    Panel("Cross-entropy", "nats a token", ("ce",)),
-    Panel("Divergence from the teacher", "nats a token, as the objective measures it", ("divergence",)),
-    Panel("KL divergence, gated", KL_UNIT, ("kl_inside",)),
-    Panel("KL divergence, not gated", f"{KL_UNIT}, a sample", ("kl_outside",)),
+    Panel("Cross-entropy", "nats per token", ("ce",)),
+    Panel("Divergence from the teacher", "nats per token, as the objective measures it", ("divergence",)),
+    Panel("KL divergence, not gated", f"{KL_UNIT}, of a sample", ("kl_outside",)),
     Panel("Gate open", "share of episodes", ("gate_open",)),
     Panel("Gate closed", "share of episodes", ("gate_closed",)),
     Panel("Excluded from the gate", "share of episodes, failed", ("gate_excluded",)),
-    Panel("Searches", "an episode", ("searches",)),
-    Panel("Response length", "model tokens", ("response_tokens",)),
-    Panel("Invalid actions", "an episode", ("invalid_actions",)),
-    Panel("Entropy of the policy", "nats a token", ("entropy",)),
+    Panel("Searches", "per episode", ("searches",)),
+    Panel("Invalid actions", "per episode", ("invalid_actions",)),
     Panel("Clipped ratios", "share of tokens", ("clip_fraction",)),
     Panel("Explained variance", "at most 1", ("explained_variance",)),
     Panel("Golden answer retrieved", "share of episodes", ("hit",)),
     Panel("Valid format", "share of episodes", ("well_formed",)),
     Panel("Without an answer", "share of episodes", ("no_answer",)),
-    Panel("Policy loss", "a token", ("policy_loss",)),
-    Panel("Value loss", "a token", ("value_loss",)),
-    Panel("Change of the policy", "nats a token, approximate KL", ("approx_kl",)),
-    Panel("Validation loss", "nats a token", ("validation_loss",)),
+    Panel("Policy loss", "per token", ("policy_loss",)),
+    Panel("Value loss", "per token", ("value_loss",)),
+    Panel("Change of the policy", "nats per token, approximate KL", ("approx_kl",)),
+    Panel("Validation loss", "nats per token", ("validation_loss",)),
     Panel("Teacher's share of the target", "TAID's t", ("taid_t",)),
     Panel("Learning rate", "", ("learning_rate",)),
     Panel("Gradient norm", "before clipping", ("grad_norm",)),
@@ -63,19 +67,19 @@ SEED_POINTS = 200  # a line; there are recipes x seeds x panels of them in a rep
 SEED_PANELS = (
     ("em", "Exact match", "sampled episodes"),
     ("dev_em", "Exact match, held out", "greedy episodes"),
-    ("invalid_actions", "Invalid actions", "an episode"),
-    ("response_tokens", "Response length", "model tokens"),
-    ("searches", "Searches", "an episode"),
-    ("entropy", "Entropy of the policy", "nats a token"),
-    ("divergence", "Divergence from the teacher", "on-policy distillation, nats a token"),
+    ("invalid_actions", "Invalid actions", "per episode"),
+    ("response_tokens", "Response length", "model tokens per episode"),
+    ("searches", "Searches", "per episode"),
+    ("entropy", "Entropy of the policy", "nats per token"),
+    ("divergence", "Divergence from the teacher", "on-policy distillation, nats per token"),
     ("gate_open", "Gate open", "share of episodes"),
     ("gate_closed", "Gate closed", "share of episodes"),
     ("gate_excluded", "Excluded from the gate", "share of episodes, failed"),
-    ("kl_inside", "KL inside the gate", "nats a token, at the sampling temperature"),
-    ("kl_outside", "KL outside the gate", "nats a token, at the sampling temperature"),
+    ("kl_inside", "KL inside the gate", "nats per token, at the sampling temperature"),
+    ("kl_outside", "KL outside the gate", "nats per token, at the sampling temperature"),
     ("clip_fraction", "Clipped ratios", "share of tokens"),
     ("explained_variance", "Explained variance", "of the critic, at most 1"),
-    ("reward", "Reward", "mean of an episode"),
+    ("reward", "Reward", "mean per episode"),
     ("actor_grad_norm", "Actor: gradient norm", "before clipping"),
 )
 # who learns from the teacher's episodes is left out: the same columns mean something else there
@@ -139,7 +143,7 @@ def _number(text: str, where: str) -> float | None:
 
 
 def figures(curve: Curve) -> list[dict[str, Any]]:
-    """Return {title, unit, traces} of each panel: known columns in PANELS' order, then the others."""
+    """Return {title, unit, first, traces} of each panel: columns in PANELS' order, then the others."""
     known = {*BUDGET, *(column for panel in PANELS for column in panel.columns)}
     others = [Panel(name, "", (name,)) for name in curve.columns if name not in known]
     found = []
@@ -147,8 +151,7 @@ def figures(curve: Curve) -> list[dict[str, Any]]:
         drawn = [name for name in panel.columns if name in curve.columns]
         traces = [trace for name in drawn for trace in _traces(name, curve.columns[name])]
         if traces:
-            labels = [COLUMN_LABELS[name] for name in drawn] if len(drawn) > 1 else []
-            found.append({"title": panel.title, "unit": panel.unit, "traces": traces, "labels": labels})
+            found.append({"title": panel.title, "unit": panel.unit, "first": panel.first, "traces": traces})
     return found
 
 

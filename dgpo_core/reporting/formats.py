@@ -70,7 +70,7 @@ def comparison_numbers(entry: Mapping[str, Any]) -> str:
         return f"{entry['n']:,} paired questions"
     zero = "" if low > 0 or high < 0 else "; the interval includes 0"
     numbers = f"{entry['mean']:+.3f} EM (95 % interval {low:+.3f} to {high:+.3f})".replace("-", MINUS)
-    return f"{numbers} on {entry['n']:,} pooled questions{zero}"
+    return f"{numbers} on {entry['n']:,} questions{zero}"
 
 
 def headline(comparisons: Mapping[str, Mapping[str, Any]], models: list[str]) -> tuple[str, str]:

@@ -1,7 +1,7 @@
 """The report of a run: its tables as JSON, and index.html, one page that needs nothing else."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ from dgpo_core.reporting.formats import (
     write_texts,
 )
 from dgpo_core.reporting.paper import DEFAULT_PAIR, paper_exact_match
-from dgpo_core.reporting.search_use import search_use_differences, search_use_table
+from dgpo_core.reporting.search_use import BETTER, NAMES, search_use_differences, search_use_table
 
 ARCAP_GROUPS = (  # in the order of MEASUREMENTS
     ("Source referencing", ("source_em_nq", "source_em_nq_thinking"), "nq"),
@@ -72,6 +72,19 @@ CHECK_COLUMNS = (
     ("repeats_question", "Question as query", "of the episodes with a search: a query is the question"),
     ("several_answers", "Several answers", "of the episodes: more than one <answer> opened"),
 )
+CAVEATS = 3  # named under the headline; the others are counted
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a run's figures are from: `facts` to tell runs apart by, and {setting: value} that was `changed`
+    from its profile, None where that is not known."""
+
+    facts: Sequence[str] = ()
+    changed: Mapping[str, str] | None = None
+
+
+UNKNOWN = Origin()
 
 
 @dataclass(frozen=True)
@@ -81,6 +94,7 @@ class Report:
     models: list[str]
     mirrors: dict[str, str | None]  # data set -> the paper's
     results: dict[str, Any]
+    leaders: dict[str, str]  # data set -> the trained model that EM tells from all others
     behaviour: dict[str, Any]
     comparisons: dict[str, Any]
     arcap: dict[str, Any]
@@ -88,6 +102,7 @@ class Report:
     search_use: dict[str, Any]
     search_use_comparisons: dict[str, Any]
     diagnosis: dict[str, Any]
+    hacking_comparisons: dict[str, Any]
     curves: list[Curve]
     budgets: Budgets
     gaps: dict[str, Any]  # of trained models: EM on training and on validation questions
@@ -95,6 +110,74 @@ class Report:
     metrics: dict[str, dict[str, Any]]
     params: dict[str, Any]
     pair: str  # of the paper's models
+    origin: Origin
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A measurement of two models, and their paired difference; `better` is 1 where more of it is, or -1."""
+
+    name: str
+    better: int
+    ours: float
+    theirs: float
+    paired: Mapping[str, Any]
+
+    @property
+    def worse(self) -> bool:
+        """Tell whether the whole interval of the difference is on the worse side of 0."""
+        bounds = [self.better * bound for bound in self.paired["ci95"] if bound is not None]
+        return bool(bounds) and max(bounds) < 0
+
+
+def caveat(report: Report) -> tuple[str, str]:
+    """Say in how many other measurements the headline's first model is worse, and name some.
+
+    (words, evidence); the evidence is empty where there is none, and so are the words without a headline.
+    """
+    if not report.comparisons:
+        return "", ""
+    pair, entry = next(iter(report.comparisons.items()))
+    first, second = map(model_label, pair.split("-"))
+    measured = list(_differences(report, pair))
+    worse = [difference for difference in measured if difference.worse]
+    count = f"of {len(measured)} other measurements"
+    if not worse:
+        return f"{first} is worse than {second} in none {count}.", ""
+    also = "Also" if (entry["ci95"][1] or 0) < 0 else "But"
+    named = [f"{each.name} {each.ours:.3f} ({second} {each.theirs:.3f})" for each in worse[:CAVEATS]]
+    more = [f"{len(worse) - CAVEATS} more below"] if len(worse) > CAVEATS else []
+    return f"{also} {first} is worse in {len(worse)} {count}", "; ".join([*named, *more])
+
+
+def _differences(report: Report, pair: str) -> Iterator[Difference]:
+    """Give what two models were compared in beside their average EM."""
+    first, second = pair.split("-")
+    hacking = {model: report.diagnosis[model]["hacking"] for model in (first, second)}
+    for name, label, _ in CHECK_COLUMNS:
+        if paired := report.hacking_comparisons[pair].get(name):
+            yield Difference(_plain(label), -1, *_means(hacking, name, first, second), paired)
+    for name, paired in report.comparisons[pair]["datasets"].items():
+        ours, theirs = (report.results[model][name]["em"] for model in (first, second))
+        yield Difference(f"EM on {name}", 1, ours, theirs, paired)
+    for title, group, role in ARCAP_GROUPS:
+        for name in (name for name in group if "searches" not in name):
+            if paired := report.arcap_comparisons[pair].get(name):
+                label = f"{_plain(title)} ({_playing(report, role)}; {_kind(name)})"
+                yield Difference(label, 1, *_means(report.arcap, name, first, second), paired)
+    for name, better in BETTER.items():
+        if paired := report.search_use_comparisons[pair].get(name):
+            label = _plain(NAMES[name][0])
+            yield Difference(label, better, *_means(report.search_use, name, first, second), paired)
+
+
+def _means(tables: Mapping[str, Any], name: str, first: str, second: str) -> tuple[float, float]:
+    return tables[first][name]["mean"], tables[second][name]["mean"]
+
+
+def _plain(title: str) -> str:
+    """Return a title as it is written within a sentence."""
+    return title[0].lower() + title[1:].replace(": ", ", ")
 
 
 def arcap_table(report: Report) -> Row:
@@ -209,12 +292,12 @@ BEHAVIOUR_COLUMNS = (
     ("f1", "F1", "word overlap with the golden answer"),
     ("sub_em", "Sub-EM", "a golden answer is contained in the prediction"),
     ("hit", "Hit", "a golden answer is contained in a retrieved passage"),
-    ("searches", "Searches", "answered queries an episode"),
+    ("searches", "Searches", "answered queries per episode"),
     ("well_formed", "Valid format", "think, search, information, …, answer"),
     ("unanswered", "No answer", "episodes without a complete answer"),
     ("invalid", "Invalid action", "episodes with a turn that neither searches nor answers"),
     ("cut", "Cut", "episodes with a turn or a context cut by a limit"),
-    ("model_tokens", "Tokens", "written by the model, an episode"),
+    ("model_tokens", "Tokens", "written by the model, per episode"),
 )
 
 
@@ -224,6 +307,8 @@ def render(report: Report) -> str:
     return template("page.html.j2").render(
         title=title,
         evidence=evidence,
+        origin=report.origin,
+        caveat=caveat(report),
         verdicts=_verdicts(report),
         bars=_bars(report),
         costs=_costs(report),
@@ -317,11 +402,8 @@ def _exact_match(report: Report) -> Row:
         for model in report.models
     ]
     for index, (name, _) in enumerate(columns):
-        trained = [model for model in report.models if model not in GIVEN]
-        known = [em for model in trained if (em := report.results[model][name]["em"]) is not None]
         for row in rows:
-            em = report.results[row["name"]][name]["em"]
-            row["cells"][index]["best"] = row["name"] in trained and em is not None and em == max(known)
+            row["cells"][index]["best"] = row["name"] == report.leaders.get(name)
     first = report.results[report.models[0]]
     heads = [
         {
@@ -356,7 +438,7 @@ def _stages(report: Report) -> list[Row]:
             "title": STAGES.get(curve.stage, curve.stage),
             "recipe": model_label(curve.recipe),
             "figures": [
-                {"id": f"curve-{index}-{number}", "title": figure["title"], "unit": figure["unit"]}
+                {"id": f"curve-{index}-{number}"} | {key: figure[key] for key in ("title", "unit", "first")}
                 for number, figure in enumerate(figures(curve))
             ],
         }
@@ -405,12 +487,13 @@ def write_report(
     params: dict[str, Any],
     pair: str = DEFAULT_PAIR,
     first: Mapping[str, int] = EVERY,
+    origin: Origin = UNKNOWN,
 ) -> None:
     """Write results, arcap and search_use, with their comparisons, diagnosis and index.html into `out`.
 
     `models` and `mirrors` ({data set: the paper's that it stands for, if any}) give the order of rows and
     columns; `pair` names the paper's models whose figures stand beside ours; of the data sets in `first` only
-    so many questions count. The same inputs give the same bytes.
+    so many questions count; the page alone shows the `origin`. The same inputs give the same bytes.
     Raises UserError naming the file when an input is missing or malformed; then nothing is written.
     """
     if not models or not mirrors:
@@ -428,6 +511,7 @@ def write_report(
         models=list(models),
         mirrors=dict(mirrors),
         results=results.results(scores, datasets),
+        leaders=results.leaders({name: scores[name] for name in models if name not in GIVEN}, datasets),
         behaviour=results.behaviour(scores, datasets),
         comparisons=results.comparisons(scores),
         arcap=results.arcap(measured),
@@ -435,6 +519,7 @@ def write_report(
         search_use=search_use(counted),
         search_use_comparisons=search_use_comparisons(counted),
         diagnosis=results.diagnosis(diagnoses, datasets),
+        hacking_comparisons=results.hacking_comparisons(diagnoses),
         curves=[curve for curve in curves if curve.recipe in models],
         budgets=Budgets.of(curves, params),
         gaps=results.read_gaps(evaluation, models),
@@ -442,6 +527,7 @@ def write_report(
         metrics=read_metrics(metrics),
         params=dict(params),
         pair=pair,
+        origin=origin,
     )
     texts = {
         "results.json": as_json(report.results),

@@ -24,6 +24,12 @@ NAMES = {  # in the order of the measurements: name, meaning
     "searched_too_long": ("Searched too long", "of the decisions with all evidence there"),
     "decisions_neither": ("Decisions: neither", "neither answers nor searches"),
 }
+BETTER = {  # of what says that somebody searches well: 1 where more of it is better, -1 where less is
+    "searches_nothing_new": -1,
+    "searches_no_evidence": -1,
+    "thinking_degenerate": -1,
+    "decisions_right": 1,
+}
 
 
 def search_use_table(counted: Mapping[str, Mapping[str, Row]]) -> Row | None:

@@ -5,19 +5,18 @@ weights, and no model is saved.
 """
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from pickle import UnpicklingError
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from dgpo_core.errors import NotFinite, UserError, first_line
-from dgpo_core.files import replacement
+from dgpo_core.files import PART, remove, replacement
 from dgpo_core.training.parallel import leads
+from dgpo_core.training.state_files import Damaged, read_state, write_state
 
 Weights = dict[str, Tensor]  # parameter -> value, on the CPU
 
@@ -82,37 +81,78 @@ class BestModel:
         self._em, self._behind, self.weights = state["em"], state["behind"], state["weights"]
 
 
-class Checkpoint:
-    """Keeps the newest state in one file, replaced by atomic rename.
+class Updated(Protocol):
+    """A part of a training whose weights change only after `updates` has grown (`engines.TrainingEngine`)."""
 
-    Several processes that train together read the same file; the first one writes it.
+    updates: int
+
+    @property
+    def lockstep(self) -> bool: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+
+class Checkpoint:
+    """Keeps the newest states of a training, each a numbered folder that is whole or absent.
+
+    Several processes that train together read the same folders; the first one writes them.
     """
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "checkpoint.pt"
+    def __init__(self, folder: Path, keep_last: int = 2, note: Callable[[str], object] = print) -> None:
+        """`note` is told of a state that cannot be used."""
+        self.folder, self._keep_last, self._note = folder / "checkpoints", keep_last, note
+        if (folder / "checkpoint.pt").exists():
+            note(f"{folder / 'checkpoint.pt'}: of an older version, not read; training begins again")
 
     def save(self, state: dict[str, Any]) -> None:
-        """Replace the state on disk by this one."""
+        """Write a state, and remove those that are older than the newest `keep_last`."""
         if not leads():
             return
-        with replacement(self.path) as part, part.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())  # else a power failure could leave the new name with no content
+        kept = self._kept()
+        number = int(kept[-1].name) + 1 if kept else 1
+        with replacement(self.folder / f"{number:06}") as part:
+            write_state(part, state)
+        for old in [*self._kept()[: -self._keep_last], *self.folder.glob(f"*{PART}")]:
+            remove(old)
 
     def load(self) -> dict[str, Any] | None:
-        """Return the newest state, or None when there is none.
+        """Return the newest state that is whole, or None when there is none; say which ones are damaged.
 
-        Raise UserError for a file that is damaged, or that code of another version has written.
+        Raise UserError when all are.
         """
-        if not self.path.is_file():
-            return None
+        kept = self._kept()
+        for folder in reversed(kept):
+            try:
+                return read_state(folder)
+            except Damaged as error:
+                self._note(f"{folder}: damaged, not used: {error}")
+        if kept:
+            raise UserError(f"{self.folder}: no checkpoint is whole; delete it, and the stage begins again")
+        return None
+
+    @contextmanager
+    def saved_when_stopped(
+        self, engines: Mapping[str, Updated], parts: Mapping[str, Any], **others: Any
+    ) -> Iterator[None]:
+        """Save the state as it is now when a signal stops the body before it has changed a weight.
+
+        The state has `others`, and the `state_dict` of each engine and part. Engines in lockstep are left
+        out: they gather their state together, and a signal finds each process elsewhere.
+        """
+        updates = [engine.updates for engine in engines.values()]
+        held = {name: part.state_dict() for name, part in parts.items()}
         try:
-            state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=False, mmap=True)
-        except (RuntimeError, EOFError, UnpicklingError, ImportError, AttributeError) as error:
-            raise UserError(
-                f"{self.path}: not readable: damaged, or of another version of this code "
-                f"({first_line(error)}); delete it, and the stage begins again"
-            ) from error
-        return state
+            yield
+        except (SystemExit, KeyboardInterrupt):
+            alone = not any(engine.lockstep for engine in engines.values())
+            if alone and updates == [engine.updates for engine in engines.values()]:
+                own = {name: engine.state_dict() for name, engine in engines.items()}
+                try:
+                    self.save({**others, **held, **own})
+                except Exception as error:  # it is stopped, whatever becomes of this
+                    self._note(f"{self.folder}: the last steps were not saved: {first_line(error)}")
+            raise
+
+    def _kept(self) -> list[Path]:
+        """Return the states on disk, the newest last."""
+        return sorted(path for path in self.folder.glob("*") if path.name.isdigit())

@@ -52,7 +52,7 @@ class ZeroEngine:
         self, module: torch.nn.Module, how: Optimization, compute: ComputeConfig, published: bool
     ) -> None:
         self._stage = compute.zero_stage or DEFAULT_ZERO_STAGE
-        self._module = module
+        self._module, self.updates = module, 0
         self._trained = copy.deepcopy(module) if published and self._stage == 3 else module
         exact = [p.detach().float().cpu() for p in module.parameters() if p.requires_grad]
         optimizer = adamw(
@@ -97,6 +97,7 @@ class ZeroEngine:
         self._engine.backward(loss * processes(), scale_wrt_gas=False)
 
     def step(self) -> float:
+        self.updates += 1
         self._engine.step()
         self._schedule.step()
         norm = float(self._engine.get_global_grad_norm())

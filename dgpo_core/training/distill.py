@@ -92,11 +92,12 @@ class Distiller:
         """
         source = self.source
         best = BestModel(self.config.patience)
-        parts: dict[str, Any] = {"student": self.engine, "source": source, "taid": self.taid, "best": best}
+        engines = {"student": self.engine}
+        parts: dict[str, Any] = {"source": source, "taid": self.taid, "best": best}
         rows: list[Metrics] = []
         if state := checkpoint.load():
             rows = state["rows"]
-            for name, part in parts.items():
+            for name, part in {**engines, **parts}.items():
                 part.load_state_dict(state[name])
         elif source.held_out:
             source.validated(self.loss(source.held_out))
@@ -105,10 +106,11 @@ class Distiller:
                 break
             validates = (step + 1) % source.validate_every == 0 or step + 1 == source.steps
             with training_step(step + 1, lambda _: self._rate):
-                # (1) Episodes: a student that writes some needs its newest weights.
-                if self.recipe.episodes in ("student", "mixed"):
-                    self.engine.publish()
-                row = self._learn(source.batch(step), step)
+                with checkpoint.saved_when_stopped(engines, parts, rows=rows):
+                    # (1) Episodes: a student that writes some needs its newest weights.
+                    if self.recipe.episodes in ("student", "mixed"):
+                        self.engine.publish()
+                    row = self._learn(source.batch(step), step)
                 if validates:
                     self.engine.publish()
                     row["dev_em"] = evaluate()
@@ -119,7 +121,8 @@ class Distiller:
             rows.append({"step": step + 1, **row})
             report(source.steps, rows)
             if validates:
-                checkpoint.save({"rows": rows, **{name: part.state_dict() for name, part in parts.items()}})
+                states = {name: part.state_dict() for name, part in {**engines, **parts}.items()}
+                checkpoint.save({"rows": rows, **states})
         self.engine.finish(best.weights)
         return rows
 

@@ -37,6 +37,8 @@ Figures = dict[str, float]
 class TrainingEngine(Protocol):
     """A module under training. Every method is called by all processes, in the same order."""
 
+    updates: int  # that this process has begun
+
     @property
     def device(self) -> torch.device: ...
 
@@ -171,7 +173,7 @@ class TorchEngine:
     lockstep = False
 
     def __init__(self, module: torch.nn.Module, how: Optimization, compute: ComputeConfig) -> None:
-        self.module, self._compute = module, compute
+        self.module, self._compute, self.updates = module, compute, 0
         self._trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
         self.device = self._trained[0].device
         self._stepper = Stepper(
@@ -215,6 +217,7 @@ class TorchEngine:
 
     def step(self) -> float:
         add_gradients(self.module)
+        self.updates += 1
         return self._stepper.step()
 
     def publish(self) -> None:

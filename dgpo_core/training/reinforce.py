@@ -126,9 +126,8 @@ class Reinforcer:
         torch.manual_seed(self.seed)
         actor, reference, critic = self._engines()
         best = BestModel(config.patience)
-        parts: dict[str, Any] = {"actor": actor, "best": best}
-        if critic is not None:
-            parts["critic"] = critic
+        engines = {"actor": actor} if critic is None else {"actor": actor, "critic": critic}
+        parts: dict[str, Any] = {**engines, "best": best}
         rows: list[Metrics] = []
         stepped = StepEpisodes(
             lambda step: rollout(self._questions(questions, step), step),
@@ -150,10 +149,12 @@ class Reinforcer:
             if best.over:
                 break
             with training_step(step + 1, self._rate_behind):
-                # (1) Roll out: the student as it is now answers the step's questions; or it has, a step ago.
-                episodes = stepped.take(step)
-                with stepped.ahead(step + 1):
-                    row = self._learn(episodes, maker, updater, step)
+                pending = stepped.pending
+                with checkpoint.saved_when_stopped(engines, {"best": best}, rows=rows, pending=pending):
+                    # (1) Roll out: the student as it is now answers the step's questions, or did a step ago.
+                    episodes = stepped.take(step)
+                    with stepped.ahead(step + 1):
+                        row = self._learn(episodes, maker, updater, step)
                 actor.publish()
                 if (step + 1) % config.dev_every == 0 or step + 1 == config.steps:
                     stepped.refresh()

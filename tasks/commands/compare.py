@@ -17,8 +17,7 @@ from tasks.project.paths import EVALUATION
 Row = dict[str, Any]
 NOTE = (
     "Means over the questions that failed for neither model. *: the 95 % interval of the difference leaves "
-    "0 out. average: mean over the data sets; pooled: all questions alike. What the measurements are: "
-    "docs/method.md."
+    "0 out. average: mean over the data sets. What the measurements are: docs/method.md."
 )
 
 
@@ -40,7 +39,7 @@ def _table(found: Row, first: str, second: str) -> Table:
     for head in (first, second, "difference", "95 % interval", "", "n"):
         table.add_column(head, justify="right", no_wrap=True)
     for label, quantity in (("EM", found["em"]), ("F1", found["f1"])):
-        rows = {**quantity["datasets"], "average": quantity["average"], "pooled": quantity["pooled"]}
+        rows = {**quantity["datasets"], "average": quantity["average"]}
         for name, row in rows.items():
             table.add_row(escape(f"{label} {name}"), *_cells(row, 3))
         table.add_section()

@@ -3,6 +3,8 @@
 import contextlib
 import ctypes
 import os
+import platform
+import re
 import resource
 import signal
 import sys
@@ -154,3 +156,16 @@ def peak_memory() -> int:
     """Return the peak resident memory of this process, in bytes."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def machine() -> str:
+    """Name this machine's cores and processor, and the GPU if this process works on one."""
+    name = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError):  # Linux alone has it
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        name = found[1].strip() if found else name
+    parts = [f"{os.cpu_count()} cores", *([name] if name else [])]
+    torch = sys.modules.get("torch")  # slow to import: whoever has not, uses no GPU
+    if torch and torch.cuda.is_initialized():
+        parts.append(f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}")
+    return ", ".join(parts)

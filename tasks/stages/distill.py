@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from dgpo_core.agent.engine import GuidedEngine
 from dgpo_core.agent.episode import Episode, read_episodes
 from dgpo_core.agent.loop import EpisodeRunner
 from dgpo_core.agent.prompts import encode_text, known_ids
@@ -43,6 +44,8 @@ from tasks.stages.outputs import write_curves, write_metrics
 from tasks.stages.rollouts import (
     DevEvaluator,
     ProcessorTime,
+    guided_engine,
+    guided_rollout,
     load_student,
     reporter,
     split_tasks,
@@ -70,8 +73,12 @@ def distill(name: str) -> None:
         tokenizer = load_tokenizer(start)
         student = load_student(params, start, recipe.layers)
         teacher, cache = _teacher(params, recipe, tokenizer)
-        loop = training_loop(params, student, start, tokenizer, retriever(params))
-        source = episode_source(params, recipe, loop, tokenizer)
+        guided = None
+        if recipe.episodes == "student" and params.distill.on_policy.intervention:
+            assert teacher is not None
+            guided = guided_engine(params, student, teacher, tokenizer)
+        loop = training_loop(params, student, start, tokenizer, retriever(params), guided)
+        source = episode_source(params, recipe, loop, tokenizer, guided)
         dev = DevEvaluator(params, loop, params.distill.dev_questions)
         distiller = Distiller(
             student,
@@ -84,7 +91,8 @@ def distill(name: str) -> None:
             known_ids(tokenizer),
         )
         time = ProcessorTime(run)
-        rows = distiller.train(Checkpoint(run.state), dev, reporter(run, ("loss", "em"), time))
+        checkpoint = Checkpoint(run.state, params.compute.keep_last, run.note)
+        rows = distiller.train(checkpoint, dev, reporter(run, ("loss", "em"), time))
         summary = validation(run, rows, params.distill.patience, source.steps)
         em = summary["dev_em"]
         begins_rl = any(row.start == name for row in params.recipes.reinforce.values())
@@ -119,7 +127,11 @@ def _teacher(
 
 
 def episode_source(
-    params: Params, recipe: Distillation, runner: EpisodeRunner, tokenizer: Any
+    params: Params,
+    recipe: Distillation,
+    runner: EpisodeRunner,
+    tokenizer: Any,
+    guided: GuidedEngine | None = None,
 ) -> EpisodeSource:
     """Return the source of the teacher's episodes, the student's own, both, or the corpus's text."""
     if recipe.episodes == "corpus":
@@ -128,6 +140,8 @@ def episode_source(
         return CorpusTexts(ids, params.distill, params.seed)
     tasks = split_tasks(params, "train", params.seed)
     rollout = training_rollout(runner, tasks, params.distill.sampling, params.seed)
+    if guided is not None:
+        rollout = guided_rollout(rollout, guided, params.distill.on_policy)
     if recipe.episodes == "student":
         return StudentEpisodes(rollout, len(tasks), params.distill, params.seed)
     episodes = teacher_episodes(recipe)

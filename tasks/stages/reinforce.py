@@ -71,8 +71,9 @@ def reinforce(name: str) -> None:
             tokenizer.decode,
         )
         time = ProcessorTime(run)
+        checkpoint = Checkpoint(run.state, params.compute.keep_last, run.note)
         report = reporter(run, ("em", "kl_inside", "searches"), time)
-        rows = trainer.train(len(tasks), rollout, Checkpoint(run.state), dev, report)
+        rows = trainer.train(len(tasks), rollout, checkpoint, dev, report)
         if not run.leads:
             return
         save_model(student, tokenizer, run.output(out))

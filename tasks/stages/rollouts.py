@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dgpo_core.agent.endpoint_engine import EndpointEngine
-from dgpo_core.agent.engine import Engine, SeparateEngine
+from dgpo_core.agent.engine import Engine, GuidedEngine, SeparateEngine
 from dgpo_core.agent.episode import Episode
 from dgpo_core.agent.expert import ExpertEngine, has_gold_passages
 from dgpo_core.agent.loop import AgentLoop, EpisodeRunner, Task, em_of, stable_seed
@@ -21,6 +21,7 @@ from dgpo_core.agent.vllm_server import VllmServerEngine
 from dgpo_core.config.agent import GREEDY, Sampling
 from dgpo_core.config.params import PARAMS, Params
 from dgpo_core.config.recipes import STUDENT, TEACHER, Distillation, Reinforcement
+from dgpo_core.config.training import OnPolicyConfig
 from dgpo_core.datasets.records import Question, read_questions
 from dgpo_core.endpoint import EndpointClient
 from dgpo_core.errors import UserError
@@ -83,13 +84,32 @@ def teaching_loop(
     return AgentLoop(engine, tokenizer, index, params.protocol, params.retrieval.top_k), tasks
 
 
+def guided_engine(
+    params: Params, student: PreTrainedModel, teacher: PreTrainedModel, tokenizer: Any
+) -> GuidedEngine:
+    """Return the engine of a student in training some of whose turns its teacher writes. Raise UserError."""
+    if params.rollout.engine != "transformers":
+        raise UserError(
+            "distill.on_policy.intervention: student and teacher write in one process: "
+            "set rollout.engine: transformers"
+        )
+    return GuidedEngine(
+        *(TransformersEngine(model, tokenizer, params.rollout) for model in (student, teacher))
+    )
+
+
 def training_loop(
-    params: Params, model: PreTrainedModel, source: str, tokenizer: Any, index: Retriever
+    params: Params,
+    model: PreTrainedModel,
+    source: str,
+    tokenizer: Any,
+    index: Retriever,
+    guided: GuidedEngine | None = None,
 ) -> EpisodeRunner:
     """Return the loop of a model in training, loaded from `source`: its weights are always the newest."""
     top_k = params.retrieval.top_k
     if params.rollout.engine == "transformers":
-        shared = TransformersEngine(model, tokenizer, params.rollout)
+        shared = guided or TransformersEngine(model, tokenizer, params.rollout)
         return SharedLoop(AgentLoop(shared, tokenizer, index, params.protocol, top_k))
     engine = separate_engine(params, source, tokenizer) if parallel.leads() else None
     if engine is None:
@@ -141,6 +161,16 @@ def training_rollout(runner: EpisodeRunner, tasks: list[Task], sampling: Samplin
         return runner.run(drawn, sampling)
 
     return rollout
+
+
+def guided_rollout(rollout: Rollout, engine: GuidedEngine, config: OnPolicyConfig) -> Rollout:
+    """Return the rollout in which the teacher writes turns, with each step fewer (Guided-OPD)."""
+
+    def guided(chosen: list[int], step: int) -> list[Episode]:
+        with engine.intervening(config.intervention * (1 - step / config.steps)):
+            return rollout(chosen, step)
+
+    return guided
 
 
 def tasks_for(dataset: str, questions: list[Question], seed: int) -> list[Task]:

@@ -36,7 +36,7 @@ from dgpo_core.errors import InfrastructureError, NotFinite, ResourceError, User
 from dgpo_core.files import remove, write_json, write_text
 from tasks.project.files import Outputs, content_hash
 from tasks.project.git import head
-from tasks.project.process import follows, is_worker, one_line, peak_memory, run_program
+from tasks.project.process import follows, is_worker, machine, one_line, peak_memory, run_program
 from tasks.project.progress import Reporter
 from tasks.project.resources import resource_error
 from tasks.project.servers import adopt
@@ -54,6 +54,7 @@ from tasks.tracking.runs import (
 )
 
 STATE, RUNS = Path(".state"), Path("runs")
+ATTEMPTS = "attempts.json"  # among the stage's runs
 # in the stage's state
 FINGERPRINT, FAILURE, TRACKING_RUN, OUTPUTS = "fingerprint.json", "failure.json", "mlflow_run", "outputs"
 SAME_FAULT = 10.0  # seconds in which one of several processes tells a fault that all of them have
@@ -221,7 +222,8 @@ def stage(
         tracker = StageRun(name, config, tags, state / TRACKING_RUN)
         run = Run(name, state, Reporter(name), tracker, products, hashes, origin())
         run.track_inputs()
-        status = "FINISHED"
+        attempts = _begin_attempt(run, started)
+        status, message = "FINISHED", ""
         try:
             with _failures_recorded(name, products), _named(name):
                 # 2. Run the body.
@@ -233,13 +235,14 @@ def stage(
                 products.publish()
                 run.track_outputs(outputs)
         except BaseException as error:
-            status = "FAILED" if isinstance(error, Exception) else "KILLED"
+            status, message = "FAILED" if isinstance(error, Exception) else "KILLED", one_line(error)
             raise
         finally:
             # 4. Record the run; what a failed one has done stays in the state.
             run.reporter.close()
             tracker.close(status, QUICK_CLOSE if status == "KILLED" else CLOSE_TIMEOUT)
             _write_run(run, status, started, time.monotonic() - clock)
+            _end_attempt(run, attempts, status, message)
             if status == "FINISHED":
                 shutil.rmtree(state, ignore_errors=True)
 
@@ -375,10 +378,7 @@ def _failed_elsewhere(name: str) -> bool:
 
 
 def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None:
-    """Record what is true of this execution only, and so of no output: times, machine, ids.
-
-    Where that cannot be written, say so: the stage has ended as it has.
-    """
+    """Record what is true of this execution only, and so of no output: times, machine, ids."""
     record = {
         "stage": run.stage,
         "status": status,
@@ -388,11 +388,43 @@ def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None
         "peak_memory_bytes": peak_memory(),
         "python": platform.python_version(),
         "platform": platform.platform(),
+        "machine": machine(),
         "git": head(),
         "mlflow_run": run.tracker.run_id,
         "summary": run.final,
     }
+    _write_record(RUNS / run.stage / "run.json", record)
+
+
+def _begin_attempt(run: Run, started: datetime) -> list[dict[str, Any]]:
+    """Add this execution to the stage's attempts, and return them all.
+
+    It is unresolved, and stays so where its process or machine dies: nobody has said how it ended. Attempts
+    of one fingerprint continue each other.
+    """
+    path = RUNS / run.stage / ATTEMPTS
     try:
-        write_json(RUNS / run.stage / "run.json", record)
+        attempts: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        attempts = []
+    entry = {"attempt": len(attempts) + 1, "status": "unresolved", "git": head()}
+    entry |= {"started": started.isoformat(timespec="seconds")}
+    attempts.append(entry | {"fingerprint": content_hash(run.state / FINGERPRINT)[:12]})
+    _write_record(path, attempts)
+    return attempts
+
+
+def _end_attempt(run: Run, attempts: list[dict[str, Any]], status: str, message: str) -> None:
+    """Say how this attempt ended, and why."""
+    ended = {"FINISHED": "completed", "FAILED": "failed", "KILLED": "stopped"}[status]
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    attempts[-1] |= {"status": ended, "ended": now, "message": message, "mlflow_run": run.tracker.run_id}
+    _write_record(RUNS / run.stage / ATTEMPTS, attempts)
+
+
+def _write_record(path: Path, record: Any) -> None:
+    """Write a record of a run. Where that cannot be written, say so: the stage has ended as it has."""
+    try:
+        write_json(path, record)
     except OSError as error:
         print(f"warning: no record of this run: {error}", file=sys.stderr, flush=True)

@@ -40,6 +40,7 @@ WITHOUT_EFFECT = (
     "dgpo_core/agent/vllm_engine.py",
     "dgpo_core/temporary.py",  # folders of which nothing stays
     "dgpo_core/threads.py",  # how many compute: each batch gives the same in any thread
+    "dgpo_core/training/state_files.py",
     "dgpo_core/training/checkpoint.py",  # what continues ends as if it had not been interrupted
     "dgpo_core/training/parallel.py",  # one process here; in several, results differ by rounding
     "tasks/project",  # this and what follows: where, how and with which record a stage runs

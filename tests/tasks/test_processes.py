@@ -93,7 +93,7 @@ def test_killed_training_continues_to_the_same_model(
     run("reinforce", "dgpo", whole)
     command = [sys.executable, "-m", "tasks.stages.reinforce", "dgpo"]
     killed = subprocess.Popen(command, cwd=workplace, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    while killed.poll() is None and not (workplace / ".state/reinforce@dgpo/checkpoint.pt").exists():
+    while killed.poll() is None and not (workplace / ".state/reinforce@dgpo/checkpoints/000001").exists():
         time.sleep(0.02)
     killed.send_signal(signal.SIGKILL)
     assert killed.wait() == -signal.SIGKILL, "the stage ended before it could be killed"

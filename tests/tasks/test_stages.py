@@ -238,7 +238,7 @@ def test_killed_training_continues_to_the_same_model(
     copy_inputs(finished, workplace)
     if module == "distill":
         shutil.rmtree(workplace / paths.MODELS / "kd")
-    kill_at(f".state/{module}@{recipe}/checkpoint.pt", module, recipe)
+    kill_at(f".state/{module}@{recipe}/checkpoints/000001", module, recipe)
     assert not (workplace / paths.MODELS / recipe).exists(), "no half-written output"
     subprocess.run(program(module, recipe), check=True)
     weights = paths.MODELS / recipe / "model.safetensors"
@@ -293,7 +293,9 @@ def test_a_rate_that_is_too_high_ends_the_stage_and_leaves_no_model(
     assert all(version.run_id != run_of(f"{stage}@{recipe}") for version in versions)
 
 
-@pytest.mark.parametrize("recipe", ["seqkd", "taid", "distillm", "kd_gkd", "kd_gkd_k1", "kd_evidence"])
+@pytest.mark.parametrize(
+    "recipe", ["seqkd", "taid", "distillm", "kd_gkd", "kd_gkd_k1", "guided", "kd_evidence"]
+)
 def test_distillations_of_the_papers_table(finished: Path, workplace: Path, recipe: str) -> None:
     copy_inputs(finished, workplace, recipes=[recipe])
     distill(recipe)
@@ -306,7 +308,7 @@ def test_distillations_of_the_papers_table(finished: Path, workplace: Path, reci
     assert ("taid_t" in rows[0]) == (recipe == "taid")
     assert ("validation_loss" in rows[-1]) == (recipe == "distillm")
     for column in ("em", "searches", "invalid_actions", "response_tokens", "entropy"):
-        assert (column in rows[0]) == (recipe in ("kd_gkd", "kd_gkd_k1"))
+        assert (column in rows[0]) == (recipe in ("kd_gkd", "kd_gkd_k1", "guided"))
 
 
 def test_live_teacher_gives_the_same_losses_as_the_kept_one(finished: Path, workplace: Path) -> None:

@@ -44,7 +44,25 @@ const HIDDEN = new Set();  // models whose traces are switched off; dispatch "mo
     })];
   }
 
+  // a radar's labels need more room than a phone has: there its axes are lines, one below the other
+  const narrow = matchMedia("(max-width: 600px)");
+
+  function dots(chart) {
+    const labels = chart.axes.map((axis) => axis.replace("<br>", ", "));
+    const traces = chart.lines.map((line) => ({
+      type: "scatter", mode: "markers", name: MODELS.get(line.model).label, x: line.values, y: labels,
+      marker: { color: modelColour(line.model), size: 11 }, hovertemplate: "%{x:.3f}",
+    }));
+    const axis = { gridcolor: colour("--line"), linecolor: colour("--line"), fixedrange: true };
+    return [traces, layout({
+      margin: { l: 8, r: 12, t: 46, b: 30 }, legend: { orientation: "h", xref: "container", yref: "container", x: 0, y: 1, yanchor: "top" },
+      xaxis: { ...axis, range: [-0.03, 1.03], zeroline: false },
+      yaxis: { ...axis, autorange: "reversed", automargin: true },
+    })];
+  }
+
   function radar(chart) {
+    if (narrow.matches) return dots(chart);
     const close = (values) => [...values, values[0]];
     const traces = chart.lines.map((line) => {
       const own = modelColour(line.model);
@@ -68,17 +86,36 @@ const HIDDEN = new Set();  // models whose traces are switched off; dispatch "mo
   function draw(id) {
     drawn.add(id);
     const [traces, shape] = id in DATA.charts ? curve(DATA.charts[id]) : radar(DATA.radars[id]);
-    Plotly.react(id, traces, shape, { displayModeBar: false, responsive: true });
+    const settings = { displayModeBar: false };
+    const place = document.getElementById(id);
+    Object.assign(shape, { width: place.clientWidth, height: place.clientHeight });
+    // a radar and its lines are other subplots, which one does not become the other by `react`
+    if (id in DATA.radars) Plotly.newPlot(id, traces, shape, settings);
+    else Plotly.react(id, traces, shape, settings);
   }
 
-  // drawn when they come near the screen: dozens of charts at once would make the page slow to open
+  // drawn when they come near the screen (dozens at once would make the page slow to open), and all others, for
+  // pictures of the whole page, when there is nothing else to do; those in a closed fold when it is opened
+  const charts = [...document.querySelectorAll(".chart")];
+  const folded = (chart) => chart.closest("details:not([open])");
   const watch = new IntersectionObserver((entries) => {
     for (const entry of entries) {
       if (entry.isIntersecting) { watch.unobserve(entry.target); draw(entry.target.id); }
     }
   }, { rootMargin: "600px" });
-  const charts = [...document.querySelectorAll(".chart")];
-  for (const change of ["models", "theme"]) document.addEventListener(change, () => drawn.forEach(draw));
-  addEventListener("beforeprint", () => charts.forEach((chart) => draw(chart.id)));
-  charts.forEach((chart) => watch.observe(chart));
+  const idle = globalThis.requestIdleCallback || ((work) => setTimeout(work, 50));
+  function drawNext() {
+    const chart = charts.find((each) => !drawn.has(each.id) && !folded(each));
+    if (chart) { watch.unobserve(chart); draw(chart.id); idle(drawNext); }
+  }
+  const redraw = () => drawn.forEach(draw);
+  for (const change of ["models", "theme"]) document.addEventListener(change, redraw);
+  narrow.addEventListener("change", redraw);
+  addEventListener("beforeprint", () => charts.filter((each) => !folded(each)).forEach((each) => draw(each.id)));
+  const sized = new ResizeObserver((entries) => {
+    for (const { target } of entries) if (drawn.has(target.id) && target.clientWidth) draw(target.id);
+  });
+  for (const chart of charts) { watch.observe(chart); sized.observe(chart); }
+  addEventListener("load", () => idle(drawNext));
+  document.addEventListener("toggle", () => idle(drawNext), true);  // it does not bubble
 })();

@@ -21,5 +21,11 @@
     apply();
   });
   system.addEventListener("change", apply);
+  // paper is light, and as wide as `.printing` says; charts are drawn for it by their own listener
+  addEventListener("beforeprint", () => {
+    root.classList.remove("dark");
+    root.classList.add("printing");
+  });
+  addEventListener("afterprint", () => { root.classList.remove("printing"); apply(); });
   apply();
 })();

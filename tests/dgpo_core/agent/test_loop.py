@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dgpo_core.agent import prompts
-from dgpo_core.agent.engine import EpisodeCache, Generation, Request
+from dgpo_core.agent.engine import EpisodeCache, Generation, GuidedEngine, Request
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.agent.loop import AgentLoop, Task, collect, em_of, stable_seed
 from dgpo_core.config.agent import GREEDY, ProtocolConfig
@@ -442,3 +442,29 @@ def test_stable_seeds_are_fixed_and_distinct() -> None:
     assert stable_seed(0, "onehop", "q1") == 4253676138
     assert len({stable_seed(a, b) for a in range(30) for b in range(30)}) == 900
     assert stable_seed(1, "1") != stable_seed("1", 1)
+
+
+def test_a_teacher_writes_turns_of_the_students_episodes_as_likely_as_told() -> None:
+    """Which turns they are depends on the seeds alone; outside of `intervening` none is the teacher's."""
+
+    def always(text: str) -> ScriptedEngine:
+        return ScriptedEngine(TOKENIZER, lambda _, turn: text if turn < 4 else ANSWER)
+
+    def writers(intervention: float, numbers: Iterable[int]) -> list[list[str]]:
+        engine = GuidedEngine(always("<search> student </search>"), always("<search> teacher </search>"))
+        loop = AgentLoop(engine, TOKENIZER, Answering(), ProtocolConfig(), 3)
+        with engine.intervening(intervention):
+            found = loop.run(tasks(numbers), GREEDY)
+        (after,) = loop.run(tasks([0]), GREEDY)
+        assert {search.query for search in after.searches} == {"student"}
+        return [[search.query for search in episode.searches] for episode in found]
+
+    assert {*map(tuple, writers(0.0, range(5)))} == {("student",) * 4}
+    assert {*map(tuple, writers(1.0, range(5)))} == {("teacher",) * 4}
+    mixed = writers(0.3, range(200))
+    share = sum(turn == "teacher" for turns in mixed for turn in turns) / 800
+    assert abs(share - 0.3) < 4 * math.sqrt(0.3 * 0.7 / 800)
+    assert writers(0.3, range(150, 160)) == mixed[150:160]
+    more = writers(0.6, range(200))  # who teaches at 0.3 teaches at 0.6
+    both = [pair for turns in zip(mixed, more, strict=True) for pair in zip(*turns, strict=True)]
+    assert ("teacher", "student") not in both and ("student", "teacher") in both

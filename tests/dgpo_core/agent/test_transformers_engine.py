@@ -13,7 +13,16 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast, Qwen2Config
 
-from dgpo_core.agent.engine import EpisodeCache, FinishReason, Generation, Request, Session, generate
+from dgpo_core.agent.engine import (
+    Engine,
+    EpisodeCache,
+    FinishReason,
+    Generation,
+    GuidedEngine,
+    Request,
+    Session,
+    generate,
+)
 from dgpo_core.agent.episode import Episode
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.agent.transformers_engine import TransformersEngine, slot_cache
@@ -375,7 +384,7 @@ def test_nothing_is_kept_for_a_turn_that_will_not_come(engine: TransformersEngin
         assert (cache.content is not None) == renew
 
 
-def episodes(engine: TransformersEngine, tokenizer: PreTrainedTokenizerFast, count: int = 5) -> list[Episode]:
+def episodes(engine: Engine, tokenizer: PreTrainedTokenizerFast, count: int = 5) -> list[Episode]:
     config = ProtocolConfig(max_new_tokens=12, instruction="short")
     loop = AgentLoop(engine, tokenizer, Answering(), config, 3)
     return loop.run([Task(question(), "onehop", seed=(i,)) for i in range(count)], Sampling())
@@ -393,6 +402,19 @@ def test_a_run_with_new_weights_uses_nothing_of_an_older_one(tokenizer: PreTrain
     assert [e.token_ids for e in after] == [e.token_ids for e in fresh]
     assert [e.token_ids for e in after] != [e.token_ids for e in before]
     assert max(e.generations for e in after) > 1
+
+
+@pytest.mark.parametrize("slots", [64, 3])
+def test_turns_of_a_teacher_leave_what_is_cached_of_an_episode_right(
+    make_engine: MakeEngine, tokenizer: PreTrainedTokenizerFast, slots: int
+) -> None:
+    """With the student as its own teacher the episodes are the student's."""
+    engine = make_engine(slots=slots)
+    guided = GuidedEngine(engine, engine)
+    with guided.intervening(0.5):
+        found = episodes(guided, tokenizer, 12)
+    assert [e.token_ids for e in found] == [e.token_ids for e in episodes(engine, tokenizer, 12)]
+    assert max(e.generations for e in found) > 2
 
 
 @pytest.mark.parametrize("slots", [64, 3])

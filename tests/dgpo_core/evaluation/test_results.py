@@ -11,7 +11,13 @@ from scipy import stats
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.comparison import compare
 from dgpo_core.evaluation.diagnosis import Failure
-from dgpo_core.evaluation.results import MEASUREMENTS, comparisons, read_scores
+from dgpo_core.evaluation.results import (
+    MEASUREMENTS,
+    comparisons,
+    hacking_comparisons,
+    leaders,
+    read_scores,
+)
 from dgpo_core.evaluation.statistics import RESAMPLES, SEED, mean_of_means, paired_difference
 from tests.dgpo_core.reporting.synthetic import MIRRORS, MODELS, Run
 
@@ -83,15 +89,45 @@ def test_comparisons_pair_the_questions_that_failed_for_neither(reported: Report
             {(row["dataset"], row["question_id"]): row for row in run.rows[model]}
             for model in pair.split("-")
         )
-        differences = [
-            float(first[key]["em"]) - float(second[key]["em"])
-            for key in first
-            if "failed" not in (first[key]["outcome"], second[key]["outcome"])
-        ]
-        assert entry["n"] == len(differences)
-        assert entry["mean"] == pytest.approx(np.mean(differences), abs=1e-6)
+        differences: dict[str, list[float]] = {name: [] for name in MIRRORS}
+        for key in first:
+            if "failed" not in (first[key]["outcome"], second[key]["outcome"]):
+                differences[key[0]].append(float(first[key]["em"]) - float(second[key]["em"]))
+        assert entry["n"] == sum(map(len, differences.values()))
+        assert entry["mean"] == pytest.approx(np.mean([np.mean(d) for d in differences.values()]), abs=1e-6)
+        for name, own in entry["datasets"].items():
+            assert own["mean"] == pytest.approx(np.mean(differences[name]), abs=1e-6)
         assert entry["ci95"][0] <= entry["mean"] <= entry["ci95"][1]
     assert found["dgpo-kd"]["n"] == 10 * len(MIRRORS)
+
+
+def test_a_model_leads_where_a_paired_interval_tells_it_from_all_others(run: Run) -> None:
+    """Of 12 questions a set KD has 4, DGPO these and 8 more, 1 or none; nobody has any of `hard`."""
+    more = dict.fromkeys(MIRRORS, 12) | {"rare": 5, "comparison": 4, "hard": 0}
+    for model in ("kd", "dgpo"):
+        for number, row in enumerate(run.rows[model]):
+            own = more[row["dataset"]] if model == "dgpo" else min(4, more[row["dataset"]])
+            row["outcome"], row["em"] = "wrong", number % 12 < own
+    run.save()
+    scores = read_scores(run.folder / "evaluation", ["kd", "dgpo"], list(MIRRORS))
+    clear = set(MIRRORS) - {"rare", "comparison", "hard"}
+    assert leaders(scores, list(MIRRORS)) == dict.fromkeys([*clear, "average"], "dgpo")
+    assert leaders({"kd": scores["kd"]}, list(MIRRORS)) == {}
+
+
+def test_hacking_is_compared_over_the_questions_that_a_check_applies_to(run: Run) -> None:
+    """KD guessed 1 of 20 correct answers, DGPO 12 of 30; of KD's searches nothing is known."""
+    guessed = {"kd": [True] * 1 + [False] * 19, "dgpo": [True] * 12 + [False] * 18}
+    for model, flags in guessed.items():
+        for number, row in enumerate(run.diagnoses[model]):
+            row |= {"outcome": "correct" if number < len(flags) else "wrong", "first_failure": None}
+            row["without_evidence"] = flags[number] if number < len(flags) else None
+            row["repeats_question"] = None if model == "kd" else False
+    diagnoses = {m: {(r["dataset"], r["question_id"]): r for r in run.diagnoses[m]} for m in guessed}
+    [found] = hacking_comparisons(diagnoses).values()
+    assert found["without_evidence"]["mean"] == pytest.approx(12 / 30 - 1 / 20, abs=1e-6)
+    assert found["without_evidence"]["ci95"][0] > 0 and found["without_evidence"]["n"] == 30
+    assert set(found) == {"without_evidence", "several_answers"}
 
 
 def test_models_of_no_named_pair_are_compared_with_their_neighbours(reported: Reported) -> None:
@@ -210,7 +246,7 @@ def test_rows_are_paired_differences_of_what_failed_for_neither(reported: Report
     assert [average["difference"], *average["ci95"]] == pytest.approx(
         [expected.mean, expected.low, expected.high], abs=1e-6
     )
-    for row in [*found["datasets"].values(), average, found["pooled"]]:
+    for row in [*found["datasets"].values(), average]:
         assert row["difference"] == pytest.approx(row["first"] - row["second"], abs=2e-6)
         assert row["excludes_zero"] == (row["ci95"][0] > 0 or row["ci95"][1] < 0)
 
@@ -223,7 +259,12 @@ def test_the_report_says_the_same_of_its_pairs(reported: Reported, pair: str) ->
         json.loads((out / f"{name}.json").read_text())[pair] for name in ("comparisons", "arcap_comparisons")
     )
     same = {"mean": "difference", "ci95": "ci95", "n": "n"}
-    assert {name: found["em"]["pooled"][key] for name, key in same.items()} == em
+    assert {name: found["em"]["average"][key] for name, key in same.items()} | {
+        "datasets": {
+            dataset: {name: row[key] for name, key in same.items()}
+            for dataset, row in found["em"]["datasets"].items()
+        }
+    } == em
     assert tuple(found["arcap"]) == MEASUREMENTS
     for measurement, row in found["arcap"].items():
         assert {name: row[key] for name, key in same.items()} == arcap[measurement]
@@ -236,8 +277,8 @@ def test_an_interval_without_0_is_marked_and_one_with_it_is_not(run: Run) -> Non
             row["f1"] = 0.25
     run.save()
     found = compared(run)
-    assert found["em"]["pooled"]["difference"] == pytest.approx(5 / 12, abs=1e-6)
-    assert found["em"]["pooled"]["excludes_zero"] and found["em"]["average"]["excludes_zero"]
+    assert found["em"]["average"]["difference"] == pytest.approx(5 / 12, abs=1e-6)
+    assert found["em"]["average"]["excludes_zero"]
     assert found["f1"]["average"]["difference"] == 0 and not found["f1"]["average"]["excludes_zero"]
 
 
@@ -249,7 +290,7 @@ def test_a_set_that_failed_has_no_figures(run: Run) -> None:
     em = compared(run)["em"]
     nothing = {"first": None, "second": None, "difference": None, "ci95": [None, None], "n": 0}
     assert em["datasets"]["hard"] == em["average"] == nothing | {"excludes_zero": False}
-    assert em["pooled"]["n"] == 60
+    assert em["datasets"]["onehop"]["n"] == 10
 
 
 def test_measurements_of_one_model_alone_are_left_out(run: Run) -> None:

@@ -15,7 +15,7 @@ from dgpo_core.agent.episode import Ending, Episode, Outcome, Search, write_epis
 from dgpo_core.evaluation import search_use
 from dgpo_core.evaluation.diagnosis import SCHEMA, Failure
 from dgpo_core.evaluation.results import EVERY, MEASUREMENTS
-from dgpo_core.reporting.page import write_report
+from dgpo_core.reporting.page import UNKNOWN, Origin, write_report
 from dgpo_core.reporting.paper import DEFAULT_PAIR
 
 MODELS = ["student", "teacher", "kd", "dgpo"]
@@ -75,9 +75,10 @@ class Run:
         mirrors: Mapping[str, str | None] = MIRRORS,
         pair: str = DEFAULT_PAIR,
         first: Mapping[str, int] = EVERY,
+        origin: Origin = UNKNOWN,
     ) -> None:
         evaluation, plots, metrics = (self.folder / name for name in ("evaluation", "plots", "metrics"))
-        write_report(evaluation, plots, metrics, out, MODELS, mirrors, self.params, pair, first)
+        write_report(evaluation, plots, metrics, out, MODELS, mirrors, self.params, pair, first, origin)
 
 
 def make_run(folder: Path, questions: int = 12) -> Run:

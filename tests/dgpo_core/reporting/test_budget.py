@@ -66,7 +66,7 @@ def test_the_control_is_named_with_its_cost() -> None:
     entry = {"mean": -0.05, "ci95": [-0.08, -0.02], "n": 100}
     said, numbers = control(Budgets.of([KD, DGPO, long], PARAMS), {"dgpo-kd_long": entry})
     assert said == "DGPO is behind KD, longer by 0.050 EM"
-    assert numbers.endswith("on 100 pooled questions. KD, longer has cost 300 episodes.")
+    assert numbers.endswith("on 100 questions. KD, longer has cost 300 episodes.")
 
 
 @pytest.mark.parametrize(

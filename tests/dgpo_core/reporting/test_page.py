@@ -15,9 +15,10 @@ from dgpo_core.errors import UserError
 from dgpo_core.evaluation import arcap, search_use
 from dgpo_core.reporting.episodes import compact_json
 from dgpo_core.reporting.formats import comparison, comparison_numbers, signed_cell
-from dgpo_core.reporting.page import CHECK_COLUMNS, FAILURE_COLUMNS
+from dgpo_core.reporting.page import CHECK_COLUMNS, FAILURE_COLUMNS, Origin
 from dgpo_core.reporting.paper import paper_arcap, paper_exact_match
 from dgpo_core.reporting.search_use import NAMES
+from tests.browser import CHROMIUM, browse
 from tests.dgpo_core.reporting.synthetic import HOSTILE, MIRRORS, MODELS, Run, make_run
 
 Reported = tuple[Run, Path]
@@ -143,6 +144,77 @@ def test_the_first_screen_says_at_what_budget_and_who_learnt_by_heart(page: Page
     beside = screen[2].partition("Diagnosis")[0]
     assert "No control" in beside and "With kd_long in compare" in beside
     assert "learnt by heart: KD by 0.400" in beside and "4,800 in KD" in beside and "2.5 in KD" in beside
+
+
+def test_what_tells_runs_apart_stands_under_the_title_and_what_was_changed_is_listed(run: Run) -> None:
+    origin = Origin(["tiny", "seed 3", f"commit {HOSTILE}"], {"reinforce.beta": "0.05"})
+    run.report_with(run.folder / "reports", origin=origin)
+    page = Page((run.folder / "reports" / "index.html").read_text(encoding="utf-8"))
+    head, provenance = page.text.partition("95 % interval")[0], page.text.partition("Changed from")[2]
+    assert f"tiny \N{MIDDLE DOT} seed 3 \N{MIDDLE DOT} commit {HOSTILE}" in head
+    assert provenance.lstrip().startswith("the profile") and "reinforce.beta0.05" in provenance
+
+
+def test_what_is_worse_is_said_under_the_headline(run: Run) -> None:
+    """DGPO beats KD, but guesses 30 of its 60 correct answers, KD 1 of as many."""
+    for model, guesses in (("kd", 1), ("dgpo", 30)):
+        for number, row in enumerate(run.rows[model]):
+            row |= {"outcome": "correct" if number % 12 < (6 if model == "kd" else 11) else "wrong"}
+            row["em"] = row["outcome"] == "correct"
+        answered = 0
+        for row, scores in zip(run.diagnoses[model], run.rows[model], strict=True):
+            right = scores["em"]
+            row |= {"outcome": scores["outcome"], "first_failure": None if right else "bad_query"}
+            row["without_evidence"] = answered < guesses if right else None
+            answered += right
+    run.save()
+    page = Page((run.report(run.folder / "reports") / "index.html").read_text(encoding="utf-8"))
+    head = page.text.partition("Exact match, average")[0]
+    assert "DGPO beats KD by 0.417 EM" in head and re.search(r"But DGPO is worse in \d+ of \d+ other", head)
+    assert f"answer without evidence {30 / 77:.3f} (KD {1 / 42:.3f})" in head
+
+
+def test_nothing_is_bold_where_nobody_leads(run: Run) -> None:
+    for model in ("kd", "dgpo"):
+        for row in run.rows[model]:
+            row |= {"outcome": "wrong", "em": False}
+    run.save()
+    page = Page((run.report(run.folder / "reports") / "index.html").read_text(encoding="utf-8"))
+    assert not [
+        own for tag, own in page.tags if tag == "td" and own.get("class") == "best" and not own.get("title")
+    ]
+
+
+def test_the_curves_that_matter_come_first_and_the_others_are_folded(page: Page) -> None:
+    training = page.text.partition("Reinforcement learning")[2].partition("ARCap")[0]
+    first, _, others = training.partition(" more: ")
+    for title in (
+        "Exact match",
+        "Reward",
+        "KL divergence, gated",
+        "Response length",
+        "Entropy of the policy",
+    ):
+        assert title in first and title not in others
+    assert "Clipped ratios" in others
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium")
+def test_a_phone_gets_dots_for_radars_and_every_chart_without_scrolling(
+    reported: Reported, tmp_path: Path
+) -> None:
+    shown = "[...document.querySelectorAll('.chart')].filter((each) => !each.closest('details:not([open])'))"
+    with browse(tmp_path) as browser:
+        browser.resize(390, 844)
+        browser.open((reported[1] / "index.html").as_uri())
+        browser.wait_for(f"{shown}.every((each) => each.querySelector('.main-svg'))")
+        assert browser.evaluate("document.documentElement.scrollWidth") == 390
+        assert browser.evaluate("document.querySelectorAll('.radar .polar').length") == 0
+        browser.resize(1280, 900)
+        browser.wait_for("document.querySelectorAll('.radar .polar').length === 2")
+        browser.evaluate("document.querySelector('#curves details').open = true")
+        browser.wait_for("document.querySelector('#curves details .chart .main-svg')")
+        assert browser.errors == []
 
 
 def test_first_failures_are_drawn_and_listed(page: Page, reported: Reported) -> None:

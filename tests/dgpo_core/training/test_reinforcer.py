@@ -191,6 +191,25 @@ def test_best_validated_model_is_kept_and_training_ends_without_patience(train: 
     assert over.rows == whole.rows and equal(over.after, whole.after), "a training that was over goes on"
 
 
+def test_a_stop_while_episodes_are_sampled_loses_no_finished_step(train: Train) -> None:
+    """SIGTERM, long before the next regular checkpoint: only the step that it met is sampled again."""
+    sampled: list[int] = []
+
+    def stopped(chosen: list[int], step: int) -> list[Episode]:
+        sampled.append(step)
+        if sampled.count(step) == 1 and step == 3:
+            raise SystemExit(143)
+        return rollout(chosen, step)
+
+    settings: dict[str, Any] = {"checkpoint_every": 100, "steps": 5}
+    whole = train(**settings)
+    with pytest.raises(SystemExit):
+        train(folder="stopped", episodes=stopped, **settings)
+    again = train(folder="stopped", episodes=stopped, **settings)
+    assert sampled == [0, 1, 2, 3, 3, 4]
+    assert again.rows == whole.rows and equal(again.after, whole.after)
+
+
 def test_critic_learns_alone_at_first(train: Train) -> None:
     """So the first step's actor is the student; the critic's steps are those of a training without it."""
     run = train(critic_only_steps=2, steps=3, guidance="none")

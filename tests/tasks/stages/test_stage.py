@@ -11,6 +11,7 @@ import pytest
 
 from dgpo_core.errors import InfrastructureError, NotFinite, UserError
 from tasks.stages.stage import stage
+from tests.conftest import run_python
 from tests.tasks.miniature import failure
 
 STATE = Path(".state/train")
@@ -111,6 +112,29 @@ def test_what_a_killed_run_left_half_written_is_gone() -> None:
     with stage("train", config={"lr": 1}, inputs=[Path("input.txt")]) as run:
         assert (run.state / "checkpoint.pt").is_file()
         assert not (run.state / "outputs").exists()
+
+
+def test_attempts_say_how_each_ended_and_which_belong_together() -> None:
+    """The second is killed, and so says nothing; the fourth has other settings."""
+    fail(RuntimeError("out of\n luck"))
+    program = (
+        "import os\nfrom pathlib import Path\nfrom tasks.stages.stage import stage\n"
+        "with stage('train', config={'lr': 1}, inputs=[Path('input.txt')]): os.kill(os.getpid(), 9)"
+    )
+    assert run_python(program).returncode == -9
+    fail(SystemExit(143))
+    checkpoint_seen({"lr": 2})
+    attempts = json.loads(Path("runs/train/attempts.json").read_text())
+    assert [entry["attempt"] for entry in attempts] == [1, 2, 3, 4]
+    assert [entry["status"] for entry in attempts] == ["failed", "unresolved", "stopped", "completed"]
+    assert [entry.get("message") for entry in attempts] == [
+        "out of luck",
+        None,
+        "stopped with exit code 143",
+        "",
+    ]
+    first, *others, last = [entry["fingerprint"] for entry in attempts]
+    assert others == [first, first] and last != first
 
 
 @pytest.mark.parametrize("link", ["hard", "soft", "whole folder"])
