@@ -32,7 +32,7 @@ from tasks.project.graph import Stage
 from tasks.project.groups import run_group
 from tasks.project.process import processor_seconds
 from tasks.project.progress import duration
-from tasks.tracking.lineage import changed_settings, settings
+from tasks.tracking.lineage import PROFILES, changed_settings, settings
 from tasks.tracking.runs import experiment_of, flatten
 from tasks.tracking.store import tracking_uri
 
@@ -136,8 +136,8 @@ class RunPage:
         """Say what the run has taken: time, hours of this machine's cores, of GPUs, and their price."""
         cores = (processor_seconds() - self._processor) / 3600
         gpus = sum(row.used * row.stage.gpus for row in self._rows.values()) / 3600
-        said = f"{duration(time.monotonic() - self._began)}, {cores:.2f} core hours"
-        said += f", {gpus:.2f} GPU hours" if gpus else ""
+        said = f"{duration(time.monotonic() - self._began)}, {cores:.3f} core hours"
+        said += f", {gpus:.3f} GPU hours" if gpus else ""
         return said if self._price is None else f"{said}, cost {self._price * (gpus or cores):.2f}"
 
     def progress(self) -> str:
@@ -202,9 +202,9 @@ def _price() -> float | None:
 
 
 def changes(tree: Path) -> str:
-    """Say in which settings the run differs from its profile; nothing where they cannot be read."""
+    """Say in which settings the run differs from its profile; nothing where one of them cannot be read."""
     params = settings(tree)
-    if params is None:
+    if params is None or not (tree / PROFILES / f"{params.profile}.yaml").is_file():
         return ""
     found = [f"`{key}={value}`" for key, value in flatten(changed_settings(params, tree)).items()]
     more = f" and {len(found) - MOST_CHANGES} more" if len(found) > MOST_CHANGES else ""

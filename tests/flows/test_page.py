@@ -70,13 +70,13 @@ def test_what_it_has_cost(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr("flows.page.processor_seconds", lambda: 1.5 * clock.now)
     page = page_of()
     clock.now = 600.0
-    assert page.spent() == "10m00s, 0.25 core hours, cost 0.75"
+    assert page.spent() == "10m00s, 0.250 core hours, cost 0.75"
     for _ in range(2):  # and a second attempt
         with page.running("distill@kd"):
             clock.now += 900.0
-    assert page.spent() == "40m00s, 1.00 core hours, 1.00 GPU hours, cost 3.00"
+    assert page.spent() == "40m00s, 1.000 core hours, 1.000 GPU hours, cost 3.00"
     monkeypatch.delenv("DGPO_PRICE")
-    assert page_of().spent() == "0s, 0.00 core hours"
+    assert page_of().spent() == "0s, 0.000 core hours"
     monkeypatch.setenv("DGPO_PRICE", "three")
     with pytest.raises(UserError, match="DGPO_PRICE=three: not a number"):
         page_of()
@@ -87,6 +87,7 @@ def test_what_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     assert changes(tmp_path) == ""
     make_project(tmp_path)
+    assert changes(tmp_path) == ""  # of a profile that there is not
     (tmp_path / "profiles").symlink_to(Path(__file__).resolve().parents[2] / "profiles")
     many = changes(tmp_path)
     assert many.startswith("Changed from tiny: `world.passages=400`, ") and many.endswith(" more")
