@@ -71,7 +71,7 @@ class Row:
 class RunPage:
     """The artifact, written by a thread of its own: a dashboard that does not answer stops no stage.
 
-    Of `stages` those `to_run` may have something to do.
+    Of `stages` those `to_run` may have something to do; `before`: the seconds that they took the last time.
     """
 
     def __init__(
@@ -81,11 +81,12 @@ class RunPage:
         head: str = "",
         parallel: int = 1,
         before: Mapping[str, float] = MappingProxyType({}),
+        price: float | None = None,
     ) -> None:
         self._rows = {
             name: Row(stage, before.get(name) if name in to_run else 0.0) for name, stage in stages.items()
         }
-        self._head, self._parallel, self._price = head, parallel, _price()
+        self._head, self._parallel, self._price = head, parallel, price
         self._began, self._processor = time.monotonic(), processor_seconds()
         self._artifact: UUID | None = None
         self._closed = threading.Event()
@@ -192,8 +193,8 @@ def _minutes(seconds: float) -> str:
     return f"{round(seconds / 60)} min" if seconds >= 90 else "a minute" if seconds >= 45 else "half a minute"
 
 
-def _price() -> float | None:
-    """Return what an hour costs, if somebody has said it. Raises UserError."""
+def hourly_price() -> float | None:
+    """Return what an hour of a GPU or core costs, if somebody has said it. Raises UserError."""
     text = os.environ.get(PRICE)
     try:
         return float(text) if text else None

@@ -24,7 +24,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from dgpo_core.config.params import PARAMS, read_yaml, resolve_profile
 from dgpo_core.errors import InfrastructureError, UserError
-from flows.page import RunPage, changes, links, standing
+from flows.page import RunPage, changes, hourly_price, links, standing
 from flows.promotion import offer
 from flows.remote import cancel_all, refuse_without_push
 from flows.schedule import COMPLETED, UNCHANGED, Schedule, StageResult, is_stale, run_all
@@ -193,12 +193,12 @@ def _bring_up_to_date(
         return "a dry run"
     if workspace:
         refuse_without_push((stage for stage in chosen.values() if may_run[stage.name]), workspace.root)
-    name, id_ = str(flow_run.name), str(flow_run.id)
+    price, name, id_ = hourly_price(), str(flow_run.name), str(flow_run.id)
     parent = Pipeline(name, {"flow": "prefect", "prefect.flow_run": name, "prefect.flow_run_id": id_}, tree)
     os.environ[PIPELINE_RUN] = parent.run_id or ""
     parallel, force = settings.max_parallel or side_by_side(tree), settings.force
     to_run = [name for name, said in may_run.items() if said]
-    with RunPage(chosen, to_run, changes(tree), parallel, parent.earlier_seconds()) as page:
+    with RunPage(chosen, to_run, changes(tree), parallel, parent.earlier_seconds(), price) as page:
         schedule = Schedule(
             chosen, tree, page, workspace, parallel, force, retry_delay_seconds, parent.run_id
         )
@@ -218,7 +218,7 @@ def _bring_up_to_date(
         failures = "; ".join(result.message for result in results if result.message)
         executed = any(result.state != UNCHANGED for result in results)
         said = failures or (standing(tree) if executed and "report" in chosen else "")
-        where = [page.spent(), *links(parent.run_id, tree), *_checkout(workspace)]
+        where = [page.spent(), *links(parent.run_id if executed else None, tree), *_checkout(workspace)]
         print(page.close("\n\n".join(filter(None, [said, " · ".join(where)])), _results(tree)))
     if failures:
         raise PipelineFailed(failures)

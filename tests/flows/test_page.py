@@ -66,9 +66,11 @@ def test_what_is_not_known_is_said(clock: Clock) -> None:
 
 
 def test_what_it_has_cost(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows.page import hourly_price
+
     monkeypatch.setenv("DGPO_PRICE", "3")
     monkeypatch.setattr("flows.page.processor_seconds", lambda: 1.5 * clock.now)
-    page = page_of()
+    page = page_of(price=hourly_price())
     clock.now = 600.0
     assert page.spent() == "10m00s, 0.250 core hours, cost 0.75"
     for _ in range(2):  # and a second attempt
@@ -76,10 +78,10 @@ def test_what_it_has_cost(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None
             clock.now += 900.0
     assert page.spent() == "40m00s, 1.000 core hours, 1.000 GPU hours, cost 3.00"
     monkeypatch.delenv("DGPO_PRICE")
-    assert page_of().spent() == "0s, 0.000 core hours"
+    assert page_of(price=hourly_price()).spent() == "0s, 0.000 core hours"
     monkeypatch.setenv("DGPO_PRICE", "three")
     with pytest.raises(UserError, match="DGPO_PRICE=three: not a number"):
-        page_of()
+        hourly_price()
 
 
 def test_what_was_changed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
