@@ -81,7 +81,8 @@ def environment() -> dict[str, str]:
     source = str(Path(tasks.__file__).resolve().parents[1])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     ours = {"PYTHONPATH": os.pathsep.join(paths), "MLFLOW_TRACKING_URI": tracking_uri()}
-    return {**os.environ, **ours, "PYTHONUNBUFFERED": "1"}
+    quiet = {"PYTHONWARNINGS": "ignore::FutureWarning"}  # of libraries, to their authors
+    return {**quiet, **os.environ, **ours, "PYTHONUNBUFFERED": "1"}
 
 
 def _slots(stage: Stage) -> contextlib.AbstractContextManager[None]:

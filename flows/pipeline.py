@@ -198,28 +198,28 @@ def _bring_up_to_date(
     os.environ[PIPELINE_RUN] = parent.run_id or ""
     parallel, force = settings.max_parallel or side_by_side(tree), settings.force
     to_run = [name for name, said in may_run.items() if said]
-    with RunPage(chosen, to_run, changes(tree), parallel, parent.earlier_seconds(), price) as page:
-        schedule = Schedule(
-            chosen, tree, page, workspace, parallel, force, retry_delay_seconds, parent.run_id
-        )
-        results: list[StageResult] = []
-        succeeded = ended = False
-        try:
-            results = run_all(schedule)
-            succeeded = all(result.message == "" for result in results)
-        except BaseException as error:
-            ended = not isinstance(error, Exception)  # cancelled, or Ctrl-C
-            raise
-        finally:
-            end_all()  # nothing is left, unless the flow was cancelled or killed
-            cancel_all()
-            os.environ.pop(PIPELINE_RUN, None)
-            parent.close(succeeded, list(chosen), ended)
-        failures = "; ".join(result.message for result in results if result.message)
-        executed = any(result.state != UNCHANGED for result in results)
-        said = failures or (standing(tree) if executed and "report" in chosen else "")
-        where = [page.spent(), *links(parent.run_id if executed else None, tree), *_checkout(workspace)]
-        print(page.close("\n\n".join(filter(None, [said, " · ".join(where)])), _results(tree)))
+    page = RunPage(chosen, to_run, changes(tree), parallel, parent.earlier_seconds(), price)
+    schedule = Schedule(chosen, tree, page, workspace, parallel, force, retry_delay_seconds, parent.run_id)
+    failures, succeeded, ended = "", False, False
+    try:
+        with page:
+            try:
+                results = run_all(schedule)
+            finally:
+                end_all()  # nothing is left, unless the flow was cancelled or killed
+                cancel_all()
+            failures = "; ".join(result.message for result in results if result.message)
+            succeeded = not failures
+            executed = any(result.state != UNCHANGED for result in results)
+            said = failures or (standing(tree) if executed and "report" in chosen else "")
+            where = [page.spent(), *links(parent.run_id if executed else None, tree), *_checkout(workspace)]
+            print(page.close("\n\n".join(filter(None, [said, " · ".join(where)])), _results(tree)))
+    except BaseException as error:
+        ended = not isinstance(error, Exception)  # cancelled, or Ctrl-C
+        raise
+    finally:
+        os.environ.pop(PIPELINE_RUN, None)
+        parent.close(succeeded, list(chosen), ended)
     if failures:
         raise PipelineFailed(failures)
     return said

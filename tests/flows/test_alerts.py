@@ -138,6 +138,7 @@ def test_states_of_our_runs_and_of_nobody_elses(client: Any, receiver: Receiver)
         "pipeline calm-otter: failed",
         "pipeline shy-elk: waiting for approval",
     ]
+    client.delete_flow_run(died.id)  # it would start again
 
 
 def test_a_collapse_and_a_promotion(client: Any, receiver: Receiver, tmp_path: Path) -> None:
@@ -305,6 +306,7 @@ def test_runs_from_the_form_to_the_end_and_what_is_told_of_them(
     assert (
         wait_for(unwanted, *FINAL) == "Cancelled" and task_states(unwanted)["reinforce@dgpo"] == "Cancelled"
     )
+    assert "It was ended." in page_of(client, unwanted)
     assert mlflow_status("unwanted") == "KILLED" and mlflow_status("lucky") == "FINISHED"
     told = [subject for subject, _ in receiver.received if subject.split()[1] in ("unwanted:", "lucky:")]
     assert told == ["pipeline lucky: waiting for approval", "pipeline lucky: promoted"]
