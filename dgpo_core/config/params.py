@@ -39,6 +39,7 @@ from dgpo_core.config.training import (
     ReinforceConfig,
     ReportConfig,
     TeachConfig,
+    WatchConfig,
 )
 from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
@@ -138,6 +139,7 @@ class Params(Section):
     distributions: DistributionsConfig = DistributionsConfig()
     distill: DistillConfig = DistillConfig()
     reinforce: ReinforceConfig = ReinforceConfig()
+    watch: WatchConfig = WatchConfig()
     evaluate: EvaluateConfig = EvaluateConfig()
     report: ReportConfig = ReportConfig()
     promote: PromoteConfig = PromoteConfig()

@@ -98,20 +98,35 @@ class QdrantConfig(Section):
 
 
 class Location(NamedTuple):
-    """Where the index is searched; `address` is the path of a folder, or the URL of a server or service."""
+    """Where the index is searched; `address` is the path of a folder or file, or a URL."""
 
-    kind: Literal["memory", "embedded", "folder", "server", "service"]
+    kind: Literal["memory", "embedded", "folder", "server", "service", "replay"]
     address: str = ""
 
 
 LOCATIONS = (
     '"embedded", "embedded:<folder>", "memory", the URL of a Qdrant server (http://host:6333) or of a '
-    "retriever service (retriever+http://host:8000)"
+    "retriever service (retriever+http://host:8000); record:<file>+<one of these> keeps in a file what that "
+    "finds, and replay:<file> finds it again"
 )
 
 
+def cassette_file(text: str) -> str | None:
+    """Return the file into which `retrieval.location` records; None where it does not."""
+    return text.removeprefix("record:").partition("+")[0] if text.startswith("record:") else None
+
+
 def parse_location(text: str) -> Location:
-    """Parse `retrieval.location`. Raises ValueError for what is none, and for credentials, not repeated."""
+    """Parse `retrieval.location`, one that records as what it records of.
+
+    Raises ValueError for what is none, and for credentials, not repeated.
+    """
+    if file := cassette_file(text):
+        searched = text.removeprefix(f"record:{file}+")
+        if searched and not searched.startswith("record:"):
+            return parse_location(searched)
+    if text.startswith("replay:") and (file := text.removeprefix("replay:")):
+        return Location("replay", file)
     if text == "memory":
         return Location("memory")
     if text == "embedded":
@@ -160,8 +175,9 @@ class RetrievalConfig(Section):
 
     @property
     def has_encoder(self) -> bool:
-        """Return whether a model encodes queries here: not BM25, nor a service, which has its own."""
-        return self.encoder.kind != "bm25" and parse_location(self.location).kind != "service"
+        """Return whether a model encodes queries here: not for BM25, a service with its own, or a replay."""
+        here = parse_location(self.location).kind not in ("service", "replay")
+        return self.encoder.kind != "bm25" and here
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

@@ -266,6 +266,37 @@ class ReinforceConfig(Section):
         return self
 
 
+Action = Literal["ignore", "warn", "stop", "roll_back"]
+
+
+class WatchConfig(Section):
+    """What distillation and reinforcement learning are watched for; a healthy one is not changed by it.
+
+    Where a figure collapses: warn; stop, and keep the checkpoint; roll_back: end with the best validated
+    model.
+    """
+
+    max_failed_share: float = Field(
+        0.2,
+        ge=0,
+        le=1,
+        description="of a step's or a validation's episodes; with more the stage stops at once",
+    )
+    max_bad_steps: PositiveInt = Field(
+        3, description="in a row that give no numbers, and are dropped, with which training stops"
+    )
+    window: PositiveInt = Field(10, description="steps whose mean is compared with that of the best EM")
+    em: Action = Field("warn", description="under half of its best")
+    searches: Action = Field("warn", description="under half, or more than twice and one")
+    invalid_actions: Action = Field("warn", description="0.25 an episode more")
+    response_tokens: Action = Field("warn", description="under half, or more than twice")
+    entropy: Action = Field("warn", description="under a quarter, or more than four times and 0.5 nats")
+    kl: Action = Field("warn", description="inside the gate: more than four times and 0.1 nats")
+    repetition: Action = Field(
+        "warn", description="over 0.8 of what the model writes, at each step of a window"
+    )
+
+
 class EvaluateConfig(Section):
     """Test sets and ARCap (paper, section 5); the release samples at temperature 1."""
 

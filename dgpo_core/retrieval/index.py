@@ -16,9 +16,10 @@ from pathlib import Path
 from qdrant_client import QdrantClient
 from qdrant_client.http.exceptions import ResponseHandlingException
 
-from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig, parse_location
+from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig, cassette_file, parse_location
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import InfrastructureError, ResourceError, UserError
+from dgpo_core.retrieval.cassette import Cassette, Source
 from dgpo_core.retrieval.client import ServiceClient
 from dgpo_core.retrieval.collection import (
     ENCODED,
@@ -72,7 +73,7 @@ class Index:
     Several threads may search; one does at a time.
     """
 
-    def __init__(self, digest: str, source: Searcher | ServiceClient) -> None:
+    def __init__(self, digest: str, source: Source) -> None:
         self.digest = digest
         self._source = source
         self._cache: dict[tuple[str, int], list[Hit]] = {}  # the most recently used ones last
@@ -120,8 +121,13 @@ class Index:
 
     @property
     def searcher(self) -> Searcher | None:
-        """Return what can be compared with an exact search; None where a service searches."""
-        return self._source if isinstance(self._source, Searcher) else None
+        """Return what can be compared with an exact search; None where a service searches, or a replay."""
+        source = self._source.source if isinstance(self._source, Cassette) else self._source
+        return source if isinstance(source, Searcher) else None
+
+    def recorded(self, path: Path) -> "Index":
+        """Return this index, whose finds are recorded from now on."""
+        return Index(self.digest, Cassette(path, self.digest, self._source))
 
     def close(self) -> None:
         """Release files and connections; later searches fail."""
@@ -143,9 +149,19 @@ def open_index(
     `accept` is given a server's new collection before readers see it, and refuses it by raising.
     Raises UserError for a folder without an index, InfrastructureError when the location fails.
     """
+    index = _open(folder, config, progress, accept)
+    file = cassette_file(config.location)
+    return index.recorded(Path(file)) if file else index
+
+
+def _open(
+    folder: Path, config: RetrievalConfig, progress: Progress, accept: Callable[[Searcher], None]
+) -> Index:
     manifest, location = read_manifest(folder), parse_location(config.location)
+    digest = index_digest(manifest.digest, config.hybrid) if manifest.shards else manifest.digest
+    if location.kind == "replay":
+        return Index(digest, Cassette(Path(location.address), digest))
     if location.kind == "service":
-        digest = index_digest(manifest.digest, config.hybrid) if manifest.shards else manifest.digest
         return Index(digest, ServiceClient(location.address, digest))
     if not manifest.shards:
         raise UserError(

@@ -44,6 +44,14 @@ def response_sequence(episode: Episode) -> TokenSequence:
     return TokenSequence(episode.token_ids, [t for t, o in enumerate(episode.owners) if o != Owner.PROMPT])
 
 
+def sampled_logprobs(episodes: list[Episode], sequences: list[TokenSequence]) -> list[Tensor]:
+    """Return, of each episode, the log-probabilities with which the engine sampled the counted tokens."""
+    return [
+        torch.tensor([episode.logprobs[position] for position in sequence.positions])
+        for episode, sequence in zip(episodes, sequences, strict=True)
+    ]
+
+
 @dataclass(frozen=True)
 class TokenBatch:
     """Sequences padded on the right.

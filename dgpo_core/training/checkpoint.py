@@ -54,11 +54,12 @@ def put_weights(module: torch.nn.Module, weights: Weights) -> None:
 class BestModel:
     """Keeps the weights of the best validation, the first of equal ones, where there is a `patience`.
 
-    Training is `over` when so many validations in a row brought no higher EM.
+    Training is `over` when so many validations in a row brought no higher EM. With `keeps` they are kept
+    without a patience too.
     """
 
-    def __init__(self, patience: int | None) -> None:
-        self._patience = patience
+    def __init__(self, patience: int | None, keeps: bool = False) -> None:
+        self._patience, self._keeps = patience, keeps or patience is not None
         self._em, self._behind = -math.inf, 0
         self.weights: Weights | None = None
 
@@ -66,9 +67,13 @@ class BestModel:
     def over(self) -> bool:
         return self._patience is not None and self._behind >= self._patience
 
+    def chosen(self, rolled_back: bool) -> Weights | None:
+        """Return the weights to end with; None: those of the last step."""
+        return self.weights if rolled_back or self._patience is not None else None
+
     def validated(self, em: float, weights: Callable[[], Weights]) -> None:
         """Compare a validation with the best so far; `weights` returns copies of the model's."""
-        if self._patience is None:
+        if not self._keeps:
             return
         self._behind += 1
         if em > self._em:

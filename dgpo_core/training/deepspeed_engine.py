@@ -47,6 +47,7 @@ class ZeroEngine:
     """
 
     lockstep = True
+    spent = False
 
     def __init__(
         self, module: torch.nn.Module, how: Optimization, compute: ComputeConfig, published: bool
@@ -101,7 +102,12 @@ class ZeroEngine:
         self._engine.step()
         self._schedule.step()
         norm = float(self._engine.get_global_grad_norm())
-        return norm if norm >= 0 else math.nan  # -1 is DeepSpeed's word for one that is nan or infinite
+        self.spent = not 0 <= norm < math.inf  # -1 is DeepSpeed's word for one that is nan or infinite
+        return math.nan if self.spent else norm
+
+    def discard(self) -> None:
+        """Spend the engine: DeepSpeed keeps gradients where it likes, and clears them by an update alone."""
+        self.spent = True
 
     def publish(self) -> None:
         if self._trained is self._module:

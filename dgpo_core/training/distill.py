@@ -12,7 +12,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from transformers import PreTrainedModel
 from dgpo_core.agent.episode import Episode
 from dgpo_core.config.recipes import Distillation
 from dgpo_core.config.training import ComputeConfig, DistillConfig, TaidConfig
-from dgpo_core.errors import UserError
+from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
 from dgpo_core.objectives.logprobs import cached_losses, distillation_losses
@@ -39,10 +39,11 @@ from dgpo_core.training.batches import (
     shared_ids,
 )
 from dgpo_core.training.checkpoint import BestModel, Checkpoint, require_finite, training_step
-from dgpo_core.training.engines import FrozenModel, summed, training_engine
+from dgpo_core.training.engines import FrozenModel, summed, training_engine, update
 from dgpo_core.training.episode_sources import EpisodeSource, Metrics, episode_metrics, sampled_entropy
 from dgpo_core.training.optimizer import Optimization, cosine
 from dgpo_core.training.teacher_cache import TeacherCache
+from dgpo_core.training.watch import BAD, Watch
 
 
 @dataclass
@@ -61,6 +62,7 @@ class Distiller:
     source: EpisodeSource
     cache: TeacherCache | None = None
     known: int | None = None
+    watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         config = self.config
@@ -85,13 +87,13 @@ class Distiller:
     ) -> list[Metrics]:
         """Train and return one row of metrics a step, with `dev_em` where the student was validated.
 
-        With `patience` the student is in the end the best of those that were validated.
+        With `patience`, or rolled back, the student is in the end the best of those that were validated.
         Resume from the checkpoint exactly. `report` is called with the number of steps and the rows so far.
-        Raise NotFinite at the first step with a metric that is no number; the checkpoint is then the last one
-        before it.
+        A step with a metric that is no number is dropped; raise NotFinite after too many of them, and
+        UserError for a collapse that stops training: the checkpoint is then of a step with numbers.
         """
         source = self.source
-        best = BestModel(self.config.patience)
+        best = BestModel(self.config.patience, self.watch.may_roll_back)
         engines = {"student": self.engine}
         parts: dict[str, Any] = {"source": source, "taid": self.taid, "best": best}
         rows: list[Metrics] = []
@@ -102,7 +104,7 @@ class Distiller:
         elif source.held_out:
             source.validated(self.loss(source.held_out))
         for step in range(len(rows), source.steps):
-            if best.over:
+            if best.over or self.watch.rolls_back(rows):
                 break
             validates = (step + 1) % source.validate_every == 0 or step + 1 == source.steps
             with training_step(step + 1, lambda _: self._rate):
@@ -110,7 +112,7 @@ class Distiller:
                     # (1) Episodes: a student that writes some needs its newest weights.
                     if self.recipe.episodes in ("student", "mixed"):
                         self.engine.publish()
-                    row = self._learn(source.batch(step), step)
+                    row = self._step(rows)
                 if validates:
                     self.engine.publish()
                     row["dev_em"] = evaluate()
@@ -120,11 +122,22 @@ class Distiller:
                         source.validated(row["validation_loss"])
             rows.append({"step": step + 1, **row})
             report(source.steps, rows)
-            if validates:
+            if validates and BAD not in row:
                 states = {name: part.state_dict() for name, part in {**engines, **parts}.items()}
                 checkpoint.save({"rows": rows, **states})
-        self.engine.finish(best.weights)
+        self.engine.finish(best.chosen(self.watch.rolls_back(rows)))
         return rows
+
+    def _step(self, rows: list[Metrics]) -> Metrics:
+        """Do the step after `rows` and return its metrics; drop it where a number is none."""
+        step, episodes = len(rows), list[Episode]()
+        try:
+            episodes = self.source.batch(step)
+            return self._learn(episodes, step)
+        except NotFinite as error:
+            if self.engine.spent:
+                raise
+            return self.watch.drop(rows, episodes, error)
 
     def _learn(self, episodes: list[Episode], step: int) -> Metrics:
         """Do (2) to (5) with a step's episodes and return the step's metrics."""
@@ -132,10 +145,10 @@ class Distiller:
             return {"episodes": 0.0}
         # (2), (3) The teacher's distributions, and the gradient of the loss.
         row = {"episodes": float(len(episodes))}
-        row |= self._averages([self._sequence(episode) for episode in episodes])
+        losses = self._averages([self._sequence(episode) for episode in episodes])
         # (4) Update.
-        row["learning_rate"] = self.engine.learning_rate
-        row["grad_norm"] = self.engine.step()
+        rate = {"learning_rate": self.engine.learning_rate}
+        row |= update(self.engine, losses | rate, "grad_norm")
         # (5) Adapt TAID's target; DistiLLM's source adapts to the validation loss.
         if self.recipe.objective == "taid":
             row["taid_t"] = self.taid.t
@@ -143,7 +156,6 @@ class Distiller:
         if self.recipe.episodes == "student":  # of a mixture it would be the teacher's EM too
             row |= episode_metrics(episodes)
             row["entropy"] = sampled_entropy(episodes)
-        require_finite(row)
         return row
 
     @torch.no_grad()

@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from dgpo_core.config.training import ComputeConfig
+from dgpo_core.errors import NotFinite
 from dgpo_core.objectives.logprobs import PerToken
 from dgpo_core.threads import available_threads, side_by_side
 from dgpo_core.training.batches import (
@@ -25,7 +26,7 @@ from dgpo_core.training.batches import (
     head_of,
     micro_batches,
 )
-from dgpo_core.training.checkpoint import Weights, put_weights, trainable
+from dgpo_core.training.checkpoint import Weights, put_weights, require_finite, trainable
 from dgpo_core.training.optimizer import Optimization, Stepper, adamw
 from dgpo_core.training.parallel import add_gradients, all_sum, autocast, gather, padded_share
 
@@ -68,8 +69,17 @@ class TrainingEngine(Protocol):
     def step(self) -> float:
         """Clip, update and clear; return the gradient's norm before clipping.
 
-        With a norm that is nan or infinite the engine is spent: stop, and save nothing of it.
+        A norm that is nan or infinite updates nothing, or spends the engine.
         """
+        ...
+
+    def discard(self) -> None:
+        """Forget the gradients that were added up."""
+        ...
+
+    @property
+    def spent(self) -> bool:
+        """Return whether an update has gone wrong that it cannot do without: stop, and save nothing of it."""
         ...
 
     def publish(self) -> None:
@@ -103,6 +113,21 @@ def training_engine(
 
         return ZeroEngine(module, how, compute, published)
     return TorchEngine(module, how, compute)
+
+
+def update(engine: TrainingEngine, losses: Figures, norm: str) -> Figures:
+    """Update by the gradients of these losses; return them with the gradient's norm, by that name.
+
+    Raise NotFinite, and update nothing, where one of these figures is nan or infinite.
+    """
+    try:
+        require_finite(losses)
+    except NotFinite:
+        engine.discard()
+        raise
+    found = {norm: engine.step()}
+    require_finite(found)
+    return losses | found
 
 
 MicroBatch = tuple[list[int], TokenBatch, bool]
@@ -171,6 +196,7 @@ class TorchEngine:
     """Holds everything in every process: float32 weights, which compute in bfloat16 under autocast."""
 
     lockstep = False
+    spent = False
 
     def __init__(self, module: torch.nn.Module, how: Optimization, compute: ComputeConfig) -> None:
         self.module, self._compute, self.updates = module, compute, 0
@@ -219,6 +245,9 @@ class TorchEngine:
         add_gradients(self.module)
         self.updates += 1
         return self._stepper.step()
+
+    def discard(self) -> None:
+        self._stepper.clear()
 
     def publish(self) -> None:
         """Do nothing: the module is the one that is trained."""

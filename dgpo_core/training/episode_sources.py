@@ -16,6 +16,7 @@ from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.config.training import DistillConfig, DistillmConfig
 from dgpo_core.errors import InfrastructureError, UserError
 
+DEGENERATE = 0.8  # repetition; that of the embedded models is 0.12 when they search, 0.6 when they babble
 Metrics = dict[str, float]
 Rollout = Callable[[list[int], int], list[Episode]]  # (indices of questions, step) -> episodes of the student
 
@@ -244,10 +245,19 @@ def usable(episodes: list[Episode]) -> list[Episode]:
     return without_failed(episodes)
 
 
-def require_answered(episodes: list[Episode]) -> None:
-    """Raise InfrastructureError when all episodes have failed."""
-    if episodes and all(episode.outcome is Outcome.FAILED for episode in episodes):
-        raise InfrastructureError(f"all {len(episodes)} episodes of a step failed: {episodes[0].failure}")
+def require_answered(episodes: list[Episode], max_failed_share: float = 1.0) -> None:
+    """Raise InfrastructureError when all episodes have failed, or more than `max_failed_share` of them.
+
+    Those that are left are no fair sample: an episode fails the likelier, the more it searches.
+    """
+    failed = [episode for episode in episodes if episode.outcome is Outcome.FAILED]
+    if failed and len(failed) == len(episodes):
+        raise InfrastructureError(f"all {len(failed)} episodes of a step failed: {failed[0].failure}")
+    if len(failed) > max_failed_share * len(episodes):
+        raise InfrastructureError(
+            f"{len(failed)} of {len(episodes)} episodes of a step failed, more than watch.max_failed_share "
+            f"({max_failed_share:g}): {failed[0].failure}"
+        )
 
 
 def without_failed(episodes: list[Episode]) -> list[Episode]:
@@ -256,7 +266,10 @@ def without_failed(episodes: list[Episode]) -> list[Episode]:
 
 
 def episode_metrics(episodes: Sequence[Episode]) -> Metrics:
-    """Average what shows collapse over the episodes: EM, length, invalid actions, searches, ..."""
+    """Average what shows collapse over the episodes: EM, length, invalid actions, searches, ...
+
+    `repetition` is among them only where it is degenerate.
+    """
     n = len(episodes)
     return {
         "em": sum(e.correct for e in episodes) / n,
@@ -266,7 +279,22 @@ def episode_metrics(episodes: Sequence[Episode]) -> Metrics:
         "invalid_actions": sum(e.invalid_actions for e in episodes) / n,
         "well_formed": sum(e.well_formed for e in episodes) / n,
         "no_answer": sum(e.ending is not Ending.ANSWERED for e in episodes) / n,
+        **({"repetition": repeated} if (repeated := repetition(episodes)) > DEGENERATE else {}),
     }
+
+
+def repetition(episodes: Sequence[Episode]) -> float:
+    """Return which share of a turn's 4-grams of tokens repeats earlier ones, on average over the turns.
+
+    It is seq-rep-4 of Welleck et al. ("Neural text generation with unlikelihood training", 2020).
+    """
+    shares = []
+    for episode in episodes:
+        for turn in episode.turns:
+            ids = episode.token_ids[turn.start : turn.end]
+            if grams := list(zip(ids, ids[1:], ids[2:], ids[3:], strict=False)):
+                shares.append(1 - len(set(grams)) / len(grams))
+    return sum(shares) / len(shares) if shares else 0.0
 
 
 def sampled_entropy(episodes: Sequence[Episode]) -> float:

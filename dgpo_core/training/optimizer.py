@@ -73,17 +73,22 @@ class Stepper:
     def step(self) -> float:
         """Clip all gradients together, update, clear; returns their norm before clipping.
 
-        A norm that is nan or infinite updates nothing: whoever gets it should stop.
+        A norm that is nan or infinite updates nothing.
         """
         groups = [group for optimizer, _ in self._parts for group in optimizer.param_groups]
         parameters = [parameter for group in groups for parameter in group["params"]]
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, self._max_grad_norm))
-        for optimizer, schedule in self._parts:
-            if math.isfinite(norm):
+        if math.isfinite(norm):
+            for optimizer, schedule in self._parts:
                 optimizer.step()
                 schedule.step()
-            optimizer.zero_grad(set_to_none=True)
+        self.clear()
         return norm
+
+    def clear(self) -> None:
+        """Forget the gradients."""
+        for optimizer, _ in self._parts:
+            optimizer.zero_grad(set_to_none=True)
 
     def state_dict(self) -> dict[str, Any]:
         return {"parts": [[part.state_dict() for part in pair] for pair in self._parts]}

@@ -14,6 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from dgpo_core.agent.episode import Episode
+from dgpo_core.errors import NotFinite
 from dgpo_core.training.episode_sources import require_answered
 
 
@@ -53,7 +54,10 @@ class StepEpisodes:
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as thread:
             future = thread.submit(self.rollout, step)
             yield
-        self.pending = future.result()
+        try:
+            self.pending = future.result()
+        except NotFinite:
+            return  # of the next step: it asks again, and is dropped where that fails too
         require_answered(self.pending)
 
     def refresh(self) -> None:

@@ -19,7 +19,8 @@ wrote have an advantage, a KL and a gradient; the prompt's and the environment's
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +33,7 @@ from dgpo_core.agent.actions import ActionKind, parse_action
 from dgpo_core.agent.episode import Decode, Episode, Owner, Turn, nothing_new
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.config.training import ComputeConfig, ReinforceConfig
+from dgpo_core.errors import NotFinite
 from dgpo_core.objectives.divergences import reverse_kl
 from dgpo_core.objectives.logprobs import PerToken, distillation_losses, engine_gap
 from dgpo_core.objectives.policy import (
@@ -58,10 +60,18 @@ from dgpo_core.training.batches import (
     model_sequence,
     policy_function,
     response_sequence,
+    sampled_logprobs,
     shared_ids,
 )
 from dgpo_core.training.checkpoint import BestModel, Checkpoint, require_finite, training_step
-from dgpo_core.training.engines import FrozenModel, TrainingEngine, each_sequence, summed, training_engine
+from dgpo_core.training.engines import (
+    FrozenModel,
+    TrainingEngine,
+    each_sequence,
+    summed,
+    training_engine,
+    update,
+)
 from dgpo_core.training.episode_sources import (
     Metrics,
     Rollout,
@@ -74,10 +84,10 @@ from dgpo_core.training.episode_sources import (
 from dgpo_core.training.guidance import GuidanceLoss
 from dgpo_core.training.optimizer import Optimization, constant
 from dgpo_core.training.overlap import StepEpisodes
+from dgpo_core.training.watch import BAD, Watch
 
-# Training stops when one of these is no number; causes first, as the first one says what to lower.
-WATCHED = ["kl_inside", "kl_outside", "reward", "value_loss", "critic_grad_norm", "policy_loss", "entropy"]
-WATCHED += ["guidance_loss", "preserve_loss", "approx_kl", "actor_grad_norm"]
+# A step is dropped when one of these is no number; causes first, as the first one says what to lower.
+WATCHED = ("kl_inside", "kl_outside", "reward")
 
 Answered = frozenset[tuple[str, str]]  # (data set, question) that the teacher answers correctly
 ByEpisode = list[Float[Tensor, " tokens"]]  # one tensor an episode, of the tokens that the model wrote
@@ -103,6 +113,7 @@ class Reinforcer:
     sampler: PreTrainedModel | None = None
     answered: Answered = frozenset()
     decode: Decode | None = None
+    watch: Watch = field(default_factory=Watch)
 
     def __post_init__(self) -> None:
         self.vocabulary = shared_ids(self.known, self.student, self.reference)
@@ -118,23 +129,20 @@ class Reinforcer:
     ) -> list[Metrics]:
         """Train on questions 0 to `questions` - 1 and return one row of metrics a step.
 
-        With `patience` the student is in the end the best of those that were validated.
+        With `patience`, or rolled back, the student is in the end the best of those that were validated.
         Resume from the checkpoint exactly. `report` is called with the number of steps and the rows so far.
-        Raise NotFinite at the first step that gives no numbers; the checkpoint is then the last before it.
+        Raise NotFinite after too many steps without numbers, UserError for a collapse that stops training.
         """
         config = self.config
         torch.manual_seed(self.seed)
         actor, reference, critic = self._engines()
-        best = BestModel(config.patience)
+        best = BestModel(config.patience, self.watch.may_roll_back)
         engines = {"actor": actor} if critic is None else {"actor": actor, "critic": critic}
         parts: dict[str, Any] = {**engines, "best": best}
         rows: list[Metrics] = []
-        stepped = StepEpisodes(
-            lambda step: rollout(self._questions(questions, step), step),
-            self.student,
-            self.sampler or self.student,
-            config.steps,
-        )
+        asked = partial(self._questions, questions)
+        sampler = self.sampler or self.student
+        stepped = StepEpisodes(lambda n: rollout(asked(n), n), self.student, sampler, config.steps)
         if state := checkpoint.load():
             rows, stepped.pending = state["rows"], state.get("pending")
             for name, part in parts.items():
@@ -142,19 +150,15 @@ class Reinforcer:
         maker = ExperienceMaker(
             actor, reference, critic, self.recipe, config, self.compute, self.answered, self.decode
         )
-        guidance = GuidanceLoss.of(self.recipe, reference)
-        updater = Updater(actor, critic, config, self.compute, guidance)
+        updater = Updater(actor, critic, config, self.compute, GuidanceLoss.of(self.recipe, reference))
         actor.publish()
         for step in range(len(rows), config.steps):
-            if best.over:
+            if best.over or self.watch.rolls_back(rows):
                 break
             with training_step(step + 1, self._rate_behind):
                 pending = stepped.pending
                 with checkpoint.saved_when_stopped(engines, {"best": best}, rows=rows, pending=pending):
-                    # (1) Roll out: the student as it is now answers the step's questions, or did a step ago.
-                    episodes = stepped.take(step)
-                    with stepped.ahead(step + 1):
-                        row = self._learn(episodes, maker, updater, step)
+                    row = self._step(stepped, maker, updater, rows)
                 actor.publish()
                 if (step + 1) % config.dev_every == 0 or step + 1 == config.steps:
                     stepped.refresh()
@@ -162,11 +166,26 @@ class Reinforcer:
                     best.validated(row["dev_em"], actor.weights)
             rows.append({"step": step + 1, **row})
             report(config.steps, rows)
-            if (step + 1) % config.checkpoint_every == 0:
+            if (step + 1) % config.checkpoint_every == 0 and BAD not in row:
                 states = {name: part.state_dict() for name, part in parts.items()}
                 checkpoint.save({"rows": rows, "pending": stepped.pending, **states})
-        actor.finish(best.weights)
+        actor.finish(best.chosen(self.watch.rolls_back(rows)))
         return rows
+
+    def _step(
+        self, stepped: StepEpisodes, maker: "ExperienceMaker", updater: "Updater", rows: list[Metrics]
+    ) -> Metrics:
+        """Do the step after `rows` and return its metrics; from a mini-batch without numbers on, drop it."""
+        step, episodes = len(rows), list[Episode]()
+        try:
+            # (1) Roll out: the student as it is now answers the step's questions; or it has, a step ago.
+            episodes = stepped.take(step)
+            with stepped.ahead(step + 1):
+                return self._learn(episodes, maker, updater, step)
+        except NotFinite as error:
+            if any(engine.spent for engine in (updater.actor, updater.critic) if engine is not None):
+                raise
+            return self.watch.drop(rows, episodes, error) | {"gate_excluded": 1.0}
 
     def _learn(
         self, episodes: list[Episode], maker: "ExperienceMaker", updater: "Updater", step: int
@@ -185,12 +204,11 @@ class Reinforcer:
         row["gate_closed"] = 1 - row["gate_open"] - row["gate_excluded"]
         row |= training_metrics(learned, experience)
         row["unrewarded"] = float(not any(episode.correct for episode in learned))
-        _require_numbers(row)  # before weights are changed by it
+        require_finite({name: row[name] for name in WATCHED if name in row} | largest(experience))
 
         # (7) Update, in mini-batches of shuffled episodes.
         order = shuffled(len(learned), f"mini-{self.seed}-{step}")
         row |= updater.update(experience, order, critic_only=step < self.config.critic_only_steps)
-        _require_numbers(row)
         return row
 
     def _engines(self) -> tuple[TrainingEngine, FrozenModel | None, TrainingEngine | None]:
@@ -219,13 +237,8 @@ class Reinforcer:
 
     def _rate_behind(self, quantity: str) -> str:
         """Return the setting that a quantity which is no number asks to lower."""
-        part = "critic" if quantity in ("value_loss", "critic_grad_norm") else "actor"
+        part = "critic" if quantity in ("value", "value_loss", "critic_grad_norm") else "actor"
         return f"reinforce.{part}_learning_rate (now {getattr(self.config, f'{part}_learning_rate'):g})"
-
-
-def _require_numbers(row: Metrics) -> None:
-    """Raise NotFinite for a watched metric that is nan or infinite."""
-    require_finite({name: row[name] for name in WATCHED if name in row})
 
 
 @dataclass(frozen=True)
@@ -285,7 +298,7 @@ class ExperienceMaker:
         sequences = [model_sequence(episode) for episode in episodes]
 
         # (2) Log-probabilities of what the model wrote, under the weights that wrote it (pi_old of eq. 2).
-        sampled = _sampled_logprobs(episodes, sequences)
+        sampled = sampled_logprobs(episodes, sequences)
         by_trainer = self.config.old_logprobs == "trainer"
         old = self._each(sequences, self._policy_logprobs) if by_trainer else sampled
 
@@ -462,14 +475,6 @@ def _rows(values: EpisodeTokens, tokens: ByEpisode) -> ByEpisode:
     return [row[: len(own)] for row, own in zip(values, tokens, strict=True)]
 
 
-def _sampled_logprobs(episodes: list[Episode], sequences: list[TokenSequence]) -> ByEpisode:
-    """Return the log-probabilities with which the engine sampled what the model wrote."""
-    return [
-        torch.tensor([episode.logprobs[position] for position in sequence.positions])
-        for episode, sequence in zip(episodes, sequences, strict=True)
-    ]
-
-
 def training_metrics(episodes: list[Episode], experience: Experience) -> Metrics:
     """Return what shows collapse: the episodes' own metrics, reward, KL inside and outside the gate, ..."""
     metrics = episode_metrics(episodes)
@@ -483,6 +488,15 @@ def training_metrics(episodes: list[Episode], experience: Experience) -> Metrics
         values, returns = torch.cat(experience.values), torch.cat(experience.returns)
         metrics["explained_variance"] = explained_variance(values, returns)
     return metrics
+
+
+def largest(experience: Experience) -> Metrics:
+    """Return the largest magnitudes of what an update learns from: one that is no number shows in them."""
+    logprobs = [*experience.old_logprobs, *(experience.sampled_logprobs or [])]
+    parts = {"log-probability of a sampled token": logprobs, "advantage": experience.advantages}
+    if isinstance(experience, PPOExperience):
+        parts = {"value": [*experience.values, *experience.returns], **parts}
+    return {name: float(torch.cat(tensors).abs().max()) for name, tensors in parts.items()}
 
 
 @dataclass
@@ -503,14 +517,14 @@ class Updater:
         return {key: sum(values) / len(values) for key, values in found.items()}
 
     def _step(self, experience: Experience, chosen: list[int], critic_only: bool) -> Metrics:
-        metrics: Metrics = {}
-        if not critic_only or self.critic is None:
-            metrics = self._actor_gradient(experience, chosen)
-            metrics["actor_grad_norm"] = self.actor.step()
+        """Update critic and actor by a mini-batch. Raise NotFinite before one is updated by no number."""
+        valued: Metrics = {}
         if self.critic is not None and isinstance(experience, PPOExperience):
-            metrics["value_loss"] = self._critic_gradient(self.critic, experience, chosen)
-            metrics["critic_grad_norm"] = self.critic.step()
-        return metrics
+            loss = self._critic_gradient(self.critic, experience, chosen)
+            valued = update(self.critic, {"value_loss": loss}, "critic_grad_norm")
+        if critic_only and self.critic is not None:
+            return valued
+        return update(self.actor, self._actor_gradient(experience, chosen), "actor_grad_norm") | valued
 
     def _actor_gradient(self, experience: Experience, chosen: list[int]) -> Metrics:
         """Add up the gradient of the policy's loss (eq. 2), an average over the mini-batch's model tokens."""

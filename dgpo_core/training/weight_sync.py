@@ -1,9 +1,11 @@
 """Agent loops around a model in training: it generates itself, or an engine with the same weights does."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from dgpo_core.agent.engine import Request, SeparateEngine, generate, weights_of
@@ -11,7 +13,7 @@ from dgpo_core.agent.episode import Episode
 from dgpo_core.agent.loop import AgentLoop, Task
 from dgpo_core.config.agent import ProbeConfig, ProtocolConfig, Sampling
 from dgpo_core.config.training import ComputeConfig
-from dgpo_core.errors import UserError
+from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.objectives.logprobs import engine_gap, token_logprobs
 from dgpo_core.retrieval.ranking import Retriever
 from dgpo_core.training import parallel
@@ -78,7 +80,7 @@ class SharedLoop:
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
         """Return all episodes, in order, in every process."""
-        return parallel.gather(self._loop.run(parallel.share(tasks), sampling), self._group)
+        return _shared(lambda: self._loop.run(parallel.share(tasks), sampling), self._group)
 
 
 class SyncedLoop:
@@ -101,11 +103,26 @@ class SyncedLoop:
 
     def run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
         """Return all episodes, in order, in every process."""
-        episodes: list[Episode] = []
-        if self._sync is not None and self._loop is not None:
-            self._sync.refresh()
-            try:
-                episodes = self._loop.run(tasks, sampling)
-            finally:
-                self._sync.engine.sleep()
-        return parallel.gather(episodes, self._group)
+        return _shared(lambda: self._run(tasks, sampling), self._group)
+
+    def _run(self, tasks: list[Task], sampling: Sampling) -> list[Episode]:
+        if self._sync is None or self._loop is None:
+            return []
+        self._sync.refresh()
+        try:
+            return self._loop.run(tasks, sampling)
+        finally:
+            self._sync.engine.sleep()
+
+
+def _shared(run: Callable[[], list[Episode]], group: dist.ProcessGroup | None) -> list[Episode]:
+    """Return the episodes of all processes; where one raises NotFinite, raise it in every process."""
+    own: list[Episode] = []
+    broken: list[tuple[str, float, str]] = []
+    try:
+        own = run()
+    except NotFinite as error:
+        broken = [(error.quantity, error.value, error.cure)]
+    for told in parallel.gather(broken, group):
+        raise NotFinite(*told)
+    return parallel.gather(own, group)

@@ -53,6 +53,7 @@ from tasks.stages.rollouts import (
     training_rollout,
     training_settings,
     validation,
+    watch,
 )
 from tasks.stages.stage import stage, stage_main
 
@@ -89,14 +90,14 @@ def distill(name: str) -> None:
             source,
             cache,
             known_ids(tokenizer),
+            watch(run, params),
         )
-        time = ProcessorTime(run)
+        report = reporter(run, ("loss", "em"), time := ProcessorTime(run), distiller.watch)
         checkpoint = Checkpoint(run.state, params.compute.keep_last, run.note)
-        rows = distiller.train(checkpoint, dev, reporter(run, ("loss", "em"), time))
-        summary = validation(run, rows, params.distill.patience, source.steps)
-        em = summary["dev_em"]
+        rows = distiller.train(checkpoint, dev, report)
+        summary = validation(run, rows, params.distill.patience, source.steps, distiller.watch)
         begins_rl = any(row.start == name for row in params.recipes.reinforce.values())
-        if begins_rl and em < params.distill.min_em:
+        if begins_rl and (em := summary["dev_em"]) < params.distill.min_em:
             raise UserError(
                 f"distill@{name}: validation EM {em:.3f} is below distill.min_em {params.distill.min_em}: "
                 "the student is too weak for RL; train longer or lower the threshold"
@@ -139,7 +140,8 @@ def episode_source(
         ids = [[*encode_text(text, tokenizer), tokenizer.eos_token_id] for text in texts]
         return CorpusTexts(ids, params.distill, params.seed)
     tasks = split_tasks(params, "train", params.seed)
-    rollout = training_rollout(runner, tasks, params.distill.sampling, params.seed)
+    sampling, max_failed = params.distill.sampling, params.watch.max_failed_share
+    rollout = training_rollout(runner, tasks, sampling, params.seed, max_failed)
     if guided is not None:
         rollout = guided_rollout(rollout, guided, params.distill.on_policy)
     if recipe.episodes == "student":

@@ -4,12 +4,14 @@ import copy
 
 from transformers import PreTrainedModel
 
-from dgpo_core.agent.episode import read_episodes
+from dgpo_core.agent.episode import Decode, read_episodes
+from dgpo_core.agent.loop import EpisodeRunner, Task
 from dgpo_core.agent.prompts import known_ids
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.models import load_model, load_tokenizer, save_model
 from dgpo_core.training.checkpoint import Checkpoint
+from dgpo_core.training.episode_sources import Rollout
 from dgpo_core.training.reinforce import Answered, Reinforcer
 from dgpo_core.vocabulary import check_same_vocabulary
 from tasks.project.paths import CORRECT_EPISODES, INDEX, MODELS, PLOTS, PROCESSOR_TIME, QUESTIONS
@@ -26,8 +28,9 @@ from tasks.stages.rollouts import (
     training_rollout,
     training_settings,
     validation,
+    watch,
 )
-from tasks.stages.stage import stage, stage_main
+from tasks.stages.stage import Run, stage, stage_main
 from tasks.tracking.traces import traced
 
 
@@ -53,10 +56,7 @@ def reinforce(name: str) -> None:
         reference = _reference(params, recipe, start, tokenizer)
         loop = training_loop(params, sampler, start, tokenizer, retriever(params))
         tasks = split_tasks(params, "train", params.seed)
-        rollout = training_rollout(loop, tasks, params.reinforce.sampling, params.seed)
-        every, limit = params.reinforce.dev_every, params.evaluate.trace_episodes
-        if run.leads:
-            rollout = traced(run, rollout, tokenizer.decode, every, limit)
+        rollout = _rollout(run, params, loop, tasks, tokenizer.decode)
         dev = DevEvaluator(params, loop, params.reinforce.dev_questions)
         trainer = Reinforcer(
             student,
@@ -69,10 +69,11 @@ def reinforce(name: str) -> None:
             sampler,
             _answered(recipe),
             tokenizer.decode,
+            watch(run, params),
         )
         time = ProcessorTime(run)
         checkpoint = Checkpoint(run.state, params.compute.keep_last, run.note)
-        report = reporter(run, ("em", "kl_inside", "searches"), time)
+        report = reporter(run, ("em", "kl_inside", "searches"), time, trainer.watch)
         rows = trainer.train(len(tasks), rollout, checkpoint, dev, report)
         if not run.leads:
             return
@@ -80,11 +81,19 @@ def reinforce(name: str) -> None:
         write_curves(run.output(curves), rows)
         time.write(run.output(times), len(rows))
         shown = ("em", "searches", "kl_inside", "kl_outside", "entropy")
-        summary = validation(run, rows, params.reinforce.patience, params.reinforce.steps)
+        summary = validation(run, rows, params.reinforce.patience, params.reinforce.steps, trainer.watch)
         summary |= {key: rows[-1][key] for key in shown if key in rows[-1]}
         summary["gate_excluded"] = sum(row["gate_excluded"] for row in rows) / len(rows)
         write_metrics(run, summary)
         run.register_model(name, out)
+
+
+def _rollout(run: Run, params: Params, loop: EpisodeRunner, tasks: list[Task], decode: Decode) -> Rollout:
+    """Return the rollout of a step's questions, of which MLflow gets some episodes."""
+    sampling, max_failed = params.reinforce.sampling, params.watch.max_failed_share
+    rollout = training_rollout(loop, tasks, sampling, params.seed, max_failed)
+    every, limit = params.reinforce.dev_every, params.evaluate.trace_episodes
+    return traced(run, rollout, decode, every, limit) if run.leads else rollout
 
 
 def _reference(

@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from dgpo_core.agent.endpoint_engine import EndpointEngine
 from dgpo_core.agent.engine import Engine, GuidedEngine, SeparateEngine
-from dgpo_core.agent.episode import Episode
+from dgpo_core.agent.episode import Episode, read_metadata
 from dgpo_core.agent.expert import ExpertEngine, has_gold_passages
 from dgpo_core.agent.loop import AgentLoop, EpisodeRunner, Task, em_of, stable_seed
 from dgpo_core.agent.prompts import encode_prompt, known_ids
@@ -30,11 +30,12 @@ from dgpo_core.models import add_adapters, cut_depth, load_model
 from dgpo_core.retrieval.ranking import Retriever
 from dgpo_core.training import parallel
 from dgpo_core.training.episode_sources import Rollout, require_answered
+from dgpo_core.training.watch import BAD, Watch
 from dgpo_core.training.weight_sync import EngineSync, SharedLoop, SyncedLoop
 from tasks.project.paths import questions_file
 from tasks.project.process import processor_seconds
 from tasks.stages.outputs import write_csv
-from tasks.stages.stage import Run
+from tasks.stages.stage import COLLAPSE, RUNS, Run
 
 
 def training_settings(params: Params, section: str, recipe: Distillation | Reinforcement) -> dict[str, Any]:
@@ -150,15 +151,26 @@ def load_student(params: Params, start: str, layers: int | None = None) -> PreTr
     return student
 
 
-def training_rollout(runner: EpisodeRunner, tasks: list[Task], sampling: Sampling, seed: int) -> Rollout:
-    """Return the rollout of a step's questions; every place of every step has a sampling seed of its own."""
+def training_rollout(
+    runner: EpisodeRunner,
+    tasks: list[Task],
+    sampling: Sampling,
+    seed: int,
+    max_failed_share: float = 1.0,
+) -> Rollout:
+    """Return the rollout of a step's questions; every place of every step has a sampling seed of its own.
+
+    It raises InfrastructureError where more than that share of a step's episodes has failed.
+    """
 
     def rollout(chosen: list[int], step: int) -> list[Episode]:
         drawn = [
             Task(tasks[i].question, tasks[i].dataset, seed=(stable_seed(seed, step, place),))
             for place, i in enumerate(chosen)
         ]
-        return runner.run(drawn, sampling)
+        episodes = runner.run(drawn, sampling)
+        require_answered(episodes, max_failed_share)
+        return episodes
 
     return rollout
 
@@ -190,25 +202,35 @@ def split_tasks(params: Params, split: str, seed: int, limit: int | None = None)
 class DevEvaluator:
     """Measures greedy EM on the validation questions, as many of each training set.
 
-    Raises InfrastructureError when all episodes failed: no figure may come of it.
+    Raises InfrastructureError when all episodes failed, or too many: no figure may come of it.
     """
 
     def __init__(self, params: Params, runner: EpisodeRunner, questions: int) -> None:
-        self._runner = runner
+        self._runner, self._max_failed_share = runner, params.watch.max_failed_share
         each = max(1, questions // len(params.questions.train))
         self._tasks = split_tasks(params, "dev", params.seed, each)
 
     def __call__(self) -> float:
         episodes = self._runner.run(self._tasks, GREEDY)
-        require_answered(episodes)
+        require_answered(episodes, self._max_failed_share)
         return em_of(episodes)
 
 
-def validation(run: Run, rows: list[dict[str, float]], patience: int | None, steps: int) -> dict[str, float]:
+def watch(run: Run, params: Params) -> Watch:
+    """Return what a training is watched by; dropped steps stay with the run's records when it has ended."""
+    return Watch(params.watch, RUNS / run.stage / "dropped")
+
+
+def validation(
+    run: Run, rows: list[dict[str, float]], patience: int | None, steps: int, watch: Watch
+) -> dict[str, float]:
     """Return the validation EM of the model that is kept, the last or the best, and the step it is of."""
     looks = [(row["dev_em"], int(row["step"])) for row in rows if "dev_em" in row]
-    em, step = max(looks, key=lambda look: look[0]) if patience else looks[-1]
-    if len(rows) < steps:
+    rolled_back = watch.rolls_back(rows)
+    em, step = max(looks, key=lambda look: look[0]) if patience or rolled_back else looks[-1]
+    if rolled_back:
+        run.note(f"rolled back after step {len(rows)} of {steps} to the model of step {step}")
+    elif len(rows) < steps:
         run.note(
             f"ended after step {len(rows)} of {steps}: no better validation EM {patience} times in a row"
         )
@@ -243,13 +265,15 @@ class ProcessorTime:
 
 
 def reporter(
-    run: Run, shown: tuple[str, ...], time: ProcessorTime
+    run: Run, shown: tuple[str, ...], time: ProcessorTime, watch: Watch
 ) -> Callable[[int, list[dict[str, float]]], None]:
     """Return a function that takes a trainer's rows to the progress bar (the `shown`) and to MLflow.
 
     It is called after each step, whose `time` it takes.
 
-    The first step without a reward is noted: it is easily taken for one that taught something.
+    Noted are dropped steps, what has collapsed, and the first step without a reward: it is easily taken for
+    one that taught something. MLflow has the number of the former two at every step, as a number that is none
+    would be a gap there.
     """
     noted = False
 
@@ -267,6 +291,12 @@ def reporter(
                 f"step {step}: no episode was rewarded. Such a step learns nothing but the KL to the "
                 "reference, where there is one (metric unrewarded)"
             )
-        run.metrics(step, {key: value for key, value in row.items() if key != "step"})
+        if BAD in row and (kept := watch.kept(step)) and run.leads:
+            run.note(f"step {step} was dropped: {read_metadata(kept)['reason']} (its episodes: {kept})")
+        for figure, said in watch.new_alarms(rows).items():
+            run.note(f"{COLLAPSE} of {figure} at step {step}: {said}")
+        counts = {"bad_steps": sum(BAD in each for each in rows), "collapsed": len(watch.alarms(rows))}
+        own = {key: value for key, value in row.items() if key not in ("step", BAD)}
+        run.metrics(step, {**own, **counts})
 
     return report

@@ -54,6 +54,7 @@ from tasks.tracking.runs import (
 )
 
 STATE, RUNS = Path(".state"), Path("runs")
+COLLAPSE = "collapse"  # how a note begins that people are told of (flows/alerts.py)
 ATTEMPTS = "attempts.json"  # among the stage's runs
 # in the stage's state
 FINGERPRINT, FAILURE, TRACKING_RUN, OUTPUTS = "fingerprint.json", "failure.json", "mlflow_run", "outputs"
@@ -149,6 +150,7 @@ class Run:
     leads: bool = True  # and writes the outputs
     final: dict[str, float] = field(default_factory=dict)
     models: dict[str, Path] = field(default_factory=dict)  # recipe -> folder, to be registered
+    attempts: list[dict[str, Any]] = field(default_factory=list)  # to run the stage, this one last
 
     def output(self, path: Path) -> Path:
         """Return where to write the output `path`; it is put into its place when the stage has succeeded."""
@@ -222,7 +224,7 @@ def stage(
         tracker = StageRun(name, config, tags, state / TRACKING_RUN)
         run = Run(name, state, Reporter(name), tracker, products, hashes, origin())
         run.track_inputs()
-        attempts = _begin_attempt(run, started)
+        _begin_attempt(run, started)
         status, message = "FINISHED", ""
         try:
             with _failures_recorded(name, products), _named(name):
@@ -241,8 +243,7 @@ def stage(
             # 4. Record the run; what a failed one has done stays in the state.
             run.reporter.close()
             tracker.close(status, QUICK_CLOSE if status == "KILLED" else CLOSE_TIMEOUT)
-            _write_run(run, status, started, time.monotonic() - clock)
-            _end_attempt(run, attempts, status, message)
+            _write_run(run, status, message, started, time.monotonic() - clock)
             if status == "FINISHED":
                 shutil.rmtree(state, ignore_errors=True)
 
@@ -377,7 +378,7 @@ def _failed_elsewhere(name: str) -> bool:
     return path.is_file()
 
 
-def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None:
+def _write_run(run: Run, status: str, message: str, started: datetime, seconds: float) -> None:
     """Record what is true of this execution only, and so of no output: times, machine, ids."""
     record = {
         "stage": run.stage,
@@ -394,32 +395,25 @@ def _write_run(run: Run, status: str, started: datetime, seconds: float) -> None
         "summary": run.final,
     }
     _write_record(RUNS / run.stage / "run.json", record)
+    end = {"FINISHED": "completed", "FAILED": "failed", "KILLED": "stopped"}[status]
+    run.attempts[-1] |= {"status": end, "message": message}
+    run.attempts[-1] |= {key: record[key] for key in ("ended", "mlflow_run")}
+    _write_record(RUNS / run.stage / ATTEMPTS, run.attempts)
 
 
-def _begin_attempt(run: Run, started: datetime) -> list[dict[str, Any]]:
-    """Add this execution to the stage's attempts, and return them all.
+def _begin_attempt(run: Run, started: datetime) -> None:
+    """Add this execution to the stage's attempts.
 
     It is unresolved, and stays so where its process or machine dies: nobody has said how it ended. Attempts
     of one fingerprint continue each other.
     """
     path = RUNS / run.stage / ATTEMPTS
-    try:
-        attempts: list[dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        attempts = []
-    entry = {"attempt": len(attempts) + 1, "status": "unresolved", "git": head()}
+    with suppress(OSError, ValueError):  # none so far, or a damaged file
+        run.attempts = json.loads(path.read_text(encoding="utf-8"))
+    entry = {"attempt": len(run.attempts) + 1, "status": "unresolved", "git": head()}
     entry |= {"started": started.isoformat(timespec="seconds")}
-    attempts.append(entry | {"fingerprint": content_hash(run.state / FINGERPRINT)[:12]})
-    _write_record(path, attempts)
-    return attempts
-
-
-def _end_attempt(run: Run, attempts: list[dict[str, Any]], status: str, message: str) -> None:
-    """Say how this attempt ended, and why."""
-    ended = {"FINISHED": "completed", "FAILED": "failed", "KILLED": "stopped"}[status]
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    attempts[-1] |= {"status": ended, "ended": now, "message": message, "mlflow_run": run.tracker.run_id}
-    _write_record(RUNS / run.stage / ATTEMPTS, attempts)
+    run.attempts.append(entry | {"fingerprint": content_hash(run.state / FINGERPRINT)[:12]})
+    _write_record(path, run.attempts)
 
 
 def _write_record(path: Path, record: Any) -> None:

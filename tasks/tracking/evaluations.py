@@ -235,8 +235,9 @@ def _project(project: Path, params: Params, recipe: str, folder: Path) -> None:
     content["recipes"] = {"distill": {recipe: {"start": STUDENT, "objective": "ce"}}}  # a row only names it
     content |= {"compare": [recipe], "promote": {}}
     location = parse_location(params.retrieval.location)
-    if location.kind == "folder":  # filled already
-        content["retrieval"]["location"] = f"embedded:{Path(location.address).resolve()}"
+    if location.kind in ("folder", "replay"):  # filled already
+        kind = "embedded" if location.kind == "folder" else "replay"
+        content["retrieval"]["location"] = f"{kind}:{Path(location.address).resolve()}"
     (project / PARAMS).write_text(as_text(content), encoding="utf-8")
     _lend_index(project / INDEX)
     (project / QUESTIONS).symlink_to(QUESTIONS.resolve())

@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +15,13 @@ from transformers import PreTrainedModel
 from transformers import PreTrainedTokenizerFast as Tokenizer
 
 from dgpo_core.agent.episode import Episode
-from dgpo_core.config.training import DistillConfig, TaidConfig
+from dgpo_core.config.training import DistillConfig, TaidConfig, WatchConfig
 from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.training.batches import model_sequence
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller, TaidSchedule
 from dgpo_core.training.episode_sources import EpisodeSource, Metrics, StudentEpisodes, TeacherEpisodes
+from dgpo_core.training.watch import BAD, Watch
 from tests.dgpo_core.making import (
     distillation,
     exact,
@@ -43,12 +45,15 @@ def distiller(
     tokens: int = 10_000,
     config: DistillConfig = CONFIG,
     source: EpisodeSource | None = None,
+    bad_steps: int = 1,
 ) -> Distiller:
     """On the teacher's episodes, or on `source`."""
     student, teacher = models
     recipe = distillation(objective, "student" if isinstance(source, StudentEpisodes) else "teacher")
     source = source or TeacherEpisodes(EPISODES, config, seed=0)
-    return Distiller(student, None if objective == "ce" else teacher, recipe, config, exact(tokens), source)
+    loaded = None if objective == "ce" else teacher
+    watch = Watch(WatchConfig(max_bad_steps=bad_steps))
+    return Distiller(student, loaded, recipe, config, exact(tokens), source, watch=watch)
 
 
 def train(made: Distiller, folder: Path, kill_at: int | None = None) -> list[Metrics]:
@@ -241,6 +246,29 @@ def test_what_is_no_number_changes_no_weight_and_no_checkpoint(models: Models, t
     state = Checkpoint(tmp_path).load()
     assert state is not None and len(state["rows"]) == 3
     assert all(torch.equal(earlier[0][name], value) for name, value in student.state_dict().items())
+
+
+@pytest.mark.parametrize("objective", ["kd", "taid", "reverse_kl"])
+def test_a_step_without_numbers_is_dropped(models: Models, tmp_path: Path, objective: str) -> None:
+    """A teacher gives none in step 2 alone: no weight changes, nor TAID; the rest goes on."""
+    student, teacher = models
+    made = distiller(models, objective, bad_steps=3)
+    weight, batch, seen = teacher.get_output_embeddings().weight, made.source.batch, list[Any]()
+    whole = weight.detach().clone()
+
+    def breaking(step: int) -> list[Episode]:
+        seen.append((weights_of(student), made.taid.t))
+        with torch.no_grad():
+            weight.copy_(whole)
+            weight[7, 7] = math.nan if step == 1 else whole[7, 7]
+        return batch(step)
+
+    made.source.batch = breaking  # type: ignore[method-assign]
+    rows = train(made, tmp_path)
+    assert [BAD in row for row in rows][:4] == [False, True, False, False]
+    (before, t_before), (after, t_after) = seen[1:3]
+    assert t_before == t_after and all(torch.equal(before[name], value) for name, value in after.items())
+    assert not all(torch.equal(after[name], value) for name, value in student.state_dict().items())
 
 
 def test_on_policy_names_its_own_rate_and_warms_up_by_itself(models: Models, tmp_path: Path) -> None:

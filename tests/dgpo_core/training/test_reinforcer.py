@@ -13,17 +13,21 @@ import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from dgpo_core.agent.episode import Episode, Outcome, Search
-from dgpo_core.config.training import ReinforceConfig
+from dgpo_core.config.training import ReinforceConfig, WatchConfig
 from dgpo_core.errors import InfrastructureError, NotFinite
 from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.episode_sources import Metrics, Rollout
 from dgpo_core.training.reinforce import Answered, Reinforcer
+from dgpo_core.training.watch import Watch
 from tests.dgpo_core.making import exact, padded, random_episode, reinforcement, tiny_model, weights_of
 
 CONFIG = ReinforceConfig(
     steps=5, batch_size=6, mini_batch_size=3, actor_learning_rate=1e-2, critic_learning_rate=1e-2,
     dev_every=2, checkpoint_every=2,
 )  # fmt: skip
+
+
+FIRST = Watch(WatchConfig(max_bad_steps=1))  # the first step that gives no numbers ends training
 
 
 def rollout(chosen: list[int], step: int) -> list[Episode]:
@@ -79,6 +83,7 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Train:
         row: dict[str, Any] | None = None,
         evaluate: Callable[[PreTrainedModel], float] = lambda _: 0.25,
         answered: Answered = frozenset(),
+        watch: Watch | None = None,
         **settings: Any,
     ) -> Run:
         student = student or tiny_model(tokenizer, 1)
@@ -88,7 +93,7 @@ def train(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> Train:
         recipe = reinforcement(algorithm, guidance, **row or {})
         trainer = Reinforcer(
             student, reference, recipe, config, exact(tokens), 3, len(tokenizer), answered=answered,
-            decode=lambda ids: "<search>q</search>",
+            decode=lambda ids: "<search>q</search>", watch=watch or Watch(),
         )  # fmt: skip
 
         def report(steps: int, rows: list[Metrics]) -> None:
@@ -290,7 +295,7 @@ def test_a_reference_that_gives_no_numbers_ends_the_training(
     before = weights_of(student)
     said = r"the kl_\w+ of step 1 is not a number; lower reinforce\.actor_learning_rate \(now 0\.01\)"
     with pytest.raises(NotFinite, match=said):
-        train(algorithm, teacher=teacher, student=student, checkpoint_every=1)
+        train(algorithm, teacher=teacher, student=student, checkpoint_every=1, watch=FIRST)
     assert Checkpoint(tmp_path / "state").load() is None
     assert equal(before, student.state_dict())
 
@@ -299,7 +304,7 @@ def test_a_reference_that_gives_no_numbers_ends_the_training(
 def test_a_rate_that_is_too_high_ends_the_training_and_is_named(train: Train, part: str) -> None:
     settings: dict[str, Any] = {f"{part}_learning_rate": 1e30, "max_grad_norm": 1e30}
     with pytest.raises(NotFinite, match=rf"of step \d is .*; lower reinforce\.{part}_learning_rate"):
-        train(guidance="none", **settings)
+        train(guidance="none", watch=FIRST, **settings)
 
 
 @pytest.mark.parametrize(

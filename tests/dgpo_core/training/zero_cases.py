@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.agent.episode import Episode
 from dgpo_core.config.recipes import Distillation, Reinforcement
-from dgpo_core.config.training import ComputeConfig, DistillConfig, LoraConfig, ReinforceConfig
+from dgpo_core.config.training import ComputeConfig, DistillConfig, LoraConfig, ReinforceConfig, WatchConfig
 from dgpo_core.errors import NotFinite
 from dgpo_core.models import add_adapters, merged
 from dgpo_core.training import parallel
@@ -27,6 +27,7 @@ from dgpo_core.training.checkpoint import Checkpoint
 from dgpo_core.training.distill import Distiller
 from dgpo_core.training.episode_sources import TeacherEpisodes
 from dgpo_core.training.reinforce import Reinforcer
+from dgpo_core.training.watch import Watch
 from dgpo_core.world.pretraining import build_tokenizer
 from tests.dgpo_core.making import distillation, exact, random_episode, reinforcement, tiny_model
 
@@ -137,7 +138,8 @@ def diverging(tokenizer: PreTrainedTokenizerFast, folder: Path) -> dict[str, Any
     for name, config in (FIRST | {"bfloat16": NARROW["bfloat16-zero2"]}).items():
         recipe, source = distillation(), TeacherEpisodes(EPISODES, settings, 3)
         student, teacher = tiny_model(tokenizer, 1), tiny_model(tokenizer, 2)
-        made = Distiller(student, teacher, recipe, settings, config, source)
+        watch = Watch(WatchConfig(max_bad_steps=1))
+        made = Distiller(student, teacher, recipe, settings, config, source, watch=watch)
         try:
             made.train(Checkpoint(folder / f"diverging-{name}"), lambda: 0.5, lambda *_: None)
         except NotFinite as error:
