@@ -23,8 +23,9 @@ from tasks.stages.stage import FAILURE, STATE
 from tasks.tracking.store import tracking_uri
 
 GPU_LIMIT = "dgpo-gpu"  # Prefect's global concurrency limit; `dgpo deploy` creates it
+UNCHANGED, COMPLETED = "Unchanged", "Completed"  # names of a stage's state on the dashboard
 # What DVC says when it did not execute the stage, and the state's name for it on the dashboard.
-SKIP_MESSAGES = {"didn't change, skipping": "Unchanged", "is cached - skipping run": "Restored"}
+SKIP_MESSAGES = {"didn't change, skipping": UNCHANGED, "is cached - skipping run": "Restored"}
 # What DVC advises after each stage, to people at a terminal.
 ADVICE = re.compile(
     r"(To track|To enable|Use `dvc push`|\s*git add dvc\.lock$|\s*dvc config core\.autostage)"
@@ -73,7 +74,7 @@ def execute(
             raise StageFailed(f"{stage.name}: not done after {minutes}", retryable=False) from None
     if code:
         raise _explain(stage.name, code, tail, failure)
-    return next((state for text, state in SKIP_MESSAGES.items() if text in tail), "Completed")
+    return next((state for text, state in SKIP_MESSAGES.items() if text in tail), COMPLETED)
 
 
 def environment() -> dict[str, str]:

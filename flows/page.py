@@ -27,7 +27,7 @@ from prefect.logging import get_run_logger
 
 from dgpo_core.errors import UserError, without_credentials
 from dgpo_core.text import markdown_cell
-from flows.execution import environment
+from flows.execution import UNCHANGED, environment
 from tasks.project.graph import Stage
 from tasks.project.groups import run_group
 from tasks.project.process import processor_seconds
@@ -167,11 +167,16 @@ class RunPage:
 
     def _text(self, said: str, below: str = "") -> str:
         lines = ["| stage | state | time | |", "| --- | --- | --- | --- |"]
+        unchanged = [name for name, row in self._rows.items() if row.state == UNCHANGED]
         for name, row in self._rows.items():
+            if name in unchanged:
+                continue
             used = row.used + (time.monotonic() - row.began if row.state == RUNNING else 0.0)
             cells = [name, row.state, duration(used) if used else "", row.told]
             lines.append(f"| {' | '.join(map(markdown_cell, cells))} |")
-        return "\n\n".join(filter(None, [self._head, said, "\n".join(lines), below]))
+        table = "\n".join(lines) if len(unchanged) < len(self._rows) else ""
+        rest = f"{UNCHANGED}: {', '.join(unchanged)}" if unchanged else ""
+        return "\n\n".join(filter(None, [self._head, said, table, below, rest]))
 
     def _write(self, text: str, said: str) -> None:
         """Make the artifact, or bring it up to date; what is `said` is its description."""

@@ -24,10 +24,11 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from dgpo_core.config.params import PARAMS, read_yaml, resolve_profile
 from dgpo_core.errors import InfrastructureError, UserError
+from flows.execution import COMPLETED, UNCHANGED
 from flows.page import RunPage, changes, hourly_price, links, standing
 from flows.promotion import offer
 from flows.remote import cancel_all, refuse_without_push
-from flows.schedule import COMPLETED, UNCHANGED, Schedule, StageResult, is_stale, run_all
+from flows.schedule import Schedule, StageResult, is_stale, run_all
 from flows.settings import DEFAULTS, PipelineSettings, with_overrides
 from flows.workspace import (
     Workspace,

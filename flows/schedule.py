@@ -19,7 +19,7 @@ from prefect.tasks import exponential_backoff
 
 from dgpo_core.errors import InfrastructureError
 from flows.alerts import tell_of_collapse
-from flows.execution import StageFailed, execute, publish_summary
+from flows.execution import COMPLETED, UNCHANGED, StageFailed, execute, publish_summary
 from flows.page import RunPage
 from flows.remote import is_elsewhere, run_elsewhere
 from flows.workspace import Workspace
@@ -27,8 +27,6 @@ from tasks.project import graph
 from tasks.project.graph import Stage
 from tasks.project.groups import Ended
 from tasks.project.paths import PLOTS
-
-UNCHANGED, COMPLETED = "Unchanged", "Completed"
 
 
 @dataclass(frozen=True)

@@ -195,7 +195,8 @@ def reinforce():
     beta, model = load_params().reinforce.beta, Path("models/dgpo")
     with stage("reinforce@dgpo", config={"beta": beta}, outputs=[model]) as run:
         while beta == 0.1:
-            Path(os.environ["STARTED"]).touch()
+            if run.tracker.run_id:
+                Path(os.environ["STARTED"]).touch()
             time.sleep(0.05)
         run.output(model).mkdir(parents=True)
         (run.output(model) / "model.safetensors").write_text(f"trained with {beta}")
