@@ -28,6 +28,7 @@ from tasks.commands.cli import run_as
 from tasks.project.process import run_program
 from tasks.project.progress import duration
 from tasks.project.servers import FOLDER, MARK, ServiceRecord, leader, members, path, read, write
+from tasks.tracking.pages import runs_address
 from tasks.tracking.store import ARTIFACTS, artifact_root, local_path, prepare, tracking_uri
 
 NAMES = ("prefect", "mlflow")
@@ -150,7 +151,12 @@ def _wait_until_healthy(record: ServiceRecord, folder: Path, new: bool) -> None:
                 raise UserError(f"{record.name} does not start: {_last_line(log)}; see {log}")
             time.sleep(0.3)
     how = f"up after {duration(time.monotonic() - begin)}" if new else "already running"
-    console.print(f"{record.name}: {how}, {record.page}")
+    console.print(f"{record.name}: {how}, {_page(record.name, record.page)}")
+
+
+def _page(name: str, address: str) -> str:
+    """Return the page of a server that people want to see first."""
+    return runs_address(address) if name == "mlflow" else address
 
 
 def _end(record: ServiceRecord) -> bool:
@@ -244,9 +250,9 @@ def where_command(prefect_port: int = 4200, mlflow_port: int = 5000) -> None:
         name, record = service.record.name, read(service.record.name)
         named = os.environ.get(service.record.variable) or ""
         if record and leader(record):
-            found[name] = record.page
+            found[name] = _page(name, record.page)
         elif named.startswith(("http:", "https:")):
-            found[name] = without_credentials(named).removesuffix("/api")
+            found[name] = _page(name, without_credentials(named).removesuffix("/api"))
         else:
             missing[name] = service.record.page
     lines = [

@@ -22,6 +22,7 @@ from dgpo_core.serving.events import EpisodeCancelled, EpisodeEnd, Event
 from dgpo_core.serving.metrics import Metrics
 from dgpo_core.serving.openai_format import ChatRequest, Completion, error
 from dgpo_core.serving.queue import NotReady, QueueFull, RequestQueue
+from dgpo_core.serving.recording import Rating, Recorder, recorded
 
 PAGE = Path(__file__).parent / "templates" / "ask.html"
 LONGEST_HEADER = 1000
@@ -29,11 +30,16 @@ RETRY = {"Retry-After": "5"}
 log = logging.getLogger("uvicorn.error")
 
 
-def make_app(queue: RequestQueue, examples: Sequence[str] = (), history: bool = False) -> FastAPI:
+def make_app(
+    queue: RequestQueue,
+    examples: Sequence[str] = (),
+    history: bool = False,
+    recorder: Recorder | None = None,
+) -> FastAPI:
     """Return the service of the agent behind `queue`; access.py restricts who may ask.
 
     `examples` are questions that the page proposes. With `history` a question comes with the conversation
-    before it.
+    before it. A `recorder` gets the answers, and what people think of them.
     """
     app = FastAPI(title="DGPO search agent", docs_url=None, redoc_url=None)
     metrics = Metrics(queue)
@@ -50,7 +56,8 @@ def make_app(queue: RequestQueue, examples: Sequence[str] = (), history: bool = 
         if queue.agent is None:
             return JSONResponse({"status": "loading"}, HTTPStatus.SERVICE_UNAVAILABLE, RETRY)
         known = {"model": queue.agent.name, "index": queue.agent.index, "waiting": queue.waiting}
-        return JSONResponse({"status": "ready", **known})
+        kept = {} if recorder is None else {"recorded": True}
+        return JSONResponse({"status": "ready", **known, **kept})
 
     @app.get("/metrics")
     async def prometheus() -> Response:
@@ -79,9 +86,11 @@ def make_app(queue: RequestQueue, examples: Sequence[str] = (), history: bool = 
         headers = _ignored(body.ignored(history))
         try:
             asked = queue.submit(body.agent_request(history))
-            events = metrics.observe(asked.events(request.is_disconnected))
-            event = await anext(events)  # until here an error has a status of its own
             completion = Completion(body.model)
+            events = metrics.observe(asked.events(request.is_disconnected))
+            if recorder is not None:
+                events = recorded(events, completion.id, recorder)
+            event = await anext(events)  # until here an error has a status of its own
             if body.stream:
                 wants_usage = bool(body.stream_options and body.stream_options.include_usage)
                 stream = _stream(completion, event, events, wants_usage)
@@ -94,8 +103,20 @@ def make_app(queue: RequestQueue, examples: Sequence[str] = (), history: bool = 
         except Exception as caught:
             return error_response(caught)
 
+    if recorder is not None:
+        _add_feedback(app, recorder)
     _add_error_handlers(app)
     return app
+
+
+def _add_feedback(app: FastAPI, recorder: Recorder) -> None:
+    @app.post("/v1/feedback")
+    async def feedback(rating: Rating) -> Response:
+        """Take a thumb for an answer, which is named by its response's id."""
+        if recorder.rate(rating):
+            return JSONResponse({"status": "kept"}, HTTPStatus.ACCEPTED)
+        message = f"no answer of this service has the id {rating.id!a}"
+        return JSONResponse(error(message, "invalid_request_error", "unknown_answer", "id"), 404)
 
 
 _UNBUFFERED = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}

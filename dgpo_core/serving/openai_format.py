@@ -147,7 +147,8 @@ class Completion:
     def __init__(self, model: str) -> None:
         self._reasoning = ""
         self._paragraph: tuple[str, int] | None = None  # kind and turn
-        self._head = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": model}
+        self.id = f"chatcmpl-{uuid.uuid4().hex}"
+        self._head = {"id": self.id, "created": int(time.time()), "model": model}
 
     def whole(self, record: EpisodeRecord) -> dict[str, Any]:
         """Return the response in one piece, with the reasoning of the events before."""

@@ -17,6 +17,8 @@ from dgpo_core.errors import UserError
 from tasks.commands.collection_commands import collections
 from tasks.commands.options import (
     AllowHost,
+    History,
+    KeepAnswers,
     MlflowPort,
     Model,
     PrefectPort,
@@ -265,9 +267,8 @@ def serve(
         list[str] | None,
         typer.Option(help="where a web page comes from whose scripts may ask, such as http://localhost:3000"),
     ] = None,
-    history: Annotated[
-        bool, typer.Option("--history", help="put the conversation before a question, too")
-    ] = False,
+    history: History = False,
+    trace: KeepAnswers = False,
 ) -> None:
     """Serve the agent over HTTP: a page, and OpenAI's chat completions.
 
@@ -275,7 +276,7 @@ def serve(
     """
     from tasks.commands.serve import serve as run_service
 
-    run_service(model, host, port, waiting, allow_host or [], allow_origin or [], history)
+    run_service(model, host, port, waiting, allow_host or [], allow_origin or [], history, trace)
 
 
 @app.command(rich_help_panel=AGENT)

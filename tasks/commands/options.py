@@ -26,6 +26,12 @@ AllowHost = Annotated[
     typer.Option(help="another name by which clients call this machine, such as host.docker.internal"),
 ]
 
+History = Annotated[bool, typer.Option("--history", help="put the conversation before a question, too")]
+
+KeepAnswers = Annotated[
+    bool, typer.Option("--trace", help="keep questions, answers and thumbs as traces in MLflow")
+]
+
 PrefectPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="PREFECT_PORT")]
 
 MlflowPort = Annotated[int, typer.Option(help="on 127.0.0.1", envvar="MLFLOW_PORT")]

@@ -15,6 +15,7 @@ from dgpo_core.serving.app import make_app
 from dgpo_core.serving.queue import RequestQueue
 from tasks.commands.agent import example_questions, open_agent, require_index, resolve_model
 from tasks.project.servers import listen, run
+from tasks.tracking.answers import AnswerRecorder
 
 KEY = "DGPO_API_KEY"  # variable of the environment: options can be seen by everyone on a machine
 GRACE = 5  # seconds for the last words to clients
@@ -30,10 +31,12 @@ def serve(
     hosts: Sequence[str] = (),
     origins: Sequence[str] = (),
     history: bool = False,
+    trace: bool = False,
 ) -> None:
     """Listen at once and load meanwhile (/health says 503). Raise UserError for what keeps it from starting.
 
-    `hosts` and `origins` are further ones that are allowed; `history` puts conversations before questions.
+    `hosts` and `origins` are further ones that are allowed; `history` puts conversations before questions;
+    `trace` keeps answers in MLflow.
     Ends the process with 1 when the retriever cannot be reached.
     """
     require_hosts(hosts)
@@ -45,7 +48,8 @@ def serve(
     listening = listen(host, port)
     source = resolve_model(params, model)
     queue = RequestQueue(waiting, params.rollout.slots)
-    app = make_app(queue, example_questions(params), history)
+    recorder = AnswerRecorder() if trace else None
+    app = make_app(queue, example_questions(params), history, recorder)
     restrict(app, host, hosts, origins, key)
     config = uvicorn.Config(
         app,
@@ -63,6 +67,8 @@ def serve(
         raise SystemExit(1) from None
     finally:
         queue.shutdown()
+        if recorder:
+            recorder.close()
 
 
 def api_key() -> str | None:

@@ -17,6 +17,7 @@ from tasks.tracking.evaluations import record_evaluations
 from tasks.tracking.lineage import changed_settings, labels
 from tasks.tracking.registry import Registry
 from tasks.tracking.runs import PIPELINE_RUN, flatten
+from tasks.tracking.summary import results
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -35,6 +36,7 @@ def report() -> None:
         dumped = params.model_dump(mode="json")
         out, first, origin = run.output(REPORTS), params.report.first, origin_of(params)
         write_report(EVALUATION, PLOTS, METRICS, out, models, mirrors, dumped, params.pair, first, origin)
+        run.tracker.metrics(0, results(out))
         run.tracker.submit(lambda client, _: _record(client, params))
         run.progress(1, 1)
 

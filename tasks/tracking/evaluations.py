@@ -18,6 +18,8 @@ from dgpo_core.config.retrieval import parse_location
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.promotion import SETUP, TABLES, Setup, read_setup, unlike_keys
+from dgpo_core.evaluation.results import NOTHING
+from dgpo_core.evaluation.statistics import Estimate, mean_of_means
 from dgpo_core.temporary import temporary_folder
 from tasks.project.dvc import Lock, LockedStage, dvc_md5, read_lock, upstream
 from tasks.project.files import content_hash
@@ -205,11 +207,12 @@ def _copy(evaluation: Path, folder: Path, made: Setup) -> None:
     (folder / SETUP).write_text(made.as_json(), encoding="utf-8")
 
 
-def _average(path: Path) -> float:
+def _average(path: Path) -> Estimate:
     """Average EM over the data sets, of the questions that did not fail."""
     table = pq.read_table(path, columns=["dataset", "em", "outcome"]).to_pandas()
     answered = table[table["outcome"] != "failed"]
-    return float(answered.groupby("dataset")["em"].mean().mean())
+    strata = [own.to_numpy(float) for _, own in answered.groupby("dataset")["em"]]
+    return mean_of_means(strata) if strata else NOTHING
 
 
 def _settings(stage: LockedStage) -> dict[str, Any]:

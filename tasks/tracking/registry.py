@@ -14,6 +14,7 @@ where they are used, because every stage imports this file.
 
 import json
 import logging
+import math
 import re
 import shutil
 import tempfile
@@ -29,6 +30,7 @@ from dgpo_core.temporary import temporary_folder
 from tasks.project.dvc import from_cache
 from tasks.project.files import content_hash
 from tasks.tracking import lineage
+from tasks.tracking.pages import MODEL_NOTE
 from tasks.tracking.runs import connect, start_run
 from tasks.tracking.store import explained, tracking_uri
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from mlflow.entities.model_registry import ModelVersion
 
     from dgpo_core.evaluation.promotion import Decision
+    from dgpo_core.evaluation.statistics import Estimate
 
 
 def save_mlflow_model(folder: Path, saved: Path) -> None:
@@ -201,7 +204,7 @@ class Registry:
         for key, value in tags.items():
             self._client.set_model_version_tag(NAME, version.number, key, value)
 
-    def store_evaluation(self, version: Version, folder: Path, average: float, source: str) -> None:
+    def store_evaluation(self, version: Version, folder: Path, average: "Estimate", source: str) -> None:
         """Keep an evaluation with the version, and let it count; `source` is DVC or AGAIN.
 
         One that was made again gives way only to an evaluation of DVC's that is newer than it.
@@ -213,7 +216,11 @@ class Registry:
         if not known:
             self._client.log_artifacts(version.run_id, str(folder), place)
         # last: only what has arrived counts
-        self.tag(version, em=f"{average:.6f}", evaluation=place, evaluated_by=source)
+        self.tag(version, em=f"{average.mean:.6f}", evaluation=place, evaluated_by=source)
+        named = self._client.get_model_version(NAME, version.number).description or version.name
+        interval = "" if math.isnan(average.low) else f" [{average.low:.3f}, {average.high:.3f}]"
+        described = f"{named.partition(': EM ')[0]}: EM {average.mean:.3f}{interval}"
+        self._client.update_model_version(NAME, version.number, described)
 
     def store_decision(self, version: Version, decision: "Decision") -> None:
         """Keep a decision with the version: JSON and Markdown as artifacts, the verdict as tags."""
@@ -324,12 +331,14 @@ class Registry:
         self._client.log_dict(run_id, made, LINEAGE)
         self._client.log_dict(run_id, tags, f"{MODEL}/pointer.json")
         try:
-            self._client.create_registered_model(NAME)
+            self._client.create_registered_model(NAME, description=MODEL_NOTE)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         source = f"{self._client.get_run(run_id).info.artifact_uri}/{MODEL}"
-        return _version(self._client.create_model_version(NAME, source, run_id, tags=tags))
+        named = f"{_chain(made)}, {made['profile']}, seed {made['seed']}"
+        created = self._client.create_model_version(NAME, source, run_id, tags=tags, description=named)
+        return _version(created)
 
     def _log_weights(self, version: Version, folder: Path) -> None:
         with temporary_folder("model") as temporary:
@@ -337,6 +346,14 @@ class Registry:
             save_mlflow_model(folder, saved)
             self._client.log_artifacts(version.run_id, str(saved), MODEL)
         self.tag(version, weights="artifact")  # last: only what has arrived counts
+
+
+def _chain(made: lineage.Lineage) -> str:
+    """Name a recipe's model and what it was trained from: `DGPO from KD`, as reports call them."""
+    from dgpo_core.reporting.formats import model_label
+
+    start = made["recipes"][made["recipe"]]["start"]
+    return " from ".join(map(model_label, (made["recipe"], start)))
 
 
 def model_folder(reference: str) -> Path:

@@ -25,6 +25,8 @@ from tasks.project.files import content_hash
 from tasks.project.paths import MODELS, PLOTS, REPORTS
 from tasks.project.process import began
 from tasks.tracking.lineage import changed_settings, flat, labels, locked_outputs, settings
+from tasks.tracking.pages import describe as describe_experiment
+from tasks.tracking.pages import run_name
 from tasks.tracking.store import (
     EXPERIMENT,
     artifact_root,
@@ -79,7 +81,7 @@ def connect() -> "MlflowClient":
         except MlflowException:  # somebody else was faster
             if client.get_experiment_by_name(EXPERIMENT) is None:
                 raise
-    _experiment(client)
+    describe_experiment(client, client.get_experiment(_experiment(client)))
     return client
 
 
@@ -135,7 +137,10 @@ def experiment_of(run_id: str) -> str:
 
 
 class Pipeline:
-    """The parent run of a pipeline in `root`. Without a working store: None as its id, and one warning."""
+    """The parent run of a pipeline in `root`, named after what is special about it.
+
+    `name` is for one whose parameters cannot be read. Without a working store: None as its id, one warning.
+    """
 
     def __init__(self, name: str, tags: Mapping[str, str] | None = None, root: Path = Path()) -> None:
         self.run_id: str | None = None
@@ -148,9 +153,9 @@ class Pipeline:
             params = settings(root)
             described = {"kind": "pipeline", **self._labels, **(tags or {})}
             if params:
-                name = f"{name} {params.profile} seed {params.seed}"
                 described["recipes"] = " ".join(params.recipes.all)
                 changed = flatten(changed_settings(params, root))
+                name = run_name(params.profile, params.seed, changed)
                 described["changed"] = " ".join(f"{key}={value}" for key, value in changed.items())
             self.run_id = start_run(self._client, name, described)
             if params:

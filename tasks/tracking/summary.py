@@ -17,6 +17,7 @@ from tasks.project.dvc import LOCK
 from tasks.project.paths import REPORTS
 from tasks.project.progress import duration
 from tasks.tracking.lineage import lock_digest, locked_outputs
+from tasks.tracking.pages import NOTE
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
 Outputs = Mapping[str, Mapping[str, str]]  # stage -> path -> md5
 OUTPUT = "dvc.outputs."  # tag of a stage's run: the output's path -> its digest in dvc.lock
-NOTE = "mlflow.note.content"  # the run's description, Markdown
 MAX_NOTE = 8000  # characters, by MLflow's limit
 
 
@@ -63,22 +63,35 @@ def summarize(
     tags = {NOTE: note(stages), "stages": f"{executed} executed of {len(stages)}"}
     tags |= {"dvc.lock": digest} if (digest := lock_digest(root)) else {}
     reported = succeeded and "report" in {each.stage for each in stages}
-    _log(client, run_id, tags, results(root) if reported else {})
+    found = results(root / REPORTS) if reported else {}
+    _log(client, run_id, tags, averages(found))
     client.log_dict(run_id, {"stages": [asdict(each) for each in stages]}, "stages.json")
     for path in (root / LOCK, root / PARAMS):
         if path.is_file():
             client.log_artifact(run_id, str(path))
 
 
-def results(root: Path) -> dict[str, float]:
-    """Read the report's `em/<model>/<data set>` and `arcap/<model>/<measurement>`, if there is one."""
+def results(reports: Path) -> dict[str, float]:
+    """Read a report's `em/<model>/<data set>` and `arcap/<model>/<measurement>`, if there is one."""
     found: dict[str, float | None] = {}
     with suppress(OSError, ValueError):
-        for model, sets in json.loads((root / REPORTS / "results.json").read_bytes()).items():
+        for model, sets in json.loads((reports / "results.json").read_bytes()).items():
             found |= {f"em/{model}/{name}": scores["em"] for name, scores in sets.items()}
-        for model, rows in json.loads((root / REPORTS / "arcap.json").read_bytes()).items():
+        for model, rows in json.loads((reports / "arcap.json").read_bytes()).items():
             found |= {f"arcap/{model}/{name}": row["mean"] for name, row in rows.items()}
     return {name: value for name, value in found.items() if value is not None}
+
+
+def averages(found: dict[str, float]) -> dict[str, float]:
+    """Return the average EM of each model, the method's and the last trained ones' first.
+
+    MLflow compares runs by what was logged first, and draws a chart for every metric: the others are those of
+    the stage's run.
+    """
+    from dgpo_core.reporting.budget import METHOD  # imports templates; every stage imports this
+
+    own = [name for name in reversed(found) if name.endswith("/average")]
+    return {name: found[name] for name in sorted(own, key=lambda name: name != f"em/{METHOD}/average")}
 
 
 def note(stages: Iterable[StageSummary]) -> str:

@@ -32,7 +32,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class EpisodeSpan:
-    """A span of the episode, of one of MLflow's types; `error` is why it failed."""
+    """A span of the episode, of one of MLflow's types; `error` is why it failed.
+
+    `period` is start and end in nanoseconds since the epoch, where they are known.
+    """
 
     name: str
     kind: Literal["AGENT", "LLM", "RETRIEVER"]
@@ -40,6 +43,7 @@ class EpisodeSpan:
     outputs: Any
     attributes: dict[str, Any] = field(default_factory=dict)
     error: str | None = None
+    period: tuple[int, int] | None = None
 
 
 def sample(episodes: list[Episode], limit: int) -> list[Episode]:
@@ -181,7 +185,7 @@ def make_trace(recorded: EpisodeTrace, experiment: str, run_id: str) -> "Trace":
     }
     question, answer = {"question": episode.question}, {"answer": episode.prediction}
     root = EpisodeSpan(name, "AGENT", question, answer, attributes, error=episode.failure if failed else None)
-    spans = [_span(number, place, now, span) for place, span in enumerate([root, *recorded.spans])]
+    spans = [make_span(number, place, now, span) for place, span in enumerate([root, *recorded.spans])]
     info = TraceInfo(
         trace_id=f"tr-{number.hex()}",
         trace_location=TraceLocation.from_experiment_id(experiment),
@@ -220,7 +224,7 @@ def _assessments(episode: Episode, trace: str) -> "list[Assessment]":
     return made
 
 
-def _span(trace: bytes, place: int, now: int, step: EpisodeSpan) -> "Span":
+def make_span(trace: bytes, place: int, now: int, step: EpisodeSpan) -> "Span":
     """Make span number `place` of a trace, 0 the root; starts a microsecond apart keep their order."""
     from mlflow.entities import Span
 
@@ -231,7 +235,7 @@ def _span(trace: bytes, place: int, now: int, step: EpisodeSpan) -> "Span":
         "mlflow.spanInputs": step.inputs,
         "mlflow.spanOutputs": step.outputs,
     }
-    start = now + place * 1000
+    start, end = step.period or (now + place * 1000, now + (place + 1) * 1000)
     status = {"code": "STATUS_CODE_ERROR" if step.error else "STATUS_CODE_OK", "message": step.error or ""}
     return Span.from_dict(
         {
@@ -240,7 +244,7 @@ def _span(trace: bytes, place: int, now: int, step: EpisodeSpan) -> "Span":
             "parent_span_id": _span_id(trace, 0) if place else None,
             "name": step.name,
             "start_time_unix_nano": start,
-            "end_time_unix_nano": start + 1000,
+            "end_time_unix_nano": end,
             "events": [],
             "status": status,
             "attributes": {key: json.dumps(value) for key, value in attributes.items()},

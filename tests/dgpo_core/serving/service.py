@@ -13,6 +13,7 @@ from dgpo_core.serving.access import restrict
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.app import make_app
 from dgpo_core.serving.queue import RequestQueue
+from dgpo_core.serving.recording import Recorder
 
 
 @contextmanager
@@ -25,11 +26,12 @@ def serving(
     key: str | None = None,
     examples: tuple[str, ...] = (),
     history: bool = False,
+    recorder: Recorder | None = None,
 ) -> Iterator[httpx.Client]:
     """A client of a running service; None: one that is loading for ever."""
     queue = RequestQueue(waiting, together)
     queue.agent = agent
-    app = make_app(queue, examples, history)
+    app = make_app(queue, examples, history, recorder)
     restrict(app, "127.0.0.1", hosts, origins, key)
     config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
     server = uvicorn.Server(config)

@@ -12,11 +12,13 @@ import typer
 
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import UserError
+from dgpo_core.evaluation.statistics import Estimate
 from tasks.commands import promote as promotion
 from tasks.commands.promote import KEPT, PROMOTED, REFUSED, promote, rollback, standing
 from tasks.project.dvc import read_lock
 from tasks.tracking.evaluations import evaluate_again, record_evaluations, register_trained
-from tasks.tracking.registry import AGAIN, CHALLENGER, CHAMPION, PREVIOUS, Registry, Version, store
+from tasks.tracking.registry import AGAIN, CHALLENGER, CHAMPION, NAME, PREVIOUS, Registry, Version, store
+from tasks.tracking.runs import connect
 from tests.dgpo_core.evaluation.making import Model, write_evaluation
 from tests.tasks.miniature import ROOT, change_params, git
 from tests.tasks.trained import BETTER, WORSE, make_trained, train, write_lock
@@ -94,6 +96,8 @@ def test_how_the_working_tree_compares_with_the_champion(own_store: Path) -> Non
 def test_a_worse_model_becomes_champion_through_no_command(own_store: Path) -> None:
     make_trained(own_store, dgpo=WORSE)
     register_trained(challenger=True)
+    described = connect().get_model_version(NAME, "2").description or ""
+    assert re.fullmatch(r"DGPO from KD, tiny, seed 0: EM 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", described)
     assert promote("1", dry_run=False, yes=True) == PROMOTED
     for number in (None, "2"):
         for dry_run in (True, False):
@@ -260,7 +264,7 @@ def test_an_evaluation_made_again_is_not_replaced_by_the_one_before(two: Path) -
     first = counting()
     with store() as registry, registry.evaluation(registry.version("1")) as evidence:
         (evidence / "arcap.parquet").write_bytes((two / "evaluation/dgpo/arcap.parquet").read_bytes())
-        registry.store_evaluation(registry.version("1"), evidence, 0.5, AGAIN)
+        registry.store_evaluation(registry.version("1"), evidence, Estimate(0.5, 0.4, 0.6, 10), AGAIN)
     again = counting()
     assert again != first
     train(two, "kd", "kd's weights", Model.of(0.55, seed=2))

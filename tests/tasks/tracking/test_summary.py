@@ -9,7 +9,7 @@ import yaml
 from dgpo_core.config.params import resolve_profile
 from tasks.stages.stage import stage
 from tasks.tracking.runs import PIPELINE_RUN, Pipeline, connect
-from tasks.tracking.summary import MAX_NOTE, StageSummary, note, results
+from tasks.tracking.summary import MAX_NOTE, StageSummary, averages, note, results
 from tests.tasks.miniature import ROOT, run_of
 
 
@@ -94,11 +94,14 @@ def test_results_settings_and_files_stand_in_the_run(workplace: Path) -> None:
     Path("reports/arcap.json").write_text('{"dgpo": {"query_hit_nq": {"mean": 0.75, "n": 4}}}')
     run = connect().get_run(run_pipeline({"report": "rr2"}, {}))
     assert run.data.metrics == {
+        "em/dgpo/average": 0.5,
+    }
+    assert results(Path("reports")) == {
         "em/dgpo/onehop": 0.25,
         "em/dgpo/average": 0.5,
         "arcap/dgpo/query_hit_nq": 0.75,
     }
-    assert run.info.run_name == "pipeline tiny seed 3"
+    assert run.info.run_name == "beta=0.5, seed 3"
     assert run.data.tags["changed"] == "seed=3 reinforce.beta=0.5"
     assert run.data.tags["recipes"] == "kd dgpo"
     assert run.data.params["reinforce.beta"] == "0.5" and run.data.params["distill.taid.start"] == "0.4"
@@ -114,12 +117,20 @@ def test_another_working_copy_is_read(workplace: Path) -> None:
     (other / "params.yaml").write_text(yaml.safe_dump(resolve_profile(ROOT / "profiles" / "tiny.yaml")))
     pipeline = Pipeline("pipeline", root=other)
     assert pipeline.run_id
-    assert connect().get_run(pipeline.run_id).info.run_name == "pipeline tiny seed 0"
+    assert connect().get_run(pipeline.run_id).info.run_name == "tiny, seed 0"
     pipeline.close(succeeded=True)
 
 
 def test_no_report_means_no_results(workplace: Path) -> None:
     assert results(workplace) == {}
+
+
+def test_a_runs_metrics_are_the_averages_the_methods_first() -> None:
+    names = [
+        f"em/{model}/{name}" for model in ("student", "kd", "dgpo", "mine") for name in ("nq", "average")
+    ]
+    found = averages(dict.fromkeys([*names, "arcap/dgpo/query_hit_nq"], 0.5))
+    assert list(found) == [f"em/{model}/average" for model in ("dgpo", "mine", "kd", "student")]
 
 
 def test_note_is_cut_to_what_mlflow_takes() -> None:
