@@ -433,7 +433,7 @@ FAULTS = [
     "MLflow's server",
     "Prefect's server",
 ]
-TRACKED = ("teach", "distill", "reinforce", "evaluate")
+TRACKED = ("filter", "distill", "reinforce", "evaluate")
 
 
 def possible(work: str, fault: str) -> bool:

@@ -5,10 +5,11 @@ events of its own; the other kinds are states that Prefect knows.
 """
 
 import contextlib
-from collections.abc import Iterable, Sequence
+import contextvars
+import re
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from pathlib import Path
 from uuid import UUID
 
 from prefect.automations import Automation
@@ -20,8 +21,10 @@ from prefect.runtime import flow_run
 
 from dgpo_core.errors import UserError
 from flows.work_pools import TAG
+from tasks.stages.stage import COLLAPSE as NOTED
 
 COLLAPSE, PROMOTION = "dgpo.collapse", "dgpo.promotion"
+NOTE = re.compile(rf"\[(?P<stage>[^\]]+)\] (?P<said>{NOTED} of .*)")  # a line of a stage's output
 ONCE = timedelta(minutes=2)  # a worker tells of a crash twice
 PREFIX = "dgpo: tell people: "
 RUN_PAGE = "{{ flow_run|ui_url or '' }}"  # empty where the server does not know its address (PREFECT_UI_URL)
@@ -121,17 +124,17 @@ def tell(event: str, message: str) -> None:
     )
 
 
-def tell_of_collapse(stage: str, curves: Path) -> None:
-    """Tell when the training curves that a stage has just written are those of a collapse.
+def teller_of_collapse() -> Callable[[str], None]:
+    """Return a function that takes a stage's lines and tells of a collapse while the stage still trains.
 
-    The criteria are the report's (dgpo_core/reporting/reproduction/claims.py).
+    What collapses is decided in training (dgpo_core/training/watch.py). Lines come on another thread, which
+    knows nothing of the run.
     """
-    from dgpo_core.reporting.curves import read_curves
-    from dgpo_core.reporting.reproduction.claims import assess
+    context = contextvars.copy_context()
 
-    with contextlib.suppress(UserError):  # a stage without curves, or other ones
-        for curve in read_curves(curves):
-            found = assess(curve) if f"{curve.stage}@{curve.recipe}" == stage else None
-            if found and found.state == "collapsed":
-                told = f"EM fell from {found.best:.3f} to {found.last:.3f}, lost at step {found.step}"
-                tell(COLLAPSE, f"{stage}: {told} of {found.steps}; {found.drift}")
+    def read(line: str) -> None:
+        if found := NOTE.match(line):
+            with contextlib.suppress(Exception):  # a server that does not answer stops no stage
+                context.run(tell, COLLAPSE, f"{found['stage']}: {found['said']}")
+
+    return read

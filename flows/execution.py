@@ -15,6 +15,7 @@ from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
 import tasks
+from flows.alerts import teller_of_collapse
 from flows.workspace import LOCK_MESSAGES
 from tasks.project.graph import Stage
 from tasks.project.groups import run_group
@@ -52,20 +53,22 @@ def execute(
     """Run `dvc repro --single-item` and return how it ended: `Completed`, `Unchanged` or `Restored`.
 
     Lines of output go to `log`, and to what `shown` gives while the stage has what it needs. `pull` gets what
-    is missing from DVC's remote. Waits for as many slots of the limit GPU_LIMIT as the stage
-    has GPUs. Raises StageFailed.
+    is missing from DVC's remote. Waits for as many slots of the limit GPU_LIMIT as the stage has GPUs. Raises
+    StageFailed.
     """
     failure = tree / STATE / stage.name / FAILURE
     failure.unlink(missing_ok=True)
     command = [sys.executable, "-m", "tasks.commands.pipeline", "--single-item"]
     command += [flag for flag, wanted in (("--force", force), ("--pull", pull)) if wanted]
     seconds = stage.timeout_minutes and stage.timeout_minutes * 60
+    tell = teller_of_collapse()
     with _slots(stage), shown as show:
 
         def on_line(line: str) -> None:
             if not ADVICE.match(line):
                 log(line)
                 show(line)
+                tell(line)
 
         try:
             code, tail = run_group([*command, stage.name], tree, environment(), on_line, seconds)

@@ -18,15 +18,13 @@ from prefect.states import Cancelled, Completed, Crashed
 from prefect.tasks import exponential_backoff
 
 from dgpo_core.errors import InfrastructureError
-from flows.alerts import tell_of_collapse
-from flows.execution import COMPLETED, UNCHANGED, StageFailed, execute, publish_summary
+from flows.execution import UNCHANGED, StageFailed, execute, publish_summary
 from flows.page import RunPage
 from flows.remote import is_elsewhere, run_elsewhere
 from flows.workspace import Workspace
 from tasks.project import graph
 from tasks.project.graph import Stage
 from tasks.project.groups import Ended
-from tasks.project.paths import PLOTS
 
 
 @dataclass(frozen=True)
@@ -114,8 +112,6 @@ def run_all(schedule: Schedule) -> list[StageResult]:
         name = next(name for name in running if futures[name] is finished)
         results[name] = _result(name, finished)
         schedule.page.ended(name, results[name].state, results[name].message)
-        if results[name].state == COMPLETED:
-            tell_of_collapse(name, schedule.tree / PLOTS)
         order.done(name)
     return list(results.values())
 

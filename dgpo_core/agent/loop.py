@@ -197,8 +197,15 @@ class AgentLoop:
     def take(self, episode: _State, generation: Generation) -> None:
         """Append what the model wrote, and note the search or the answer that it holds.
 
-        Raises NotFinite for a log-probability that is no number.
+        What no engine may give fails the episode. Raises NotFinite for a log-probability that is no number.
         """
+        limits, tokens, logprobs = episode.limits, len(generation.token_ids), len(generation.logprobs)
+        room = min(limits.max_new_tokens, limits.max_context - len(episode.ids))
+        if tokens != logprobs or tokens > room:
+            episode.fail(
+                f"the engine gave {tokens} tokens and {logprobs} log-probabilities, of at most {room}"
+            )
+            return
         for value in generation.logprobs:
             if not math.isfinite(value):
                 raise NotFinite("log-probability of a sampled token", value)

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from dgpo_core.serving.events import EpisodeStep
 from dgpo_core.serving.recording import AnsweredQuestion, Period, Rating
 from tasks.tracking.runs import connect
-from tasks.tracking.store import EXPERIMENT, explained, tracking_uri
+from tasks.tracking.store import EXPERIMENT, explained, prepare, tracking_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Trace
@@ -73,20 +73,26 @@ class AnswerRecorder:
         return True
 
     def _work(self) -> None:
+        self._attempt(lambda: prepare(tracking_uri()))  # to make a local one takes a while
         while (job := self._jobs.get()) is not None:
-            try:
-                self._store = self._store or _open()
-                job(*self._store)
-                self._failing = False
-            except Exception as error:
-                self._store = None
-                if not self._failing:
-                    said = f"warning: MLflow does not keep answers: {explained(error)}"
-                    with suppress(OSError):  # the terminal may be closed by now
-                        print(said, file=sys.stderr, flush=True)
-                self._failing = True
-            finally:
-                self._jobs.task_done()
+            self._attempt(partial(self._do, job))
+            self._jobs.task_done()
+
+    def _do(self, job: Job) -> None:
+        self._store = self._store or _open()
+        job(*self._store)
+
+    def _attempt(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+            self._failing = False
+        except Exception as error:
+            self._store = None
+            if not self._failing:
+                said = f"warning: MLflow does not keep answers: {explained(error)}"
+                with suppress(OSError):  # the terminal may be closed by now
+                    print(said, file=sys.stderr, flush=True)
+            self._failing = True
 
     def _send_rating(self, rating: Rating, store: "TracingClient", _experiment: str) -> None:
         from mlflow.entities import AssessmentSource, Feedback

@@ -1,5 +1,6 @@
 """What people are told of runs: a real Prefect server, whose notifications a webhook of the test receives."""
 
+import io
 import json
 import shutil
 import subprocess
@@ -12,7 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from dgpo_core.training.watch import Watch
+from tasks.project.progress import Reporter
+from tasks.stages.stage import COLLAPSE
 from tasks.tracking.registry import CHAMPION, store
 from tests.conftest import ROOT, commit_all
 from tests.dgpo_core.evaluation.making import write_evaluation
@@ -142,23 +147,28 @@ def test_states_of_our_runs_and_of_nobody_elses(client: Any, receiver: Receiver)
 
 
 def test_a_collapse_and_a_promotion(client: Any, receiver: Receiver, tmp_path: Path) -> None:
-    from flows.alerts import PROMOTION, tell, tell_of_collapse
+    """A collapse is told from the stage's own lines, which come on another thread, while it runs."""
+    from flows.alerts import PROMOTION, tell, teller_of_collapse
 
-    em = [0.1 + 0.01 * step for step in range(40)] + [0.02] * 20
-    lines = [f"{step},{value},{0.1 if step < 40 else 2.0}" for step, value in enumerate(em)]
-    (tmp_path / "reinforce-dgpo.csv").write_text("\n".join(["step,em,invalid_actions", *lines]) + "\n")
-    (tmp_path / "reinforce-ppo.csv").write_text("\n".join(["step,em,invalid_actions", *lines[:40]]) + "\n")
+    rows = [{"step": float(step), "em": 0.4 if step < 20 else 0.02} for step in range(40)]
+    printed = io.StringIO()
+    console = Reporter("reinforce@dgpo", Console(file=printed))
+    for step in range(1, 41):
+        for figure, said in Watch().new_alarms(rows[:step]).items():
+            console.note(f"{COLLAPSE} of {figure} at step {step}: {said}")
+        console.update(step, 40, em=rows[step - 1]["em"])
 
     def body() -> None:
-        for stage in ("data", "reinforce@ppo", "reinforce@dgpo"):
-            tell_of_collapse(stage, tmp_path)
-        tell_of_collapse("data", tmp_path / "none")
+        read = teller_of_collapse()
+        thread = threading.Thread(target=lambda: [read(line) for line in printed.getvalue().splitlines()])
+        thread.start()
+        thread.join()
         tell(PROMOTION, "version 2 (dgpo) is the champion")
 
     before = len(receiver.received)
     run_as(client, "red-fox", body)
     said = receiver.wait("pipeline red-fox: collapsed")
-    assert said.startswith("reinforce@dgpo: EM fell from 0.4") and "invalid actions 0.1" in said
+    assert said.startswith("reinforce@dgpo: collapse of em at step 2") and "em 0.4 -> 0.1" in said
     assert receiver.wait("pipeline red-fox: promoted").startswith("version 2 (dgpo) is the champion\n")
     assert len(receiver.received) == before + 2
 

@@ -1,6 +1,7 @@
 """Answers and thumbs reach whoever keeps them; without anybody there is nothing to rate."""
 
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from dgpo_core.datasets.records import Question
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.recording import AnsweredQuestion, Rating
+from tests.browser import CHROMIUM, browse
 from tests.dgpo_core.serving.service import serving
 
 
@@ -52,6 +54,23 @@ def test_an_answer_is_kept_with_its_times_and_can_be_rated(
         unknown = client.post("/v1/feedback", json={"id": "chatcmpl-0", "thumb": "up"})
         assert (unknown.status_code, unknown.json()["error"]["code"]) == (404, "unknown_answer")
         assert client.post("/v1/feedback", json={"id": answered.id, "thumb": "sideways"}).status_code == 400
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
+def test_the_page_offers_thumbs(agent: Agent, questions: list[Question], tmp_path: Path) -> None:
+    kept = Kept()
+    proposed = serving(agent, examples=(questions[0].question,), recorder=kept)
+    with proposed as client, browse(tmp_path) as page:
+        page.open(str(client.base_url))
+        page.wait_for("document.querySelector('#state').textContent === 'teacher is ready'")
+        page.wait_for("document.querySelector('#examples button')")
+        page.evaluate("document.querySelector('#examples button').click()")
+        page.wait_for("document.querySelectorAll('.thumbs button').length === 2")
+        page.evaluate("document.querySelectorAll('.thumbs button')[1].click()")
+        page.wait_for("document.querySelectorAll('.thumbs button')[1].ariaPressed === 'true'")
+        assert page.evaluate("document.querySelector('.thumbs button').ariaPressed") == "false"
+        assert kept.ratings == [Rating(id=kept.answers[0].id, thumb="down")]
+        assert page.errors == []
 
 
 def test_without_a_recorder_there_is_nothing_to_rate(agent: Agent) -> None:
