@@ -22,7 +22,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench chaos test test-thorough test-all test-vllm test-deepspeed check format ci base-models clean
+.PHONY: help install demo bench chaos test test-thorough test-all fuzz test-vllm test-deepspeed check format ci base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -75,6 +75,9 @@ test-thorough: $(VENV)/.installed-dev  ## run the tests with kills, retries, sev
 
 test-all: $(VENV)/.installed-dev  ## run all tests
 	$(PYTEST) $(PYTEST_ARGS)
+
+fuzz: $(VENV)/.installed-dev  ## try 100,000 inputs from outside, changed and hostile ones (hours; .ci/nightly)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -v -s tests/fuzz --hypothesis-profile=nightly $(PYTEST_ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed  ## run the tests of the vLLM engines on the CPU, in an environment of their own
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \

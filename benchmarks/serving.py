@@ -37,10 +37,10 @@ class Load(NamedTuple):
 
 
 @contextmanager
-def service(model: str) -> Iterator[httpx.Client]:
-    """Yield a client of `dgpo serve`, when it is ready; end the service afterwards."""
-    command = [sys.executable, "-m", "tasks.commands.cli", "serve", "--model", model, "--port", "0"]
-    with subprocess.Popen([*command, "--waiting", "64"], stdout=subprocess.PIPE, text=True) as process:
+def running(words: list[str]) -> Iterator[tuple[httpx.Client, "subprocess.Popen[str]"]]:
+    """Yield a client of a service of ours, when it is ready, and its process; end it afterwards."""
+    command = [sys.executable, "-m", "tasks.commands.cli", *words, "--port", "0"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None
         try:
             address = next(filter(None, (re.search(r"http://\S+", line) for line in process.stdout)))[0]
@@ -52,7 +52,7 @@ def service(model: str) -> Iterator[httpx.Client]:
                     if time.monotonic() > deadline:
                         raise SystemExit("error: the service does not become ready")
                     time.sleep(0.2)
-                yield client
+                yield client, process
         finally:
             process.terminate()
 
@@ -80,7 +80,7 @@ def compare(model: str, count: int, rounds: int) -> dict[int, list[Load]]:
     sets = [read_questions(questions_file(name, "test")) for name in names]
     mixed = [question.question for question in chain(*zip(*sets, strict=False))][:count]
     found: dict[int, list[Load]] = {clients: [] for clients in CLIENTS}
-    with service(model) as client:
+    with running(["serve", "--model", model, "--waiting", "64"]) as (client, _):
         load(client, model, mixed[:8], 1)
         for number in range(rounds):
             for clients in CLIENTS[number % len(CLIENTS) :] + CLIENTS[: number % len(CLIENTS)]:

@@ -5,9 +5,10 @@ httpx is enough: two requests of JSON. OpenAI's own package would add its types 
 
 import os
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Annotated, Any, Self, TypeVar
 
 import httpx
+from pydantic import BaseModel, Field, ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait_exponential
 
 from dgpo_core.config.endpoint import Endpoint, EndpointConfig
@@ -16,6 +17,39 @@ from dgpo_core.errors import InfrastructureError, UserError, may_pass
 Message = dict[str, str]  # role and content
 REFUSED = (401, 403, 404)  # key, permission, model or path: the same for every request
 LONGEST_WAIT = 60.0  # seconds between two attempts
+
+
+class _Usage(BaseModel):
+    prompt_tokens: int | None = None
+    completion_tokens: int | None = None
+
+
+class _Message(BaseModel):
+    content: Any = None
+
+
+class _Choice(BaseModel):
+    message: _Message = _Message()
+    text: Any = None
+    finish_reason: str | None = None
+
+
+class _Choices(BaseModel):
+    """The answer to a completion, of which the first choice is read."""
+
+    choices: Annotated[list[_Choice], Field(min_length=1)]
+    usage: _Usage | None = None
+
+
+class _Model(BaseModel):
+    id: str
+
+
+class _Models(BaseModel):
+    data: list[_Model]
+
+
+A = TypeVar("A", bound=BaseModel)
 
 
 class _MayPass(InfrastructureError):
@@ -62,46 +96,41 @@ class EndpointClient:
 
     def chat(self, messages: list[Message], **fields: Any) -> Reply:
         """Return the assistant's next message; `fields` are max_tokens, temperature, stop, ..."""
-        choice, usage = self._choice("/chat/completions", {"messages": messages, **fields})
-        return self._reply(choice.get("message", {}).get("content"), choice, usage)
+        answer = self._completed("/chat/completions", {"messages": messages, **fields})
+        return self._reply(answer.choices[0].message.content, answer)
 
     def complete(self, prompt: str, **fields: Any) -> Reply:
         """Return what continues `prompt`."""
-        choice, usage = self._choice("/completions", {"prompt": prompt, **fields})
-        return self._reply(choice.get("text"), choice, usage)
+        answer = self._completed("/completions", {"prompt": prompt, **fields})
+        return self._reply(answer.choices[0].text, answer)
 
     def models(self) -> list[str]:
         """Return the names of the server's models."""
-        answer = self._sent("GET", "/models", None)
-        return [str(each["id"]) for each in answer["data"]]
+        return [model.id for model in self._sent("GET", "/models", None, _Models).data]
 
-    def _choice(self, path: str, body: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-        answer = self._sent("POST", path, {"model": self._endpoint.model, **body})
-        try:
-            choice: dict[str, Any] = answer["choices"][0]
-        except (KeyError, IndexError, TypeError) as error:
-            raise InfrastructureError(f"{self._endpoint.url}{path}: no choices in its answer") from error
-        return choice, answer.get("usage") or {}
+    def _completed(self, path: str, body: dict[str, Any]) -> _Choices:
+        return self._sent("POST", path, {"model": self._endpoint.model, **body}, _Choices)
 
-    def _reply(self, text: object, choice: dict[str, Any], usage: dict[str, Any]) -> Reply:
-        finish = choice.get("finish_reason") or "stop"
+    def _reply(self, text: object, answer: _Choices) -> Reply:
+        finish, usage = answer.choices[0].finish_reason or "stop", answer.usage or _Usage()
         if finish not in ("stop", "length"):  # content_filter: the model was not asked
             raise InfrastructureError(f"{self._endpoint.url}: the answer ended by {finish}")
-        counts = (int(usage.get(key) or 0) for key in ("prompt_tokens", "completion_tokens"))
         told = text if isinstance(text, str) else ""
         # JSON can escape halves of surrogate pairs, which no file holds
-        return Reply(told.encode("utf-8", "replace").decode(), finish, *counts)
+        whole = told.encode("utf-8", "replace").decode()
+        return Reply(whole, finish, usage.prompt_tokens or 0, usage.completion_tokens or 0)
 
-    def _sent(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+    def _sent(self, method: str, path: str, body: dict[str, Any] | None, kind: type[A]) -> A:
         retrying = Retrying(
             retry=retry_if_exception_type(_MayPass),
             stop=stop_after_attempt(self._config.attempts),
             wait=wait_exponential(multiplier=0.5, max=LONGEST_WAIT),
             reraise=True,
         )
-        return retrying(self._once, method, path, body)
+        found: A = retrying(self._once, method, path, body, kind)
+        return found
 
-    def _once(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
+    def _once(self, method: str, path: str, body: dict[str, Any] | None, kind: type[A]) -> A:
         place = f"{self._endpoint.url}{path}"
         try:
             answer = self._http.request(method, path, json=body)
@@ -115,6 +144,10 @@ class EndpointClient:
             raise UserError(f"{told} (model {self._endpoint.model}, key in ${key})")
         try:
             answer.raise_for_status()
-            return answer.json()
-        except (httpx.HTTPStatusError, ValueError) as error:
+            return kind.model_validate(answer.json())
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"])) or "body"
+            raise InfrastructureError(f"{told} ({key}: {first['msg']})") from error
+        except (httpx.HTTPStatusError, ValueError, RecursionError) as error:
             raise InfrastructureError(told) from error

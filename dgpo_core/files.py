@@ -7,8 +7,13 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from pydantic import TypeAdapter, ValidationError
+
+from dgpo_core.errors import UserError
+
+T = TypeVar("T")
 PART = ".part"  # suffix of what is being written
 OCCUPIED = (errno.EEXIST, errno.ENOTEMPTY, errno.ENOTDIR, errno.EISDIR)
 
@@ -65,3 +70,16 @@ def write_text(path: Path, text: str) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as write_text does."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def read_json(path: Path, kind: type[T], what: str) -> T:
+    """Read a JSON file as the dataclass `kind`, or a list of such.
+
+    Raises UserError naming file and key, and OSError.
+    """
+    try:
+        return TypeAdapter(kind).validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = "".join(f"{part}: " for part in [".".join(map(str, first["loc"]))] if part)
+        raise UserError(f"{path}: not {what}: {key}{first['msg'].removeprefix('Value error, ')}") from error

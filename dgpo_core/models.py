@@ -66,7 +66,7 @@ def load_tokenizer(source: str) -> Any:
     if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
         raise UserError(f"{source}: this model folder has no tokenizer (tokenizer.json is missing)")
     try:
-        return AutoTokenizer.from_pretrained(source)
+        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, HTTP_ERROR) as error:
         raise load_error(f"{source}: cannot load a tokenizer", error) from error
 
@@ -74,12 +74,14 @@ def load_tokenizer(source: str) -> Any:
 def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """Load the causal language model of a folder or hub name, in evaluation mode.
 
-    Raises UserError for what is no model and for weights that are no numbers, InfrastructureError when the
-    hub cannot be reached.
+    Raises UserError for what is no model, has no safetensors, wants to run code of its own or has weights
+    that are no numbers; InfrastructureError when the hub cannot be reached.
     """
     _check_source(source)
     try:
-        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(source, dtype=dtype)
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+        )
     except (OSError, ValueError, SafetensorError, HTTP_ERROR) as error:
         raise load_error(f"{source}: cannot load a model", error) from error
     model.to(device)  # type: ignore[arg-type]

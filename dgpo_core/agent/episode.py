@@ -1,6 +1,7 @@
 """The record of an episode, its turns, and its table on disk (Parquet)."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from pathlib import Path
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from dgpo_core.errors import UserError
+from dgpo_core.errors import UserError, first_line
 
 Decode = Callable[[list[int]], Any]  # a tokenizer's `decode`: token ids -> text (typed for batches too)
 
@@ -172,10 +173,8 @@ def read_episodes(path: Path) -> list[Episode]:
     """Read a table. Raises UserError when the file is missing or is no table of episodes."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    try:
+    with _readable(path):
         table = pq.read_table(path)
-    except pa.ArrowInvalid as error:
-        raise UserError(f"{path}: not a Parquet file of episodes: {error}") from error
     if missing := set(SCHEMA.names) - set(table.column_names):
         raise UserError(f"{path}: no table of episodes, lacks the columns {sorted(missing)}")
     if wrong := [name for name in SCHEMA.names if table.schema.field(name).type != SCHEMA.field(name).type]:
@@ -187,9 +186,19 @@ def read_episodes(path: Path) -> list[Episode]:
 
 
 def read_metadata(path: Path) -> dict[str, str]:
-    """Return the metadata that `write_episodes` was given."""
-    raw = pq.read_schema(path).metadata or {}
-    return {key.decode(): value.decode() for key, value in raw.items()}
+    """Return the metadata that `write_episodes` was given. Raises UserError as `read_episodes` does."""
+    with _readable(path):
+        raw = pq.read_schema(path).metadata or {}
+        return {key.decode(): value.decode() for key, value in raw.items()}
+
+
+@contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Raise UserError for what pyarrow says of a damaged file."""
+    try:
+        yield
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a Parquet file of episodes: {first_line(error)}") from error
 
 
 def _episode(row: dict) -> Episode:  # type: ignore[type-arg]

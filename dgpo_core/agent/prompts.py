@@ -1,10 +1,14 @@
 """Every text that the environment puts into an episode, in Search-R1's wording, which the paper follows.
 
-Texts become token ids here too: what people and documents write never becomes a control token of the model.
+Texts become token ids here too: what people and documents write never becomes a control token of the model,
+nor a tag of the protocol.
 """
 
+import re
 import threading
 from collections.abc import Iterable
+from functools import lru_cache
+from itertools import pairwise
 from typing import Any, Literal
 
 from dgpo_core.text import start_of, trimmed
@@ -13,6 +17,10 @@ TAGS = (
     "<think>", "</think>", "<search>", "</search>",
     "<information>", "</information>", "<answer>", "</answer>",
 )  # fmt: skip
+# also as wider forms of the signs, which some tokenizers make ordinary ones (NFKC)
+_TAG_BEGINS = re.compile(
+    r"[<\uff1c\ufe64](?=[/\uff0f]?(?:think|search|information|answer)[>\uff1e\ufe65])", re.I
+)
 SEARCH_END, ANSWER_END = "</search>", "</answer>"
 INFORMATION_START, INFORMATION_END = "<information>", "</information>"
 
@@ -46,6 +54,11 @@ TEMPLATE_DATE = "26 Jul 2024"  # the one that the template itself falls back on
 Documents = Literal["plain", "release"]  # how passages are shown
 
 
+def without_tags(text: str) -> str:
+    """Return what somebody else has written, with a space in what looks like a tag: `< /information>`."""
+    return _TAG_BEGINS.sub(r"\g<0> ", text)
+
+
 def with_question_mark(question: str) -> str:
     """Return `question`, trimmed, with a question mark at its end if it has none of any script."""
     question = trimmed(question)
@@ -58,7 +71,7 @@ def document(number: int, title: str, text: str, form: Documents = "plain") -> s
     As `release`, the title keeps its quotes: Search-R1's `_passages2string` takes the first line as it is.
     """
     shown = f'"{title}"' if form == "release" else title
-    return f"Doc {number}(Title: {shown}) {text}\n"
+    return f"Doc {number}(Title: {without_tags(shown)}) {without_tags(text)}\n"
 
 
 def information(passages: Iterable[tuple[str, str]], form: Documents = "plain") -> str:
@@ -74,7 +87,7 @@ def information(passages: Iterable[tuple[str, str]], form: Documents = "plain") 
 
 def message_text(question: str, instruction: str) -> str:
     """Return the user's message; `instruction` is a key of INSTRUCTIONS."""
-    return INSTRUCTIONS[instruction].format(question=with_question_mark(question))
+    return INSTRUCTIONS[instruction].format(question=with_question_mark(without_tags(question)))
 
 
 def prompt_text(question: str, instruction: str, tokenizer: Any) -> str:
@@ -131,6 +144,23 @@ _ENCODING = threading.Lock()
 def _encode(text: str, tokenizer: Any, split: bool = False) -> list[int]:
     """Return the ids of a text; with `split` what looks like a control token is text too."""
     options = {"split_special_tokens": True} if split else {}
-    with _ENCODING:
-        ids: list[int] = tokenizer.encode(text, add_special_tokens=False, **options)
+    ids: list[int] = []
+    for piece in _pieces(text, tokenizer) if split else [text]:
+        with _ENCODING:
+            ids += tokenizer.encode(piece, add_special_tokens=False, **options)
     return ids
+
+
+def _pieces(text: str, tokenizer: Any) -> list[str]:
+    """Return `text`, cut inside of each token that the tokenizer takes for one although it is not special."""
+    inside = _added(tokenizer)
+    places = [match.start() + 1 for match in inside.finditer(text)] if inside else []
+    return [text[start:stop] for start, stop in pairwise([0, *places, len(text)])] if places else [text]
+
+
+@lru_cache(maxsize=8)
+def _added(tokenizer: Any) -> re.Pattern[str] | None:
+    """Return a pattern of added tokens that are not special, as Qwen's `<tool_call>`: none splits them."""
+    tokens = getattr(tokenizer, "added_tokens_decoder", {}).values()
+    texts = [token.content for token in tokens if not token.special and token.content not in TAGS]
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))) if texts else None

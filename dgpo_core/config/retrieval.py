@@ -134,7 +134,10 @@ def parse_location(text: str) -> Location:
     if text.startswith("embedded:") and (folder := text.removeprefix("embedded:")):
         return Location("folder", folder)
     url = text.removeprefix("retriever+")
-    parts = urlsplit(url)
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # a bracket that is no IPv6 address
+        raise ValueError(f"location: must be {LOCATIONS}, not {text!r}") from None
     if "@" in parts.netloc or "key=" in parts.query.lower() or "token=" in parts.query.lower():
         raise ValueError("location: no credentials in the URL; set the environment variable QDRANT_API_KEY")
     if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:

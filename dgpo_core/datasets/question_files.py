@@ -127,7 +127,7 @@ def _parquet(path: Path) -> Iterator[tuple[str, Row]]:
                 for row in batch.to_pylist():
                     number += 1
                     yield f"{path}: row {number}", row
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from error
 
 

@@ -50,6 +50,7 @@ from dgpo_core.evaluation.statistics import (
     mean_with_interval,
     rate_difference,
 )
+from dgpo_core.files import read_json
 from dgpo_core.text import markdown_cell
 
 TABLES = ("questions.parquet", "arcap.parquet", "diagnosis.parquet")
@@ -128,8 +129,8 @@ def read_setup(folder: Path) -> Setup:
     """Read how a kept evaluation was made. Raises UserError."""
     path = folder / SETUP
     try:
-        return Setup(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError) as error:
+        return read_json(path, Setup, "the origin of an evaluation")
+    except OSError as error:
         raise UserError(f"{path}: not the origin of an evaluation: {error}") from error
 
 

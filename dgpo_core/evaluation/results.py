@@ -236,7 +236,7 @@ def read_rows(
         if missing := set(columns) - set(pq.read_schema(path).names):
             raise UserError(f"{path}: lacks the columns {', '.join(sorted(missing))}")
         rows: list[Row] = pq.read_table(path, columns=list(columns), filters=filters).to_pylist()
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from error
     if not rows and not may_be_empty:
         raise UserError(f"{path}: no rows")

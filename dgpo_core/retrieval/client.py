@@ -7,6 +7,7 @@ score by its rank, and of more passages than were asked for the first count.
 
 import hashlib
 import math
+import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,6 +20,7 @@ from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.retrieval.request_size import batches, text_bytes
 
 INDEX_HEADER = "X-Index-Digest"
+KEY = "DGPO_RETRIEVER_KEY"  # variable of the environment with the services' key, on both sides
 TIMEOUT = httpx.Timeout(60.0, connect=5.0)  # seconds; a batch of queries may have to be encoded on a CPU
 ATTEMPTS = 3  # of one request
 LONGEST_WAIT = 5.0  # seconds between two of them
@@ -42,7 +44,7 @@ class ServiceClient:
 
     def __init__(self, url: str, digest: str) -> None:
         self._url, self._digest = url, digest
-        self._client = httpx.Client(timeout=TIMEOUT)
+        self._client = _http()
         self._check(describe_service(url).digest)
 
     def hits(self, queries: list[str], top_k: int) -> list[list[Hit]]:
@@ -105,13 +107,19 @@ def describe_service(url: str) -> ServedIndex:
 
     Raises InfrastructureError when there is no service, or one that is not ready.
     """
-    with httpx.Client(timeout=TIMEOUT) as client:
+    with _http() as client:
         response = _request(client, "GET", f"{url}/health")
     try:
         said = response.json()
         return ServedIndex(str(said["index"]), int(said["passages"]))
     except (ValueError, KeyError, TypeError, OverflowError):
         return ServedIndex(_unverified(url), 0)
+
+
+def _http() -> httpx.Client:
+    """Return a client that follows no redirection: the address is the one that was given, as is the key's."""
+    key = os.environ.get(KEY)
+    return httpx.Client(timeout=TIMEOUT, headers={"Authorization": f"Bearer {key}"} if key else {})
 
 
 def _unverified(url: str) -> str:

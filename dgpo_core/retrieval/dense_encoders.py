@@ -71,9 +71,10 @@ class MeanPoolingEncoder(DenseEncoder):
         super().__init__(config)
         self._device = device
         with _errors_with_model(config):
-            self._tokenizer = AutoTokenizer.from_pretrained(config.model, revision=config.revision)
+            safe = {"revision": config.revision, "trust_remote_code": False}
+            self._tokenizer = AutoTokenizer.from_pretrained(config.model, **safe)
             dtype = getattr(torch, precision)
-            model = AutoModel.from_pretrained(config.model, revision=config.revision, dtype=dtype)
+            model = AutoModel.from_pretrained(config.model, dtype=dtype, use_safetensors=True, **safe)
         self._model = model.to(device).eval()
         self.size = int(model.config.hidden_size)
 
@@ -122,7 +123,11 @@ class SentenceTransformersEncoder(DenseEncoder):
             ) from error
         with _errors_with_model(config):
             self._model = SentenceTransformer(
-                config.model, revision=config.revision, device=device, model_kwargs={"dtype": precision}
+                config.model,
+                revision=config.revision,
+                device=device,
+                model_kwargs={"dtype": precision, "use_safetensors": True},
+                trust_remote_code=False,
             )
         own = self._model.max_seq_length
         self._model.max_seq_length = min(own, config.max_tokens) if own else config.max_tokens

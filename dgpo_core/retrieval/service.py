@@ -35,11 +35,13 @@ from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.retrieval.client import INDEX_HEADER
 from dgpo_core.retrieval.index import Index
 from dgpo_core.retrieval.ranking import Hit, Retriever
+from dgpo_core.serving.limits import BodyFilter
 
 MAX_TOP_K = 100
 MAX_QUERIES = 10_000  # in one request
 MAX_QUERY = 100_000  # characters
 MAX_BODY = 64 * 2**20  # bytes of a request
+MAX_WAITING = 50_000  # queries, beyond which no request may wait
 LARGEST_BATCH = 512  # queries in one search
 log = logging.getLogger("uvicorn.error")
 
@@ -195,6 +197,8 @@ def make_app(service: RetrieverService) -> FastAPI:
     async def retrieve(body: RetrieveRequest) -> Response:
         if service.index is None or service.batcher is None:
             return _problem(HTTPStatus.SERVICE_UNAVAILABLE, "the index is being loaded (see /health)")
+        if service.batcher.waiting > MAX_WAITING:
+            return _problem(HTTPStatus.TOO_MANY_REQUESTS, "too many queries are waiting; try again soon")
         try:
             found = await service.batcher.search(body.queries, body.topk or service.top_k)
         except UserError as error:
@@ -219,15 +223,12 @@ def make_app(service: RetrieverService) -> FastAPI:
     async def metrics() -> Response:
         return Response(generate_latest(service.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
+    app.add_middleware(BodyFilter, largest=MAX_BODY, refusal=refusal)
+
     @app.middleware("http")
     async def count(request: Request, call: Any) -> Response:
         started = time.perf_counter()
-        response: Response
-        if (size := int(request.headers.get("content-length", 0))) > MAX_BODY:
-            reason = f"{size:,} bytes; a request has at most {MAX_BODY:,}"
-            response = _problem(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, reason)
-        else:
-            response = await call(request)
+        response: Response = await call(request)
         if request.url.path == "/retrieve":
             service.metrics.requests.labels(response.status_code).inc()
             service.metrics.seconds.observe(time.perf_counter() - started)
@@ -249,6 +250,12 @@ def _item(hit: Hit, with_score: bool) -> dict[str, Any]:
     return {"document": document, "score": hit.score} if with_score else document
 
 
+def refusal(message: str, _code: str) -> dict[str, Any]:
+    """Return the body of an error, as this service says it."""
+    return {"detail": message}
+
+
 def _problem(status: HTTPStatus, reason: str) -> JSONResponse:
-    headers = {"Retry-After": "5"} if status is HTTPStatus.SERVICE_UNAVAILABLE else None
+    later = (HTTPStatus.SERVICE_UNAVAILABLE, HTTPStatus.TOO_MANY_REQUESTS)
+    headers = {"Retry-After": "5"} if status in later else None
     return JSONResponse({"detail": reason}, status, headers)

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from dgpo_core.config.retrieval import EncoderConfig, RetrievalConfig
 from dgpo_core.datasets.records import Passage, read_corpus
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.files import replacement
+from dgpo_core.files import read_json, replacement
 from dgpo_core.retrieval.encoders import (
     Bm25Encoder,
     Encoder,
@@ -74,6 +74,10 @@ class Manifest:
     encoder: dict[str, str | int | None]
     shards: list[str]
 
+    def __post_init__(self) -> None:
+        """Raise ValueError for an encoder that there is not."""
+        EncoderConfig.model_validate(self.encoder)
+
     @property
     def encoder_config(self) -> EncoderConfig:
         return EncoderConfig.model_validate(self.encoder)
@@ -83,11 +87,9 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of an index. Raises UserError when `folder` holds no complete one."""
     path = folder / MANIFEST
     try:
-        return Manifest(**json.loads(path.read_text()))
+        return read_json(path, Manifest, "an index manifest")
     except FileNotFoundError:
         raise UserError(f"{path}: no such file; run the index stage first") from None
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: not an index manifest: {error}") from error
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:

@@ -17,8 +17,9 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.serving.access import IGNORED
+from dgpo_core.serving.access import IGNORED, openai_refusal
 from dgpo_core.serving.events import EpisodeCancelled, EpisodeEnd, Event
+from dgpo_core.serving.limits import BodyFilter
 from dgpo_core.serving.metrics import Metrics
 from dgpo_core.serving.openai_format import ChatRequest, Completion, error
 from dgpo_core.serving.queue import NotReady, QueueFull, RequestQueue
@@ -26,6 +27,7 @@ from dgpo_core.serving.recording import Rating, Recorder, recorded
 
 PAGE = Path(__file__).parent / "templates" / "ask.html"
 LONGEST_HEADER = 1000
+MAX_BODY = 2**20  # bytes of a request: a conversation, of which the model reads the end
 RETRY = {"Retry-After": "5"}
 log = logging.getLogger("uvicorn.error")
 
@@ -106,6 +108,7 @@ def make_app(
     if recorder is not None:
         _add_feedback(app, recorder)
     _add_error_handlers(app)
+    app.add_middleware(BodyFilter, largest=MAX_BODY, refusal=openai_refusal)
     return app
 
 

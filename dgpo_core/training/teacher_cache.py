@@ -23,7 +23,7 @@ from dgpo_core.agent.episode import Episode
 from dgpo_core.agent.prompts import known_ids
 from dgpo_core.config.training import ComputeConfig, DistributionsConfig, TaidConfig
 from dgpo_core.errors import UserError
-from dgpo_core.files import replacement
+from dgpo_core.files import read_json, replacement
 from dgpo_core.objectives import divergences
 from dgpo_core.objectives.divergences import Divergence
 from dgpo_core.objectives.logprobs import TopK, cached_losses, distillation_losses, top_distributions
@@ -212,11 +212,11 @@ class TeacherCache:
         Raise UserError when there are none, or when they belong to another tokenizer.
         """
         try:
-            self.certificate = Certificate(**json.loads((folder / CERTIFICATE).read_text()))
+            self.certificate = read_json(folder / CERTIFICATE, Certificate, "a certificate of distributions")
             table = pa.concat_tables(_read(path) for path in _files(folder))
         except FileNotFoundError as error:
             raise UserError(f"{error.filename}: no such file; run the stage distributions first") from None
-        except (ValueError, TypeError, pa.ArrowException) as error:
+        except (UserError, OSError, pa.ArrowException) as error:
             raise UserError(
                 f"{folder}: no kept distributions; run the stage distributions again ({error})"
             ) from error

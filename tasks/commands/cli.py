@@ -17,12 +17,15 @@ from dgpo_core.errors import UserError
 from tasks.commands.collection_commands import collections
 from tasks.commands.options import (
     AllowHost,
+    AllowOrigin,
     History,
+    Host,
     KeepAnswers,
     MlflowPort,
     Model,
     PrefectPort,
     PrefectServer,
+    Rate,
     Repeatable,
     print_version,
 )
@@ -257,18 +260,14 @@ def export(
 @app.command(rich_help_panel=AGENT)
 def serve(
     model: Model = None,
-    host: Annotated[
-        str, typer.Option(help="0.0.0.0: every machine that reaches this one may ask")
-    ] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8080,
     waiting: Annotated[int, typer.Option(min=0, help="questions that may wait for those being answered")] = 8,
     allow_host: AllowHost = None,
-    allow_origin: Annotated[
-        list[str] | None,
-        typer.Option(help="where a web page comes from whose scripts may ask, such as http://localhost:3000"),
-    ] = None,
+    allow_origin: AllowOrigin = None,
     history: History = False,
     trace: KeepAnswers = False,
+    rate: Rate = None,
 ) -> None:
     """Serve the agent over HTTP: a page, and OpenAI's chat completions.
 
@@ -276,19 +275,16 @@ def serve(
     """
     from tasks.commands.serve import serve as run_service
 
-    run_service(model, host, port, waiting, allow_host or [], allow_origin or [], history, trace)
+    run_service(model, host, port, waiting, allow_host or [], allow_origin or [], history, trace, rate)
 
 
 @app.command(rich_help_panel=AGENT)
 def mcp(
     model: Model = None,
-    host: Annotated[
-        str, typer.Option(help="0.0.0.0: every machine that reaches this one may call")
-    ] = "127.0.0.1",
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="listen there; without it on standard input")
-    ] = None,
+    host: Host = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=0, max=65535, help="without it on standard input")] = None,
     allow_host: AllowHost = None,
+    rate: Rate = None,
 ) -> None:
     """Serve the agent's tools `ask` and `search` to programs that speak the Model Context Protocol.
 
@@ -296,7 +292,7 @@ def mcp(
     """
     from tasks.commands.mcp import mcp as run_service
 
-    run_service(model, host, port, allow_host or [])
+    run_service(model, host, port, allow_host or [], rate)
 
 
 @app.command(rich_help_panel=AGENT)
@@ -304,15 +300,18 @@ def retriever(
     location: Annotated[
         str | None, typer.Option(help="another place of the index than retrieval.location of params.yaml")
     ] = None,
-    host: Annotated[
-        str, typer.Option(help="0.0.0.0: every machine that reaches this one may search")
-    ] = "127.0.0.1",
+    host: Host = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 8000,
+    allow_host: AllowHost = None,
+    rate: Rate = None,
 ) -> None:
-    """Serve the index over HTTP: POST /retrieve, as Search-R1's clients expect it."""
+    """Serve the index over HTTP: POST /retrieve, as Search-R1's clients expect it.
+
+    With DGPO_RETRIEVER_KEY in the environment, requests must have that key; our clients send it.
+    """
     from tasks.commands.retriever import retriever as run_service
 
-    run_service(location, host, port)
+    run_service(location, host, port, allow_host or [], rate)
 
 
 @app.command(rich_help_panel=DATA)

@@ -57,7 +57,12 @@ def rows(models: list[str], commits: bool = False) -> list[Row]:
 
     Raise UserError where DVC does not show them.
     """
-    return list(_rows(_asked(commits), models))
+    states = _asked(commits)
+    try:
+        return list(_rows(states, models))
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(f"DVC shows experiments in a form that is not known here ({why})") from error
 
 
 def table(rows: list[Row], models: list[str], width: int) -> Table:

@@ -10,11 +10,11 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from typing import TYPE_CHECKING
 
-import uvicorn
-
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.serving.access import restrict
+from dgpo_core.serving.access import openai_refusal, restrict
+from dgpo_core.serving.app import MAX_BODY
+from dgpo_core.serving.limits import BodyFilter, server_config
 from dgpo_core.serving.queue import RequestQueue
 from tasks.commands.agent import open_agent, require_index, resolve_model
 from tasks.commands.serve import GRACE, Server, api_key, require_hosts
@@ -29,13 +29,15 @@ if TYPE_CHECKING:
 WAITING = 64  # calls that may wait; programs that call tools do not try again
 
 
-def mcp(model: str | None, host: str, port: int | None, hosts: Sequence[str] = ()) -> None:
+def mcp(
+    model: str | None, host: str, port: int | None, hosts: Sequence[str] = (), rate: int | None = None
+) -> None:
     """Serve over HTTP on `port`, or else over this process's input and output, which end it.
 
     It answers at once; calls wait for the model. Raises UserError for what keeps it from starting.
     """
     require_hosts(hosts)
-    key = api_key()
+    key = api_key(host)
     params = load_params()
     require_index()
     try:
@@ -54,10 +56,9 @@ def mcp(model: str | None, host: str, port: int | None, hosts: Sequence[str] = (
             return
         listening = listen(host, port)
         app = server.streamable_http_app(host="0.0.0.0")  # `restrict` looks at hosts
-        restrict(app, host, hosts, key=key)
-        config = uvicorn.Config(
-            app, log_level="warning", timeout_graceful_shutdown=GRACE, lifespan="on", ws="none"
-        )
+        app.add_middleware(BodyFilter, largest=MAX_BODY, refusal=openai_refusal)
+        restrict(app, host, hosts, key=key, rate=rate)
+        config = server_config(app, GRACE, "on")
         print(f"loading {source} and the index", flush=True)
         loading = queue.open(lambda: open_agent(params, source, model))
         run(Server(config, queue), listening, loading, f"{source} answers at {{url}}/mcp (Ctrl-C ends it)")

@@ -26,6 +26,17 @@ AllowHost = Annotated[
     typer.Option(help="another name by which clients call this machine, such as host.docker.internal"),
 ]
 
+Host = Annotated[str, typer.Option(help="0.0.0.0: every machine that reaches this one may ask")]
+
+AllowOrigin = Annotated[
+    list[str] | None,
+    typer.Option(help="where a web page comes from whose scripts may ask, such as http://localhost:3000"),
+]
+
+Rate = Annotated[
+    int | None, typer.Option(min=1, help="requests a minute of one address; without it as many as come")
+]
+
 History = Annotated[bool, typer.Option("--history", help="put the conversation before a question, too")]
 
 KeepAnswers = Annotated[

@@ -3,7 +3,7 @@
 import asyncio
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
 import uvicorn
@@ -11,9 +11,13 @@ import uvicorn
 from dgpo_core.config.params import Params, load_params
 from dgpo_core.config.retrieval import parse_location
 from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.retrieval.client import KEY
 from dgpo_core.retrieval.index import Index, open_index
-from dgpo_core.retrieval.service import RetrieverService, make_app
+from dgpo_core.retrieval.service import RetrieverService, make_app, refusal
 from dgpo_core.retrieval.shards import read_manifest
+from dgpo_core.serving.access import restrict
+from dgpo_core.serving.limits import server_config
+from tasks.commands.serve import api_key, require_hosts
 from tasks.project.paths import INDEX
 from tasks.project.progress import Reporter
 from tasks.project.servers import listen, run
@@ -21,23 +25,23 @@ from tasks.project.servers import listen, run
 GRACE = 30  # seconds for the searches under way
 
 
-def retriever(location: str | None, host: str, port: int) -> None:
+def retriever(
+    location: str | None, host: str, port: int, hosts: Sequence[str] = (), rate: int | None = None
+) -> None:
     """Serve the index: listen at once and load it meanwhile (/health says 503).
 
-    Raises UserError for what cannot be served. Ends the process with 1 when the index cannot be reached.
+    `hosts` are further names of this machine, `rate` the requests a minute of one address. Raises UserError
+    for what cannot be served. Ends the process with 1 when the index cannot be reached.
     """
+    require_hosts(hosts)
+    key = api_key(host, KEY)
     params = _located(load_params(), location)
     manifest = read_manifest(INDEX)
     listening = listen(host, port)
     service = RetrieverService(params.retrieval.top_k)
-    config = uvicorn.Config(
-        make_app(service),
-        log_level="warning",
-        access_log=False,
-        timeout_graceful_shutdown=GRACE,
-        lifespan="off",
-        ws="none",
-    )
+    app = make_app(service)
+    restrict(app, host, hosts, key=key, rate=rate, refusal=refusal)
+    config = server_config(app, GRACE)
     reporter = Reporter("retriever")
 
     def progress(done: int, total: int, what: str) -> None:

@@ -10,8 +10,9 @@ import uvicorn
 
 from dgpo_core.config.params import load_params
 from dgpo_core.errors import InfrastructureError, UserError
-from dgpo_core.serving.access import restrict
+from dgpo_core.serving.access import LOOPBACK, restrict
 from dgpo_core.serving.app import make_app
+from dgpo_core.serving.limits import server_config
 from dgpo_core.serving.queue import RequestQueue
 from tasks.commands.agent import example_questions, open_agent, require_index, resolve_model
 from tasks.project.servers import listen, run
@@ -32,17 +33,18 @@ def serve(
     origins: Sequence[str] = (),
     history: bool = False,
     trace: bool = False,
+    rate: int | None = None,
 ) -> None:
     """Listen at once and load meanwhile (/health says 503). Raise UserError for what keeps it from starting.
 
     `hosts` and `origins` are further ones that are allowed; `history` puts conversations before questions;
-    `trace` keeps answers in MLflow.
+    `trace` keeps answers in MLflow; `rate` is the requests a minute of one address.
     Ends the process with 1 when the retriever cannot be reached.
     """
     require_hosts(hosts)
     example = "scheme, host and port without a path, such as http://localhost:3000"
     _require("--allow-origin", origins, ORIGIN, example)
-    key = api_key()
+    key = api_key(host)
     params = load_params()
     require_index()
     listening = listen(host, port)
@@ -50,14 +52,8 @@ def serve(
     queue = RequestQueue(waiting, params.rollout.slots)
     recorder = AnswerRecorder() if trace else None
     app = make_app(queue, example_questions(params), history, recorder)
-    restrict(app, host, hosts, origins, key)
-    config = uvicorn.Config(
-        app,
-        log_level="warning",
-        timeout_graceful_shutdown=GRACE,
-        lifespan="off",
-        ws="none",
-    )
+    restrict(app, host, hosts, origins, key, rate)
+    config = server_config(app, GRACE)
     print(f"loading {source} and the index", flush=True)
     loading = queue.open(lambda: open_agent(params, source, model))
     try:
@@ -71,11 +67,16 @@ def serve(
             recorder.close()
 
 
-def api_key() -> str | None:
-    """Return the key that requests must know, if there is one. Raise UserError for one no header can have."""
-    key = os.environ.get(KEY, "")
+def api_key(host: str, variable: str = KEY) -> str | None:
+    """Return the key that requests must know, if there is one; without it say who may ask at `host`.
+
+    Raises UserError for a key that no header can have.
+    """
+    key = os.environ.get(variable, "")
     if not (key.isascii() and key.isprintable()) or " " in key:
-        raise UserError(f"{KEY}: only visible ASCII characters")
+        raise UserError(f"{variable}: only visible ASCII characters")
+    if not key and host not in LOOPBACK:
+        print(f"note: whoever reaches {host} may ask; a key in {variable} keeps others out", file=sys.stderr)
     return key or None
 
 

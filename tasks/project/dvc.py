@@ -23,14 +23,15 @@ from dataclasses import dataclass
 from datetime import datetime
 from functools import reduce
 from operator import getitem
-from pathlib import Path
-from typing import Any
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Any
 
 import psutil
+from pydantic import AfterValidator, Field
 
 from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
-from dgpo_core.files import put
+from dgpo_core.files import put, read_json
 from dgpo_core.temporary import temporary_folder
 
 LOCK = Path("dvc.lock")
@@ -126,8 +127,27 @@ def cache_folder() -> Path | None:
     return None if done.returncode else Path(done.stdout.strip())
 
 
+def _inside(name: str) -> str:
+    """Return the path of a file in a folder. Raise ValueError for one that leads out of it."""
+    path = PurePosixPath(name)
+    if path.is_absolute() or not path.parts or ".." in path.parts or "\0" in name or not name.isprintable():
+        raise ValueError(f"{name!a:.80} is no path inside a folder")
+    return name
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """A file of a folder in DVC's cache."""
+
+    md5: Annotated[str, Field(pattern="^[0-9a-f]{32}$")]
+    relpath: Annotated[str, AfterValidator(_inside)]
+
+
 def from_cache(md5: str, folder: Path) -> bool:
-    """Write the folder that DVC keeps under `md5` to `folder`; False when its cache lacks some of it."""
+    """Write the folder that DVC keeps under `md5` to `folder`; False when its cache lacks some of it.
+
+    Raises UserError for a damaged list of its files, and one that leads out of the folder.
+    """
     if (cache := cache_folder()) is None:
         return False
 
@@ -136,11 +156,12 @@ def from_cache(md5: str, folder: Path) -> bool:
 
     if not kept(md5).is_file():
         return False
-    entries = json.loads(kept(md5).read_text(encoding="utf-8"))
-    sources = {entry["relpath"]: kept(entry["md5"]) for entry in entries}
+    entries = read_json(kept(md5), list[_Entry], "DVC's list of a folder's files")
+    sources = {entry.relpath: kept(entry.md5) for entry in entries}
     if not all(source.is_file() for source in sources.values()):
         return False
     with temporary_folder("cache", folder.parent) as temporary:  # several processes may ask for it at once
+        (temporary / folder.name).mkdir()
         for name, source in sources.items():
             copy = temporary / folder.name / name
             copy.parent.mkdir(parents=True, exist_ok=True)

@@ -373,10 +373,11 @@ def store() -> Iterator[Registry]:
     except (UserError, InfrastructureError):
         raise
     except Exception as error:
+        from google.protobuf.json_format import Error as InvalidAnswer
         from mlflow.exceptions import MlflowException  # not before connect(), which makes MLflow quiet
         from sqlalchemy.exc import SQLAlchemyError
 
-        if not isinstance(error, MlflowException | SQLAlchemyError):
+        if not isinstance(error, MlflowException | SQLAlchemyError | InvalidAnswer):
             raise
         raise explained(error) from error
 

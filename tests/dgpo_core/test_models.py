@@ -1,5 +1,6 @@
 """Model folders."""
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -179,3 +180,35 @@ def test_a_cut_model_is_the_model_whose_other_layers_do_nothing(
     written = generate(ids, max_new_tokens=4, do_sample=False, use_cache=True)
     again = generate(ids, max_new_tokens=4, do_sample=False, use_cache=False)
     assert torch.equal(written, again), "each layer has a place of its own in the cache"
+
+
+class Runs:
+    """Writes a file when it is read by pickle."""
+
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        return Path.touch, (self.mark,)
+
+
+def test_no_code_of_a_model_folder_is_run(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    """Neither of pickled weights nor of a module beside them."""
+    folder, mark = tmp_path / "m", tmp_path / "mark"
+    save_model(model, tokenizer, folder)
+    (folder / "model.safetensors").unlink()
+    torch.save({"lm_head.weight": Runs(mark)}, folder / "pytorch_model.bin")
+    with pytest.raises(UserError, match="cannot load a model"):
+        load_model(str(folder))
+
+    save_model(model, tokenizer, folder)
+    (folder / "own.py").write_text(f"open({str(mark)!r}, 'w')\nclass Own: pass\n")
+    config = json.loads((folder / "config.json").read_text())
+    for kind in ("AutoConfig", "AutoModelForCausalLM"):
+        config |= {"model_type": "own", "auto_map": {**config.get("auto_map", {}), kind: "own.Own"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="cannot load a model"):
+        load_model(str(folder))
+    assert not mark.exists()

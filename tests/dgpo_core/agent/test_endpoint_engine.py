@@ -167,8 +167,9 @@ def test_addresses() -> None:
 
 def test_a_content_filter_is_a_failure() -> None:
     class Odd(EndpointClient):
-        def _sent(self, method: str, path: str, body: Any) -> Any:
-            return {"choices": [{"message": {"content": "x"}, "finish_reason": "content_filter"}]}
+        def _sent(self, method: str, path: str, body: Any, kind: Any) -> Any:
+            choice = {"message": {"content": "x"}, "finish_reason": "content_filter"}
+            return kind.model_validate({"choices": [choice]})
 
     address = endpoint_of("openai:m@http://127.0.0.1:9/v1")
     assert address is not None

@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 import pytest
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, RedirectResponse
 from prometheus_client.parser import text_string_to_metric_families
 
 from dgpo_core.config.retrieval import RetrievalConfig
@@ -22,8 +22,17 @@ from dgpo_core.retrieval import service
 from dgpo_core.retrieval.client import ServiceClient, describe_service
 from dgpo_core.retrieval.index import Index, index_passages, open_index
 from dgpo_core.retrieval.ranking import Hit
-from dgpo_core.retrieval.service import MAX_QUERIES, MAX_QUERY, MAX_TOP_K, Batcher, RetrieverService, make_app
+from dgpo_core.retrieval.service import (
+    MAX_QUERIES,
+    MAX_QUERY,
+    MAX_TOP_K,
+    Batcher,
+    RetrieverService,
+    make_app,
+    refusal,
+)
 from dgpo_core.retrieval.shards import read_manifest
+from dgpo_core.serving.access import restrict
 from tests.dgpo_core.retrieval.conftest import BM25
 from tests.web import served
 
@@ -113,11 +122,53 @@ def test_what_is_no_request_is_said_too(url: str, body: bytes) -> None:
     assert response.json()["detail"]
 
 
-def test_a_request_that_is_too_large_is_not_read(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_request_that_is_too_large_is_not_read(
+    retrieval: RetrieverService, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(service, "MAX_BODY", 1000)
-    response = httpx.post(f"{url}/retrieve", json={"queries": ["x" * 2000]})
-    assert (response.status_code, "at most 1,000" in response.json()["detail"]) == (413, True)
-    assert httpx.post(f"{url}/retrieve", json={"queries": ["", " ", "film"]}).status_code == 200
+    with served(make_app(retrieval)) as url:
+        response = httpx.post(f"{url}/retrieve", json={"queries": ["x" * 2000]})
+        assert (response.status_code, "at most 1,000" in response.json()["detail"]) == (413, True)
+        assert httpx.post(f"{url}/retrieve", json={"queries": ["", " ", "film"]}).status_code == 200
+        assert 'requests_total{status="413"}' in httpx.get(f"{url}/metrics").text
+        monkeypatch.setattr(service, "MAX_WAITING", -1)
+        full = httpx.post(f"{url}/retrieve", json={"queries": ["film"]})
+        assert (full.status_code, full.headers["retry-after"]) == (429, "5")
+
+
+def test_the_key_is_asked_for_and_sent_and_goes_nowhere_else(
+    retrieval: RetrieverService, queries: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A service that sends us elsewhere is no retriever; nobody follows it, inside the network neither."""
+    app = make_app(retrieval)
+    restrict(app, "127.0.0.1", key="k", refusal=refusal)
+    asked: list[str] = []
+    elsewhere = FastAPI()
+
+    @elsewhere.middleware("http")
+    async def note(request: Request, _call: Any) -> Response:
+        asked.append(request.url.path)
+        return JSONResponse({"result": [[]]})
+
+    with served(app) as url, served(elsewhere) as inside:
+        assert retrieval.index is not None
+        foreign = httpx.post(f"{url}/retrieve", json={"queries": ["x"]}, headers={"Host": "evil.example"})
+        assert (foreign.status_code, "not to 'evil.example'" in foreign.json()["detail"]) == (400, True)
+        with pytest.raises(UserError, match="asks for its API key"):
+            ServiceClient(url, retrieval.index.digest).hits([queries[0][0]], 3)
+        monkeypatch.setenv("DGPO_RETRIEVER_KEY", "k")
+        assert ServiceClient(url, retrieval.index.digest).hits([queries[0][0]], 3)[0]
+        sending = FastAPI()
+
+        @sending.middleware("http")
+        async def send(request: Request, _call: Any) -> Response:
+            return RedirectResponse(f"{inside}{request.url.path}", 307)
+
+        with served(sending) as redirecting:
+            client = ServiceClient(redirecting, f"unverified: {redirecting}")
+            with pytest.raises(InfrastructureError, match="HTTP 307"):
+                client.hits(["x"], 3)
+    assert asked == []
 
 
 def test_our_client_gets_what_the_index_gives(

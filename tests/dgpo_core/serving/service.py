@@ -12,6 +12,7 @@ import uvicorn
 from dgpo_core.serving.access import restrict
 from dgpo_core.serving.agent import Agent
 from dgpo_core.serving.app import make_app
+from dgpo_core.serving.limits import server_config
 from dgpo_core.serving.queue import RequestQueue
 from dgpo_core.serving.recording import Recorder
 
@@ -27,13 +28,14 @@ def serving(
     examples: tuple[str, ...] = (),
     history: bool = False,
     recorder: Recorder | None = None,
+    rate: int | None = None,
 ) -> Iterator[httpx.Client]:
     """A client of a running service; None: one that is loading for ever."""
     queue = RequestQueue(waiting, together)
     queue.agent = agent
     app = make_app(queue, examples, history, recorder)
-    restrict(app, "127.0.0.1", hosts, origins, key)
-    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none")
+    restrict(app, "127.0.0.1", hosts, origins, key, rate)
+    config = server_config(app, 5)
     server = uvicorn.Server(config)
     with socket.create_server(("127.0.0.1", 0)) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}"
