@@ -20,7 +20,7 @@ from uuid import UUID
 from prefect import get_client
 from prefect.automations import Automation
 from prefect.client.orchestration import SyncPrefectClient
-from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import StateType, WorkPool
 from prefect.client.schemas.responses import DeploymentResponse
 from prefect.events import EventTrigger, Posture
@@ -33,6 +33,7 @@ from dgpo_core.errors import UserError
 from flows.alerts import alerts, notification_blocks, runs_of
 from flows.execution import GPU_LIMIT
 from flows.server import API_URL, answers_of, running_server
+from flows.settings import choices, with_choices
 from flows.work_pools import TAG, Kind, job_template
 from tasks.commands.cli import run_as
 from tasks.project.graph import POOLS
@@ -40,6 +41,7 @@ from tasks.project.graph import POOLS
 PREFECT_YAML = Path(__file__).resolve().parents[1] / "prefect.yaml"
 DESCRIPTION = f"{TAG}: runs of the pipeline's deployments"
 NIGHTLY = "pipeline/nightly"
+EARLIER = ("stage/cpu", "stage/gpu")  # names that deployments of ours had in version 0.1
 NIGHTLY_WORDS = {
     True: "on; `dgpo deploy --no-nightly` switches it off",
     False: "off; `dgpo deploy --nightly` switches it on",
@@ -122,7 +124,8 @@ def deploy(
                     f"tag {TAG}): rename that one, or use a Prefect server of your own (dgpo up)"
                 )
         blocks = notification_blocks(client, told)
-        used = {found.work_pool_name for found in before.values() if found}
+        left = [found for name in EARLIER if (found := _deployment(client, name)) and TAG in found.tags]
+        used = {found.work_pool_name for found in (*before.values(), *left) if found}
         pools = [_pool(client, f"{name}-pool", kind, gpus if name == "gpu" else 0, used) for name in POOLS]
         for pool in pools:
             _write_pool(client, pool)
@@ -135,6 +138,12 @@ def deploy(
     with get_client(sync_client=True) as client:
         after = {name: client.read_deployment_by_name(name) for name in entries}
         ids = {name: found.id for name, found in after.items()}
+        for found in left:
+            client.delete_deployment(found.id)
+        there = choices(Path())
+        for found in after.values():
+            form = with_choices(found.parameter_openapi_schema or {}, there)
+            client.update_deployment(found.id, DeploymentUpdate(parameter_openapi_schema=form))
         telling = alerts(client, blocks, _restarted(ids))
         for automation in [*automations(ids), *telling]:
             _replace(client, automation)

@@ -1,20 +1,16 @@
 """One stage, brought up to date by DVC in a process group of its own."""
 
 import contextlib
-import contextvars
 import json
 import os
 import re
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
-from typing import cast
-from uuid import UUID
 
 from prefect import get_client
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_markdown_artifact
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
 
@@ -28,10 +24,13 @@ from tasks.stages.stage import FAILURE, STATE
 from tasks.tracking.store import tracking_uri
 
 GPU_LIMIT = "dgpo-gpu"  # Prefect's global concurrency limit; `dgpo deploy` creates it
+UNCHANGED, COMPLETED = "Unchanged", "Completed"  # names of a stage's state on the dashboard
 # What DVC says when it did not execute the stage, and the state's name for it on the dashboard.
-SKIP_MESSAGES = {"didn't change, skipping": "Unchanged", "is cached - skipping run": "Restored"}
-PROGRESS = re.compile(r"^\[[^\]]+\] (?P<done>[\d.]+)/(?P<total>[\d.]+) ")
-PROGRESS_INTERVAL = 10.0  # seconds between two updates of the dashboard
+SKIP_MESSAGES = {"didn't change, skipping": UNCHANGED, "is cached - skipping run": "Restored"}
+# What DVC advises after each stage, to people at a terminal.
+ADVICE = re.compile(
+    r"(To track|To enable|Use `dvc push`|\s*git add dvc\.lock$|\s*dvc config core\.autostage)"
+)
 
 
 class StageFailed(Exception):
@@ -42,11 +41,20 @@ class StageFailed(Exception):
         self.retryable = retryable
 
 
-def execute(stage: Stage, tree: Path, log: Callable[[str], None], *, force: bool, pull: bool) -> str:
+def execute(
+    stage: Stage,
+    tree: Path,
+    log: Callable[[str], None],
+    shown: contextlib.AbstractContextManager[Callable[[str], None]],
+    *,
+    force: bool,
+    pull: bool,
+) -> str:
     """Run `dvc repro --single-item` and return how it ended: `Completed`, `Unchanged` or `Restored`.
 
-    `pull` gets what is missing from DVC's remote. Waits for as many slots of the limit GPU_LIMIT as the stage
-    has GPUs. Raises StageFailed.
+    Lines of output go to `log`, and to what `shown` gives while the stage has what it needs. `pull` gets what
+    is missing from DVC's remote. Waits for as many slots of the limit GPU_LIMIT as the stage has GPUs. Raises
+    StageFailed.
     """
     failure = tree / STATE / stage.name / FAILURE
     failure.unlink(missing_ok=True)
@@ -54,12 +62,13 @@ def execute(stage: Stage, tree: Path, log: Callable[[str], None], *, force: bool
     command += [flag for flag, wanted in (("--force", force), ("--pull", pull)) if wanted]
     seconds = stage.timeout_minutes and stage.timeout_minutes * 60
     tell = teller_of_collapse()
-    with _slots(stage), _progress(stage.name) as show:
+    with _slots(stage), shown as show:
 
         def on_line(line: str) -> None:
-            log(line)
-            show(line)
-            tell(line)
+            if not ADVICE.match(line):
+                log(line)
+                show(line)
+                tell(line)
 
         try:
             code, tail = run_group([*command, stage.name], tree, environment(), on_line, seconds)
@@ -68,7 +77,7 @@ def execute(stage: Stage, tree: Path, log: Callable[[str], None], *, force: bool
             raise StageFailed(f"{stage.name}: not done after {minutes}", retryable=False) from None
     if code:
         raise _explain(stage.name, code, tail, failure)
-    return next((state for text, state in SKIP_MESSAGES.items() if text in tail), "Completed")
+    return next((state for text, state in SKIP_MESSAGES.items() if text in tail), COMPLETED)
 
 
 def environment() -> dict[str, str]:
@@ -76,7 +85,8 @@ def environment() -> dict[str, str]:
     source = str(Path(tasks.__file__).resolve().parents[1])
     paths = [source, *filter(None, [os.environ.get("PYTHONPATH")])]
     ours = {"PYTHONPATH": os.pathsep.join(paths), "MLFLOW_TRACKING_URI": tracking_uri()}
-    return {**os.environ, **ours, "PYTHONUNBUFFERED": "1"}
+    quiet = {"PYTHONWARNINGS": "ignore::FutureWarning"}  # of libraries, to their authors
+    return {**quiet, **os.environ, **ours, "PYTHONUNBUFFERED": "1"}
 
 
 def _slots(stage: Stage) -> contextlib.AbstractContextManager[None]:
@@ -93,34 +103,6 @@ def _slots(stage: Stage) -> contextlib.AbstractContextManager[None]:
                 retryable=False,
             )
     return concurrency(GPU_LIMIT, occupy=stage.gpus)
-
-
-@contextlib.contextmanager
-def _progress(stage: str) -> Iterator[Callable[[str], None]]:
-    """Give a function that turns a stage's progress lines into an artifact on the dashboard."""
-    artifact: UUID | None = None
-    shown = time.monotonic()
-    context = contextvars.copy_context()  # lines come on another thread, which knows nothing of the run
-
-    def show(line: str) -> None:
-        nonlocal artifact, shown
-        found = PROGRESS.match(line)
-        if found is None or time.monotonic() - shown < PROGRESS_INTERVAL:
-            return
-        shown = time.monotonic()
-        share = 100 * float(found["done"]) / max(float(found["total"]), 1e-9)
-        with contextlib.suppress(Exception):  # a dashboard that does not answer stops no stage
-            if artifact is None:
-                key = f"progress-{re.sub('[^a-z0-9]+', '-', stage.lower())}"
-                made = context.run(create_progress_artifact, share, key=key, description=line)
-                artifact = cast(UUID, made)
-            else:
-                context.run(update_progress_artifact, artifact, share, description=line)
-
-    yield show
-    if artifact is not None:
-        with contextlib.suppress(Exception):
-            update_progress_artifact(artifact, 100.0, description=f"[{stage}] ended")
 
 
 SUMMARIES = {"audit": AUDIT_SUMMARY}  # what stages write for a dashboard, as Markdown

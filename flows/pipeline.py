@@ -9,22 +9,23 @@ Prefect's own caching is off, and `dvc repro` afterwards finds everything up to 
 """
 
 import contextlib
-import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
-from prefect import State, flow
-from prefect.artifacts import create_link_artifact, create_markdown_artifact
+from prefect import State, flow, get_client
+from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
-from prefect.states import Failed
+from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from dgpo_core.config.params import PARAMS, read_yaml, resolve_profile
-from dgpo_core.errors import InfrastructureError, UserError, without_credentials
-from dgpo_core.text import markdown_cell
+from dgpo_core.errors import InfrastructureError, UserError
+from flows.execution import COMPLETED, UNCHANGED
+from flows.page import RunPage, changes, hourly_price, links, standing
 from flows.promotion import offer
 from flows.remote import cancel_all, refuse_without_push
 from flows.schedule import Schedule, StageResult, is_stale, run_all
@@ -47,9 +48,7 @@ from tasks.project.dvc import refuse_second
 from tasks.project.git import changed_files
 from tasks.project.graph import Stage, read_dag, select
 from tasks.project.groups import end_all
-from tasks.project.progress import duration
-from tasks.tracking.runs import PIPELINE_RUN, Pipeline, experiment_of
-from tasks.tracking.store import tracking_uri
+from tasks.tracking.runs import PIPELINE_RUN, Pipeline
 
 MAX_RESTARTS = 5  # of one flow run: a machine that kills it every time will not be cured by trying again
 
@@ -85,11 +84,10 @@ def pipeline(settings: PipelineSettings = DEFAULTS) -> State[None] | None:
             return None
         name = claim_name(root, str(flow_run.name), str(flow_run.id))
         with one_at_a_time(root, name):
-            _in_workspace(root, name, settings)
+            return Completed(message=_in_workspace(root, name, settings) or None)
     except (UserError, InfrastructureError, PipelineFailed) as error:
         get_run_logger().error("%s", error)
         return Failed(message=str(error))
-    return None
 
 
 def refuse_endless_restarts() -> None:
@@ -112,13 +110,13 @@ def warn_of_changes(root: Path, revision: str = "HEAD") -> None:
         get_run_logger().warning("%s: not committed, so not part of this run of %s", names, revision)
 
 
-def _in_workspace(root: Path, name: str, settings: PipelineSettings) -> None:
+def _in_workspace(root: Path, name: str, settings: PipelineSettings) -> str:
     workspace = _open(root, name, settings)
     try:
-        _bring_up_to_date(workspace.tree, settings, workspace)
+        said = _bring_up_to_date(workspace.tree, settings, workspace)
         if settings.promote and not settings.dry_run:
             workspace.save(f"{workspace.tree.name}: {_title(settings)}")  # what is offered has a commit
-            get_run_logger().info(offer(workspace.tree))
+            said = offer(workspace.tree)
     finally:
         if settings.dry_run:
             workspace.discard()
@@ -128,6 +126,7 @@ def _in_workspace(root: Path, name: str, settings: PipelineSettings) -> None:
             publish(workspace, [])
     if not settings.dry_run and not settings.keep_worktree:
         workspace.remove()
+    return said
 
 
 def _each_seed(settings: PipelineSettings) -> None:
@@ -144,6 +143,7 @@ def _each_seed(settings: PipelineSettings) -> None:
 def _open(root: Path, name: str, settings: PipelineSettings) -> Workspace:
     """Open the run's worktree with the parameters that the settings ask for."""
     warn_of_changes(root, settings.revision)
+    _tag(settings)
     workspace = open_workspace(root, name, settings.revision)
     path = workspace.tree / PARAMS
     try:
@@ -153,7 +153,7 @@ def _open(root: Path, name: str, settings: PipelineSettings) -> Workspace:
             raise UserError("recipes: they are laid over a profile; give profile too")
         else:
             params = read_yaml(path)
-        changed = with_overrides(params, settings.overrides)
+        changed = with_overrides(params, settings.changes)
         if settings.seeds:
             changed["seed"] = settings.seeds[0]
         workspace.write_params(changed, f"Written by the run {name}: {_title(settings)}")
@@ -166,71 +166,75 @@ def _open(root: Path, name: str, settings: PipelineSettings) -> Workspace:
 
 def _title(settings: PipelineSettings) -> str:
     """Say what is special about a run, for commit messages and comments."""
-    parts = [settings.profile or PARAMS.name, *settings.overrides]
-    parts += [f"seed {seed}" for seed in settings.seeds]
-    return ", ".join(parts)
+    return ", ".join(_special(settings) if settings.profile else [PARAMS.name, *_special(settings)])
+
+
+def _special(settings: PipelineSettings) -> list[str]:
+    profile = [settings.profile] if settings.profile else []
+    return [*profile, *settings.changes, *(f"seed={seed}" for seed in settings.seeds)]
+
+
+def _tag(settings: PipelineSettings) -> None:
+    """Show on lists of runs what is special about this one."""
+    with contextlib.suppress(Exception), get_client(sync_client=True) as client:
+        tags = dict.fromkeys([*flow_run.tags, *_special(settings)])
+        client.update_flow_run(UUID(str(flow_run.id)), tags=list(tags))
 
 
 def _bring_up_to_date(
     tree: Path, settings: PipelineSettings, workspace: Workspace | None, retry_delay_seconds: float = 5
-) -> None:
+) -> str:
+    """Run what is stale of the chosen stages, and return what can be said of the result in a sentence."""
     preflight(tree)
     chosen = select(read_dag(tree), settings.targets, settings.from_stage)
+    may_run = _may_run(chosen, settings.force)
     if settings.dry_run:
-        _publish_markdown("dry-run", _forecast(chosen, settings.force))
-        return
+        create_markdown_artifact(_forecast(may_run), key="dry-run", description="What would run")
+        print(_forecast(may_run))
+        return "a dry run"
     if workspace:
-        may_run = _may_run(chosen, settings.force)
         refuse_without_push((stage for stage in chosen.values() if may_run[stage.name]), workspace.root)
-    name, id_ = str(flow_run.name), str(flow_run.id)
+    price, name, id_ = hourly_price(), str(flow_run.name), str(flow_run.id)
     parent = Pipeline(name, {"flow": "prefect", "prefect.flow_run": name, "prefect.flow_run_id": id_}, tree)
     os.environ[PIPELINE_RUN] = parent.run_id or ""
-    if parent.run_id:
-        _link(parent.run_id, "MLflow run")
     parallel, force = settings.max_parallel or side_by_side(tree), settings.force
-    schedule = Schedule(chosen, tree, workspace, parallel, force, retry_delay_seconds, parent.run_id)
-    results: list[StageResult] = []
-    succeeded = ended = False
+    to_run = [name for name, said in may_run.items() if said]
+    page = RunPage(chosen, to_run, changes(tree), parallel, parent.earlier_seconds(), price)
+    schedule = Schedule(chosen, tree, page, workspace, parallel, force, retry_delay_seconds, parent.run_id)
+    failures, succeeded, ended = "", False, False
     try:
-        results = run_all(schedule)
-        succeeded = all(result.message == "" for result in results)
+        with page:
+            try:
+                results = run_all(schedule)
+            finally:
+                end_all()  # nothing is left, unless the flow was cancelled or killed
+                cancel_all()
+            failures = "; ".join(result.message for result in results if result.message)
+            succeeded = not failures
+            executed = any(result.state != UNCHANGED for result in results)
+            said = failures or (standing(tree) if executed and "report" in chosen else "")
+            where = [page.spent(), *links(parent.run_id if executed else None, tree), *_checkout(workspace)]
+            print(page.close("\n\n".join(filter(None, [said, " · ".join(where)])), _results(tree)))
     except BaseException as error:
         ended = not isinstance(error, Exception)  # cancelled, or Ctrl-C
         raise
     finally:
-        end_all()  # nothing is left, unless the flow was cancelled or killed
-        cancel_all()
         os.environ.pop(PIPELINE_RUN, None)
         parent.close(succeeded, list(chosen), ended)
-    _link_report(tree)
-    _publish_markdown("pipeline", _summary(results, tree))
-    if not succeeded:
-        raise PipelineFailed("; ".join(result.message for result in results if result.message))
+    if failures:
+        raise PipelineFailed(failures)
+    return said
 
 
-def _link(run_id: str, text: str, tab: str = "") -> None:
-    """Link to a page of MLflow's from Prefect's dashboard, where MLflow is a server."""
-    uri = without_credentials(tracking_uri())
-    if not uri.startswith("http"):
-        return
-    with contextlib.suppress(Exception):  # a link is a convenience, and stops no run
-        page = f"{uri}/#/experiments/{experiment_of(run_id)}/runs/{run_id}{tab}"
-        create_link_artifact(page, link_text=text, key=text.lower().replace(" ", "-"))
+def _checkout(workspace: Workspace | None) -> list[str]:
+    """Say how the results of a run in a worktree get into a checkout."""
+    return [f"`git checkout {workspace.branch} && dvc checkout`"] if workspace else []
 
 
-def _link_report(tree: Path) -> None:
-    """Link to the report that the run of its stage keeps; a worktree may have none."""
-    with contextlib.suppress(OSError, ValueError, KeyError):
-        run_id = json.loads((tree / "runs" / "report" / "run.json").read_bytes())["mlflow_run"]
-        if run_id:
-            _link(run_id, "Report", "/artifacts")
-
-
-def _forecast(chosen: dict[str, Stage], force: bool) -> str:
+def _forecast(may_run: Mapping[str, str]) -> str:
     """Say what a run would do, as a table."""
     lines = ["| stage | |", "| --- | --- |"]
-    lines += [f"| {name} | {said or 'unchanged'} |" for name, said in _may_run(chosen, force).items()]
-    return "\n".join(lines)
+    return "\n".join(lines + [f"| {name} | {said or 'unchanged'} |" for name, said in may_run.items()])
 
 
 def _may_run(chosen: Mapping[str, Stage], force: bool) -> dict[str, str]:
@@ -239,25 +243,17 @@ def _may_run(chosen: Mapping[str, Stage], force: bool) -> dict[str, str]:
     found = {}
     for name, stage in chosen.items():
         stale = is_stale(stage, results, force)
-        results[name] = StageResult(name, "Completed" if stale else "Unchanged", 0)
+        results[name] = StageResult(name, COMPLETED if stale else UNCHANGED)
         sure = force or stage.changed
         found[name] = "would run" if sure else "may run: it needs one of these" if stale else ""
     return found
 
 
-def _publish_markdown(key: str, text: str) -> None:
-    create_markdown_artifact(text, key=key, description="Stages and results")
-    print(text)
-
-
-def _summary(results: Sequence[StageResult], tree: Path) -> str:
-    lines = ["| stage | state | time | |", "| --- | --- | --- | --- |"]
-    for result in results:
-        cells = [result.stage, result.state, duration(result.seconds), result.message]
-        lines.append(f"| {' | '.join(map(markdown_cell, cells))} |")
-    with contextlib.suppress(UserError):  # no results: not every pipeline or target has them
-        lines += ["", markdown(load_results(tree / RESULTS))]
-    return "\n".join(lines)
+def _results(tree: Path) -> str:
+    """Return the results as a table; nothing where there are none: not every pipeline or target has them."""
+    with contextlib.suppress(UserError):
+        return markdown(load_results(tree / RESULTS))
+    return ""
 
 
 def run(

@@ -1,8 +1,8 @@
 """A stage on another pool's worker, which has a clone of its own.
 
 The pipeline publishes its branch (git) and the outputs that the stage needs (DVC's remote) and starts the
-deployment `stage/<pool>`. That worker checks the branch out, runs the stage with `dvc repro --pull` and
-pushes its outputs and DVC's run cache, with which `dvc repro` in the pipeline's worktree restores them.
+deployment `stage/internal-<pool>`. That worker checks the branch out, runs the stage with `dvc repro --pull`
+and pushes its outputs and DVC's run cache, with which `dvc repro` in the pipeline's worktree restores them.
 """
 
 import contextlib
@@ -22,6 +22,7 @@ from prefect.states import Cancelling, Completed, Failed
 
 from dgpo_core.errors import InfrastructureError, UserError
 from flows.execution import StageFailed, execute
+from flows.page import RunPage
 from flows.workspace import (
     BRANCHES,
     PUSH_VARIABLE,
@@ -83,8 +84,13 @@ def remote_stage(
     with one_at_a_time(root, folder):
         tree = _checkout(root, f"{BRANCHES}/{run_name}", commit, folder)
         found = select(read_dag(tree), [stage])[stage]
+        log = get_run_logger().info
         try:
-            name = execute(found, tree, get_run_logger().info, force=force, pull=has_storage(tree))
+            with RunPage({stage: found}, [stage]) as page:
+                shown = page.running(stage)
+                name = execute(found, tree, log, shown, force=force, pull=has_storage(tree))
+                page.ended(stage, name, "")
+                page.close(f"{stage}: {name.lower()}")
         except StageFailed as error:
             return Failed(name=RETRYABLE if error.retryable else None, message=str(error))
         finally:
@@ -112,7 +118,7 @@ def run_elsewhere(stage: Stage, workspace: Workspace, *, force: bool, pipeline_r
         "pipeline_run": pipeline_run,
     }
     child = _unfinished(tags) or cast(
-        FlowRun, run_deployment(f"stage/{stage.pool}", parameters=parameters, timeout=0, tags=tags)
+        FlowRun, run_deployment(f"stage/internal-{stage.pool}", parameters=parameters, timeout=0, tags=tags)
     )
     _waited_for.add(child.id)
     get_run_logger().info("%s runs on the pool %s as %r", stage.name, stage.pool, child.name)
@@ -123,7 +129,9 @@ def run_elsewhere(stage: Stage, workspace: Workspace, *, force: bool, pipeline_r
     if not state.is_completed():
         retryable = state.name == RETRYABLE or state.is_crashed()
         raise StageFailed(state.message or f"{stage.name}: {state.name}", retryable)
-    restored = execute(stage, workspace.tree, get_run_logger().info, force=False, pull=True)
+    log = get_run_logger().info
+    unseen = contextlib.nullcontext(lambda line: None)  # the page has the stage as running already
+    restored = execute(stage, workspace.tree, log, unseen, force=False, pull=True)
     if restored == "Completed":
         get_run_logger().warning("%s was executed again: DVC's remote did not have its outputs", stage.name)
     return state.name or "Completed"

@@ -1,7 +1,6 @@
 """Which stage runs when: one Prefect task for each stage, in the order of DVC's graph."""
 
 import contextlib
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from graphlib import TopologicalSorter
@@ -19,23 +18,21 @@ from prefect.states import Cancelled, Completed, Crashed
 from prefect.tasks import exponential_backoff
 
 from dgpo_core.errors import InfrastructureError
-from flows.execution import StageFailed, execute, publish_summary
+from flows.execution import UNCHANGED, StageFailed, execute, publish_summary
+from flows.page import RunPage
 from flows.remote import is_elsewhere, run_elsewhere
 from flows.workspace import Workspace
 from tasks.project import graph
 from tasks.project.graph import Stage
 from tasks.project.groups import Ended
 
-UNCHANGED = "Unchanged"
-
 
 @dataclass(frozen=True)
 class StageResult:
-    """How a stage ended: Prefect's state name and seconds from submission; a message where it failed."""
+    """How a stage ended: Prefect's state name; a message where it failed."""
 
     stage: str
     state: str
-    seconds: float
     message: str = ""
 
 
@@ -45,6 +42,7 @@ class Schedule:
 
     stages: Mapping[str, Stage]
     tree: Path
+    page: RunPage
     workspace: Workspace | None = None  # for stages on other workers
     max_parallel: int = 1
     force: bool = False
@@ -64,11 +62,13 @@ def run_stage(stage: Stage, schedule: Schedule, stale: bool) -> State[None]:
     try:
         if stale and is_elsewhere(stage) and schedule.workspace:
             schedule.workspace.save(f"{schedule.tree.name}: before {stage.name}")
-            name = run_elsewhere(
-                stage, schedule.workspace, force=schedule.force, pipeline_run=schedule.pipeline_run
-            )
+            with schedule.page.running(stage.name):
+                name = run_elsewhere(
+                    stage, schedule.workspace, force=schedule.force, pipeline_run=schedule.pipeline_run
+                )
         elif stale:
-            name = execute(stage, schedule.tree, get_run_logger().info, force=schedule.force, pull=False)
+            log, shown = get_run_logger().info, schedule.page.running(stage.name)
+            name = execute(stage, schedule.tree, log, shown, force=schedule.force, pull=False)
     except Ended as end:
         how = Cancelled if end.cancelled or is_cancelled(str(flow_run.id)) else Crashed
         return how(
@@ -98,7 +98,6 @@ def run_all(schedule: Schedule) -> list[StageResult]:
     )
     order.prepare()
     futures: dict[str, PrefectFuture[Any]] = {}
-    started: dict[str, float] = {}
     results: dict[str, StageResult] = {}
     ready: list[str] = []
     while order.is_active():
@@ -106,13 +105,13 @@ def run_all(schedule: Schedule) -> list[StageResult]:
         running = [name for name in futures if name not in results]
         for name in ready[: schedule.max_parallel - len(running)]:
             ready.remove(name)
-            started[name] = time.monotonic()
             futures[name] = _submit(schedule.stages[name], schedule, futures, results)
             running.append(name)
         finished = next(as_completed([futures[name] for name in running]))
         finished.wait()  # the future is told of its final state a moment later
         name = next(name for name in running if futures[name] is finished)
-        results[name] = _result(name, finished, time.monotonic() - started[name])
+        results[name] = _result(name, finished)
+        schedule.page.ended(name, results[name].state, results[name].message)
         order.done(name)
     return list(results.values())
 
@@ -143,12 +142,12 @@ def _submit(
     return named.submit(stage, schedule, stale, wait_for=upstream, return_state=False)
 
 
-def _result(name: str, finished: PrefectFuture[Any], seconds: float) -> StageResult:
+def _result(name: str, finished: PrefectFuture[Any]) -> StageResult:
     state = finished.state
     label = state.name or ""
     if state.is_completed():
-        return StageResult(name, label, seconds)
+        return StageResult(name, label)
     if state.is_pending():
-        return StageResult(name, label, 0, f"{name} was not run: a stage that it needs failed")
+        return StageResult(name, label, f"{name} was not run: a stage that it needs failed")
     error = finished.result(raise_on_failure=False)
-    return StageResult(name, label, seconds, str(error) or label)
+    return StageResult(name, label, str(error) or label)

@@ -1,4 +1,7 @@
-"""`dgpo promote` and `dgpo rollback`: who is champion. Every change of the champion goes through here."""
+"""`dgpo promote` and `dgpo rollback`: who is champion. Every change of the champion goes through here.
+
+As a program, it prints how this working tree's model compares with the champion (flows/pipeline.py).
+"""
 
 import contextlib
 from datetime import UTC, datetime
@@ -23,7 +26,8 @@ from dgpo_core.evaluation.promotion import (
     read_setup,
 )
 from tasks.project.dvc import read_lock
-from tasks.tracking.evaluations import BASE, record_evaluations
+from tasks.project.process import run_program
+from tasks.tracking.evaluations import BASE, own_version, record_evaluations
 from tasks.tracking.registry import CHALLENGER, CHAMPION, PREVIOUS, Registry, Version, store
 
 PROMOTED, KEPT, REFUSED = 0, 1, 2  # exit codes
@@ -111,6 +115,26 @@ def decide_about(registry: Registry, params: Params, version: Version, champion:
     return decision
 
 
+def standing() -> str:
+    """Say how this working tree's model compares with the champion, or with the student where there is none.
+
+    Nothing is changed. Raises UserError for a model that is no version, or has no evaluation.
+    """
+    params = load_params()
+    with store() as registry:
+        version, champion = own_version(registry, params, read_lock()), registry.alias(CHAMPION)
+        if champion and champion.number == version.number:
+            return f"{version.name} is the champion"
+        decision = decide_about(registry, params, version, champion)
+    gain = decision.gain
+    if gain is None:
+        return decision.reasons[0]
+    rival = f"the champion, {champion.name}" if champion else "the student; there is no champion yet"
+    word = "better" if gain.low > 0 else "worse" if gain.high < 0 else "no clear difference"
+    interval = f"95 % interval {gain.low:+.3f} to {gain.high:+.3f}"
+    return f"{version.name}: {word}, average EM {gain.value:+.3f} ({interval}) against {rival}"
+
+
 def rollback(reason: str) -> None:
     """Put the previous champion back, and say why with the version that goes. Raises UserError."""
     if not reason.strip():
@@ -160,3 +184,7 @@ def _print(decision: Decision) -> None:
             console.print(
                 f"- {escape(condition.name)}: {escape(condition.why)}", highlight=False, soft_wrap=True
             )
+
+
+if __name__ == "__main__":
+    run_program(lambda: print(standing()))

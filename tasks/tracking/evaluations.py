@@ -60,20 +60,27 @@ def record_evaluations(
     return problems
 
 
+def own_version(registry: Registry, params: Params, lock: Lock, root: Path = Path()) -> Version:
+    """Return the version that is the model of `promote.recipe` in `root`. Raises UserError for none."""
+    recipe = params.challenger
+    stage = trained_models(params, lock, root).get(recipe) if recipe else None
+    version = stage and registry.with_tag("dvc_md5", lock[stage].outs[f"{MODELS}/{recipe}"])
+    if not version:
+        raise UserError(
+            f"no version is this working tree's model of {recipe or 'a compared recipe'}: train it "
+            "(`dvc repro`), or bring it back (`dvc checkout`), then `dgpo register`"
+        )
+    return version
+
+
 def offer(registry: Registry, params: Params, lock: Lock, root: Path = Path()) -> Version:
     """Make the model of `promote.recipe` in the working tree `root` the challenger, with its evaluation.
 
     Raises UserError for one that has no version or no evaluation, that was asked too few questions to be
     judged, or that was made with parameters that no commit has.
     """
-    recipe = params.challenger
-    stage = trained_models(params, lock, root).get(recipe) if recipe else None
-    version = stage and registry.with_tag("dvc_md5", lock[stage].outs[f"{MODELS}/{recipe}"])
-    if not recipe or not version:
-        raise UserError(
-            f"no version is this working tree's model of {recipe or 'a compared recipe'}: train it "
-            "(`dvc repro`), or bring it back (`dvc checkout`), then `dgpo register`"
-        )
+    version = own_version(registry, params, lock, root)
+    recipe = version.tags["recipe"]
     if changed_files(PARAMS, root=root, untracked=True):
         raise UserError(f"{version.name} cannot be offered: {PARAMS} has changes that no commit has")
     if other := _other_parameters(recipe, lock, root):

@@ -336,7 +336,8 @@ class Registry:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise
         source = f"{self._client.get_run(run_id).info.artifact_uri}/{MODEL}"
-        named = f"{_chain(made)}, {made['profile']}, seed {made['seed']}"
+        start = made["recipes"][made["recipe"]]["start"]
+        named = f"{made['recipe']} from {start}, {made['profile']}, seed {made['seed']}"
         created = self._client.create_model_version(NAME, source, run_id, tags=tags, description=named)
         return _version(created)
 
@@ -346,14 +347,6 @@ class Registry:
             save_mlflow_model(folder, saved)
             self._client.log_artifacts(version.run_id, str(saved), MODEL)
         self.tag(version, weights="artifact")  # last: only what has arrived counts
-
-
-def _chain(made: lineage.Lineage) -> str:
-    """Name a recipe's model and what it was trained from: `DGPO from KD`, as reports call them."""
-    from dgpo_core.reporting.formats import model_label
-
-    start = made["recipes"][made["recipe"]]["start"]
-    return " from ".join(map(model_label, (made["recipe"], start)))
 
 
 def model_folder(reference: str) -> Path:

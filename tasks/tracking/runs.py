@@ -145,11 +145,13 @@ class Pipeline:
     def __init__(self, name: str, tags: Mapping[str, str] | None = None, root: Path = Path()) -> None:
         self.run_id: str | None = None
         self._root = root
+        self._labels: dict[str, str] = {}
         try:
+            self._labels = labels(root)
             self._client = connect()
             close_left_over(self._client)
             params = settings(root)
-            described = {"kind": "pipeline", **labels(root), **(tags or {})}
+            described = {"kind": "pipeline", **self._labels, **(tags or {})}
             if params:
                 described["recipes"] = " ".join(params.recipes.all)
                 changed = flatten(changed_settings(params, root))
@@ -160,6 +162,19 @@ class Pipeline:
                 log_params(self._client, self.run_id, flatten(params.model_dump(mode="json")))
         except Exception as error:
             warn(error)
+
+    def earlier_seconds(self) -> dict[str, float]:
+        """Return how long each stage took when it last succeeded with this profile, as far as known."""
+        found: dict[str, float] = {}
+        with suppress(Exception):  # without a store, say
+            experiment = self._client.get_run(self.run_id or "").info.experiment_id
+            mine = f"tags.kind = 'stage' and tags.profile = '{self._labels['profile']}'"
+            succeeded = f"{mine} and attributes.status = 'FINISHED'"
+            newest = ["attributes.start_time DESC"]
+            for run in self._client.search_runs([experiment], succeeded, order_by=newest):
+                seconds = (run.info.end_time - run.info.start_time) / 1000
+                found.setdefault(run.data.tags["stage"], seconds)
+        return found
 
     def close(self, succeeded: bool, stages: Iterable[str] | None = None, ended: bool = False) -> None:
         """End the run and say where its outputs are from, or delete it when no stage was executed.

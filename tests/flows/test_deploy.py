@@ -20,7 +20,7 @@ from tests.conftest import ROOT, free_port
 from tests.flows.conftest import prefect_server
 
 RESTARTED = {"pipeline/on-demand", "pipeline/nightly", "pipeline/single-stage", "reproduce/paper"}
-OURS = RESTARTED | {"stage/cpu", "stage/gpu"}
+OURS = RESTARTED | {"stage/internal-cpu", "stage/internal-gpu"}
 
 
 def program(module: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -138,12 +138,15 @@ class TestSharedServer:
             WorkPoolCreate(name="cpu-pool", type="process", base_job_template=job_template(Kind.PROCESS))
         )
         client.upsert_global_concurrency_limit_by_name("gpu", 7)
+        flow_id = client.create_flow_from_name("stage")
+        client.create_deployment(flow_id, name="cpu", tags=["dgpo", "stage"])
 
         done = program("flows.deploy", "--gpus", "2")
         assert done.returncode == 0, done.stderr
         assert "nightly run (pipeline/nightly): off; `dgpo deploy --nightly` switches it on" in done.stdout
         found = {automation.name: automation for automation in client.read_automations()}
         ids = {name: f"prefect.deployment.{client.read_deployment_by_name(name).id}" for name in OURS}
+        assert {each.name for each in client.read_deployments()} == {name.split("/")[1] for name in OURS}
         assert found["mine"].trigger.match_related.root == {}
         again, silent = found["dgpo: a crashed run starts again"], found[old.name]
         assert len(found) == 3 and silent.id == old.id
@@ -152,6 +155,17 @@ class TestSharedServer:
         assert set(again.trigger.match_related.root["prefect.resource.id"]) == restarted
         assert client.read_global_concurrency_limit_by_name("gpu").limit == 7
         assert client.read_global_concurrency_limit_by_name("dgpo-gpu").limit == 2
+
+    def test_the_form_refuses_what_there_is_not(self, client: Any) -> None:
+        from prefect.exceptions import PrefectHTTPStatusError
+
+        deployment = client.read_deployment_by_name("pipeline/on-demand").id
+        right = {"profile": "tiny", "from_stage": "distill@taid", "beta": 0.01}
+        run = client.create_flow_run_from_deployment(deployment, parameters={"settings": right})
+        client.delete_flow_run(run.id)
+        for wrong in ({"profile": "huge"}, {"targets": ["distil@kd"]}, {"beta": "much"}):
+            with pytest.raises(PrefectHTTPStatusError, match="Validation failed for field"):
+                client.create_flow_run_from_deployment(deployment, parameters={"settings": wrong})
 
     def test_the_second_time_keeps_what_people_have_switched(self, client: Any) -> None:
         from prefect.automations import Automation

@@ -140,11 +140,12 @@ def end(worker: subprocess.Popen[bytes], number: int = signal.SIGTERM) -> None:
     worker.wait()
 
 
-def start(**settings: Any) -> Any:
+def start(name: str | None = None, /, **settings: Any) -> Any:
     """Start a run of the deployment, as the dashboard does; return its flow run."""
     from prefect.deployments import run_deployment
 
-    return run_deployment("pipeline/on-demand", parameters={"settings": settings}, timeout=0)
+    parameters = {"settings": settings}
+    return run_deployment("pipeline/on-demand", flow_run_name=name, parameters=parameters, timeout=0)
 
 
 def flow_run(run: Any) -> Any:

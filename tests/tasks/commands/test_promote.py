@@ -14,7 +14,7 @@ from dgpo_core.config.params import load_params
 from dgpo_core.errors import UserError
 from dgpo_core.evaluation.statistics import Estimate
 from tasks.commands import promote as promotion
-from tasks.commands.promote import KEPT, PROMOTED, REFUSED, promote, rollback
+from tasks.commands.promote import KEPT, PROMOTED, REFUSED, promote, rollback, standing
 from tasks.project.dvc import read_lock
 from tasks.tracking.evaluations import evaluate_again, record_evaluations, register_trained
 from tasks.tracking.registry import AGAIN, CHALLENGER, CHAMPION, NAME, PREVIOUS, Registry, Version, store
@@ -69,11 +69,35 @@ def test_the_first_champion_and_its_successor(two: Path, capsys: pytest.CaptureF
     assert "is the champion already" in capsys.readouterr().out
 
 
+def test_how_the_working_tree_compares_with_the_champion(own_store: Path) -> None:
+    make_trained(own_store)
+    with pytest.raises(UserError, match="no version is this working tree's model of dgpo"):
+        standing()
+    register_trained(challenger=True)
+    words = (
+        r"version 2 \(dgpo\): better, average EM \+(0\.\d{3}) \(95 % interval \+(0\.\d{3}) to \+(0\.\d{3})\)"
+    )
+    first = re.fullmatch(rf"{words} against the student; there is no champion yet", standing())
+    assert promote("1", dry_run=False, yes=True) == PROMOTED
+    then = re.fullmatch(rf"{words} against the champion, version 1 \(kd\)", standing())
+    assert first and then and float(first[1]) > float(then[1])
+    means = [
+        table.to_pandas().groupby("dataset")["em"].mean().mean()
+        for table in (
+            pq.read_table(own_store / f"evaluation/{name}/questions.parquet") for name in ("dgpo", "kd")
+        )
+    ]
+    assert float(then[1]) == pytest.approx(means[0] - means[1], abs=0.0006)
+    assert promote(None, dry_run=False, yes=True) == PROMOTED
+    assert standing() == "version 2 (dgpo) is the champion"
+    assert (holder(CHAMPION), holder(PREVIOUS)) == ("dgpo", "kd"), "it changes nothing"
+
+
 def test_a_worse_model_becomes_champion_through_no_command(own_store: Path) -> None:
     make_trained(own_store, dgpo=WORSE)
     register_trained(challenger=True)
     described = connect().get_model_version(NAME, "2").description or ""
-    assert re.fullmatch(r"DGPO from KD, tiny, seed 0: EM 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", described)
+    assert re.fullmatch(r"dgpo from kd, tiny, seed 0: EM 0\.\d{3} \[0\.\d{3}, 0\.\d{3}\]", described)
     assert promote("1", dry_run=False, yes=True) == PROMOTED
     for number in (None, "2"):
         for dry_run in (True, False):
