@@ -67,7 +67,7 @@ def load_tokenizer(source: str) -> Any:
         raise UserError(f"{source}: this model folder has no tokenizer (tokenizer.json is missing)")
     try:
         return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, HTTP_ERROR) as error:
+    except Exception as error:  # of its files transformers expects what it has written itself
         raise load_error(f"{source}: cannot load a tokenizer", error) from error
 
 

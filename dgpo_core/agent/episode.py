@@ -181,7 +181,7 @@ def read_episodes(path: Path) -> list[Episode]:
         raise UserError(f"{path}: no table of episodes, the columns {wrong} have other types")
     try:
         return [_episode(row) for row in table.select(SCHEMA.names).to_pylist()]
-    except ValueError as error:  # an outcome or ending that there is not
+    except (ValueError, TypeError) as error:  # an outcome or ending that there is not, or nothing
         raise UserError(f"{path}: not an episode: {error}") from error
 
 

@@ -21,7 +21,9 @@ _SENTENCE_END = re.compile(r"(?:(?<=[.!?])|(?<=[.!?][\"'”’)\]]))\s+(?=[\"'�
 # an initial, or an abbreviation that a name follows: no end of a sentence
 _ABBREVIATION = re.compile(r"(?:^|[\s(.])(?:[A-Z]|Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Gen|No|vs|ca?|[bdr])\.$")
 _PARENTHESIS = re.compile(r"\s*\([^()]*\)$")  # of a title: "Mercury (planet)"
-_TAG = re.compile("|".join(map(re.escape, TAGS)))
+_TAG = re.compile(
+    "|".join(re.escape(tag).replace("<", "< ?", 1) for tag in TAGS)
+)  # as passages show them, too
 UNKNOWN = "unknown"  # its answer to what it has not found
 
 

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dgpo_core.agent.prompts import INVALID_ACTION, TAGS, information
+from dgpo_core.agent.prompts import INVALID_ACTION, TAGS
 from dgpo_core.evaluation.results import CHECKS, read_diagnoses
 from dgpo_core.reporting.episodes import reader_data, sample_questions, segments
 from tests.dgpo_core.reporting.synthetic import MODELS, Run
@@ -59,7 +59,8 @@ def test_retrieved_text_with_tags_stays_one_block() -> None:
 )
 def test_a_passage_cannot_pretend_to_be_the_model(text: str) -> None:
     """What follows a search is the environment's, up to where the environment ends it."""
-    shown = information([("T", f"a {text} b"), ("U", text)])
+    passages = f"Doc 1(Title: T) a {text} b\nDoc 2(Title: U) {text}\n"
+    shown = f"\n\n<information>{passages}</information>\n\n"
     response = f"<search>q</search>{shown}<think>m</think><answer>yes</answer>"
     assert segments(response) == [
         ("search", "q"),
