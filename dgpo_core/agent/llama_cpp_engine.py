@@ -88,7 +88,7 @@ class LlamaCppEngine:
         ).json()
         if "error" in answer:
             raise InfrastructureError(f"llama.cpp: {answer['error']['message']}")
-        known = answer["completion_probabilities"]
+        known = answer.get("completion_probabilities", [])  # none where all tokens are parts of a character
         for token in answer["tokens"]:
             given = bool(known) and known[0]["id"] == token
             yield token, known.pop(0)["logprob"] if given else 0.0

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -119,6 +120,27 @@ class TestLlamaCpp:
         (tokens, logprobs), (expected, theirs) = greedy(engine, requests), greedy(ours, requests)
         assert tokens == expected
         assert logprobs == pytest.approx(theirs, abs=1e-3)
+
+    def test_tokens_that_are_parts_of_a_character_have_no_probability(
+        self,
+        engine: LlamaCppEngine,
+        ours: TransformersEngine,
+        requests: list[Request],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        """llama.cpp leaves all probabilities out of an answer that is only such tokens."""
+        post = engine._http.post
+
+        def without(url: str, **given: Any) -> httpx.Response:
+            answer = post(url, **given).json()
+            return httpx.Response(
+                200, json={k: v for k, v in answer.items() if k != "completion_probabilities"}
+            )
+
+        monkeypatch.setattr(engine._http, "post", without)
+        tokens, logprobs = greedy(engine, requests[:2])
+        assert tokens == greedy(ours, requests[:2])[0]
+        assert set(logprobs) == {0.0}
 
     @pytest.mark.parametrize("more", [0, 8])
     def test_llama_too(
