@@ -447,8 +447,8 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="print JSON")] =
 def plan(
     params: Annotated[Path, typer.Argument(help="a params.yaml")] = Path("params.yaml"),
     profile: Annotated[str | None, typer.Option(help="a profile of profiles/ instead")] = None,
-    gpus: Annotated[int, typer.Option(min=0, help="0: everything on the processor")] = 8,
-    gpu: Annotated[str, typer.Option(help="h200, h100, a100-80, ..., or GiB of memory")] = "h100",
+    gpus: Annotated[int | None, typer.Option(min=0, help="8, or 0 with compute.device: cpu")] = None,
+    gpu: Annotated[str | None, typer.Option(help="h100, h200, a100-80, ..., or GiB of memory")] = None,
     memory: Annotated[float | None, typer.Option(min=0, help="of the host, GiB")] = None,
     disk: Annotated[float | None, typer.Option(min=0, help="free, GB")] = None,
     price: Annotated[float | None, typer.Option(min=0, help="of a GPU and hour")] = None,
@@ -467,18 +467,19 @@ def plan(
 ) -> None:
     """Estimate memory, disk, tokens, FLOPs, hours and cost of a run (exit code 1: it does not fit)."""
     from dgpo_core.planning.workload import GIB, PROCESSOR, Assumptions, Machine, device_of
-    from tasks.commands.plan import plan as print_plan
+    from tasks.commands import plan as planning
 
+    count = planning.usual_gpus(profile, params, gpu) if gpus is None else gpus
     machine = Machine(
-        gpus,
-        device_of(gpu) if gpus else PROCESSOR,
+        count,
+        device_of(gpu or "h100") if count else PROCESSOR,
         math.inf if memory is None else memory * GIB,
         math.inf if disk is None else disk * 1e9,
         math.nan if price is None else price,
         Assumptions(efficiency, decoding, launch / 1000, scheduling / 1000, queries),
         threads or os.cpu_count() or 1,
     )
-    raise typer.Exit(print_plan(profile, params, machine, processes, as_json))
+    raise typer.Exit(planning.plan(profile, params, machine, processes, as_json))
 
 
 @app.command(rich_help_panel=FORECASTS)

@@ -118,7 +118,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 def plan(profile: str | None, file: Path, machine: Machine, processes: int | None, as_json: bool) -> int:
     """Print the plan of a profile, else of a params.yaml; 1 when something does not fit."""
-    params = Params.model_validate(resolve_profile(profile_path(profile))) if profile else load_params(file)
+    params = _params(profile, file)
     if processes is not None:
         compute = params.compute.model_copy(update={"processes": processes})
         params = params.model_copy(update={"compute": compute})
@@ -128,6 +128,15 @@ def plan(profile: str | None, file: Path, machine: Machine, processes: int | Non
     else:
         show(made, params)
     return 1 if made.problems else 0
+
+
+def usual_gpus(profile: str | None, file: Path, gpu: str | None) -> int:
+    """Return the number of GPUs to plan with where only their kind, `gpu`, may have been said."""
+    return 0 if gpu is None and _params(profile, file).compute.device == "cpu" else 8
+
+
+def _params(profile: str | None, file: Path) -> Params:
+    return Params.model_validate(resolve_profile(profile_path(profile))) if profile else load_params(file)
 
 
 def show(made: Plan, params: Params) -> None:

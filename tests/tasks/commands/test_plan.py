@@ -108,6 +108,14 @@ def test_a_small_gpu_does_not_fit(workplace: Path) -> None:
     assert "neither GiB of memory nor" in dgpo(workplace, "plan", "--gpu", "none").stderr
 
 
+def test_a_profile_of_the_processor_is_planned_without_gpus(workplace: Path) -> None:
+    (workplace / "models").symlink_to(ROOT / "models")
+    assert dgpo(workplace, "plan", "--profile", "tiny").stdout.startswith("profile tiny on no GPU")
+    assert dgpo(workplace, "plan", "--profile", "tiny", "--gpu", "l4").stdout.startswith(
+        "profile tiny on 8 x l4"
+    )
+
+
 @pytest.fixture
 def ran(workplace: Path) -> Params:
     """A working tree in which the profile tiny has run, as far as the plan looks at it."""
