@@ -69,6 +69,19 @@ def make_app(
     async def proposed() -> list[str]:
         return list(examples)
 
+    _add_completions(app, queue, metrics, history, recorder)
+    if recorder is not None:
+        _add_feedback(app, recorder)
+    _add_error_handlers(app)
+    app.add_middleware(BodyFilter, largest=MAX_BODY, refusal=openai_refusal)
+    return app
+
+
+def _add_completions(
+    app: FastAPI, queue: RequestQueue, metrics: Metrics, history: bool, recorder: Recorder | None
+) -> None:
+    """Add OpenAI's endpoints: the one model, and its chat completions."""
+
     @app.get("/v1/models")
     async def models() -> Response:
         data = [_model(queue.agent.name)] if queue.agent else []
@@ -104,12 +117,6 @@ def make_app(
             return JSONResponse(completion.whole(event.episode), headers=headers)
         except Exception as caught:
             return error_response(caught)
-
-    if recorder is not None:
-        _add_feedback(app, recorder)
-    _add_error_handlers(app)
-    app.add_middleware(BodyFilter, largest=MAX_BODY, refusal=openai_refusal)
-    return app
 
 
 def _add_feedback(app: FastAPI, recorder: Recorder) -> None:
