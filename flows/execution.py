@@ -6,16 +6,20 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import httpx
 from prefect import get_client
 from prefect.artifacts import create_markdown_artifact
 from prefect.concurrency.sync import concurrency
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL
 
 import tasks
+from dgpo_core.errors import InfrastructureError
 from flows.alerts import teller_of_collapse
+from flows.server import wait_for_server
 from flows.workspace import LOCK_MESSAGES
 from tasks.project.graph import Stage
 from tasks.project.groups import run_group
@@ -24,6 +28,7 @@ from tasks.stages.stage import FAILURE, STATE
 from tasks.tracking.store import tracking_uri
 
 GPU_LIMIT = "dgpo-gpu"  # Prefect's global concurrency limit; `dgpo deploy` creates it
+LEASE = 300.0  # seconds after which Prefect frees slots whose holder is silent; it renews them before
 UNCHANGED, COMPLETED = "Unchanged", "Completed"  # names of a stage's state on the dashboard
 # What DVC says when it did not execute the stage, and the state's name for it on the dashboard.
 SKIP_MESSAGES = {"didn't change, skipping": UNCHANGED, "is cached - skipping run": "Restored"}
@@ -89,10 +94,17 @@ def environment() -> dict[str, str]:
     return {**quiet, **os.environ, **ours, "PYTHONUNBUFFERED": "1"}
 
 
-def _slots(stage: Stage) -> contextlib.AbstractContextManager[None]:
-    """Wait for the stage's slots of the server's limit, if there is one. Raise StageFailed for too many."""
+@contextlib.contextmanager
+def _slots(stage: Stage) -> Iterator[None]:
+    """Wait for the stage's slots of the server's limit, if there is one. Raise StageFailed for too many.
+
+    A server that is away is waited for, before and after. It frees the slots of a process that was killed
+    LEASE seconds later.
+    """
     if not stage.gpus:
-        return contextlib.nullcontext()
+        yield
+        return
+    wait_for_server(PREFECT_API_URL.value())
     with contextlib.suppress(ObjectNotFound), get_client(sync_client=True) as client:
         limit = client.read_global_concurrency_limit_by_name(GPU_LIMIT)
         if limit.active and limit.limit < stage.gpus:  # Prefect refuses: no waiting would help
@@ -102,7 +114,14 @@ def _slots(stage: Stage) -> contextlib.AbstractContextManager[None]:
                 "or lower workers.gpus",
                 retryable=False,
             )
-    return concurrency(GPU_LIMIT, occupy=stage.gpus)
+    with contextlib.ExitStack() as slots:
+        slots.enter_context(concurrency(GPU_LIMIT, occupy=stage.gpus, lease_duration=LEASE))
+        try:
+            yield
+        finally:  # what the stage has made counts, whether or not the server can be told
+            with contextlib.suppress(InfrastructureError, httpx.TransportError):
+                wait_for_server(PREFECT_API_URL.value())
+                slots.close()
 
 
 SUMMARIES = {"audit": AUDIT_SUMMARY}  # what stages write for a dashboard, as Markdown

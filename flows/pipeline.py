@@ -19,6 +19,7 @@ from prefect import State, flow, get_client
 from prefect.artifacts import create_markdown_artifact
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
@@ -29,6 +30,7 @@ from flows.page import RunPage, changes, hourly_price, links, standing
 from flows.promotion import offer
 from flows.remote import cancel_all, refuse_without_push
 from flows.schedule import Schedule, StageResult, is_stale, run_all
+from flows.server import ending_without_server
 from flows.settings import DEFAULTS, PipelineSettings, with_overrides
 from flows.workspace import (
     Workspace,
@@ -205,7 +207,8 @@ def _bring_up_to_date(
     try:
         with page:
             try:
-                results = run_all(schedule)
+                with ending_without_server(PREFECT_API_URL.value()):
+                    results = run_all(schedule)
             finally:
                 end_all()  # nothing is left, unless the flow was cancelled or killed
                 cancel_all()

@@ -18,11 +18,13 @@ from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
 from prefect.client.schemas.objects import FlowRun
 from prefect.deployments import run_deployment
 from prefect.logging import get_run_logger
+from prefect.settings import PREFECT_API_URL
 from prefect.states import Cancelling, Completed, Failed
 
 from dgpo_core.errors import InfrastructureError, UserError
 from flows.execution import StageFailed, execute
 from flows.page import RunPage
+from flows.server import wait_for_server
 from flows.workspace import (
     BRANCHES,
     PUSH_VARIABLE,
@@ -109,6 +111,7 @@ def run_elsewhere(stage: Stage, workspace: Workspace, *, force: bool, pipeline_r
         raise StageFailed(f"{stage.name}: {error}", retryable=True) from error
     name = workspace.tree.name
     tags = [f"run:{name}", f"stage:{stage.name}"]
+    wait_for_server(PREFECT_API_URL.value())
     commit = git("rev-parse", "HEAD", cwd=workspace.tree)
     parameters = {
         "stage": stage.name,

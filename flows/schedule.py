@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 from uuid import UUID
 
+import httpx
 from prefect import Task, get_client, task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
@@ -52,7 +53,8 @@ class Schedule:
 
 def _is_retryable(_task: Task[..., Any], _run: Any, state: State[Any]) -> bool:
     error = state.data
-    return isinstance(error, InfrastructureError) or (isinstance(error, StageFailed) and error.retryable)
+    away = (InfrastructureError, httpx.TransportError)  # a service, or Prefect's own server
+    return isinstance(error, away) or (isinstance(error, StageFailed) and error.retryable)
 
 
 @task(cache_policy=NO_CACHE, persist_result=False, retry_condition_fn=_is_retryable)

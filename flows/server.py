@@ -9,6 +9,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,11 +21,15 @@ import typer
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
 from tasks.project import servers as services
 from tasks.project.groups import end_group
-from tasks.project.process import run_program
+from tasks.project.process import TERMINATED, run_program
 
 API_URL = "PREFECT_API_URL"
 PORT = 4200
 START_TIMEOUT = 120.0  # seconds; 6-8 on an idle machine
+AWAY = 600.0  # seconds for which a server may be away
+# A client that was connected tries a request again for 2 + 4 + ... + 256 s; prefect.yaml has the same.
+RETRIES = {"PREFECT_CLIENT_MAX_RETRIES": "8"}
+GRACE = 30.0  # seconds in which a flow that was ended may tell its server so
 
 
 @contextlib.contextmanager
@@ -61,6 +66,8 @@ def server_command(port: int) -> tuple[list[str], dict[str, str]]:
         "PREFECT_UI_URL": f"http://127.0.0.1:{port}",  # for links in notifications
         # otherwise the page looks for the API on port 4200
         "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
+        # in memory, as is the default, a restart would forget who has slots, and they would stay taken
+        "PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
     }
@@ -110,6 +117,44 @@ def answers(url: str) -> bool:
         return False
 
 
+def wait_for_server(url: str) -> None:
+    """Wait until the server at `url` answers. Raise InfrastructureError after AWAY seconds.
+
+    For requests of clients that are new: those do not try again where nobody listens.
+    """
+    deadline = time.monotonic() + AWAY
+    while not answers(url):
+        if time.monotonic() > deadline:
+            raise InfrastructureError(f"no Prefect server at {without_credentials(url)} for {AWAY:.0f} s")
+        time.sleep(1)
+
+
+@contextlib.contextmanager
+def ending_without_server(url: str) -> Iterator[None]:
+    """End the process where the body was ended (SIGTERM, Ctrl-C) and the server at `url` does not answer.
+
+    Prefect would try to tell the server for many minutes. It has GRACE seconds, in which stages end.
+    """
+
+    def watch(code: int) -> None:
+        deadline = time.monotonic() + GRACE
+        while time.monotonic() < deadline:
+            if answers(url):
+                return
+            time.sleep(1)
+        print("no Prefect server answers: ended without telling it", file=sys.stderr, flush=True)
+        os._exit(code)
+
+    try:
+        yield
+    except Exception:
+        raise
+    except BaseException as error:
+        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else TERMINATED
+        threading.Thread(target=watch, args=(code,), name="end without server", daemon=True).start()
+        raise
+
+
 def _wait(server: subprocess.Popen[str], url: str, log: Path) -> None:
     deadline = time.monotonic() + START_TIMEOUT
     while not answers(url):
@@ -128,7 +173,7 @@ def around(
     """Run a command with a Prefect server."""
     with _server(port) as url:
         print(f"Prefect: {url.removesuffix('/api')}", flush=True)
-        child = subprocess.Popen(command, env={**os.environ, API_URL: url})
+        child = subprocess.Popen(command, env={**RETRIES, **os.environ, API_URL: url})
         try:
             code = _wait_through_interrupts(child)
         finally:

@@ -1,0 +1,155 @@
+"""A Prefect server that dies while a stage runs, with the settings that deployments and `dgpo run` have."""
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.conftest import ROOT, alive, free_port, run_python
+
+pytestmark = pytest.mark.thorough
+
+# `first` waits until the file `hold` is gone
+STAGE = """
+import os, sys, time
+from pathlib import Path
+
+name = sys.argv[1]
+with open("log.txt", "a") as log:
+    log.write(f"{name} {os.getpid()}\\n")
+while name == "first" and Path("hold").exists():
+    time.sleep(0.05)
+Path(f"{name}.txt").write_text(name)
+"""
+PIPELINE = """
+stages:
+  first: {cmd: exec python stage.py first, outs: [first.txt], meta: {gpus: 1}}
+  last: {cmd: exec python stage.py last, deps: [first.txt], outs: [last.txt], meta: {gpus: 1}}
+"""
+WAIT = 400  # seconds: only keeps a broken test from hanging
+
+
+class Server:
+    """A Prefect server that can be killed and started again, with its files in `home`."""
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir()
+        self.home, self.port = home, free_port()
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        self.start()
+
+    def start(self) -> None:
+        from flows.server import answers, server_command
+
+        command, variables = server_command(self.port)
+        environment = {**os.environ, **variables, "PREFECT_HOME": str(self.home)}
+        with (self.home / "log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        wait(lambda: answers(self.url), "the server's start")
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def wait(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {WAIT} s: {what}")
+        time.sleep(0.1)
+
+
+@pytest.fixture
+def server(dvc_repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    Path("stage.py").write_text(STAGE)
+    Path("dvc.yaml").write_text(PIPELINE)
+    Path("hold").touch()
+    server = Server(dvc_repository / "prefect")
+    monkeypatch.setenv("PREFECT_API_URL", server.url)
+    monkeypatch.setenv("PREFECT_HOME", str(server.home))
+    code = "from prefect import get_client\nwith get_client(sync_client=True) as client:\n"
+    code += "    client.upsert_global_concurrency_limit_by_name('dgpo-gpu', 1)"
+    assert run_python(code).returncode == 0
+    yield server
+    server.kill()
+
+
+@contextlib.contextmanager
+def running_flow() -> Iterator["subprocess.Popen[str]"]:
+    """Start `dgpo run`'s program; give it when its first stage runs."""
+    from flows.server import RETRIES
+
+    with Path("flow.txt").open("w") as output:
+        command = [sys.executable, "-m", "flows.pipeline"]
+        flow = subprocess.Popen(
+            command, env={**os.environ, **RETRIES}, stdout=output, stderr=output, text=True
+        )
+    try:
+        wait(lambda: flow.poll() is not None or ran(), "the first stage")
+        assert flow.poll() is None, Path("flow.txt").read_text()
+        yield flow
+    finally:
+        flow.kill()
+        flow.wait()
+
+
+def ran() -> list[list[str]]:
+    """Return [stage, process] of each start of a stage."""
+    log = Path("log.txt")
+    return [line.split() for line in log.read_text().splitlines()] if log.exists() else []
+
+
+def taken() -> int:
+    """Ask the server how many slots are taken."""
+    code = "from prefect import get_client\nwith get_client(sync_client=True) as client:\n"
+    code += "    print(client.read_global_concurrency_limit_by_name('dgpo-gpu').active_slots)"
+    return int(run_python(code).stdout)
+
+
+def test_a_server_may_be_away_for_six_minutes() -> None:
+    """By the settings; clients wait 2, 4, ... seconds, each up to a fifth less by Prefect's jitter."""
+    from flows.server import AWAY, RETRIES
+
+    (variable, number), *others = RETRIES.items()
+    assert not others and sum(0.8 * 2**n for n in range(1, int(number) + 1)) > 360 < AWAY
+    entries = yaml.safe_load((ROOT / "prefect.yaml").read_text())["deployments"]
+    assert {entry["work_pool"]["job_variables"]["env"][variable] for entry in entries} == {number}
+
+
+def test_a_stage_that_ends_while_the_server_is_away_has_succeeded(server: Server) -> None:
+    with running_flow() as flow:
+        server.kill()
+        Path("hold").unlink()
+        wait(Path("first.txt").exists, "the stage's end")
+        time.sleep(10)
+        assert flow.poll() is None
+        server.start()
+        assert flow.wait(WAIT) == 0, Path("flow.txt").read_text()
+    assert [name for name, _ in ran()] == ["first", "last"]  # nothing was run twice
+    assert taken() == 0
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_flow_that_is_ended_does_not_wait_for_a_dead_server(server: Server, number: signal.Signals) -> None:
+    from flows.server import GRACE
+
+    with running_flow() as flow:
+        server.kill()
+        flow.send_signal(number)
+        began = time.monotonic()
+        assert flow.wait(WAIT) == 128 + number
+        assert time.monotonic() - began < 2 * GRACE
+    ((_, pid),) = ran()
+    wait(lambda: not alive(int(pid)), "the stage's end")
+    assert not Path("first.txt").exists()
