@@ -1,13 +1,19 @@
 """Real Prefect servers for the flows' tests, and what these ask them."""
 
 import contextlib
-from collections.abc import Iterator
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import free_port
+
+WAIT = 1800  # seconds: only keeps a broken test from hanging
 
 
 @contextlib.contextmanager
@@ -33,6 +39,40 @@ def api(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         with temporary_settings({PREFECT_API_URL: url}):
             yield url
             drain_prefect()
+
+
+class Server:
+    """A Prefect server that can be killed and started again, with its files in `home`."""
+
+    def __init__(self, home: Path) -> None:
+        home.mkdir()
+        self.home, self.port = home, free_port()
+        self.url = f"http://127.0.0.1:{self.port}/api"
+        self.start()
+
+    def start(self) -> None:
+        from flows.server import answers, server_command
+
+        command, variables = server_command(self.port)
+        environment = {**os.environ, **variables, "PREFECT_HOME": str(self.home)}
+        with (self.home / "log").open("a") as log:
+            self.process = subprocess.Popen(
+                command, env=environment, stdout=log, stderr=log, start_new_session=True
+            )
+        wait(lambda: answers(self.url), "the server's start")
+
+    def kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def wait(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + WAIT
+    while not condition():
+        if time.monotonic() > deadline:
+            pytest.fail(f"not within {WAIT} s: {what}")
+        time.sleep(0.1)
 
 
 def drain_prefect() -> None:

@@ -5,16 +5,19 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from http.server import ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
 import yaml
 
+from dgpo_core.errors import InfrastructureError
 from tests.conftest import ROOT, alive, free_port, run_python
-
-pytestmark = pytest.mark.thorough
+from tests.flows.conftest import WAIT, Server, wait
+from tests.web import Handler
 
 # `first` waits until the file `hold` is gone
 STAGE = """
@@ -33,41 +36,6 @@ stages:
   first: {cmd: exec python stage.py first, outs: [first.txt], meta: {gpus: 1}}
   last: {cmd: exec python stage.py last, deps: [first.txt], outs: [last.txt], meta: {gpus: 1}}
 """
-WAIT = 400  # seconds: only keeps a broken test from hanging
-
-
-class Server:
-    """A Prefect server that can be killed and started again, with its files in `home`."""
-
-    def __init__(self, home: Path) -> None:
-        home.mkdir()
-        self.home, self.port = home, free_port()
-        self.url = f"http://127.0.0.1:{self.port}/api"
-        self.start()
-
-    def start(self) -> None:
-        from flows.server import answers, server_command
-
-        command, variables = server_command(self.port)
-        environment = {**os.environ, **variables, "PREFECT_HOME": str(self.home)}
-        with (self.home / "log").open("a") as log:
-            self.process = subprocess.Popen(
-                command, env=environment, stdout=log, stderr=log, start_new_session=True
-            )
-        wait(lambda: answers(self.url), "the server's start")
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-def wait(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + WAIT
-    while not condition():
-        if time.monotonic() > deadline:
-            pytest.fail(f"not within {WAIT} s: {what}")
-        time.sleep(0.1)
 
 
 @pytest.fixture
@@ -127,6 +95,53 @@ def test_a_server_may_be_away_for_six_minutes() -> None:
     assert {entry["work_pool"]["job_variables"]["env"][variable] for entry in entries} == {number}
 
 
+def test_who_needs_a_server_waits_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from flows import server
+
+    url = f"http://127.0.0.1:{free_port()}/api"
+    monkeypatch.setattr(server, "AWAY", 0.0)
+    with pytest.raises(InfrastructureError, match=f"no Prefect server at {url}"):
+        server.wait_for_server(url)
+    monkeypatch.setattr(server, "AWAY", 600.0)
+    waiting = threading.Thread(target=server.wait_for_server, args=[url])
+    waiting.start()
+    waiting.join(0.5)
+    assert waiting.is_alive()
+
+    class Healthy(Handler):
+        def do_GET(self) -> None:
+            self.answer(200, {}, b"true")
+
+    with ThreadingHTTPServer(("127.0.0.1", int(url.split(":")[2].split("/")[0])), Healthy) as late:
+        threading.Thread(target=late.serve_forever).start()
+        waiting.join(60)
+        late.shutdown()
+    assert not waiting.is_alive()
+
+
+ENDED = """
+import time
+from flows import server
+server.GRACE = 0.5
+try:
+    with server.ending_without_server("http://127.0.0.1:9/api"):
+        raise {error}
+finally:
+    time.sleep({seconds})  # as Prefect, which tries to tell its server
+"""
+
+
+@pytest.mark.parametrize(
+    ("error", "seconds", "code"),
+    [("SystemExit", 600, 143), ("KeyboardInterrupt", 600, 130), ("ValueError", 2, 1)],
+)
+def test_only_who_was_ended_leaves_without_its_server(error: str, seconds: int, code: int) -> None:
+    done = run_python(ENDED.format(error=error, seconds=seconds))
+    assert done.returncode == code
+    assert ("no Prefect server answers" in done.stderr) == (code != 1)
+
+
+@pytest.mark.thorough
 def test_a_stage_that_ends_while_the_server_is_away_has_succeeded(server: Server) -> None:
     with running_flow() as flow:
         server.kill()
@@ -140,6 +155,7 @@ def test_a_stage_that_ends_while_the_server_is_away_has_succeeded(server: Server
     assert taken() == 0
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_flow_that_is_ended_does_not_wait_for_a_dead_server(server: Server, number: signal.Signals) -> None:
     from flows.server import GRACE

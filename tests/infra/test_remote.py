@@ -1,6 +1,8 @@
 """DVC's remote and experiments on a miniature pipeline, with this repository's own settings."""
 
+import hashlib
 import json
+import shlex
 import shutil
 import subprocess
 import sys
@@ -9,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.chaos import unshares
+from dgpo_core.files import remove
 from tasks.commands.experiments import changes, rows
 from tests.conftest import ROOT, commit_all, make_workplace
 
@@ -33,7 +37,7 @@ stages:
 
 
 def run(place: Path, *command: str, fails: bool = False) -> str:
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=600)
     assert (done.returncode != 0) == fails, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -93,6 +97,74 @@ def test_a_second_clone_pulls_and_has_nothing_to_do(first: Path) -> None:
     assert (second / "models/dgpo").read_text() == "0.5"
     set_beta(second, 0.25)
     assert "is cached - skipping run" in dvc(second, "repro")
+
+
+def digests(folder: Path) -> set[str]:
+    """Read every object of a cache or remote; the names are the MD5 of what is in it.
+
+    What DVC was writing when there was no more room is none: it stays there as `.<something>.tmp`.
+    """
+    found = [path for path in (folder / "files/md5").rglob("[!.]*") if path.is_file()]
+    for path in found:
+        name = path.parent.name + path.name
+        assert hashlib.md5(path.read_bytes()).hexdigest() == name.removesuffix(".dir"), path
+    return {path.parent.name + path.name for path in found}
+
+
+def clone(first: Path, name: str) -> Path:
+    """Clone `first` without its stages; the DVC remote is the folder `shared` beside the clones."""
+    made = first.parent / name
+    run(first, "git", "clone", "-q", ".", str(made))
+    for file in ("dvc.yaml", "dvc.lock"):
+        (made / file).unlink()
+    dvc(made, "remote", "add", "--local", "--default", "shared", str(first.parent / "shared"))
+    return made
+
+
+LARGE = 64 << 20  # bytes
+
+
+@pytest.mark.thorough
+def test_two_clones_push_at_once(first: Path) -> None:
+    """One file is in both, so that both send the same object; each also has one of its own."""
+    places = [clone(first, f"clone-{number}") for number in range(2)]
+    for place in places:
+        (place / "large").write_bytes(bytes(LARGE))
+        (place / "own").write_text(place.name)
+        dvc(place, "add", "-q", "large", "own")
+    command = [sys.executable, "-m", "tasks.commands.cli", "push"]
+    pushes = [subprocess.Popen(command, cwd=place, stdout=subprocess.DEVNULL) for place in places]
+    assert [push.wait(600) for push in pushes] == [0, 0]
+    shared = first.parent / "shared"
+    objects = digests(shared)
+    assert all(objects >= digests(place / ".dvc/cache") for place in places)
+    assert not list(shared.rglob("*.tmp"))
+    for place in places:  # and what was pushed comes back
+        for path in (place / ".dvc/cache", place / "large", place / "own"):
+            remove(path)
+        dvc(place, "pull", "-q", "large", "own")
+        assert (place / "own").read_text() == place.name and (place / "large").read_bytes() == bytes(LARGE)
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(not unshares(), reason="a small file system needs the right to mount one")
+def test_a_full_remote_is_named_and_filled_later(first: Path) -> None:
+    """The remote has room for some of what is pushed: no object is half-written, and a later push ends it."""
+    place = clone(first, "full")
+    shared = first.parent / "small"
+    shared.mkdir()
+    dvc(place, "remote", "modify", "--local", "shared", "url", str(shared))
+    (place / "large").write_bytes(bytes(LARGE))
+    dvc(place, "add", "-q", "large")
+    push = shlex.join([sys.executable, "-m", "tasks.commands.cli", "push"])
+    kept = Path(f"{shared}-kept")  # the mount ends with its process
+    script = f"mount -t tmpfs -o size=32m tmpfs {shared}; {push}; code=$?; cp -r {shared} {kept}; exit $code"
+    message = run(place, "unshare", "--mount", "sh", "-c", script, fails=True)
+    assert "No space left on device" in message and "Traceback" not in message
+    everything = digests(place / ".dvc/cache")
+    assert digests(kept) < everything
+    remote(place, "push")
+    assert digests(shared) == everything
 
 
 def test_no_remote_is_said_in_one_line(first: Path) -> None:

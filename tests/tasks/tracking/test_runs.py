@@ -1,6 +1,8 @@
 """MLflow: what a stage leaves in a real sqlite store, and that a broken store is survived."""
 
+import contextlib
 import json
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -191,6 +193,38 @@ def test_broken_store_is_warned_of_once(
         Path("out").touch()
     assert Path("out").exists()
     assert capsys.readouterr().err.count("warning: MLflow does not record") == 1
+
+
+def test_a_store_that_is_locked_for_a_while_costs_nothing(
+    own_store: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not even how the run has ended: MLflow waits 20 s for a lock, and a stage as long for MLflow."""
+    other = sqlite3.connect(own_store.parent / "mlflow.db", isolation_level=None, check_same_thread=False)
+    with stage("train", config={}) as run:
+        while not run.tracker.run_id:
+            time.sleep(0.05)
+        run.metrics(1, {"em": 0.5})
+        other.execute("BEGIN EXCLUSIVE")
+        run.metrics(2, {"em": 0.75})
+        release = threading.Timer(9, other.execute, ["ROLLBACK"])
+        release.start()
+    release.join()
+    client = connect()
+    found = client.get_run(run_of("train")).info
+    assert found.status == "FINISHED" and "warning" not in capsys.readouterr().err
+    history = client.get_metric_history(found.run_id, "em")
+    assert {(point.step, point.value) for point in history} == {(1, 0.5), (2, 0.75)}
+
+
+@pytest.mark.thorough
+def test_a_store_that_stays_locked_ends_no_stage(own_store: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.closing(sqlite3.connect(own_store.parent / "mlflow.db", isolation_level=None)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with stage("train", config={}, outputs=[Path("out")]) as run:
+            run.metrics(1, {"em": 0.5})
+            run.output(Path("out")).touch()
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert "database is locked" in line and Path("out").exists()
 
 
 def test_no_message_names_a_password(
