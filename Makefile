@@ -22,7 +22,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench chaos test test-thorough test-all fuzz test-vllm test-deepspeed check format ci base-models clean
+.PHONY: help install demo bench chaos test test-thorough test-all fuzz test-vllm test-deepspeed check format audit ci base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -114,6 +114,18 @@ bench: $(VENV)/.installed-dev .venv-trl  ## time what is compared with others (a
 chaos: $(VENV)/.installed-dev .venv-faketime  ## kill all stages at random instants and compare bytes; docs/reliability.md
 	$(PY) -m benchmarks.chaos $(CHAOS_ARGS)
 
+.venv-audit: | $(PY)
+	$(PY) -m pip install -q --no-warn-conflicts --target $@ cyclonedx-bom==7.5.0 pip-audit==2.10.1
+
+# Without the validation, which takes most of the time.
+audit: .venv-audit  ## write sbom.json (CycloneDX) of the exact versions, and look for their known weaknesses (osv.dev)
+	PYTHONPATH=.venv-audit $(PY) -m cyclonedx_py requirements --no-validate --pyproject pyproject.toml --of JSON \
+		--output-file sbom.json $(CONSTRAINTS)
+	@if $(PY) -c 'import socket; socket.create_connection(("api.osv.dev", 443), 10)' 2>/dev/null; then \
+		PYTHONPATH=.venv-audit $(PY) -m pip_audit --strict --vulnerability-service osv --no-deps --disable-pip \
+			--requirement $(CONSTRAINTS); \
+	else echo "osv.dev cannot be reached: known weaknesses were not looked for"; fi
+
 ci:  ## run what the hosted checks run: check, and all tests but the slow ones (.ci/run)
 	@.ci/run
 
@@ -126,5 +138,5 @@ base-model-%: $(VENV)/.installed
 
 clean:  ## remove what runs have made (not the environment, nor what DVC has cached)
 	@test ! -d .services || $(PY) -m infra.services down
-	rm -rf .services .state runs mlruns mlflow.db mlflow.db-* mlflow.db.lock .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf sbom.json .services .state runs mlruns mlflow.db mlflow.db-* mlflow.db.lock .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
