@@ -55,6 +55,7 @@ PASSAGES = 21_015_324  # of wiki-18
 
 SETTING = "data.published"  # where params.yaml names the files
 HUB = "hf://"
+OWN_FILES = "your own documents and questions need data.source: files (docs/data.md)"
 TAG = re.compile(r"<[^>]+>")  # a token of HTML in NQ's simplified form
 TYPES = {str: "a string", int: "an integer", bool: "true or false", dict: "an object"}
 REPORT_EVERY = 20_000  # passages
@@ -94,7 +95,8 @@ def fetch(address: str, setting: str) -> DataFile:
     wanted = hub_file(address, setting)
     if wanted is None:
         if not Path(address).is_file():
-            raise UserError(f"{setting}: {address}: no such file")
+            found = "a folder, but a file is wanted" if Path(address).is_dir() else "no such file"
+            raise UserError(f"{setting}: {address}: {found}; {OWN_FILES}")
         return DataFile(Path(address), address)
     where = f"{setting}: {address}"
     try:

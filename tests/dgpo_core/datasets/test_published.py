@@ -138,6 +138,8 @@ def test_local_files(tmp_path: Path) -> None:
     assert fetch(str(path), "x") == DataFile(path, str(path))
     with pytest.raises(UserError, match=r"data\.published\.nq: .*b\.jsonl: no such file"):
         fetch(str(tmp_path / "b.jsonl"), "data.published.nq")
+    with pytest.raises(UserError, match=r"corpus: .* a folder, .* your own .* need data\.source: files"):
+        fetch(str(tmp_path), "data.published.corpus")
 
 
 @pytest.mark.parametrize("address", ["hf://models/a/b/c", "hf://datasets/a/b", "hf://datasets/a/b@", "hf://"])
