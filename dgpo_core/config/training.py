@@ -121,6 +121,7 @@ class CorpusTextConfig(Section):
     """Distillation on the corpus's text, which heals a model that has lost layers."""
 
     tokens: int = Field(256, ge=2, description="of a sequence: passages laid end to end, and cut")
+    sequences: PositiveInt | None = Field(None, description="an epoch reads so many; null: the whole corpus")
     validation: PositiveInt = Field(64, description="sequences held out for the validation loss")
     dev_every: PositiveInt = Field(50, description="steps between two validations, and checkpoints")
 

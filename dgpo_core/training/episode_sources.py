@@ -155,7 +155,8 @@ class CorpusTexts(EpisodeSource):
         ids = [token for i in shuffled(len(texts), f"corpus-{seed}") for token in texts[i]]
         sequences = [_text_episode(ids[i : i + size], i // size) for i in range(0, len(ids) - size + 1, size)]
         held_out = min(config.corpus.validation, len(sequences) // 10)
-        self.held_out, self._read = sequences[:held_out], sequences[held_out:]
+        self.held_out = sequences[:held_out]
+        self._read = sequences[held_out:][: config.corpus.sequences]
         if not self._read:
             raise UserError(
                 f"distill.corpus.tokens: the corpus has {len(ids)} tokens, not one sequence of {size}"

@@ -4,6 +4,7 @@ import random
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
@@ -58,7 +59,8 @@ def test_questions_come_in_shuffled_epochs() -> None:
 
 def test_the_corpus_is_laid_end_to_end_and_cut() -> None:
     texts = [[100 * n + place for place in range(7 + n % 5)] for n in range(30)]
-    settings = {"epochs": 2, "batch_size": 4, "corpus": {"tokens": 8, "validation": 3, "dev_every": 5}}
+    settings: dict[str, Any] = {"epochs": 2, "batch_size": 4}
+    settings["corpus"] = {"tokens": 8, "validation": 3, "dev_every": 5}
     config = DistillConfig.model_validate(settings)
     source = CorpusTexts(texts, config, seed=0)
     epochs = [[e for step in steps for e in source.batch(step)] for steps in (range(8), range(8, 16))]
@@ -73,6 +75,11 @@ def test_the_corpus_is_laid_end_to_end_and_cut() -> None:
         assert ids[start:end] == texts[ids[start] // 100], "every text is whole, and in one piece"
     assert all(model_sequence(episode).positions == list(range(1, 8)) for episode in read)
     assert CorpusTexts(texts, config, seed=1).batch(0) != source.batch(0)
+    settings["corpus"] = {"tokens": 8, "validation": 3, "sequences": 10}
+    part = CorpusTexts(texts, DistillConfig.model_validate(settings), seed=0)
+    assert part.steps == 6 and part.held_out == source.held_out
+    drawn = [{e.question_id for step in steps for e in part.batch(step)} for steps in (range(3), range(3, 6))]
+    assert drawn[0] == drawn[1] < {e.question_id for e in epochs[0]} and len(drawn[0]) == 10
     with pytest.raises(UserError, match=r"distill\.corpus\.tokens: the corpus has 7 tokens"):
         CorpusTexts(texts[:1], config, seed=0)
 
