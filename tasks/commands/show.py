@@ -10,6 +10,7 @@ from rich.table import Table
 
 from dgpo_core.errors import UserError
 from dgpo_core.text import markdown_cell
+from tasks.project.paths import METRICS
 
 RESULTS = Path("reports/results.json")
 AVERAGE = "average"
@@ -22,7 +23,7 @@ def load_results(path: Path) -> Results:
     try:
         results = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path}: no results yet; run the pipeline first (`make demo`)") from None
+        raise UserError(f"{path}: no results yet; {_way_to_results()}") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from error
     except ValueError as error:
@@ -32,6 +33,15 @@ def load_results(path: Path) -> Results:
         raise UserError(f'{path}: expected {{model: {{data set: {{"em": ...}}}}}}')
     loaded: Results = results
     return loaded
+
+
+def _way_to_results() -> str:
+    """Say what makes the table: the whole pipeline, or the models that have been evaluated already."""
+    prefix = "evaluate-"
+    if models := sorted(path.stem.removeprefix(prefix) for path in METRICS.glob(f"{prefix}*.json")):
+        names = ", ".join(models)
+        return f"of {names} alone: `compare: [{names}]` in params.yaml, then `python -m tasks.stages.report`"
+    return "run the pipeline first (`make demo`)"
 
 
 def rows(results: Results) -> tuple[list[str], list[list[str]]]:

@@ -8,6 +8,7 @@ import pytest
 
 from dgpo_core.errors import UserError
 from tasks.commands.show import Results, load_results, markdown, show
+from tasks.project.paths import METRICS
 
 
 def scores(em: float) -> dict[str, Any]:
@@ -43,6 +44,11 @@ def test_bad_results_are_refused(tmp_path: Path, text: str) -> None:
         load_results(path)
 
 
-def test_no_results_yet(tmp_path: Path) -> None:
+def test_no_results_yet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match="make demo"):
+        load_results(tmp_path / "results.json")
+    METRICS.mkdir()
+    (METRICS / "evaluate-student.json").write_text("{}")
+    with pytest.raises(UserError, match=r"compare: \[student\]` in params\.yaml, .*tasks\.stages\.report`"):
         load_results(tmp_path / "results.json")
