@@ -8,10 +8,19 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
+from hypothesis import Phase, settings
 
 # how long an example takes depends on what else the machine does
 settings.register_profile("pipeline", deadline=None)
+# `make mutants`: few examples, the same for each change of the code, and any failure is enough
+settings.register_profile(
+    "mutants",
+    deadline=None,
+    max_examples=20,
+    derandomize=True,
+    database=None,
+    phases=[Phase.explicit, Phase.generate],
+)
 settings.load_profile("pipeline")
 
 ROOT = Path(__file__).parents[1]

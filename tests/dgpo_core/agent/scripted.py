@@ -18,7 +18,7 @@ Script = Callable[[tuple[int, ...], int], str]  # (the task's seed, turn) -> tex
 class ScriptedEngine:
     """Cuts a text at its limit of new tokens, as an engine must; every token has log-probability -0.5."""
 
-    lane = None
+    lane: int | None = None
 
     def __init__(self, tokenizer: Any, script: Script) -> None:
         self.tokenizer, self.script = tokenizer, script

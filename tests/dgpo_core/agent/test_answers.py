@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from dgpo_core.agent import answers
 from dgpo_core.agent.answers import contains_answer, exact_match, token_f1
-from dgpo_core.text import canonical, normalize
+from dgpo_core.text import canonical, normalize, without_articles
 
 TEXT = st.text(max_size=30) | st.lists(
     st.sampled_from(["a", "An", "the", "by", "Paris,", "yes", "no", "U.S.", "x-y", " \n"]), max_size=6
@@ -144,6 +144,19 @@ def test_a_long_text_is_looked_through_in_pieces(piece: int, texts: list[str], g
         patch.setattr(answers, "PIECE", piece)
         stands = any(a in whole for a in wanted if a) if whole else exact_match(text, golden)
         assert contains_answer(text, golden) == stands
+
+
+def test_a_long_text_is_read_no_further_than_the_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+
+    def counted(text: str) -> str:
+        read.append(len(text))
+        return without_articles(text)
+
+    monkeypatch.setattr(answers, "without_articles", counted)
+    text = "Ada was born in Paris. " + "Nobody knows more. " * 20_000
+    assert contains_answer(text, ["Paris"])
+    assert 0 < sum(read) < 3 * answers.PIECE < len(text) / 10
 
 
 @given(TEXT, TEXT)

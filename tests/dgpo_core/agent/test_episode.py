@@ -46,10 +46,17 @@ EPISODES = st.builds(
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(EPISODES, max_size=3))
 def test_round_trip(tmp_path: Path, episodes: list[Episode]) -> None:
-    path = tmp_path / "new" / "e.parquet"
+    path = tmp_path / "new" / "folder" / "e.parquet"
     write_episodes(path, episodes, {"index": "äb1"})
     assert read_episodes(path) == episodes
     assert read_metadata(path) == {"index": "äb1"}
+
+
+def test_a_table_is_compressed_and_needs_no_metadata(tmp_path: Path) -> None:
+    path = tmp_path / "e.parquet"
+    write_episodes(path, [random_episode(0)])
+    assert read_metadata(path) == {}
+    assert pq.read_metadata(path).row_group(0).column(0).compression == "ZSTD"
 
 
 def test_bad_files_are_the_users(tmp_path: Path) -> None:
@@ -57,8 +64,10 @@ def test_bad_files_are_the_users(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"e\.parquet: no such file"):
         read_episodes(path)
     path.write_text("hello")
-    with pytest.raises(UserError, match=r"e\.parquet: not a Parquet file"):
-        read_episodes(path)
+    for read in (read_episodes, read_metadata):
+        with pytest.raises(UserError, match=r"e\.parquet: not a Parquet file of episodes: .*Parquet") as told:
+            read(path)
+        assert "\n" not in str(told.value)
     pq.write_table(pa.table({"question_id": ["a"]}), path)
     with pytest.raises(UserError, match=r"e\.parquet: .*lacks the columns .*'token_ids'"):
         read_episodes(path)

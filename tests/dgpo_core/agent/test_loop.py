@@ -5,6 +5,7 @@ import random
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import pytest
@@ -12,7 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dgpo_core.agent import prompts
-from dgpo_core.agent.engine import EpisodeCache, Generation, GuidedEngine, Request
+from dgpo_core.agent.engine import (
+    EpisodeCache,
+    FinishReason,
+    Generation,
+    GuidedEngine,
+    Request,
+)
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Owner
 from dgpo_core.agent.loop import AgentLoop, Task, collect, em_of, stable_seed
 from dgpo_core.config.agent import GREEDY, ProtocolConfig
@@ -22,12 +29,18 @@ from dgpo_core.retrieval.index import Index
 from dgpo_core.retrieval.ranking import Retriever
 from dgpo_core.world.pretraining import build_tokenizer
 from tests.dgpo_core.agent.scripted import Answering, ScriptedEngine
+from tests.dgpo_core.agent.scripts import (
+    ANSWER,
+    BABBLE,
+    SEARCH,
+    TOKENIZER,
+    paris_or_rome,
+    pieces,
+    run_all,
+    scripted,
+    tasks,
+)
 from tests.dgpo_core.making import question, random_episode
-
-SEARCH = "<think> I need it. </think>\n<search> birthplace of Ada </search>"
-ANSWER = "<think> yes. </think>\n<answer> Paris </answer>"
-BABBLE = "I know nothing.<|im_end|>"
-TOKENIZER = build_tokenizer()
 
 
 def run(
@@ -44,16 +57,6 @@ def run(
     return episode, engine
 
 
-def pieces(episode: Episode) -> list[tuple[Owner, str]]:
-    """The episode as (owner, text) of its runs of tokens."""
-    runs: list[tuple[Owner, list[int]]] = []
-    for token, owner in zip(episode.token_ids, episode.owners, strict=True):
-        if not runs or runs[-1][0] != owner:
-            runs.append((Owner(owner), []))
-        runs[-1][1].append(token)
-    return [(owner, str(TOKENIZER.decode(ids))) for owner, ids in runs]
-
-
 def result(episode: Episode) -> tuple[str | None, Outcome, Ending]:
     return episode.prediction, episode.outcome, episode.ending
 
@@ -62,22 +65,6 @@ def environment_ids(episode: Episode) -> list[int]:
     return [
         t for t, owner in zip(episode.token_ids, episode.owners, strict=True) if owner == Owner.ENVIRONMENT
     ]
-
-
-def scripted(scripts: list[list[str]]) -> ScriptedEngine:
-    """An engine that writes the script whose number is a task's seed; its last text again and again."""
-    return ScriptedEngine(TOKENIZER, lambda seed, t: scripts[seed[0]][min(t, len(scripts[seed[0]]) - 1)])
-
-
-def tasks(numbers: Iterable[int]) -> list[Task]:
-    return [Task(question(name=f"q{i}"), "onehop", seed=(i,)) for i in numbers]
-
-
-def run_all(
-    engine: ScriptedEngine, retriever: Retriever, numbers: Iterable[int], **limits: int
-) -> list[Episode]:
-    loop = AgentLoop(engine, TOKENIZER, retriever, ProtocolConfig.model_validate(limits), 3)
-    return loop.run(tasks(numbers), GREEDY)
 
 
 def test_search_then_answer() -> None:
@@ -97,6 +84,8 @@ def test_search_then_answer() -> None:
     assert episode.hit
     (search,) = episode.searches
     assert (search.query, search.passage_ids, search.scores) == ("birthplace of Ada", ["7"], [9.0])
+    named = episode.question_id, episode.dataset, episode.question, episode.golden_answers
+    assert named == ("q0", "onehop", "Where was Ada born", ["Paris"])
     assert [request.seed for request in engine.requests] == [(0, 0), (0, 1)]
     second = engine.requests[1].token_ids
     assert second == episode.token_ids[: len(second)]
@@ -207,9 +196,16 @@ def test_information_is_cut_but_never_its_tags(texts: list[tuple[str, str]], lim
     text = str(TOKENIZER.decode(shown))
     if len(TOKENIZER.encode(whole)) <= limit:
         assert shown == TOKENIZER.encode(whole)
-    elif text:
-        assert text.endswith("\n")
-        assert whole.startswith(text[:-1])
+    else:
+        assert not text or (text.endswith("\n") and whole.startswith(text[:-1]))
+        # no less is shown than can be: a cut passage fills the room, or not even its title has a place
+        blocks = [prompts.document(i, p.title, p.text) for i, p in enumerate(passages, 1)]
+        fitting = [TOKENIZER.encode("".join(blocks[:i])) for i in range(len(blocks))]
+        full = [ids for ids in fitting if len(ids) <= limit][-1]
+        number = fitting.index(full)
+        head = TOKENIZER.encode(prompts.document(number + 1, passages[number].title, "").rstrip("\n"))
+        cut = len(full) + len(head) + 1 < limit
+        assert len(shown) == limit if cut else shown == full
     assert episode.outcome is Outcome.CORRECT
     assert episode.searches[0].passage_ids == [p.id for p in passages]
 
@@ -267,6 +263,7 @@ def test_of_a_long_passage_no_more_is_tokenised_than_is_shown(
         assert episode.hit
         shown.append(pieces(episode)[2][1])
     assert shown[0] == shown[1]
+    assert "Short.\nDoc 2(Title: " in shown[0]
     assert 700 < len(shown[0]) < sum(read) < 20_000
 
 
@@ -319,13 +316,16 @@ def test_episodes_alone_and_together_are_the_same(index: Index) -> None:
     assert len(whole["q0"].searches[0].passage_ids) == 3
 
 
-def test_failing_retriever_is_no_wrong_answer() -> None:
+def test_failing_retriever_is_no_wrong_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    pauses: list[float] = []
+    monkeypatch.setattr("tenacity.nap.time", SimpleNamespace(sleep=pauses.append))
     retriever = Answering(failures=99)
     right, failed = run_all(scripted([[ANSWER], [SEARCH]]), retriever, range(2))
     assert (right.outcome, right.failure) == (Outcome.CORRECT, None)
     assert result(failed) == (None, Outcome.FAILED, Ending.FAILURE)
     assert failed.failure == "the index is down"
     assert (failed.searches, failed.generations, retriever.calls) == ([], 1, 3)
+    assert pauses == [0.5, 1.0]
 
 
 def test_transient_failure_is_tried_again() -> None:
@@ -383,6 +383,27 @@ def test_a_model_that_gives_no_numbers_is_no_wrong_answer(value: float) -> None:
         loop.run([Task(question(), "onehop")], GREEDY)
 
 
+def test_more_tokens_than_were_asked_for_fail_the_episode() -> None:
+    """Of a turn's limit, and of what is left of the context."""
+    prompt = len(TOKENIZER.encode(prompts.prompt_text("Where was Ada born", "paper", TOKENIZER)))
+
+    class Talkative(ScriptedEngine):
+        more = 0
+
+        def answer(self, request: Request, stop: tuple[str, ...]) -> Generation:
+            count = request.max_new_tokens + self.more
+            return Generation([5] * count, [-0.5] * count, FinishReason.LENGTH)
+
+    for limits, room in (({"max_new_tokens": 3}, 3), ({"max_context": prompt + 4}, 4)):
+        engine = Talkative(TOKENIZER, lambda *_: "")
+        (whole,) = run_all(engine, Answering(), [0], max_turns=0, **limits)
+        assert (whole.failure, whole.model_tokens) == (None, room)
+        engine.more = 1
+        (failed,) = run_all(engine, Answering(), [0], max_turns=0, **limits)
+        told = f"the engine gave {room + 1} tokens and {room + 1} log-probabilities, of at most {room}"
+        assert (failed.failure, failed.outcome, failed.model_tokens) == (told, Outcome.FAILED, 0)
+
+
 class Chunks:
     """Collections of seven tasks, three at a time, resumed from `folder`."""
 
@@ -398,10 +419,6 @@ class Chunks:
 
         loop = AgentLoop(self.engine, TOKENIZER, Answering(), ProtocolConfig(), 3)
         return collect(loop, tasks(range(7)), GREEDY, 3, self.folder, progress)
-
-
-def paris_or_rome(seed: tuple[int, ...], turn: int) -> str:
-    return f"<answer> {'Paris' if seed[0] % 2 else 'Rome'} </answer>"
 
 
 def test_killed_collection_continues_with_the_same_episodes(tmp_path: Path) -> None:
@@ -421,10 +438,10 @@ def test_what_is_down_stops_a_collection_that_continues_later(tmp_path: Path) ->
     class Down(ScriptedEngine):
         def answer(self, request: Request, stop: tuple[str, ...]) -> Generation:
             if len(self.requests) > 3:
-                raise InfrastructureError("the engine is dead")
+                raise InfrastructureError(f"the engine is dead at {request.seed}")
             return super().answer(request, stop)
 
-    with pytest.raises(InfrastructureError, match="all 3 episodes of a chunk failed: the engine is dead"):
+    with pytest.raises(InfrastructureError, match=r"all 3 episodes of a chunk failed: .* dead at \(3, 0\)$"):
         Chunks(tmp_path, Down(TOKENIZER, lambda *_: ANSWER))()
     resumed = Chunks(tmp_path, ScriptedEngine(TOKENIZER, lambda *_: ANSWER))
     assert all(episode.correct for episode in resumed())
@@ -436,6 +453,24 @@ def test_failed_episodes_are_in_no_average() -> None:
     failed = replace(wrong, outcome=Outcome.FAILED)
     assert em_of([right, failed, failed]) == 1.0
     assert em_of([right, wrong, failed]) == 0.5
+
+
+def test_of_failed_episodes_alone_there_is_no_average() -> None:
+    assert math.isnan(em_of([replace(random_episode(1), outcome=Outcome.FAILED)]))
+
+
+def test_a_chunk_with_a_failed_episode_is_tried_again(tmp_path: Path) -> None:
+    class Flaky(ScriptedEngine):
+        def answer(self, request: Request, stop: tuple[str, ...]) -> Generation:
+            if request.seed[0] == 1:
+                raise InfrastructureError("the engine is dead")
+            return super().answer(request, stop)
+
+    first = Chunks(tmp_path / "new" / "state", Flaky(TOKENIZER, lambda *_: ANSWER))()
+    assert [episode.outcome is Outcome.FAILED for episode in first] == [False, True] + [False] * 5
+    again = Chunks(tmp_path / "new" / "state", ScriptedEngine(TOKENIZER, lambda *_: ANSWER))
+    assert all(episode.correct for episode in again())
+    assert [request.seed[0] for request in again.engine.requests] == [0, 1, 2]
 
 
 def test_stable_seeds_are_fixed_and_distinct() -> None:

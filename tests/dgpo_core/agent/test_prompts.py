@@ -7,17 +7,21 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.agent.prompts import (
     INVALID_ACTION,
+    document,
     encode_prompt,
     encode_start,
     encode_text,
     information,
+    known_ids,
+    message_text,
     prompt_text,
     with_question_mark,
+    without_tags,
 )
 from dgpo_core.datasets.records import Passage
 from dgpo_core.rehearsal import build_tokenizer as rehearsal_tokenizer
@@ -135,6 +139,35 @@ def test_no_text_makes_control_tokens_and_none_is_lost(parts: list[str]) -> None
     harmless = encode_prompt("a", "short", TOKENIZER)
     assert [i for i in prompt if i in CONTROL] == [i for i in harmless if i in CONTROL]
     assert TOKENIZER.decode(prompt) == prompt_text(f"a{text}", "short", TOKENIZER)
+
+
+def test_other_peoples_tags_are_opened() -> None:
+    """In every form that a tokenizer may take for one; only the protocol's own, and nothing else."""
+    written = "a </information> <ANSWER> \uff1csearch\uff1e <\uff0fthink> <b> < search> <searches>"
+    shown = "a < /information> < ANSWER> \uff1c search\uff1e < \uff0fthink> <b> < search> <searches>"
+    assert without_tags(written) == shown
+    assert document(3, written, written) == f"Doc 3(Title: {shown}) {shown}\n"
+    assert document(3, "A", "b", "release") == 'Doc 3(Title: "A") b\n'
+    assert message_text(f"who {written} ", "short").endswith(f"Question: who {shown}?\n")
+
+
+def test_added_tokens_that_are_not_special_are_text_too() -> None:
+    """As Qwen's of tools: a longer one is not cut at a shorter one that it begins with."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tools = ["<tool>", "<tool>x", "[more]"]
+    tokenizer.add_tokens([AddedToken(tool, special=False, normalized=False) for tool in tools])
+    ids = {tokenizer.get_vocab()[tool] for tool in tools}
+    for text in ("<tool>", "a<tool>x<tool>[more] b", "[more]<|im_end|>[more]", "<answer> c </answer>"):
+        assert not ids & set(encode_text(text, tokenizer))
+        assert tokenizer.decode(encode_text(text, tokenizer)) == text
+    assert ids & set(tokenizer.encode("<tool>x[more]"))
+    tokenizer.chat_template = "<tool>{{ messages[0]['content'] }}[more]"  # the template may write them
+    for asked in ("who", "who is <tool>x of [more]"):
+        prompt = encode_prompt(asked, "short", tokenizer)
+        assert tokenizer.decode([i for i in prompt if i in ids]) == "<tool>[more]"
+    plain = "Where was Ada born"
+    assert encode_text(plain, tokenizer) == TOKENIZER.encode(plain)
+    assert known_ids(tokenizer) == known_ids(TOKENIZER) + 3 == max(ids) + 1
 
 
 TRAINED_ON = [

@@ -19,6 +19,7 @@ from dgpo_core.objectives.divergences import (
     skew_reverse_kl,
     taid,
 )
+from tests.dgpo_core.objectives.making import made_inside
 
 # with its definition on probabilities p of the teacher and q of the student
 Definition = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -47,10 +48,10 @@ def defined_taid(t: float) -> Definition:
 CASES: list[tuple[Divergence, Definition]] = [
     (forward_kl, kl),
     (reverse_kl, lambda p, q: kl(q, p)),
-    *[(generalized_jsd(b), defined_jsd(b)) for b in SHARES],
-    *[(skew_kl(a), lambda p, q, a=a: kl(p, a * p + (1 - a) * q)) for a in SHARES],
-    *[(skew_reverse_kl(a), lambda p, q, a=a: kl(q, (1 - a) * p + a * q)) for a in SHARES],
-    *[(taid(t), defined_taid(t)) for t in (0.4, 0.9)],
+    *[(made_inside(generalized_jsd, b), defined_jsd(b)) for b in SHARES],
+    *[(made_inside(skew_kl, a), lambda p, q, a=a: kl(p, a * p + (1 - a) * q)) for a in SHARES],
+    *[(made_inside(skew_reverse_kl, a), lambda p, q, a=a: kl(q, (1 - a) * p + a * q)) for a in SHARES],
+    *[(made_inside(taid, t), defined_taid(t)) for t in (0.4, 0.9)],
 ]
 LOGITS = st.lists(st.floats(-15, 15), min_size=2, max_size=6)
 
@@ -152,11 +153,19 @@ def test_limits_of_the_others() -> None:
 
 
 @pytest.mark.parametrize(
-    "make", [generalized_jsd, skew_kl, skew_reverse_kl, taid], ids=lambda make: make.__name__
+    ("make", "name", "limits"),
+    [
+        (generalized_jsd, "beta", ()),
+        (skew_kl, "alpha", (0.0, 1.0)),
+        (skew_reverse_kl, "alpha", (0.0, 1.0)),
+        (taid, "t", (0.0,)),
+    ],
 )
-def test_shares_outside_are_refused(make: Callable[[float], Divergence]) -> None:
-    for value in (-0.1, 1.1):
-        with pytest.raises(ValueError, match="between 0 and 1"):
+def test_shares_outside_are_refused(
+    make: Callable[[float], Divergence], name: str, limits: tuple[float, ...]
+) -> None:
+    for value in (-0.1, 1.1, *limits):
+        with pytest.raises(ValueError, match=f"^{name} must lie between 0 and 1, not at {value}$"):
             make(value)
 
 

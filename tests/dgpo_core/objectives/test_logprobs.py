@@ -1,5 +1,7 @@
 """Chunked log-probabilities and divergences against torch.distributions and TRL."""
 
+import itertools
+import math
 from collections.abc import Callable
 
 import pytest
@@ -21,13 +23,22 @@ from dgpo_core.objectives.divergences import (
 from dgpo_core.objectives.logprobs import (
     cached_losses,
     distillation_losses,
+    engine_gap,
+    guided_logprobs,
     token_logprobs,
     top_distributions,
     with_rest,
 )
+from tests.dgpo_core.objectives.making import made_inside
 
 N, H, V = 11, 6, 17
-DIVERGENCES = [forward_kl, reverse_kl, generalized_jsd(0.3), skew_kl(0.1), skew_reverse_kl(0.1), taid(0.4)]
+DIVERGENCES = [
+    forward_kl,
+    reverse_kl,
+    *itertools.starmap(
+        made_inside, [(generalized_jsd, 0.3), (skew_kl, 0.1), (skew_reverse_kl, 0.1), (taid, 0.4)]
+    ),
+]
 Parts = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 Pair = tuple[torch.Tensor, ...]
 
@@ -157,10 +168,70 @@ def test_tokens_do_not_see_each_other(parts: Parts, divergence: Divergence) -> N
     torch.testing.assert_close(permuted, (terms[0][order], terms[1][order]))
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_guided_logprobs(parts: Parts, chunk: int) -> None:
+    """The reference is asked at the guided tokens alone, and compared at temperature 1; elsewhere is 0."""
+    hidden, head, reference_hidden, wide_head, targets = parts
+    guided, reference_head, temperature = torch.arange(N) % 3 != 1, wide_head[:V], 0.6
+    logits, reference_logits = hidden @ head.T, reference_hidden @ reference_head.T
+    policy, reference = Categorical(logits=logits / temperature), Categorical(logits=reference_logits / 0.6)
+    distance = kl_divergence(Categorical(logits=logits), Categorical(logits=reference_logits))
+    expected = (
+        policy.log_prob(targets), policy.entropy(), distance * guided, reference.log_prob(targets) * guided
+    )  # fmt: skip
+
+    def found(h: torch.Tensor, w: torch.Tensor, divergence: Divergence | None) -> Pair:
+        reference = reference_hidden[guided].requires_grad_(), reference_head.detach().requires_grad_()
+        return guided_logprobs(h, w, targets, temperature, guided, *reference, divergence, chunk)
+
+    torch.testing.assert_close(found(hidden, head, reverse_kl), expected)
+    without = found(hidden, head, None)
+    torch.testing.assert_close(without, (*expected[:2], torch.zeros(N), expected[3]))
+    assert not without[2].requires_grad and not without[3].requires_grad
+
+    def defined(h: torch.Tensor, w: torch.Tensor) -> Pair:
+        own = h @ w.T
+        kl = kl_divergence(Categorical(logits=own), Categorical(logits=reference_logits)) * guided
+        return Categorical(logits=own / temperature).log_prob(targets), kl
+
+    torch.testing.assert_close(
+        gradients(lambda h, w: found(h, w, reverse_kl)[::2], hidden, head), gradients(defined, hidden, head)
+    )
+
+
+def test_values_are_single_precision_at_temperature_1_unless_told_otherwise(parts: Parts) -> None:
+    hidden, head, teacher_hidden, teacher_head, targets = parts
+    student = Categorical(logits=hidden @ head.T)
+    teacher = Categorical(logits=teacher_hidden @ teacher_head[:V].T)
+    torch.testing.assert_close(
+        token_logprobs(hidden, head, targets), (student.log_prob(targets), student.entropy())
+    )
+    torch.testing.assert_close(distillation_losses(*parts)[1], kl_divergence(teacher, student))
+    h, w, teacher_h, teacher_w = (values.bfloat16() for values in parts[:4])
+    nobody = torch.zeros(N, dtype=torch.bool)
+    found = (
+        *token_logprobs(h, w, targets),
+        *distillation_losses(h, w, teacher_h, teacher_w, targets),
+        *guided_logprobs(h, w, targets, 1.0, nobody, teacher_h[:0], teacher_w[:V], forward_kl),
+    )
+    assert [values.dtype for values in found] == [torch.float32] * 8
+
+
 def test_no_tokens(parts: Parts) -> None:
     hidden, head, teacher_hidden, teacher_head, targets = (p[:0] if len(p) == N else p for p in parts)
-    assert token_logprobs(hidden, head, targets)[0].shape == (0,)
-    assert distillation_losses(hidden, head, teacher_hidden, teacher_head, targets)[1].shape == (0,)
+    reference = hidden.bfloat16(), head.bfloat16()
+    found = (
+        *token_logprobs(*reference, targets),
+        *distillation_losses(hidden, head, teacher_hidden, teacher_head, targets),
+        *guided_logprobs(*reference, targets, 1.0, targets.bool(), *reference, forward_kl),
+    )
+    assert [(values.shape, values.dtype) for values in found] == [((0,), torch.float32)] * 8
+
+
+def test_engine_gap_by_hand() -> None:
+    found = engine_gap(torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -1.0, -3.0]))
+    ratio = (math.exp(0.5) + math.exp(-1) + 1) / 3
+    assert found == pytest.approx({"engine_gap_mean": 0.5, "engine_gap_max": 1.0, "engine_ratio": ratio})
 
 
 @given(st.integers(0, 10**6), st.integers(1, 6), st.sampled_from([1.0, 30.0]))

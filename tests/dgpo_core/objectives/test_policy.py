@@ -153,6 +153,8 @@ def test_whiten_against_numpy() -> None:
     assert not found[~MASK.bool().numpy()].any()
     single = whiten(torch.tensor([[3.0, 9.0]]), torch.tensor([[1.0, 0.0]]))
     assert single.tolist() == [[0.0, 0.0]]
+    two = whiten(torch.tensor([[3.0, 9.0], [5.0, 7.0]]), torch.tensor([[1.0, 0.0], [1.0, 0.0]]))
+    assert two[:, 0].tolist() == pytest.approx([-(0.5**0.5), 0.5**0.5])
 
 
 def test_clipped_surrogate_by_hand() -> None:

@@ -93,7 +93,8 @@ def test_what_an_estimate_as_a_loss_pulls_towards() -> None:
 
 
 def test_full_kl_is_no_estimate() -> None:
-    with pytest.raises(ValueError, match="whole distributions"):
+    message = "^'reverse_kl' needs the whole distributions, not the sampled tokens$"
+    with pytest.raises(ValueError, match=message):
         kl_estimate(POLICY, REFERENCE, "reverse_kl")
 
 
@@ -107,6 +108,14 @@ def test_gate() -> None:
     }
     for guidance, values in expected.items():
         assert gate(correct, guidance, answered).tolist() == values
+
+
+@pytest.mark.parametrize("guidance", ["selective", "teachable", "uniform", "none"])
+def test_rewards_stay_on_their_device(guidance: Guidance) -> None:
+    """Torch's device without data stands for another than the processor."""
+    correct, kl = torch.ones(2, dtype=torch.bool, device="meta"), torch.ones(2, 3, device="meta")
+    opened = gate(correct, guidance, ~correct)
+    assert {opened.device.type, token_rewards(correct, kl, kl, opened, 0.1).device.type} == {"meta"}
 
 
 def test_token_rewards_by_hand() -> None:
