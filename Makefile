@@ -3,6 +3,7 @@ VENV ?= .venv
 VLLM_VENV ?= .venv-vllm
 PYTEST_ARGS ?=
 CHAOS_ARGS ?= --kills 200
+MUTANTS_ARGS ?=
 TEST_PROCESSES ?= 2
 
 PY := $(VENV)/bin/python
@@ -22,7 +23,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench chaos test test-thorough test-all fuzz test-vllm test-deepspeed check format audit ci base-models clean
+.PHONY: help install demo bench chaos test test-thorough test-all fuzz mutants test-vllm test-deepspeed check format audit ci base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -78,6 +79,9 @@ test-all: $(VENV)/.installed-dev  ## run all tests
 
 fuzz: $(VENV)/.installed-dev  ## try 100,000 inputs from outside, changed and hostile ones (hours; .ci/nightly)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -v -s tests/fuzz --hypothesis-profile=nightly $(PYTEST_ARGS)
+
+mutants: $(VENV)/.installed-dev  ## change objectives and agent loop in one place each: does a test notice? (hours)
+	OMP_NUM_THREADS=1 $(PY) -m benchmarks.mutants $(MUTANTS_ARGS)
 
 test-vllm: $(VLLM_VENV)/.installed  ## run the tests of the vLLM engines on the CPU, in an environment of their own
 	VLLM_ENABLE_V1_MULTIPROCESSING=0 VLLM_CPU_KVCACHE_SPACE=1 VLLM_NO_USAGE_STATS=1 HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 \
@@ -138,5 +142,5 @@ base-model-%: $(VENV)/.installed
 
 clean:  ## remove what runs have made (not the environment, nor what DVC has cached)
 	@test ! -d .services || $(PY) -m infra.services down
-	rm -rf sbom.json .services .state runs mlruns mlflow.db mlflow.db-* mlflow.db.lock .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf sbom.json .services .state runs mlruns mlflow.db mlflow.db-* mlflow.db.lock .prefect .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants .coverage*
 	find . -name __pycache__ -not -path './.venv*' -prune -exec rm -rf {} +
