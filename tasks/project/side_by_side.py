@@ -47,22 +47,26 @@ class Order:
     def __init__(self, stages: Mapping[str, Stage]) -> None:
         self._stages = stages
         self._waiting_for = {name: len(downstream(stages, name)) for name in stages}
-        self._order = TopologicalSorter({s.name: set(s.upstream) & set(stages) for s in stages.values()})
+        needs = {stage.name: set(stage.upstream) & set(stages) for stage in stages.values()}
+        self._depth: dict[str, int] = {}  # of the longest chain of stages that ends with each
+        for name in TopologicalSorter(needs).static_order():
+            self._depth[name] = 1 + max((self._depth[other] for other in needs[name]), default=0)
+        self._order = TopologicalSorter(needs)
         self._order.prepare()
         self._ready: list[str] = []
         self.touched: set[str] = set()
         self.running: dict[Future[Result], str] = {}
 
     def next(self) -> str | None:
-        """Take the ready stage that most others wait for, of equal ones the one that was ready first.
+        """Take the ready stage that most others wait for, of equal ones the one after the longest chain.
 
-        Stages with nothing to do are passed over.
+        So RL goes before a distillation that nothing follows. Stages with nothing to do are passed over.
         """
         while True:
             self._ready += self._order.get_ready()
             if not self._ready:
                 return None
-            self._ready.sort(key=self._waiting_for.__getitem__, reverse=True)
+            self._ready.sort(key=lambda name: (self._waiting_for[name], self._depth[name]), reverse=True)
             name = self._ready.pop(0)
             if is_stale(self._stages[name], self.touched):
                 return name

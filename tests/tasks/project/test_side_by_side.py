@@ -138,5 +138,5 @@ def test_whom_most_wait_for_goes_first_and_others_get_what_it_leaves() -> None:
         order.running[future := start(name)] = name
         assert order.is_behind("evaluate") and not order.is_behind(name)
         order.end(future)
-    start("evaluate")  # as many wait for it as for `another`, and it has been ready for longer
-    start("another")
+    start("another")  # as many wait for it as for `evaluate`, and a longer chain has led to it
+    start("evaluate")
