@@ -223,6 +223,9 @@ class PhaseConfig(Section):
     )
     steps: PositiveInt
     batch_size: PositiveInt = Field(64, description="sequences a step")
+    micro_batch_size: PositiveInt | None = Field(
+        None, description="sequences in one pass; it shows in speed and rounding. null: 16, of the protocol 4"
+    )
     learning_rate: PositiveFloat = Field(3e-3, description="of embeddings and vectors (AdamW)")
     matrix_learning_rate: PositiveFloat = Field(0.01, description="of the layers' matrices (Muon)")
     warmup_steps: NonNegativeInt = 50

@@ -310,7 +310,7 @@ class BaseModelBuilder:
                 reads, label = phase.kind == "reading", f"{number}-{phase.kind}"
                 batch = self._reading(drill, phase, seed) if reads else self._protocol_batches(phase, seed)
                 checkpoint, report = Checkpoint(self._state / label), partial(self._report, label)
-                rows = AT_A_TIME[phase.kind]
+                rows = phase.micro_batch_size or AT_A_TIME[phase.kind]
                 train_on_examples(model, phase, batch, checkpoint, report, rows, plan.precision)
             save_model(model, self._tokenizer, folder)
         finally:
