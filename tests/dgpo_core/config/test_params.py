@@ -317,7 +317,11 @@ def test_every_profile_resolves(path: Path) -> None:
     resolved = resolve_profile(path)
     assert resolved["profile"] == path.stem
     assert Params.model_validate(resolved).model_dump(mode="json") == resolved
-    rows = {"smol": {"kd", "dgpo", "no_teacher"}, "smol-models": {"smol_teacher"}}
+    rows = {
+        "smol": {"kd", "dgpo", "no_teacher"},
+        "smol-models": {"smol_teacher"},
+        "tiny-search": {"kd", "kd_long", "dgpo"},
+    }
     given = set() if path.stem == "smol-models" else {"student", "teacher"}
     assert set(resolved["compare"]) == given | rows.get(path.stem, {"kd", "dgpo"})
     # published models see passages as the release shows them; ours, as they were built
