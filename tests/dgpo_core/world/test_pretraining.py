@@ -150,6 +150,26 @@ def test_a_few_examples_at_a_time_give_the_same_gradient(
     assert float(parts.norm()) == pytest.approx(float(whole.norm()), rel=1e-4)
 
 
+def test_a_phase_may_say_how_many_examples_go_through_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    phases = [
+        phase.model_copy(update={"batch_size": 5, "micro_batch_size": size, "steps": 1})
+        for phase, size in ((READING, 2), (PROTOCOL, None))
+    ]
+    config = CONFIG.model_copy(update={"models": {"own": BaseModelConfig(shape=STUDENT, phases=phases)}})
+    passes: list[int] = []
+
+    def counted(model: PreTrainedModel, part: list[Example], precision: str) -> torch.Tensor:
+        passes.append(len(part))
+        return weighted_loss(model, part, precision)
+
+    monkeypatch.setattr(pretraining, "weighted_loss", counted)
+    protocol = ProtocolConfig(instruction="short", max_context=1024, max_new_tokens=80)
+    BaseModelBuilder(config, protocol, 3, tmp_path / "state", ignore).build("own", tmp_path / "own")
+    assert passes == [2, 2, 1, 4, 1]
+
+
 def test_a_rate_that_is_too_high_ends_the_build(tokenizer: PreTrainedTokenizerFast, tmp_path: Path) -> None:
     config = PhaseConfig(kind="reading", steps=5, batch_size=4, learning_rate=1e30, matrix_learning_rate=1e30)
     with pytest.raises(NotFinite, match=r"the (loss|grad_norm) of step \d .*lower learning_rate or matrix_"):
