@@ -62,13 +62,17 @@ class PipelineFailed(Exception):
 @flow(name="stages", task_runner=ThreadPoolTaskRunner(), persist_result=False)  # type: ignore[arg-type]
 def stages(
     root: Path = Path(), settings: PipelineSettings = DEFAULTS, retry_delay_seconds: float = 5
-) -> None:
+) -> State[None] | None:
     """Bring the stages of the checkout `root` up to date, in place.
 
     Of `settings`, those that choose stages and say how to run them count. Raises UserError for bad arguments
-    and PipelineFailed when a stage failed.
+    and PipelineFailed when a stage failed; Prefect's log has the message, without a traceback.
     """
-    _bring_up_to_date(root.resolve(), settings, None, retry_delay_seconds)
+    try:
+        _bring_up_to_date(root.resolve(), settings, None, retry_delay_seconds)
+    except (UserError, PipelineFailed) as error:
+        return Failed(message=str(error), data=error)  # which Prefect raises where the flow was called
+    return None
 
 
 @flow(name="pipeline", task_runner=ThreadPoolTaskRunner(), persist_result=False)  # type: ignore[arg-type]

@@ -74,7 +74,10 @@ def together(arguments: list[str]) -> dict[str, Stage]:
         return {}
     refuse_second()
     stages = read_dag(Path())
-    return select(stages, arguments) if stages.keys() >= set(arguments) else {}
+    try:
+        return select(stages, arguments)
+    except UserError:
+        return {}  # a file, say, which is a target for DVC
 
 
 def reproduce(arguments: list[str], options: Sequence[str] = ()) -> int:

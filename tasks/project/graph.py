@@ -63,19 +63,26 @@ def select(
 ) -> dict[str, Stage]:
     """Choose only `targets` and what they need, and of these only `from_stage` and what depends on it.
 
-    Raises UserError for an unknown name, or when nothing is left.
+    As with DVC, `distill` stands for all of `distill@...`. Raises UserError for an unknown name, or when
+    nothing is left.
     """
-    targets = list(targets)
-    unknown = sorted({*targets, *([from_stage] if from_stage else [])} - set(stages))
-    if unknown:
-        raise UserError(f"no such stage: {', '.join(unknown)}; there are {', '.join(stages)}")
-    chosen = _with_upstream(targets, stages) if targets else dict(stages)
+    chosen, targets = dict(stages), list(targets)
+    if targets:
+        chosen = _with_upstream((name for target in targets for name in _members(target, stages)), stages)
     if from_stage:
-        after = downstream(stages, from_stage)
+        after = {name for member in _members(from_stage, stages) for name in downstream(stages, member)}
         chosen = {name: stage for name, stage in chosen.items() if name in after}
     if not chosen:
         raise UserError(f"none of {', '.join(targets)} depends on {from_stage}")
     return chosen
+
+
+def _members(name: str, stages: Iterable[str]) -> list[str]:
+    """Return the stage of this name, or those of the group."""
+    found = [stage for stage in stages if stage == name or stage.startswith(f"{name}@")]
+    if not found:
+        raise UserError(f"no such stage: {name}; there are {', '.join(stages)}")
+    return found
 
 
 def is_stale(stage: Stage, touched: Container[str]) -> bool:

@@ -224,6 +224,7 @@ def test_bad_arguments(api: str, repository: Path) -> None:
     result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 2
     assert "error: no such stage: nothing" in result.stderr
+    assert "Traceback" not in result.stdout + result.stderr
     result = subprocess.run(
         [*command[:3], "--max-parallel", "0"], capture_output=True, text=True, check=False
     )

@@ -92,6 +92,8 @@ def test_targets_bring_what_they_need_and_from_stage_what_needs_it(repository: P
     assert set(select(stages, from_stage="kd")) == {"kd", "report"}
     assert list(select(stages, ["report"], "kd")) == ["kd", "report"]
     assert downstream(stages, "index") == set(stages)
+    assert set(select(stages, ["distill"])) == {"index", "distill@1", "distill@2"}
+    assert set(select(stages, from_stage="distill")) == {"distill@1", "distill@2"}
     assert select(stages) == stages
     with pytest.raises(UserError, match="none of index depends on kd"):
         select(stages, ["index"], "kd")
