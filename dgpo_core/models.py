@@ -25,7 +25,7 @@ from dgpo_core.config.data import ModelShape
 from dgpo_core.config.training import LoraConfig
 from dgpo_core.errors import NotFinite, UserError
 from dgpo_core.files import replacement
-from dgpo_core.hub import HTTP_ERROR, load_error
+from dgpo_core.hub import HTTP_ERROR, hub_model, load_error
 
 MAX_POSITIONS = 4096
 ADAPTER = "adapter"  # folder in that of a model which was trained with LoRA
@@ -58,36 +58,38 @@ def build_model(shape: ModelShape, tokenizer: PreTrainedTokenizerBase) -> PreTra
 
 
 def load_tokenizer(source: str) -> Any:
-    """Load the tokenizer of a model folder or hub name.
+    """Load the tokenizer of a model folder or hub name (`hub_model`).
 
     Raises UserError where there is none, InfrastructureError when the hub cannot be reached.
     """
     _check_source(source)
     if Path(source).is_dir() and not any(Path(source).glob("tokenizer*")):
         raise UserError(f"{source}: this model folder has no tokenizer (tokenizer.json is missing)")
+    name, revision = hub_model(source)
     try:
-        return AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, revision=revision, trust_remote_code=False)
     except Exception as error:  # of its files transformers expects what it has written itself
         raise load_error(f"{source}: cannot load a tokenizer", error) from error
 
 
 def load_model(source: str, device: str = "cpu", dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """Load the causal language model of a folder or hub name, in evaluation mode.
+    """Load the causal language model of a folder or hub name (`hub_model`), in evaluation mode.
 
     Raises UserError for what is no model, has no safetensors, wants to run code of its own or has weights
     that are no numbers; InfrastructureError when the hub cannot be reached.
     """
     _check_source(source)
+    name, revision = hub_model(source)
     try:
         model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-            source, dtype=dtype, use_safetensors=True, trust_remote_code=False
+            name, revision=revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
         )
     except (OSError, ValueError, SafetensorError, HTTP_ERROR) as error:
         raise load_error(f"{source}: cannot load a model", error) from error
     model.to(device)  # type: ignore[arg-type]
     model.eval()
-    if name := broken_weight(model):
-        raise UserError(f"{source}: {name} has entries that are nan or infinite: this model is broken")
+    if weight := broken_weight(model):
+        raise UserError(f"{source}: {weight} has entries that are nan or infinite: this model is broken")
     _learn_all_embeddings(model)
     return model
 
@@ -170,9 +172,9 @@ def _check_source(source: str) -> None:
 
     A longer path, or one in a folder that is here, means a folder.
     """
-    path = Path(source)
+    path, name = Path(source), hub_model(source).name  # a revision may have slashes: refs/pr/1
     means_folder = (
-        source.count("/") > 1 or source.startswith((".", "/")) or (path.parent.name and path.parent.is_dir())
+        name.count("/") > 1 or name.startswith((".", "/")) or (path.parent.name and path.parent.is_dir())
     )
     if means_folder and not path.is_dir():
         raise UserError(f"{source}: there is no such model folder")

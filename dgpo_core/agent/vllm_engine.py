@@ -26,6 +26,7 @@ from dgpo_core.agent.engine import Finished, FinishReason, Generation, Request, 
 from dgpo_core.agent.loop import stable_seed
 from dgpo_core.config.agent import RolloutConfig, Sampling
 from dgpo_core.errors import InfrastructureError, UserError
+from dgpo_core.hub import hub_model
 from dgpo_core.temporary import temporary_folder
 
 UNTOUCHED = "default"  # vLLM's name of the weights it was started with
@@ -66,13 +67,16 @@ class VllmEngine:
         if not torch.cuda.is_available():
             # a prompt in pieces draws and takes back a random number, which CPU generators cannot
             options["enable_chunked_prefill"] = False
+        name, revision = hub_model(source)
         try:
             from vllm import LLM
         except ImportError as error:
             raise UserError(f"rollout.engine: vllm {INSTALL} ({error})") from error
         try:
             return LLM(
-                model=source,
+                model=name,
+                revision=revision,
+                tokenizer_revision=revision,
                 dtype=config.precision,
                 max_model_len=max_context,
                 tensor_parallel_size=config.vllm.tensor_parallel,
@@ -215,9 +219,10 @@ def _failures(doing: str) -> Iterator[None]:
 
 def load_stop_criteria(source: str, tokenizer: Any) -> StopCriteria:
     """Return the criteria for generations of the model in a folder or on the hub."""
-    config = AutoConfig.from_pretrained(source)
+    name, revision = hub_model(source)
+    config = AutoConfig.from_pretrained(name, revision=revision)
     try:
-        settings = GenerationConfig.from_pretrained(source)
+        settings = GenerationConfig.from_pretrained(name, revision=revision)
     except OSError:  # a model without generation_config.json
         settings = GenerationConfig.from_model_config(config)
     return StopCriteria(tokenizer, eos_ids(tokenizer, settings), config.get_text_config().vocab_size)

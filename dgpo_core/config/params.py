@@ -101,7 +101,9 @@ Row = TypeVar("Row", Distillation, Reinforcement)
 class ModelSources(Section):
     """The two models that a run starts from."""
 
-    student: str = Field("Qwen/Qwen2.5-0.5B-Instruct", description="a folder, or a name of the hub")
+    student: str = Field(
+        "Qwen/Qwen2.5-0.5B-Instruct", description="a folder, or owner/name[@revision] of the hub"
+    )
     teacher: str = Field(
         "omron-sinicx/SearchR1-ppo-qwen2.5-3b-instruct",
         description="the same, or openai:<model>@<base URL>: a model behind an endpoint (docs/data.md)",

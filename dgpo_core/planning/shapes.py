@@ -15,6 +15,7 @@ from typing import Any
 from dgpo_core.config.training import DEFAULT_ZERO_STAGE, ComputeConfig
 from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
+from dgpo_core.hub import hub_model
 
 TABLE = Path(__file__).with_name("architectures.yaml")
 FAMILIES = ("qwen2", "llama", "bert")
@@ -174,7 +175,8 @@ def config_of(source: str) -> dict[str, Any]:
 
 def published(source: str) -> dict[str, Any] | None:
     """Find the table's entry of a repository on the hub."""
-    return next((entry for entry in table().values() if source in entry["repositories"]), None)
+    name = hub_model(source).name
+    return next((entry for entry in table().values() if name in entry["repositories"]), None)
 
 
 @cache

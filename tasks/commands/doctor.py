@@ -31,9 +31,10 @@ from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.config.retrieval import parse_location
 from dgpo_core.datasets.published import SETTING, gold_addresses, hub_file, split_addresses
 from dgpo_core.errors import InfrastructureError, UserError, without_credentials
+from dgpo_core.hub import NEWEST, cached_file, hub_model
 from dgpo_core.planning.workload import GIB, Device, Machine
 from dgpo_core.vocabulary import check_same_vocabulary
-from tasks.commands.preflight import VOCABULARY, cached_file, model_file, preflight
+from tasks.commands.preflight import VOCABULARY, model_file, preflight
 from tasks.project import git
 from tasks.project.dvc import Problem, problems, read_config
 from tasks.tracking.store import (
@@ -204,7 +205,9 @@ def hub(params: Params) -> list[Finding]:
     if params.models.endpoint is None:
         models["models.teacher"] = params.models.teacher
     if params.retrieval.has_encoder:
-        models["retrieval.encoder.model"] = params.retrieval.encoder.model
+        encoder = params.retrieval.encoder
+        at = f"@{encoder.revision}" if encoder.revision else ""
+        models["retrieval.encoder.model"] = encoder.model + at
     files = {"retrieval.vectors": params.retrieval.vectors} if params.retrieval.vectors else {}
     if params.data.source == "published":
         config, sets = params.data.published, params.questions
@@ -217,15 +220,17 @@ def hub(params: Params) -> list[Finding]:
         return list(at_once.map(lambda look: look(), looks))
 
 
-def _model(setting: str, name: str) -> Finding:
-    if Path(name).is_dir():
-        return ok(setting, f"{name}, a folder")
-    if cached_file(name, "config.json"):
-        return ok(setting, f"{name}, in the cache")
-    if refusal := _refusal(name, "config.json"):
-        return error(setting, f"{name} is neither a folder nor in the cache: {refusal[0]}", refusal[1])
-    advice = f"its stage downloads it; `hf download {name}` does it now"
-    return warning(setting, f"{name} is not here yet", advice)
+def _model(setting: str, source: str) -> Finding:
+    if Path(source).is_dir():
+        return ok(setting, f"{source}, a folder")
+    name, revision = hub_model(source)
+    if cached := cached_file(source, "config.json"):
+        pin = f"; {name}@{cached.parent.name} pins what is here" if revision == NEWEST else ""
+        return ok(setting, f"{source}, in the cache{pin}")
+    if refusal := _refusal(name, "config.json", revision=revision):
+        return error(setting, f"{source} is neither a folder nor in the cache: {refusal[0]}", refusal[1])
+    download = f"hf download {name}" + ("" if revision == NEWEST else f" --revision {revision}")
+    return warning(setting, f"{source} is not here yet", f"its stage downloads it; `{download}` does it now")
 
 
 def _files(setting: str, places: list[str]) -> Finding:

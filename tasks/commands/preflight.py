@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
 from tokenizers import Tokenizer
 
 from dgpo_core.config.params import PARAMS, load_params
+from dgpo_core.hub import cached_file
 from dgpo_core.vocabulary import check_same_vocabulary
 
 VOCABULARY = "tokenizer.json"
@@ -31,12 +31,3 @@ def model_file(source: str, name: str, root: Path = Path()) -> Path | None:
         return cached_file(source, name)
     file = root / source / name
     return file if file.is_file() else None
-
-
-def cached_file(name: str, file: str) -> Path | None:
-    """Return where a file of a model on the hub was downloaded to, or None."""
-    try:
-        found = try_to_load_from_cache(name, file)
-    except ValueError:  # not a name of the hub
-        return None
-    return Path(found) if isinstance(found, str) else None  # else: not there, or known not to exist

@@ -19,6 +19,7 @@ from dgpo_core.config.params import PARAMS, Params, load_params, paper_recipes, 
 from dgpo_core.config.recipes import Distillation, Keep
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
+from dgpo_core.hub import cached_file
 from tasks.project.dvc import LOCK, Lock, LockedStage, dvc_md5, read_lock, upstream
 from tasks.project.files import content_hash
 from tasks.project.git import changed_files, head
@@ -298,12 +299,9 @@ def _model(source: str, inputs: Mapping[str, str]) -> dict[str, str | None]:
     if Path(source).is_dir():
         md5, sha256 = dvc_md5(Path(source)), inputs.get(source) or content_hash(Path(source))
         return {"source": source, "sha256": sha256, "md5": md5, "revision": None}
-    from huggingface_hub import try_to_load_from_cache
-
     on_hub = endpoint_of(source) is None  # of a model behind an endpoint its name is all that is known
-    # .../snapshots/<commit>/config.json
-    cached = try_to_load_from_cache(source, "config.json") if on_hub else None
-    revision = Path(cached).parent.name if isinstance(cached, str) else None
+    cached = cached_file(source, "config.json") if on_hub else None
+    revision = cached.parent.name if cached else None
     return {"source": source, "sha256": None, "md5": None, "revision": revision}
 
 

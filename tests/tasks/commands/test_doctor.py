@@ -150,6 +150,8 @@ def on_hub(params: Params) -> dict[str, Finding]:
 def test_models_on_the_hub(known_hub: None, monkeypatch: pytest.MonkeyPatch) -> None:
     student = on_hub(profile("paper-qwen-3b"))["models.student"]
     assert student.level == "warning" and "hf download Qwen/Qwen2.5-0.5B-Instruct" in student.advice
+    pinned = profile("paper-qwen-3b", models={"student": "Qwen/Qwen2.5-0.5B-Instruct@abc"})
+    assert "Qwen2.5-0.5B-Instruct --revision abc" in on_hub(pinned)["models.student"].advice
     llama = profile("paper-llama-8b")
     gated = on_hub(llama)["models.teacher"]
     assert gated.level == "error" and "there is no token" in gated.message
@@ -165,6 +167,17 @@ def test_models_on_the_hub(known_hub: None, monkeypatch: pytest.MonkeyPatch) -> 
         "models/student, a folder",
         "models/teacher, a folder",
     }
+
+
+def test_a_model_of_the_cache_can_be_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    repository = tmp_path / "models--some--model"
+    for place, text in (("refs/main", "1f2e"), ("snapshots/1f2e/config.json", "{}")):
+        (repository / place).parent.mkdir(parents=True)
+        (repository / place).write_text(text)
+    for name, message in (("some/model", "; some/model@1f2e pins what is here"), ("some/model@1f2e", "")):
+        found = on_hub(profile("tiny", models={"student": name}))["models.student"]
+        assert (found.level, found.message) == ("ok", f"{name}, in the cache{message}")
 
 
 def test_data_sets_on_the_hub_and_here(known_hub: None, tmp_path: Path) -> None:
