@@ -27,12 +27,10 @@ SHORTEST_TITLE = 5  # characters of a title that is looked for in other passages
 LONGEST_TITLE = 3  # words, likewise
 COPY = 8  # words in a row that make a question a copy of its passage
 SHARE = 0.8  # of a short question's words, likewise
-# for the estimate
-CHARACTERS, KEPT, WRITTEN = (
-    4.0,
-    0.4,
-    (60, 10, 10),
-)  # a token's; share of attempts; tokens of the three replies
+# for the estimate: a token's characters; share of attempts that are kept; tokens of the three replies
+CHARACTERS, KEPT, WRITTEN = 4.0, 0.4, (60, 10, 10)
+EXCESS, FEWEST = 4, 10  # a run makes up to so many times the estimated attempts, of which these are the least
+EXCERPT = 200  # characters that are kept of a reply without a question
 
 _RULES = """\
 - Whoever has not seen the text must know what is meant: name it, and write no "the passage" or "he".
@@ -74,7 +72,10 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of a candidate; `refused` says why there is no question of it, empty where there is one."""
+    """What came of a candidate; `refused` says why there is no question of it, empty where there is one.
+
+    `reply` is how a reply in which no question was found begins.
+    """
 
     key: str
     kind: str
@@ -84,6 +85,7 @@ class Attempt:
     refused: str
     prompt_tokens: int
     completion_tokens: int
+    reply: str = ""
 
 
 def one_hop(corpus: Sequence[Passage], seed: int) -> Iterator[Candidate]:
@@ -164,6 +166,7 @@ class QuestionWriter:
             refused,
             sum(reply.prompt_tokens for reply in replies),
             sum(reply.completion_tokens for reply in replies),
+            "" if found else replies[0].text[:EXCERPT],
         )
 
 
@@ -235,10 +238,13 @@ def write_questions(
     concurrency: int,
     progress: Callable[[int, int], None],
 ) -> tuple[list[Question], list[Attempt]]:
-    """Return the first `count` good questions, and all attempts up to there; fewer where candidates end.
+    """Return the first `count` good questions, and all attempts up to there.
 
-    Attempts of `log` are not made again. `progress` gets questions and attempts so far.
+    Fewer where candidates end, or after EXCESS times the attempts that were to be expected: a model that is
+    not up to it must not go through the whole corpus. Attempts of `log` are not made again, and do not count.
+    `progress` gets questions and attempts so far.
     """
+    most = len(log.known) + EXCESS * max(FEWEST, math.ceil(count / KEPT))
 
     def attempt(candidate: Candidate) -> Attempt:
         made = log.known.get(writer.key(candidate))
@@ -251,7 +257,9 @@ def write_questions(
     attempts: list[Attempt] = []
     asked: set[frozenset[str]] = set()
     with ThreadPoolExecutor(concurrency) as threads:
-        while len(questions) < count and (batch := list(islice(candidates, concurrency))):
+        while len(questions) < count and (left := most - len(log.known)) > 0:
+            if not (batch := list(islice(candidates, min(concurrency, left)))):
+                break
             for candidate, made in zip(batch, threads.map(attempt, batch), strict=True):
                 if len(questions) == count:
                     break

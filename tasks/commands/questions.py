@@ -86,7 +86,10 @@ def questions(
             found += new
             tried += attempts
             if len(new) < count:
-                console.print(f"{kind}: the corpus has given {len(new)} of {count}")
+                console.print(
+                    f"{kind}: {len(new)} of {count} after {len(attempts):,} attempts; "
+                    "the same command goes on where passages are left"
+                )
     _finish(out, found, tried, order, console)
 
 
@@ -97,7 +100,8 @@ def _finish(out: Path, found: list[Question], tried: list[Attempt], order: Order
     spent = (read * order.price_in + written * order.price_out) / 1e6
     refused = Counter(each.refused for each in tried if each.refused)
     for why, count in refused.most_common():
-        console.print(f"{count:6} refused: {why}")
+        reply = next((each.reply for each in tried if each.refused == why and each.reply), "")
+        console.print(f"{count:6} refused: {why}" + (f"; one was: {reply!r}" if reply else ""))
     if not found:
         raise UserError(f"no question of {len(tried)} attempts is good: take a larger model")
     with replacement(out) as part:

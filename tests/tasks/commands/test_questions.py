@@ -93,7 +93,7 @@ def test_every_question_is_checked(corpus: None, capsys: pytest.CaptureFixture[s
     assert [each["id"] for each in two.metadata["golden_passages"]] == ["r", "3"]
     assert two.metadata["golden_passages"][1]["text"] == TOWNS[3].text
     out = capsys.readouterr().out
-    assert "asked before" in out and "twohop: the corpus has given 1 of 5" in out
+    assert "asked before" in out and "twohop: 1 of 5 after 1 attempts" in out
 
 
 def test_a_run_that_was_ended_gives_the_same_and_pays_nothing_twice(
@@ -165,6 +165,20 @@ def test_no_endpoint(corpus: None) -> None:
 def test_a_model_that_writes_nothing_of_use(corpus: None) -> None:
     with endpoint(lambda body: "Hello!") as server, pytest.raises(UserError, match="take a larger model"):
         write(server.source)
+
+
+def test_a_useless_model_does_not_go_through_the_whole_corpus(
+    corpus: None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each run makes forty attempts, four times the ten that are taken for the least to be expected."""
+    write_jsonl(Path("corpus.jsonl"), [Passage(str(n), f"Town{n}", f"{FILL} {FILL}") for n in range(200)])
+    with endpoint(lambda body: "Towns are nice.") as server:
+        for made in (40, 80):
+            with pytest.raises(UserError, match=f"no question of {made} attempts is good"):
+                write(server.source, one=2)
+            assert len(attempts()) == made == len(server.requests)
+    out = capsys.readouterr().out
+    assert "40 refused: no question with an answer in the reply; one was: 'Towns are nice.'" in out
 
 
 def test_pairs_are_those_of_which_one_names_the_other() -> None:
