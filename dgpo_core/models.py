@@ -110,6 +110,8 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
             raise NotFinite(f"weight {name}", math.nan, "the model is not saved: lower the learning rate")
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        for weights in part.rglob("*.safetensors"):  # which safetensors lets only their owner read
+            weights.chmod((part / "config.json").stat().st_mode)
 
 
 def kept_layers(layers: int, count: int) -> list[int]:

@@ -41,6 +41,15 @@ def test_round_trip_and_plain_transformers(
     assert any(tmp_path.glob("m/*.safetensors"))
 
 
+def test_whoever_may_read_the_folder_may_read_all_of_it(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, tmp_path: Path
+) -> None:
+    save_model(model, tokenizer, tmp_path / "m")
+    (tmp_path / "other").touch()
+    usual = (tmp_path / "other").stat().st_mode
+    assert [path.name for path in (tmp_path / "m").iterdir() if path.stat().st_mode != usual] == []
+
+
 def test_same_seed_same_weights(tokenizer: PreTrainedTokenizerFast) -> None:
     first, second, other = (tiny_model(tokenizer, seed) for seed in (1, 1, 2))
     assert same_weights(first, second) and not same_weights(first, other)
