@@ -48,6 +48,7 @@ from tasks.tracking.store import (
     tracking_uri,
 )
 
+CPUINFO = Path("/proc/cpuinfo")  # avx512_bf16, amx_bf16; on ARM bf16
 COLOURS = {"ok": "green", "warning": "yellow", "error": "red"}
 TIMEOUT = 4.0  # seconds for an answer from the network
 OPEN_FILES = 4096  # Qdrant's segments, data loaders and sockets
@@ -148,7 +149,18 @@ def machine(params: Params) -> list[Finding]:
     if not rows and uses_gpus:
         advice = "install NVIDIA's driver, or use a profile for the processor (`dgpo use tiny`)"
         findings.append(error("GPUs", f"compute.device is {params.compute.device}; {trouble}", advice))
+    findings += [] if uses_gpus else _narrow(params)
     return findings + holders() + _fit(params, rows if uses_gpus else [])
+
+
+def _narrow(params: Params) -> list[Finding]:
+    """Warn of bfloat16 where the processor does not have it, as far as Linux tells."""
+    sections = {"compute": params.compute.precision, "rollout": params.rollout.precision}
+    narrow = [f"{name}.precision" for name, precision in sections.items() if precision == "bfloat16"]
+    if not narrow or not CPUINFO.is_file() or "bf16" in CPUINFO.read_text(encoding="utf-8"):
+        return []
+    text, advice = "bfloat16, which this processor does not have", "float32 is likely to be faster here"
+    return [warning(" and ".join(narrow), text, advice)]
 
 
 def holders() -> list[Finding]:

@@ -169,6 +169,21 @@ def test_models_on_the_hub(known_hub: None, monkeypatch: pytest.MonkeyPatch) -> 
     }
 
 
+def test_bfloat16_on_a_processor_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "CPUINFO", tmp_path / "cpuinfo")
+    smol = profile("smol")
+
+    def subjects(params: Params, flags: str) -> set[str]:
+        doctor.CPUINFO.write_text(f"processor : 0\nflags : {flags}\n")
+        return by_subject(doctor.machine(params)).keys() & {"compute.precision and rollout.precision"}
+
+    assert subjects(smol, "fpu avx512f")
+    assert not subjects(smol, "fpu avx512f avx512_bf16")
+    assert not subjects(profile("tiny"), "fpu avx512f")
+    doctor.CPUINFO.unlink()
+    assert not {"compute.precision and rollout.precision"} & by_subject(doctor.machine(smol)).keys()
+
+
 def test_a_model_of_the_cache_can_be_pinned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     repository = tmp_path / "models--some--model"
