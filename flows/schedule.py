@@ -90,7 +90,7 @@ def is_cancelled(run: str) -> bool:
 
 
 def run_all(schedule: Schedule) -> list[StageResult]:
-    """Run the stages inside a flow, at most `max_parallel` side by side.
+    """Run the stages inside a flow, at most `max_parallel` side by side, the most urgent first.
 
     A stage is stale when DVC said so at the start or a stage that it needs was executed meanwhile; `dvc
     repro` then decides. One whose upstream failed is not run; the others are.
@@ -99,11 +99,12 @@ def run_all(schedule: Schedule) -> list[StageResult]:
         {s.name: set(s.upstream) & set(schedule.stages) for s in schedule.stages.values()}
     )
     order.prepare()
+    ranks = graph.urgency(schedule.stages)
     futures: dict[str, PrefectFuture[Any]] = {}
     results: dict[str, StageResult] = {}
     ready: list[str] = []
     while order.is_active():
-        ready += order.get_ready()
+        ready = sorted([*ready, *order.get_ready()], key=ranks.__getitem__, reverse=True)
         running = [name for name in futures if name not in results]
         for name in ready[: schedule.max_parallel - len(running)]:
             ready.remove(name)

@@ -99,6 +99,18 @@ def downstream(stages: Mapping[str, Stage], name: str) -> set[str]:
     return found
 
 
+def urgency(stages: Mapping[str, Stage]) -> dict[str, tuple[int, int]]:
+    """Say of each stage how many wait for it, and how long the longest chain is that ends with it.
+
+    Of the stages that are ready the highest goes first; so RL goes before a distillation that nothing
+    follows. `stages` must be in order.
+    """
+    depth: dict[str, int] = {}
+    for name, stage in stages.items():
+        depth[name] = 1 + max((depth[other] for other in stage.upstream if other in stages), default=0)
+    return {name: (len(downstream(stages, name)), depth[name]) for name in stages}
+
+
 def _with_upstream(names: Iterable[str], stages: Mapping[str, Stage]) -> dict[str, Stage]:
     ordered: dict[str, Stage] = {}
 

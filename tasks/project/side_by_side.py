@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from graphlib import TopologicalSorter
 from pathlib import Path
 
-from tasks.project.graph import Stage, downstream, is_stale
+from tasks.project.graph import Stage, is_stale, urgency
 from tasks.project.groups import end_all, run_group
 from tasks.project.progress import duration
 
@@ -46,27 +46,22 @@ class Order:
 
     def __init__(self, stages: Mapping[str, Stage]) -> None:
         self._stages = stages
-        self._waiting_for = {name: len(downstream(stages, name)) for name in stages}
-        needs = {stage.name: set(stage.upstream) & set(stages) for stage in stages.values()}
-        self._depth: dict[str, int] = {}  # of the longest chain of stages that ends with each
-        for name in TopologicalSorter(needs).static_order():
-            self._depth[name] = 1 + max((self._depth[other] for other in needs[name]), default=0)
-        self._order = TopologicalSorter(needs)
+        self._urgency = urgency(stages)
+        self._order = TopologicalSorter(
+            {stage.name: set(stage.upstream) & set(stages) for stage in stages.values()}
+        )
         self._order.prepare()
         self._ready: list[str] = []
         self.touched: set[str] = set()
         self.running: dict[Future[Result], str] = {}
 
     def next(self) -> str | None:
-        """Take the ready stage that most others wait for, of equal ones the one after the longest chain.
-
-        So RL goes before a distillation that nothing follows. Stages with nothing to do are passed over.
-        """
+        """Take the most urgent of the ready stages; those with nothing to do are passed over."""
         while True:
             self._ready += self._order.get_ready()
             if not self._ready:
                 return None
-            self._ready.sort(key=lambda name: (self._waiting_for[name], self._depth[name]), reverse=True)
+            self._ready.sort(key=self._urgency.__getitem__, reverse=True)
             name = self._ready.pop(0)
             if is_stale(self._stages[name], self.touched):
                 return name
@@ -75,7 +70,7 @@ class Order:
 
     def is_behind(self, name: str) -> bool:
         """Tell whether more stages wait for one that runs than for this one."""
-        return any(self._waiting_for[other] > self._waiting_for[name] for other in self.running.values())
+        return any(self._urgency[other][0] > self._urgency[name][0] for other in self.running.values())
 
     def end(self, future: Future[Result]) -> Result:
         """Take note of how a stage has ended."""

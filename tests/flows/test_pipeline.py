@@ -107,6 +107,14 @@ def test_order_then_nothing_to_do_then_only_what_changed(api: str, repository: P
     assert len(log()) == 10
 
 
+def test_a_stage_that_none_waits_for_does_not_hold_up_others(api: str, repository: Path) -> None:
+    aside = "  aside: {cmd: python stage.py aside, deps: [first.txt], outs: [aside.txt]}\n"
+    Path("dvc.yaml").write_text(PIPELINE.replace("  last:", f"{aside}  last:"))
+    assert names(run_flow())["aside"] == "Completed"
+    started = [line.split()[1] for line in log() if line.startswith("start")]
+    assert started[0] == "first" and started[-2:] == ["last", "aside"]
+
+
 def test_independent_stages_side_by_side(api: str, repository: Path) -> None:
     # Each of the two waits for the other's start: they can only end if they run together.
     text = Path("stage.py").read_text().replace('note("start")', 'note("start"); Path(f"{name}.on").touch()')
