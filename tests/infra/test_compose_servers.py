@@ -167,10 +167,19 @@ class TestMlflow:
         assert status(search, admin, host=url.replace("http://127.0.0.1", "mlflow")) == 200
         assert status(search, admin, host="evil.example") == 403
 
-    def test_the_doctor_finds_it_healthy(self, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_the_doctor_finds_it_healthy(
+        self, place: Place, url: str, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """For who has the password; who has none is told which variables are missing."""
         monkeypatch.delenv("PREFECT_API_URL", raising=False)
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        for name in ("MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"):
+            monkeypatch.delenv(name, raising=False)
         tiny = Params.model_validate(resolve_profile(ROOT / "profiles/tiny.yaml"))
+        (refused,) = store(tiny)
+        assert refused.level == "error" and "MLFLOW_TRACKING_PASSWORD" in refused.advice
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "admin")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", place.secrets["MLFLOW_ADMIN_PASSWORD"])
         assert [(f.subject, f.level) for f in store(tiny)] == [("MLflow", "ok")]
 
     def test_no_secret_is_on_its_command_line_or_in_its_log(self, place: Place, url: str) -> None:
