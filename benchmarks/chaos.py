@@ -72,6 +72,7 @@ stages:
     deps: [data/correct, evaluation]
     outs: [reports]
 """
+REPOSITORY = (".git", ".dvc", "dvc.yaml", "dvc.lock")  # which the flow alone has
 SMALLER: dict[str, dict[str, Any]] = {
     "retrieval": {"shard_size": 60},
     "teach": {"chunk": 8},
@@ -284,7 +285,7 @@ class Chaos:
         if not folder.is_mount():
             remove(folder)  # of a case that was killed with the harness
         shutil.copytree(self.out / "reference", folder, symlinks=True, dirs_exist_ok=True)
-        for name in (".state", "runs", "collection", *WORKS[work].outputs):
+        for name in (".state", "runs", "collection", *REPOSITORY, *WORKS[work].outputs):
             remove(folder / name)
         if work == "flow":
             make_repository(folder)
@@ -498,7 +499,7 @@ def fill(ballast: Path, free: int) -> None:
 
 def make_repository(folder: Path) -> None:
     """Make a git and DVC repository of two stages, neither of which has run."""
-    for name in (".git", ".dvc", "dvc.lock"):
+    for name in REPOSITORY:
         remove(folder / name)
     (folder / "dvc.yaml").write_text(GRAPH)
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):

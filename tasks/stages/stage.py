@@ -110,9 +110,9 @@ def stage_main(name: str, function: Callable[..., None], argument: str | None = 
 def _graph(name: str, argument: str | None) -> str:
     """Describe what the stage reads besides the sources and what it writes, as dvc.yaml has it."""
     file = Path("dvc.yaml")
-    if not file.is_file():
+    node = read_yaml(file)["stages"].get(name) if file.is_file() else None
+    if node is None:  # of another project
         return ""
-    node = read_yaml(file)["stages"][name]
     node = node.get("do", node)
 
     def paths(*keys: str) -> list[str]:

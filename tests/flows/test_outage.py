@@ -142,16 +142,36 @@ def test_only_who_was_ended_leaves_without_its_server(error: str, seconds: int, 
 
 
 @pytest.mark.thorough
-def test_a_stage_that_ends_while_the_server_is_away_has_succeeded(server: Server) -> None:
+@pytest.mark.parametrize("seconds", [10, pytest.param(360, marks=pytest.mark.slow)])
+def test_a_stage_that_ends_while_the_server_is_away_has_succeeded(server: Server, seconds: float) -> None:
     with running_flow() as flow:
         server.kill()
         Path("hold").unlink()
         wait(Path("first.txt").exists, "the stage's end")
-        time.sleep(10)
-        assert flow.poll() is None
+        time.sleep(seconds)
+        assert flow.poll() is None, Path("flow.txt").read_text()
         server.start()
         assert flow.wait(WAIT) == 0, Path("flow.txt").read_text()
     assert [name for name, _ in ran()] == ["first", "last"]  # nothing was run twice
+    assert taken() == 0
+
+
+@pytest.mark.slow
+def test_slots_of_a_process_that_was_killed_are_free_again(server: Server) -> None:
+    """When Prefect's lease of 300 s has run out: the next flow waits for them."""
+    with running_flow() as flow:
+        flow.kill()
+        flow.wait()
+    assert taken() == 1
+    ((_, pid),) = ran()
+    wait(lambda: not alive(int(pid)), "the stage's end")
+    Path("hold").unlink()
+    began = time.monotonic()
+    with Path("flow.txt").open("a") as output:
+        done = subprocess.run([sys.executable, "-m", "flows.pipeline"], stdout=output, stderr=output)
+    assert done.returncode == 0, Path("flow.txt").read_text()
+    print(f"\nslots of a killed process: free within {time.monotonic() - began:.0f} s")
+    assert [name for name, _ in ran()] == ["first", "first", "last"]
     assert taken() == 0
 
 

@@ -56,6 +56,15 @@ def test_help_names_the_files_of_dvcs_graph(
     assert "`dvc repro distill@<recipe>`" in said
 
 
+def test_a_graph_of_other_stages_has_nothing_to_say(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "dvc.yaml").unlink()
+    (folder / "dvc.yaml").write_text("stages:\n  own: {cmd: exec python own.py}\n")
+    assert run(monkeypatch, "filter", "--help") == 0
+    assert "writes" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("arguments", [[], ["kd", "more"], ["--force", "kd"]])
 def test_a_stage_with_an_argument_wants_one(
     arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
