@@ -545,10 +545,8 @@ def told(case: Case) -> str:
 def table(cases: list[Case]) -> str:
     """Return kills by program and fault, with the cases whose bytes differed."""
     faults = [fault for fault in FAULTS if any(case.fault == fault for case in cases)]
-    lines = [
-        f"| stage | {' | '.join(faults)} | kills | cases | identical |",
-        "|---" * (len(faults) + 4) + "|",
-    ]
+    head = f"| stage | {' | '.join(faults)} | kills | cases | identical |"
+    lines = [head, "|---" * (len(faults) + 4) + "|"]
     kills = Counter[tuple[str, str]]()
     for case in cases:
         kills[case.work, case.fault] += case.kills
