@@ -235,9 +235,6 @@ class PhaseConfig(Section):
     two_passages: float = Field(
         0.4, ge=0, le=1, description="reading: share with two, then; the rest has three"
     )
-    absent: float = Field(
-        0.0, ge=0, lt=1, description="reading: share of the cues that ask for what no passage tells"
-    )
 
     @model_validator(mode="after")
     def _shares(self) -> Self:

@@ -40,7 +40,6 @@ from dgpo_core.world.questions import (
 # must be found, the others follow; a question cannot be foreseen.
 TEXT_WEIGHT, CUE_WEIGHT, FIRST_WEIGHT, VALUE_WEIGHT, END_WEIGHT = 0.5, 0.1, 2.0, 1.0, 0.3
 PASSAGES, MAX_FACTS = 3, 9  # of an example
-NOT_SEEN = "I do not see it"  # of what no passage tells
 SORTED_STEPS = 4  # share a draw that is cut by length, so that little of a batch is padding
 # Shares of the expert's questions of one, two and three hops and of comparisons
 MIXTURE = {"one": 0.25, "two": 0.4, "three": 0.2, "comparison": 0.15}
@@ -66,68 +65,48 @@ def told(world: World, fact: Fact) -> str:
     return fact.value if reference is None else f"that of {reference.subject.mention}"
 
 
-@dataclass(frozen=True)
-class Library:
-    """A world's articles; `by_name`: passages by each word of their names, `of_article`: all facts of a
-    passage's article, by its id.
-    """
-
-    world: World
-    articles: list[Article]
-    by_name: dict[str, list["PassageFacts"]]
-    of_article: dict[str, list[Fact]]
-
-
 class ReadingDrill:
-    """Endless examples from many generated worlds; `example` depends on nothing but its arguments.
-
-    A share `absent` of the cues asks for what the passages do not tell of their entities.
-    """
+    """Endless examples from many generated worlds; `example(seed)` depends on nothing but its argument."""
 
     def __init__(
         self, config: WorldConfig, world_seeds: range, tokenizer: Any, phrasings: Phrasings = "ordinary"
     ) -> None:
         self._tokenizer, self._phrasings = tokenizer, phrasings
         self._encode = lru_cache(maxsize=None)(self._ids)  # cues and values come back in many examples
-        self._worlds = [_library(config, seed) for seed in world_seeds]
+        self._worlds = [_passages_with_facts(config, seed) for seed in world_seeds]
         self._group = lru_cache(maxsize=1)(self._draw)
 
     def _ids(self, text: str) -> tuple[int, ...]:
         return tuple(self._tokenizer.encode(text, add_special_tokens=False))
 
-    def batch(self, seed: int, step: int, size: int, passages: int, absent: float = 0.0) -> list[Example]:
+    def batch(self, seed: int, step: int, size: int, passages: int) -> list[Example]:
         """Draw the examples of one step, with `passages` passages each.
 
         SORTED_STEPS steps share a draw, which is cut by length.
         """
         group, part = divmod(step, SORTED_STEPS)
-        drawn = self._group(seed, group, size * SORTED_STEPS, passages, absent)
+        drawn = self._group(seed, group, size * SORTED_STEPS, passages)
         return drawn[part * size : (part + 1) * size]
 
-    def _draw(self, seed: int, group: int, count: int, passages: int, absent: float) -> list[Example]:
-        drawn = [self.example(f"{seed}-{group}-{i}", passages, absent) for i in range(count)]
+    def _draw(self, seed: int, group: int, count: int, passages: int) -> list[Example]:
+        drawn = [self.example(f"{seed}-{group}-{i}", passages) for i in range(count)]
         return sorted(drawn, key=lambda example: len(example.ids))
 
-    def example(self, seed: str, passages: int = PASSAGES, absent: float = 0.0) -> Example:
+    def example(self, seed: str, passages: int = PASSAGES) -> Example:
         rng = random.Random(seed)
-        library = rng.choice(self._worlds)
-        chosen = _choose_passages(library.articles, library.by_name, passages, rng)
+        world, articles, by_name = rng.choice(self._worlds)
+        chosen = _choose_passages(articles, by_name, passages, rng)
         text = "".join(document(i, p.title, p.text) for i, (p, _) in enumerate(chosen, 1))
         ids = list(self._ids(text))
         weights = [TEXT_WEIGHT] * len(ids)
         facts = [fact for _, facts in chosen for fact in facts]
         rng.shuffle(facts)
-        untold = _untold(library, chosen) if absent else []
         for fact in facts[:MAX_FACTS]:
-            is_told = not untold or rng.random() >= absent
-            if not is_told:
-                fact = rng.choice(untold)
-            asks = rng.random() < 0.5 or not is_told
+            asks = rng.random() < 0.5
             cue = f" {statement(fact)}"
             if asks:
                 cue = f" {ask_about(fact, fact.subject.mention, rng, self._phrasings)}?"
-            said = told(library.world, fact) if is_told else NOT_SEEN
-            cue_ids, value, end = map(self._encode, (cue, f" {said}", ".\n"))
+            cue_ids, value, end = map(self._encode, (cue, f" {told(world, fact)}", ".\n"))
             ids += cue_ids + value + end
             weights += [CUE_WEIGHT] * len(cue_ids) + [FIRST_WEIGHT] + [VALUE_WEIGHT] * (len(value) - 1)
             weights += [END_WEIGHT] * len(end)
@@ -137,29 +116,18 @@ class ReadingDrill:
 PassageFacts = tuple[Passage, list[Fact]]
 
 
-def _library(config: WorldConfig, seed: int) -> Library:
-    """Write the articles of a world."""
+def _passages_with_facts(
+    config: WorldConfig, seed: int
+) -> tuple[World, list[Article], dict[str, list[PassageFacts]]]:
+    """Write the articles of a world; return both, and the passages by each word of the names."""
     world = generate_world(config, seed)
-    library = Library(world, write_articles(world), {}, {})
-    for article in library.articles:
-        every = [fact for facts in article.facts for fact in facts]
+    articles = write_articles(world)
+    by_name: dict[str, list[PassageFacts]] = {}
+    for article in articles:
         for pair in zip(article.passages, article.facts, strict=True):
-            library.of_article[pair[0].id] = every
             for word in article.entity.name.split(" "):
-                library.by_name.setdefault(word, []).append(pair)
-    return library
-
-
-def _untold(library: Library, chosen: list[PassageFacts]) -> list[Fact]:
-    """Return the facts of the passages' articles that no passage tells of anything of that name."""
-    seen = {(fact.subject.mention, fact.relation.noun) for _, facts in chosen for fact in facts}
-    untold = {
-        (fact.subject.key, fact.relation.noun): fact
-        for passage, _ in chosen
-        for fact in library.of_article[passage.id]
-        if (fact.subject.mention, fact.relation.noun) not in seen
-    }
-    return list(untold.values())
+                by_name.setdefault(word, []).append(pair)
+    return world, articles, by_name
 
 
 def _choose_passages(
@@ -276,7 +244,7 @@ class ExpertEngine:
         if tried and self._rewrites:
             words = fact.relation.statements[(tried - 1) % len(fact.relation.statements)]
             query = " ".join(words.format(s=fact.subject.mention, o="").strip(".").split())
-            said = f" {NOT_SEEN}."
+            said = " I do not see it."
         return f"<think>{said} I need {wanted}. </think>\n<search> {query} </search>"
 
 

@@ -317,7 +317,7 @@ class BaseModelBuilder:
             torch.set_num_threads(threads)
 
     def _reading(self, drill: ReadingDrill, phase: PhaseConfig, seed: int) -> Callable[[int], list[Example]]:
-        return lambda step: drill.batch(seed, step, phase.batch_size, phase.passages(step), phase.absent)
+        return lambda step: drill.batch(seed, step, phase.batch_size, phase.passages(step))
 
     def _protocol_batches(self, phase: PhaseConfig, seed: int) -> Callable[[int], list[Example]]:
         examples = self._experts

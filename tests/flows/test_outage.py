@@ -19,12 +19,10 @@ from tests.conftest import ROOT, alive, free_port, run_python
 from tests.flows.conftest import WAIT, Server, wait
 from tests.web import Handler
 
-# It ends with its flow, as real stages do; `first` waits until the file `hold` is gone.
+# `first` waits until the file `hold` is gone
 STAGE = """
 import os, sys, time
 from pathlib import Path
-sys.argv[0] = "-m"
-import tasks
 
 name = sys.argv[1]
 with open("log.txt", "a") as log:
