@@ -275,6 +275,13 @@ class BaseModelsConfig(Section):
         False,
         description="the expert words a search anew that has found nothing; else it repeats it, and fails",
     )
+    expert_expansions: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="share of the expert's first queries that have all words in which texts state the fact; "
+        "they find it more often than the others do",
+    )
     phrasings: Literal["ordinary", "all"] = Field(
         "ordinary", description="of the reading drill's questions; all: those of `phrasing` and `hard` too"
     )

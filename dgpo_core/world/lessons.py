@@ -159,6 +159,7 @@ def expert_examples(
     protocol: ProtocolConfig,
     top_k: int,
     rewrites: bool = False,
+    expansions: float = 0.0,
 ) -> list[Example]:
     """Run expert episodes in one world and return the correct ones; what the expert wrote has weight 1."""
     world = generate_world(config, world_seed)
@@ -171,7 +172,7 @@ def expert_examples(
         Task(Question(str(i), draft.text, draft.answers), "expert", seed=(i,))
         for i, draft in enumerate(drafts)
     ]
-    engine = ExpertEngine(world, drafts, texts, tokenizer, rewrites)
+    engine = ExpertEngine(world, drafts, texts, tokenizer, rewrites, expansions)
     index = index_passages(passages, EncoderConfig(kind="bm25"))
     episodes = AgentLoop(engine, tokenizer, index, protocol, top_k).run(tasks, Sampling())
     return [
@@ -195,8 +196,9 @@ def _drafts(writer: QuestionWriter, rng: random.Random, count: int) -> Iterator[
 class ExpertEngine:
     """An engine that writes the expert's turns; a request's seed is (number of the draft, turn).
 
-    It searches for a fact by the relation's name and, where that has not found it, if it `rewrites`, in the
-    words in which texts state it; else again in the same.
+    It searches for a fact by the relation's name; in a share `expansions` of these queries it adds all words
+    in which texts state such a fact. Where that has not found it, it searches, if it `rewrites`, in the words
+    of one text after the other; else again in the same.
     """
 
     lane = None
@@ -208,9 +210,10 @@ class ExpertEngine:
         texts: dict[tuple[int, str], str],
         tokenizer: Any,
         rewrites: bool,
+        expansions: float = 0.0,
     ) -> None:
         self._world, self._drafts, self._texts, self._tokenizer = world, drafts, texts, tokenizer
-        self._rewrites = rewrites
+        self._rewrites, self._expansions = rewrites, expansions
         self._tried: Counter[tuple[int, int]] = Counter()  # searches for the nth step of a draft
 
     def session(self, stop: tuple[str, ...]) -> FunctionSession:
@@ -229,7 +232,8 @@ class ExpertEngine:
             said = f" {statement(steps[known - 1])} {told(self._world, steps[known - 1])}."
         self._tried[number, known] += 1
         if known < len(steps):
-            text = self._search(steps[known], said, tried)
+            expands = random.Random(f"{self._world.seed}-{number}-{known}").random() < self._expansions
+            text = self._search(steps[known], said, tried, expands)
         else:
             text = f"<think>{said}{_conclusion(draft)} </think>\n<answer> {draft.answers[0]} </answer>"
         ids = self._tokenizer.encode(text, add_special_tokens=False)
@@ -238,14 +242,22 @@ class ExpertEngine:
     def _text(self, fact: Fact) -> str:
         return self._texts[fact.subject.key, fact.relation.noun]
 
-    def _search(self, fact: Fact, said: str, tried: int) -> str:
+    def _search(self, fact: Fact, said: str, tried: int, expands: bool) -> str:
         wanted = fact.relation.noun_phrase(fact.subject.mention)
         query = wanted.removeprefix("the ")
+        if expands:
+            query = expanded(fact, query)
         if tried and self._rewrites:
             words = fact.relation.statements[(tried - 1) % len(fact.relation.statements)]
             query = " ".join(words.format(s=fact.subject.mention, o="").strip(".").split())
             said = " I do not see it."
         return f"<think>{said} I need {wanted}. </think>\n<search> {query} </search>"
+
+
+def expanded(fact: Fact, query: str) -> str:
+    """Return the query with the words in which texts state such a fact, each once."""
+    stated = " ".join(text.format(s="", o="") for text in fact.relation.statements)
+    return " ".join(dict.fromkeys([*query.split(), *stated.replace(".", " ").replace(",", " ").split()]))
 
 
 def _conclusion(draft: Draft) -> str:

@@ -339,6 +339,7 @@ class BaseModelBuilder:
                 self._protocol,
                 self._top_k,
                 self._config.expert_rewrites,
+                self._config.expert_expansions,
             )
         ]
 
