@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dgpo_core.errors import UserError, first_line
+from dgpo_core.tables import read_table
 
 Decode = Callable[[list[int]], Any]  # a tokenizer's `decode`: token ids -> text (typed for batches too)
 
@@ -174,7 +175,7 @@ def read_episodes(path: Path) -> list[Episode]:
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     with _readable(path):
-        table = pq.read_table(path)
+        table = read_table(path)
     if missing := set(SCHEMA.names) - set(table.column_names):
         raise UserError(f"{path}: no table of episodes, lacks the columns {sorted(missing)}")
     if wrong := [name for name in SCHEMA.names if table.schema.field(name).type != SCHEMA.field(name).type]:

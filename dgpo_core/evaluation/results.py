@@ -28,6 +28,7 @@ from dgpo_core.evaluation.statistics import (
     rate_difference,
     unpaired_difference,
 )
+from dgpo_core.tables import Only, read_table
 
 MEASUREMENTS = (
     "source_em_nq",
@@ -227,7 +228,10 @@ def _diagnoses(path: Path, keys: Sequence[Key]) -> dict[Key, Row]:
 
 
 def read_rows(
-    path: Path, columns: Sequence[str], filters: Any = None, may_be_empty: bool = False
+    path: Path,
+    columns: Sequence[str],
+    only: Only | None = None,
+    may_be_empty: bool = False,
 ) -> list[Row]:
     """Read `columns` of a Parquet file. Raises UserError when file, column or rows are missing."""
     if not path.is_file():
@@ -235,7 +239,7 @@ def read_rows(
     try:
         if missing := set(columns) - set(pq.read_schema(path).names):
             raise UserError(f"{path}: lacks the columns {', '.join(sorted(missing))}")
-        rows: list[Row] = pq.read_table(path, columns=list(columns), filters=filters).to_pylist()
+        rows: list[Row] = read_table(path, columns, only).to_pylist()
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"{path}: not a readable Parquet file: {error}") from error
     if not rows and not may_be_empty:

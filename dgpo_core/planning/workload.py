@@ -6,13 +6,13 @@ from math import inf, nan
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from dgpo_core.agent.episode import Owner
 from dgpo_core.config.agent import ProtocolConfig
 from dgpo_core.config.params import Params
 from dgpo_core.datasets.published import PASSAGES, TEST_QUESTIONS, TRAIN_QUESTIONS
 from dgpo_core.errors import UserError
+from dgpo_core.tables import read_table
 
 PASSAGE_WORDS = 100.0  # of wiki-18, by its making
 TOKENS_A_WORD = 1.4  # English in vocabularies of 30,000 and more
@@ -62,10 +62,7 @@ def assumed(protocol: ProtocolConfig, top_k: int) -> EpisodeLengths:
 def first_measured(paths: Iterable[Path]) -> EpisodeLengths | None:
     """Count in the first of the tables of episodes that exists and has some; None where none has."""
     for path in paths:
-        if (
-            not path.is_file()
-            or not (table := pq.read_table(path, columns=["owners", "generations"])).num_rows
-        ):
+        if not path.is_file() or not (table := read_table(path, ["owners", "generations"])).num_rows:
             continue
         owners = table["owners"].combine_chunks()
         offsets, flat = owners.offsets.to_numpy(), owners.flatten().to_numpy()

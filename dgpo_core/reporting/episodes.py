@@ -100,7 +100,7 @@ def reader_data(
 def _episodes(path: Path, chosen: Sequence[Key]) -> dict[Key, dict[str, Any]]:
     # only the columns and rows of the sample: the token columns of a large run would not fit into memory
     ids = sorted({question_id for _, question_id in chosen})
-    rows = read_rows(path, _COLUMNS, filters=[("question_id", "in", ids)])
+    rows = read_rows(path, _COLUMNS, ("question_id", ids))
     rows.sort(key=lambda row: row["sample"], reverse=True)
     found = {(row["dataset"], row["question_id"]): row for row in rows}  # the first sample wins
     for dataset, question_id in chosen:

@@ -37,6 +37,7 @@ from dgpo_core.retrieval.encoders import (
     Vector,
     dense_column,
 )
+from dgpo_core.tables import read_table
 from dgpo_core.text import spaced
 
 MANIFEST = "manifest.json"
@@ -122,7 +123,7 @@ def read_shard(path: Path) -> Iterator[tuple[Passage, Vector]]:
 
 def read_passages(path: Path) -> list[Passage]:
     """Read the passages of a shard without their vectors."""
-    table = pq.read_table(path, columns=["id", "title", "text"])
+    table = read_table(path, ["id", "title", "text"])
     return [Passage(*row.values()) for row in table.to_pylist()]
 
 

@@ -20,6 +20,7 @@ from dgpo_core.errors import UserError
 from dgpo_core.evaluation.promotion import SETUP, TABLES, Setup, read_setup, unlike_keys
 from dgpo_core.evaluation.results import NOTHING
 from dgpo_core.evaluation.statistics import Estimate, mean_of_means
+from dgpo_core.tables import read_table
 from dgpo_core.temporary import temporary_folder
 from tasks.project.dvc import Lock, LockedStage, dvc_md5, read_lock, upstream
 from tasks.project.files import content_hash
@@ -89,7 +90,7 @@ def offer(registry: Registry, params: Params, lock: Lock, root: Path = Path()) -
             f"{', '.join(other)}; run `dvc repro`"
         )
     table, minimum = root / EVALUATION / recipe / TABLES[0], params.promote.min_questions
-    asked = Counter(pq.read_table(table)["dataset"].to_pylist() if table.is_file() else ())
+    asked = Counter(read_table(table, ["dataset"])["dataset"].to_pylist() if table.is_file() else ())
     if few := [f"{name} {asked[name]}" for name in params.questions.test if asked[name] < minimum]:
         raise UserError(
             f"{version.name} cannot be offered: it was asked fewer than promote.min_questions ({minimum}) "
@@ -209,7 +210,7 @@ def _copy(evaluation: Path, folder: Path, made: Setup) -> None:
 
 def _average(path: Path) -> Estimate:
     """Average EM over the data sets, of the questions that did not fail."""
-    table = pq.read_table(path, columns=["dataset", "em", "outcome"]).to_pandas()
+    table = read_table(path, ["dataset", "em", "outcome"]).to_pandas()
     answered = table[table["outcome"] != "failed"]
     strata = [own.to_numpy(float) for _, own in answered.groupby("dataset")["em"]]
     return mean_of_means(strata) if strata else NOTHING

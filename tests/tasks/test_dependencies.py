@@ -38,6 +38,7 @@ WITHOUT_EFFECT = (
     "dgpo_core/hub.py",  # whether a model is in the hub's cache
     "dgpo_core/reporting/episodes.py",  # in traces; the report, which shows it, watches it
     "dgpo_core/agent/vllm_engine.py",
+    "dgpo_core/tables.py",  # how a file is read
     "dgpo_core/temporary.py",  # folders of which nothing stays
     "dgpo_core/threads.py",  # how many compute: each batch gives the same in any thread
     "dgpo_core/training/state_files.py",
