@@ -72,7 +72,6 @@ stages:
     deps: [data/correct, evaluation]
     outs: [reports]
 """
-REPOSITORY = (".git", ".dvc", "dvc.yaml", "dvc.lock")  # which the flow alone has
 SMALLER: dict[str, dict[str, Any]] = {
     "retrieval": {"shard_size": 60},
     "teach": {"chunk": 8},
@@ -265,8 +264,9 @@ class Chaos:
 
     def _undisturbed(self, name: str, folder: Path) -> Reference:
         work, seconds, peak = WORKS[name], 0.0, 0
-        if name == "flow":
-            make_repository(folder)
+        if name == "flow":  # in a repository, which no other program is in
+            folder = self.out / "repository"
+            self._prepare(name, folder)
         with self._server(name) as (_, variables):
             process = self._start(work, folder, variables)
             while process.popen.poll() is None:
@@ -285,7 +285,7 @@ class Chaos:
         if not folder.is_mount():
             remove(folder)  # of a case that was killed with the harness
         shutil.copytree(self.out / "reference", folder, symlinks=True, dirs_exist_ok=True)
-        for name in (".state", "runs", "collection", *REPOSITORY, *WORKS[work].outputs):
+        for name in (".state", "runs", "collection", *WORKS[work].outputs):
             remove(folder / name)
         if work == "flow":
             make_repository(folder)
@@ -499,8 +499,6 @@ def fill(ballast: Path, free: int) -> None:
 
 def make_repository(folder: Path) -> None:
     """Make a git and DVC repository of two stages, neither of which has run."""
-    for name in REPOSITORY:
-        remove(folder / name)
     (folder / "dvc.yaml").write_text(GRAPH)
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):
         subprocess.run(command, cwd=folder, check=True)
