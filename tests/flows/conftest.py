@@ -13,6 +13,18 @@ import pytest
 
 from tests.conftest import free_port
 
+# Three stages of a program stage.py, whose argument names the stage; the second trains.
+PIPELINE: dict[str, dict[str, Any]] = {
+    "data": {"cmd": "exec python stage.py data", "deps": ["stage.py"], "outs": ["data.txt"]},
+    "train": {
+        "cmd": "exec python stage.py train",
+        "deps": ["data.txt"],
+        "params": ["reinforce.beta"],
+        "outs": ["train.txt"],
+        "meta": {"pool": "gpu", "gpus": 1},
+    },
+    "report": {"cmd": "exec python stage.py report", "deps": ["train.txt"], "outs": ["report.txt"]},
+}
 WAIT = 1800  # seconds: only keeps a broken test from hanging
 
 

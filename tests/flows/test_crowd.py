@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, commit_all, git, make_workplace
+from tests.flows import conftest
 from tests.flows.conftest import Server, wait
 
 pytestmark = pytest.mark.slow
@@ -43,17 +44,8 @@ time.sleep(0.5)
 Path(f"{name}.txt").write_text(f"{name} beta={beta}")
 note("end")
 """
-PIPELINE = {
-    "data": {"cmd": "exec python stage.py data", "deps": ["stage.py"], "outs": ["data.txt"]},
-    "train": {
-        "cmd": "exec python stage.py train",
-        "deps": ["data.txt"],
-        "params": ["reinforce.beta"],
-        "outs": ["train.txt"],
-        "meta": {"gpus": 1},
-    },
-    "report": {"cmd": "exec python stage.py report", "deps": ["train.txt"], "outs": ["report.txt"]},
-}
+# Its workers are those of the pool `cpu`, whose trainings take slots all the same.
+PIPELINE = {**conftest.PIPELINE, "train": conftest.PIPELINE["train"] | {"meta": {"gpus": 1}}}
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT, commit_all, git, make_workplace
-from tests.flows.conftest import task_runs
+from tests.flows.conftest import PIPELINE, task_runs
 
 pytestmark = pytest.mark.slow
 
@@ -47,18 +47,6 @@ def run():
 
 main(run)
 """
-
-PIPELINE = {
-    "data": {"cmd": "exec python stage.py data", "deps": ["stage.py"], "outs": ["data.txt"]},
-    "train": {
-        "cmd": "exec python stage.py train",
-        "deps": ["data.txt"],
-        "params": ["reinforce.beta"],
-        "outs": ["train.txt"],
-        "meta": {"pool": "gpu", "gpus": 1},
-    },
-    "report": {"cmd": "exec python stage.py report", "deps": ["train.txt"], "outs": ["report.txt"]},
-}
 
 
 @dataclass
