@@ -235,6 +235,13 @@ class PhaseConfig(Section):
     two_passages: float = Field(
         0.4, ge=0, le=1, description="reading: share with two, then; the rest has three"
     )
+    expansions: float = Field(
+        0.0,
+        ge=0,
+        le=1,
+        description="protocol: share of the expert's first queries that have all words in which texts state the "
+        "fact; they find it more often than the others do",
+    )
 
     @model_validator(mode="after")
     def _shares(self) -> Self:
@@ -274,13 +281,6 @@ class BaseModelsConfig(Section):
     expert_rewrites: bool = Field(
         False,
         description="the expert words a search anew that has found nothing; else it repeats it, and fails",
-    )
-    expert_expansions: float = Field(
-        0.0,
-        ge=0,
-        le=1,
-        description="share of the expert's first queries that have all words in which texts state the fact; "
-        "they find it more often than the others do",
     )
     phrasings: Literal["ordinary", "all"] = Field(
         "ordinary", description="of the reading drill's questions; all: those of `phrasing` and `hard` too"

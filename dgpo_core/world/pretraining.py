@@ -7,7 +7,7 @@ import math
 import random
 import re
 from collections.abc import Callable, Iterable
-from functools import cached_property, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -320,13 +320,12 @@ class BaseModelBuilder:
         return lambda step: drill.batch(seed, step, phase.batch_size, phase.passages(step))
 
     def _protocol_batches(self, phase: PhaseConfig, seed: int) -> Callable[[int], list[Example]]:
-        examples = self._experts
+        examples = self._experts(phase.expansions)
         lengths = [len(example.ids) for example in examples]
         batches = _batches_by_length(lengths, phase.steps, phase.batch_size, seed)
         return lambda step: [examples[i] for i in batches[step]]
 
-    @cached_property
-    def _experts(self) -> list[Example]:
+    def _experts(self, expansions: float) -> list[Example]:
         each = self._config.expert_episodes // self._config.worlds
         return [
             example
@@ -339,7 +338,7 @@ class BaseModelBuilder:
                 self._protocol,
                 self._top_k,
                 self._config.expert_rewrites,
-                self._config.expert_expansions,
+                expansions,
             )
         ]
 

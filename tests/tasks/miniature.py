@@ -51,7 +51,9 @@ HEALED = {
 
 def make_project(folder: Path, recipes: list[str] | None = None, **sections: dict[str, Any]) -> None:
     """Write a params.yaml of the tiny profile, made small, and link the models, into `folder`."""
-    params = overlay(resolve_profile(ROOT / "profiles/tiny.yaml", recipes), {**MINIATURE, **sections})
+    params = overlay(
+        resolve_profile(ROOT / "profiles/tiny.yaml", recipes or ["kd", "dgpo"]), {**MINIATURE, **sections}
+    )
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     (folder / "models").mkdir()
     for name in ("student", "teacher"):
