@@ -239,8 +239,8 @@ class PhaseConfig(Section):
         0.0,
         ge=0,
         le=1,
-        description="protocol: share of the expert's first queries that have all words in which texts state the "
-        "fact; they find it more often than the others do",
+        description="protocol: share of the expert's first queries that have all words in which texts state "
+        "the fact; they find it more often than the others do",
     )
 
     @model_validator(mode="after")
@@ -277,13 +277,6 @@ class BaseModelsConfig(Section):
     expert_world: WorldConfig | None = Field(
         None,
         description="of the expert's episodes: where searching is as in the evaluated world; null: `world`",
-    )
-    expert_rewrites: bool = Field(
-        False,
-        description="the expert words a search anew that has found nothing; else it repeats it, and fails",
-    )
-    phrasings: Literal["ordinary", "all"] = Field(
-        "ordinary", description="of the reading drill's questions; all: those of `phrasing` and `hard` too"
     )
     worlds: PositiveInt = Field(24, description="training worlds; none is the evaluated one")
     first_world_seed: PositiveInt = 1000

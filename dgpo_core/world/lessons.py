@@ -28,7 +28,6 @@ from dgpo_core.world.facts import Fact, World, generate_world
 from dgpo_core.world.questions import (
     Article,
     Draft,
-    Phrasings,
     QuestionWriter,
     ask_about,
     passages_by_fact,
@@ -68,10 +67,8 @@ def told(world: World, fact: Fact) -> str:
 class ReadingDrill:
     """Endless examples from many generated worlds; `example(seed)` depends on nothing but its argument."""
 
-    def __init__(
-        self, config: WorldConfig, world_seeds: range, tokenizer: Any, phrasings: Phrasings = "ordinary"
-    ) -> None:
-        self._tokenizer, self._phrasings = tokenizer, phrasings
+    def __init__(self, config: WorldConfig, world_seeds: range, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
         self._encode = lru_cache(maxsize=None)(self._ids)  # cues and values come back in many examples
         self._worlds = [_passages_with_facts(config, seed) for seed in world_seeds]
         self._group = lru_cache(maxsize=1)(self._draw)
@@ -105,7 +102,7 @@ class ReadingDrill:
             asks = rng.random() < 0.5
             cue = f" {statement(fact)}"
             if asks:
-                cue = f" {ask_about(fact, fact.subject.mention, rng, self._phrasings)}?"
+                cue = f" {ask_about(fact, fact.subject.mention, rng)}?"
             cue_ids, value, end = map(self._encode, (cue, f" {told(world, fact)}", ".\n"))
             ids += cue_ids + value + end
             weights += [CUE_WEIGHT] * len(cue_ids) + [FIRST_WEIGHT] + [VALUE_WEIGHT] * (len(value) - 1)
@@ -158,7 +155,6 @@ def expert_examples(
     tokenizer: Any,
     protocol: ProtocolConfig,
     top_k: int,
-    rewrites: bool = False,
     expansions: float = 0.0,
 ) -> list[Example]:
     """Run expert episodes in one world and return the correct ones; what the expert wrote has weight 1."""
@@ -172,7 +168,7 @@ def expert_examples(
         Task(Question(str(i), draft.text, draft.answers), "expert", seed=(i,))
         for i, draft in enumerate(drafts)
     ]
-    engine = ExpertEngine(world, drafts, texts, tokenizer, rewrites, expansions)
+    engine = ExpertEngine(world, drafts, texts, tokenizer, expansions)
     index = index_passages(passages, EncoderConfig(kind="bm25"))
     episodes = AgentLoop(engine, tokenizer, index, protocol, top_k).run(tasks, Sampling())
     return [
@@ -197,8 +193,8 @@ class ExpertEngine:
     """An engine that writes the expert's turns; a request's seed is (number of the draft, turn).
 
     It searches for a fact by the relation's name; in a share `expansions` of these queries it adds all words
-    in which texts state such a fact. Where that has not found it, it searches, if it `rewrites`, in the words
-    of one text after the other; else again in the same.
+    in which texts state such a fact. Where that has not found it, it searches in the words of one text after
+    the other.
     """
 
     lane = None
@@ -209,11 +205,10 @@ class ExpertEngine:
         drafts: list[Draft],
         texts: dict[tuple[int, str], str],
         tokenizer: Any,
-        rewrites: bool,
-        expansions: float = 0.0,
+        expansions: float,
     ) -> None:
         self._world, self._drafts, self._texts, self._tokenizer = world, drafts, texts, tokenizer
-        self._rewrites, self._expansions = rewrites, expansions
+        self._expansions = expansions
         self._tried: Counter[tuple[int, int]] = Counter()  # searches for the nth step of a draft
 
     def session(self, stop: tuple[str, ...]) -> FunctionSession:
@@ -247,7 +242,7 @@ class ExpertEngine:
         query = wanted.removeprefix("the ")
         if expands:
             query = expanded(fact, query)
-        if tried and self._rewrites:
+        if tried:
             words = fact.relation.statements[(tried - 1) % len(fact.relation.statements)]
             query = " ".join(words.format(s=fact.subject.mention, o="").strip(".").split())
             said = " I do not see it."

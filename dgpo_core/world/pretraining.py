@@ -303,7 +303,7 @@ class BaseModelBuilder:
             torch.manual_seed(self._config.seed)
             model = build_model(plan.shape, self._tokenizer)
             model.set_attn_implementation("eager")  # for short texts on a CPU its backward is twice as fast
-            drill = ReadingDrill(self._world, self._worlds, self._tokenizer, self._config.phrasings)
+            drill = ReadingDrill(self._world, self._worlds, self._tokenizer)
             for number, phase in enumerate(plan.phases):
                 # the draws of a phase are those of the nth phase of its kind
                 seed = self._config.seed + [p.kind for p in plan.phases[:number]].count(phase.kind)
@@ -337,7 +337,6 @@ class BaseModelBuilder:
                 self._tokenizer,
                 self._protocol,
                 self._top_k,
-                self._config.expert_rewrites,
                 expansions,
             )
         ]

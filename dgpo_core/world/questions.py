@@ -17,7 +17,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 from dgpo_core.datasets.records import Passage, Question
 from dgpo_core.errors import UserError
@@ -33,8 +33,6 @@ from dgpo_core.world.facts import (
     passage_count,
     random_value,
 )
-
-Phrasings = Literal["ordinary", "all"]
 
 
 @dataclass(frozen=True)
@@ -242,8 +240,6 @@ def _attempts(draft: Callable[[], Draft | None], limit: int) -> Iterator[Draft]:
             yield attempt
 
 
-def ask_about(fact: Fact, subject: str, rng: random.Random, phrasings: Phrasings = "ordinary") -> str:
-    """Ask for one fact in one of its phrasings."""
-    relation = fact.relation
-    asked = relation.questions + (relation.other_questions if phrasings == "all" else ())
-    return rng.choice(asked).format(s=subject)
+def ask_about(fact: Fact, subject: str, rng: random.Random) -> str:
+    """Ask for one fact in one of all its phrasings."""
+    return rng.choice(fact.relation.questions + fact.relation.other_questions).format(s=subject)

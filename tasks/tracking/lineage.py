@@ -71,11 +71,11 @@ def settings(root: Path = Path()) -> Params | None:
 def changed_settings(params: Params, root: Path = Path()) -> dict[str, Any]:
     """Find the sections of params.yaml that somebody edited: what differs from its profile, nested as there.
 
-    Which of the paper's recipes were chosen is no difference; a row that the paper does not have is one.
+    Which of the known recipes were chosen is no difference; a row of one's own is one.
     Empty for a profile that there is not.
     """
     with suppress(UserError):
-        rows = params.recipes.all.keys() & paper_recipes(["all"]).all.keys()
+        rows = params.recipes.all.keys() & paper_recipes(["all", "variants"]).all.keys()
         path = root / PROFILES / f"{params.profile}.yaml"
         profile = resolve_profile(path, sorted(rows) or None)
         return _difference(params.model_dump(mode="json", exclude={"compare"}), profile)

@@ -89,23 +89,19 @@ def test_a_better_query_finds_what_the_first_one_misses(scattered: World, writte
     assert found([expanded(f, f"{f.relation.noun} of {f.subject.mention}") for f in asked]) > 0.95
 
 
-def test_an_expert_that_rewrites_its_queries_finds_more(tokenizer: PreTrainedTokenizerFast) -> None:
-    found = {
-        rewrites: expert_examples(CONFIG, 5, 60, tokenizer, PROTOCOL, 3, rewrites)
-        for rewrites in (False, True)
-    }
-    assert len(found[False]) < 0.75 * len(found[True]) and len(found[True]) > 50
-    texts = [str(tokenizer.decode(example.ids)) for example in found[True]]
+def test_an_expert_rewrites_queries_that_have_found_nothing(tokenizer: PreTrainedTokenizerFast) -> None:
+    texts = [str(tokenizer.decode(e.ids)) for e in expert_examples(CONFIG, 5, 60, tokenizer, PROTOCOL, 3)]
     searches = [re.findall(r"<search> (.*?) </search>", text) for text in texts]
     assert all(len(set(own)) == len(own) for own in searches), "a search is repeated"
-    assert any("I do not see it." in text for text in texts) and any(" is that of " in text for text in texts)
+    assert len(texts) > 50 and sum("I do not see it." in text for text in texts) > 0.25 * len(texts)
+    assert any(" is that of " in text for text in texts)
 
 
 def test_an_expert_that_expands_some_queries_needs_fewer(
     scattered: World, tokenizer: PreTrainedTokenizerFast
 ) -> None:
     def searches(expansions: float) -> list[list[str]]:
-        examples = expert_examples(CONFIG, 5, 60, tokenizer, PROTOCOL, 3, True, expansions)
+        examples = expert_examples(CONFIG, 5, 60, tokenizer, PROTOCOL, 3, expansions)
         texts = [str(tokenizer.decode(example.ids)) for example in examples]
         return [re.findall(r"<search> (.*?) </search>", text) for text in texts]
 
@@ -121,11 +117,7 @@ def test_an_expert_that_expands_some_queries_needs_fewer(
 def test_the_drill_asks_in_all_phrasings_and_reads_indirect_facts(
     scattered: World, tokenizer: PreTrainedTokenizerFast
 ) -> None:
-    drills = {kind: ReadingDrill(CONFIG, range(7, 8), tokenizer, kind) for kind in ("ordinary", "all")}
-    texts = {
-        kind: "".join(str(tokenizer.decode(drill.example(str(i)).ids)) for i in range(120))
-        for kind, drill in drills.items()
-    }
-    unseen = "In which place was|Which city did|Whom did|In what year was|Which company did|From which city"
-    assert not re.search(unseen, texts["ordinary"]) and re.search(unseen, texts["all"])
-    assert re.search(r" is that of |\? that of ", texts["ordinary"])
+    drill = ReadingDrill(CONFIG, range(7, 8), tokenizer)
+    text = "".join(str(tokenizer.decode(drill.example(str(i)).ids)) for i in range(120))
+    assert re.search("In which place was|Which city did|Whom did|In what year was|Which company did", text)
+    assert re.search(r" is that of |\? that of ", text)

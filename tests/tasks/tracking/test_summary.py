@@ -103,7 +103,7 @@ def test_results_settings_and_files_stand_in_the_run(workplace: Path) -> None:
     }
     assert run.info.run_name == "beta=0.5, seed 3"
     assert run.data.tags["changed"] == "seed=3 reinforce.beta=0.5"
-    assert run.data.tags["recipes"] == "kd dgpo"
+    assert run.data.tags["recipes"] == "kd kd_long dgpo"
     assert run.data.params["reinforce.beta"] == "0.5" and run.data.params["distill.taid.start"] == "0.4"
     files = {file.path for file in connect().list_artifacts(run.info.run_id)}
     assert files == {"dvc.lock", "params.yaml", "stages.json"}
