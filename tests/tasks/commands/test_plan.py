@@ -136,7 +136,7 @@ def ran(workplace: Path) -> Params:
 
 def test_what_is_assumed_before_anything_has_run(workplace: Path) -> None:
     before = workload(Params.model_validate(resolve_profile(ROOT / "profiles/tiny.yaml")))
-    assert before.train == {"onehop": 500, "twohop": 500} and before.passages == 2000
+    assert before.train == {"onehop": 500, "twohop": 500} and before.passages == 4000
     assert before.correct == pytest.approx((0.365 + 0.340) / 2)  # the paper's teacher on NQ and HotpotQA
 
 
