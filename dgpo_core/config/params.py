@@ -321,16 +321,16 @@ def resolve_profile(
     """Lay a profile's differences over the defaults: the whole content of params.yaml.
 
     `recipes` names rows of the paper's table (`all`: every one) or of `own`, in place of the profile's,
-    which are such names too, or rows of its own as params.yaml has them. Unless the profile says who is
-    evaluated, it is the two given models (no endpoint) and all recipes. A profile may name another one of its
+    which are such names too, or rows of its own as params.yaml has them, which count more than the table's.
+    Unless the profile says who is evaluated, it is the two given models (no endpoint) and all recipes. A profile may name another one of its
     folder in `extends`, whose differences lie below its own.
     """
-    overrides = _extended(path)
+    overrides, of_profile = _extended(path), NO_RECIPES
     wanted = overrides.pop("recipes", [])
     if isinstance(wanted, dict):
         of_profile = validated({"profile": path.stem, "recipes": wanted}, path).recipes
-        own, wanted = own.with_others(of_profile), list(of_profile.all)
-    rows = paper_recipes(recipes or wanted, own)
+        wanted = list(of_profile.all)
+    rows = paper_recipes(recipes or wanted, own, of_profile)
     overrides["recipes"] = rows.model_dump()
     if recipes and set(overrides.get("compare", ())) - {STUDENT, TEACHER, *rows.all}:
         del overrides["compare"]  # of the profile's own rows, which these take the place of
@@ -367,16 +367,18 @@ def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def paper_recipes(names: list[str], own: Recipes = NO_RECIPES) -> Recipes:
+def paper_recipes(
+    names: list[str], own: Recipes = NO_RECIPES, of_profile: Recipes = NO_RECIPES
+) -> Recipes:
     """Select rows of the paper's table (`all`: every one) and those that they start from. Raises UserError.
 
-    Rows beyond the paper (`variants`: every one) and of `own` can be named too; where a table has the name,
-    its row counts.
+    Rows beyond the paper (`variants`: every one), of a profile and of `own` can be named too; where several
+    have the name, the profile's row counts, then the tables'.
     """
     paper, variants = (Recipes.model_validate(content) for content in _tables())
     groups = {"all": list(paper.all), "variants": [name for name in variants.all if name not in paper.all]}
     try:
-        rows = variants.with_others(own)
+        rows = of_profile.with_others(variants).with_others(own)
         return rows.only(row for name in names for row in groups.get(name, [name]))
     except ValueError as error:
         raise UserError(f"recipes: {error}") from None
