@@ -291,8 +291,8 @@ def test_profile_has_rows_of_its_own(tmp_path: Path) -> None:
     content["recipes"]["distill"]["kd_long"] = {**row, "settings": {"epochs": 3}}  # a table has the name, too
     (tmp_path / "mine.yaml").write_text(as_text(content))
     for names in (None, ["kd_long"]):
-        (chosen,) = list(resolve_profile(tmp_path / "mine.yaml", names)["recipes"]["distill"].values())[-1:]
-        assert chosen["settings"] == {"epochs": 3}
+        rows = resolve_profile(tmp_path / "mine.yaml", names)["recipes"]["distill"]
+        assert rows["kd_long"]["settings"] == {"epochs": 3}
     content["rollout"]["engine"] = "vllm"
     (tmp_path / "mine.yaml").write_text(as_text(content))
     with pytest.raises(UserError, match=r"recipes\.distill\.healed\.layers: vLLM loads the whole"):
