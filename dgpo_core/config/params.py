@@ -322,8 +322,8 @@ def resolve_profile(
 
     `recipes` names rows of the paper's table (`all`: every one) or of `own`, in place of the profile's,
     which are such names too, or rows of its own as params.yaml has them, which count more than the table's.
-    Unless the profile says who is evaluated, it is the two given models (no endpoint) and all recipes. A profile may name another one of its
-    folder in `extends`, whose differences lie below its own.
+    Unless the profile says who is evaluated, it is the two given models (no endpoint) and all recipes. A
+    profile may name another one of its folder in `extends`, whose differences lie below its own.
     """
     overrides, of_profile = _extended(path), NO_RECIPES
     wanted = overrides.pop("recipes", [])
@@ -367,9 +367,7 @@ def overlay(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def paper_recipes(
-    names: list[str], own: Recipes = NO_RECIPES, of_profile: Recipes = NO_RECIPES
-) -> Recipes:
+def paper_recipes(names: list[str], own: Recipes = NO_RECIPES, of_profile: Recipes = NO_RECIPES) -> Recipes:
     """Select rows of the paper's table (`all`: every one) and those that they start from. Raises UserError.
 
     Rows beyond the paper (`variants`: every one), of a profile and of `own` can be named too; where several
