@@ -132,7 +132,9 @@ def test_every_wrong_answer_has_a_first_failure(finished: Path) -> None:
         counts = [sum(own.values()) for own in reported[model]["by_dataset"].values()]
         assert sum(counts) == sum(row["outcome"] == "wrong" for row in rows)
         shares = [entry["mean"] for entry in reported[model]["first_failures"].values()]
-        assert sum(shares) == pytest.approx(sum(counts) / len(rows), abs=1e-5), "a wrong answer fails once first"
+        assert sum(shares) == pytest.approx(sum(counts) / len(rows), abs=1e-5), (
+            "a wrong answer fails once first"
+        )
 
 
 def test_arcap_is_compared_in_pairs(finished: Path) -> None:
