@@ -5,7 +5,7 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from dgpo_core.config.params import Params
+from dgpo_core.config.params import PARAMS, Params
 from dgpo_core.config.recipes import STUDENT, TEACHER
 from dgpo_core.datasets.records import read_questions
 from dgpo_core.errors import UserError
@@ -24,8 +24,8 @@ EngineName = Literal["transformers", "llama-cpp"]
 def resolve_model(params: Params, reference: str | None) -> str:
     """Return folder or hub name of a recipe, `student`, `teacher`, a folder, or `models:/name@alias`.
 
-    None is the registered champion or, without one, the newest trained recipe; which one is said on stderr.
-    Raises UserError for a model that there is not.
+    None is the registered champion or, without one, the last of the recipes that is trained; which one is said
+    on stderr. Raises UserError for a model that there is not.
     """
     if reference is None:
         return _default_model(params)
@@ -111,6 +111,6 @@ def _default_model(params: Params) -> str:
             f"{MODELS}: there is no champion and no trained recipe; run `make demo`, or name a model, "
             "such as --model teacher"
         )
-    newest = max(trained, key=lambda folder: (folder / "config.json").stat().st_mtime)
-    print(f"model {newest}, the newest trained recipe ({reason})", file=sys.stderr, flush=True)
-    return str(newest)
+    last = trained[-1]  # RL comes after distillations there; of what ran side by side, any may be the newest
+    print(f"model {last}, the last trained recipe of {PARAMS} ({reason})", file=sys.stderr, flush=True)
+    return str(last)

@@ -17,7 +17,7 @@ Model = Annotated[
     str | None,
     typer.Option(
         help="a recipe, student, teacher, a folder, or models:/name@alias; without it the registered "
-        "champion, else the newest trained recipe"
+        "champion, else the last of the recipes that is trained"
     ),
 ]
 

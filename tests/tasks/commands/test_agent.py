@@ -1,6 +1,5 @@
 """Which model a reference means, and what is said when there is none; on a real registry."""
 
-import os
 import shutil
 from pathlib import Path
 
@@ -16,11 +15,10 @@ from tests.tasks.miniature import make_project
 from tests.tasks.trained import make_trained
 
 
-def trained(name: str, when: int) -> None:
+def trained(name: str) -> None:
     config = Path("models") / name / "config.json"
     config.parent.mkdir()
     config.write_text("{}")
-    os.utime(config, (when, when))
 
 
 @pytest.fixture
@@ -30,7 +28,7 @@ def nothing_trained(own_store: Path) -> Path:
 
 
 def test_names_and_folders(nothing_trained: Path) -> None:
-    trained("kd", 1)
+    trained("kd")
     assert resolve_model(load_params(), "teacher") == "models/teacher"
     assert resolve_model(load_params(), "kd") == "models/kd"
     assert resolve_model(load_params(), str(Path("models/kd").resolve())) == str(Path("models/kd").resolve())
@@ -50,21 +48,23 @@ def test_registered_models_and_the_champion_by_default(own_store: Path) -> None:
 
 
 def test_a_models_name_holds_no_path_of_this_machine(nothing_trained: Path) -> None:
-    trained("kd", 1)
+    trained("kd")
     assert model_name("models:/search-agent/3", "/somewhere/dgpo") == "models:/search-agent/3"
     assert model_name("kd", "models/kd") == model_name(None, "models/kd") == "kd"
     assert model_name(str(Path("models/kd").resolve()), str(Path("models/kd").resolve())) == "kd"
 
 
-def test_without_a_champion_the_newest_recipe_and_a_word_about_it(
+def test_without_a_champion_the_last_trained_recipe_and_a_word_about_it(
     nothing_trained: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    trained("kd", 100)
-    trained("dgpo", 50)
-    trained("no-recipe", 200)
+    trained("kd")
     assert resolve_model(load_params(), None) == "models/kd"
+    trained("dgpo")
+    trained("no-recipe")
+    capsys.readouterr()
+    assert resolve_model(load_params(), None) == "models/dgpo"
     said = capsys.readouterr().err
-    assert "model models/kd, the newest trained recipe (" in said and "champion" in said
+    assert "model models/dgpo, the last trained recipe of params.yaml (" in said and "champion" in said
 
 
 def test_what_there_is_not_is_said(nothing_trained: Path) -> None:
