@@ -24,8 +24,8 @@ EngineName = Literal["transformers", "llama-cpp"]
 def resolve_model(params: Params, reference: str | None) -> str:
     """Return folder or hub name of a recipe, `student`, `teacher`, a folder, or `models:/name@alias`.
 
-    None is the registered champion or, without one, the last of the recipes that is trained; which one is said
-    on stderr. Raises UserError for a model that there is not.
+    None is the registered champion or, without one, the last of the recipes that is trained; which one is
+    said on stderr. Raises UserError for a model that there is not.
     """
     if reference is None:
         return _default_model(params)
