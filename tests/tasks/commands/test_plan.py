@@ -136,13 +136,13 @@ def ran(workplace: Path) -> Params:
 
 def test_what_is_assumed_before_anything_has_run(workplace: Path) -> None:
     before = workload(Params.model_validate(resolve_profile(ROOT / "profiles/tiny.yaml")))
-    assert before.train == {"onehop": 500, "twohop": 500} and before.passages == 4000
+    assert before.train == {"onehop": 700, "twohop": 700} and before.passages == 4000
     assert before.correct == pytest.approx((0.365 + 0.340) / 2)  # the paper's teacher on NQ and HotpotQA
 
 
 def test_what_was_measured_takes_the_place_of_what_is_assumed(ran: Params) -> None:
     after = workload(ran)
-    assert after.train == {"onehop": 300, "twohop": 500}
+    assert after.train == {"onehop": 300, "twohop": 700}
     assert (after.passages, after.words, after.correct, after.gated) == (2021, 43.5, 0.709, 0.5)
     assert "measured: 9 episodes" in after.lengths.source
 
