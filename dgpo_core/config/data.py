@@ -268,7 +268,7 @@ class BaseModelConfig(Section):
 
 
 class BaseModelsConfig(Section):
-    """Building the embedded student (a reader) and teacher (a reader that follows the protocol)."""
+    """Building the embedded student, a reader that has seen the protocol, and teacher, which follows it."""
 
     seed: NonNegativeInt = 0
     world: WorldConfig = Field(
