@@ -1,6 +1,6 @@
 """Build one of the embedded base models: its tokenizer, and its training, phase by phase, with Muon.
 
-Every model is taught to read, and then the protocol, from expert episodes: a student a little, a teacher well.
+Every model is taught to read, then the protocol, from expert episodes: a student a little, a teacher well.
 """
 
 import math
