@@ -11,7 +11,7 @@ from statistics import fmean
 from typing import Any
 
 from dgpo_core.reporting.curves import Curve, Points
-from dgpo_core.reporting.formats import DASH, MINUS, Row, cell, comparison, comparison_numbers, model_label
+from dgpo_core.reporting.formats import DASH, Row, cell, comparison, comparison_numbers, model_label, signed
 
 EPISODES, MINUTES = "episodes", "minutes"
 UNITS = {EPISODES: "episodes", MINUTES: "processor minutes"}
@@ -144,4 +144,4 @@ def gap_text(gaps: Mapping[str, Mapping[str, Any]]) -> str:
 
 def _interval(entry: Mapping[str, Any]) -> str:
     low, high = entry["ci95"]
-    return "" if low is None else f" ({low:+.3f} to {high:+.3f})".replace("-", MINUS)
+    return "" if low is None else f" ({signed(low)} to {signed(high)})"

@@ -69,7 +69,7 @@ def comparison_numbers(entry: Mapping[str, Any]) -> str:
     if entry["mean"] is None or low is None:
         return f"{entry['n']:,} paired questions"
     zero = "" if low > 0 or high < 0 else "; the interval includes 0"
-    numbers = f"{entry['mean']:+.3f} EM (95 % interval {low:+.3f} to {high:+.3f})".replace("-", MINUS)
+    numbers = f"{signed(entry['mean'])} EM (95 % interval {signed(low)} to {signed(high)})"
     return f"{numbers} on {entry['n']:,} questions{zero}"
 
 
@@ -166,15 +166,18 @@ def signed_cell(entry: Mapping[str, Any], places: int) -> Row:
     mean, (low, high) = entry["mean"], entry["ci95"]
     known = low is not None and high is not None
     return {
-        "value": DASH if mean is None else _signed(mean, places),
-        "interval": f"{_signed(low, places)} to {_signed(high, places)}" if known else "",
+        "value": signed(mean, places),
+        "interval": f"{signed(low, places)} to {signed(high, places)}" if known else "",
         "paper": "",
         "best": known and (low > 0 or high < 0),
         "note": f"{entry['n']:,} paired questions",
     }
 
 
-def _signed(value: float, places: int) -> str:
+def signed(value: float | None, places: int = 3) -> str:
+    """Write a difference with its sign; 0 has none."""
+    if value is None:
+        return DASH
     rounded = round(value, places) + 0.0  # + 0.0: no "-0.0"
     return f"{rounded:{'+' if rounded else ''}.{places}f}".replace("-", MINUS)
 

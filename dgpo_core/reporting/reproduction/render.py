@@ -26,6 +26,7 @@ from dgpo_core.reporting.formats import (
     model_label,
     own_scale,
     part_played,
+    signed,
     template,
 )
 from dgpo_core.reporting.reproduction.claims import CLAIMS, INVALID_RISE, LENGTH_DRIFT, NEAR_ZERO, PROFILED
@@ -36,7 +37,6 @@ from dgpo_core.reporting.reproduction.verdicts import (
     VERDICTS,
     numbers_text,
     seeds_interval_text,
-    signed,
 )
 from dgpo_core.text import markdown_cell
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from dgpo_core.evaluation.results import AVERAGE
 from dgpo_core.evaluation.statistics import CONFIDENCE
-from dgpo_core.reporting.formats import MINUS, PAPER_DATASETS, model_label
+from dgpo_core.reporting.formats import MINUS, PAPER_DATASETS, model_label, signed
 from dgpo_core.reporting.paper import paper_figure
 from dgpo_core.reporting.reproduction.claims import (
     AtLeast,
@@ -272,7 +272,3 @@ def _sum(parts: list[tuple[float, str]]) -> str:
     texts = [name if abs(weight) == 1 else f"{abs(weight):g} × {name}" for weight, name in ordered]
     signs = ["", *(f" {MINUS if weight < 0 else '+'} " for weight, _ in ordered[1:])]
     return "".join(sign + text for sign, text in zip(signs, texts, strict=True))
-
-
-def signed(value: float | None) -> str:
-    return "–" if value is None else f"{value:+.3f}".replace("-", MINUS)
