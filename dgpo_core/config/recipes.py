@@ -85,9 +85,10 @@ class Reinforcement(Section):
     weight: PositiveFloat | None = Field(
         None, description="of the KL as a term of the loss; that in the reward is reinforce.beta"
     )
-    turns: Literal["equal", "sod"] = Field(
+    turns: Literal["equal", "last", "sod"] = Field(
         "equal",
-        description="of an episode, in a KL of the loss; sod: less, the further it is from the reference",
+        description="of an episode, in a KL of the loss; last: that alone, which decides to answer, and how; "
+        "sod: less, the further it is from the reference",
     )
     settings: dict[str, Any] = Field({}, description="keys of `reinforce` that differ for this recipe")
 

@@ -1,4 +1,4 @@
-"""Losses that go turn by turn: SOD's weights of a KL, LLDS's likelihoods that must not fall.
+"""Losses that go turn by turn: weights of a KL, LLDS's likelihoods that must not fall.
 
 `turns` numbers each token's turn, `episodes` its episode, both from 0 over the whole batch.
 """
@@ -27,6 +27,18 @@ def sod_weights(logprobs: Tokens, reference: Tokens, turns: Numbers, episodes: N
     first = torch.full_like(turns[: int(episodes.max()) + 1], len(turns))
     first.scatter_reduce_(0, episodes, turns, "amin")
     return (distances[first[episodes]] / distances[turns]).clamp(max=MOST)
+
+
+@torch.no_grad()
+def last_turns(turns: Numbers, episodes: Numbers) -> Tokens:
+    """Return 1 for the tokens of each episode's last turn, and 0 for those before it.
+
+    Of a wrong answer to good passages the last turn is at fault, not the searches that found them, and so
+    it is of an answer that should have been another search.
+    """
+    last = torch.zeros_like(turns[: int(episodes.max()) + 1])
+    last.scatter_reduce_(0, episodes, turns, "amax")
+    return (turns == last[episodes]).float()
 
 
 def fallen_likelihood(logprobs: Tokens, old_logprobs: Tokens, advantages: Tokens, turns: Numbers) -> Tokens:

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
@@ -9,6 +10,7 @@ from dgpo_core.config.recipes import Reinforcement
 from dgpo_core.objectives.divergences import Divergence, forward_kl, reverse_kl
 from dgpo_core.objectives.logprobs import PerToken, guided_logprobs
 from dgpo_core.objectives.rewards import kl_estimate
+from dgpo_core.objectives.turns import last_turns, sod_weights
 from dgpo_core.training.batches import TokenBatch
 from dgpo_core.training.engines import FrozenModel, TrainingEngine
 
@@ -56,3 +58,13 @@ class GuidanceLoss:
         if whole is None:
             kl = kl_estimate(logprobs, reference, self.divergence) * guided
         return logprobs, entropy, kl, reference
+
+    def turn_weights(
+        self, old_logprobs: Float[Tensor, " N"], reference: Float[Tensor, " N"], batch: TokenBatch
+    ) -> Float[Tensor, " N"]:
+        """Return each token's weight in the term, by its turn."""
+        if self.turns == "last":
+            return last_turns(batch.turns, batch.rows)
+        if self.turns == "sod":
+            return sod_weights(old_logprobs, reference, batch.turns, batch.rows)
+        return torch.ones_like(old_logprobs)

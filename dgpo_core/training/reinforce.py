@@ -47,7 +47,7 @@ from dgpo_core.objectives.policy import (
     whiten,
 )
 from dgpo_core.objectives.rewards import gate, kl_estimate, token_rewards
-from dgpo_core.objectives.turns import fallen_likelihood, sod_weights
+from dgpo_core.objectives.turns import fallen_likelihood
 from dgpo_core.threads import single_threaded
 from dgpo_core.training.batches import (
     Critic,
@@ -547,8 +547,7 @@ class Updater:
             loss = losses.sum() / tokens - config.entropy_weight * entropy.sum() / tokens
             sums = [losses.sum(), entropy.sum(), clipped.sum(), (old - logprobs).sum()]
             if guidance is not None:
-                if guidance.turns == "sod":
-                    kl = kl * sod_weights(old, reference, batch.turns, batch.rows)
+                kl = kl * guidance.turn_weights(old, reference, batch)
                 loss = loss + guidance.weight * kl.sum() / tokens
                 sums += [kl.sum(), ((old - reference) * guided).sum() * tokens / max(1, inside)]
             if config.preserve_weight:

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dgpo_core.objectives.turns import fallen_likelihood, sod_weights
+from dgpo_core.objectives.turns import fallen_likelihood, last_turns, sod_weights
 
 TURNS = torch.tensor([0, 0, 1, 1, 1, 2, 3, 4])
 EPISODES = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
@@ -21,6 +21,10 @@ def test_sod_weighs_a_turn_by_its_distance_beside_that_of_the_first() -> None:
 def test_sod_of_a_student_that_agrees() -> None:
     same = torch.linspace(-9, -1, 8)
     assert sod_weights(same, same, TURNS, EPISODES).tolist() == [1.0] * 8
+
+
+def test_last_turns_of_each_episode() -> None:
+    assert last_turns(TURNS, EPISODES).tolist() == [0, 0, 0, 0, 0, 1, 0, 1]
 
 
 def test_only_falling_turns_of_good_tokens_are_preserved() -> None:

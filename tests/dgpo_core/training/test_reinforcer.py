@@ -144,13 +144,14 @@ def test_resumed_run_is_bit_identical(train: Train, algorithm: str) -> None:
     assert any(row["actor_grad_norm"] > 0 for row in whole.rows)
 
 
-SOD: dict[str, Any] = {"placement": "loss", "divergence": "reverse_kl", "weight": 0.5, "turns": "sod"}
+LOSS: dict[str, Any] = {"placement": "loss", "divergence": "reverse_kl", "weight": 0.5}
 
 
 @pytest.mark.parametrize(
     ("algorithm", "row", "settings", "column"),
     [
-        ("ppo", SOD, {}, "guidance_loss"),
+        ("ppo", LOSS | {"turns": "sod"}, {}, "guidance_loss"),
+        ("ppo", LOSS | {"turns": "last"}, {}, "guidance_loss"),
         ("grpo", {}, {"preserve_weight": 0.5}, "preserve_loss"),
         ("reinforce", {}, {"repeat_penalty": 0.5}, "reward"),
     ],
