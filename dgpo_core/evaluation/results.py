@@ -70,9 +70,17 @@ _DIAGNOSIS_COLUMNS = ("dataset", "question_id", "outcome", "first_failure", *CHE
 Key = tuple[str, str]  # (data set, question id)
 EVERY: Mapping[str, int] = MappingProxyType({})  # question of every set
 Table = dict[str, Any]
-# first minus second: what RL adds (to KD, and to KD with as many episodes), what distillation adds, what is
-# left to the teacher
-PAIRS = (("dgpo", "kd"), ("dgpo", "kd_long"), ("kd", "student"), ("teacher", "dgpo"))
+# first minus second: what RL adds to KD, and to KD of as many episodes; what the best variant adds;
+# what KD adds; what is left to the teacher
+PAIRS = (
+    ("dgpo", "kd"),
+    ("dgpo", "kd_long"),
+    ("best", "dgpo"),
+    ("best", "kd_long"),
+    ("kd", "student"),
+    ("teacher", "dgpo"),
+    ("teacher", "best"),
+)
 BEHAVIOUR = ("f1", "sub_em", "hit", "searches", "well_formed", "unanswered", "invalid", "cut", "model_tokens")
 AVERAGE = "average"
 NOTHING = Estimate(math.nan, math.nan, math.nan, 0)

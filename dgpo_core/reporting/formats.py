@@ -31,6 +31,7 @@ MODEL_LABELS = {
     "ppo_kd": "PPO → KD",
     "grpo": "GRPO",
     "kd_long": "KD, longer",
+    "best": "DGPO, KL of last turns",
 }
 PAPER_DATASETS = {
     "nq": "NQ",
