@@ -87,8 +87,8 @@ class Reinforcement(Section):
     )
     turns: Literal["equal", "last", "sod"] = Field(
         "equal",
-        description="of an episode, in a KL of the loss; last: that alone, which decides to answer, and how; "
-        "sod: less, the further it is from the reference",
+        description="which of an episode count in a KL of the loss; last: the last one alone, which decides "
+        "whether to answer, and what; sod: each the less, the further it is from the reference",
     )
     settings: dict[str, Any] = Field({}, description="keys of `reinforce` that differ for this recipe")
 
