@@ -24,11 +24,12 @@ class PublishedConfig(Section):
     """
 
     questions: str = Field(
-        "hf://datasets/RUC-NLPIR/FlashRAG_datasets",
+        "hf://datasets/RUC-NLPIR/FlashRAG_datasets@bcafb8dd07d453be3cbeeeb3f78be1841bddf92c",
         description="folder with `<set>/<split>.jsonl`, in FlashRAG's format",
     )
     corpus: str = Field(
-        "hf://datasets/PeterJinGo/wiki-18-corpus/wiki-18.jsonl.gz", description="wiki-18, or in its format"
+        "hf://datasets/PeterJinGo/wiki-18-corpus@69c1c00ffe7c5554c68d8548355cb22e46aabc51/wiki-18.jsonl.gz",
+        description="wiki-18, or in its format",
     )
     musique: list[str] = Field(
         [

@@ -102,7 +102,8 @@ class ModelSources(Section):
     """The two models that a run starts from."""
 
     student: str = Field(
-        "Qwen/Qwen2.5-0.5B-Instruct", description="a folder, or owner/name[@revision] of the hub"
+        "Qwen/Qwen2.5-0.5B-Instruct@7ae557604adf67be50417f59c2c2f167def9a775",
+        description="a folder, or owner/name[@revision] of the hub",
     )
     teacher: str = Field(
         "omron-sinicx/SearchR1-ppo-qwen2.5-3b-instruct",

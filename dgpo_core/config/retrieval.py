@@ -7,6 +7,8 @@ from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from dgpo_core.config.base import Section
 
+E5 = "intfloat/e5-base-v2"
+E5_COMMIT = "f52bf8ec8c7124536f0efb74aca902b2995e5bcd"
 Language = Literal[
     "arabic",
     "azerbaijani",
@@ -53,8 +55,8 @@ class EncoderConfig(Section):
     language: Language = Field(
         "english", description="whose word forms BM25 takes for one word (also of retrieval.hybrid)"
     )
-    model: str = Field("intfloat/e5-base-v2", description="hub name or folder of the dense encoder")
-    revision: str | None = Field(None, description="pinned revision on the hub")
+    model: str = Field(E5, description="hub name or folder of the dense encoder")
+    revision: str | None = Field(None, description="pinned revision on the hub; E5's own where none is set")
     query_prefix: str = "query: "
     passage_prefix: str = "passage: "
     max_tokens: PositiveInt = Field(256, description="of a text; what follows is cut")
@@ -62,9 +64,14 @@ class EncoderConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _without_e5_prefixes(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("kind") == "sentence-transformers":
-            return {"query_prefix": "", "passage_prefix": "", **values}
+    def _defaults_of_the_model(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kind = values.get("kind")
+        if kind == "sentence-transformers":
+            values = {"query_prefix": "", "passage_prefix": "", **values}
+        if kind != "bm25" and values.get("model", E5) == E5:
+            values = {"revision": E5_COMMIT, **values}
         return values
 
     def recorded(self) -> dict[str, str | int | None]:

@@ -58,6 +58,7 @@ def as_text(content: Any) -> str:
     yaml = YAML(typ="safe", pure=True)
     yaml.Representer = _Representer
     yaml.default_flow_style = False
+    yaml.width = 10_000  # else an address is put on a line of its own, after a blank
     yaml.sort_base_mapping_type_on_output = False  # type: ignore[assignment]  # None by default
     stream = io.StringIO()
     yaml.dump(content, stream)

@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Column, Table
 
 from dgpo_core.config.params import Params, load_params, resolve_profile
+from dgpo_core.config.retrieval import E5
 from dgpo_core.errors import UserError
 from dgpo_core.planning.estimate import Planner
 from dgpo_core.planning.plan import Plan, make_plan
@@ -30,7 +31,6 @@ from tasks.project.dvc import Lock, read_lock
 from tasks.project.paths import EVALUATION, INDEX, METRICS, TEACHER_EPISODES, questions_file
 
 ENCODER = "retrieval.encoder.model"
-USUAL = "intfloat/e5-base-v2"
 EPISODES = ("models", "protocol", "questions")  # parameters that an episode's length and success hang on
 
 
@@ -45,7 +45,7 @@ def plan_for(params: Params, machine: Machine) -> Plan:
         try:
             encoder = architecture_of(params.retrieval.encoder.model)
         except UserError as why:
-            encoder, note = architecture_of(USUAL), f"{why}; planned as if it were {USUAL}"
+            encoder, note = architecture_of(E5), f"{why}; planned as if it were {E5}"
             work = replace(work, sources=work.sources | {ENCODER: note})
     return make_plan(Planner(params, student, teacher, encoder, work, machine))
 

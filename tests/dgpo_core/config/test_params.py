@@ -9,9 +9,13 @@ import yaml
 
 from dgpo_core.config.params import Params, PromoteConfig, load_params, paper_recipes, resolve_profile
 from dgpo_core.config.recipes import Recipes
+from dgpo_core.config.retrieval import E5_COMMIT, EncoderConfig
 from dgpo_core.config.yaml_text import as_text
 from dgpo_core.errors import UserError
+from dgpo_core.hub import hub_model
 from tests.conftest import ROOT
+
+PAPER_TEACHER = "omron-sinicx/SearchR1-ppo-qwen2.5-3b-instruct"
 
 
 def loaded(folder: Path, content: dict[str, Any]) -> Params:
@@ -383,8 +387,27 @@ def test_defaults_are_the_papers() -> None:
     encoder = params.retrieval.encoder
     assert (encoder.model, encoder.max_tokens) == ("intfloat/e5-base-v2", 256)
     assert (encoder.query_prefix, encoder.passage_prefix) == ("query: ", "passage: ")
-    assert params.models.student == "Qwen/Qwen2.5-0.5B-Instruct"
-    assert params.models.teacher == "omron-sinicx/SearchR1-ppo-qwen2.5-3b-instruct"
+    assert hub_model(params.models.student).name == "Qwen/Qwen2.5-0.5B-Instruct"
+    assert params.models.teacher == PAPER_TEACHER
+
+
+@pytest.mark.parametrize("name", ["paper-qwen-3b", "paper-qwen-7b", "paper-llama-8b"])
+def test_what_the_paper_takes_from_the_hub_is_pinned(name: str) -> None:
+    """But its own teacher of 3B, whose commit is not known here."""
+    params = Params.model_validate(resolve_profile(ROOT / f"profiles/{name}.yaml"))
+    models = {params.models.student, params.models.teacher} - {PAPER_TEACHER}
+    published = params.data.published
+    files = [published.questions, published.corpus, *published.musique]
+    revisions = [hub_model(model).revision for model in models] + [params.retrieval.encoder.revision or ""]
+    revisions += [file.partition("@")[2].partition("/")[0] for file in files]
+    assert [revision for revision in revisions if not re.fullmatch("[0-9a-f]{40}", revision)] == []
+
+
+def test_only_e5_has_the_commit_of_e5() -> None:
+    assert EncoderConfig().revision == EncoderConfig(kind="sentence-transformers").revision == E5_COMMIT
+    assert EncoderConfig(kind="bm25").revision is None
+    assert EncoderConfig(model="another/encoder").revision is None
+    assert EncoderConfig(revision="main").revision == "main"
 
 
 def test_floats_as_dvc_writes_them(tmp_path: Path) -> None:
