@@ -15,7 +15,6 @@ import yaml
 
 from dgpo_core.config.params import resolve_profile
 from dgpo_core.errors import UserError
-from dgpo_core.reporting.reproduction.claims import RAW_GRPO
 from flows.workspace import one_at_a_time, open_workspace
 from tasks.commands.cli import pool
 from tests.conftest import ROOT
@@ -122,14 +121,14 @@ def test_a_recipe_of_params_yaml_can_be_named_beside_the_papers(api: str, projec
     from flows.reproduce import reproduce
 
     params = resolve_profile(Path("profiles/tiny.yaml"))
-    params["recipes"]["reinforce"] |= yaml.safe_load(RAW_GRPO)
+    params["recipes"]["reinforce"] |= {"mine": {"start": "student", "guidance": "none"}}
     Path("params.yaml").write_text(yaml.safe_dump(params))
     commit("params.yaml")
-    reproduce(recipes=["kd", "grpo"], seeds=[0])
+    reproduce(recipes=["kd", "mine"], seeds=[0])
     recipes = yaml.safe_load(Path(".runs/tiny-seed-0/params.yaml").read_text())["recipes"]
-    assert (list(recipes["distill"]), list(recipes["reinforce"])) == (["kd"], ["grpo"])
+    assert (list(recipes["distill"]), list(recipes["reinforce"])) == (["kd"], ["mine"])
     tables = json.loads(Path("reproduction/tiny/tables.json").read_text())
-    assert list(tables["exact_match"]) == ["student", "teacher", "kd", "grpo"]
+    assert list(tables["exact_match"]) == ["student", "teacher", "kd", "mine"]
 
 
 def test_bad_arguments(api: str, project: Path) -> None:

@@ -189,7 +189,6 @@ class Claim:
     criterion: Criterion
     group: str  # its heading in the report
     pair: str  # of the paper's models, where the claim is about this one alone
-    needs: str  # the row of a recipe that the default table does not have, or nothing
 
 
 BASELINES = ("ppo", "sft_ppo", "gkd", "seqkd", "kd", "distillm", "taid")
@@ -197,7 +196,6 @@ OFF_POLICY = ("seqkd", "kd", "distillm", "taid")
 ABLATIONS = ("no_cold_start", "uniform_kl", "no_teacher", "ppo_kd")
 PROFILED = ("student", "teacher", "ppo", "kd", "dgpo")  # the models of table 5
 OVER_TEACHER = tuple(beats("dgpo", "teacher", name) for name in PAPER_DATASETS)
-RAW_GRPO = "grpo: {start: student, algorithm: grpo, guidance: uniform, reference: initial}"
 OTHER_SIZES = Untested("needs several pairs of models: see sizes.html, which has all profiles that were run")
 
 CRITERIA: dict[str, Criterion] = {
@@ -259,7 +257,6 @@ CRITERIA: dict[str, Criterion] = {
     "rl_small_behind_large": OTHER_SIZES,
     "teacher_costs_little": Untested("times are in no output of a run"),
 }
-NEEDS = {"grpo_less_stable_than_ppo": RAW_GRPO}
 ACROSS = "Across pairs of models"  # the group of the claims that sizes.py tests
 
 
@@ -273,7 +270,6 @@ def make_claims(criteria: Mapping[str, Criterion], across: bool = False) -> list
             criteria[row["claim"]],
             row["group"],
             row["pair"],
-            NEEDS.get(row["claim"], ""),
         )
         for row in paper.paper_claims()
         if (row["group"] == ACROSS) == across

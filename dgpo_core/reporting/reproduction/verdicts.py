@@ -69,8 +69,6 @@ class Judge:
         test: Criterion = claim.criterion
         if claim.pair and claim.pair != pair:
             test = Untested(f"not run: these runs stand for {pair}")
-        if claim.needs and claim.needs.partition(":")[0] not in self.results.models:
-            test = Untested(f"not run: needs the line `{claim.needs}` under recipes.reinforce in params.yaml")
         finding = self.find(test)
         return {
             "claim": claim.name,
