@@ -255,7 +255,9 @@ CRITERIA: dict[str, Criterion] = {
     "dgpo_best_llama3-8b-to-1b": beats_all("dgpo", ("ppo", "kd")),
     "smaller_gap_better": OTHER_SIZES,
     "rl_small_behind_large": OTHER_SIZES,
-    "teacher_costs_little": Untested("times are in no output of a run"),
+    "teacher_costs_little": Untested(
+        "stages share a machine, so a run's times are not its own: `python -m benchmarks.teacher_cost` tells"
+    ),
 }
 ACROSS = "Across pairs of models"  # the group of the claims that sizes.py tests
 
