@@ -171,6 +171,7 @@ def around(
     ] = None,
 ) -> None:
     """Run a command with a Prefect server."""
+    services.adopt()
     with _server(port) as url:
         print(f"Prefect: {url.removesuffix('/api')}", flush=True)
         child = subprocess.Popen(command, env={**RETRIES, **os.environ, API_URL: url})

@@ -118,7 +118,7 @@ def leader(record: ServiceRecord) -> psutil.Process | None:
             process
             and process.status() != psutil.STATUS_ZOMBIE
             and abs(process.create_time() - record.created) < CLOCK_TOLERANCE
-            and process.cmdline() == record.command
+            and process.cmdline() in (record.command, [])  # empty at the very start, seen on a busy machine
         ):
             return process
     except psutil.Error:
