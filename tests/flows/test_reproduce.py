@@ -36,7 +36,7 @@ params = yaml.safe_load(Path("params.yaml").read_text())
 if name == "train":
     if (log.parent / f"fail-{params['seed']}").exists():
         sys.exit("no luck")
-    levels = {"student": 0.0, "teacher": 0.8, "kd": 0.4, "grpo": 0.1}
+    levels = {"student": 0.0, "teacher": 0.8, "kd": 0.4, "mine": 0.1}
     level = coin(levels)
     runs = make_runs(Path("made"), [params["seed"]], params["compare"], level, level, questions=3)
     runs.save()
