@@ -375,7 +375,8 @@ class Chaos:
         clock = folder / "clock"
         clock.write_text("+0")
         variables = {"LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock)}
-        variables |= {"FAKETIME_NO_CACHE": "1", "DONT_FAKE_MONOTONIC": "1"}
+        variables |= {"FAKETIME_NO_CACHE": "1", "FAKETIME_DONT_FAKE_MONOTONIC": "1"}
+        variables["FAKETIME_FORCE_MONOTONIC_FIX"] = "0"  # else each wait for Python's lock ends at once
         process = self._start(WORKS[case.work], folder, variables)
         if process.wait_until(instant):
             clock.write_text(f"-{rng.randint(1, 48)}h")
