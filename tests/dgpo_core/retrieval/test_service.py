@@ -218,6 +218,21 @@ def client_of(app: FastAPI) -> Iterator[ServiceClient]:
         yield ServiceClient(url, about.digest)
 
 
+@pytest.mark.parametrize(
+    "health",
+    ['{"index": null, "passages": 3}', '{"index": "", "passages": 3}', '{"index": "a"}', "[]", "[" * 9999],
+)
+def test_an_index_without_a_name_is_known_by_its_address(health: str) -> None:
+    app = foreign({})
+
+    @app.get("/health")
+    def said() -> Response:
+        return Response(health, media_type="application/json")
+
+    with client_of(app):
+        pass
+
+
 ITEM = {"document": {"id": "1", "contents": '"T"\ntext'}, "score": 1.0}
 
 
