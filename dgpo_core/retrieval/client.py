@@ -183,7 +183,10 @@ def _score(value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f'"score" must be a number, not {str(value)[:60]!r}')
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # JSON has integers of any size
+        return None
 
 
 def _request(client: httpx.Client, method: str, url: str, **content: Any) -> httpx.Response:

@@ -274,6 +274,7 @@ def test_a_broken_answer_is_a_failure_and_never_an_empty_result(answer: Any) -> 
         ([ITEM["document"]], [("1", "T", "text", 1.0)]),  # the document alone, without its score
         ([ITEM, {**ITEM, "score": None}], [("1", "T", "text", 1.0), ("1", "T", "text", 0.5)]),
         ([{**ITEM, "score": float("nan")}], [("1", "T", "text", 1.0)]),
+        ([{**ITEM, "score": 10**400}], [("1", "T", "text", 1.0)]),
         ([{**ITEM, "score": 7}], [("1", "T", "text", 7.0)]),
         (
             [{"document": {"id": 5, "title": "T", "text": "text", "contents": None}}],
