@@ -4,6 +4,7 @@ VLLM_VENV ?= .venv-vllm
 PYTEST_ARGS ?=
 CHAOS_ARGS ?= --kills 200
 MUTANTS_ARGS ?=
+FUZZ_ARGS ?=
 TEST_PROCESSES ?= 2
 
 PY := $(VENV)/bin/python
@@ -23,7 +24,7 @@ export PREFECT_HOME ?= $(CURDIR)/.prefect
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo bench chaos test test-thorough test-all fuzz mutants test-vllm test-deepspeed check format audit ci base-models clean
+.PHONY: help install demo bench chaos test test-thorough test-all fuzz fuzz-guided mutants test-vllm test-deepspeed check format audit ci base-models clean
 
 help:  ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -79,6 +80,9 @@ test-all: $(VENV)/.installed-dev  ## run all tests
 
 fuzz: $(VENV)/.installed-dev  ## try 100,000 inputs from outside, changed and hostile ones (hours; .ci/nightly)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -v -s tests/fuzz --hypothesis-profile=nightly $(PYTEST_ARGS)
+
+fuzz-guided: $(VENV)/.installed-dev  ## the same by coverage: what reaches new branches is changed again (.ci/nightly)
+	OMP_NUM_THREADS=1 $(PY) -m tests.fuzz.guided $(FUZZ_ARGS)
 
 mutants: $(VENV)/.installed-dev  ## change objectives and agent loop in one place each: does a test notice? (hours)
 	OMP_NUM_THREADS=1 $(PY) -m benchmarks.mutants $(MUTANTS_ARGS)

@@ -13,6 +13,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from dgpo_core.config.endpoint import Endpoint, EndpointConfig
 from dgpo_core.errors import InfrastructureError, UserError, may_pass
+from dgpo_core.files import parsed_json
 
 Message = dict[str, str]  # role and content
 REFUSED = (401, 403, 404)  # key, permission, model or path: the same for every request
@@ -144,10 +145,10 @@ class EndpointClient:
             raise UserError(f"{told} (model {self._endpoint.model}, key in ${key})")
         try:
             answer.raise_for_status()
-            return kind.model_validate(answer.json())
+            return kind.model_validate(parsed_json(answer.content))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or "body"
             raise InfrastructureError(f"{told} ({key}: {first['msg']})") from error
-        except (httpx.HTTPStatusError, ValueError, RecursionError) as error:
+        except (httpx.HTTPStatusError, ValueError) as error:
             raise InfrastructureError(told) from error

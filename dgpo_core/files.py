@@ -67,6 +67,14 @@ def write_text(path: Path, text: str) -> None:
         part.write_text(text, encoding="utf-8", newline="\n")
 
 
+def parsed_json(content: str | bytes) -> Any:
+    """Return what JSON says. Raises ValueError, also for what nests deeper than Python reads."""
+    try:
+        return json.loads(content)
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as write_text does."""
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")

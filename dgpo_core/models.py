@@ -109,6 +109,8 @@ def save_model(model: PreTrainedModel, tokenizer: Any, folder: Path) -> None:
         if name := broken_weight(model):
             raise NotFinite(f"weight {name}", math.nan, "the model is not saved: lower the learning rate")
         model.save_pretrained(part)
+        if "local_files_only" in tokenizer.init_kwargs:  # whether this machine was offline (HF_HUB_OFFLINE)
+            tokenizer.init_kwargs["local_files_only"] = False
         tokenizer.save_pretrained(part)
         for weights in part.rglob("*.safetensors"):  # which safetensors lets only their owner read
             weights.chmod((part / "config.json").stat().st_mode)

@@ -140,7 +140,7 @@ def _reading(what: str) -> Iterator[None]:
     """Turn an answer that lacks something, or has something else there, into a failure of the server."""
     try:
         yield
-    except (ValueError, KeyError, IndexError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError) as error:
         raise InfrastructureError(f"{what} does not answer as vLLM does: {error!r}") from error
 
 

@@ -346,16 +346,19 @@ def resolve_profile(
 def _extended(path: Path, seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     """Lay a profile over those that it extends; its test sets take the place of theirs as a whole.
 
-    Raises UserError for profiles that extend each other.
+    Raises UserError for profiles that extend each other, or what is no profile's name.
     """
     if path in seen:
         raise UserError(f"{path}: extends itself: {' -> '.join(p.stem for p in (*seen, path))}")
     own = read_yaml(path)
-    if not (below := own.pop("extends", None)):
+    if (below := own.pop("extends", None)) is None:
         return own
+    if not isinstance(below, str) or below != Path(below).name:
+        raise UserError(f"{path}: extends: {below!r} is no name of a profile in its folder")
     lower = _extended(path.with_name(f"{below}.yaml"), (*seen, path))
-    if (own.get("questions") or {}).get("test"):
-        lower.get("questions", {}).pop("test", None)
+    match own.get("questions"), lower.get("questions"):
+        case {"test": dict()}, {"test": _, **others}:
+            lower["questions"] = others
     return overlay(lower, own)
 
 

@@ -5,7 +5,6 @@ passage's place in it (`handbook.pdf#page=3&passage=2`), so that answers can nam
 and of JSON lines are passages already, and keep their ids.
 """
 
-import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from dgpo_core.datasets.extraction import KINDS, Document, Unreadable, extract, 
 from dgpo_core.datasets.question_files import read_rows
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import UserError
-from dgpo_core.files import write_json
+from dgpo_core.files import parsed_json, write_json
 from dgpo_core.text import trimmed
 
 SETTING = "data.files.corpus"
@@ -163,7 +162,7 @@ def _extracted(path: Path, cache: Path | None) -> Document:
         return extract(path, content)
     kept = cache / f"{extraction_key(path, content)}.json"
     with suppress(OSError, ValueError, KeyError, TypeError):  # absent, or not what we wrote
-        return Document.from_json(json.loads(kept.read_text(encoding="utf-8")))
+        return Document.from_json(parsed_json(kept.read_bytes()))
     document = extract(path, content)
     write_json(kept, document.to_json())
     return document

@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 from dgpo_core.datasets.published import musique_gold
 from dgpo_core.datasets.records import Question, read_lines
 from dgpo_core.errors import UserError
+from dgpo_core.files import parsed_json
 from dgpo_core.text import trimmed
 
 Row = dict[str, Any]
@@ -139,14 +140,14 @@ def _json(path: Path) -> Iterator[tuple[str, Row]]:
         return
     text = _text(path)
     try:
-        content = json.loads(text)
+        content = parsed_json(text)
     except json.JSONDecodeError as error:
         if start.startswith("[") or error.msg != "Extra data":
             raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg}") from error
         yield from ((f"{path}:{line}", row) for line, row in read_lines(path, lambda row, _: row))
         return
-    except RecursionError:
-        raise UserError(f"{path}: nested too deeply") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not JSON: {error}") from error
     lists = (
         [value for value in content.values() if isinstance(value, list)] if isinstance(content, dict) else []
     )

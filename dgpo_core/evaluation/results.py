@@ -3,7 +3,6 @@
 Tables are plain dictionaries, ready for JSON.
 """
 
-import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -28,6 +27,7 @@ from dgpo_core.evaluation.statistics import (
     rate_difference,
     unpaired_difference,
 )
+from dgpo_core.files import parsed_json
 from dgpo_core.tables import Only, read_table
 
 MEASUREMENTS = (
@@ -264,7 +264,7 @@ def read_metrics(folder: Path) -> dict[str, dict[str, Any]]:
 
 def _flat(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed_json(path.read_bytes())
     except ValueError as error:
         raise UserError(f"{path}: no JSON: {error}") from error
     if not isinstance(content, dict) or any(isinstance(value, dict | list) for value in content.values()):

@@ -34,7 +34,7 @@ OFFSET = 5.0  # bytes of an int8 vector beside its numbers
 
 
 @dataclass(frozen=True)
-class Estimate:
+class StageCost:
     """One stage. `memory`: bytes on each GPU at the peak, part by part; `host`: bytes of all its processes;
     `disk`: bytes of its outputs, with DVC's copy, of its checkpoints, and of an index that it downloads;
     `tokens`: through a model, reading and writing; `seconds`: nan where the device's speed is unknown."""
@@ -85,24 +85,24 @@ class Planner:
     work: Workload
     machine: Machine
 
-    def stages(self) -> list[Estimate]:
+    def stages(self) -> list[StageCost]:
         """Estimate all stages of `dvc repro`, in an order in which they can run."""
         params, asked = self.params, self.work.teach
-        teach = Estimate("teach", disk=2 * self._episode_bytes(asked))  # of text: nothing is computed here
+        teach = StageCost("teach", disk=2 * self._episode_bytes(asked))  # of text: nothing is computed here
         if not params.taught_by_text:
             made = self._generate(self.teacher, asked, chunk=params.teach.chunk)
             teach = self._generating("teach", TEACHER, made, asked)
         distributions = params.distill.teacher == "cache" and params.models.endpoint is None
         return [
-            Estimate("data", disk=2 * self.work.passages * PASSAGE_BYTES),
+            StageCost("data", disk=2 * self.work.passages * PASSAGE_BYTES),
             self._index(),
             teach,
-            Estimate("filter", disk=2 * self.work.correct * self._episode_bytes(asked)),
+            StageCost("filter", disk=2 * self.work.correct * self._episode_bytes(asked)),
             *([self._distributions()] if distributions else []),
             *(self._distill(name, recipe) for name, recipe in params.recipes.distill.items()),
             *(self._reinforce(name, recipe) for name, recipe in params.recipes.reinforce.items()),
             *(self._evaluate(model) for model in params.compare),
-            Estimate("report"),
+            StageCost("report"),
         ]
 
     def models_disk(self) -> float:
@@ -139,12 +139,12 @@ class Planner:
         copies = float(passages * config.replicas)
         return {"memory": memory * copies, "disk": disk * copies}
 
-    def _index(self) -> Estimate:
+    def _index(self) -> StageCost:
         """Vectors in float16, twice on disk (DVC's cache), and in memory where Qdrant runs in the process.
         Each GPU encodes shards of its own; nothing is encoded by BM25, or where vectors are given."""
         retrieval, passages, encoder = self.params.retrieval, self.work.passages, self.encoder
         if parse_location(retrieval.location).kind == "service":
-            return Estimate("index")  # nothing is made: the service has it
+            return StageCost("index")  # nothing is made: the service has it
         text = PASSAGE_BYTES * passages
         # float16; of BM25 an index and a weight for each different word
         vectors = (2.0 * encoder.hidden if encoder else 8.0 * 0.7 * self.work.words) * passages
@@ -163,7 +163,7 @@ class Planner:
         # a published index has float32, and stays in the hub's cache
         downloaded = 2 * vectors if any(place.startswith(HUB) for place in retrieval.vectors) else 0.0
         disk = 2 * (vectors + 0.4 * text) + downloaded
-        return Estimate("index", gpus, {}, host, disk, tokens, flops, seconds)
+        return StageCost("index", gpus, {}, host, disk, tokens, flops, seconds)
 
     # --- generation
 
@@ -217,7 +217,7 @@ class Planner:
         busy = max(read / (device.bandwidth * assumed.decoding), self._seconds(2 * rows * weights))
         return busy + (assumed.scheduling if self._vllm else assumed.launch * shape.layers)
 
-    def _evaluate(self, model: str) -> Estimate:
+    def _evaluate(self, model: str) -> StageCost:
         """Estimate the test sets, for ARCap two episodes of one turn a question of NQ and MuSiQue, and of the
         questions asked again one of one turn (closed book) and three whole ones (other passages)."""
         shape, lengths, config = self.shape_of(model), self.work.lengths, self.params.evaluate
@@ -236,13 +236,13 @@ class Planner:
         )
         return self._generating(f"evaluate@{model}", model, both, every + extra)
 
-    def _generating(self, stage: str, model: str, made: Generation, episodes: float) -> Estimate:
+    def _generating(self, stage: str, model: str, made: Generation, episodes: float) -> StageCost:
         shape, gpus = self.shape_of(model), self.engine_gpus(model)
         half = {"weights": 2.0 * shape.parameters}
         memory = (half if self._vllm else shape.loaded("", self.params.rollout.precision)) | made.memory
         seconds = made.seconds / max(1, gpus) + made.searching
         disk = 2 * self._episode_bytes(episodes)
-        return Estimate(stage, gpus, memory, PROCESS, disk, made.tokens, made.flops, seconds)
+        return StageCost(stage, gpus, memory, PROCESS, disk, made.tokens, made.flops, seconds)
 
     def engine_gpus(self, model: str) -> int:
         """Count the GPUs that generate a model's episodes at a time, where it is not being trained."""
@@ -253,7 +253,7 @@ class Planner:
 
     # --- training
 
-    def _distributions(self) -> Estimate:
+    def _distributions(self) -> StageCost:
         """One pass of the teacher over its episodes; the likeliest tokens of each of its own."""
         episodes, lengths, config = self.work.teach, self.work.lengths, self.params.distributions
         flops = episodes * self._reading(self.teacher)
@@ -263,7 +263,7 @@ class Planner:
         memory = {
             part: size for name, shape in models for part, size in shape.loaded(name, precision).items()
         }
-        return Estimate(
+        return StageCost(
             "distributions",
             min(1, self.machine.gpus),
             memory | self._pass(self.teacher),
@@ -274,7 +274,7 @@ class Planner:
             self._seconds(flops),
         )
 
-    def _distill(self, name: str, recipe: Distillation) -> Estimate:
+    def _distill(self, name: str, recipe: Distillation) -> StageCost:
         config, student = self.params.for_recipe(name).distill, self._training()
         looks, chunk = config.epochs, float(config.dev_questions)
         episodes = config.epochs * (self.work.teach * (1.0 if recipe.keep == "all" else self.work.correct))
@@ -293,7 +293,7 @@ class Planner:
         phases = [student.passes(*self._micro_batch), self._rollout(made)]
         return self._trained(f"distill@{name}", parts, phases, tokens, episodes * each, made)
 
-    def _reinforce(self, name: str, recipe: Reinforcement) -> Estimate:
+    def _reinforce(self, name: str, recipe: Reinforcement) -> StageCost:
         """A step: episodes, log-probabilities of the policy and, of gated episodes, of the reference, values,
         then an update of actor and critic over all episodes (Updater: one after the other)."""
         config, student = self.params.for_recipe(name).reinforce, self._training()
@@ -334,7 +334,7 @@ class Planner:
         made: Generation,
         critic: bool = False,
         overlap: bool = False,
-    ) -> Estimate:
+    ) -> StageCost:
         """On disk: the model in float32, and its checkpoints (what is trained and AdamW's moments): those
         that are kept, and the one being written."""
         processes, engine, weights = self._processes, self.params.rollout.engine, self.student.parameters
@@ -353,7 +353,7 @@ class Planner:
             memory["engine's weights"] = 2.0 * weights / engines
         if engine == "vllm-server":
             gpus = min(gpus + engines, self.machine.gpus)
-        return Estimate(stage, gpus, memory, host, disk, tokens + made.tokens, flops + made.flops, seconds)
+        return StageCost(stage, gpus, memory, host, disk, tokens + made.tokens, flops + made.flops, seconds)
 
     @property
     def _vllm(self) -> bool:

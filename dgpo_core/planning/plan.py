@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from dgpo_core.config.params import Params
-from dgpo_core.planning.estimate import PROCESS, Estimate, Planner, in_process, servers
+from dgpo_core.planning.estimate import PROCESS, Planner, StageCost, in_process, servers
 from dgpo_core.planning.shapes import zero_stage
 from dgpo_core.planning.workload import GIB, Machine
 
@@ -37,7 +37,7 @@ class Plan:
 
     machine: Machine
     assumptions: dict[str, str]
-    stages: list[Estimate]
+    stages: list[StageCost]
     problems: list[Problem]
     disk: float
     server: dict[str, float] | None
@@ -88,7 +88,7 @@ def make_plan(planner: Planner) -> Plan:
     return Plan(planner.machine, assumptions, stages, problems, disk, planner.server())
 
 
-def _problems(planner: Planner, stages: list[Estimate], disk: float) -> Iterator[Problem]:
+def _problems(planner: Planner, stages: list[StageCost], disk: float) -> Iterator[Problem]:
     machine, params = planner.machine, planner.params
     available = machine.device.memory if machine.gpus else math.inf
     advice = _advice(planner, {stage.stage for stage in stages if stage.device_memory > available})

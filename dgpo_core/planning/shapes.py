@@ -6,7 +6,6 @@ padded tokens of a batch, `pairs` the sum of the sequences' squared lengths, `co
 logits. docs/scaling.md compares the formulas with measurements (benchmarks/training_step.py).
 """
 
-import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from dgpo_core.config.training import DEFAULT_ZERO_STAGE, ComputeConfig
 from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
+from dgpo_core.files import parsed_json
 from dgpo_core.hub import hub_model
 
 TABLE = Path(__file__).with_name("architectures.yaml")
@@ -160,7 +160,7 @@ def config_of(source: str) -> dict[str, Any]:
     path = Path(source) / "config.json"
     if path.is_file():
         try:
-            content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            content: dict[str, Any] = parsed_json(path.read_bytes())
         except ValueError as error:
             raise UserError(f"{path}: not JSON: {error}") from error
         return content

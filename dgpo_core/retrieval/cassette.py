@@ -13,6 +13,7 @@ from filelock import FileLock
 
 from dgpo_core.datasets.records import Passage
 from dgpo_core.errors import UserError
+from dgpo_core.files import parsed_json
 from dgpo_core.retrieval.ranking import Hit
 
 Key = tuple[str, int]  # query, top_k
@@ -76,7 +77,7 @@ class Cassette:
         recorded: dict[Key, list[Hit]] = {}
         for number, line in enumerate(lines, 1):
             try:
-                row = json.loads(line)
+                row = parsed_json(line)
                 if number > 1:
                     recorded.setdefault((row["query"], row["top_k"]), [_hit(*each) for each in row["hits"]])
                     continue

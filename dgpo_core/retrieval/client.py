@@ -9,6 +9,7 @@ import hashlib
 import math
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, NamedTuple
 
 import httpx
@@ -16,6 +17,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_attempt, wait
 
 from dgpo_core.datasets.records import Passage, unquoted
 from dgpo_core.errors import InfrastructureError, UserError, may_pass
+from dgpo_core.files import parsed_json
 from dgpo_core.retrieval.ranking import Hit
 from dgpo_core.retrieval.request_size import batches, text_bytes
 
@@ -109,11 +111,13 @@ def describe_service(url: str) -> ServedIndex:
     """
     with _http() as client:
         response = _request(client, "GET", f"{url}/health")
-    try:
-        said = response.json()
-        return ServedIndex(str(said["index"]), int(said["passages"]))
-    except (ValueError, KeyError, TypeError, OverflowError):
-        return ServedIndex(_unverified(url), 0)
+    said = None
+    with suppress(ValueError):
+        said = parsed_json(response.content)
+    match said:
+        case {"index": str(index), "passages": int(passages)} if index:
+            return ServedIndex(index, passages)
+    return ServedIndex(_unverified(url), 0)
 
 
 def _http() -> httpx.Client:
@@ -129,8 +133,8 @@ def _unverified(url: str) -> str:
 def _results(response: httpx.Response, queries: int, top_k: int) -> Iterator[list[Hit]]:
     """Read the passages of each query. Raise ValueError, naming what is missing."""
     try:
-        answer = response.json()
-    except (ValueError, RecursionError):
+        answer = parsed_json(response.content)
+    except ValueError:
         raise ValueError(f"HTTP {response.status_code}, {response.text[:60]!r} instead of JSON") from None
     results = answer.get("result") if isinstance(answer, dict) else None
     if not isinstance(results, list):
@@ -179,7 +183,10 @@ def _score(value: Any) -> float | None:
         return None
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f'"score" must be a number, not {str(value)[:60]!r}')
-    return float(value) if math.isfinite(value) else None
+    try:
+        return float(value) if math.isfinite(value) else None
+    except OverflowError:  # JSON has integers of any size
+        return None
 
 
 def _request(client: httpx.Client, method: str, url: str, **content: Any) -> httpx.Response:
@@ -205,6 +212,6 @@ def _request(client: httpx.Client, method: str, url: str, **content: Any) -> htt
 
 def _reason(response: httpx.Response) -> str:
     try:
-        return str(response.json()["detail"])
+        return str(parsed_json(response.content)["detail"])
     except (ValueError, KeyError, TypeError):
         return response.text[:200] or response.reason_phrase

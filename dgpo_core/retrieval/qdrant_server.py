@@ -24,6 +24,7 @@ from tenacity import Retrying, retry_if_exception, stop_after_attempt, wait_expo
 
 from dgpo_core.config.retrieval import QdrantConfig
 from dgpo_core.errors import InfrastructureError, UserError, first_line, may_pass
+from dgpo_core.files import parsed_json
 from dgpo_core.retrieval.collection import Content, Part, Point, candidate, payload, point_bytes
 from dgpo_core.retrieval.encoders import SparseVector, Vector
 from dgpo_core.retrieval.ranking import Candidate, Query
@@ -135,7 +136,7 @@ def refusal(error: Exception) -> str | None:
 
 def _said(error: UnexpectedResponse) -> str:
     try:
-        return str(json.loads(error.content)["status"]["error"])
+        return str(parsed_json(error.content)["status"]["error"])
     except (ValueError, KeyError, TypeError):
         return error.content[:200].decode("utf-8", "replace") or error.reason_phrase
 

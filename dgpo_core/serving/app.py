@@ -142,8 +142,9 @@ def _no_model(name: str, known: str) -> JSONResponse:
 
 
 def _ignored(names: list[str]) -> dict[str, str]:
-    """Return the header that names them, in ASCII whatever a client calls its parameters."""
-    return {IGNORED: ", ".join(ascii(name)[1:-1] for name in names)[:LONGEST_HEADER]} if names else {}
+    """Return the header that names them, in ASCII and without spaces around, whatever a client calls them."""
+    named = ", ".join(ascii(name)[1:-1] for name in names)[:LONGEST_HEADER].strip()
+    return {IGNORED: named} if names else {}
 
 
 async def _stream(

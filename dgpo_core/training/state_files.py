@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from dgpo_core.agent.episode import Ending, Episode, Outcome, Search
-from dgpo_core.files import write_text
+from dgpo_core.files import parsed_json, write_text
 
 TENSORS, VALUES, CHECKSUMS = "tensors.safetensors", "values.json", "SHA256SUMS"
 
@@ -47,7 +47,7 @@ def read_state(folder: Path) -> dict[str, Any]:
             if _sha256(folder / name) != expected:
                 raise Damaged(f"{name} is not what {CHECKSUMS} says")
         tensors = load_file(folder / TENSORS)
-        state: dict[str, Any] = _unpacked(json.loads((folder / VALUES).read_text("utf-8")), tensors)
+        state: dict[str, Any] = _unpacked(parsed_json((folder / VALUES).read_bytes()), tensors)
     except FileNotFoundError as error:
         raise Damaged(f"{Path(error.filename).name} is missing") from error
     except (SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -4,7 +4,6 @@
 against HEAD, and each compared model's average EM.
 """
 
-import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from dgpo_core.config.params import PARAMS, load_params
 from dgpo_core.errors import UserError
+from dgpo_core.files import parsed_json
 from tasks.project.dvc import require_dvc
 from tasks.project.paths import METRICS
 from tasks.tracking.runs import flatten
@@ -94,7 +94,7 @@ def _asked(commits: bool) -> list[dict[str, Any]]:
     command = [sys.executable, "-m", "dvc", "exp", "show", "--json", *(["--all-commits"] if commits else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     try:
-        states: list[dict[str, Any]] = json.loads(done.stdout)
+        states: list[dict[str, Any]] = parsed_json(done.stdout)
     except ValueError:
         reason = " ".join(done.stderr.split()).removeprefix("ERROR: ")
         raise UserError(f"DVC does not show experiments: {reason}") from None

@@ -13,6 +13,7 @@ from rich.table import Column, Table
 from dgpo_core.config.params import Params, load_params, resolve_profile
 from dgpo_core.config.retrieval import E5
 from dgpo_core.errors import UserError
+from dgpo_core.files import parsed_json
 from dgpo_core.planning.estimate import Planner
 from dgpo_core.planning.plan import Plan, make_plan
 from dgpo_core.planning.shapes import architecture_of
@@ -108,7 +109,7 @@ def _lines(name: str, split: str) -> int:
 def _json(path: Path) -> dict[str, Any]:
     """Read a JSON object, empty where there is no such file. Raises UserError for what is no JSON."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parsed_json(path.read_bytes())
     except FileNotFoundError:
         return {}
     except ValueError as error:

@@ -1,6 +1,5 @@
 """Print the results: `dgpo show [reports/results.json]`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dgpo_core.errors import UserError
+from dgpo_core.files import parsed_json
 from dgpo_core.text import markdown_cell
 from tasks.project.paths import METRICS
 
@@ -21,7 +21,7 @@ Results = dict[str, dict[str, dict[str, Any]]]
 def load_results(path: Path) -> Results:
     """Read {model: {data set: {"em", "f1", "sub_em", "n", "ci95"}}}. Raises UserError."""
     try:
-        results = json.loads(path.read_text(encoding="utf-8"))
+        results = parsed_json(path.read_bytes())
     except FileNotFoundError:
         raise UserError(f"{path}: no results yet; {_way_to_results()}") from None
     except OSError as error:

@@ -31,7 +31,7 @@ from pydantic import AfterValidator, Field
 
 from dgpo_core.config.yaml_text import parse
 from dgpo_core.errors import UserError
-from dgpo_core.files import put, read_json
+from dgpo_core.files import parsed_json, put, read_json
 from dgpo_core.temporary import temporary_folder
 
 LOCK = Path("dvc.lock")
@@ -272,7 +272,7 @@ def _readable(record: Path) -> bool:
     from voluptuous import Invalid
 
     try:
-        SCHEMA(json.loads(record.read_bytes()))
+        SCHEMA(parsed_json(record.read_bytes()))
     except (FileNotFoundError, NotADirectoryError):
         return True
     except (OSError, ValueError, Invalid):
@@ -337,7 +337,7 @@ def _holders(folder: Path, reading: bool = True) -> list[int]:
     """Find living processes that hold a lock to write some paths; with `reading`, any of DVC's locks."""
     found: list[int] = []
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
-        record = json.loads((folder / RECORD).read_bytes())
+        record = parsed_json((folder / RECORD).read_bytes())
         found += [holder["pid"] for holder in record.get("write", {}).values()]
         if reading:
             found += [holder["pid"] for holders in record.get("read", {}).values() for holder in holders]

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from dgpo_core.files import remove, replacement, write_json, write_text
+from dgpo_core.files import parsed_json, remove, replacement, write_json, write_text
 
 
 def make_file(path: Path, text: str) -> None:
@@ -70,3 +70,9 @@ def test_removing_takes_links_and_not_what_they_lead_to(tmp_path: Path) -> None:
     assert content(tmp_path / "folder") == "kept"
     remove(tmp_path / "folder")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, "\udc80", b"\xff", "{", '{"a":' * 100_000])
+def test_what_is_no_json_or_too_deep_is_a_value_error(content: str | bytes) -> None:
+    with pytest.raises(ValueError, match=r"decode|Expecting|deeply"):
+        parsed_json(content)

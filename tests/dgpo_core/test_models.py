@@ -50,6 +50,21 @@ def test_whoever_may_read_the_folder_may_read_all_of_it(
     assert [path.name for path in (tmp_path / "m").iterdir() if path.stat().st_mode != usual] == []
 
 
+def test_a_machine_without_a_network_saves_the_same(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerFast,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    save_model(model, tokenizer, tmp_path / "made")
+    names = ["online", "offline"]
+    for name in names:
+        monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", name == "offline")
+        save_model(model, load_tokenizer(str(tmp_path / "made")), tmp_path / name)
+    files = [{file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in names]
+    assert files[0] == files[1]
+
+
 def test_same_seed_same_weights(tokenizer: PreTrainedTokenizerFast) -> None:
     first, second, other = (tiny_model(tokenizer, seed) for seed in (1, 1, 2))
     assert same_weights(first, second) and not same_weights(first, other)

@@ -6,7 +6,6 @@ Seeds that ran on other machines or days so come into one report: `dgpo pool <fo
 several seeds become one number with its interval is the package's docstring.
 """
 
-import json
 import math
 import shutil
 from collections.abc import Mapping, Sequence
@@ -24,7 +23,7 @@ from dgpo_core.errors import UserError
 from dgpo_core.evaluation.power import t_interval
 from dgpo_core.evaluation.results import AVERAGE, MEASUREMENTS, Key, read_arcap, read_scores, rounded
 from dgpo_core.evaluation.statistics import CONFIDENCE, Estimate, mean_of_means
-from dgpo_core.files import PART, replacement, write_text
+from dgpo_core.files import PART, parsed_json, replacement, write_text
 from dgpo_core.reporting.curves import PROCESSOR_TIME, Curve, read_curves
 from dgpo_core.reporting.formats import GIVEN, as_json
 
@@ -82,7 +81,7 @@ def given_models(run: Path) -> dict[str, dict[str, Any]]:
             parameters[name] = sum(map(_parameters, files))
         if (file := folder / "config.json").exists():
             try:
-                families[name] = str(json.loads(file.read_text(encoding="utf-8"))["model_type"])
+                families[name] = str(parsed_json(file.read_bytes())["model_type"])
             except (ValueError, KeyError, TypeError) as error:
                 raise UserError(f"{file}: no model_type of transformers: {error}") from error
     return {"parameters": parameters, "families": families}

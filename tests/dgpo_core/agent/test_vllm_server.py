@@ -156,6 +156,7 @@ def test_broken_answers_are_failures(server: Pretender) -> None:
         {"choices": [{}]},
         {"choices": [{**whole, "logprobs": None}]},
         {"choices": [{**whole, "logprobs": {"content": [{"logprob": None}]}}]},
+        {"choices": [{**whole, "logprobs": {"content": [{"logprob": -(10**400)}]}}]},
         {"choices": [{**whole, "token_ids": ["a"]}]},
         {"choices": [{**whole, "weight_versions": [{}]}]},
     ]

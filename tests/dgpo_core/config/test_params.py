@@ -359,6 +359,20 @@ def test_profile_lies_over_the_one_that_it_extends(tmp_path: Path) -> None:
         resolve_profile(tmp_path / "c.yaml")
 
 
+@pytest.mark.parametrize("name", ["'hf://x'", "../b", "''", "[b]", "4"])
+def test_a_profile_extends_one_of_its_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / "c.yaml").write_text(f"extends: {name}\n")
+    with pytest.raises(UserError, match=r"c\.yaml: extends: .* no name of a profile|\.yaml: no such file"):
+        resolve_profile(tmp_path / "c.yaml")
+
+
+def test_questions_of_an_extending_profile_are_checked(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("questions: {test: {x: nq}}\n")
+    (tmp_path / "b.yaml").write_text("extends: a\nquestions: [1]\n")
+    with pytest.raises(UserError, match=r"b\.yaml.*questions"):
+        resolve_profile(tmp_path / "b.yaml")
+
+
 def test_profile_errors_name_the_profile(tmp_path: Path) -> None:
     path = tmp_path / "mine.yaml"
     path.write_text("distill: {epochs: many}")

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from dgpo_core.config.params import Params, resolve_profile
 from dgpo_core.config.training import ComputeConfig
 from dgpo_core.errors import UserError
-from dgpo_core.planning.estimate import Estimate, Planner
+from dgpo_core.planning.estimate import Planner, StageCost
 from dgpo_core.planning.plan import make_plan
 from dgpo_core.planning.shapes import Architecture, Training, architecture_of, table
 from dgpo_core.planning.workload import (
@@ -55,7 +55,7 @@ def changed(made: Planner, section: str, **values: Any) -> Planner:
     return replace(made, params=made.params.model_copy(update={section: config}))
 
 
-def stage(made: Planner, name: str) -> Estimate:
+def stage(made: Planner, name: str) -> StageCost:
     return next(s for s in made.stages() if s.stage == name)
 
 

@@ -218,6 +218,21 @@ def client_of(app: FastAPI) -> Iterator[ServiceClient]:
         yield ServiceClient(url, about.digest)
 
 
+@pytest.mark.parametrize(
+    "health",
+    ['{"index": null, "passages": 3}', '{"index": "", "passages": 3}', '{"index": "a"}', "[]", "[" * 9999],
+)
+def test_an_index_without_a_name_is_known_by_its_address(health: str) -> None:
+    app = foreign({})
+
+    @app.get("/health")
+    def said() -> Response:
+        return Response(health, media_type="application/json")
+
+    with client_of(app):
+        pass
+
+
 ITEM = {"document": {"id": "1", "contents": '"T"\ntext'}, "score": 1.0}
 
 
@@ -259,6 +274,7 @@ def test_a_broken_answer_is_a_failure_and_never_an_empty_result(answer: Any) -> 
         ([ITEM["document"]], [("1", "T", "text", 1.0)]),  # the document alone, without its score
         ([ITEM, {**ITEM, "score": None}], [("1", "T", "text", 1.0), ("1", "T", "text", 0.5)]),
         ([{**ITEM, "score": float("nan")}], [("1", "T", "text", 1.0)]),
+        ([{**ITEM, "score": 10**400}], [("1", "T", "text", 1.0)]),
         ([{**ITEM, "score": 7}], [("1", "T", "text", 7.0)]),
         (
             [{"document": {"id": 5, "title": "T", "text": "text", "contents": None}}],

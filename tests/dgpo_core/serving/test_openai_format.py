@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
+import h11
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
@@ -105,9 +106,14 @@ def test_a_question_is_text_or_refused(content: Any) -> None:
 
 
 @given(st.lists(st.text(st.characters()), max_size=40))
+@example([""])
+@example(["messages", ""])
+@example([" x\t"])
 def test_ignored_names_fit_into_a_header(names: list[str]) -> None:
-    for value in _ignored(names).values():
-        assert value.isascii() and (value.isprintable()) and len(value) <= 1000
+    """The server's own library takes it: else a client would get no answer."""
+    for name, value in _ignored(names).items():
+        h11.Response(status_code=200, headers=[(name.encode(), value.encode("ascii"))])
+        assert len(value) <= 1000
 
 
 @given(st.integers())
