@@ -25,7 +25,7 @@ from rich.table import Table
 from dgpo_core.errors import UserError, without_credentials
 from flows.server import API_URL, START_TIMEOUT, server_command
 from tasks.commands.cli import run_as
-from tasks.project.process import run_program
+from tasks.project.process import began, run_program
 from tasks.project.progress import duration
 from tasks.project.servers import FOLDER, MARK, ServiceRecord, leader, members, path, read, write
 from tasks.tracking.pages import runs_address
@@ -134,7 +134,7 @@ def _start(service: Service, folder: Path) -> bool:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl-C and a closed terminal are not meant for it
         )
-    write(replace(record, pid=process.pid, created=psutil.Process(process.pid).create_time()), folder)
+    write(replace(record, pid=process.pid, began=began(process.pid) or ""), folder)
     return True
 
 

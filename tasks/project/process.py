@@ -135,7 +135,8 @@ def began(pid: int) -> str | None:
         import psutil  # every program imports this file
 
         try:
-            return repr(psutil.Process(pid).create_time())
+            process = psutil.Process(pid)
+            return None if process.status() == psutil.STATUS_ZOMBIE else repr(process.create_time())
         except psutil.Error:
             return None
     try:

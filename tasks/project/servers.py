@@ -19,6 +19,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from dgpo_core.errors import UserError
 from dgpo_core.files import write_json
+from tasks.project.process import began
 
 if TYPE_CHECKING:
     import uvicorn
@@ -61,7 +62,6 @@ def _url(listening: socket.socket) -> str:
 
 FOLDER = Path(".services")
 MARK = "DGPO_SERVICE"  # environment: a service's token, which everything that it starts inherits
-CLOCK_TOLERANCE = 2.0  # seconds: the boot time, to which start times are relative, moves with the clock
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class ServiceRecord:
     health: str  # URL that answers with 200 when it is ready
     page: str  # URL for people
     pid: int = 0  # 0: the record was written, the process was not yet
-    created: float = 0.0  # seconds since the epoch
+    began: str = ""  # when, as `process.began` says it
     place: str = ""  # the folder of records that it was written to, which a copy of it is not
 
 
@@ -112,18 +112,12 @@ def _place(folder: Path) -> str:
 
 def leader(record: ServiceRecord) -> psutil.Process | None:
     """Return the process that was started, if it still runs: a later one with its number is another's."""
+    if not record.pid or began(record.pid) != record.began:
+        return None
     try:
-        process = psutil.Process(record.pid) if record.pid else None
-        if (
-            process
-            and process.status() != psutil.STATUS_ZOMBIE
-            and abs(process.create_time() - record.created) < CLOCK_TOLERANCE
-            and process.cmdline() in (record.command, [])  # empty at the very start, seen on a busy machine
-        ):
-            return process
-    except psutil.Error:
-        pass
-    return None
+        return psutil.Process(record.pid)
+    except psutil.Error:  # it has just ended
+        return None
 
 
 def members(record: ServiceRecord) -> list[psutil.Process]:
