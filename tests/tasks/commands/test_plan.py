@@ -10,7 +10,7 @@ import yaml
 from dgpo_core.agent.episode import write_episodes
 from dgpo_core.config.params import Params, resolve_profile
 from dgpo_core.datasets.published import PASSAGES
-from dgpo_core.planning.estimate import Estimate
+from dgpo_core.planning.estimate import StageCost
 from dgpo_core.planning.plan import Plan
 from dgpo_core.planning.workload import Machine, device_of
 from tasks.commands.plan import ENCODER, plan_for, workload
@@ -58,7 +58,7 @@ def planned(**retrieval: object) -> Plan:
     return plan_for(Params.model_validate(papers(**retrieval)), Machine(8, device_of("h200")))
 
 
-def index_of(plan: Plan) -> Estimate:
+def index_of(plan: Plan) -> StageCost:
     return next(stage for stage in plan.stages if stage.stage == "index")
 
 
@@ -95,7 +95,7 @@ def test_a_published_index_is_downloaded_and_not_encoded(workplace: Path) -> Non
 
 def test_a_retriever_service_leaves_nothing_to_make(workplace: Path) -> None:
     served = planned(location="retriever+http://retriever:8000")
-    assert index_of(served) == Estimate("index") and served.server is None
+    assert index_of(served) == StageCost("index") and served.server is None
     unknown = sentence_transformers("somebody/an-encoder")
     assert planned(location="retriever+http://retriever:8000", encoder=unknown) == served
 
