@@ -48,6 +48,7 @@ def outcome(folder: Path, program: str, monkeypatch: pytest.MonkeyPatch) -> str:
         (NEVER.format("'whole'"), "started again it ended with 3"),
     ],
 )
+@pytest.mark.thorough
 def test_what_it_notices(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, program: str, said: str) -> None:
     assert outcome(tmp_path, program, monkeypatch) == said
 

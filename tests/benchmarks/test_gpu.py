@@ -11,6 +11,7 @@ OPTIONAL = ("CUDNN_ATTENTION", "EFFICIENT_ATTENTION", "flash-attn", "Liger")
 
 
 @pytest.mark.parametrize("part", PARTS)
+@pytest.mark.thorough
 def test_every_part_runs(part: str) -> None:
     rows = PARTS[part][0](SMOKE)
     needed = [row for row in rows if not any(name in row.what for name in OPTIONAL)]

@@ -113,6 +113,7 @@ def cache(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.thorough
 def test_a_revision_is_what_is_loaded(cache: Path) -> None:
     done = run_python(LOAD_REVISIONS, HF_HUB_OFFLINE="1", HF_HOME=str(cache))
     widths = [load_model(str(ROOT / "models" / name)).config.hidden_size for name in ("student", "teacher")]

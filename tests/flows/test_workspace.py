@@ -180,6 +180,7 @@ def test_a_remote_beside_the_checkout_is_the_same_one(root: Path) -> None:
     assert not (made.tree.parent / "beside").exists()
 
 
+@pytest.mark.thorough
 def test_a_remote_that_does_not_answer_may_answer_later(root: Path, tmp_path: Path, pushing: None) -> None:
     made = open_workspace(root, "offline")
     publish(made, ["a"])  # neither git nor DVC knows any other place: nothing to do
@@ -188,6 +189,7 @@ def test_a_remote_that_does_not_answer_may_answer_later(root: Path, tmp_path: Pa
         publish(made, [])
 
 
+@pytest.mark.thorough
 def test_who_waited_and_who_comes_later_take_turns(
     root: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -224,6 +226,7 @@ def test_who_waited_and_who_comes_later_take_turns(
     assert "another process works in .runs/thrice: waiting" in capsys.readouterr().out
 
 
+@pytest.mark.thorough
 def test_a_crowd_takes_turns(root: Path) -> None:
     counts: list[int] = []
     within: set[int] = set()
@@ -250,6 +253,7 @@ def test_a_failed_run_leaves_no_lock(root: Path) -> None:
     assert not list((root / workspace.RUNS).iterdir())
 
 
+@pytest.mark.thorough
 def test_runs_that_start_together_all_start(root: Path) -> None:
     """Another git, such as an editor's, has its locks now and then; the runs' own take turns."""
     lock, stop = root / ".git" / "config.lock", threading.Event()

@@ -112,6 +112,7 @@ def test_pips_settings_are_uvs_and_what_has_no_counterpart_is_left_to_pip() -> N
     assert translate(f"{lines}\nglobal.only-binary=':all:'") is None
 
 
+@pytest.mark.thorough
 def test_uv_finds_what_only_pips_settings_lead_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheels, site = tmp_path / "wheels", tmp_path / "site"
     wheels.mkdir()

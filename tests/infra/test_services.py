@@ -49,6 +49,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     down(tmp_path / ".services")
 
 
+@pytest.mark.thorough
 def test_up_twice_starts_once_and_down_leaves_nothing(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -84,6 +85,7 @@ def test_a_copied_checkout_neither_uses_nor_ends_the_servers_of_the_original(
     assert down(moved) == ["mlflow"]
 
 
+@pytest.mark.thorough
 def test_what_a_crash_left_is_ended(folder: Path) -> None:
     service = small()
     up([service], folder)
@@ -97,6 +99,7 @@ def test_what_a_crash_left_is_ended(folder: Path) -> None:
     assert recorded(folder).pid != record.pid
 
 
+@pytest.mark.thorough
 def test_a_stranger_with_the_number_of_a_dead_service_lives(folder: Path) -> None:
     up([small()], folder)
     record = recorded(folder)
@@ -112,6 +115,7 @@ def test_a_stranger_with_the_number_of_a_dead_service_lives(folder: Path) -> Non
         stranger.wait()
 
 
+@pytest.mark.thorough
 def test_a_started_process_without_a_pid_on_record_is_found(folder: Path) -> None:
     """Whoever ran `dgpo up` was killed between starting the server and writing its number down."""
     up([small()], folder)

@@ -64,6 +64,7 @@ def test_users_fault_is_one_line_and_exit_code_2(workplace: Path) -> None:
     assert failure("work")["kind"] == "user"
 
 
+@pytest.mark.thorough
 def test_bug_shows_its_traceback_and_exit_code_1(workplace: Path) -> None:
     result = execute("1 / 0", DVC_STAGE="work@seed1")
     assert result.returncode == 1
@@ -73,6 +74,7 @@ def test_bug_shows_its_traceback_and_exit_code_1(workplace: Path) -> None:
     assert not Path("out.txt").exists()
 
 
+@pytest.mark.thorough
 def test_success(workplace: Path) -> None:
     result = execute("pass")
     assert (result.returncode, result.stderr) == (0, "")

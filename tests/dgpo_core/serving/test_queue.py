@@ -136,6 +136,7 @@ async def test_after_closing_no_request_is_taken(queue: RequestQueue, gate: Gate
         queue.submit(ask)
 
 
+@pytest.mark.thorough
 async def test_many_run_together_with_the_answers_of_each_alone(
     make_agent: MakeAgent, index: Index, questions: list[Question]
 ) -> None:

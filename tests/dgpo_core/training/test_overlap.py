@@ -143,6 +143,7 @@ def test_episodes_are_those_of_the_weights_of_a_step_ago(
 
 
 @pytest.mark.parametrize("kill_at", [1, 3, 4])
+@pytest.mark.thorough
 def test_resumed_run_is_bit_identical(
     train: Train, student: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, kill_at: int
 ) -> None:
@@ -152,6 +153,7 @@ def test_resumed_run_is_bit_identical(
     assert same(overlapped(train, student, tokenizer, folder="killed"), whole)
 
 
+@pytest.mark.thorough
 def test_an_outage_ahead_stops_training_which_then_goes_on_exactly(
     train: Train, student: PreTrainedModel, tokenizer: PreTrainedTokenizerFast
 ) -> None:

@@ -52,6 +52,7 @@ def log() -> list[str]:
     return Path("log.txt").read_text().splitlines()
 
 
+@pytest.mark.thorough
 def test_two_that_wait_for_each_other_end_and_dvc_sees_what_they_did(
     repository: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -73,6 +74,7 @@ def test_two_that_wait_for_each_other_end_and_dvc_sees_what_they_did(
     assert said[-1] == "Data and pipelines are up to date."
 
 
+@pytest.mark.thorough
 def test_after_a_failure_what_runs_ends_and_nothing_starts(
     repository: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
