@@ -229,8 +229,8 @@ def test_an_index_without_a_name_is_known_by_its_address(health: str) -> None:
     def said() -> Response:
         return Response(health, media_type="application/json")
 
-    with client_of(app):
-        pass
+    with served(app) as url:
+        assert describe_service(url) == (f"unverified: {url}", 0)
 
 
 ITEM = {"document": {"id": "1", "contents": '"T"\ntext'}, "score": 1.0}
