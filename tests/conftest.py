@@ -1,6 +1,7 @@
 """What tests share: one real MLflow store, an environment of their own, git, free ports, living processes."""
 
 import os
+import secrets
 import shutil
 import socket
 import subprocess
@@ -116,10 +117,26 @@ def commit_all(message: str = "project", cwd: Path | None = None) -> None:
     git("commit", "-qm", message, cwd=cwd)
 
 
+_claims: list[socket.socket] = []
+
+
 def free_port() -> int:
-    """Return a port of 127.0.0.1 on which nothing listens."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        return int(listening.getsockname()[1])
+    """Return a port of 127.0.0.1 on which nothing listens, and that no other test process will be given.
+
+    A server needs seconds until it listens. Until this process ends, a UDP socket of the same number says
+    that the port is taken; systems give their clients higher ports.
+    """
+    while True:
+        port = 20_000 + secrets.randbelow(12_000)
+        claim = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        try:
+            claim.bind(("127.0.0.1", port))
+            socket.create_server(("127.0.0.1", port)).close()
+        except OSError:
+            claim.close()
+            continue
+        _claims.append(claim)
+        return port
 
 
 def alive(pid: int) -> bool:

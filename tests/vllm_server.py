@@ -1,7 +1,6 @@
 """A real vLLM server on the CPU, started as docs/vllm.md says."""
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -10,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+
+from tests.conftest import free_port
 
 STARTING = 1800  # seconds on a busy machine
 OPTIONS = ["--dtype", "float32", "--max-model-len", "1024", "--logprobs-mode", "processed_logprobs"]
@@ -20,8 +21,7 @@ OPTIONS += ["--gpu-memory-utilization", "0.2"]
 @contextmanager
 def serving(model: str | Path, log: Path) -> Iterator[str]:
     """Start a server of `model`, which ends with the block; give its URL. What it says goes to `log`."""
-    with socket.create_server(("127.0.0.1", 0)) as listening:
-        port = listening.getsockname()[1]
+    port = free_port()
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model)]
     command += ["--host", "127.0.0.1", "--port", str(port), *OPTIONS]
     environment = {**os.environ, "VLLM_SERVER_DEV_MODE": "1", "VLLM_NO_USAGE_STATS": "1"}

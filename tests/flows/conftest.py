@@ -74,7 +74,7 @@ class Server:
         wait(lambda: answers(self.url), "the server's start")
 
     def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
+        if self.process.poll() is None:  # later its number may be another's
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
 

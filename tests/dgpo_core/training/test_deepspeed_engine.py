@@ -3,7 +3,6 @@
 import importlib.util
 import os
 import re
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerFast
 
 from dgpo_core.config.training import LoraConfig
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 from tests.dgpo_core.making import tiny_model
 from tests.dgpo_core.training.zero_cases import FIRST, compute, distilled, reinforced
 
@@ -27,10 +26,8 @@ TRAININGS: dict[str, Callable[..., dict[str, Any]]] = {"distill": distilled, "re
 
 def two_processes(folder: Path, cases: str) -> list[dict[str, Any]]:
     """What each of them has left in `folder`, beside checkpoints."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "MASTER_PORT": port, "GLOO_SOCKET_IFNAME": "lo"}
+    where = {"MASTER_PORT": str(free_port()), "GLOO_SOCKET_IFNAME": "lo"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), **where}
     command = [sys.executable, "-m", "tests.dgpo_core.training.zero_cases", str(folder), cases]
     subprocess.run(command, check=True, cwd=folder, env=environment)
     return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]

@@ -15,7 +15,8 @@ from dgpo_core.errors import UserError
 from dgpo_core.retrieval.index import open_index
 from dgpo_core.retrieval.shards import read_manifest
 from tasks.commands.retriever import retriever
-from tests.tasks.commands.test_serve import dgpo, free_port, wait_until_ready
+from tests.conftest import free_port
+from tests.tasks.commands.test_serve import dgpo, wait_until_ready
 from tests.tasks.miniature import make_project
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from dgpo_core.errors import UserError
 from tasks.commands.serve import serve
-from tests.conftest import ROOT
+from tests.conftest import ROOT, free_port
 from tests.tasks.miniature import make_project
 
 
@@ -43,11 +43,6 @@ def dgpo(
     finally:
         process.kill()
         process.communicate(timeout=30)
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as found:
-        return int(found.getsockname()[1])
 
 
 def wait_until_ready(process: subprocess.Popen[str], url: str) -> list[int]:
