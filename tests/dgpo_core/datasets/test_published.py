@@ -326,13 +326,13 @@ def peak(source: Path, target: Path) -> int:
 
 
 def test_memory_does_not_grow_with_the_corpus(tmp_path: Path) -> None:
-    """Four times the passages, the same peak (the ids alone would take a megabyte)."""
+    """Of 9,000 more passages nothing is kept: an object has 16 bytes at least, an id 50."""
     peaks = []
     for count in (100, 3_000, 12_000):  # the first fills what Python keeps of patterns and modules
         source = tmp_path / f"{count}.jsonl.gz"
         with gzip.open(source, "wt", compresslevel=1) as file:
             for i in range(count):
                 file.write(json.dumps({"id": str(i), "contents": f'"T {i}"\n{i} ' + "text " * 20}) + "\n")
-        # the least of three: threads of other tests allocate too
+        # the least of three: threads of other tests, and what measures coverage, allocate too
         peaks.append(min(peak(source, tmp_path / "corpus.jsonl") for _ in range(3)))
-    assert peaks[2] < 1.1 * peaks[1]
+    assert peaks[2] - peaks[1] < 8 * 9_000
