@@ -19,10 +19,13 @@ from tests.conftest import ROOT, alive, free_port, run_python
 from tests.flows.conftest import WAIT, Server, wait
 from tests.web import Handler
 
-# `first` waits until the file `hold` is gone
+# `first` waits until the file `hold` is gone. As stages of ours it ends with its parent.
 STAGE = """
 import os, sys, time
 from pathlib import Path
+from tasks.project.process import die_with_parent
+
+die_with_parent()
 
 name = sys.argv[1]
 with open("log.txt", "a") as log:
